@@ -1,0 +1,104 @@
+"""The defaults of every run, and typed arguments: `--config=configs/point.py:task=vqa,method=lora,size=8`.
+
+Every key can also be set alone: `--config.optim.lr=1e-3`. Unknown keys and arguments are errors.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from jaxpeft import methods
+
+SIZE_FIELD = {"lora": "rank"}  # the field that a method's `size` sets
+
+
+def parse_arg(arg: str, **defaults) -> ml_collections.ConfigDict:
+    """'key=value,flag' -> values typed as the defaults; raises ValueError for an unknown key, listing the known ones."""
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        key, _, text = part.partition("=")
+        if key not in defaults:
+            raise ValueError(f"unknown config argument {key!r}; choose from {', '.join(defaults)}")
+        kind = type(defaults[key])
+        if kind is bool:
+            if text.lower() not in ("", "true", "false", "1", "0"):
+                raise ValueError(f"config argument {key}={text!r}: give true or false")
+            values[key] = text.lower() not in ("false", "0")
+        else:
+            try:
+                values[key] = kind(text)
+            except ValueError as error:
+                raise ValueError(f"config argument {key}={text!r} is not a {kind.__name__}") from error
+    return ml_collections.ConfigDict(values)
+
+
+def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str = "none") -> ml_collections.ConfigDict:
+    """A complete config for one task and method."""
+    c = ml_collections.ConfigDict()
+    c.task = task
+    c.task_options = ml_collections.ConfigDict()
+    c.base = "tiny"  # the shipped checkpoint, or a directory: ours or a Hugging Face BLIP
+    c.init = "base"  # 'scratch': the same architecture with random weights, as a control
+    c.seed = 0
+    c.size = size if method in SIZE_FIELD else 0
+
+    c.method = ml_collections.ConfigDict({"name": method, **methods.defaults(method)})
+    for field, value in methods.defaults(method).items():
+        if value is None:
+            c.method[field] = config_dict.placeholder(float)
+    if method in SIZE_FIELD:
+        c.method[SIZE_FIELD[method]] = size
+    c.head = head  # 'none', 'transform', 'untied': the decoder head tuned beside the method
+
+    c.model = ml_collections.ConfigDict()
+    c.model.image_size = config_dict.placeholder(int)  # None: the checkpoint's; else positions are resized
+    c.model.dtype = "float32"  # 'bfloat16' on accelerators
+    c.model.remat = False
+    c.model.dropout = 0.0
+    c.model.extend_vocabulary = True  # add whole words that the base lacks (and tune the word embedding)
+
+    c.data = ml_collections.ConfigDict()
+    c.data.name = "scenes"
+    c.data.seed = 0  # of the data set itself
+    c.data.n_train = 16384
+    c.data.n_val = 512
+    c.data.n_test = 512
+    c.data.fraction = 1.0  # of the training pictures; subsets of one subset_seed are nested
+    c.data.n_images = config_dict.placeholder(int)  # or their number
+    c.data.subset_seed = 0
+    c.data.augment = "none"  # 'crop', 'crop_flip'
+    c.data.feature_bytes = 4 << 30  # most memory for image features kept when the image encoder is frozen
+
+    c.batch_size = 32
+    c.accumulate = 1  # microbatches per step
+    c.steps = 1200
+    c.optim = ml_collections.ConfigDict()
+    c.optim.lr = 3e-3
+    c.optim.schedule = "cosine"
+    c.optim.warmup = 0.06
+    c.optim.decay = 0.0
+    c.optim.no_decay = r"(bias|scale|position|class_embedding)$"
+    c.optim.clip = 1.0
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+
+    c.log_every = 20
+    c.checkpoint_every = 500
+    c.check_frozen = False  # digest the frozen half before and after training
+    c.eval = ml_collections.ConfigDict()
+    c.eval.splits = ("test",)
+    c.eval.batch_size = 128
+    c.eval.beams = 1
+    return c
+
+
+def folder(c: ml_collections.ConfigDict, root: str) -> ml_collections.ConfigDict:
+    """Point a config at a directory of your own pictures (see jaxpeft/datasets/folder.py for the file formats)."""
+    c.data.name = "folder"
+    c.data.root = root
+    c.data.annotations = config_dict.placeholder(object)
+    c.data.questions = config_dict.placeholder(object)
+    c.data.on_error = "raise"
+    c.data.val_fraction = 0.1
+    c.data.test_fraction = 0.1
+    c.data.data_dir = config_dict.placeholder(str)
+    return c

@@ -1,0 +1,21 @@
+"""One point of the grid: a task, a method and its size, a share of the data, a seed.
+
+    python main.py --config=configs/point.py:task=vqa,method=lora,size=8,fraction=0.1,seed=0 --workdir=runs/point
+"""
+
+from configs import common
+
+
+def get_config(arg=""):
+    a = common.parse_arg(
+        arg, task="vqa", method="lora", size=8, head="none", fraction=1.0, n_images=0, seed=0, lr=0.0, steps=0, init="base"
+    )
+    c = common.get_config(a.task, a.method, a.size, a.head)
+    c.seed = c.data.subset_seed = a.seed
+    c.data.fraction = a.fraction
+    if a.n_images:
+        c.data.n_images = a.n_images
+    c.init = a.init
+    c.optim.lr = a.lr or {"full": 5e-4}.get(a.method, 3e-3)
+    c.steps = a.steps or {"captioning": 400}.get(a.task, c.steps)
+    return c

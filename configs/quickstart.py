@@ -1,0 +1,17 @@
+"""The quickstart: LoRA and the head's transform, from the shipped tiny BLIP, on procedural scenes; minutes on 2 cores.
+
+    python main.py --config=configs/quickstart.py --workdir=runs/quickstart
+    python main.py --config=configs/quickstart.py:task=captioning --workdir=runs/quickstart_captioning
+"""
+
+from configs import common
+
+
+def get_config(arg=""):
+    a = common.parse_arg(arg, task="vqa", steps=0)
+    c = common.get_config(a.task, "lora", 16, head="transform")
+    c.data.n_train = 8192
+    c.data.n_val = 0
+    c.eval.splits = ("test", "test_comp")
+    c.steps = a.steps or {"vqa": 2000, "captioning": 600}[a.task]
+    return c

@@ -1,0 +1,121 @@
+"""From a split to batches: nested subsets, resized pictures, and an order that is a pure function of (seed, step).
+
+Texts are tokenised once into arrays (`Examples.arrays`); pictures are fetched and resized when a batch is made, in
+grain's reader threads, and stay uint8 until they are on the device. Step `s` of seed `k` is always the same batch, so
+resuming needs no saved reader state: reading starts at the step.
+"""
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxpeft import images
+from jaxpeft.datasets import Split
+
+AUGMENTS = ("none", "crop", "crop_flip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What a task makes of a split: arrays with one row per example, the pictures, and what scoring needs per example.
+
+    arrays['image_index'] (n,) says which picture an example looks at; the others go to the model as they are.
+    """
+
+    arrays: dict[str, np.ndarray]
+    images: Sequence
+    rows: list[dict]
+
+    def __len__(self):
+        return len(self.arrays["image_index"])
+
+
+def subset(split: Split, *, seed: int, fraction: float = 1.0, n_images: int | None = None) -> Split:
+    """The first `n_images` (or `fraction`) of the pictures in an order drawn from `seed`: subsets of a seed are nested."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"data.fraction is {fraction}; it must be in (0, 1]")
+    n_all = len(split.rows)
+    n = max(1, round(fraction * n_all)) if n_images is None else n_images
+    if n > n_all or n < 1:
+        raise ValueError(f"data.n_images is {n}; split {split.name!r} has {n_all} pictures")
+    if n == n_all:
+        return split
+    return split.take(np.random.Generator(np.random.Philox(key=seed)).permutation(n_all)[:n].tolist())
+
+
+class Resized(Sequence):
+    """Pictures at the model's square size; up to `cache_bytes` of them are kept in memory after first use."""
+
+    def __init__(self, source: Sequence, size: int, cache_bytes: int = 1 << 30):
+        self._source, self._size = source, size
+        self._room = cache_bytes // (size * size * 3)
+        self._kept: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, i):
+        if i not in self._kept:
+            image_YXC = images.resize(self._source[i], self._size)
+            with self._lock:
+                if len(self._kept) >= self._room:
+                    return image_YXC
+                self._kept[i] = image_YXC
+        return self._kept[i]
+
+
+def batches(
+    examples: Examples, batch_size: int, *, seed: int, start: int = 0, augment: str = "none", threads: int = 2
+) -> Iterator[dict[str, Any]]:
+    """Endless training batches from step `start`; epochs are reshuffled and run into each other, nothing is dropped."""
+    if augment not in AUGMENTS:
+        raise ValueError(f"data.augment is {augment!r}; choose one of {', '.join(AUGMENTS)}")
+    order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat().batch(batch_size)
+
+    def fetch(indices, rng):
+        return gather(examples, indices, None if augment == "none" else (augment, rng))
+
+    steps = order.seed(seed + 1).random_map(fetch)[start:]
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+
+
+def gather(examples: Examples, indices, augment=None) -> dict[str, np.ndarray]:
+    """One batch: the arrays' rows at `indices` and, unless features stand in for them, the pictures."""
+    batch = {name: array[indices] for name, array in examples.arrays.items()}
+    if examples.images is not None:
+        pictures = [examples.images[i] for i in batch.pop("image_index")]
+        if augment:
+            kind, rng = augment
+            flip = kind == "crop_flip"
+            pictures = [images.augment(picture, rng, size=len(picture), flip=flip) for picture in pictures]
+        batch["image"] = np.stack(pictures)
+    return batch
+
+
+def one_pass(examples: Examples, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """Every example once, in order: (batch, number of real rows). The last batch is padded by repeating its last row."""
+    for start in range(0, len(examples), batch_size):
+        indices = np.arange(start, min(start + batch_size, len(examples)))
+        n_real = len(indices)
+        yield gather(examples, np.pad(indices, (0, batch_size - n_real), mode="edge")), n_real
+
+
+def pad_tokens(sequences: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> np.ndarray:
+    """Ragged ids -> (n, longest or `length`) int32, right-padded."""
+    longest = max(map(len, sequences)) if length is None else length
+    out = np.full((len(sequences), longest), pad_id, np.int32)
+    for row, ids in zip(out, sequences, strict=True):
+        row[: len(ids)] = ids
+    return out
+
+
+def most_common(items) -> Any:
+    """The most frequent item; ties go to the smallest, so that baselines do not depend on order."""
+    counts = collections.Counter(items)
+    return min(counts, key=lambda item: (-counts[item], item))

@@ -1,0 +1,43 @@
+"""Data sets, by the name that configs use: each module has `load(config, splits) -> {split: Split}`."""
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Pictures and their texts. `images[i]` is a uint8 RGB array image_YXC of native size; access is thread-safe.
+
+    `rows[i]` belongs to the same picture: {'image_id': str, 'captions': [str, ...], 'questions': [{'question_id',
+    'question', 'answers': [str, ...], 'type'}, ...]}. `report` is what loading dropped or changed, for the result file.
+    """
+
+    name: str
+    images: Sequence
+    rows: list[dict]
+    report: dict = dataclasses.field(default_factory=dict)
+
+    def take(self, indices) -> "Split":
+        """The pictures at `indices`, in that order."""
+        return dataclasses.replace(self, images=_Subset(self.images, indices), rows=[self.rows[i] for i in indices])
+
+
+class _Subset(Sequence):
+    def __init__(self, images, indices):
+        self._images, self._indices = images, list(indices)
+
+    def __len__(self):
+        return len(self._indices)
+
+    def __getitem__(self, i):
+        return self._images[self._indices[i]]
+
+
+def load(config, splits: Sequence[str]) -> dict[str, Split]:
+    """The named splits of `config.name`. Raises ValueError for an unknown data set, before anything is read."""
+    from jaxpeft.datasets import folder, scenes
+
+    known = {"scenes": scenes, "folder": folder}
+    if config.name not in known:
+        raise ValueError(f"data.name is {config.name!r}; choose one of {', '.join(known)}")
+    return known[config.name].load(config, splits)

@@ -1,0 +1,90 @@
+"""Scoring a split: write an answer per case, score the strings, and measure the likelihood of the references.
+
+Batches have one fixed size; the last one is padded by repeating a row and the copies are dropped before scoring, so
+every case counts exactly once. The variables carry their methods, so base and tuned model go through the same code.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft import decode
+from jaxpeft.data import Examples, one_pass
+from jaxpeft.tasks.base import Task
+from jaxpeft.tree import Tree
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def encode_images(model, variables: Tree, image_BYXC):
+    """Image tokens of a batch; jitted once per model."""
+    return model.apply(variables, image_BYXC, method="encode_image")
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def contexts(model, variables: Tree, batch: dict):
+    """(context_BSD, mask_BS) that the decoder looks at."""
+    image_BPD = batch["image_tokens"] if "image_tokens" in batch else model.apply(
+        variables, batch["image"], method="encode_image"
+    )
+    return model.apply(variables, image_BPD, batch.get("question"), method="context")
+
+
+def image_features(model, variables: Tree, images, batch_size: int = 64) -> jax.Array:
+    """Image tokens of every picture once, (n, 1 + P, D): the frozen vision tower's share of all later epochs."""
+    everything = Examples({"image_index": np.arange(len(images), dtype=np.int32)}, images, [])
+    parts = [
+        encode_images(model, variables, batch["image"])[:n_real] for batch, n_real in one_pass(everything, batch_size)
+    ]
+    return jnp.concatenate(parts)
+
+
+def with_features(batch: dict, features: jax.Array | None) -> dict:
+    """The batch with image tokens looked up in a feature table, where there is one."""
+    if features is None:
+        return batch
+    rest = {name: value for name, value in batch.items() if name != "image_index"}
+    return rest | {"image_tokens": features[batch["image_index"]]}
+
+
+def predict(
+    model, variables: Tree, task: Task, cases: Examples, *, features=None, batch_size: int = 64, beams: int = 1
+) -> list[dict]:
+    """One {'text', 'score'} per case, in order; score is the (length-normalised, for beams) log-probability in nats."""
+    tokenizer = model.tokenizer
+    prompt = np.array(task.prompt_ids(tokenizer), np.int32)
+    written = []
+    for batch, n_real in one_pass(_without_images(cases, features), batch_size):
+        context_BSD, mask_BS = contexts(model, variables, with_features(batch, features))
+        prompt_BT = np.tile(prompt, (batch_size, 1))
+        search = {"length": task.length, "min_length": task.min_length}
+        if beams == 1:
+            tokens_BT, score_B = decode.greedy(model, variables, context_BSD, mask_BS, prompt_BT, **search)
+        else:
+            tokens_BKT, score_BK = decode.beam_search(
+                model, variables, context_BSD, mask_BS, prompt_BT, beams=beams, **search
+            )
+            tokens_BT, score_B = tokens_BKT[:, 0], score_BK[:, 0]
+        texts = [tokenizer.decode(row[len(prompt) :]) for row in np.asarray(tokens_BT[:n_real]).tolist()]
+        written += [{"text": t, "score": float(s)} for t, s in zip(texts, np.asarray(score_B), strict=False)]
+    return written
+
+
+@functools.partial(jax.jit, static_argnames=("model", "task"))
+def _nll(model, task, variables, batch, features):
+    return task.nll(model, variables, with_features(batch, features))
+
+
+def nll(model, variables: Tree, task: Task, examples: Examples, *, features=None, batch_size: int = 64) -> float:
+    """Mean negative log-likelihood of the reference tokens, in nats per token."""
+    total = count = 0.0
+    for batch, n_real in one_pass(_without_images(examples, features), batch_size):
+        sum_B, count_B = _nll(model, task, variables, batch, features)
+        total += float(np.asarray(sum_B)[:n_real].sum(dtype=np.float64))
+        count += float(np.asarray(count_B)[:n_real].sum(dtype=np.float64))
+    return total / count
+
+
+def _without_images(examples: Examples, features) -> Examples:
+    return examples if features is None else Examples(examples.arrays, None, examples.rows)

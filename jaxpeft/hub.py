@@ -1,0 +1,126 @@
+"""Base checkpoints in and out: our own directories and Hugging Face BLIP directories.
+
+Ours: manifest.json (model config, digest, where it came from, held-out scores), model.safetensors (leaves by name) and
+vocab.txt. `aliases` in the manifest name subtrees that share another's leaves and are not stored twice.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from jaxpeft import tree
+from jaxpeft.models import blip_port
+from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.text import Tokenizer
+from jaxpeft.tree import Tree
+
+ASSETS = Path(__file__).parent / "assets"
+RUNTIME = ("dtype", "remat", "dropout")  # config fields that a user may set on any checkpoint
+
+
+def load(path: str | Path = "tiny", *, question_encoder: bool | None = None, image_size: int | None = None, **runtime):
+    """(model, params) of a checkpoint: 'tiny' (shipped), a directory of ours, or a Hugging Face BLIP directory.
+
+    `question_encoder`: True for VQA (from a captioning checkpoint the encoder starts from the decoder's layers), False
+    for captioning, None for what the checkpoint holds. `image_size` resizes the position embedding. `runtime`: dtype,
+    remat, dropout. Raises ValueError naming file and key for anything missing, unread or misshaped.
+    """
+    model, params, _ = read(path, question_encoder=question_encoder, image_size=image_size, **runtime)
+    return model, params
+
+
+def read(path, *, question_encoder=None, image_size=None, **runtime) -> tuple[Blip, Tree, dict]:
+    """`load` and a report of where each part came from."""
+    unknown = set(runtime) - set(RUNTIME)
+    if unknown:
+        raise ValueError(f"unknown model options {sorted(unknown)}; choose from {', '.join(RUNTIME)}")
+    directory = ASSETS / str(path) if (ASSETS / str(path) / "manifest.json").exists() else Path(path).expanduser()
+    if (directory / "manifest.json").exists():
+        config, params, report = _read_ours(directory, question_encoder, image_size)
+    elif (directory / "config.json").exists():
+        config, params, report = blip_port.read_directory(
+            directory, image_size=image_size, question_encoder=question_encoder
+        )
+    else:
+        shipped = sorted(p.parent.name for p in ASSETS.glob("*/manifest.json"))
+        raise ValueError(
+            f"no checkpoint at {str(path)!r}: a directory with manifest.json (ours) or config.json (Hugging Face) is "
+            f"needed, or one of the shipped names: {', '.join(shipped) or 'none'}"
+        )
+    vocabulary = [name for name in ("vocab.txt", "tokenizer.json") if (directory / name).exists()]
+    tokenizer = Tokenizer.from_file(directory) if vocabulary else None
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise ValueError(f"{directory}: {len(tokenizer)} words for a vocabulary matrix of {config.vocab_size} rows")
+    return Blip(dataclasses.replace(config, **runtime), tokenizer), params, report
+
+
+def _read_ours(directory: Path, question_encoder, image_size):
+    manifest = json.loads((directory / "manifest.json").read_text())
+    config = BlipConfig(**manifest["config"])
+    flat = {name: jnp.asarray(x, jnp.float32) for name, x in load_file(directory / "model.safetensors").items()}
+    for copy, source in manifest["aliases"].items():
+        flat |= {copy + name[len(source) :]: x for name, x in flat.items() if name.startswith(source + "/")}
+    if question_encoder is not None and question_encoder != config.question_encoder:
+        if question_encoder:
+            raise ValueError(f"{directory} holds no question encoder, which the vqa task needs")
+        config = dataclasses.replace(config, question_encoder=False)
+        flat = {name: x for name, x in flat.items() if not name.startswith("text_encoder/")}
+    if image_size not in (None, config.image_size):
+        config, flat["vision/position"] = blip_port.resized(config, flat["vision/position"], image_size)
+    params = tree.unflatten(abstract_params(config), flat, str(directory / "model.safetensors"))
+    return config, params, {"source": str(manifest.get("name", directory.name)), "digest": manifest["digest"]}
+
+
+def abstract_params(config: BlipConfig) -> Tree:
+    """Shapes of the model's params, without computing them."""
+    model = Blip(config)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["params"]
+
+
+def scratch(config: BlipConfig, tokenizer: Tokenizer, seed: int) -> tuple[Blip, Tree]:
+    """A model with random weights: the control for what pre-training gives."""
+    model = Blip(config, tokenizer)
+    return model, jax.jit(lambda: model.init(jax.random.key(seed), model.example()))()["params"]
+
+
+def save(directory, model: Blip, params: Tree, *, aliases: dict[str, str], dtype: str = "float16", **facts) -> Path:
+    """Write a checkpoint directory of ours; leaves under an alias are dropped (they equal their source's)."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    flat = tree.flatten(params)
+    for copy, source in aliases.items():
+        for name in [name for name in flat if name.startswith(copy + "/")]:
+            if not np.array_equal(flat[name], flat[source + name[len(copy) :]]):
+                raise ValueError(f"{name} differs from {source}'s, which the alias says it equals")
+            del flat[name]
+    save_file({name: np.asarray(x, dtype) for name, x in flat.items()}, directory / "model.safetensors")
+    config = {k: v for k, v in dataclasses.asdict(model.config).items() if k not in RUNTIME}
+    stored = {name: np.asarray(x, dtype).astype(np.float32) for name, x in flat.items()}
+    manifest = {"config": config, "aliases": aliases, "digest": tree.digest(stored), **facts}
+    (directory / "vocab.txt").write_text("\n".join(model.tokenizer.vocabulary) + "\n")
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return directory
+
+
+def extend_vocabulary(model: Blip, params: Tree, words, seed: int) -> tuple[Blip, Tree, list[str]]:
+    """The model with whole words added that its vocabulary lacks, and those words; their rows are N(0, 0.02).
+
+    New rows are random, so whoever adds words must also train the word embedding.
+    """
+    tokenizer, new = model.tokenizer.extended(words)
+    if not new:
+        return model, params, []
+    config = dataclasses.replace(model.config, vocab_size=len(tokenizer))
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    flat = tree.flatten(params)
+    for name in flat:
+        if name.endswith(("embed/word", "head/bias")):
+            room = (config.vocab_size - flat[name].shape[0], *flat[name].shape[1:])
+            rows = rng.normal(0, 0.02, room) if name.endswith("word") else np.zeros(room)
+            flat[name] = jnp.concatenate([flat[name], jnp.asarray(rows, jnp.float32)])
+    return Blip(config, tokenizer), tree.unflatten(abstract_params(config), flat, "extended vocabulary"), new

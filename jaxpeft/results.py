@@ -1,0 +1,146 @@
+"""What a run leaves behind: files written atomically, a table on the terminal, and a gallery of test pictures."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_jsonl(path: Path, rows) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+class Metrics:
+    """metrics.jsonl, one line per record, continued by a resumed run; TensorBoard too when tensorboardX is installed."""
+
+    def __init__(self, workdir: Path, start: int):
+        path, self._board = workdir / "metrics.jsonl", None
+        if path.exists():  # a killed run may have logged steps that it never saved: they will be logged again
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start]
+            write_text(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+        try:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+        except ImportError:
+            pass
+
+    def write(self, step: int, **values) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def _step_of(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # the last line of a killed run
+        return sys.maxsize
+
+
+def machine() -> dict:
+    """Where a number was measured."""
+    device = jax.devices()[0]
+    return {"device": f"{len(jax.devices())} x {device.device_kind}", "cores": os.cpu_count(), "os": platform.platform()}
+
+
+def versions() -> dict:
+    """The packages that decide numbers."""
+    names = ("jaxpeft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def memory() -> dict:
+    """Peak bytes so far: of the process, and of the first device where it reports them."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    device = jax.devices()[0].memory_stats() or {}
+    return {"host_peak_bytes": peak, "device_peak_bytes": device.get("peak_bytes_in_use")}
+
+
+def table(result: dict) -> str:
+    """The closing table of a run: blind baselines, the frozen base and the tuned model, on each evaluated split."""
+    name, counts, timing = result["main_metric"], result["counts"], result["timing"]
+    lines = []
+    for split, scores in result["metrics"].items():
+        rows = [(label, score) for label, score in scores["blind"].items()]
+        rows += [(label, scores[label]) for label in ("base", "tuned") if label in scores]
+        kinds = sorted({kind for _, score in rows for kind in score.get("by_type", {})})
+        header = ["", name, *kinds, *(["nll"] if any("nll" in score for _, score in rows) else [])]
+        body = []
+        for label, score in rows:
+            cells = [f"{score[name]:.3f}", *(f"{score['by_type'][kind]['accuracy']:.3f}" for kind in kinds)]
+            cells += [f"{score['nll']:.3f}" if "nll" in score else "-"] if header[-1] == "nll" else []
+            body.append([_LABELS.get(label, label), *cells])
+        lines += [f"{split} (n = {scores['n']})", *_aligned([header, *body]), ""]
+    share = 100 * counts["tuned"] / counts["total"]
+    lines.append(
+        f"tuned {counts['tuned']:,} of {counts['total']:,} base parameters ({share:.2f} %), stored {counts['stored']:,}"
+    )
+    lines.append(
+        f"{timing['total_s']:.0f} s in all: compile {timing['compile_s']:.1f} s, "
+        f"{timing['steps']} steps of {1000 * timing['step_s']:.1f} ms, evaluation {timing['eval_s']:.1f} s"
+    )
+    return "\n".join(lines)
+
+
+_LABELS = {
+    "majority": "blind: majority",
+    "question_only": "blind: question only",
+    "constant_caption": "blind: one caption",
+    "base": "frozen base",
+    "tuned": "tuned",
+}
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+
+
+def gallery(path: Path, cases: list[dict], columns: int = 4) -> None:
+    """A PNG of pictures with what was asked, what is true, and what was written before and after tuning.
+
+    A case is {'image': uint8 image_YXC, 'lines': [(label, text), ...]}.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = -(-len(cases) // columns)
+    figure = Figure(figsize=(3.4 * columns, 3.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for case, axes in zip(cases, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
+        axes.imshow(case["image"], interpolation="nearest")
+        text = "\n".join(textwrap.fill(f"{label}: {said}", 46, subsequent_indent="   ") for label, said in case["lines"])
+        axes.set_title(text, fontsize=7.5, loc="left", family="DejaVu Sans Mono")
+    for axes in figure.axes:
+        axes.set_axis_off()
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,102 @@
+"""Visual question answering: a picture and a question in, a short answer out. BLIP's recipe (section 5.3).
+
+The question encoder reads [ENC] <question> [SEP] and the picture; the decoder reads [DEC] <answer> [SEP] and the
+question states. Loss: per answer the sum over its tokens, weighted by the share of annotators who gave it, summed, and
+divided by the number of questions. Score: VQA accuracy (official 2021 clean-up unless said otherwise).
+"""
+
+import collections
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from jaxpeft import metrics
+from jaxpeft.data import Examples, most_common, pad_tokens
+from jaxpeft.datasets import Split
+from jaxpeft.tasks.base import Task, teacher_forced
+from jaxpeft.text import Tokenizer, clean_question
+
+N_ANSWERS = 10  # what the VQA score is defined on
+
+
+def ten_answers(answers: list[str]) -> list[str]:
+    """The official score needs ten answers; data with fewer has them repeated in turn (one answer: exact match)."""
+    return answers if len(answers) >= N_ANSWERS else (answers * N_ANSWERS)[:N_ANSWERS]
+
+
+@dataclasses.dataclass(frozen=True)
+class Vqa(Task):
+    max_question: int = 35  # tokens, specials included
+    max_answers: int = 10  # distinct answers trained per question, the most frequent first
+    length: int = 10  # decoding: most tokens written, [DEC] included
+    min_length: int = 0
+    variant: str = "official2021"
+    name: ClassVar[str] = "vqa"
+    question_encoder: ClassVar[bool] = True
+    main_metric: ClassVar[str] = "accuracy"
+
+    def prompt_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """[DEC] alone."""
+        return [tokenizer.bos_id]
+
+    def texts(self, split: Split) -> list[str]:
+        return [t for row in split.rows for q in row["questions"] for t in (clean_question(q["question"]), *q["answers"])]
+
+    def _questions(self, split: Split, tokenizer: Tokenizer):
+        found = [(i, q) for i, row in enumerate(split.rows) for q in row["questions"]]
+        if not found:
+            raise ValueError(f"split {split.name!r} has no questions; the vqa task needs some")
+        ids = [tokenizer.encode(clean_question(q["question"]), self.max_question) for _, q in found]
+        arrays = {
+            "image_index": np.array([i for i, _ in found], np.int32),
+            "question": pad_tokens([[tokenizer.enc_id, *one[1:]] for one in ids], tokenizer.pad_id),
+        }
+        return found, arrays
+
+    def examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
+        found, arrays = self._questions(split, tokenizer)
+        answers, weights = [], []
+        for _, q in found:
+            counts = collections.Counter(q["answers"])
+            kept = sorted(counts, key=lambda a: (-counts[a], a))[: self.max_answers]
+            answers.append([[tokenizer.bos_id, *tokenizer.encode(a, self.length)[1:]] for a in kept])
+            weights.append([counts[a] / len(q["answers"]) for a in kept])
+        arrays |= teacher_forced(answers, weights, 1, tokenizer.pad_id)
+        return Examples(arrays, split.images, [{"question_id": q["question_id"]} for _, q in found])
+
+    def cases(self, split: Split, tokenizer: Tokenizer) -> Examples:
+        found, arrays = self._questions(split, tokenizer)
+        rows = [
+            {key: q[key] for key in ("question_id", "question", "type")}
+            | {"image_id": split.rows[i]["image_id"], "answers": ten_answers(q["answers"])}
+            for i, q in found
+        ]
+        return Examples(arrays, split.images, rows)
+
+    def loss(self, model, variables, batch, rngs):
+        """The count is questions, not tokens."""
+        total, _ = super().loss(model, variables, batch, rngs)
+        return total, np.float32(batch["targets"].shape[0])
+
+    def score(self, rows: list[dict], predictions: list[str]) -> dict:
+        """{'accuracy', 'by_type', 'n', 'variant'}."""
+        report = metrics.vqa_report(
+            [row | {"prediction": text} for row, text in zip(rows, predictions, strict=True)], self.variant
+        )
+        return {"accuracy": report.pop("overall"), **report}
+
+    def blind(self, train: Split, rows: list[dict]) -> dict:
+        """What needs no picture: the most frequent answer of the question's type, and of the question's own words."""
+        by_type, by_question = collections.defaultdict(list), collections.defaultdict(list)
+        for row in train.rows:
+            for q in row["questions"]:
+                answer = most_common(q["answers"])
+                by_type[q["type"]].append(answer)
+                by_question[q["question"]].append(answer)
+        anything = most_common(a for group in by_type.values() for a in group)
+        majority = {kind: most_common(group) for kind, group in by_type.items()}
+        known = {question: most_common(group) for question, group in by_question.items()}
+        of_type = [majority.get(row["type"], anything) for row in rows]
+        of_words = [known.get(row["question"], guess) for row, guess in zip(rows, of_type, strict=True)]
+        return {"majority": self.score(rows, of_type), "question_only": self.score(rows, of_words)}

@@ -1,0 +1,110 @@
+"""Trees of arrays by name: select leaves, split a tree in two halves and join it again, count, compare, digest.
+
+Freezing is a split, not a mask inside the optimizer: `tuned, frozen = split(variables, mask)` puts `None` where a leaf
+belongs to the other half, JAX treats `None` as an empty subtree, and `jax.grad` then never sees a frozen leaf.
+(`optax.masked` alone hands frozen leaves their raw gradient as an update.)
+"""
+
+import difflib
+import hashlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+Tree = Any  # a pytree of arrays
+Mask = Any  # a pytree of bools of the same structure
+
+
+def _key_name(key) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def path_name(path) -> str:
+    """A key path of `jax.tree_util` as 'params/vision/patch/kernel'."""
+    return "/".join(_key_name(key) for key in path)
+
+
+def names(tree: Tree) -> Tree:
+    """The same tree with each leaf replaced by its name."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Leaves by name, in tree order; the form in which trees are stored."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(like: Tree, leaves: dict[str, Any], what: str = "tree") -> Tree:
+    """Leaves by name back into the structure of `like`; raises ValueError with missing, extra and misshaped names."""
+    check_same(flatten(like), leaves, what)
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], like)
+
+
+def check_same(expected: dict[str, Any], got: dict[str, Any], what: str) -> None:
+    """Raise ValueError unless both hold the same names with the same shapes."""
+    missing = [name for name in expected if name not in got]
+    extra = [name for name in got if name not in expected]
+    shapes = [
+        f"{name}: expected {tuple(np.shape(expected[name]))}, got {tuple(np.shape(got[name]))}"
+        for name in expected
+        if name in got and np.shape(expected[name]) != np.shape(got[name])
+    ]
+    if missing or extra or shapes:
+        parts = [("missing", missing), ("unexpected", extra), ("wrong shape", shapes)]
+        lines = [f"  {label} ({len(rows)}): {_some(rows)}" for label, rows in parts if rows]
+        raise ValueError(f"{what} does not fit:\n" + "\n".join(lines))
+
+
+def matches(tree: Tree, where: str) -> Mask:
+    """True for the leaves whose name contains the regular expression `where`."""
+    return jax.tree.map(lambda name: re.search(where, name) is not None, names(tree))
+
+
+def nearest(where: str, candidates, n: int = 3) -> list[str]:
+    """The names closest to a pattern that matched nothing, for an error message."""
+    plain = re.sub(r"[\\^$()?*+|\[\]]", "", where)
+    score = {name: difflib.SequenceMatcher(None, plain, name).ratio() for name in candidates}
+    return sorted(score, key=score.get, reverse=True)[:n]
+
+
+def split(tree: Tree, mask: Mask) -> tuple[Tree, Tree]:
+    """(tuned, frozen): the leaves where `mask` is True and the rest; each half has `None` in place of the other's."""
+    tuned = jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, mask)
+    frozen = jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, mask)
+    return tuned, frozen
+
+
+def join(tuned: Tree, frozen: Tree) -> Tree:
+    """The inverse of `split`; raises ValueError where both halves or neither hold a leaf."""
+
+    def pick(path, a, b):
+        if (a is None) == (b is None):
+            raise ValueError(f"cannot join at {path_name(path)}: {'neither' if a is None else 'both'} half holds it")
+        return b if a is None else a
+
+    return jax.tree_util.tree_map_with_path(pick, tuned, frozen, is_leaf=lambda x: x is None)
+
+
+def count(tree: Tree) -> int:
+    """Number of scalars in all leaves; works on abstract shapes too."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def digest(tree: Tree) -> str:
+    """A hex digest of names, dtypes, shapes and bytes: equal exactly when two trees are."""
+    sha = hashlib.sha256()
+    for name, leaf in sorted(flatten(tree).items()):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()[:16]
+
+
+def _some(rows, most: int = 10) -> str:
+    more = f", ... (+{len(rows) - most} more)" if len(rows) > most else ""
+    return ", ".join(rows[:most]) + more

@@ -1,0 +1,11 @@
+"""A strict session: warnings are errors (pyproject), ranks never broadcast by accident, eight virtual devices."""
+
+import os
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)  # before any array exists
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")

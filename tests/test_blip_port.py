@@ -1,0 +1,313 @@
+"""Checkpoints survive the way in and out bit for bit, and every key, shape and setting is accounted for."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxpeft import images, tree
+from jaxpeft.models import blip_port
+from jaxpeft.models.blip import Blip, BlipConfig
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+CAPTION, VQA, MINIMAL = (GOLDEN / f"blip_{name}_tiny" for name in ("caption", "vqa", "bin"))
+BOTH = pytest.mark.parametrize("directory", [CAPTION, VQA], ids=["caption", "vqa"])
+WORD = "text_decoder.bert.embeddings.word_embeddings.weight"
+
+
+def tensors_of(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def config_of(directory):
+    return blip_port.read_directory(directory)[0]
+
+
+def shapes(config):
+    model = Blip(config)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["params"]
+
+
+def assert_same(a, b):
+    a, b = tree.flatten(a), tree.flatten(b)
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        assert np.asarray(x).dtype == np.asarray(b[name]).dtype, name
+        np.testing.assert_array_equal(x, b[name], err_msg=name)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """copy(directory, **changes of 'section.key') -> a copy whose config.json is changed; None removes a key."""
+
+    def make(directory, changes=None):
+        new = tmp_path / directory.name
+        shutil.copytree(directory, new)
+        config = json.loads((new / "config.json").read_text())
+        for name, value in (changes or {}).items():
+            *section, key = name.split(".")
+            part = config[section[0]] if section else config
+            part.pop(key, None)
+            if value is not None:
+                part[key] = value
+        (new / "config.json").write_text(json.dumps(config))
+        return new
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------- both ways
+@BOTH
+def test_round_trip_is_bit_exact(directory):
+    tensors, config = tensors_of(directory), config_of(directory)
+    params = blip_port.from_hf(tensors, config)
+    assert_same(blip_port.to_hf(params, config), tensors)
+    assert_same(blip_port.from_hf(blip_port.to_hf(params, config), config), params)
+
+
+@BOTH
+def test_params_fit_the_model(directory):
+    config, params, _ = blip_port.read_directory(directory)
+    tree.check_same(tree.flatten(shapes(config)), tree.flatten(params), "params")
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize(("question_encoder", "count"), [(False, 223_971_644), (True, 361_230_140)])
+def test_counts_of_blip_base(question_encoder, count):
+    config = BlipConfig(question_encoder=question_encoder)
+    assert tree.count(shapes(config)) == count
+    assert sum(int(np.prod(row.shape)) * len(row.names()) for row in blip_port.table(config)) == count
+
+
+def test_unequal_widths_of_a_vqa_model_fit_too():
+    """transformers cannot express them: the encoder reads image tokens, the decoder reads question states."""
+    config = dataclasses.replace(config_of(CAPTION), question_encoder=True)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes(config))
+    assert params["text_encoder"]["blocks"]["cross_attention"]["key"]["kernel"].shape == (2, 48, 32)
+    assert params["text_decoder"]["blocks"]["cross_attention"]["key"]["kernel"].shape == (2, 32, 32)
+    assert_same(blip_port.from_hf(blip_port.to_hf(params, config), config), params)
+
+
+def test_fused_attention_is_split_in_the_order_query_key_value():
+    tensors, config = tensors_of(CAPTION), config_of(CAPTION)
+    attention = blip_port.from_hf(tensors, config)["vision"]["blocks"]["attention"]
+    fused, bias = (tensors[f"vision_model.encoder.layers.2.self_attn.qkv.{part}"] for part in ("weight", "bias"))
+    for i, part in enumerate(("query", "key", "value")):
+        np.testing.assert_array_equal(attention[part]["kernel"][2], fused[48 * i : 48 * (i + 1)].T)
+        np.testing.assert_array_equal(attention[part]["bias"][2], bias[48 * i : 48 * (i + 1)])
+
+
+def test_the_patch_kernel_becomes_hwio():
+    kernel = tensors_of(CAPTION)["vision_model.embeddings.patch_embedding.weight"]
+    ours = blip_port.from_hf(tensors_of(CAPTION), config_of(CAPTION))["vision"]["patch"]["kernel"]
+    assert ours.shape == (8, 8, 3, 48) and ours[5, 1, 2, 7] == kernel[7, 2, 5, 1]
+
+
+# ------------------------------------------------------------------------------------------- keys and shapes
+def test_missing_extra_and_misshaped_keys_are_all_named_in_one_error():
+    tensors = tensors_of(CAPTION)
+    del tensors["vision_model.post_layernorm.bias"]
+    tensors["vision_model.encoder.layers.3.layer_norm1.bias"] = np.zeros(48, np.float32)
+    tensors["text_decoder.cls.predictions.bias"] = np.zeros(96, np.float32)
+    with pytest.raises(ValueError) as error:
+        blip_port.from_hf(tensors, config_of(CAPTION), "some.safetensors")
+    text = str(error.value)
+    assert "some.safetensors" in text and "missing (1): vision_model.post_layernorm.bias" in text
+    assert "unexpected (1): vision_model.encoder.layers.3.layer_norm1.bias" in text
+    assert re.search(r"wrong shape \(1\): text_decoder.cls.predictions.bias: expected \(97,\), got \(96,\)", text)
+
+
+def test_long_lists_of_keys_are_cut_after_ten_with_their_count():
+    config = dataclasses.replace(config_of(CAPTION), vision_layers=5)
+    with pytest.raises(ValueError, match=r"missing \(24\): (vision_model\S+, ){10}\.\.\. \(\+14 more\)"):
+        blip_port.from_hf(tensors_of(CAPTION), config)
+
+
+def test_a_question_encoder_is_neither_dropped_nor_invented():
+    with pytest.raises(ValueError, match=r"unexpected \(56\): text_encoder"):
+        blip_port.from_hf(tensors_of(VQA), dataclasses.replace(config_of(VQA), question_encoder=False))
+    with pytest.raises(ValueError, match=r"question states; take a captioning checkpoint"):
+        blip_port.read_directory(VQA, question_encoder=False)
+
+
+def test_second_names_of_tied_tensors_must_agree():
+    tensors, config = tensors_of(CAPTION), config_of(CAPTION)
+    expected = blip_port.from_hf(tensors, config)
+    second = tensors | {name: tensors[first] for name, first in blip_port.TIED.items()}
+    assert_same(blip_port.from_hf(second, config), expected)
+    only = {name: x for name, x in second.items() if name not in blip_port.TIED.values()}
+    assert_same(blip_port.from_hf(only, config), expected)
+    second["text_decoder.cls.predictions.decoder.weight"] = tensors[WORD] + 1
+    with pytest.raises(ValueError, match=f"decoder.weight differs from {WORD}"):
+        blip_port.from_hf(second, config)
+
+
+def official(name):
+    """A transformers name as Salesforce's code has it."""
+    for pattern, new in (
+        (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.qkv", r"visual_encoder.blocks.\1.attn.qkv"),
+        (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection", r"visual_encoder.blocks.\1.attn.proj"),
+        (r"^vision_model\.encoder\.layers\.(\d+)\.layer_norm", r"visual_encoder.blocks.\1.norm"),
+        (r"^vision_model\.encoder\.layers", "visual_encoder.blocks"),
+        (r"^vision_model\.embeddings\.patch_embedding", "visual_encoder.patch_embed.proj"),
+        (r"^vision_model\.embeddings\.position_embedding", "visual_encoder.pos_embed"),
+        (r"^vision_model\.embeddings\.class_embedding", "visual_encoder.cls_token"),
+        (r"^vision_model\.post_layernorm", "visual_encoder.norm"),
+    ):
+        name = re.sub(pattern, new, name)
+    return name
+
+
+@BOTH
+def test_official_names_and_position_buffers_are_accepted(directory):
+    tensors, config = tensors_of(directory), config_of(directory)
+    renamed = {official(name): x for name, x in tensors.items()}
+    assert not any(name.startswith("vision_model") for name in renamed)
+    renamed["text_decoder.bert.embeddings.position_ids"] = np.arange(24)[None]
+    assert_same(blip_port.from_hf(renamed, config), blip_port.from_hf(tensors, config))
+    with pytest.raises(ValueError, match="two keys mean vision_model.post_layernorm.bias"):
+        blip_port.from_hf(tensors | {"visual_encoder.norm.bias": np.zeros(48)}, config)
+
+
+# ------------------------------------------------------------------------------------------- directories
+def test_torch_file_equals_safetensors(copy):
+    directory = copy(MINIMAL)
+    _, expected, report = blip_port.read_directory(directory)
+    assert report["files"] == ["model.safetensors"]
+    (directory / "model.safetensors").unlink()
+    _, params, report = blip_port.read_directory(directory)
+    assert report["files"] == ["pytorch_model.bin"]
+    assert_same(params, expected)
+
+
+def shard(directory, tensors, n=2):
+    """Replace the weights of a directory by n files and their index."""
+    (directory / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(n):
+        part = dict(list(tensors.items())[i::n])
+        save_file(part, directory / f"model-{i}.safetensors")
+        weight_map |= {name: f"model-{i}.safetensors" for name in part}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_shards_are_joined(copy):
+    directory = copy(CAPTION)
+    shard(directory, tensors_of(CAPTION))
+    _, params, report = blip_port.read_directory(directory)
+    assert report["files"] == ["model.safetensors.index.json", "model-0.safetensors", "model-1.safetensors"]
+    assert_same(params, blip_port.read_directory(CAPTION)[1])
+    save_file({"other": np.zeros(2)}, directory / "model-1.safetensors")
+    with pytest.raises(ValueError, match=r"model-1.safetensors: \S+ is not in it, though model.safetensors.index.json"):
+        blip_port.read_directory(directory)
+    (directory / "model-1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-1.safetensors is missing"):
+        blip_port.read_directory(directory)
+
+
+def test_bfloat16_checkpoints_become_float32(copy):
+    directory = copy(CAPTION)
+    half = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors_of(CAPTION).items()}
+    save_file(half, directory / "model.safetensors")
+    config, params, _ = blip_port.read_directory(directory)
+    single = {name: x.astype(np.float32) for name, x in half.items()}
+    assert_same(jax.tree.map(np.asarray, params), blip_port.from_hf(single, config))
+    assert_same(blip_port.to_hf(blip_port.from_hf(half, config), config), half)
+
+
+def test_settings_come_from_the_file_and_absent_ones_are_reported(copy):
+    changes = {"vision_config.layer_norm_eps": None, "text_config.num_attention_heads": None}
+    config, _, report = blip_port.read_directory(copy(CAPTION, changes | {"text_config.layer_norm_eps": 1e-7}))
+    assert (config.vision_eps, config.text_heads, config.text_eps) == (1e-5, 8, 1e-7)
+    assert report["defaults"] == {"vision_config.layer_norm_eps": 1e-5, "text_config.num_attention_heads": 8}
+    config, _, report = blip_port.read_directory(CAPTION)
+    assert (config.vision_eps, config.text_heads, config.text_eps, config.image_size) == (1e-6, 4, 1e-12, 40)
+    assert (config.pad_id, config.cls_id, config.sep_id, config.bos_id, config.enc_id) == (0, 1, 2, 95, 96)
+    assert report["defaults"] == {} and set(report["initialised"].values()) == {"checkpoint"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "clip"}, "model_type 'clip'"),
+        ({"architectures": ["BlipForImageTextRetrieval"]}, "BlipForImageTextRetrieval"),
+        ({"text_config": None}, "text_config is None, expected an object"),
+        ({"vision_config.hidden_act": "quick_gelu"}, "vision_config.hidden_act is 'quick_gelu'"),
+        ({"text_config.num_attention_heads": 5}, "text_width 32 is not divisible by text_heads 5"),
+        ({"text_config.num_attention_heads": "4"}, "text_config.num_attention_heads is '4', expected a int"),
+        ({"text_config.num_hidden_layers": 0}, "text_config.num_hidden_layers is 0"),
+        ({"vision_config.image_size": [40, 48]}, r"vision_config.image_size is \[40, 48\]"),
+        ({"vision_config.image_size": 44}, "image_size 44 is not divisible by patch_size 8"),
+        ({"text_config.bos_token_id": 30522}, "text_config.bos_token_id 30522 is outside the vocabulary of 97"),
+    ],
+)
+def test_wrong_settings_name_the_file_and_the_key(copy, changes, message):
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+        blip_port.read_directory(copy(CAPTION, changes))
+
+
+def test_missing_and_damaged_files_are_named(copy):
+    directory = copy(CAPTION)
+    (directory / "model.safetensors").write_bytes((CAPTION / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as safetensors"):
+        blip_port.read_directory(directory)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no weights; expected one of model.safetensors"):
+        blip_port.read_directory(directory)
+    save_file(tensors_of(CAPTION), directory / "model.safetensors")
+    (directory / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        blip_port.read_directory(directory)
+    (directory / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        blip_port.read_directory(directory)
+
+
+# ------------------------------------------------------------------------------------------- changes on load
+def test_another_image_size_resizes_the_positions_only():
+    config, params, report = blip_port.read_directory(CAPTION, image_size=56)
+    _, before, _ = blip_port.read_directory(CAPTION)
+    assert config.image_size == 56 and report["resized"] == "position embedding from 40 to 56 pixels"
+    position_PD = before["vision"].pop("position")
+    np.testing.assert_array_equal(params["vision"].pop("position"), images.resize_positions(position_PD, 7))
+    assert_same(params, before)
+    assert "resized" not in blip_port.read_directory(CAPTION, image_size=40)[2]
+    with pytest.raises(ValueError, match="image_size 50 is not a multiple of patch_size 8"):
+        blip_port.read_directory(CAPTION, image_size=50)
+
+
+def equal_widths(tmp_path, copy):
+    """A captioning directory with vision width = text width: the VQA one without its encoder."""
+    directory = copy(VQA, {"architectures": ["BlipForConditionalGeneration"]})
+    rest = {name: x for name, x in tensors_of(VQA).items() if not name.startswith("text_encoder.")}
+    save_file(rest, directory / "model.safetensors")
+    return directory
+
+
+def test_a_captioning_checkpoint_starts_a_vqa_model(tmp_path, copy):
+    directory = equal_widths(tmp_path, copy)
+    _, caption, _ = blip_port.read_directory(directory)
+    config, params, report = blip_port.read_directory(directory, question_encoder=True)
+    assert config.question_encoder and "text_encoder" not in caption
+    tree.check_same(tree.flatten(shapes(config)), tree.flatten(params), "params")
+    encoder = params.pop("text_encoder")
+    assert_same(params, caption)
+    del caption["text_decoder"]["head"]
+    assert_same(encoder, caption["text_decoder"])
+    started = {group: source for group, source in report["initialised"].items() if group.startswith("text_encoder")}
+    assert started["text_encoder/blocks/cross_attention"] == "text_decoder/blocks/cross_attention"
+    assert set(started) == {f"text_encoder/{group}" for group in ("embed", *(f"blocks/{n}" for n in encoder["blocks"]))}
+    assert report["initialised"]["text_decoder/blocks/cross_attention"] == "checkpoint"
+
+
+def test_unequal_widths_cannot_start_a_vqa_model():
+    with pytest.raises(ValueError, match=r"cross_attention/\{key,value\}/kernel .* width 48 .* width 32"):
+        blip_port.read_directory(CAPTION, question_encoder=True)

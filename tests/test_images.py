@@ -1,0 +1,241 @@
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxpeft import images
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "positions.npz")
+
+
+def picture(rows=20, columns=30):
+    """Smooth, so that lossy formats come close, and without any symmetry."""
+    y, x = np.mgrid[0:rows, 0:columns]
+    return np.stack([y * 250 // rows, x * 250 // columns, (x + 2 * y) * 80 // (columns + rows)], -1).astype(np.uint8)
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_lossless_formats_keep_every_pixel(kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    decoded = images.decode(encoded(picture(), kind, **options))
+    assert decoded.dtype == np.uint8 and decoded.flags.c_contiguous and decoded.flags.writeable
+    np.testing.assert_array_equal(decoded, picture())
+
+
+def test_jpeg_is_close_and_a_path_equals_its_bytes(tmp_path):
+    data = encoded(picture(), "JPEG", quality=95)
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert np.abs(images.decode(data).astype(int) - picture()).mean() < 3
+    np.testing.assert_array_equal(images.decode(tmp_path / "a.jpg"), images.decode(data))
+
+
+# EXIF: what turns the stored pixels into the picture; 6 = rotate 90 degrees clockwise
+UPRIGHT = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+           5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1),
+           7: lambda a: a[::-1, ::-1].transpose(1, 0, 2), 8: lambda a: np.rot90(a)}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_orientation_is_applied(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    plain = images.decode(encoded(picture(), kind, **options))
+    turned = images.decode(encoded(picture(), kind, exif=exif, **options))
+    np.testing.assert_array_equal(turned, UPRIGHT[orientation](plain))
+
+
+def test_unreadable_exif_leaves_the_picture_as_stored():
+    np.testing.assert_array_equal(images.decode(encoded(picture(), exif=b"Exif\x00\x00MM\x00*\xff\xff")), picture())
+
+
+def test_grey_is_repeated_and_black_and_white_is_full_range():
+    grey = picture()[..., 1]
+    np.testing.assert_array_equal(images.decode(encoded(grey)), np.repeat(grey[..., None], 3, -1))
+    bits = Image.fromarray(grey > 100)
+    assert bits.mode == "1"
+    assert set(np.unique(images.decode(encoded(bits)))) == {0, 255}
+
+
+def test_transparency_is_white_in_every_mode():
+    alpha = np.zeros((20, 30), np.uint8)
+    alpha[:, :10], alpha[:, 10:20] = 255, 128
+    decoded = images.decode(encoded(np.dstack([picture(), alpha]))).astype(int)
+    np.testing.assert_array_equal(decoded[:, :10], picture()[:, :10])
+    np.testing.assert_allclose(decoded[:, 10:20], picture()[:, 10:20] * (128 / 255) + 127, atol=1.01)
+    assert (decoded[:, 20:] == 255).all()
+    grey_alpha = Image.merge("LA", [Image.new("L", (2, 1), 0), Image.fromarray(np.array([[255, 0]], np.uint8))])
+    np.testing.assert_array_equal(images.decode(encoded(grey_alpha))[0, :, 0], [0, 255])
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    for transparent in (1, b"\xff\x00"):  # one colour, and one alpha per colour
+        decoded = images.decode(encoded(palette, transparency=transparent))
+        np.testing.assert_array_equal(decoded, [[[10, 20, 30], [255, 255, 255]]])
+    colour_key = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    decoded = images.decode(encoded(colour_key, transparency=(4, 5, 6)))
+    np.testing.assert_array_equal(decoded, [[[1, 2, 3], [255, 255, 255]]])
+
+
+def test_palette_and_first_frame_of_a_gif():
+    frames = [Image.new("RGB", (6, 4), colour).quantize(4) for colour in ((200, 10, 30), (0, 0, 255))]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert images.decode(data).shape == (4, 6, 3)
+    assert (images.decode(data) == [200, 10, 30]).all()
+    np.testing.assert_array_equal(images.decode(encoded(frames[0])), images.decode(data))
+
+
+def test_cmyk_jpeg_becomes_rgb():
+    cmyk = Image.fromarray(picture()).convert("CMYK")
+    decoded = images.decode(encoded(cmyk, "JPEG", quality=100, subsampling=0))
+    assert np.abs(decoded.astype(int) - picture()).max() < 8
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(kind):
+    grey = np.array([[0, 128, 129, 257, 300, 32896, 65406, 65407, 65535]], np.uint16)
+    decoded = images.decode(encoded(grey, kind))
+    np.testing.assert_array_equal(decoded[0, :, 0], np.rint(grey[0] / 257))
+    assert decoded[0, 5, 0] == 128
+
+
+def test_pixels_without_a_white_level_are_refused():
+    with pytest.raises(ValueError, match="x.tif: floating-point"):
+        images.decode(encoded(np.ones((2, 2), np.float32), "TIFF"), name="x.tif")
+    with pytest.raises(ValueError, match="65535"):
+        images.decode(encoded(np.full((2, 2), 70000, np.int32), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("part", [0.0, 0.02, 0.5, 0.95])
+def test_truncated_files_name_themselves(tmp_path, kind, part):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    data = encoded(noise, kind)
+    (tmp_path / "cut.bin").write_bytes(data[: int(part * len(data))])
+    with pytest.raises(ValueError, match="cut.bin"):
+        images.decode(tmp_path / "cut.bin")
+
+
+def test_damaged_bytes_and_other_files_are_refused(tmp_path):
+    data = bytearray(encoded(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)))
+    data[len(data) // 2] ^= 255
+    for broken in (bytes(data), b"<html>not found</html>"):
+        with pytest.raises(ValueError, match="photo.png"):
+            images.decode(broken, name="photo.png")
+    with pytest.raises(FileNotFoundError):
+        images.decode(tmp_path / "absent.png")
+
+
+def test_a_decompression_bomb_is_an_error_under_any_warning_filter(monkeypatch):
+    data = encoded(picture())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)  # 600 pixels: Pillow alone would only warn up to 1198
+    for action in ("error", "ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter(action)
+            with pytest.raises(ValueError, match="bomb.png.*(exceeds|more than the) limit"):
+                images.decode(data, name="bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    assert images.decode(data).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("rows, columns, size", [(37, 53, 24), (11, 9, 32)])
+def test_resize_and_normalise_equal_the_reference_processor(rows, columns, size):
+    image = (np.arange(rows * columns * 3) ** 2 % 251).astype(np.uint8).reshape(rows, columns, 3)
+    resized = images.resize(image, size)
+    assert resized.shape == (size, size, 3) and resized.dtype == np.uint8
+    ours = images.normalise(resized)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, GOLDEN[f"blip_{rows}_{columns}_{size}"], rtol=0, atol=1e-6)
+
+
+def test_normalise_by_hand():
+    white_black = images.normalise(np.array([[[255, 255, 255], [0, 0, 0]]], np.uint8))
+    np.testing.assert_allclose(white_black[0, 0, 0], (1 - 0.48145466) / 0.26862954, rtol=1e-6)
+    np.testing.assert_allclose(white_black[0, 1, 2], -0.40821073 / 0.27577711, rtol=1e-6)
+
+
+@pytest.mark.parametrize("old, new", [(14, 24), (24, 30), (8, 5), (2, 7), (5, 5), (1, 3)])
+def test_positions_equal_torch(old, new):
+    grid = (np.arange(old * old * 3) ** 2 % 251 / 128 - 1).reshape(-1, 3)
+    position = np.concatenate([[[7, 8, 9]], grid])
+    resized = images.resize_positions(position, new)
+    assert resized.shape == (1 + new * new, 3)
+    np.testing.assert_array_equal(resized[0], [7, 8, 9])
+    np.testing.assert_allclose(resized[1:], GOLDEN[f"grid_{old}_{new}"], rtol=0, atol=1e-12)
+    single = images.resize_positions(position.astype(np.float32), new)
+    assert single.dtype == np.float32
+    np.testing.assert_allclose(single[1:], GOLDEN[f"grid_{old}_{new}"], rtol=0, atol=1e-6)
+
+
+def test_positions_equal_torch_live():
+    torch = pytest.importorskip("torch", reason="torch is only in the environment that makes golden numbers")
+    grid = np.random.default_rng(0).standard_normal((7, 7, 4))
+    theirs = torch.nn.functional.interpolate(
+        torch.from_numpy(grid).permute(2, 0, 1)[None], size=(12, 12), mode="bicubic", align_corners=False
+    )
+    ours = images.resize_positions(np.concatenate([np.zeros((1, 4)), grid.reshape(49, 4)]), 12)[1:]
+    np.testing.assert_allclose(ours, theirs[0].permute(1, 2, 0).reshape(144, 4).numpy(), rtol=0, atol=1e-6)
+
+
+def test_positions_keep_dtype_and_a_same_size_grid():
+    position = np.random.default_rng(0).standard_normal((1 + 36, 5)).astype(np.float16)
+    same = images.resize_positions(position, 6)
+    assert same.dtype == np.float16
+    np.testing.assert_array_equal(same, position)
+
+
+@pytest.mark.parametrize("shape, new", [((12, 3), 4), ((1, 3), 4), ((10, 3, 1), 4), ((10, 3), 0)])
+def test_positions_of_another_shape_are_refused(shape, new):
+    with pytest.raises(ValueError, match="1 \\+ g"):
+        images.resize_positions(np.zeros(shape), new)
+
+
+def test_augment_is_a_crop_in_the_allowed_range_flipped_half_of_the_time():
+    rows, columns = 60, 90
+    y, x = np.mgrid[0:rows, 0:columns].astype(np.uint8)
+    image = np.stack([y, x, x], -1)  # a pixel says where it came from
+    areas, flips, tops, lefts = [], 0, set(), set()
+    for seed in range(300):
+        crop = images.augment(image, np.random.default_rng(seed))
+        np.testing.assert_array_equal(crop, images.augment(image, np.random.default_rng(seed)))
+        flipped = bool(crop[0, 0, 1] > crop[0, -1, 1])
+        upright = crop[:, ::-1] if flipped else crop
+        top, left = upright[0, 0, :2]
+        np.testing.assert_array_equal(upright, image[top : top + crop.shape[0], left : left + crop.shape[1]])
+        assert 0.72 < crop.shape[1] / crop.shape[0] < 1.36
+        areas.append(crop.shape[0] * crop.shape[1] / (rows * columns))
+        flips += flipped
+        tops.add(int(top))
+        lefts.add(int(left))
+    assert 0.48 < min(areas) < 0.55 and 0.85 < max(areas) <= 1
+    assert 120 < flips < 180
+    assert len(tops) > 10 and len(lefts) > 20
+
+
+def test_augment_resizes_as_resize_does_and_survives_extreme_shapes():
+    image = picture()
+    crop = images.augment(image, np.random.default_rng(3))
+    resized = images.augment(image, np.random.default_rng(3), size=16)
+    np.testing.assert_array_equal(resized, images.resize(crop, 16))
+    assert images.augment(picture(1, 200), np.random.default_rng(0)).shape == (1, 1, 3)
+    assert images.augment(picture(200, 3), np.random.default_rng(0)).shape == (4, 3, 3)  # the central box of ratio 3/4
+    whole = images.augment(picture(40, 40), np.random.default_rng(1), scale=(1.0, 1.0))
+    assert min(whole.shape[:2]) >= 34
+
+
+@pytest.mark.parametrize("bad", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8)])
+def test_pixels_of_another_kind_are_refused(bad):
+    for function in (lambda a: images.resize(a, 2), lambda a: images.augment(a, np.random.default_rng(0))):
+        with pytest.raises(ValueError, match="uint8"):
+            function(bad)
