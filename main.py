@@ -5,7 +5,9 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(arg), as file.py or file.py:key=value,...")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file with get_config(arg), as file.py or file.py:key=value,..."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results and checkpoints of this run go; reuse it to resume.")
 
 
@@ -13,10 +15,10 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.key=value")
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
-    from jaxpeft import pretrain, train  # after the flags: --help answers at once
+    from jaxpeft import point, pretrain  # after the flags: --help answers at once
 
     try:
-        (pretrain if "pretrain" in CONFIG.value else train).run(CONFIG.value, WORKDIR.value)
+        (pretrain if "pretrain" in CONFIG.value else point).run(CONFIG.value, WORKDIR.value)
     except ValueError as error:  # a mistake in config, data or checkpoint: the message is for the user
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

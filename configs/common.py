@@ -88,6 +88,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.eval.splits = ("test",)
     c.eval.batch_size = 128
     c.eval.beams = 1
+    c.eval.base = True  # score the frozen base too
     return c
 
 

@@ -1,6 +1,6 @@
 """One point of the grid: a task, a method and its size, a share of the data, a seed.
 
-    python main.py --config=configs/point.py:task=vqa,method=lora,size=8,fraction=0.1,seed=0 --workdir=runs/point
+python main.py --config=configs/point.py:task=vqa,method=lora,size=8,fraction=0.1,seed=0 --workdir=runs/point
 """
 
 from configs import common
@@ -8,7 +8,17 @@ from configs import common
 
 def get_config(arg=""):
     a = common.parse_arg(
-        arg, task="vqa", method="lora", size=8, head="none", fraction=1.0, n_images=0, seed=0, lr=0.0, steps=0, init="base"
+        arg,
+        task="vqa",
+        method="lora",
+        size=8,
+        head="none",
+        fraction=1.0,
+        n_images=0,
+        seed=0,
+        lr=0.0,
+        steps=0,
+        init="base",
     )
     c = common.get_config(a.task, a.method, a.size, a.head)
     c.seed = c.data.subset_seed = a.seed

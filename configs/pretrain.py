@@ -1,7 +1,7 @@
-"""Pre-train the tiny BLIP from scratch on scenes: makes the checkpoint that the package ships (see jaxpeft/pretrain.py).
+"""Pre-train the tiny BLIP from scratch on scenes: makes the checkpoint that the package ships.
 
-    python main.py --config=configs/pretrain.py --workdir=runs/pretrain
-    python main.py --config=configs/pretrain.py:steps=20 --workdir=runs/try        every stage cut to 20 steps
+python main.py --config=configs/pretrain.py --workdir=runs/pretrain
+python main.py --config=configs/pretrain.py:steps=20 --workdir=runs/try        every stage cut to 20 steps
 """
 
 import ml_collections
@@ -18,9 +18,17 @@ def get_config(arg=""):
     c.seed = a.seed
     c.architecture = ml_collections.ConfigDict(
         {
-            "image_size": 64, "patch_size": 8,
-            "vision_width": 128, "vision_layers": 4, "vision_heads": 4, "vision_mlp": 512,
-            "text_width": 128, "text_layers": 3, "text_heads": 4, "text_mlp": 512, "max_positions": 64,
+            "image_size": 64,
+            "patch_size": 8,
+            "vision_width": 128,
+            "vision_layers": 4,
+            "vision_heads": 4,
+            "vision_mlp": 512,
+            "text_width": 128,
+            "text_layers": 3,
+            "text_heads": 4,
+            "text_mlp": 512,
+            "max_positions": 64,
         }  # fmt: skip
     )
     c.batch_size = 32
@@ -29,9 +37,9 @@ def get_config(arg=""):
     c.order = ("text", "lm", "lm_itm")
     c.stages = ml_collections.ConfigDict(
         {
-            "text": {"steps": 3000, "lr": 1e-3, "schedule": "cosine", "first": 0},
-            "lm": {"steps": 3500, "lr": 1e-3, "schedule": "constant", "first": 0},
-            "lm_itm": {"steps": 3500, "lr": 1e-3, "schedule": "cosine", "first": 10_000_000},
+            "text": {"steps": 3000, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 0},
+            "lm": {"steps": 2500, "lr": 1e-3, "schedule": "constant", "warmup": 0.084, "first": 0},
+            "lm_itm": {"steps": 2800, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 10_000_000},
         }
     )
     for stage in c.stages.values():

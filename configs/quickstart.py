@@ -1,7 +1,7 @@
 """The quickstart: LoRA and the head's transform, from the shipped tiny BLIP, on procedural scenes; minutes on 2 cores.
 
-    python main.py --config=configs/quickstart.py --workdir=runs/quickstart
-    python main.py --config=configs/quickstart.py:task=captioning --workdir=runs/quickstart_captioning
+python main.py --config=configs/quickstart.py --workdir=runs/quickstart
+python main.py --config=configs/quickstart.py:task=captioning --workdir=runs/quickstart_captioning
 """
 
 from configs import common

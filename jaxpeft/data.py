@@ -36,7 +36,7 @@ class Examples:
 
 
 def subset(split: Split, *, seed: int, fraction: float = 1.0, n_images: int | None = None) -> Split:
-    """The first `n_images` (or `fraction`) of the pictures in an order drawn from `seed`: subsets of a seed are nested."""
+    """The first `n_images` (or `fraction`) of the pictures in an order drawn from `seed`; subsets of a seed nest."""
     if not 0 < fraction <= 1:
         raise ValueError(f"data.fraction is {fraction}; it must be in (0, 1]")
     n_all = len(split.rows)
@@ -99,7 +99,7 @@ def gather(examples: Examples, indices, augment=None) -> dict[str, np.ndarray]:
 
 
 def one_pass(examples: Examples, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """Every example once, in order: (batch, number of real rows). The last batch is padded by repeating its last row."""
+    """Every example once, in order: (batch, number of real rows); the last batch repeats its last row to be full."""
     for start in range(0, len(examples), batch_size):
         indices = np.arange(start, min(start + batch_size, len(examples)))
         n_real = len(indices)

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import decode
-from jaxpeft.data import Examples, one_pass
+from jaxpeft import decode, tasks
+from jaxpeft.data import Examples, Resized, one_pass
+from jaxpeft.datasets import Split
+from jaxpeft.images import decode as decode_image
 from jaxpeft.tasks.base import Task
 from jaxpeft.tree import Tree
 
@@ -25,8 +27,10 @@ def encode_images(model, variables: Tree, image_BYXC):
 @functools.partial(jax.jit, static_argnames="model")
 def contexts(model, variables: Tree, batch: dict):
     """(context_BSD, mask_BS) that the decoder looks at."""
-    image_BPD = batch["image_tokens"] if "image_tokens" in batch else model.apply(
-        variables, batch["image"], method="encode_image"
+    image_BPD = (
+        batch["image_tokens"]
+        if "image_tokens" in batch
+        else model.apply(variables, batch["image"], method="encode_image")
     )
     return model.apply(variables, image_BPD, batch.get("question"), method="context")
 
@@ -88,3 +92,36 @@ def nll(model, variables: Tree, task: Task, examples: Examples, *, features=None
 
 def _without_images(examples: Examples, features) -> Examples:
     return examples if features is None else Examples(examples.arrays, None, examples.rows)
+
+
+def generate(
+    model, variables: Tree, images, prompts=None, *, beams: int = 3, batch_size: int = 16, task: Task | None = None
+):
+    """Text for pictures: a caption each, or with `prompts` (one question per picture, or one for all) an answer each.
+
+    `images`: uint8 arrays image_YXC of any size, or paths. `variables`: {'params': ...} or what `attach` returned.
+    Raises ValueError when the model has no tokenizer, or prompts where there is no question encoder or the reverse.
+    """
+    if model.tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer: put vocab.txt or tokenizer.json beside its weights and load again"
+        )
+    asks = model.config.question_encoder
+    if asks != (prompts is not None):
+        raise ValueError(f"this model {'answers questions: give prompts' if asks else 'captions: give no prompts'}")
+    task = task or tasks.build("vqa" if asks else "captioning")
+    pictures = [picture if isinstance(picture, np.ndarray) else decode_image(picture) for picture in images]
+    questions = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts or [""] * len(pictures))
+    if len(questions) != len(pictures):
+        raise ValueError(f"{len(questions)} prompts for {len(pictures)} pictures; give one each, or one for all")
+    rows = [
+        {
+            "image_id": str(i),
+            "captions": ["-"],
+            "questions": [{"question_id": "", "question": q, "answers": ["-"], "type": ""}],
+        }
+        for i, q in enumerate(questions)
+    ]
+    split = Split("generate", Resized(pictures, model.config.image_size), rows)
+    cases = task.cases(split, model.tokenizer)
+    return [one["text"] for one in predict(model, variables, task, cases, batch_size=batch_size, beams=beams)]

@@ -85,8 +85,8 @@ def normalise(image_YXC):
     return (np.asarray(image_YXC).astype(np.float32) / 255 - MEAN_C) / STD_C
 
 
-def augment(image_YXC, rng, scale=(0.5, 1.0), size=None):
-    """A random crop of `scale` of the area with ratio 3/4..4/3, flipped left to right half of the time; uint8.
+def augment(image_YXC, rng, scale=(0.5, 1.0), size=None, flip=True):
+    """A random crop of `scale` of the area with ratio 3/4..4/3; with `flip`, mirrored half of the time; uint8.
 
     With `size` the crop is resized as `resize` does (BLIP's training transform without RandAugment); without, it keeps
     its native size.  `rng` is an np.random.Generator: one rng state gives one result.
@@ -94,7 +94,7 @@ def augment(image_YXC, rng, scale=(0.5, 1.0), size=None):
     _check_pixels(image_YXC)
     top, left, height, width = _crop_box(*image_YXC.shape[:2], rng, scale)
     crop_YXC = image_YXC[top : top + height, left : left + width]
-    if rng.random() < 0.5:
+    if flip and rng.random() < 0.5:
         crop_YXC = crop_YXC[:, ::-1]
     crop_YXC = np.ascontiguousarray(crop_YXC)
     return crop_YXC if size is None else resize(crop_YXC, size)

@@ -35,7 +35,9 @@ def schedule(config, n_steps: int) -> optax.Schedule:
 
 def optimizer(config, tuned: Tree, n_steps: int) -> optax.GradientTransformation:
     """AdamW with global-norm clipping; leaves whose name contains `no_decay` (a regular expression) do not decay."""
-    decays = jax.tree.map(lambda name: not re.search(config.no_decay, name), tree.names(tuned)) if config.no_decay else None
+    decays = (
+        jax.tree.map(lambda name: not re.search(config.no_decay, name), tree.names(tuned)) if config.no_decay else None
+    )
     steps = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     steps.append(optax.adamw(schedule(config, n_steps), config.b1, config.b2, weight_decay=config.decay, mask=decays))
     return optax.chain(*steps)

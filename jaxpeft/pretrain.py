@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import evals, hub, losses, results, train, tree
+from jaxpeft import evals, hub, losses, point, results, train, tree
 from jaxpeft.data import pad_tokens
 from jaxpeft.datasets import scenes
 from jaxpeft.models.blip import Blip, BlipConfig
@@ -147,7 +147,10 @@ def caption_batch(tokenizer: Tokenizer, stage: str, n_texts: int, indices, rng: 
     if stage == "lm_itm":
         own = [group[0] for group in captions]
         others = nearest_other(own)
-        wrong = [edited(text, scenes.scene("pretrain", i), rng) or other for text, i, other in zip(own, indices, others, strict=True)]
+        wrong = [
+            edited(text, scenes.scene("pretrain", i), rng) or other
+            for text, i, other in zip(own, indices, others, strict=True)
+        ]
         groups = [text for triple in zip(own, wrong, others, strict=True) for text in triple]
         pairs = pad_tokens([tokenizer.encode(text, TEXT_LENGTH) for text in groups], tokenizer.pad_id, TEXT_LENGTH)
         pairs[:, 0] = tokenizer.enc_id
@@ -178,7 +181,7 @@ def run(config, workdir, log=print) -> dict:
         **{name: getattr(tokenizer, name) for name in names},
     )
     model = Blip(architecture, tokenizer)
-    params, seconds, digest = init(model, config.seed), {}, train.config_digest(config)
+    params, seconds, digest = init(model, config.seed), {}, point.digest(point.as_json(config))
     log(f"{tree.count(params):,} stored parameters, {tree.count(shared(params)):,} in the model")
     for name in config.order:
         stage = config.stages[name]
@@ -190,7 +193,8 @@ def run(config, workdir, log=print) -> dict:
         )
         log(f"stage {name}")
         settings = config.copy_and_resolve_references()
-        settings.steps, settings.optim.lr, settings.optim.schedule = stage.steps, stage.lr, stage.schedule
+        settings.steps = stage.steps
+        settings.optim.update({key: stage[key] for key in ("lr", "schedule", "warmup")})
         step = functools.partial(train.train_step, model=model, task=task, seed=config.seed, accumulate=1)
         manifest = {"config": digest, "base": tree.digest(params), "data": name}
         (workdir / name).mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ def write_jsonl(path: Path, rows) -> None:
 
 
 class Metrics:
-    """metrics.jsonl, one line per record, continued by a resumed run; TensorBoard too when tensorboardX is installed."""
+    """metrics.jsonl, a line per record, continued by a resumed run; TensorBoard too if tensorboardX is installed."""
 
     def __init__(self, workdir: Path, start: int):
         path, self._board = workdir / "metrics.jsonl", None
@@ -67,7 +67,11 @@ def _step_of(line: str) -> int:
 def machine() -> dict:
     """Where a number was measured."""
     device = jax.devices()[0]
-    return {"device": f"{len(jax.devices())} x {device.device_kind}", "cores": os.cpu_count(), "os": platform.platform()}
+    return {
+        "device": f"{len(jax.devices())} x {device.device_kind}",
+        "cores": os.cpu_count(),
+        "os": platform.platform(),
+    }
 
 
 def versions() -> dict:
@@ -121,7 +125,10 @@ _LABELS = {
 def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  "
+        + "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
 
@@ -139,7 +146,9 @@ def gallery(path: Path, cases: list[dict], columns: int = 4) -> None:
     FigureCanvasAgg(figure)
     for case, axes in zip(cases, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
         axes.imshow(case["image"], interpolation="nearest")
-        text = "\n".join(textwrap.fill(f"{label}: {said}", 46, subsequent_indent="   ") for label, said in case["lines"])
+        text = "\n".join(
+            textwrap.fill(f"{label}: {said}", 46, subsequent_indent="   ") for label, said in case["lines"]
+        )
         axes.set_title(text, fontsize=7.5, loc="left", family="DejaVu Sans Mono")
     for axes in figure.axes:
         axes.set_axis_off()

@@ -23,6 +23,7 @@ from flax import linen as nn
 
 from jaxpeft import tree
 from jaxpeft.methods.base import Method, Theta
+from jaxpeft.methods.selective import Head
 from jaxpeft.tree import Mask, Tree
 
 # What the recorded shape of each kind means; its length tells a stacked site (one more axis, L) from a single one.
@@ -189,7 +190,8 @@ def merge(model: nn.Module, variables: Tree) -> Tree:
             if site.kind != "linear":
                 raise ValueError(f"{bound.method.name} acts on {site.kind} at {site.path} and cannot be merged exactly")
             if site.path in tied:
-                bound.method.merge(bound.theta, {})  # a method that knows why raises its own reason
+                if isinstance(bound.method, Head):  # it knows the reason better
+                    bound.method.merge(bound.theta, {})
                 raise ValueError(f"{bound.method.name}: {site.path} is tied to {tied[site.path]}; merging changes both")
             kernel, bias = f"{site.path}/kernel", f"{site.path}/bias"
             base = {"kernel": base_kernel(model, tree_of(flat, variables["params"]), site), "bias": flat[bias]}
@@ -216,7 +218,9 @@ def report(variables: Tree, mask: Mask) -> list[dict]:
     rows, tuned = [], tree.flatten(mask)
     for name, leaf in tree.flatten(variables).items():
         if tuned[name] or name.startswith("peft/"):
-            rows.append({"leaf": name, "shape": list(leaf.shape), "count": tree.count(leaf), "tuned": bool(tuned[name])})
+            rows.append(
+                {"leaf": name, "shape": list(leaf.shape), "count": tree.count(leaf), "tuned": bool(tuned[name])}
+            )
     return rows
 
 

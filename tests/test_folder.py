@@ -209,6 +209,31 @@ def test_annotations_per_split_may_reuse_ids(root):
 # problems
 
 
+def test_splits_may_have_more_after_their_name(root, tmp_path):
+    names = {"train": 1, "test_style": 2, "test_style_hard": 3}
+    for split, i in names.items():
+        write(root / f"{split}.csv", f"image,caption\n{name(i)},{split}\n")
+    settings = config(root, tmp_path, {split: f"{split}.csv" for split in names})
+    splits = folder.load(settings, list(names))
+    assert {name: [row["image_id"] for row in split.rows] for name, split in splits.items()} == {
+        split: [name(i)] for split, i in names.items()
+    }
+    assert list(folder.load(settings, ["test_style"])) == ["test_style"]
+    with pytest.raises(ValueError, match="no image is in the splits \\['test'\\]"):  # test_style is no part of test
+        folder.load(settings, ["test"])
+
+
+@pytest.mark.parametrize("split, meant", [
+    ("valid", "val"), ("test_b", "test_b"), ("val_2", "val_2"), ("testing", None), ("test_", None), ("valid_b", None),
+    ("test_a/b", None),
+])  # fmt: skip
+def test_split_names(root, split, meant):
+    assert folder_formats.split_name(split) == meant
+    rows, problems = folder.parse(write(root / "c.csv", f"image,caption,split\n{name(1)},x,{split}\n"), root)
+    assert [row["split"] for row in rows] == [meant] * bool(meant)
+    assert problems.counts == ({} if meant else {"split": 1})
+
+
 def test_unrecognised_file_says_what_was_found_and_what_is_accepted(root):
     for content, found in (({"foo": 1, "bar": []}, "['bar', 'foo']"), ([1, 2], "[1, 2]"),
                            ("hello there", "'hello there'"),

@@ -223,6 +223,17 @@ def test_augment_is_a_crop_in_the_allowed_range_flipped_half_of_the_time():
     assert len(tops) > 10 and len(lefts) > 20
 
 
+def test_augment_without_flip_never_mirrors():
+    image = np.repeat(np.arange(40, dtype=np.uint8)[None, :, None], 3, -1).repeat(40, 0)  # brighter to the right
+    mirrored = {
+        flip: sum(crop[0, 0, 0] > crop[0, -1, 0] for crop in (
+            images.augment(image, np.random.default_rng(seed), flip=flip) for seed in range(40)
+        ))
+        for flip in (True, False)
+    }  # fmt: skip
+    assert mirrored[False] == 0 and 10 < mirrored[True] < 30
+
+
 def test_augment_resizes_as_resize_does_and_survives_extreme_shapes():
     image = picture()
     crop = images.augment(image, np.random.default_rng(3))

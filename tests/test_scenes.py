@@ -1,4 +1,5 @@
 """The scenes data set: specs, pictures, captions, questions, splits, and the TFDS form of the same data."""
+
 import collections
 import itertools
 import json
@@ -38,11 +39,16 @@ def named_pairs(sentence):
 
 # ---------------------------------------------------------------- specs
 
+
 def test_content_is_pinned():
     # Specs and text only, so that this holds under any pillow. A change here means: every result made before is void.
     assert {split: scenes.digest(split, 40)[:16] for split in PICTURED} == {
-        "pretrain": "a392283a4ecd48ac", "train": "e39c2667345fa8c8", "val": "638227dc83145024",
-        "test": "14b21b28965201dc", "test_comp": "6a8182cf9f889836"}
+        "pretrain": "a392283a4ecd48ac",
+        "train": "e39c2667345fa8c8",
+        "val": "638227dc83145024",
+        "test": "14b21b28965201dc",
+        "test_comp": "6a8182cf9f889836",
+    }
     assert scenes.text(0, 3) == "the small green heart is in the bottom right"
     assert scenes.digest("train", 40, seed=1) != scenes.digest("train", 40, seed=0)
 
@@ -73,7 +79,7 @@ def test_things_are_apart_inside_and_in_one_quadrant():
             assert min(abs(thing.x - 32), abs(thing.y - 32)) >= 4
             reach = scenes_world.REACH * thing.radius
             assert reach <= min(thing.x, thing.y) and max(thing.x, thing.y) <= 64 - reach
-            assert thing.quadrant == f'{"top" if thing.y < 32 else "bottom"} {"left" if thing.x < 32 else "right"}'
+            assert thing.quadrant == f"{'top' if thing.y < 32 else 'bottom'} {'left' if thing.x < 32 else 'right'}"
         for a, b in itertools.combinations(things, 2):
             assert np.hypot(a.x - b.x, a.y - b.y) > scenes_world.REACH * (a.radius + b.radius)
 
@@ -81,19 +87,23 @@ def test_things_are_apart_inside_and_in_one_quadrant():
 def test_fallback_layout_fits_four_large_things():
     rng = scenes_world.stream("train", 0, 0, "objects")
     centres = scenes_world._centres(rng, [SIZES["large"]] * 4, tries=0)
-    assert sorted(centres) == [(18., 18.), (18., 46.), (46., 18.), (46., 46.)]
+    assert sorted(centres) == [(18.0, 18.0), (18.0, 46.0), (46.0, 18.0), (46.0, 46.0)]
     assert 46 - 18 > 2 * scenes_world.REACH * SIZES["large"]
 
 
 def test_composition_of_scenes():
     drawn = [scenes.scene("train", index).objects for index in range(4000)]
     shares = np.bincount([len(things) for things in drawn], minlength=5) / len(drawn)
-    np.testing.assert_allclose(shares, [0, .15, .3, .3, .25], atol=.025)
+    np.testing.assert_allclose(shares, [0, 0.15, 0.3, 0.3, 0.25], atol=0.025)
     several = [things for things in drawn if len(things) > 1]
-    repeats = np.mean([len({t.color for t in things}) < len(things) or len({t.shape for t in things}) < len(things)
-                       for things in several])
+    repeats = np.mean(
+        [
+            len({t.color for t in things}) < len(things) or len({t.shape for t in things}) < len(things)
+            for things in several
+        ]
+    )
     copies = np.mean([len({t.pair for t in things}) < len(things) for things in several])
-    assert repeats > .6 and .05 < copies < .25
+    assert repeats > 0.6 and 0.05 < copies < 0.25
     seen = collections.Counter(thing.pair for things in drawn for thing in things)
     assert len(seen) == 64 - len(HELD_PAIRS) and min(seen.values()) > 100
 
@@ -121,13 +131,14 @@ def test_bad_arguments_are_named():
 
 # ---------------------------------------------------------------- pictures
 
+
 def test_pixels_show_the_spec():
     for index in range(150):
         spec = scenes.scene("test_comp", index)
         image_YXC = scenes.render(spec).astype(int)
         assert image_YXC.shape == (64, 64, 3)
         for thing in spec.objects:
-            aside = {"moon": -.65, "ring": -.8}.get(thing.shape, 0) * thing.radius  # their middle may show the ground
+            aside = {"moon": -0.65, "ring": -0.8}.get(thing.shape, 0) * thing.radius  # their middle may show the ground
             pixel = image_YXC[int(thing.y), int(thing.x + aside)]
             wanted = np.minimum(np.array(COLORS[thing.color]) * thing.shade, 255)
             assert np.abs(pixel - wanted).max() <= 8, (index, thing, pixel)
@@ -137,29 +148,32 @@ def test_pixels_show_the_spec():
 
 def test_nothing_is_clipped_or_drawn_outside_its_reach():
     for shape, size in itertools.product(SHAPES, SIZES):
-        at = scenes_world.REACH * SIZES[size] + .5
-        thing = Thing(shape, "red", size, at, at, 12., 1.)
+        at = scenes_world.REACH * SIZES[size] + 0.5
+        thing = Thing(shape, "red", size, at, at, 12.0, 1.0)
         with_YXC, without_YXC = (scenes.render(Scene("train", 0, 0, things)).astype(int) for things in ((thing,), ()))
         y, x = np.nonzero(np.abs(with_YXC - without_YXC).max(-1))
-        assert np.hypot(y + .5 - at, x + .5 - at).max() <= scenes_world.REACH * SIZES[size] + 1
-        width = .75 if shape == "moon" else .85
+        assert np.hypot(y + 0.5 - at, x + 0.5 - at).max() <= scenes_world.REACH * SIZES[size] + 1
+        width = 0.75 if shape == "moon" else 0.85
         assert np.ptp(x) + 1 >= 2 * width * SIZES[size] and np.ptp(y) + 1 >= 1.5 * SIZES[size]
 
 
 def test_shapes_and_colors_are_told_apart():
     masks = {}
     for shape in SHAPES:
-        drawn_YXC = scenes.render(Scene("train", 0, 0, (Thing(shape, "red", "small", 18., 18., 0., 1.),))).astype(int)
+        drawn_YXC = scenes.render(Scene("train", 0, 0, (Thing(shape, "red", "small", 18.0, 18.0, 0.0, 1.0),))).astype(
+            int
+        )
         masks[shape] = drawn_YXC[..., 0] - drawn_YXC[..., 1] > 90
     for a, b in itertools.combinations(SHAPES, 2):
         overlap = (masks[a] & masks[b]).sum() / (masks[a] | masks[b]).sum()
-        assert overlap < .85, (a, b, overlap)
+        assert overlap < 0.85, (a, b, overlap)
     for a, b in itertools.combinations(COLORS.values(), 2):
-        for shade_a, shade_b in itertools.product((.84, 1.), repeat=2):
+        for shade_a, shade_b in itertools.product((0.84, 1.0), repeat=2):
             assert np.linalg.norm(np.array(a) * shade_a - np.array(b) * shade_b) > 85
 
 
 # ---------------------------------------------------------------- captions
+
 
 def parse_human(caption, things):
     """What a human caption says: [(size or None, colour, shape, quadrant)]; asserts that its count is right."""
@@ -168,7 +182,7 @@ def parse_human(caption, things):
     opening = re.match(r"(there (is|are) )?(the picture shows )?(\w+)( shapes?)? (a )?", " ".join(words))
     assert opening[4] == number, caption
     assert (opening[5] or " shape").endswith("s") == (len(things) > 1)
-    listing = " ".join(words)[opening.end():].split(" and a ")
+    listing = " ".join(words)[opening.end() :].split(" and a ")
     said = []
     for phrase in listing:
         thing, quadrant = re.fullmatch(r"(.+) (?:at|in) the (\w+ \w+)", phrase).groups()
@@ -189,7 +203,7 @@ def test_human_captions_say_everything_and_nothing_wrong():
             assert collections.Counter(said) == collections.Counter(truth), caption
             sized.append(with_size)
             longest = max(longest, len(caption.split()))
-    assert .75 < np.mean(sized) < .85
+    assert 0.75 < np.mean(sized) < 0.85
     assert longest == 40
 
 
@@ -206,14 +220,16 @@ def test_web_captions_list_things_and_sometimes_the_wrong_scene():
             swapped.append(not right)
             if right:
                 dropped, total = dropped + len(things) - len(said), total + len(things)
-    assert .06 < np.mean(swapped) < .10
-    assert .08 < dropped / total < .12  # a bit under or over .1: never all of them; a right-looking swap
+    assert 0.06 < np.mean(swapped) < 0.10
+    assert 0.08 < dropped / total < 0.12  # a bit under or over .1: never all of them; a right-looking swap
 
 
 # ---------------------------------------------------------------- questions
 
+
 def answer_from_scene(question, things):
     """An answerer of its own, from the words of the question; it asserts that what the question points at is unique."""
+
     def matching(words):
         keep = [word for word in words if word not in ("shape", "shapes", "one", "anything")]
         singular = {plural: shape for shape, plural in scenes_text.PLURALS.items()}
@@ -242,7 +258,9 @@ def answer_from_scene(question, things):
         r"is the (.+) at the top or at the bottom": lambda a: only(matching(a.split())).quadrant.split()[0],
         r"are there more (.+) than (.+)": lambda a, b: yes(len(matching(a.split())) > len(matching(b.split()))),
         r"is the (.+) larger than the (.+)": lambda a, b: yes(
-            only(matching(a.split())).radius > only(matching(b.split())).radius)}
+            only(matching(a.split())).radius > only(matching(b.split())).radius
+        ),
+    }
     for pattern, rule in rules.items():
         found = re.fullmatch(pattern, question)
         if found:
@@ -265,31 +283,41 @@ def test_every_answer_follows_from_the_scene(split):
 
 
 def test_answers_cannot_be_guessed_without_the_picture():
-    train, test = ([{"questions": scenes.questions(split, index)} for index in range(number)]
-                   for split, number in (("train", 8000), ("test", 2000)))
+    train, test = (
+        [{"questions": scenes.questions(split, index)} for index in range(number)]
+        for split, number in (("train", 8000), ("test", 2000))
+    )
     guessed = scenes.blind_accuracy(train, test)
-    assert guessed.pop("all")[1] < .4
-    limits = {"exist": .55, "compare": .55, "position": .55, "count": .4, "color": .2, "shape": .2}
+    assert guessed.pop("all")[1] < 0.4
+    limits = {"exist": 0.55, "compare": 0.55, "position": 0.55, "count": 0.4, "color": 0.2, "shape": 0.2}
     assert {kind: max(found[:2]) for kind, found in guessed.items() if max(found[:2]) >= limits[kind]} == {}
     assert guessed.keys() == limits.keys()
 
 
 def test_held_out_does_not_mean_yes():
-    answers = [one["answers"][0] for index in range(4000) for one in scenes.questions("test_comp", index)
-               if one["type"] == "exist" and named_pairs(one["question"]) & HELD_PAIRS]
-    assert len(answers) > 500 and .4 < np.mean([answer == "yes" for answer in answers]) < .6
+    answers = [
+        one["answers"][0]
+        for index in range(4000)
+        for one in scenes.questions("test_comp", index)
+        if one["type"] == "exist" and named_pairs(one["question"]) & HELD_PAIRS
+    ]
+    assert len(answers) > 500 and 0.4 < np.mean([answer == "yes" for answer in answers]) < 0.6
 
 
 def test_blind_accuracy_on_a_case_done_by_hand():
     def rows(*asked):
-        return [{"questions": [{"type": kind, "question": question, "answers": [answer] * 10}]}
-                for kind, question, answer in asked]
+        return [
+            {"questions": [{"type": kind, "question": question, "answers": [answer] * 10}]}
+            for kind, question, answer in asked
+        ]
+
     train = rows(("a", "p", "x"), ("a", "p", "x"), ("a", "q", "y"), ("b", "r", "z"))
     test = rows(("a", "p", "x"), ("a", "q", "y"), ("a", "new", "x"), ("b", "r", "other"))
-    assert scenes.blind_accuracy(train, test) == {"a": (2 / 3, 1., 3), "b": (0., 0., 1), "all": (.5, .75, 4)}
+    assert scenes.blind_accuracy(train, test) == {"a": (2 / 3, 1.0, 3), "b": (0.0, 0.0, 1), "all": (0.5, 0.75, 4)}
 
 
 # ---------------------------------------------------------------- words
+
 
 def test_words_are_exactly_those_that_occur():
     corpus = {word for index in range(6000) for word in scenes.text(0, index).split()}
@@ -312,17 +340,26 @@ def test_text_corpus_holds_no_human_caption():
 
 # ---------------------------------------------------------------- splits
 
+
 def test_load_gives_lazy_pictures_and_rows():
     config = {"n_train": 12, "n_val": 3, "n_test": 5, "n_pretrain": 4, "seed": 3}
     data = scenes.load(config, PICTURED)
     assert {name: (len(split.images), len(split.rows)) for name, split in data.items()} == {
-        "pretrain": (4, 4), "train": (12, 12), "val": (3, 3), "test": (5, 5), "test_comp": (5, 5)}
+        "pretrain": (4, 4),
+        "train": (12, 12),
+        "val": (3, 3),
+        "test": (5, 5),
+        "test_comp": (5, 5),
+    }
     image_YXC = data["train"].images[11]
     np.testing.assert_array_equal(image_YXC, scenes.render(scenes.scene("train", 11, seed=3)))
     assert image_YXC is data["train"].images[-1] and not image_YXC.flags.writeable
     assert data["train"].rows[11] == scenes.record("train", 11, seed=3)
-    assert data["pretrain"].rows[0] == {"image_id": "scenes-pretrain-0", "questions": [],
-                                        "captions": scenes.web_captions("pretrain", 0, 2, seed=3)}
+    assert data["pretrain"].rows[0] == {
+        "image_id": "scenes-pretrain-0",
+        "questions": [],
+        "captions": scenes.web_captions("pretrain", 0, 2, seed=3),
+    }
     uncached = scenes.load(types.SimpleNamespace(n_train=2, seed=3, cache=False), ["train"])["train"].images
     assert uncached[0] is not uncached[0] and len(list(uncached)) == 2
     with pytest.raises(IndexError):
@@ -351,6 +388,7 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path):
 
 
 # ---------------------------------------------------------------- TFDS
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):

@@ -9,7 +9,8 @@ it is used again.
 
 Config keys (attributes or a mapping; keys of other purposes are ignored):
   root           the directory of images
-  annotations    a path (below root, or else from the working directory), or {split: path}
+  annotations    a path (below root, or else from the working directory), or {split: path}; a split is train, val, test
+                 or one of them with more after '_', as test_style
   questions      the same for the questions of VQA v2
   on_error       'raise', or 'skip': leave out what is wrong and say in the report how much that was
   val_fraction, test_fraction, seed
@@ -35,7 +36,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from jaxpeft import images
 from jaxpeft.datasets import Split
-from jaxpeft.datasets.folder_formats import SPLITS, Problems, records
+from jaxpeft.datasets.folder_formats import SPLITS, Problems, records, split_name
 
 _DEFAULTS = {"root": None, "annotations": None, "questions": None, "on_error": "raise", "val_fraction": 0.1,
              "test_fraction": 0.1, "seed": 0, "data_dir": None}  # fmt: skip
@@ -56,8 +57,8 @@ def load_with_report(config, splits):
     found = {name: info.num_examples for name, info in builder.info.splits.items()}
     if missing := [name for name in splits if name not in found]:
         raise ValueError(
-            f"no image is in the splits {missing}; found are {found}, allowed train, val and test.  Name splits in the "
-            "annotations, or change val_fraction, test_fraction or seed"
+            f"no image is in the splits {missing}; found are {found}, allowed train, val, test and as test_style. "
+            "Name splits in the annotations, or change val_fraction, test_fraction or seed"
         )
     return {name: _open(builder, name) for name in splits}, dict(builder.info.metadata)
 
@@ -114,8 +115,8 @@ def _sources(annotations, questions, root):
         raise ValueError(f"no annotation file {str(path)!r}, neither in {str(root)!r} nor in the working directory")
 
     files, asked = by_split(annotations), by_split(questions)
-    if unknown := [name for name in files if name is not None and name not in SPLITS]:
-        raise ValueError(f"annotations has the split names {unknown}; allowed: {', '.join(SPLITS)}")
+    if unknown := [name for name in files if name is not None and split_name(name) is None]:
+        raise ValueError(f"annotations has the split names {unknown}; allowed: {', '.join(SPLITS)}, and as test_style")
     if questions is not None and files.keys() != asked.keys():
         raise ValueError(f"questions has the splits {list(asked)} but annotations {list(files)}; give the same in both")
     return [(name, existing(files[name]), existing(asked[name]) if questions else None) for name in files]
@@ -123,7 +124,7 @@ def _sources(annotations, questions, root):
 
 def _merge(record, file, split, rows, ids, question_ids, problems):
     """Adds a record to the row of its file."""
-    where, named = record["where"], {SPLITS.get(str(name)) for name in (split, record["split"]) if name}
+    where, named = record["where"], {split_name(str(name)) for name in (split, record["split"]) if name}
     if len(named) > 1 or None in named:
         problems.note("split", f"{where}: split {record['split']!r}" + (f" in the file of {split!r}" if split else ""))
         return
@@ -334,8 +335,8 @@ class FolderData(tfds.core.GeneratorBasedBuilder):
         return _Info(builder=self, features=features, metadata=metadata, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
-        names = [name for name in ("train", "val", "test") if any(row["split"] == name for row in self._rows)]
-        return {name: self._generate_examples(name) for name in names}  # TFDS refuses empty splits
+        names = dict.fromkeys(row["split"] for row in self._rows)  # only these: TFDS refuses empty splits
+        return {name: self._generate_examples(name) for name in names}
 
     def _generate_examples(self, split):
         for i, row in enumerate(row for row in self._rows if row["split"] == split):

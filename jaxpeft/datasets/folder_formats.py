@@ -10,6 +10,7 @@ To add a dialect: a rule in `detect`, a parser here, and its line in ACCEPTED.
 import csv
 import io
 import json
+import re
 
 ACCEPTED = """accepted are
   COCO captions   JSON {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
@@ -33,7 +34,7 @@ FIXES = {
     "duplicate id": "give one id to one thing; several answers to one question belong in one row",
     "unmatched id": "make both sides agree, or remove the entry",
     "two splits": "put every image into exactly one split, or the test set leaks into training",
-    "split": "name train, val (or valid, validation, dev) or test in every row, or in none",
+    "split": "name train, val (or valid, validation, dev), test or test_ANYTHING in every row, or in none",
     "missing image": "correct the path (relative to root) or remove the row",
     "ambiguous image": "name the file instead of the id, or keep one file of that name below root",
     "outside the directory": "move the image below root and use a relative path",
@@ -41,6 +42,12 @@ FIXES = {
 }
 SPLITS = {"train": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
           "test": "test"}  # fmt: skip
+
+
+def split_name(name):
+    """The split that a name means, or None: a key of SPLITS, or train, val or test with more after '_': test_style."""
+    known = SPLITS.get(name)
+    return known or (name if re.fullmatch(r"(train|val|test)_[A-Za-z0-9_]+", name) else None)
 
 
 class Problems:

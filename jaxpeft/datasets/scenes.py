@@ -12,6 +12,7 @@ the ten answers to a question are ten copies of the one right answer, no person 
 makes 20,000 training and 2,000 test pictures with all their text in memory, and prints the time and how far the answers
 can be guessed without the picture.
 """
+
 import argparse
 import collections
 import concurrent.futures
@@ -80,6 +81,7 @@ def load(config, splits):
     A missing size or an unknown split raises ValueError.
     """
     from jaxpeft.datasets import Split
+
     config = _as_dict(config)
     seed, loaded = config.get("seed", 0), {}
     for split in splits:
@@ -95,7 +97,7 @@ def _as_dict(config):
 
 def _size(config, split):
     if split not in SPLITS:
-        raise ValueError(f'unknown scenes split {split!r}; use one of {", ".join(SPLITS)}')
+        raise ValueError(f"unknown scenes split {split!r}; use one of {', '.join(SPLITS)}")
     field = "n_test" if split == "test_comp" else f"n_{split}"
     if field not in config:
         raise ValueError(f"the size of scenes split {split!r} is not set; give {field} in the data config")
@@ -125,13 +127,20 @@ def _records_here(split, start, stop, seed):
 def _records_elsewhere(split, start, stop, seed):
     """Rows made by a fresh interpreter. Not multiprocessing: its spawned children import the caller's script again, and
     so run it twice unless it is guarded. If the interpreter cannot be started or fails, the rows are made here."""
-    code = ("import pickle, sys; from jaxpeft.datasets.scenes_text import record\n"
-            "split, (start, stop, seed) = sys.argv[1], map(int, sys.argv[2:])\n"
-            "pickle.dump([record(split, index, seed) for index in range(start, stop)], sys.stdout.buffer)")
+    code = (
+        "import pickle, sys; from jaxpeft.datasets.scenes_text import record\n"
+        "split, (start, stop, seed) = sys.argv[1], map(int, sys.argv[2:])\n"
+        "pickle.dump([record(split, index, seed) for index in range(start, stop)], sys.stdout.buffer)"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     try:
-        done = subprocess.run([sys.executable, "-c", code, split, *map(str, (start, stop, seed))], env=environment,
-                              check=True, stdin=subprocess.DEVNULL, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, split, *map(str, (start, stop, seed))],
+            env=environment,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        )
         return pickle.loads(done.stdout)
     except (OSError, ValueError, subprocess.CalledProcessError, pickle.UnpicklingError) as error:
         logging.getLogger(__name__).warning("scenes rows are made in one process, slower: %s", error)
@@ -150,6 +159,7 @@ def digest(split, size, seed=0):
 @dataclasses.dataclass
 class ScenesConfig(tfds.core.BuilderConfig):
     """Sizes and seed of a prepared data set; the name tells them apart on disk."""
+
     n_train: int = 16000
     n_val: int = 1000
     n_test: int = 2000
@@ -158,6 +168,7 @@ class ScenesConfig(tfds.core.BuilderConfig):
 
 class Scenes(tfds.core.GeneratorBasedBuilder):
     """The downstream splits as a TFDS data set. Give file_format="array_record": the default needs TensorFlow."""
+
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [ScenesConfig(name="default")]
 
@@ -165,14 +176,19 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         words = tfds.features.Text()
         return self.dataset_info_from_configs(
             description="Procedural pictures of coloured shapes with rule-made captions and questions.",
-            features=tfds.features.FeaturesDict({
-                "image": tfds.features.Image(shape=(64, 64, 3), encoding_format="png"),
-                "image_id": words,
-                "captions": tfds.features.Sequence(words),
-                # One answer, not ten copies: a list inside a list of dicts is one more thing that needs TensorFlow.
-                "questions": tfds.features.Sequence(
-                    {"question_id": words, "question": words, "answer": words, "type": words})}),
-            disable_shuffling=True)  # item i of the data source is scene i
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(64, 64, 3), encoding_format="png"),
+                    "image_id": words,
+                    "captions": tfds.features.Sequence(words),
+                    # One answer, not ten copies: a list inside a list of dicts is one more thing that needs TensorFlow.
+                    "questions": tfds.features.Sequence(
+                        {"question_id": words, "question": words, "answer": words, "type": words}
+                    ),
+                }
+            ),
+            disable_shuffling=True,
+        )  # item i of the data source is scene i
 
     def _split_generators(self, dl_manager):
         config = dataclasses.asdict(self.builder_config)
@@ -183,8 +199,10 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         for index, row in enumerate(records(split, size, seed)):
             png = io.BytesIO()  # bytes, because TFDS needs TensorFlow to encode an array
             Image.fromarray(render(scene(split, index, seed))).save(png, "png", compress_level=1)
-            asked = [{"answer": one["answers"][0], **{key: one[key] for key in ("question_id", "question", "type")}}
-                     for one in row["questions"]]
+            asked = [
+                {"answer": one["answers"][0], **{key: one[key] for key in ("question_id", "question", "type")}}
+                for one in row["questions"]
+            ]
             yield index, {**row, "questions": asked, "image": png.getvalue()}
 
 
@@ -201,15 +219,17 @@ def prepare_tfds(config, data_dir):
 def load_tfds(directory, splits):
     """The named splits of a prepared folder as dict[str, Split], equal to what `load` makes without files."""
     from jaxpeft.datasets import Split
+
     builder, loaded = tfds.builder_from_directory(directory), {}
     for split in splits:
         if split not in builder.info.splits:
-            raise ValueError(f'{directory} has no split {split!r}; it holds {", ".join(builder.info.splits)}')
+            raise ValueError(f"{directory} has no split {split!r}; it holds {', '.join(builder.info.splits)}")
         expected, files = builder.info.splits[split].num_examples, builder.info.splits[split].filepaths
         found = len(ArrayRecordDataSource([str(file) for file in files]))  # TFDS's len() repeats what its json claims
         if found != expected:
-            raise ValueError(f"{directory} split {split!r} holds {found} of {expected} examples; delete it "
-                             "and prepare again")
+            raise ValueError(
+                f"{directory} split {split!r} holds {found} of {expected} examples; delete it and prepare again"
+            )
         source = builder.as_data_source(split)
         raw = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         loaded[split] = Split(split, _SourceImages(source), [_row(raw[index]) for index in range(len(raw))])
@@ -231,9 +251,14 @@ def _row(example):
     """TFDS stores a list of dicts and gives back a dict of lists of bytes; this turns it round again."""
     asked = example["questions"]
     columns = ([value.decode() for value in asked[key]] for key in ("question_id", "question", "answer", "type"))
-    return {"image_id": example["image_id"].decode(), "captions": [caption.decode() for caption in example["captions"]],
-            "questions": [{"question_id": name, "question": question, "answers": [answer] * 10, "type": kind}
-                          for name, question, answer, kind in zip(*columns, strict=True)]}
+    return {
+        "image_id": example["image_id"].decode(),
+        "captions": [caption.decode() for caption in example["captions"]],
+        "questions": [
+            {"question_id": name, "question": question, "answers": [answer] * 10, "type": kind}
+            for name, question, answer, kind in zip(*columns, strict=True)
+        ],
+    }
 
 
 def blind_accuracy(train_rows, test_rows):
@@ -269,7 +294,7 @@ def main():
     done = time.perf_counter()
     rows = [row for split in data.values() for row in split.rows]
     print(f"{len(rows)} pictures: text {made - start:.1f} s, pixels {done - made:.1f} s ({pixels / 1e6:.0f} MB)")
-    print(f'longest caption: {max(len(caption.split()) for row in rows for caption in row["captions"])} words')
+    print(f"longest caption: {max(len(caption.split()) for row in rows for caption in row['captions'])} words")
     for kind, (majority, memory, number) in blind_accuracy(data["train"].rows, data["test"].rows).items():
         print(f"{kind:9} majority {majority:.3f}  question only {memory:.3f}  ({number} questions)")
 

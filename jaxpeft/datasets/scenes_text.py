@@ -6,6 +6,7 @@ Human captions (downstream) say more: how many, where, and always every object. 
 Held-out pairs (scenes_world.HELD_PAIRS) are never named outside the split 'test_comp', not even to be denied.
 All text is lower case without punctuation, and WORDS is every word that can occur.
 """
+
 from jaxpeft.datasets.scenes_world import (
     COLORS,
     HELD_PAIRS,
@@ -21,17 +22,31 @@ from jaxpeft.datasets.scenes_world import (
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
-SYNONYMS = {"small": "tiny", "large": "big", "circle": "disc", "moon": "crescent", "purple": "violet",
-            "cyan": "turquoise"}
+SYNONYMS = {
+    "small": "tiny",
+    "large": "big",
+    "circle": "disc",
+    "moon": "crescent",
+    "purple": "violet",
+    "cyan": "turquoise",
+}
 TYPES = ("exist", "count", "color", "shape", "position", "compare")
 ANSWERS = ("yes", "no", *NUMBERS, *COLORS, *SHAPES, "left", "right", "top", "bottom")
-WORDS = tuple(sorted({
-    *ANSWERS, *PLURALS.values(), *SIZES, *SYNONYMS.values(),
-    *"a and anything are at color how in is larger many more of on one or picture shape shapes shows smaller than the "
-     "there this what with".split()}))
-SWAPPED = .08  # share of pictures whose web captions describe another scene
-DROPPED = .1  # share of objects that a web caption leaves out
-SYNONYM = .1  # share of texts in which a word gives way to its synonym, per word
+WORDS = tuple(
+    sorted(
+        {
+            *ANSWERS,
+            *PLURALS.values(),
+            *SIZES,
+            *SYNONYMS.values(),
+            *"a and anything are at color how in is larger many more of on one or picture shape shapes shows smaller than the "
+            "there this what with".split(),
+        }
+    )
+)
+SWAPPED = 0.08  # share of pictures whose web captions describe another scene
+DROPPED = 0.1  # share of objects that a web caption leaves out
+SYNONYM = 0.1  # share of texts in which a word gives way to its synonym, per word
 
 
 def image_id(split, index):
@@ -58,9 +73,9 @@ def web_captions(split, index, n=2, seed=0):
 def _web_caption(rng, objects):
     kept = [thing for thing in objects if not chance(rng, DROPPED)] or [pick(rng, objects)]
     kept = sorted(kept, key=lambda thing: (-thing.radius, thing.y, thing.x))
-    if chance(rng, .2):
+    if chance(rng, 0.2):
         kept = shuffled(rng, kept)
-    say = _speaker(rng, sized=chance(rng, .5))
+    say = _speaker(rng, sized=chance(rng, 0.5))
     return "a picture of " + " and ".join(f"a {say(thing)}" for thing in kept)
 
 
@@ -73,14 +88,14 @@ def human_captions(split, index, n=5, seed=0):
 
 def _human_caption(rng, objects):
     ordered = sorted(objects, key=lambda thing: (QUADRANTS.index(thing.quadrant), -thing.radius, thing.y, thing.x))
-    if chance(rng, .3):
+    if chance(rng, 0.3):
         ordered = shuffled(rng, objects)
-    say = _speaker(rng, sized=chance(rng, .8))
-    preposition = pick(rng, ("at", "in"), (.8, .2))
+    say = _speaker(rng, sized=chance(rng, 0.8))
+    preposition = pick(rng, ("at", "in"), (0.8, 0.2))
     listing = [f"{say(thing)} {preposition} the {thing.quadrant}" for thing in ordered]
     if len(objects) == 1:
-        return pick(rng, ("there is one shape a ", "one "), (.6, .4)) + listing[0]
-    opening = pick(rng, ("there are {} shapes", "{} shapes", "the picture shows {} shapes"), (.5, .3, .2))
+        return pick(rng, ("there is one shape a ", "one "), (0.6, 0.4)) + listing[0]
+    opening = pick(rng, ("there are {} shapes", "{} shapes", "the picture shows {} shapes"), (0.5, 0.3, 0.2))
     return " ".join([opening.format(NUMBERS[len(objects)]), " and ".join(f"a {phrase}" for phrase in listing)])
 
 
@@ -91,6 +106,7 @@ def _speaker(rng, sized):
     def say(thing):
         words = (thing.size, thing.color, thing.shape) if sized else (thing.color, thing.shape)
         return " ".join(swaps.get(word, word) for word in words)
+
     return say
 
 
@@ -100,8 +116,10 @@ def questions(split, index, seed=0):
     rng = stream(split, index, seed, "questions")
     asked = _questions(rng, scene(split, index, seed).objects, 6, comp=split == "test_comp")
     name = image_id(split, index)
-    return [{"question_id": f"{name}-{k}", "question": question, "answers": [answer] * 10, "type": kind}
-            for k, (question, answer, kind) in enumerate(asked)]
+    return [
+        {"question_id": f"{name}-{k}", "question": question, "answers": [answer] * 10, "type": kind}
+        for k, (question, answer, kind) in enumerate(asked)
+    ]
 
 
 def _questions(rng, objects, n, comp):
@@ -120,10 +138,10 @@ def _exist(rng, objects, comp):
     """The answer is drawn first; 'no' asks for something that shares its colour or its shape with what is there."""
     present = pick(rng, objects)
     answer = pick(rng, ("yes", "no"))
-    if chance(rng, .3):
+    if chance(rng, 0.3):
         word = pick(rng, [c for c in COLORS if all(c != o.color for o in objects)]) if answer == "no" else present.color
         return f"is there anything {word}", answer
-    if chance(rng, .2):
+    if chance(rng, 0.2):
         word = pick(rng, [s for s in SHAPES if all(s != o.shape for o in objects)]) if answer == "no" else present.shape
         return f"is there a {word}", answer
     shape, color = present.pair if answer == "yes" else _absent_pair(rng, objects, comp)
@@ -134,7 +152,7 @@ def _absent_pair(rng, objects, comp):
     """A pair that is not there but shares its colour or its shape with something that is. In test_comp half of these
     are held-out pairs instead, as half of its things are: otherwise 'held out means yes' would answer its questions."""
     present = {o.pair for o in objects}
-    if comp and chance(rng, .5):
+    if comp and chance(rng, 0.5):
         return pick(rng, sorted(HELD_PAIRS - present))
     near = pick(rng, objects)
     pairs = [(near.shape, color) for color in COLORS] + [(shape, near.color) for shape in SHAPES]
@@ -146,7 +164,7 @@ def _count(rng, objects, comp):
     by_answer = {}
     for name, number in _groups(objects):
         by_answer.setdefault(number, []).append(f"how many {name} are there")
-    number = pick(rng, [*by_answer], [(.7, 1., 2.2, 3., 3.)[number] for number in by_answer])
+    number = pick(rng, [*by_answer], [(0.7, 1.0, 2.2, 3.0, 3.0)[number] for number in by_answer])
     return pick(rng, by_answer[number]), NUMBERS[number]
 
 
@@ -167,16 +185,22 @@ def _unique(objects, *fields):
 
 def _color(rng, objects, comp):
     asks = [(f"what color is the {o.shape}", o.color) for o in _unique(objects, "shape")]
-    asks += [(f"what color is the {o.size} {o.shape}", o.color) for o in _unique(objects, "shape", "size")
-             if o not in _unique(objects, "shape")]
+    asks += [
+        (f"what color is the {o.size} {o.shape}", o.color)
+        for o in _unique(objects, "shape", "size")
+        if o not in _unique(objects, "shape")
+    ]
     asks += [(f"what color is the shape at the {o.quadrant}", o.color) for o in _unique(objects, "quadrant")]
     return pick(rng, asks) if asks else None
 
 
 def _shape(rng, objects, comp):
     asks = [(f"what shape is the {o.color} one", o.shape) for o in _unique(objects, "color")]
-    asks += [(f"what shape is the {o.size} {o.color} one", o.shape) for o in _unique(objects, "color", "size")
-             if o not in _unique(objects, "color")]
+    asks += [
+        (f"what shape is the {o.size} {o.color} one", o.shape)
+        for o in _unique(objects, "color", "size")
+        if o not in _unique(objects, "color")
+    ]
     asks += [(f"what is at the {o.quadrant}", o.shape) for o in _unique(objects, "quadrant")]
     return pick(rng, asks) if asks else None
 
@@ -188,7 +212,7 @@ def _position(rng, objects, comp):
         return None
     name, thing = pick(rng, names)
     vertical, horizontal = thing.quadrant.split()
-    if chance(rng, .5):
+    if chance(rng, 0.5):
         return f"is the {name} on the left or on the right", horizontal
     return f"is the {name} at the top or at the bottom", vertical
 
@@ -198,7 +222,7 @@ def _compare(rng, objects, comp):
     answer = pick(rng, ("yes", "no"))
     alone = _unique(objects, "pair")
     pairs = [(a, b) for a in alone for b in alone if a.radius > b.radius]
-    if pairs and chance(rng, .5):
+    if pairs and chance(rng, 0.5):
         a, b = (f"{o.color} {o.shape}" for o in _in_order(pick(rng, pairs), answer))
         return f"is the {a} larger than the {b}", answer
     a, b = _in_order(_two_groups(rng, objects, answer), answer)
@@ -216,9 +240,9 @@ def _two_groups(rng, objects, answer):
     pairs = [(a, b) for group in (shapes, colors) for a in group for b in group if a[1] >= b[1] and a != b and a[1]]
     equal = [pair for pair in pairs if pair[0][1] == pair[1][1]]
     both = [pair for pair in pairs if pair[0][1] > pair[1][1] > 0]
-    if answer == "no" and equal and chance(rng, .35):
+    if answer == "no" and equal and chance(rng, 0.35):
         pairs = equal
-    elif both and chance(rng, .7):
+    elif both and chance(rng, 0.7):
         pairs = both
     else:
         pairs = [pair for pair in pairs if not pair[1][1]]
@@ -233,7 +257,7 @@ def text(seed, index):
     picture. It stands in for the language model that a text decoder usually starts from. It has no human caption."""
     rng = stream("text", index, seed, "text")
     objects = scene("text", index, seed).objects
-    style = pick(rng, ("question", "web", "statement"), (.45, .2, .35))
+    style = pick(rng, ("question", "web", "statement"), (0.45, 0.2, 0.35))
     if style == "question":
         question, answer, _ = pick(rng, _questions(rng, objects, 1, comp=False))
         return f"{question} {answer}"
@@ -242,14 +266,14 @@ def text(seed, index):
 
 def _statement(rng, objects):
     """One fact: how many, where, which is larger. Only things whose colour and shape no other has are pointed at."""
-    say = _speaker(rng, sized=chance(rng, .5))
+    say = _speaker(rng, sized=chance(rng, 0.5))
     number, plural = NUMBERS[len(objects)], "s" * (len(objects) > 1)
     facts = [f"this picture shows {number} shape{plural}", f"a picture with {number} shape{plural}"]
     alone = _unique(objects, "pair")
     if alone:
         thing = pick(rng, alone)
         side, end = thing.quadrant.split()[::-1]
-        facts = 3 * [f'the {say(thing)} is {pick(rng, ("at", "in"))} the {thing.quadrant}'] + facts
+        facts = 3 * [f"the {say(thing)} is {pick(rng, ('at', 'in'))} the {thing.quadrant}"] + facts
         facts += [f"the {say(thing)} is on the {side}", f"the {say(thing)} is at the {end}"]
     pairs = [(a, b) for a in alone for b in alone if a.radius > b.radius]
     if pairs:

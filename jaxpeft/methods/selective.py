@@ -54,10 +54,10 @@ class Head(Method):
         return ("linear",) if self.matrix == "untied" else ()
 
     def init(self, rng, kind, shape, kernel) -> Theta:
-        return {"kernel": kernel}
+        return {"matrix": kernel.T}  # (V, D), the layout of the embedding: the same product, so identity is exact
 
     def linear(self, theta, x, y, kernel, rng):
-        return matmul(x, theta["kernel"].astype(x.dtype))
+        return matmul(x, theta["matrix"].T.astype(x.dtype))
 
     def merge(self, theta, base) -> Theta:
         raise ValueError(

@@ -156,7 +156,9 @@ class TextBlock(nn.Module):
         attend, new_cache = attention("self_attention"), None
         k_BSNH, v_BSNH = attend.keys_values(x_BTD)
         if cache is not None:
-            k_BSNH, v_BSNH = (_write(old, new, position) for old, new in zip(cache["self"], (k_BSNH, v_BSNH), strict=True))
+            k_BSNH, v_BSNH = (
+                _write(old, new, position) for old, new in zip(cache["self"], (k_BSNH, v_BSNH), strict=True)
+            )
             new_cache = {"self": (k_BSNH, v_BSNH)}
         x_BTD = norm("self_norm", x_BTD, attend(x_BTD, k_BSNH, v_BSNH, mask_BTS))
         if context_BSD is not None or (cache and "cross" in cache):  # text-only otherwise, as in BERT

@@ -64,4 +64,3 @@ def teacher_forced(texts: list[list[list[int]]], weights: list[list[float]], n_p
         "targets": ids_NT[:, 1:].reshape(shape),
         "weights": (scored_NT * weight_N[:, None]).astype(np.float32).reshape(shape),
     }
-

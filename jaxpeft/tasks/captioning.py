@@ -47,7 +47,10 @@ class Captioning(Task):
     def cases(self, split: Split, tokenizer: Tokenizer) -> Examples:
         indices = [i for i, row in enumerate(split.rows) if row["captions"]]
         rows = [
-            {"image_id": split.rows[i]["image_id"], "references": [clean_caption(t, 10**6) for t in split.rows[i]["captions"]]}
+            {
+                "image_id": split.rows[i]["image_id"],
+                "references": [clean_caption(t, 10**6) for t in split.rows[i]["captions"]],
+            }
             for i in indices
         ]
         return Examples({"image_index": np.array(indices, np.int32)}, split.images, rows)

@@ -41,7 +41,9 @@ class Vqa(Task):
         return [tokenizer.bos_id]
 
     def texts(self, split: Split) -> list[str]:
-        return [t for row in split.rows for q in row["questions"] for t in (clean_question(q["question"]), *q["answers"])]
+        return [
+            t for row in split.rows for q in row["questions"] for t in (clean_question(q["question"]), *q["answers"])
+        ]
 
     def _questions(self, split: Split, tokenizer: Tokenizer):
         found = [(i, q) for i, row in enumerate(split.rows) for q in row["questions"]]

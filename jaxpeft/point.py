@@ -1,0 +1,217 @@
+"""One point of the grid, top to bottom: data, model, methods, split, training, evaluation, result.
+
+    python main.py --config=configs/point.py:task=vqa,method=lora,size=8 --workdir=DIR
+
+`run` reads like the order of events; everything that can be wrong with config, data or checkpoint is an error before
+training starts and before anything is written that a corrected rerun would trip over.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft import data, datasets, evals, hub, methods, results, sites, tasks, tree
+from jaxpeft.methods import Selective
+from jaxpeft.train import fit, train_step
+from jaxpeft.tree import Tree
+
+
+def run(config, workdir: str | Path, log=print) -> dict:
+    """Train and evaluate one point in `workdir`; returns what result.json holds.
+
+    The same call goes on from the last checkpoint of an interrupted run and returns at once from a finished one. Raises
+    ValueError for a bad config, data set or checkpoint before training, NonFinite on NaN, KeyboardInterrupt after a
+    stop was asked for and the state was saved.
+    """
+    began, workdir = time.perf_counter(), Path(workdir)
+    check_workdir(config, workdir)
+    if (workdir / "result.json").exists():
+        done = json.loads((workdir / "result.json").read_text())
+        log(f"{workdir} is finished; this is its result\n\n{results.table(done)}")
+        return done
+
+    # data
+    task = tasks.build(config.task, **config.task_options)
+    splits = datasets.load(config.data, ["train", *config.eval.splits])
+    c = config.data
+    train = data.subset(splits["train"], seed=c.subset_seed, fraction=c.fraction, n_images=c.n_images)
+    held_out = {name: splits[name] for name in config.eval.splits}
+
+    # model, methods, split
+    model, params, chosen, facts = setup_model(config, task, train, log)
+    variables = sites.attach(model, params, chosen, jax.random.key(config.seed))
+    mask = sites.trainable(chosen, variables)
+    counts = sites.counts(variables, mask)
+    tuned, frozen = tree.split(variables, mask)
+    log(" + ".join(map(str, chosen)))
+    log(f"tuned {counts['tuned']:,} of {counts['total']:,} base parameters; {workdir / 'sites.json'} lists every leaf")
+
+    # examples; image features once per picture where nothing that is tuned can change them
+    size = model.config.image_size
+    pictures = {name: data.Resized(split.images, size) for name, split in (held_out | {"train": train}).items()}
+    examples = dataclasses.replace(task.examples(train, model.tokenizer), images=pictures["train"])
+    cached, why = can_cache(config, mask, model, sum(map(len, pictures.values())))
+    log(f"image features {'computed once per picture' if cached else 'computed every step'}: {why}")
+    features = dict.fromkeys(pictures)
+    if cached:
+        features = {name: evals.image_features(model, variables, each) for name, each in pictures.items()}
+        examples = dataclasses.replace(examples, images=None)
+
+    # training
+    results.write_json(workdir / "config.json", as_json(config))
+    results.write_json(workdir / "sites.json", sites.report(variables, mask))
+    texts = [train.rows, *(split.rows for split in held_out.values())]
+    digests = {"base": tree.digest(params), "data": digest(texts)}
+    step = functools.partial(train_step, model=model, task=task, seed=config.seed, accumulate=config.accumulate)
+    batches = functools.partial(
+        data.batches, examples, config.batch_size, seed=config.seed, augment=config.data.augment
+    )
+    manifest = {"config": digest(as_json(config)), **digests}
+    state, timing = fit(config, workdir, step, tuned, frozen, features["train"], batches, manifest, log)
+
+    # evaluation
+    started = time.perf_counter()
+    versions = {"tuned": tree.join(state.tuned, frozen)}
+    if config.eval.base:
+        versions = {"base": {"params": params}} | versions
+    metrics, rows = {}, []
+    for name, split in held_out.items():
+        metrics[name], more = evaluate(config, model, task, versions, train, split, pictures[name], features[name])
+        rows += more
+    timing |= {"eval_s": time.perf_counter() - started, "total_s": time.perf_counter() - began}
+
+    # result
+    result = {
+        "point": point_id(config),
+        "task": config.task,
+        "method": config.method.name,
+        "size": config.size,
+        "fraction": config.data.fraction,
+        "n_train_images": len(train.rows),
+        "seeds": {"seed": config.seed, "subset": config.data.subset_seed},
+        "counts": counts,
+        "main_metric": task.main_metric,
+        "metrics": metrics,
+        "timing": timing,
+        "memory": results.memory(),
+        "digests": digests,
+        "model": facts,
+        "data_report": {name: split.report for name, split in splits.items() if split.report},
+        "machine": results.machine(),
+        "versions": results.versions(),
+        "status": "done",
+    }
+    results.write_jsonl(workdir / "predictions.jsonl", rows)
+    if rows:
+        _gallery(workdir, next(iter(held_out.values())), rows)
+    results.write_json(workdir / "result.json", result)
+    log(f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl, gallery.png")
+    return result
+
+
+def as_json(config) -> dict:
+    """A config as plain JSON values."""
+    return json.loads(config.to_json_best_effort())
+
+
+def digest(value) -> str:
+    """What a checkpoint remembers of a JSON value it must not be mixed up with."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_workdir(config, workdir: Path) -> None:
+    """Create `workdir`; raise ValueError, with the differences, when a run with another config lives there."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / "config.json").exists():
+        return
+    before, now = (tree.flatten(c) for c in (json.loads((workdir / "config.json").read_text()), as_json(config)))
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if keys:
+        rows = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys)
+        raise ValueError(f"{workdir} holds a run with another config; use a new --workdir. Changed: {rows}")
+
+
+def point_id(config) -> str:
+    """A readable, stable name of a point."""
+    name = config.method.name + (f"{config.size}" if config.size else "")
+    head = "" if config.head == "none" else f"+{config.head}"
+    n = f"n{config.data.n_images}" if config.data.n_images else f"f{config.data.fraction:g}"
+    return f"{config.task}-{name}{head}-{n}-{config.init}-s{config.seed}"
+
+
+def setup_model(config, task: tasks.Task, train: datasets.Split, log):
+    """(model, params, methods, facts) of a config: the base, its vocabulary checked against the texts, the methods."""
+    c = config.model
+    options = {"image_size": c.image_size, "dtype": c.dtype, "remat": c.remat, "dropout": c.dropout}
+    model, params, report = hub.read(config.base, question_encoder=task.question_encoder, **options)
+    if model.tokenizer is None:
+        raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
+    if config.init == "scratch":
+        model, params = hub.scratch(model.config, model.tokenizer, config.seed)
+    elif config.init != "base":
+        raise ValueError(f"init is {config.init!r}; choose 'base' (the checkpoint's weights) or 'scratch' (random)")
+    fields = {key: value for key, value in config.method.items() if key != "name"}
+    chosen = methods.build(config.method.name, config.head, **fields)
+
+    unknown = [word for text in task.texts(train) for word in model.tokenizer.unknown_words(text)]
+    new = []
+    if unknown and c.extend_vocabulary:
+        model, params, new = hub.extend_vocabulary(model, params, sorted(set(unknown)), config.seed)
+        log(f"vocabulary: {len(new)} words are new to the base; their rows start random, so the embedding is tuned")
+        if not any(isinstance(one, methods.Full) for one in chosen):
+            chosen = (*chosen, Selective(leaves=r"^params/text_.*/(embed/word|head/bias)$"))
+    elif unknown:
+        log(f"vocabulary: {len(unknown)} words of the training texts are unknown to the base and read as [UNK]")
+    facts = {"base": str(config.base), "init": config.init, "report": report}
+    return model, params, chosen, facts | {"unknown_words": len(unknown), "new_words": len(new)}
+
+
+def can_cache(config, mask, model, n_pictures: int) -> tuple[bool, str]:
+    """Whether image features may be computed once, and the reason."""
+    c = model.config
+    size = n_pictures * (1 + c.n_patches) * c.vision_width * jnp.dtype(c.dtype).itemsize
+    tuned = [name for name, on in tree.flatten(mask).items() if on and "/vision" in name]
+    if tuned:
+        return False, f"{tuned[0]} is tuned"
+    if config.data.augment != "none":
+        return False, f"pictures are augmented ({config.data.augment})"
+    if size > config.data.feature_bytes:
+        return False, f"they would take {size / 1e9:.1f} GB, more than data.feature_bytes"
+    return True, f"no tuned leaf is in the image encoder ({size / 1e6:.0f} MB)"
+
+
+def evaluate(config, model, task, versions: dict[str, Tree], train, split, pictures, features):
+    """Scores of each version of the model and of blind guesses on one split, and a row per case."""
+    cases = dataclasses.replace(task.cases(split, model.tokenizer), images=pictures)
+    examples = dataclasses.replace(task.examples(split, model.tokenizer), images=pictures)
+    scores = {"n": len(cases), "blind": task.blind(train, cases.rows)}
+    rows = [{"split": split.name, **row} for row in cases.rows]
+    for label, variables in versions.items():
+        options = {"features": features, "batch_size": config.eval.batch_size}
+        written = evals.predict(model, variables, task, cases, beams=config.eval.beams, **options)
+        scores[label] = task.score(cases.rows, [one["text"] for one in written])
+        scores[label]["nll"] = evals.nll(model, variables, task, examples, **options)
+        for row, one in zip(rows, written, strict=True):
+            row[label], row[f"{label}_score"] = one["text"], round(one["score"], 4)
+    return scores, rows
+
+
+def _gallery(workdir: Path, split: datasets.Split, rows: list[dict]) -> None:
+    """Twelve cases spread over the split: truth, before, after."""
+    rows = [row for row in rows if row["split"] == split.name]
+    where = {row["image_id"]: i for i, row in enumerate(split.rows)}
+    cases = []
+    for k in np.linspace(0, len(rows) - 1, min(12, len(rows))).round().astype(int):
+        row = rows[k]
+        lines = [("Q", row["question"])] if "question" in row else []
+        lines.append(("truth", row["answers"][0] if "answers" in row else row["references"][0]))
+        lines += [(said, row[label]) for said, label in (("before", "base"), ("after", "tuned")) if label in row]
+        cases.append({"image": split.images[where[row["image_id"]]], "lines": lines})
+    results.gallery(workdir / "gallery.png", cases)

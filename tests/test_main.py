@@ -1,0 +1,92 @@
+"""The command line: configs, typed arguments, mistakes, and the program as a user starts it."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import common, point, pretrain, quickstart
+from jaxpeft.progress import Progress
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_arguments_are_typed_and_unknown_ones_list_the_known():
+    a = common.parse_arg("size=4,fraction=0.5,flag,task=vqa", size=8, fraction=1.0, flag=False, task="x")
+    assert (a.size, a.fraction, a.flag, a.task) == (4, 0.5, True, "vqa")
+    with pytest.raises(ValueError, match="unknown config argument 'sise'; choose from size"):
+        common.parse_arg("sise=4", size=8)
+    with pytest.raises(ValueError, match="size='big' is not a int"):
+        common.parse_arg("size=big", size=8)
+    with pytest.raises(ValueError, match="give true or false"):
+        common.parse_arg("flag=maybe", flag=True)
+
+
+def test_a_point_is_what_its_argument_says():
+    c = point.get_config("task=captioning,method=lora,size=4,fraction=0.1,seed=3,head=untied")
+    assert c.task == "captioning" and c.method.rank == c.size == 4 and c.data.fraction == 0.1 and c.head == "untied"
+    assert c.seed == c.data.subset_seed == 3
+    assert point.get_config("method=full").optim.lr == 5e-4
+    with pytest.raises(AttributeError):  # locked: a key that does not exist is a mistake
+        c.optim.learning_rate = 1.0
+
+
+def test_quickstart_and_pretrain_configs_differ_where_they_say():
+    assert quickstart.get_config().head == "transform" and quickstart.get_config("task=captioning").task == "captioning"
+    c = pretrain.get_config("steps=7")
+    assert [c.stages[name].steps for name in c.order] == [7, 7, 7]
+    firsts = [
+        (c.stages[n].first, c.stages[n].first + pretrain.get_config().stages[n].steps * c.batch_size)
+        for n in c.order[1:]
+    ]
+    assert firsts[0][1] <= firsts[1][0]  # no picture in two stages
+
+
+def _main(*arguments):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "main.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.method.rank=0"], "error: lora: rank is 0"),
+        (["--config.base=/no/such"], "error: no checkpoint at '/no/such'"),
+        (["--config.data.name=coco"], "error: data.name is 'coco'; choose one of scenes, folder"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_before_any_work(tmp_path, arguments, message):
+    done = _main(
+        "--config=configs/quickstart.py:steps=1", f"--workdir={tmp_path}", "--config.data.n_train=4", *arguments
+    )
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_program_runs_and_says_what_it_does(tmp_path):
+    """The README's main job with one step: the table, the split of time, the files."""
+    small = ["--config.data.n_train=16", "--config.data.n_test=4", "--config.eval.splits=('test',)"]
+    done = _main("--config=configs/quickstart.py:steps=1", f"--workdir={tmp_path}", *small)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for part in ("blind: question only", "frozen base", "tuned", "compiled the training step", "gallery.png"):
+        assert part in done.stdout
+    assert (tmp_path / "result.json").exists()
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere():
+    bar, lines = _Terminal(), io.StringIO()
+    for out in (bar, lines):
+        progress = Progress(4, 8, every=0, out=out)
+        for step in range(1, 5):
+            progress.update(step, loss=1.5)
+    assert bar.getvalue().count("\r") == 4 and bar.getvalue().count("\n") == 1
+    assert "[########################] step 4/4  loss 1.5" in bar.getvalue()
+    assert lines.getvalue().count("\n") == 4 and "\r" not in lines.getvalue() and "examples/s  ETA" in lines.getvalue()

@@ -1,0 +1,248 @@
+"""One table of methods, properties over all its rows; then what single methods promise."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+import jaxpeft as jp
+from jaxpeft import methods, sites, tasks, train, tree
+from jaxpeft.methods import METHODS, Head, LoRA, Selective
+
+L, D, V = 2, 12, len(tiny.TOKENIZER)
+LORA = 4 * L * 2 * (D + D)  # query and value of self- and cross-attention in one text stack, per unit of rank / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """name in METHODS, its fields, head, exact count of tuned leaves on the tiny VQA model, is it mergeable?"""
+
+    name: str
+    count: int
+    fields: tuple = ()
+    head: str = "none"
+    merges: bool = True
+
+    def build(self):
+        return methods.build(self.name, self.head, **dict(self.fields))
+
+
+TRANSFORM = D * D + D + 2 * D + V  # dense, LayerNorm, vocabulary bias
+BASE = tree.count(tiny.params())
+ROWS = [
+    Row("lora", 2 * LORA, (("rank", 2),)),
+    Row("lora", 2 * LORA + TRANSFORM, (("rank", 2),), head="transform"),
+    Row("lora", 2 * LORA + TRANSFORM + D * V, (("rank", 2),), head="untied", merges=False),
+    Row("lora", 3 * L * (3 * D + 2 * 20 + D), (("rank", 3), ("where", "^vision/.*(value|up)$"), ("alpha", 1.0))),
+    Row("lora", 4 * (8 * 8 * 3 + D), (("rank", 4), ("where", "^vision/patch$"))),
+    Row("full", BASE),
+    Row("head", TRANSFORM),
+    Row("head", TRANSFORM + D * V, (("matrix", "untied"),), merges=False),
+    Row("selective", 2 * D * (2 * L + 1 + 2 * (3 * L + 1) + 1), (("leaves", "norm[12]?/"),)),
+]
+IDS = [f"{row.name}{i}" for i, row in enumerate(ROWS)]
+every_row = pytest.mark.parametrize("row", ROWS, ids=IDS)
+
+
+@functools.cache
+def attached(row):
+    variables = jp.attach(tiny.model(), tiny.params(), row.build(), jax.random.key(1))
+    return variables, jp.trainable(row.build(), variables)
+
+
+@jax.jit
+def _logits(variables):
+    return tiny.model().apply(variables, tiny.batch())
+
+
+def perturbed(variables, scale=0.1, seed=3):
+    """Every leaf of `peft` moved, so that what is zero at init matters."""
+    keys = iter(jax.random.split(jax.random.key(seed), 200))
+    return variables | {
+        "peft": jax.tree.map(lambda x: x + scale * jax.random.normal(next(keys), x.shape), variables["peft"])
+    }
+
+
+def test_every_method_has_a_row():
+    assert {row.name for row in ROWS} == set(METHODS)
+
+
+@every_row
+def test_identity_at_init_is_exact(row):
+    variables, _ = attached(row)
+    np.testing.assert_array_equal(_logits(variables), _logits({"params": tiny.params()}))
+
+
+@every_row
+def test_exact_count_and_report(row):
+    variables, mask = attached(row)
+    assert sites.counts(variables, mask) == {"tuned": row.count, "stored": row.count, "total": BASE}
+    report = sites.report(variables, mask)
+    assert sum(r["count"] for r in report) == row.count and all(r["tuned"] for r in report)
+
+
+@every_row
+def test_base_is_untouched_by_attach(row):
+    variables, _ = attached(row)
+    assert tree.digest(variables["params"]) == tree.digest(tiny.params())
+
+
+@every_row
+def test_every_tuned_leaf_matters(row):
+    """Moving any tuned leaf moves some logit: no leaf is created, counted and then ignored.
+
+    Attention key biases are the exception that mathematics makes: softmax does not see them.
+    """
+    variables, mask = attached(row)
+    tuned, frozen = jp.split(perturbed(variables), mask)
+
+    @jax.jit
+    def total(tuned):
+        logits = tiny.model().apply(tree.join(tuned, frozen), tiny.batch(n_texts=2))
+        return jnp.sum(logits * jnp.sin(jnp.arange(logits.size).reshape(logits.shape)))
+
+    grads = tree.flatten(jax.grad(total)(tuned))
+    dead = [name for name, g in grads.items() if not np.any(np.abs(g) > 1e-6)]
+    assert all(name.endswith("key/bias") for name in dead), dead
+
+
+@every_row
+def test_training_moves_only_the_tuned_leaves(row):
+    variables, mask = attached(row)
+    tuned, frozen = jp.split(variables, mask)
+    tx = optax.sgd(0.1)
+    state = train.TrainState(jnp.int32(0), tuned, tx.init(tuned))
+    state, _ = _steps(state, frozen, tx)
+    after = tree.flatten(tree.join(state.tuned, frozen))
+    allowed = tree.flatten(mask)
+    moved = {name for name, leaf in tree.flatten(variables).items() if not np.array_equal(leaf, after[name])}
+    assert moved <= {name for name, on in allowed.items() if on}
+    assert moved
+
+
+def _steps(state, frozen, tx):
+    step = functools.partial(train.train_step, model=tiny.model(), task=tasks.build("vqa"), tx=tx, seed=0, accumulate=1)
+    return jax.jit(step)(state, frozen, None, tiny.batch())
+
+
+@every_row
+def test_merge_equals_unmerged_or_is_refused(row):
+    variables = perturbed(attached(row)[0])
+    if not row.merges:
+        with pytest.raises(ValueError, match="untied from the word embedding"):
+            jp.merge(tiny.model(), variables)
+        return
+    merged = jp.merge(tiny.model(), variables)
+    np.testing.assert_allclose(_logits({"params": merged}), _logits(variables), atol=1e-5, rtol=1e-4)
+    if row.name == "lora":  # and the method did something
+        assert np.abs(_logits(variables) - _logits({"params": tiny.params()})).max() > 1e-2
+
+
+@every_row
+def test_dtype_is_kept(row):
+    variables = perturbed(attached(row)[0])
+    half = tiny.model(dtype="bfloat16")
+    states = half.apply(variables, tiny.batch()["image"], method="encode_image")
+    assert states.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["peft"])} <= {jnp.dtype("float32")}
+
+
+@every_row
+def test_equal_methods_compile_once(row):
+    traces = []
+
+    @jax.jit
+    def run(variables):
+        traces.append(1)
+        return jax.tree.leaves(variables)[0].sum()
+
+    for seed in (0, 1):
+        run(jp.attach(tiny.model(), tiny.params(), row.build(), jax.random.key(seed)))
+    assert len(traces) == 1
+
+
+def test_other_rank_is_another_program():
+    """The control of the test above: a method is part of what jit keys on, not only its shapes."""
+    one, other = (jp.attach(tiny.model(), tiny.params(), LoRA(rank=2, alpha=a), jax.random.key(0)) for a in (1.0, 2.0))
+    assert jax.tree.structure(one) != jax.tree.structure(other)
+
+
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        (LoRA(where="text_decoder/blocks/self_attention/qurey$"), "nearest: .*self_attention/query"),
+        (Selective(leaves="layer_norm"), "selective: 'layer_norm' matches no base leaf; nearest: .*norm"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_names_the_nearest(method, message):
+    with pytest.raises(ValueError, match=message):
+        jp.attach(tiny.model(), tiny.params(), method, jax.random.key(0))
+
+
+def test_nothing_to_train_is_an_error():
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        jp.trainable((), {"params": tiny.params(), "peft": {}})
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: methods.build("lorra"), "unknown method 'lorra'; choose one of full, head, lora"),
+        (lambda: methods.build("lora", ranks=3), r"unknown fields \['ranks'\]"),
+        (lambda: methods.build("lora", head="all"), "unknown head 'all'; choose one of none, transform, untied"),
+        (lambda: methods.build("head", head="untied"), "same leaves"),
+        (lambda: LoRA(rank=0), "rank is 0"),
+        (lambda: LoRA(dropout=1.0), "dropout is 1.0"),
+        (lambda: Selective(), "`leaves` is empty"),
+        (lambda: Head(matrix="tied"), "unknown kind 'tied'"),
+    ],
+)
+def test_bad_fields_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_adding_a_method_does_not_change_another_init():
+    alone = tree.flatten(jp.attach(tiny.model(), tiny.params(), LoRA(rank=2), jax.random.key(0))["peft"])
+    pair = jp.attach(tiny.model(), tiny.params(), (LoRA(rank=2), LoRA(rank=1, where="query$")), jax.random.key(0))
+    both = tree.flatten(pair["peft"])
+    assert all(np.array_equal(leaf, both[name]) for name, leaf in alone.items())
+    assert any(name.endswith("query/linear/1/lora/a") for name in both)  # the second one stands beside the first
+
+
+def test_lora_is_the_papers_equation():
+    """x W + b + alpha / r * x A B at one linear, with A U(-1/sqrt(in), 1/sqrt(in)) and B zero at init."""
+    method = LoRA(rank=3, alpha=6.0)
+    theta = method.init(jax.random.key(0), "linear", (50, 7), None)
+    assert theta["a"].shape == (50, 3) and not theta["b"].any()
+    bound = 50**-0.5
+    assert np.abs(theta["a"]).max() <= bound and np.abs(theta["a"]).max() > 0.9 * bound
+    rng = np.random.default_rng(0)
+    theta = {name: rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in theta.items()}
+    x, kernel = rng.normal(size=(2, 4, 50)).astype(np.float32), rng.normal(size=(50, 7)).astype(np.float32)
+    got = method.linear(theta, jnp.asarray(x), jnp.asarray(x @ kernel), kernel, None)
+    np.testing.assert_allclose(got, x @ (kernel + 2.0 * theta["a"] @ theta["b"]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank, alpha, scale", [(8, None, 2.0), (4, 16.0, 4.0), (16, 16.0, 1.0)])
+def test_lora_scale_policy(rank, alpha, scale):
+    assert LoRA(rank=rank, alpha=alpha).scale == scale
+
+
+def test_lora_dropout_acts_in_training_only():
+    variables = perturbed(jp.attach(tiny.model(), tiny.params(), LoRA(rank=2, dropout=0.5), jax.random.key(0)))
+    apply = functools.partial(tiny.model().apply, variables, tiny.batch())
+    plain = apply()
+    np.testing.assert_array_equal(plain, apply())
+    assert np.abs(apply(rngs={"dropout": jax.random.key(0)}) - plain).max() > 1e-3
+
+
+def test_merge_into_a_tied_matrix_is_refused():
+    variables = jp.attach(tiny.model(), tiny.params(), LoRA(where="head/vocabulary$"), jax.random.key(0))
+    with pytest.raises(ValueError, match="is tied to text_decoder/embed/word|KeyError"):
+        jp.merge(tiny.model(), variables)

@@ -1,0 +1,120 @@
+"""Properties of the ported model that no golden number states: causality, masks, folding, scanning, remat."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jaxpeft import tree
+from jaxpeft.models import blip
+from jaxpeft.models.blip import Blip, BlipConfig
+
+VARIABLES = {"params": tiny.params()}
+BATCH = tiny.batch(3, n_texts=2)
+
+
+def _context():
+    model = tiny.model()
+    image_BPD = model.apply(VARIABLES, BATCH["image"], method="encode_image")
+    return model.apply(VARIABLES, image_BPD, BATCH["question"], method="context")
+
+
+def test_decoder_is_causal_and_looks_at_everything_before():
+    """The loss of position t has gradient at word embeddings of positions <= t only, and at each of them."""
+    model, (context, mask) = tiny.model(), _context()
+    tokens = np.array([[7, 8, 9, 10]], np.int32)  # distinct words, so an embedding row is a position
+
+    def loss(word_VD, t):
+        flat = tree.flatten(VARIABLES["params"]) | {"text_decoder/embed/word": word_VD}
+        params = tree.unflatten(VARIABLES["params"], flat)
+        logits = model.apply({"params": params}, tokens, context[:1], mask[:1], method="decode")
+        return jnp.sum(logits[0, t] * jnp.cos(jnp.arange(logits.shape[-1])) * (jnp.arange(logits.shape[-1]) > 10))
+
+    word_VD = VARIABLES["params"]["text_decoder"]["embed"]["word"]
+    for t in range(4):
+        grad = np.abs(jax.grad(loss)(word_VD, t)).max(axis=1)[tokens[0]]
+        assert np.all(grad[: t + 1] > 1e-6) and np.all(grad[t + 1 :] == 0)
+
+
+def test_padded_question_words_do_not_matter():
+    model = tiny.model()
+    junk = BATCH | {"question": BATCH["question"].copy()}
+    mask_BT = jnp.asarray(BATCH["question"] != 0)
+    junk["question"][0, 3:] = 9
+    image_BPD = model.apply(VARIABLES, BATCH["image"], method="encode_image")
+    states = [
+        model.apply(VARIABLES, image_BPD, b["question"], mask_BT, method="encode_question") for b in (BATCH, junk)
+    ]
+    np.testing.assert_array_equal(states[0][0, :3], states[1][0, :3])
+    logits = [
+        model.apply(VARIABLES, b["tokens"][0], s[:1], mask_BT[:1], method="decode")
+        for b, s in zip((BATCH, junk), states, strict=True)
+    ]
+    np.testing.assert_array_equal(*logits)
+
+
+def test_texts_of_one_picture_equal_texts_of_its_copies():
+    """Folding A texts into the queries of one context is the same as repeating the context."""
+    model, (context, mask) = tiny.model(), _context()
+    tokens = BATCH["tokens"].reshape(6, -1)
+    folded = model.apply(VARIABLES, tokens, context, mask, method="decode")
+    repeated = model.apply(VARIABLES, tokens, jnp.repeat(context, 2, 0), jnp.repeat(mask, 2, 0), method="decode")
+    np.testing.assert_allclose(folded, repeated, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["scanned", "remat"])
+def test_scan_and_remat_change_nothing(change, monkeypatch):
+    expected = tiny.model().apply(VARIABLES, BATCH)
+    if change == "scanned":
+        monkeypatch.setattr(blip, "UNROLLED", 0)
+    model = tiny.model(remat=change == "remat")
+    np.testing.assert_allclose(model.apply(VARIABLES, BATCH), expected, atol=1e-6)
+    grads = [
+        jax.grad(lambda p, m=m: jnp.sum(m.apply({"params": p}, BATCH) ** 2))(VARIABLES["params"])
+        for m in (tiny.model(), model)
+    ]
+    for name, leaf in tree.flatten(grads[0]).items():
+        np.testing.assert_allclose(tree.flatten(grads[1])[name], leaf, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_uint8_pictures_are_normalised_as_blip_does():
+    from jaxpeft import images
+
+    model = tiny.model()
+    states = [
+        model.apply(VARIABLES, x, method="encode_image") for x in (BATCH["image"], images.normalise(BATCH["image"]))
+    ]
+    np.testing.assert_allclose(*states, atol=1e-5)
+
+
+def test_dropout_needs_an_rng():
+    model = tiny.model(dropout=0.5)
+    np.testing.assert_array_equal(model.apply(VARIABLES, BATCH), tiny.model().apply(VARIABLES, BATCH))
+    dropped = model.apply(VARIABLES, BATCH, rngs={"dropout": jax.random.key(0)})
+    assert np.abs(dropped - model.apply(VARIABLES, BATCH)).max() > 1e-2
+
+
+def test_bfloat16_is_close_and_logits_stay_float32():
+    half = tiny.model(dtype="bfloat16").apply(VARIABLES, BATCH)
+    full = tiny.model().apply(VARIABLES, BATCH)
+    assert half.dtype == jnp.float32
+    error = np.abs(half - full)
+    assert 1e-5 < error.max() < 0.15 * np.std(full) * 4
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: BlipConfig(text_heads=7), "text_width 768 is not divisible by text_heads 7"),
+        (lambda: BlipConfig(image_size=100), "image_size 100 is not divisible by patch_size 16"),
+        (lambda: tiny.model().apply(VARIABLES, np.zeros((1, 24, 24, 3), np.uint8), method="encode_image"), "24, 24, 3"),
+        (
+            lambda: Blip(tiny.model().config).apply(VARIABLES, np.ones((1, 17), np.int32), method="masked_lm"),
+            "17 tokens",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,94 @@
+"""Pre-training: its batches by hand, its sharing, and that the same command gives the same bytes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from configs import pretrain as config_file
+from jaxpeft import hub, pretrain, tree
+from jaxpeft.datasets import scenes
+from jaxpeft.text import Tokenizer
+
+TOKENIZER = Tokenizer.from_words(scenes.WORDS)
+
+
+def test_masking_is_berts():
+    rng = np.random.default_rng(0)
+    batch = pretrain.text_batch(TOKENIZER, np.arange(400), rng)
+    chosen = batch["weights"] > 0
+    real = batch["targets"] != TOKENIZER.pad_id
+    words = real & (batch["targets"] != TOKENIZER.cls_id) & (batch["targets"] != TOKENIZER.sep_id)
+    assert not np.any(chosen & ~words)
+    assert abs(chosen.sum() / words.sum() - 0.15) < 0.02
+    assert abs((batch["tokens"] == TOKENIZER.mask_id)[chosen].mean() - 0.8) < 0.05
+    np.testing.assert_array_equal(batch["tokens"][~chosen], batch["targets"][~chosen])
+
+
+def test_hard_negatives_are_false_and_near():
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        spec = scenes.scene("pretrain", i)
+        caption = scenes.web_captions("pretrain", i, 1)[0]
+        wrong = pretrain.edited(caption, spec, rng)
+        if wrong is None:
+            continue
+        old, new = caption.split(), wrong.split()
+        changed = [k for k, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+        assert len(changed) == 1
+        k = changed[0] if new[changed[0]] in scenes.COLORS else changed[0] - 1
+        pair = (new[k + 1], new[k])
+        assert pair not in {thing.pair for thing in spec.objects} and pair not in scenes.HELD_PAIRS
+
+
+def test_nearest_other_shares_words_and_is_another_text():
+    captions = [
+        "a red circle and a blue square",
+        "a blue square and a red circle",
+        "a red circle and a blue star",
+        "a moon",
+    ]
+    assert pretrain.nearest_other(captions)[0] == captions[2]  # not its own bag of words in another order
+
+
+def test_caption_batch_has_one_shape_and_its_own_text_first():
+    batches = [
+        pretrain.caption_batch(TOKENIZER, "lm_itm", 2, range(s, s + 5), np.random.default_rng(0)) for s in (0, 100)
+    ]
+    assert [{k: v.shape for k, v in b.items()} for b in batches][0] == {k: v.shape for k, v in batches[1].items()}
+    pairs = batches[0]["pairs"]
+    assert np.all(pairs[:, :, 0] == TOKENIZER.enc_id)
+    own = [TOKENIZER.decode(row[1:]) for row in pairs[:, 0].tolist()]
+    assert own == [scenes.web_captions("pretrain", i, 2)[0] for i in range(5)]
+    target = batches[0]["targets"][0, 0][batches[0]["weights"][0, 0] > 0]
+    assert "a picture of " + TOKENIZER.decode(target.tolist()) == own[0]
+
+
+def test_sharing_ties_all_but_self_attention():
+    """A gradient through the encoder reaches the decoder's cross-attention, not the decoder's self-attention."""
+    params = pretrain.init(tiny.model(), 0)
+
+    def loss(params):
+        batch = tiny.batch()
+        variables = {"params": pretrain.shared(params)}
+        image_BPD = tiny.model().apply(variables, batch["image"], method="encode_image")
+        return jnp.sum(tiny.model().apply(variables, image_BPD, batch["question"], method="encode_question") ** 3)
+
+    grads = {name: bool(np.any(g != 0)) for name, g in tree.flatten(jax.grad(loss)(params)).items()}
+    assert grads["text_decoder/blocks/cross_attention/value/kernel"] and grads["text_decoder/embed/word"]
+    assert not grads["text_decoder/blocks/self_attention/value/kernel"] and not grads["text_decoder/head/dense/kernel"]
+    assert grads["text_encoder/blocks/self_attention/value/kernel"]
+
+
+def test_the_same_command_gives_the_same_checkpoint(tmp_path):
+    """Two runs of all three stages, a few steps each, from the config file; also loads as a base."""
+    digests = []
+    for name in ("one", "two"):
+        c = config_file.get_config("steps=3")
+        c.batch_size, c.n_heldout, c.log_every = 8, 4, 1
+        c.architecture.vision_layers = c.architecture.text_layers = 1
+        facts = pretrain.run(c, tmp_path / name, lambda *_: None)
+        assert set(facts["scores"]) == {"human", "web"}
+        _, params, report = hub.read(tmp_path / name / "checkpoint")
+        digests.append((report["digest"], tree.digest(params)))
+    assert digests[0] == digests[1]

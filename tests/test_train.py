@@ -1,0 +1,291 @@
+"""The step, the loop and what it leaves behind, on the smallest model and a handful of scenes."""
+
+import functools
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from configs import common
+from jaxpeft import data, hub, optim, point, results, sharding, sites, tasks, train, tree
+from jaxpeft.checkpoint import Checkpoints
+from jaxpeft.datasets import scenes
+from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.pretrain import ALIASES, init, shared
+from jaxpeft.text import Tokenizer
+
+TASK = tasks.build("vqa")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A checkpoint directory of ours: random weights, the words of scenes."""
+    tokenizer = Tokenizer.from_words(scenes.WORDS)
+    sizes = tiny.CONFIG | {"image_size": 64, "patch_size": 32, "vocab_size": len(tokenizer), "max_positions": 48}
+    model = Blip(BlipConfig(**sizes, question_encoder=True), tokenizer)
+    params = init(model, 0)
+    del params["itm"]
+    return hub.save(tmp_path_factory.mktemp("base") / "tiny", model, shared(params), aliases=ALIASES)
+
+
+def config_of(base, task="vqa", method="lora", head="none", **changes):
+    c = common.get_config(task, method, 2, head)
+    c.base, c.steps, c.batch_size, c.log_every, c.checkpoint_every = str(base), 6, 8, 1, 3
+    c.data.n_train, c.data.n_val, c.data.n_test = 12, 0, 5
+    c.eval.batch_size, c.check_frozen = 8, True
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+def quiet(*_):
+    pass
+
+
+def _state(tx, seed=0, method="lora"):
+    from jaxpeft import methods
+
+    chosen = methods.build(method)
+    variables = sites.attach(tiny.model(), tiny.params(), chosen, jax.random.key(seed))
+    tuned, frozen = tree.split(variables, sites.trainable(chosen, variables))
+    return train.TrainState(jnp.int32(0), tuned, tx.init(tuned)), frozen
+
+
+def _step(tx, accumulate=1, model=None):
+    fn = functools.partial(
+        train.train_step, model=model or tiny.model(), task=TASK, tx=tx, seed=0, accumulate=accumulate
+    )
+    return jax.jit(fn)
+
+
+def test_microbatches_add_up_to_the_batch():
+    tx = optax.sgd(0.1)
+    state, frozen = _state(tx)
+    batch = tiny.batch(4)
+    whole, m1 = _step(tx)(state, frozen, None, batch)
+    parts, m2 = _step(tx, 2)(state, frozen, None, batch)
+    np.testing.assert_allclose(m1["loss"], m2["loss"], rtol=1e-5)
+    for name, leaf in tree.flatten(whole.tuned).items():
+        np.testing.assert_allclose(leaf, tree.flatten(parts.tuned)[name], atol=1e-6, err_msg=name)
+
+
+def test_eight_devices_equal_one():
+    tx = optax.sgd(0.1)
+    state, frozen = _state(tx)
+    batch = tiny.batch(8)
+    one, m1 = _step(tx)(state, frozen, None, batch)
+    mesh = sharding.mesh(8)
+    assert mesh.size == 8
+    many = sharding.replicate((state, frozen), mesh)
+    eight, m8 = _step(tx)(*many, None, sharding.shard_batch(batch, mesh))
+    np.testing.assert_allclose(m1["loss"], m8["loss"], rtol=1e-5)
+    for name, leaf in tree.flatten(one.tuned).items():
+        np.testing.assert_allclose(leaf, tree.flatten(eight.tuned)[name], atol=1e-6, err_msg=name)
+
+
+def test_a_batch_that_devices_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="batch_size 6 is not divisible by the 8 devices"):
+        sharding.mesh(6)
+
+
+def test_clipping_sees_tuned_leaves_only():
+    """The update of a clipped step has the norm that the tuned gradient alone gives."""
+    c = common.get_config().optim
+    c.clip, c.lr, c.schedule, c.warmup = 0.5, 1.0, "constant", 0.0
+    tx = optax.chain(optax.clip_by_global_norm(c.clip), optax.sgd(1.0))
+    state, frozen = _state(tx)
+    after, metrics = _step(tx)(state, frozen, None, tiny.batch())
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, after.tuned, state.tuned))
+    np.testing.assert_allclose(moved, min(0.5, metrics["grad_norm"]), rtol=1e-4)
+
+
+def test_schedule_and_decay_groups():
+    c = common.get_config().optim
+    c.lr, c.warmup, c.decay = 2.0, 0.1, 0.1
+    rate = optim.schedule(c, 100)
+    assert rate(0) == 0 and rate(10) == 2.0 and abs(rate(100)) < 1e-6 and abs(rate(55) - 1.0) < 1e-6
+    tuned = {"dense": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}, "norm": {"scale": jnp.ones(2)}}
+    c.schedule, c.warmup = "constant", 0.0
+    tx = optim.optimizer(c, tuned, 10)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, tuned), tx.init(tuned), tuned)
+    assert np.all(updates["dense"]["kernel"] < 0)  # no gradient: what moves is decay
+    assert not updates["dense"]["bias"].any() and not updates["norm"]["scale"].any()
+
+
+@pytest.mark.parametrize("key, value, message", [("schedule", "step", "choose one of"), ("warmup", 2.0, "fraction")])
+def test_bad_optimizer_settings_are_named(key, value, message):
+    c = common.get_config().optim
+    c[key] = value
+    with pytest.raises(ValueError, match=f"optim.{key}.*{message}"):
+        optim.schedule(c, 10)
+
+
+def test_nan_stops_with_step_and_group():
+    tx = optax.sgd(0.1)
+    state, frozen = _state(tx, method="full")
+    frozen_or_tuned = tree.flatten(state.tuned)
+    bad = frozen_or_tuned | {"params/vision/norm/bias": frozen_or_tuned["params/vision/norm/bias"].at[0].set(jnp.nan)}
+    state = state._replace(tuned=tree.unflatten(state.tuned, bad))
+    _, metrics = _step(tx)(state, frozen, None, tiny.batch())
+    with pytest.raises(train.NonFinite, match="step 7: loss nan.*params/vision"):
+        train.check_finite(7, jax.device_get(metrics))
+
+
+@pytest.mark.parametrize("task", ["vqa", "captioning"])
+def test_a_run_leaves_its_files(base, tmp_path, task):
+    c = config_of(base, task, head="transform")
+    result = point.run(c, tmp_path, quiet)
+    on_disk = json.loads((tmp_path / "result.json").read_text())
+    assert on_disk == json.loads(json.dumps(result)) and on_disk["status"] == "done"
+    n = {"vqa": 30, "captioning": 5}[task]
+    assert on_disk["metrics"]["test"]["n"] == n
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == n and all({"base", "tuned", "image_id"} <= set(row) for row in rows)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "gallery.png").read_bytes()[:4] == b"\x89PNG"
+    listed = json.loads((tmp_path / "sites.json").read_text())
+    assert sum(row["count"] for row in listed if row["tuned"]) == on_disk["counts"]["tuned"]
+    table = results.table(on_disk)
+    assert "frozen base" in table and f"tuned {on_disk['counts']['tuned']:,} of" in table
+    assert point.run(c, tmp_path, quiet) == on_disk  # finished: nothing is done again
+
+
+def test_resume_is_bit_exact(base, tmp_path, monkeypatch):
+    """Six steps equal three, a stop, and three more: weights, optimizer, data order, dropout."""
+    options = {"model.dropout": 0.1, "method.dropout": 0.1}
+    whole = point.run(config_of(base, **options), tmp_path / "whole", quiet)
+
+    settle = results.Metrics.write
+
+    def stop_at_three(self, step, **values):
+        settle(self, step, **values)
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(results.Metrics, "write", stop_at_three)
+    with pytest.raises(KeyboardInterrupt):
+        point.run(config_of(base, **options), tmp_path / "parts", quiet)
+    monkeypatch.undo()
+    assert not (tmp_path / "parts" / "result.json").exists()
+    said = []
+    resumed = point.run(config_of(base, **options), tmp_path / "parts", said.append)
+    assert any("resumed from step 3" in line for line in said)
+    assert resumed["metrics"] == whole["metrics"]
+    files = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
+def test_another_config_in_the_same_workdir_is_refused(base, tmp_path):
+    results.write_json(tmp_path / "config.json", point.as_json(config_of(base)))
+    point.check_workdir(config_of(base), tmp_path)
+    with pytest.raises(ValueError, match=r"another config.*optim/lr: 0.003 -> 0.1"):
+        point.check_workdir(config_of(base, **{"optim.lr": 0.1}), tmp_path)
+
+
+def test_a_mistake_leaves_nothing_that_blocks_the_corrected_rerun(base, tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        point.run(config_of("nowhere"), tmp_path, quiet)
+    assert not list(tmp_path.iterdir())
+    point.check_workdir(config_of(base), tmp_path)
+
+
+def test_cached_features_equal_encoding_every_step(base, tmp_path):
+    cached = point.run(config_of(base), tmp_path / "cached", quiet)
+    plain = point.run(config_of(base, **{"data.feature_bytes": 0}), tmp_path / "plain", quiet)
+    for label in ("base", "tuned"):
+        a, b = (run["metrics"]["test"][label] for run in (cached, plain))
+        np.testing.assert_allclose(a["nll"], b["nll"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method, augment, size, reason",
+    [
+        ("full", "none", 1 << 30, "params/vision/.* is tuned"),
+        ("lora", "crop", 1 << 30, "augmented"),
+        ("lora", "none", 10, "would take"),
+        ("lora", "none", 1 << 30, "no tuned leaf"),
+    ],
+)
+def test_features_are_cached_only_where_that_is_right(base, method, augment, size, reason):
+    c = config_of(base, method=method, **{"data.augment": augment, "data.feature_bytes": size})
+    model, params, chosen, _ = point.setup_model(c, TASK, scenes.load(c.data, ["train"])["train"], quiet)
+    mask = sites.trainable(chosen, sites.attach(model, params, chosen, jax.random.key(0)))
+    allowed, why = point.can_cache(c, mask, model, 100)
+    assert allowed == reason.startswith("no tuned") and __import__("re").search(reason, why)
+
+
+def test_unknown_words_extend_the_vocabulary_and_are_tuned(base, tmp_path):
+    c = config_of(base)
+    split = scenes.load(c.data, ["train"])["train"]
+    split.rows[0]["questions"][0]["question"] = "is there a zebra"
+    model, params, chosen, facts = point.setup_model(c, TASK, split, quiet)
+    assert facts["new_words"] == 1 and model.tokenizer.vocabulary[-1] == "zebra"
+    assert params["text_decoder"]["embed"]["word"].shape[0] == model.config.vocab_size == len(model.tokenizer)
+    variables = sites.attach(model, params, chosen, jax.random.key(0))
+    mask = tree.flatten(sites.trainable(chosen, variables))
+    assert mask["params/text_encoder/embed/word"] and mask["params/text_decoder/head/bias"]
+    c.model.extend_vocabulary = False
+    assert point.setup_model(c, TASK, split, quiet)[3]["new_words"] == 0
+
+
+@pytest.mark.parametrize("damage", ["bitflip", "truncate", "delete"])
+def test_a_damaged_checkpoint_is_left_out(tmp_path, damage):
+    state = {"a": jnp.arange(1000.0), "b": {"c": jnp.ones((3, 2))}}
+    manifest = {"base": "x"}
+    checkpoints = Checkpoints(tmp_path / "c")
+    for step in (1, 2):
+        checkpoints.save(step, jax.tree.map(lambda x, s=step: x + s, state), manifest)
+    checkpoints.close()
+    files = sorted((tmp_path / "c" / "2" / "state").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    victim, raw = files[-1], bytearray(files[-1].read_bytes())
+    if damage == "delete":
+        victim.unlink()
+    else:
+        raw[len(raw) // 2] ^= 1
+        victim.write_bytes(raw if damage == "bitflip" else raw[: len(raw) // 2])
+    said = []
+    reopened = Checkpoints(tmp_path / "c")
+    step, restored = reopened.restore(state, manifest, said.append)
+    reopened.close()
+    assert step == 1 and "checkpoint 2 is damaged" in said[0]
+    np.testing.assert_array_equal(restored["a"], state["a"] + 1)
+
+
+def test_a_checkpoint_of_another_base_or_shape_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, {"a": jnp.ones(3)}, {"base": "x"})
+    with pytest.raises(ValueError, match="base: stored x, now y"):
+        checkpoints.restore({"a": jnp.ones(3)}, {"base": "y"})
+    with pytest.raises(ValueError, match=r"missing \(1\): b"):
+        checkpoints.restore({"a": jnp.ones(3), "b": jnp.ones(1)}, {"base": "x"})
+    checkpoints.close()
+
+
+def test_subsets_are_nested_and_batches_are_a_function_of_seed_and_step():
+    split = scenes.load({"n_train": 40}, ["train"])["train"]
+    ids = [[row["image_id"] for row in data.subset(split, seed=3, n_images=n).rows] for n in (5, 20)]
+    assert ids[1][:5] == ids[0] and len(set(ids[1])) == 20
+    other = [row["image_id"] for row in data.subset(split, seed=4, n_images=5).rows]
+    assert other != ids[0]
+    examples = TASK.examples(split, Tokenizer.from_words(scenes.WORDS))
+    stream = data.batches(examples, 7, seed=1)
+    first = [next(stream) for _ in range(40)]  # 280 > 240 examples: into the second epoch
+    again = next(data.batches(examples, 7, seed=1, start=38))
+    for name, array in first[38].items():
+        np.testing.assert_array_equal(array, again[name])
+    seen = np.concatenate([batch["question"] for batch in first])[:240]
+    assert len(np.unique(seen, axis=0)) == len(np.unique(examples.arrays["question"], axis=0))  # an epoch is complete
+
+
+@pytest.mark.parametrize(
+    "key, value, message", [("fraction", 0.0, "fraction is 0.0"), ("n_images", 99, "has 3 pictures")]
+)
+def test_impossible_subsets_are_named(key, value, message):
+    split = scenes.load({"n_train": 3}, ["train"])["train"]
+    with pytest.raises(ValueError, match=message):
+        data.subset(split, seed=0, **{key: value})

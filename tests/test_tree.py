@@ -1,0 +1,54 @@
+"""Splitting, joining, naming and comparing trees."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpeft import tree
+
+TREE = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.zeros(3)}, "b": (jnp.ones(2), jnp.ones(1))}
+
+
+def test_names_are_paths():
+    assert tree.names(TREE) == {"a": {"bias": "a/bias", "kernel": "a/kernel"}, "b": ("b/0", "b/1")}
+
+
+def test_split_leaves_holes_and_join_fills_them():
+    tuned, frozen = tree.split(TREE, tree.matches(TREE, "bias|b/0"))
+    assert tuned["a"]["kernel"] is None and frozen["a"]["bias"] is None
+    assert tree.count(tuned) == 5 and tree.count(frozen) == 7
+    joined = tree.join(tuned, frozen)
+    assert tree.digest(joined) == tree.digest(TREE)
+
+
+@pytest.mark.parametrize("side", ["both", "neither"])
+def test_join_refuses_overlap_and_gap(side):
+    tuned, frozen = tree.split(TREE, tree.matches(TREE, "bias"))
+    tuned["a"]["bias"] = None if side == "neither" else tuned["a"]["bias"]
+    frozen["a"]["bias"] = jnp.zeros(3) if side == "both" else None
+    with pytest.raises(ValueError, match=f"a/bias: {side}"):
+        tree.join(tuned, frozen)
+
+
+def test_unflatten_inverts_flatten_and_lists_what_does_not_fit():
+    flat = tree.flatten(TREE)
+    assert tree.digest(tree.unflatten(TREE, flat)) == tree.digest(TREE)
+    bad = flat | {"c": jnp.ones(1), "b/0": jnp.ones(5)}
+    del bad["a/bias"]
+    with pytest.raises(ValueError) as error:
+        tree.unflatten(TREE, bad, "this file")
+    for part in ("this file", "missing (1): a/bias", "unexpected (1): c", "b/0: expected (2,), got (5,)"):
+        assert part in str(error.value)
+
+
+def test_digest_sees_one_bit_a_name_and_a_dtype():
+    changed = np.arange(6.0, dtype=np.float32).reshape(2, 3)
+    changed[1, 2] = np.nextafter(changed[1, 2], 10, dtype=np.float32)
+    plain = {"a": TREE["a"]["kernel"]}
+    digests = [{"a": changed}, {"b": plain["a"]}, {"a": plain["a"].astype(jnp.bfloat16)}, {"a": plain["a"].T}]
+    assert len({tree.digest(t) for t in [plain, *digests]}) == 5
+    assert tree.digest({"a": np.asarray(plain["a"])}) == tree.digest(plain)
+
+
+def test_nearest_ranks_by_likeness():
+    assert tree.nearest("attention/quer$", ["mlp/up", "attention/query", "attention/key"], 1) == ["attention/query"]

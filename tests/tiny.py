@@ -1,0 +1,44 @@
+"""A model of a few thousand parameters with awkward sizes, and batches for it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.text import SPECIAL, Tokenizer
+
+TOKENIZER = Tokenizer.from_words(f"w{i}" for i in range(20))
+CONFIG = dict(
+    image_size=16, patch_size=8, vision_width=12, vision_layers=2, vision_heads=3, vision_mlp=20,
+    vocab_size=len(TOKENIZER), text_width=12, text_layers=2, text_heads=2, text_mlp=20, max_positions=16,
+    pad_id=0, cls_id=2, sep_id=3, bos_id=5, enc_id=6,
+)  # fmt: skip
+
+
+@functools.cache
+def model(question_encoder: bool = True, **overrides) -> Blip:
+    return Blip(BlipConfig(**CONFIG | {"question_encoder": question_encoder} | overrides), TOKENIZER)
+
+
+@functools.cache
+def params(question_encoder: bool = True, seed: int = 0):
+    """Random weights far from zero, so that every leaf matters."""
+    net = model(question_encoder)
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), net.example()))["params"]
+    rng = np.random.default_rng(seed)
+    drawn = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.4, s.shape), jnp.float32), shapes)
+    return jax.tree_util.tree_map_with_path(lambda path, x: x + 1 if path[-1].key == "scale" else x, drawn)
+
+
+def batch(n: int = 4, n_texts: int = 1, seed: int = 0) -> dict:
+    """Pictures, padded questions, texts with targets and weights."""
+    rng = np.random.default_rng(seed)
+    words = lambda *shape: rng.integers(len(SPECIAL), len(TOKENIZER), shape).astype(np.int32)  # noqa: E731
+    question = words(n, 5)
+    question[0, 3:] = 0
+    tokens, weights = words(n, n_texts, 4), np.ones((n, n_texts, 4), np.float32)
+    weights[0, 0, 2:] = 0
+    image = rng.integers(0, 256, (n, 16, 16, 3)).astype(np.uint8)
+    return {"image": image, "question": question, "tokens": tokens, "targets": words(n, n_texts, 4), "weights": weights}
