@@ -237,7 +237,9 @@ def main():
     where = batch["tokens"] != model.config.pad_id
     control = controls(model, params, batch, double, where, TOLERANCE[args.size])
     apart = {name: bool((x[0] != x[1]).any()) for name, x in double.items() if name.startswith("tokens")}
-    bad = [row["tensor"] for row in rows if row[""] != "ok"] + [f"{k} of both pictures" for k, other in apart.items() if not other]
+    bad = [row["tensor"] for row in rows if row[""] != "ok"] + [
+        f"{k} of both pictures" for k, other in apart.items() if not other
+    ]
     bad += [row["wrong on purpose"] for row in control if row[""] != "noticed"]
     n = expected and "as expected" or "no expectation for this size"
     print(
@@ -250,8 +252,21 @@ def main():
     seconds = time.perf_counter() - began
     print(f"{seconds:.0f} s, peak memory {peak / 2**30:.1f} GiB")
     tokens = {name: x.tolist() for name, x in double.items() if name.startswith("tokens")}
-    result = {**facts, "task": args.task, "size": args.size, "parameters": n_parameters, "rows": rows, "controls": control}
-    result |= {"tokens": tokens, "tokens_differ_between_pictures": apart, "seconds": seconds, "peak_bytes": peak, "failed": bad}
+    result = {
+        **facts,
+        "task": args.task,
+        "size": args.size,
+        "parameters": n_parameters,
+        "rows": rows,
+        "controls": control,
+    }
+    result |= {
+        "tokens": tokens,
+        "tokens_differ_between_pictures": apart,
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "failed": bad,
+    }
     reference.write_json(args.out, result)
     if bad:
         raise SystemExit(f"failed: {', '.join(bad)}")

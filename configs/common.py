@@ -36,6 +36,8 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c = ml_collections.ConfigDict()
     c.task = task
     c.task_options = ml_collections.ConfigDict()
+    if task == "captioning":
+        c.task_options.update({"max_tokens": 48, "length": 48})  # the longest captions of scenes have 40 words
     c.base = "tiny"  # the shipped checkpoint, or a directory: ours or a Hugging Face BLIP
     c.init = "base"  # 'scratch': the same architecture with random weights, as a control
     c.seed = 0
@@ -95,6 +97,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
 def folder(c: ml_collections.ConfigDict, root: str) -> ml_collections.ConfigDict:
     """Point a config at a directory of your own pictures (see jaxpeft/datasets/folder.py for the file formats)."""
     c.data.name = "folder"
+    c.task_options = ml_collections.ConfigDict()
     c.data.root = root
     c.data.annotations = config_dict.placeholder(object)
     c.data.questions = config_dict.placeholder(object)

@@ -103,7 +103,7 @@ def run(config, workdir: str | Path, log=print) -> dict:
         "memory": results.memory(),
         "digests": digests,
         "model": facts,
-        "data_report": {name: split.report for name, split in splits.items() if split.report},
+        "data_report": train.report,
         "machine": results.machine(),
         "versions": results.versions(),
         "status": "done",
@@ -151,6 +151,9 @@ def setup_model(config, task: tasks.Task, train: datasets.Split, log):
     c = config.model
     options = {"image_size": c.image_size, "dtype": c.dtype, "remat": c.remat, "dropout": c.dropout}
     model, params, report = hub.read(config.base, question_encoder=task.question_encoder, **options)
+    for group, source in report.get("initialised", {}).items():
+        if source != "checkpoint":
+            log(f"{group} starts from {source}")
     if model.tokenizer is None:
         raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
     if config.init == "scratch":

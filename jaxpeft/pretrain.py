@@ -17,7 +17,6 @@ import functools
 import time
 from collections import Counter
 from pathlib import Path
-from typing import ClassVar
 
 import grain
 import jax
@@ -29,7 +28,7 @@ from jaxpeft.data import pad_tokens
 from jaxpeft.datasets import scenes
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.ops import matmul
-from jaxpeft.tasks.base import Task, teacher_forced
+from jaxpeft.tasks.base import teacher_forced
 from jaxpeft.tasks.captioning import Captioning
 from jaxpeft.text import Tokenizer
 from jaxpeft.tree import Tree
@@ -62,11 +61,10 @@ def init(model: Blip, seed: int) -> Tree:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretraining(Task):
-    """One stage's loss; each term is a mean, so the count is 1."""
+class Pretraining:
+    """One stage's loss, in the form that `train_step` asks of a task; each term is a mean, so the count is 1."""
 
-    stage: str = "lm"
-    name: ClassVar[str] = "pretrain"
+    stage: str  # 'text', 'lm' or 'lm_itm'
 
     def loss(self, model, variables, batch, rngs):
         params = variables["params"]
@@ -79,7 +77,7 @@ class Pretraining(Task):
         n_images, n_texts, n_tokens = batch["tokens"].shape
         logits_BTV = apply(batch["tokens"].reshape(-1, n_tokens), image_BPD, method="decode")
         logits_BATV = logits_BTV.reshape(n_images, n_texts, n_tokens, -1)
-        total, count = losses.token_loss(logits_BATV, batch["targets"], batch["weights"], self.smoothing)
+        total, count = losses.token_loss(logits_BATV, batch["targets"], batch["weights"])
         loss = total / count
         if self.stage == "lm_itm":
             loss += self._matching(model, params, apply, image_BPD, batch)

@@ -20,10 +20,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value) -> None:
+    """A JSON value, indented, atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_jsonl(path: Path, rows) -> None:
+    """One JSON value a line, atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

@@ -44,8 +44,12 @@ _VERSION = "1"  # part of the digest: raise it when parsing or the stored form c
 
 
 def load(config, splits):
-    """{name: Split} for the names in `splits`; raises ValueError listing everything wrong with the data."""
-    return load_with_report(config, splits)[0]
+    """{name: Split} for the names in `splits`; raises ValueError listing everything wrong with the data.
+
+    Each split's `report` says what on_error='skip' left out of the whole directory.
+    """
+    found, report = load_with_report(config, splits)
+    return {name: dataclasses.replace(split, report=report) for name, split in found.items()}
 
 
 def load_with_report(config, splits):

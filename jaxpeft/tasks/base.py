@@ -1,5 +1,6 @@
 """What a task is: examples from a split, a loss over a batch, a prompt to answer from, and a score over strings."""
 
+import abc
 import dataclasses
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from jaxpeft.text import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Task(abc.ABC):
     """Fields are the options of `config.task_options`. Subclasses define the functions below; all are pure."""
 
     smoothing: float = 0.0  # label smoothing of the training loss
@@ -21,17 +22,29 @@ class Task:
     question_encoder: ClassVar[bool] = False  # whether the model needs one
     main_metric: ClassVar[str] = ""  # the metric that tables and studies show
 
+    @abc.abstractmethod
     def examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
         """Training examples: arrays 'tokens', 'targets' (n,A,T) int32, 'weights' (n,A,T) float32, maybe 'question'."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abc.abstractmethod
     def cases(self, split: Split, tokenizer: Tokenizer) -> Examples:
         """Evaluation cases, one per answer to write: arrays 'image_index' and maybe 'question'; rows for scoring."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abc.abstractmethod
     def texts(self, split: Split) -> list[str]:
         """Every text that training reads, for the check that the vocabulary covers it."""
-        raise NotImplementedError  # pragma: no cover
+
+    @abc.abstractmethod
+    def prompt_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """What the decoder is given before it writes: [DEC], and the prompt's words."""
+
+    @abc.abstractmethod
+    def score(self, rows: list[dict], predictions: list[str]) -> dict:
+        """Metrics of a whole split; `rows` are those of `cases`."""
+
+    @abc.abstractmethod
+    def blind(self, train: Split, rows: list[dict]) -> dict:
+        """Scores of guesses that look at no picture, by name."""
 
     def loss(self, model, variables, batch, rngs):
         """(sum, count) whose ratio is the training loss: by default token losses over scored tokens."""

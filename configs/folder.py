@@ -1,0 +1,37 @@
+"""Your own pictures: a directory and one annotation file, tuned with one command.
+
+    python main.py --config=configs/folder.py:root=pics,annotations=captions.csv,base=blip-base --workdir=runs/mine
+    python main.py --config=configs/folder.py:task=vqa,root=pics,annotations=qa.jsonl --workdir=runs/mine_vqa
+
+`annotations` is looked up below `root` first: a CSV or JSONL with `image, caption` or `image, question, answer`, COCO
+captions JSON, Karpathy's dataset_coco.json, BLIP's list of rows, or VQA v2 annotations with
+--config.data.questions=FILE. Pictures are split by a hash of their id unless the file names splits.
+`base` is a directory with a Hugging Face BLIP (config.json, model.safetensors, vocab.txt) or, for a quick try, 'tiny'.
+--config.data.on_error=skip drops rows that are broken and counts them in result.json.
+"""
+
+from configs import common
+
+
+def get_config(arg=""):
+    a = common.parse_arg(
+        arg,
+        root="",
+        annotations="",
+        task="captioning",
+        base="tiny",
+        method="lora",
+        size=16,
+        head="none",
+        steps=0,
+        seed=0,
+    )
+    if not (a.root and a.annotations):
+        raise ValueError("configs/folder.py needs root=DIRECTORY and annotations=FILE")
+    c = common.folder(common.get_config(a.task, a.method, a.size, a.head), a.root)
+    c.base, c.seed, c.data.annotations = a.base, a.seed, a.annotations
+    c.steps = a.steps or 1000
+    c.optim.lr = {"full": 1e-5 if a.base != "tiny" else 5e-4}.get(a.method, 1e-3)
+    c.batch_size = 32 if a.base == "tiny" else 8
+    c.eval.batch_size = c.batch_size
+    return c
