@@ -11,8 +11,6 @@ Exits with 1 when an error is above its tolerance or a token differs.
 import argparse
 import copy
 import gc
-import resource
-import sys
 import tempfile
 import time
 
@@ -204,12 +202,9 @@ def main():
     args = parser.parse_args()
     began = time.perf_counter()
     reference.use_threads(args.threads)
+    reference.quiet_torch(args.threads)
     import torch
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(args.threads)
     reference.golden().pass_cross_attention_mask()
     config = reference.settings(args.size, args.task)
     batch = inputs(np.random.default_rng(reference.SEED), config, args.task)
@@ -248,8 +243,7 @@ def main():
     print("largest absolute errors against transformers in float64\n" + reference.table(rows))
     print(reference.table(control))
     print("tokens equal" if not any(name.startswith("tokens") for name in bad) else "TOKENS DIFFER")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    seconds = time.perf_counter() - began
+    peak, seconds = reference.peak_bytes(), time.perf_counter() - began
     print(f"{seconds:.0f} s, peak memory {peak / 2**30:.1f} GiB")
     tokens = {name: x.tolist() for name, x in double.items() if name.startswith("tokens")}
     result = {

@@ -3,10 +3,10 @@
 Importing this imports neither torch nor jax: a process that measures the memory of one must not load the other.
 """
 
-import contextlib
 import json
 import os
 import platform
+import resource
 import sys
 from pathlib import Path
 
@@ -31,6 +31,16 @@ def use_threads(n: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:n])
     os.environ["OMP_NUM_THREADS"] = str(n)
+
+
+def quiet_torch(threads: int) -> None:
+    """Import torch and transformers for a script: this many threads, no progress bars or advice."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
 
 
 def golden():
@@ -70,8 +80,7 @@ def build(config: dict, task: str, seed: int):
     kind = {"caption": "BlipForConditionalGeneration", "vqa": "BlipForQuestionAnswering"}[task]
     settings = transformers.BlipConfig(**config)
     settings._attn_implementation = "eager"
-    with contextlib.redirect_stdout(sys.stderr):
-        model = getattr(transformers, kind)(settings).eval()
+    model = getattr(transformers, kind)(settings).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
         scale = 0.1
@@ -105,6 +114,14 @@ def ragged(rng, lengths, first, one: dict) -> np.ndarray:
     for row, n in zip(rows, lengths, strict=True):
         row[:n] = [*first, *rng.integers(*one["words"], n - len(first) - 1), one["sep"]]
     return rows
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process. Linux hands the parent's `ru_maxrss` to a child, so its own is read there."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def facts() -> dict:

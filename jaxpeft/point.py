@@ -70,10 +70,12 @@ def run(config, workdir: str | Path, log=print) -> dict:
     texts = [train.rows, *(split.rows for split in held_out.values())]
     digests = {"base": tree.digest(params), "data": digest(texts)}
     step = functools.partial(train_step, model=model, task=task, seed=config.seed, accumulate=config.accumulate)
-    batches = functools.partial(
-        data.batches, examples, config.batch_size, seed=config.seed, augment=config.data.augment
-    )
+    order = {"seed": config.seed, "augment": config.data.augment}
     manifest = {"config": digest(as_json(config)), **digests}
+
+    def batches(start):
+        return data.batches(examples, config.batch_size, start=start, **order)
+
     state, timing = fit(config, workdir, step, tuned, frozen, features["train"], batches, manifest, log)
 
     # evaluation

@@ -230,7 +230,8 @@ def zero_shot(model: Blip, params: Tree, config) -> dict:
     for style, captions in (("human", None), ("web", scenes.web_captions)):
         rows = split.rows
         if captions:
-            rows = [row | {"captions": captions("test", i, 5)} for i, row in enumerate(split.rows)]
+            plain = [[text.removeprefix(task.prompt + " ") for text in captions("test", i, 5)] for i in range(len(rows))]
+            rows = [row | {"captions": texts} for row, texts in zip(rows, plain, strict=True)]
         held_out = dataclasses.replace(split, rows=rows)
         cases, examples = task.cases(held_out, model.tokenizer), task.examples(held_out, model.tokenizer)
         written = [one["text"] for one in evals.predict(model, variables, task, cases)]

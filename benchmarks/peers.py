@@ -1,0 +1,160 @@
+"""The two sides of blip_base.py, each doing its work the way its own users would.
+
+Both start from one directory: a model as transformers saves it, and inputs.npz. Neither class imports the other's
+framework, so that memory can be measured for one alone.
+"""
+
+import functools
+import time
+
+import numpy as np
+import reference
+
+BATCH, LENGTH, RANK, LR = 8, 20, 8, 1e-3
+BEAMS = {"greedy": 1, "beam 3": 3}
+
+
+class Torch:
+    """transformers and peft as one would write the loop: eager mode, AdamW."""
+
+    def __init__(self, directory, threads: int):
+        import torch
+        import transformers
+
+        reference.quiet_torch(threads)
+        self.inputs = np.load(directory / "inputs.npz")
+        self.model = transformers.BlipForConditionalGeneration.from_pretrained(directory)
+        self.image_BCYX = torch.tensor(self.inputs["image"]).permute(0, 3, 1, 2).contiguous()
+        self.tokens_BT = torch.tensor(self.inputs["tokens"]).long()
+        self.prompt_BT = torch.tensor(self.inputs["prompt"]).long()
+
+    def steps(self, others: bool = True) -> dict:
+        """{label: one training step -> loss}: '' is the headline. All share the model; the headline's come first."""
+        import peft
+        import torch
+
+        target = r".*text_decoder.*\.(query|value)"
+        lora = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=target)
+        tuned = peft.get_peft_model(self.model, lora).train()
+        for name, p in tuned.named_parameters():
+            if "lora_A" in name:
+                layer, part, _, which = name.split(".layer.")[1].split(".")[:4]
+                p.data.copy_(torch.tensor(self.inputs[f"{part} {which}"][int(layer)].T))
+        self.trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+        optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+        mask_BT = torch.ones_like(self.tokens_BT)
+        labels_BT = self.tokens_BT.clone()
+        labels_BT[:, : self.prompt_BT.shape[1]] = -100
+        inner = tuned.base_model.model
+        texts = {"input_ids": self.tokens_BT, "attention_mask": mask_BT, "labels": labels_BT}
+
+        def encode():
+            with torch.no_grad():
+                return inner.vision_model(self.image_BCYX)[0]
+
+        def step(loss):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        ways = {"": lambda: step(tuned(pixel_values=self.image_BCYX, **texts).loss)}
+        if others:
+            cached = encode()
+            ways["images under no_grad"] = lambda: step(
+                inner.text_decoder(encoder_hidden_states=encode(), **texts).loss
+            )
+            ways["cached image tokens"] = lambda: step(inner.text_decoder(encoder_hidden_states=cached, **texts).loss)
+        return ways
+
+    def writers(self) -> dict:
+        """{label: pictures -> tokens (B, LENGTH)}"""
+        import torch
+
+        self.model.eval()
+        prompt = torch.cat([self.prompt_BT, self.prompt_BT[:, :1]], dim=1)  # generate drops the last one
+
+        def write(beams):
+            options = {"num_beams": beams, "do_sample": False, "max_length": LENGTH, "min_length": LENGTH}
+            return self.model.generate(self.image_BCYX, prompt.clone(), torch.ones_like(prompt), **options).numpy()
+
+        return {label: functools.partial(write, beams) for label, beams in BEAMS.items()}
+
+
+class Jax:
+    """jaxpeft as its own loop runs it: the jitted train_step with donated state; images and searches jitted."""
+
+    def __init__(self, directory, threads: int):
+        from jaxpeft import hub
+
+        self.inputs, self.seconds = np.load(directory / "inputs.npz"), {}
+        self.model, self.params = hub.load(directory)
+
+    def steps(self, others: bool = True) -> dict:
+        import jax
+        import jax.numpy as jnp
+        import ml_collections
+
+        from jaxpeft import evals, methods, optim, sites, tasks, train, tree
+
+        lora = methods.LoRA(rank=RANK)
+        variables = sites.attach(self.model, self.params, lora, jax.random.key(0))
+        flat = tree.flatten(variables)
+        for name in flat:
+            if name.startswith("peft/") and name.endswith("/a"):
+                part = "crossattention" if "cross_attention" in name else "attention"
+                flat[name] = jnp.asarray(self.inputs[f"{part} {'query' if '/query/' in name else 'value'}"])
+        variables = tree.unflatten(variables, flat)
+        tuned, frozen = tree.split(variables, sites.trainable(lora, variables))
+        self.trained = tree.count(tuned)
+        settings = {"lr": LR, "schedule": "constant", "warmup": 0.0, "decay": 0.0, "no_decay": "", "clip": 0.0}
+        tx = optim.optimizer(ml_collections.ConfigDict(settings | {"b1": 0.9, "b2": 0.999}), tuned, 1000)
+        tokens_BT = self.inputs["tokens"]
+        scored_BT = np.zeros(tokens_BT.shape, np.float32)  # the last position has no target, as in transformers
+        scored_BT[:, self.inputs["prompt"].shape[1] - 1 : -1] = 1.0
+        texts = {"tokens": tokens_BT, "targets": np.roll(tokens_BT, -1, axis=1), "weights": scored_BT}
+        texts = {name: jnp.asarray(x[:, None]) for name, x in texts.items()}
+        step_fn = functools.partial(
+            train.train_step, model=self.model, task=tasks.Captioning(), tx=tx, seed=0, accumulate=1
+        )
+
+        def stepper(label, features, batch):
+            state = train.TrainState(jnp.int32(0), *jax.tree.map(jnp.array, (tuned, tx.init(tuned))))
+            started = time.perf_counter()
+            compiled = jax.jit(step_fn, donate_argnums=0).lower(state, frozen, features, batch).compile()
+            self.seconds[label] = time.perf_counter() - started
+
+            def step():
+                nonlocal state
+                state, metrics = compiled(state, frozen, features, batch)
+                jax.block_until_ready(state)
+                return float(metrics["loss"])
+
+            return step
+
+        image_BYXC = jnp.asarray(self.inputs["image"])
+        ways = {"": stepper("", None, texts | {"image": image_BYXC})}
+        if others:
+            label, features = "cached image tokens", evals.encode_images(self.model, variables, image_BYXC)
+            ways[label] = stepper(label, features, texts | {"image_index": jnp.arange(BATCH)})
+        return ways
+
+    def writers(self) -> dict:
+        import jax.numpy as jnp
+
+        from jaxpeft import decode, evals
+
+        variables, image_BYXC = {"params": self.params}, jnp.asarray(self.inputs["image"])
+        prompt_BT = jnp.asarray(self.inputs["prompt"])
+
+        def write(beams):
+            image_BPD = evals.encode_images(self.model, variables, image_BYXC)
+            args, limits = (self.model, variables, image_BPD, None, prompt_BT), {"length": LENGTH, "min_length": LENGTH}
+            if beams == 1:
+                return np.asarray(decode.greedy(*args, **limits)[0])
+            return np.asarray(decode.beam_search(*args, beams=beams, **limits)[0][:, 0])
+
+        return {label: functools.partial(write, beams) for label, beams in BEAMS.items()}
+
+
+PEERS = {"transformers + peft": Torch, "jaxpeft": Jax}
