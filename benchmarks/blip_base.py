@@ -148,7 +148,8 @@ def main():
         gc.collect()
         peers = {name: kind(Path(directory), args.threads) for name, kind in PEERS.items()}
         facts = reference.facts()
-        rows, bad = measure(args.mode, peers, args.runs or {"train": 5, "generate": 3}[args.mode])
+        args.runs = args.runs or {"train": 5, "generate": 3}[args.mode]
+        rows, bad = measure(args.mode, peers, args.runs)
         trained = getattr(peers["jaxpeft"], "trained", None)
         if args.mode == "train" and trained != TRAINED.get(args.size, trained):
             bad.append(f"{trained:,} trained parameters, expected {TRAINED[args.size]:,}")
