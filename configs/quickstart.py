@@ -12,5 +12,5 @@ def get_config(arg=""):
     c = common.get_config(a.task, "lora", 16, head="transform")
     c.data.n_train = 8192
     c.data.n_val = 0
-    c.steps = a.steps or {"vqa": 2000, "captioning": 600}[a.task]
+    c.steps = a.steps or {"vqa": 3000, "captioning": 1000}[a.task]
     return c

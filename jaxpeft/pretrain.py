@@ -230,7 +230,9 @@ def zero_shot(model: Blip, params: Tree, config) -> dict:
     for style, captions in (("human", None), ("web", scenes.web_captions)):
         rows = split.rows
         if captions:
-            plain = [[text.removeprefix(task.prompt + " ") for text in captions("test", i, 5)] for i in range(len(rows))]
+            plain = [
+                [text.removeprefix(task.prompt + " ") for text in captions("test", i, 5)] for i in range(len(rows))
+            ]
             rows = [row | {"captions": texts} for row, texts in zip(rows, plain, strict=True)]
         held_out = dataclasses.replace(split, rows=rows)
         cases, examples = task.cases(held_out, model.tokenizer), task.examples(held_out, model.tokenizer)

@@ -1,5 +1,7 @@
 """Pre-training: its batches by hand, its sharing, and that the same command gives the same bytes."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,11 @@ def test_hard_negatives_are_false_and_near():
     for i in range(60):
         spec = scenes.scene("pretrain", i)
         caption = scenes.web_captions("pretrain", i, 1)[0]
+        named = set(zip(caption.split()[1:], caption.split(), strict=False)) & set(
+            itertools.product(scenes.SHAPES, scenes.COLORS)
+        )
+        if not named <= {thing.pair for thing in spec.objects}:
+            continue  # a swapped caption speaks of another scene
         wrong = pretrain.edited(caption, spec, rng)
         if wrong is None:
             continue

@@ -60,12 +60,12 @@ def test_vqa_loss_is_weighted_answer_sums_over_questions():
     class Uniform:
         @staticmethod
         def apply(variables, batch, rngs=None):
-            return np.zeros((*batch["targets"].shape, 8), np.float32)
+            return np.zeros((*batch["targets"].shape, 20), np.float32)
 
     examples = tasks.build("vqa").examples(SPLIT, TOKENIZER)
     total, count = tasks.build("vqa").loss(Uniform, None, examples.arrays, None)
     assert count == 2
-    np.testing.assert_allclose(total, (0.5 * 2 + 0.25 * 2 + 0.25 * 3 + 1 * 2) * np.log(8), rtol=1e-6)
+    np.testing.assert_allclose(total, (0.5 * 2 + 0.25 * 2 + 0.25 * 3 + 1 * 2) * np.log(20), rtol=1e-6)
 
 
 def test_scores_and_blind_baselines():
