@@ -5,6 +5,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from jaxpeft import host, point, pretrain
+
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(arg), as file.py or file.py:key=value,..."
 )
@@ -14,8 +16,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where results and checkpoints of
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.key=value")
+    host.keep_freed_memory()
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
-    from jaxpeft import point, pretrain  # after the flags: --help answers at once
 
     try:
         (pretrain if "pretrain" in CONFIG.value else point).run(CONFIG.value, WORKDIR.value)

@@ -38,7 +38,7 @@ ROWS = [
     Row("lora", 2 * LORA, (("rank", 2),)),
     Row("lora", 2 * LORA + TRANSFORM, (("rank", 2),), head="transform"),
     Row("lora", 2 * LORA + TRANSFORM + D * V, (("rank", 2),), head="untied", merges=False),
-    Row("lora", 3 * L * (3 * D + 2 * 20 + D), (("rank", 3), ("where", "^vision/.*(value|up)$"), ("alpha", 1.0))),
+    Row("lora", 3 * L * ((D + D) + (D + 20)), (("rank", 3), ("where", "^vision/.*(value|up)$"), ("alpha", 1.0))),
     Row("lora", 4 * (8 * 8 * 3 + D), (("rank", 4), ("where", "^vision/patch$"))),
     Row("full", BASE),
     Row("head", TRANSFORM),
