@@ -149,7 +149,7 @@ def gallery(path: Path, cases: list[dict], columns: int = 4) -> None:
     for case, axes in zip(cases, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
         axes.imshow(case["image"], interpolation="nearest")
         text = "\n".join(
-            textwrap.fill(f"{label}: {said}", 46, subsequent_indent="   ") for label, said in case["lines"]
+            textwrap.fill(f"{label}: {said}", 40, subsequent_indent="   ") for label, said in case["lines"]
         )
         axes.set_title(text, fontsize=7.5, loc="left", family="DejaVu Sans Mono")
     for axes in figure.axes:
