@@ -6,8 +6,8 @@ BLIP's objectives (Li et al. 2022, section 3.2) at toy size, three stages, each 
     lm_itm   the same, and image-text matching against hard negatives
 Encoder and decoder share everything but self-attention, as in BLIP: the stored tree holds the encoder's self-attention
 only, and `shared` copies the rest in before every forward. Matching negatives are, in turn, the caption in the batch
-that shares most words and the right caption with one colour or shape changed to something not in the picture; BLIP
-mines the former with a contrastive head, which at this size word overlap replaces.
+that shares most words and the right caption with one colour, shape or side changed to something not in the picture;
+BLIP mines the former with a contrastive head, which at this size word overlap replaces.
 
     python main.py --config=configs/pretrain.py --workdir=runs/pretrain
 """
@@ -37,6 +37,7 @@ ALIASES = {f"text_encoder/{part}": f"text_decoder/{part}" for part in ("embed",)
     f"text_encoder/blocks/{part}": f"text_decoder/blocks/{part}"
     for part in ("cross_attention", "cross_norm", "mlp", "mlp_norm")
 }
+OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 TEXT_LENGTH = 28  # tokens of a pre-training text, specials included
 
 
@@ -104,16 +105,31 @@ def text_batch(tokenizer: Tokenizer, indices, rng: np.random.Generator) -> dict:
 
 
 def edited(caption: str, scene, rng: np.random.Generator) -> str | None:
-    """The caption with one colour or shape changed so that the phrase is not true of the scene."""
+    """The caption with one colour, shape or side changed so that the phrase is not true of the scene; None if it names
+    nothing that can be changed. Where a side can be changed, half of the time that is what changes."""
     words = caption.split()
     pairs = {thing.pair for thing in scene.objects}
     places = [i for i in range(len(words) - 1) if words[i] in scenes.COLORS and words[i + 1] in scenes.SHAPES]
     if not places:
         return None
+    sides = [  # of '<color> <shape> on the left', the indices of 'left' where no such thing is on the right
+        i + 4
+        for i in places
+        if words[i + 2 : i + 3] in (["on"], ["at"])
+        and not any(
+            thing.pair == (words[i + 1], words[i]) and OPPOSITE[words[i + 4]] in thing.quadrant
+            for thing in scene.objects
+        )
+    ]
+    if sides and rng.random() < 0.5:
+        i = int(rng.choice(sides))
+        words[i] = OPPOSITE[words[i]]
+        return " ".join(words)
     i = int(rng.choice(places))
     color, shape = words[i], words[i + 1]
-    options = [(c, shape) for c in scenes.COLORS if (shape, c) not in pairs and (shape, c) not in scenes.HELD_PAIRS]
-    options += [(color, s) for s in scenes.SHAPES if (s, color) not in pairs and (s, color) not in scenes.HELD_PAIRS]
+    not_these = pairs | scenes.HELD_PAIRS | {(shape, color)}  # a caption of another scene may name what is not there
+    options = [(c, shape) for c in scenes.COLORS if (shape, c) not in not_these]
+    options += [(color, s) for s in scenes.SHAPES if (s, color) not in not_these]
     words[i : i + 2] = options[int(rng.integers(len(options)))]
     return " ".join(words)
 

@@ -1,7 +1,8 @@
 """What is said about a scene: web captions, human captions, questions, and a text-only corpus.
 
 Every statement is made by rule from the objects of the scene; 'human' names the style, no person wrote any of it.
-Web captions (pre-training) list what is there: no count, no position, some objects missing, 8 % about another scene.
+Web captions (pre-training) list what is there: no count, some objects missing, 8 % about another scene; a third of them
+say on which side one or two things are, the others say nothing of positions.
 Human captions (downstream) say more: how many, where, and always every object. Questions have one right answer each.
 Held-out pairs (scenes_world.HELD_PAIRS) are never named outside the split 'test_comp', not even to be denied.
 All text is lower case without punctuation, and WORDS is every word that can occur.
@@ -46,6 +47,7 @@ WORDS = tuple(
 )
 SWAPPED = 0.08  # share of pictures whose web captions describe another scene
 DROPPED = 0.1  # share of objects that a web caption leaves out
+LOCATED = 0.35  # share of web captions that say on which side their first two things are
 SYNONYM = 0.1  # share of texts in which a word gives way to its synonym, per word
 
 
@@ -75,8 +77,18 @@ def _web_caption(rng, objects):
     kept = sorted(kept, key=lambda thing: (-thing.radius, thing.y, thing.x))
     if chance(rng, 0.2):
         kept = shuffled(rng, kept)
-    say = _speaker(rng, sized=chance(rng, 0.5))
-    return "a picture of " + " and ".join(f"a {say(thing)}" for thing in kept)
+    located = chance(rng, LOCATED)
+    say = _speaker(rng, sized=not located and chance(rng, 0.5))
+    phrases = [f"a {say(thing)}" for thing in kept]
+    if located:
+        phrases[:2] = [f"{phrase} {_side(rng, thing)}" for phrase, thing in zip(phrases[:2], kept, strict=False)]
+    return "a picture of " + " and ".join(phrases)
+
+
+def _side(rng, thing):
+    """'on the left' or 'at the top': half of where a thing is, in the words of the position questions."""
+    vertical, horizontal = thing.quadrant.split()
+    return f"on the {horizontal}" if chance(rng, 0.5) else f"at the {vertical}"
 
 
 def human_captions(split, index, n=5, seed=0):
