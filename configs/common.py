@@ -8,8 +8,6 @@ from ml_collections import config_dict
 
 from jaxpeft import methods
 
-SIZE_FIELD = {"lora": "rank"}  # the field that a method's `size` sets
-
 
 def parse_arg(arg: str, **defaults) -> ml_collections.ConfigDict:
     """'key=value,flag' -> values typed as the defaults; raises ValueError for an unknown key, listing the known ones."""
@@ -41,14 +39,12 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.base = "tiny"  # the shipped checkpoint, or a directory: ours or a Hugging Face BLIP
     c.init = "base"  # 'scratch': the same architecture with random weights, as a control
     c.seed = 0
-    c.size = size if method in SIZE_FIELD else 0
+    size_field = methods.size_field(method)
+    c.size = size if size_field else 0
 
     c.method = ml_collections.ConfigDict({"name": method, **methods.defaults(method)})
-    for field, value in methods.defaults(method).items():
-        if value is None:
-            c.method[field] = config_dict.placeholder(float)
-    if method in SIZE_FIELD:
-        c.method[SIZE_FIELD[method]] = size
+    if size_field:
+        c.method[size_field] = size
     c.head = head  # 'none', 'transform', 'untied': the decoder head tuned beside the method
 
     c.model = ml_collections.ConfigDict()

@@ -5,6 +5,7 @@ The map, in the order in which data flow:
     layers sites models/ methods/ tree    model + what is tuned and where
     losses optim sharding train point     the step, the one loop, and a run from config to result
     decode metrics evals results          answers, scores, files
+    budget interchange                    sizes for one budget; tuned trees to and from PyTorch
     checkpoint hub pretrain               what is kept, what comes in, what is shipped
 
     import jax, jaxpeft as jp
@@ -14,14 +15,17 @@ The map, in the order in which data flow:
     tuned, frozen = jp.split(variables, jp.trainable(method, variables))
 """
 
+from jaxpeft.budget import solve_size
 from jaxpeft.evals import generate
 from jaxpeft.hub import load
-from jaxpeft.methods import METHODS, Full, Head, LoRA, Method, Selective
+from jaxpeft.interchange import export_peft, import_peft, load_tuned, save_tuned
+from jaxpeft.methods import *  # noqa: F403  every method, by its class name
+from jaxpeft.methods import __all__ as _methods
 from jaxpeft.point import run
-from jaxpeft.sites import attach, counts, merge, trainable
+from jaxpeft.sites import attach, counts, describe, expand, fold, merge, trainable
 from jaxpeft.tree import join, split
 
 __all__ = [
-    "METHODS", "Full", "Head", "LoRA", "Method", "Selective", "attach", "counts", "generate", "join", "load", "merge",
-    "run", "split", "trainable",
+    *_methods, "attach", "counts", "describe", "expand", "export_peft", "fold", "generate", "import_peft", "join", "load",
+    "load_tuned", "merge", "run", "save_tuned", "solve_size", "split", "trainable",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxpeft import sites
 from jaxpeft.tree import Tree
 
 _LOW = -1e9  # a score no real beam reaches; finite, so that sums of two stay ordered
@@ -40,6 +41,7 @@ def greedy(model, variables: Tree, context_BSD, context_mask_BS, prompt_BT, *, l
     """The most likely token each time -> (tokens (B, length) padded after the end token, log-probability (B,))."""
     eos_id, pad_id = model.config.sep_id, model.config.pad_id
     n_rows, n_prompt = prompt_BT.shape
+    variables = sites.expand(variables)  # once, and not in every step
     logits_BV, cache = _start(model, variables, context_BSD, context_mask_BS, prompt_BT, length)
     tokens_BT = jnp.full((n_rows, length), pad_id, jnp.int32).at[:, :n_prompt].set(prompt_BT)
 
@@ -83,6 +85,7 @@ def beam_search(
     """The `beams` best sequences -> (tokens (B, beams, length), scores (B, beams)), best first."""
     eos_id, pad_id = model.config.sep_id, model.config.pad_id
     n_rows, n_prompt = prompt_BT.shape
+    variables = sites.expand(variables)  # once, and not in every step
     logits_BV, cache = _start(model, variables, context_BSD, context_mask_BS, prompt_BT, length)
     tokens_BKT = jnp.full((n_rows, beams, length), pad_id, jnp.int32).at[:, :, :n_prompt].set(prompt_BT[:, None])
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxpeft import sites
-from jaxpeft.ops import matmul
 
 _INIT = nn.initializers.normal(0.02)  # BERT's and BLIP's
 
@@ -37,9 +36,7 @@ class Dense(nn.Module):
     def __call__(self, x):
         kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x = x.astype(self.dtype)
-        y = matmul(x, kernel.astype(self.dtype), bias.astype(self.dtype))
-        return sites.linear(self, x, y, kernel)
+        return sites.linear(self, x.astype(self.dtype), kernel, bias)
 
 
 class TiedDense(nn.Module):
@@ -49,14 +46,17 @@ class TiedDense(nn.Module):
 
     @nn.compact
     def __call__(self, x, embedding_VD):
-        x = x.astype(self.dtype)
-        return sites.linear(self, x, matmul(x, embedding_VD.T.astype(self.dtype)), embedding_VD.T)
+        return sites.linear(self, x.astype(self.dtype), embedding_VD.T)
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm with the two-pass variance: the one-pass form loses digits that parity with torch needs."""
+    """LayerNorm with the two-pass variance: the one-pass form loses digits that parity with torch needs. Site: norm."""
 
     use_fast_variance: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        return sites.norm(self, super().__call__(x))
 
 
 class Attention(nn.Module):
@@ -84,20 +84,25 @@ class Attention(nn.Module):
         """(k_BSNH, v_BSNH) of a context."""
         return self._heads(self.key(context_BSD)), self._heads(self.value(context_BSD))
 
-    def __call__(self, x_BTD, k_BSNH, v_BSNH, mask_BTS=None):
-        """mask_BTS: True where a query may look; None for everywhere. Broadcasts over B, T."""
+    def __call__(self, x_BTD, k_BSNH, v_BSNH, mask_BTS=None, *, stream):
+        """mask_BTS: True where a query may look; None for everywhere. Broadcasts over B, T. `stream`: see sites."""
         n_rows, n_tokens, _ = x_BTD.shape
-        q_BTNH = self._heads(self.query(x_BTD))
-        q_BTNH = q_BTNH.reshape(k_BSNH.shape[0], -1, *q_BTNH.shape[2:])  # fold texts of one context into T
-        k_BSNH, v_BSNH, mask_BTS = sites.kv(self, k_BSNH, v_BSNH, mask_BTS)
+        folded_BTD = x_BTD.reshape(k_BSNH.shape[0], -1, x_BTD.shape[-1])  # fold texts of one context into T
+        q_BTNH = self._heads(self.query(folded_BTD))
+        k_BSNH, v_BSNH, mask_BTS, gain_BTS = sites.kv(self, folded_BTD, k_BSNH, v_BSNH, mask_BTS)
         scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
         scores_BNTS *= q_BTNH.shape[-1] ** -0.5
+        if gain_BTS is not None:
+            scores_BNTS *= gain_BTS[:, None]
         if mask_BTS is not None:
             # finite, so that a row that may look nowhere gives a mean and not NaN
             scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min / 2)
-        weights_BNTS = dropout(self, jax.nn.softmax(scores_BNTS, axis=-1), self.dropout).astype(self.dtype)
+        weights_BNTS = dropout(self, jax.nn.softmax(scores_BNTS, axis=-1), self.dropout)
+        if gain_BTS is not None:
+            weights_BNTS *= gain_BTS[:, None]
+        weights_BNTS = weights_BNTS.astype(self.dtype)
         y_BTD = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH).reshape(n_rows, n_tokens, self.width)
-        return sites.sublayer(self, x_BTD, self.out(y_BTD))
+        return sites.sublayer(self, x_BTD, self.out(y_BTD), stream)
 
 
 class Mlp(nn.Module):
@@ -108,6 +113,6 @@ class Mlp(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD, *, stream):
         h_BTF = nn.gelu(Dense(self.hidden, self.dtype, name="up")(x_BTD), approximate=False)
-        return sites.sublayer(self, x_BTD, Dense(self.width, self.dtype, name="down")(h_BTF))
+        return sites.sublayer(self, x_BTD, Dense(self.width, self.dtype, name="down")(h_BTF), stream)

@@ -11,3 +11,8 @@ def matmul(x, w, bias=None):
     if bias is not None:
         y = y + bias[None]
     return y.reshape(*x.shape[:-1], w.shape[-1])
+
+
+def per_feature(v, like):
+    """A vector (out,) shaped to act on the last axis of `like` (..., out) without implicit rank promotion."""
+    return v.reshape((1,) * (like.ndim - 1) + v.shape)

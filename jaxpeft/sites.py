@@ -1,19 +1,23 @@
 """Where model and method meet.
 
-Layers call `linear`, `sublayer`, `kv` and `embed` at four kinds of place and nowhere else. What a method adds at a site
-is a value in the Flax collection `peft`, mirroring module paths: a tuple of `Bound` pairs (method, leaves), applied in
-order. A `Bound` is a pytree whose leaves are arrays and whose method is static, so the tuned tree carries its own
-behaviour: the model needs no list of methods, an evaluation cannot forget them, and jit compiles once per structure.
-The base stays in `params`, untouched.
+Layers call the functions below at six kinds of place (`Site.KINDS`) and nowhere else. What a method adds at a site is a
+value in the Flax collection `peft`, mirroring module paths: a tuple of `Bound` (method, leaves), applied in order. A
+`Bound` is a pytree whose leaves are arrays and whose method is static, so the tuned tree carries its own behaviour: the
+model needs no list of methods, an evaluation cannot forget them, and jit compiles once per structure. The base stays in
+`params`, untouched.
 
     variables = attach(model, params, LoRA(rank=8), rng)      # {'params': ..., 'peft': ...}
     tuned, frozen = tree.split(variables, trainable(LoRA(rank=8), variables))
 
 Layers are scanned, so a path has no layer index and leaves of a stacked site have a leading axis L.
+
+Order. At a linear, methods that change its input (OFT, IA3 on the FFN) act first, in their order, then those that
+change its output, in theirs. A method that reads the base kernel (DoRA) must be the first of those. Of several
+prefixes or prompts the later one stands further in front.
 """
 
 import dataclasses
-import re
+import functools
 import zlib
 from collections.abc import Iterable
 
@@ -22,88 +26,186 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxpeft import tree
-from jaxpeft.methods.base import Method, Theta
+from jaxpeft.methods.base import Method, Site, Theta
 from jaxpeft.methods.selective import Head
+from jaxpeft.ops import matmul
 from jaxpeft.tree import Mask, Tree
 
-# What the recorded shape of each kind means; its length tells a stacked site (one more axis, L) from a single one.
-KINDS = {"linear": ("in", "out"), "sublayer": ("D",), "kv": ("N", "H"), "embed": ("D",)}
+SHARED = "_shared"  # key in the peft collection of leaves that a method's sites share
 
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """One method at one site: static method, traced leaves."""
+    """One method at one site: static method and site, traced leaves. `acts`: the leaves are the expanded ones."""
 
     method: Method
+    site: Site
     theta: Theta
+    acts: bool
 
     def tree_flatten_with_keys(self):
         keys = tuple(sorted(self.theta))
         children = tuple((jax.tree_util.DictKey(f"{self.method.name}/{k}"), self.theta[k]) for k in keys)
-        return children, (self.method, keys)
+        return children, (self.method, self.site, self.acts, keys)
 
     @classmethod
     def tree_unflatten(cls, static, children):
-        method, keys = static
-        return cls(method, dict(zip(keys, children, strict=True)))
+        method, site, acts, keys = static
+        return cls(method, site, dict(zip(keys, children, strict=True)), acts)
 
 
 def _bound(module: nn.Module, kind: str, shape: tuple[int, ...]) -> tuple[Bound, ...]:
     """The methods bound at this site; records the site when `sites(model)` is asking."""
     if module.is_mutable_collection("sites"):
         module.put_variable("sites", kind, jnp.zeros(shape))
-    return module.get_variable("peft", kind, ())
+    bounds = module.get_variable("peft", kind, ())
+    for bound in bounds:
+        if not bound.acts:
+            raise ValueError(f"{bound.method.name} at {bound.site.path} is not expanded: call sites.expand first")
+    return bounds
 
 
-def linear(module: nn.Module, x, y, kernel):
-    """Site of a linear map: x (..., in), y (..., out) = x @ kernel + bias."""
-    for bound in _bound(module, "linear", kernel.shape):
-        rng = module.make_rng("dropout") if module.has_rng("dropout") else None
-        y = bound.method.linear(bound.theta, x, y, kernel, rng)
+def linear(module: nn.Module, x, kernel, bias=None):
+    """Site of a linear map: x (..., in) @ kernel (in, out) + bias (out,), in the dtype of x."""
+    return linear_by(_bound(module, "linear", kernel.shape), module, x, kernel, bias, None)
+
+
+def linear_by(bounds, module: nn.Module, x, kernel, bias, product):
+    """The map with methods around it; `product(x)` computes it where the layer is not ours."""
+    for bound in bounds:
+        if bound.method.on_input(bound.site):
+            x = bound.method.inputs(bound.theta, x)
+    if product is not None:
+        y = product(x)
+    else:
+        y = matmul(x, kernel.astype(x.dtype), None if bias is None else bias.astype(x.dtype))
+    for bound in bounds:
+        if not bound.method.on_input(bound.site):
+            rng = module.make_rng("dropout") if module.has_rng("dropout") else None
+            y = bound.method.linear(bound.theta, x, y, {"kernel": kernel, "bias": bias}, rng)
     return y
 
 
-def sublayer(module: nn.Module, x_BTD, y_BTD):
-    """Site of an attention or MLP: what it read and what it is about to add to the residual stream."""
+def norm(module: nn.Module, y):
+    """Site of a LayerNorm's output."""
+    for bound in _bound(module, "norm", y.shape[-1:]):
+        y = bound.method.norm(bound.theta, y)
+    return y
+
+
+def sublayer(module: nn.Module, x_BTD, y_BTD, stream):
+    """Site of an attention or MLP: what it read, what it is about to add to the residual stream, and
+    `stream(y_BTD)`, the residual stream after it is added."""
     for bound in _bound(module, "sublayer", y_BTD.shape[-1:]):
-        y_BTD = bound.method.sublayer(bound.theta, x_BTD, y_BTD)
+        y_BTD = bound.method.sublayer(bound.theta, x_BTD, y_BTD, stream)
     return y_BTD
 
 
-def kv(module: nn.Module, k_BSNH, v_BSNH, mask_BTS):
-    """Site of an attention's keys, values and mask."""
+def kv(module: nn.Module, x_BTD, k_BSNH, v_BSNH, mask_BTS):
+    """Site of an attention's keys, values and mask -> (keys, values, mask, gain_BTS or None). x_BTD makes the queries.
+
+    A gain multiplies scores before, and weights after the softmax.
+    """
+    gain_BTS, rows = None, k_BSNH.shape[0]
     for bound in _bound(module, "kv", k_BSNH.shape[-2:]):
-        k_BSNH, v_BSNH, mask_BTS = bound.method.kv(bound.theta, k_BSNH, v_BSNH, mask_BTS)
-    return k_BSNH, v_BSNH, mask_BTS
+        added = bound.method.kv(bound.theta, x_BTD)
+        n_old, n_new = k_BSNH.shape[1], added.k_KNH.shape[0]
+        k_BSNH, v_BSNH = (
+            jnp.concatenate([jnp.broadcast_to(new[None].astype(old.dtype), (rows, *new.shape)), old], axis=1)
+            for new, old in ((added.k_KNH, k_BSNH), (added.v_KNH, v_BSNH))
+        )
+        if mask_BTS is None and added.on is not None:
+            mask_BTS = jnp.ones((1, 1, n_old), bool)
+        if mask_BTS is not None:
+            on = jnp.bool_(True) if added.on is None else added.on
+            mask_BTS = jnp.concatenate([jnp.broadcast_to(on, (*mask_BTS.shape[:2], n_new)), mask_BTS], axis=-1)
+        if gain_BTS is not None or added.gain_BT is not None:
+            rest = jnp.ones((1, 1, n_old)) if gain_BTS is None else gain_BTS
+            new = jnp.ones((1, 1)) if added.gain_BT is None else added.gain_BT
+            lead = jnp.broadcast_shapes(rest.shape[:2], new.shape)
+            new_BTK = jnp.broadcast_to(new[..., None], (*lead, n_new))
+            gain_BTS = jnp.concatenate([new_BTK, jnp.broadcast_to(rest, (*lead, n_old))], axis=-1)
+    return k_BSNH, v_BSNH, mask_BTS, gain_BTS
 
 
-def embed(module: nn.Module, x_BTD, mask_BT):
-    """Site where a sequence enters a stack."""
+def block(module: nn.Module, x_BTD):
+    """Site where a sequence enters one layer of a stack."""
+    for bound in _bound(module, "block", x_BTD.shape[-1:]):
+        x_BTD = bound.method.block(bound.theta, x_BTD)
+    return x_BTD
+
+
+def embed(module: nn.Module, x_BTD, mask_BT, as_tokens=None):
+    """Site where a sequence enters a stack -> (sequence, mask), learned tokens in front. `as_tokens`: see Method."""
     for bound in _bound(module, "embed", x_BTD.shape[-1:]):
-        x_BTD, mask_BT = bound.method.embed(bound.theta, x_BTD, mask_BT)
+        rows_KD = bound.method.embed(bound.theta, x_BTD, as_tokens)
+        if rows_KD is None:
+            continue
+        rows_BKD = jnp.broadcast_to(rows_KD[None].astype(x_BTD.dtype), (x_BTD.shape[0], *rows_KD.shape))
+        x_BTD = jnp.concatenate([rows_BKD, x_BTD], axis=1)
+        if mask_BT is not None:
+            mask_BT = jnp.concatenate([jnp.ones(rows_BKD.shape[:2], bool), mask_BT], axis=1)
     return x_BTD, mask_BT
 
 
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """A place in a model: its module path, kind, shape (see KINDS) and number of stacked layers (None: not stacked)."""
-
-    path: str
-    kind: str
-    shape: tuple[int, ...]
-    layers: int | None
+def shift(module: nn.Module) -> int:
+    """By how many positions the tokens of a stack move, asked in the module that calls `embed`."""
+    return sum(bound.method.shift(bound.site) for bound in module.get_variable("peft", "embed", ()))
 
 
-def sites(model: nn.Module) -> list[Site]:
+class Adaptable(nn.Module):
+    """A model with sites: its `apply` expands what methods store into what acts."""
+
+    @nn.nowrap
+    def apply(self, variables, *args, **kwargs):
+        return super().apply(expand(variables), *args, **kwargs)
+
+
+def is_bound(x) -> bool:
+    """Whether a node of a tree is a `Bound`."""
+    return isinstance(x, Bound)
+
+
+def expand(variables: Tree) -> Tree:
+    """Variables whose methods can act: `Method.expand` at every site that needs it. Done already: returned as it is."""
+    peft = variables.get("peft", {})
+    shared = {bound.method: bound.theta for bound in peft.get(SHARED, {}).values()}
+
+    def one(bound):
+        if bound.acts:
+            return bound
+        theta = bound.method.expand(bound.theta, shared.get(bound.method, {}), bound.site)
+        return dataclasses.replace(bound, theta=theta, acts=True)
+
+    if all(bound.acts for bound in jax.tree.leaves(peft, is_leaf=is_bound)):
+        return variables
+    acting = {name: node for name, node in peft.items() if name != SHARED}
+    return dict(variables) | {"peft": jax.tree.map(one, acting, is_leaf=is_bound)}
+
+
+def fold(variables: Tree) -> Tree:
+    """The same function with what only training needs folded away: a prefix's MLP becomes the prefix that it makes."""
+
+    def one(bound):
+        after = bound.method.folded()
+        if after == bound.method:
+            return bound
+        return Bound(after, bound.site, bound.method.fold(bound.theta, bound.site), not after.expands)
+
+    return dict(variables) | {"peft": jax.tree.map(one, variables.get("peft", {}), is_leaf=is_bound)}
+
+
+@functools.lru_cache(maxsize=32)
+def sites(model: nn.Module) -> tuple[Site, ...]:
     """Every site of a model, from one abstract trace; nothing is computed."""
     recorded = jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["sites"]
     found = []
     for name, leaf in tree.flatten(recorded).items():
         path, kind = name.rsplit("/", 1)
-        stacked = len(leaf.shape) > len(KINDS[kind])
+        stacked = len(leaf.shape) > len(Site.KINDS[kind])
         found.append(Site(path, kind, leaf.shape[stacked:], leaf.shape[0] if stacked else None))
-    return found
+    return tuple(found)
 
 
 def as_methods(method: Method | Iterable[Method]) -> tuple[Method, ...]:
@@ -118,42 +220,57 @@ def attach(model: nn.Module, params: Tree, method: Method | Iterable[Method], rn
     place in the tuple only, so adding a method does not change what another starts from. Raises ValueError when a
     method matches no site or trains no base leaf, with the nearest paths.
     """
-    table, peft = sites(model), {}
-    for order, one in enumerate(as_methods(method)):
-        hits = [site for site in table if site.kind in one.kinds and re.search(one.where, site.path)]
+    base = functools.partial(base_of, model, tree.flatten(params))
+    variables = {"params": params, "peft": bind(sites(model), base, method, rng)}
+    trainable(method, variables)
+    return variables
+
+
+def bind(table: Iterable[Site], base, method: Method | Iterable[Method], rng: jax.Array) -> Tree:
+    """The `peft` collection for a table of sites; `base(site)` is what a method's `init` may read there."""
+    methods, peft = as_methods(method), {}
+    if len(set(methods)) < len(methods):
+        raise ValueError("the same method stands twice in the tuple; leave one out or give them different `where`")
+    for order, one in enumerate(methods):
+        hits = [site for site in table if one.selects(site)]
         if one.kinds and not hits:
             known = [site.path for site in table if site.kind in one.kinds]
             raise ValueError(
                 f"{one.name}: where={one.where!r} matches none of the {len(known)} {'/'.join(one.kinds)} sites; "
                 f"nearest: {', '.join(tree.nearest(one.where, known))}"
             )
+        own = jax.random.fold_in(rng, order)
+        if shared := one.init_shared(own, hits):
+            peft.setdefault(SHARED, {})[str(order)] = Bound(one, Site("", "linear", ()), shared, False)
         for site in hits:
-            kernel = base_kernel(model, params, site) if site.kind == "linear" else None
-            key = jax.random.fold_in(jax.random.fold_in(rng, order), zlib.crc32(f"{site.path}/{site.kind}".encode()))
-            theta = _init(one, key, site, kernel)
+            key = jax.random.fold_in(own, zlib.crc32(f"{site.path}/{site.kind}".encode()))
             node = peft
             for part in site.path.split("/"):
                 node = node.setdefault(part, {})
-            node[site.kind] = (*node.get(site.kind, ()), Bound(one, theta))
-    variables = {"params": params, "peft": peft}
-    trainable(method, variables)
-    return variables
+            before = node.get(site.kind, ())
+            if one.first and any(not b.method.on_input(b.site) for b in before):
+                raise ValueError(
+                    f"{one.name} reads the base kernel of {site.path}: put it before {before[-1].method.name}"
+                )
+            node[site.kind] = (*before, Bound(one, site, one.init_site(key, site, base(site)), not one.expands))
+    return peft
 
 
-def _init(method: Method, rng, site: Site, kernel) -> Theta:
-    if site.layers is None:
-        return method.init(rng, site.kind, site.shape, kernel)
-    rngs = jax.random.split(rng, site.layers)
-    return jax.vmap(lambda key, one: method.init(key, site.kind, site.shape, one))(rngs, kernel)
-
-
-def base_kernel(model: nn.Module, params: Tree, site: Site) -> jax.Array:
-    """The (stacked) 2-D kernel of a linear site, found in the base; a tied one is read where it is stored."""
+def base_of(model: nn.Module, flat: dict, site: Site) -> dict:
+    """What of the base stands at a site, stacked as it is: see `Method.init`. A tied kernel is read where it is stored."""
+    if site.kind == "norm":
+        return {name: flat[f"{site.path}/{name}"] for name in ("scale", "bias")}
+    if site.kind == "embed" and f"{site.path}/embed/word" in flat:
+        names = ("word", "norm/scale", "norm/bias")
+        return {name: flat[f"{site.path}/embed/{name}"] for name in names} | {
+            "tokenizer": getattr(model, "tokenizer", None)
+        }
+    if site.kind != "linear":
+        return {}
     lead = () if site.layers is None else (site.layers,)
     tied = getattr(model, "tied", {}).get(site.path)
-    if tied:
-        return tree.flatten(params)[tied].T
-    return tree.flatten(params)[f"{site.path}/kernel"].reshape(*lead, *site.shape)
+    kernel = flat[tied].T if tied else flat[f"{site.path}/kernel"].reshape(*lead, *site.shape)
+    return {"kernel": kernel, "bias": flat.get(f"{site.path}/bias")}
 
 
 def trainable(method: Method | Iterable[Method], variables: Tree) -> Mask:
@@ -164,15 +281,16 @@ def trainable(method: Method | Iterable[Method], variables: Tree) -> Mask:
     methods = as_methods(method)
     base = [name for name in tree.flatten(variables) if name.startswith("params/")]
     for one in methods:
-        if one.train and not any(re.search(one.train, name) for name in base):
+        if one.train and not any(one.trains(name) for name in base):
             raise ValueError(
-                f"{one.name}: {one.train!r} matches no base leaf; nearest: {', '.join(tree.nearest(one.train, base))}"
+                f"{one.name}: {one.train!r} matches no base leaf{f' below {one.where!r}' if one.where else ''}; "
+                f"nearest: {', '.join(tree.nearest(one.train, base))}"
             )
 
     def moves(path, leaf):
         name = tree.path_name(path)
         if name.startswith("params/"):
-            return any(one.train and re.search(one.train, name) for one in methods)
+            return any(one.trains(name) for one in methods)
         return not any(name.endswith(f"/{one.name}/{fixed}") for one in methods for fixed in one.fixed)
 
     mask = jax.tree_util.tree_map_with_path(moves, variables)
@@ -183,30 +301,29 @@ def trainable(method: Method | Iterable[Method], variables: Tree) -> Mask:
 
 def merge(model: nn.Module, variables: Tree) -> Tree:
     """Plain params for the plain model with every bound method folded in, where that is exact; else ValueError."""
-    flat = tree.flatten(variables["params"])
+    variables = expand(variables)
+    flat, peft = dict(tree.flatten(variables["params"])), variables.get("peft", {})
     tied = getattr(model, "tied", {})
     for site in sites(model):
-        for bound in _at(variables.get("peft", {}), site):
-            if site.kind != "linear":
+        bounds = at(peft, site)
+        for bound in bounds:
+            if site.kind not in ("linear", "norm"):
                 raise ValueError(f"{bound.method.name} acts on {site.kind} at {site.path} and cannot be merged exactly")
             if site.path in tied:
                 if isinstance(bound.method, Head):  # it knows the reason better
                     bound.method.merge(bound.theta, {})
                 raise ValueError(f"{bound.method.name}: {site.path} is tied to {tied[site.path]}; merging changes both")
-            kernel, bias = f"{site.path}/kernel", f"{site.path}/bias"
-            base = {"kernel": base_kernel(model, tree_of(flat, variables["params"]), site), "bias": flat[bias]}
-            fold = bound.method.merge if site.layers is None else jax.vmap(bound.method.merge)
-            new = fold(bound.theta, base)
-            flat |= {kernel: new["kernel"].reshape(flat[kernel].shape), bias: new["bias"]}
-    return tree_of(flat, variables["params"])
+        inner = [bound for bound in bounds if not bound.method.on_input(site)]
+        outer = [bound for bound in bounds if bound.method.on_input(site)]
+        for bound in [*inner, *reversed(outer)]:
+            fold_one = bound.method.merge if site.layers is None else jax.vmap(bound.method.merge)
+            new = fold_one(bound.theta, base_of(model, flat, site))
+            flat |= {f"{site.path}/{k}": x.reshape(flat[f"{site.path}/{k}"].shape) for k, x in new.items()}
+    return tree.unflatten(variables["params"], flat, "merged params")
 
 
-def tree_of(flat: dict, like: Tree) -> Tree:
-    """Leaves by name in the structure of `like`."""
-    return tree.unflatten(like, flat, "merged params")
-
-
-def _at(peft: Tree, site: Site) -> tuple[Bound, ...]:
+def at(peft: Tree, site: Site) -> tuple[Bound, ...]:
+    """What is bound at a site."""
     node = peft
     for part in site.path.split("/"):
         node = node.get(part, {})
@@ -214,21 +331,49 @@ def _at(peft: Tree, site: Site) -> tuple[Bound, ...]:
 
 
 def report(variables: Tree, mask: Mask) -> list[dict]:
-    """The match report: one row per leaf that is tuned or stored beside the base: name, shape, count, tuned."""
-    rows, tuned = [], tree.flatten(mask)
-    for name, leaf in tree.flatten(variables).items():
-        if tuned[name] or name.startswith("peft/"):
-            rows.append(
-                {"leaf": name, "shape": list(leaf.shape), "count": tree.count(leaf), "tuned": bool(tuned[name])}
-            )
+    """The match report: a row per leaf that is trained or stored beside the base: leaf, shape, trained and stored count.
+
+    Stored is what deployment needs (after `fold`): the prefix that an MLP makes, not the MLP; frozen random matrices too.
+    """
+    shapes, tuned = jax.eval_shape(fold, variables), tree.flatten(mask)
+    folded, rows = tree.flatten(shapes), []
+    for name, leaf in (tree.flatten(variables) | folded).items():
+        on, mine = tuned.get(name, False), name.startswith("peft/")
+        if on or mine:
+            trained = tree.count(leaf) if on else 0
+            rows.append({"leaf": name, "shape": list(leaf.shape), "trained": trained})
+            rows[-1]["stored"] = tree.count(leaf) if name in folded else 0
     return rows
 
 
 def counts(variables: Tree, mask: Mask) -> dict[str, int]:
-    """tuned: trained scalars; stored: what a tuned checkpoint holds; total: the base alone, the usual denominator."""
+    """tuned: trained scalars; stored: what deployment keeps beside the base; total: the base alone, the denominator."""
     rows = report(variables, mask)
     return {
-        "tuned": sum(row["count"] for row in rows if row["tuned"]),
-        "stored": sum(row["count"] for row in rows),
+        "tuned": sum(row["trained"] for row in rows),
+        "stored": sum(row["stored"] for row in rows),
         "total": tree.count(variables["params"]),
     }
+
+
+def describe(variables: Tree, mask: Mask) -> str:
+    """One table of counts: per tower, where and kind, and per leaf, its shape, what is trained and what is stored."""
+    rows, total = report(variables, mask), tree.count(variables["params"])
+    lines = [("leaf", "shape", "trained", "stored", "% of base")]
+    for row in rows:
+        lines.append((row["leaf"], "x".join(map(str, row["shape"])) or "scalar", row["trained"], row["stored"]))
+    for tower in dict.fromkeys("/".join(row["leaf"].split("/")[:2]) for row in rows):
+        mine = [row for row in rows if row["leaf"].startswith(tower)]
+        lines.append((f"sum {tower}", "", *(sum(row[key] for row in mine) for key in ("trained", "stored"))))
+    lines.append(("sum", "", *(sum(row[key] for row in rows) for key in ("trained", "stored"))))
+    text = [lines[0]]
+    for leaf, shape, trained, stored in lines[1:]:
+        text.append((leaf, shape, f"{trained:,}", f"{stored:,}", f"{100 * trained / total:.3f}"))
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
+    body = [
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in text
+    ]
+    return "\n".join([*body, f"base: {total:,} parameters, shared leaves counted once"])

@@ -1,17 +1,33 @@
 """The methods, by the name that configs use. A new method is one file, one line here and one row in the test table."""
 
-import dataclasses
+import inspect
+from collections.abc import Callable
 
-from jaxpeft.methods.base import Method, Theta
-from jaxpeft.methods.lora import LoRA
-from jaxpeft.methods.selective import HEADS, Full, Head, Selective
+from jaxpeft.methods.adapter import Compacter, ParallelAdapter, SerialAdapter
+from jaxpeft.methods.base import Added, Method, Site, Theta
+from jaxpeft.methods.compose import MAM, Gated, Scoped, UniPELT
+from jaxpeft.methods.lora import DoRA, LoRA, PiSSA
+from jaxpeft.methods.oft import OFT
+from jaxpeft.methods.prefix import Prefix
+from jaxpeft.methods.prompt import VPT, Prompt
+from jaxpeft.methods.scaling import IA3, SSF
+from jaxpeft.methods.selective import HEADS, BitFit, Full, Head, LayerNorms, Selective
+from jaxpeft.methods.vera import VeRA
 
-METHODS: dict[str, type[Method]] = {"lora": LoRA, "full": Full, "head": Head, "selective": Selective}
+_SINGLE = (
+    Prompt, Prefix, SerialAdapter, ParallelAdapter, LoRA, DoRA, PiSSA, VeRA, IA3, SSF, OFT, Compacter, VPT,
+    BitFit, LayerNorms, Full, Head, Selective,
+)  # fmt: skip
+# name -> a method, or a function that returns several
+METHODS: dict[str, Callable] = {cls.name: cls for cls in _SINGLE} | {"mam": MAM, "unipelt": UniPELT}
 
-__all__ = ["HEADS", "METHODS", "Full", "Head", "LoRA", "Method", "Selective", "Theta", "build", "defaults"]
+__all__ = [
+    "HEADS", "METHODS", "Added", "Gated", "Method", "Scoped", "Site", "Theta", "build", "defaults",
+    "MAM", "UniPELT", *(cls.__name__ for cls in _SINGLE),
+]  # fmt: skip
 
 
-def _lookup(name: str) -> type[Method]:
+def _lookup(name: str) -> Callable:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; choose one of {', '.join(sorted(METHODS))}")
     return METHODS[name]
@@ -19,7 +35,12 @@ def _lookup(name: str) -> type[Method]:
 
 def defaults(name: str) -> dict:
     """The fields of method `name` with their default values, for a config."""
-    return {field.name: field.default for field in dataclasses.fields(_lookup(name))}
+    return {key: one.default for key, one in inspect.signature(_lookup(name)).parameters.items()}
+
+
+def size_field(name: str) -> str:
+    """The field of method `name` that `size` sets; '' where there is none."""
+    return getattr(_lookup(name), "size_field", "bottleneck" if name == "mam" else "rank")
 
 
 def build(name: str, head: str = "none", **fields) -> tuple[Method, ...]:
@@ -33,4 +54,5 @@ def build(name: str, head: str = "none", **fields) -> tuple[Method, ...]:
     beside = () if head == "none" else (Head(matrix=head),)
     if beside and cls is Head:
         raise ValueError("method 'head' with head=...: they are the same leaves; set method.matrix and head='none'")
-    return (cls(**fields), *beside)
+    made = cls(**fields)
+    return (*(made if isinstance(made, tuple) else (made,)), *beside)

@@ -1,16 +1,52 @@
 """What a method is: a frozen dataclass with pure functions, bound to the sites that its `where` selects.
 
-A method may add leaves at four kinds of site (`sites.KINDS`), train base leaves in place (`train`), or both. A method
+A method may add leaves at any kind of site (`Site.KINDS`), train base leaves in place (`trains`), or both. A method
 file overrides `init` and one or two site functions; everything else stays the identity defined here. Equal dataclasses
 hash alike, so two equal methods share one compilation.
+
+Some methods train other leaves than those that act in the forward pass: an MLP that makes a prefix, matrices that all
+layers share, Cayley parameters of a rotation. They set `expands` and define `expand`, which turns what is trained into
+what acts, once per forward and outside the scan over layers.
 """
 
 import dataclasses
-from typing import ClassVar
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Theta = dict[str, jax.Array]  # one site's own leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A place in a model: its module path, kind, shape (see KINDS) and number of stacked layers (None: not stacked)."""
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    layers: int | None = None
+
+    # What the recorded shape of each kind means; its length tells a stacked site (one more axis, L) from a single one.
+    KINDS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "linear": ("in", "out"),  # a matrix product with its bias
+        "norm": ("D",),  # the output of a LayerNorm
+        "sublayer": ("D",),  # input and output of an attention or MLP, before the residual add
+        "kv": ("N", "H"),  # keys, values and mask of an attention
+        "block": ("D",),  # the sequence entering one layer of a stack
+        "embed": ("D",),  # the sequence and padding mask entering a stack
+    }
+
+
+class Added(NamedTuple):
+    """Keys and values that a method puts in front of an attention's own, the same for every row of the batch."""
+
+    k_KNH: jax.Array
+    v_KNH: jax.Array
+    on: jax.Array | None = None  # scalar bool: False hides them (a layer that the method leaves alone)
+    gain_BT: jax.Array | None = None  # per query: multiplies these keys, and these values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,34 +54,117 @@ class Method:
     """The identity on every site. Subclasses add fields (the paper's hyper-parameters) with defaults."""
 
     where: str = ""  # regular expression searched in site paths
+    name: ClassVar[str] = ""  # in configs, leaf names and messages
     kinds: ClassVar[tuple[str, ...]] = ()  # kinds of site this method can act on
     train: ClassVar[str] = ""  # regular expression of base leaves trained in place; '' for none
     fixed: ClassVar[tuple[str, ...]] = ()  # own leaves that are stored but not trained
+    expands: ClassVar[bool] = False  # whether `expand` must run before the leaves can act
+    first: ClassVar[bool] = False  # must be the first to change a linear's output (it reads the base kernel)
+    size_field: ClassVar[str] = ""  # the field that a parameter budget is spent on
 
-    @property
-    def name(self) -> str:
-        return type(self).__name__.lower()
+    # where it acts and what it trains
+    def selects(self, site: Site) -> bool:
+        """Whether the method binds at a site."""
+        return site.kind in self.kinds and re.search(self.where, site.path) is not None
 
-    def init(self, rng: jax.Array, kind: str, shape: tuple[int, ...], kernel: jax.Array | None) -> Theta:
-        """Own leaves for one site (one layer of a stack). `shape`: see `sites.KINDS`; `kernel`: the base's, if any."""
-        raise ValueError(f"{self.name} adds nothing at a {kind} site")
+    def trains(self, leaf: str) -> bool:
+        """Whether the base leaf 'params/...' is trained in place."""
+        return bool(self.train) and re.search(self.train, leaf) is not None
 
-    def linear(self, theta: Theta, x, y, kernel, rng):
-        """x (..., in), y (..., out) = x @ kernel + bias -> new y. `rng` is None when nothing is random (evaluation)."""
+    def lr_scale(self, leaf: str) -> float:
+        """Multiplies the learning rate of an own leaf (LoRA+)."""
+        return 1.0
+
+    def sizes(self, model, sites: list[Site]) -> Sequence[int]:
+        """The sensible values of `size_field` at the sites of a model, ascending."""
+        return range(1, 1 << 20)
+
+    # leaves
+    def init(self, rng: jax.Array, site: Site, base: dict[str, Any]) -> Theta:
+        """Own leaves for one layer of a site. `base`: what stands there: a linear's 'kernel' and 'bias', a norm's
+        'scale' and 'bias', a text stack's 'word', 'norm/scale', 'norm/bias' and 'tokenizer'."""
+        raise ValueError(f"{self.name} adds nothing at a {site.kind} site")
+
+    def init_site(self, rng: jax.Array, site: Site, base: dict[str, Any]) -> Theta:
+        """Own leaves for a site: `init` per layer, stacked. Methods whose layers share leaves override it."""
+        if site.layers is None:
+            return self.init(rng, site, base)
+        rngs = jax.random.split(rng, site.layers)
+        return jax.vmap(lambda key, one: self.init(key, site, one))(rngs, base)
+
+    def init_shared(self, rng: jax.Array, sites: list[Site]) -> Theta:
+        """Leaves that all sites of the method share, stored once."""
+        return {}
+
+    def expand(self, theta: Theta, shared: Theta, site: Site) -> Theta:
+        """Stored leaves of a site -> the leaves that act, stacked for a stacked site."""
+        return theta
+
+    def folded(self) -> "Method":
+        """The method whose own leaves are this one's expanded leaves, if training needs more than using it does."""
+        return self
+
+    def fold(self, theta: Theta, site: Site) -> Theta:
+        """Stored leaves of a site -> those of `folded()`."""
+        return self.expand(theta, {}, site)
+
+    def shift(self, site: Site) -> int:
+        """By how many positions the tokens of the stack at an embed site move."""
+        return 0
+
+    def on_input(self, site: Site) -> bool:
+        """Whether a linear's input (True) or output is what changes."""
+        return False
+
+    # acting
+    def inputs(self, theta: Theta, x):
+        """The input x (..., in) of a linear -> new x."""
+        return x
+
+    def linear(self, theta: Theta, x, y, base: Theta, rng):
+        """x (..., in), y (..., out) = x @ kernel + bias -> new y. `base`: 'kernel' and 'bias' (None where there is
+        none). `rng` is None when nothing is random (evaluation)."""
         return y
 
-    def sublayer(self, theta: Theta, x_BTD, y_BTD):
-        """Input and output of an attention or MLP, before the residual add -> new output."""
+    def norm(self, theta: Theta, y):
+        """The output of a LayerNorm -> new output."""
+        return y
+
+    def sublayer(self, theta: Theta, x_BTD, y_BTD, stream: Callable):
+        """Input and output of an attention or MLP, before the residual add -> new output. `stream(y_BTD)` is the
+        residual stream after y_BTD is added: normalised in a post-norm block, plain in a pre-norm one."""
         return y_BTD
 
-    def kv(self, theta: Theta, k_BSNH, v_BSNH, mask_BTS):
-        """Keys, values and mask (broadcastable to B,T,S, or None) of one attention -> new ones."""
-        return k_BSNH, v_BSNH, mask_BTS
+    def kv(self, theta: Theta, x_BTD) -> Added:
+        """Keys and values to put in front; x_BTD is what the queries are made of."""
+        raise NotImplementedError(self.name)
 
-    def embed(self, theta: Theta, x_BTD, mask_BT):
-        """The sequence and padding mask that enter a stack -> new ones; tokens are added in front."""
-        return x_BTD, mask_BT
+    def block(self, theta: Theta, x_BTD):
+        """The sequence that enters one layer of a stack -> new one."""
+        return x_BTD
+
+    def embed(self, theta: Theta, x_BTD, as_tokens: Callable | None):
+        """Rows (K, D) to put in front of the sequence that enters a stack. `as_tokens(rows_KD)` treats rows as word
+        embeddings at positions 0..K-1 (None where the stack has no words)."""
+        raise NotImplementedError(self.name)
 
     def merge(self, theta: Theta, base: Theta) -> Theta:
-        """{'kernel', 'bias'} of a linear with this method folded in; raises where that is not exact."""
+        """The base leaves of one layer with this method folded in; raises where that is not exact."""
         raise ValueError(f"{self.name} cannot be merged into the base exactly; export the tuned tree instead")
+
+
+def kaiming(rng, shape, n_in: int):
+    """Kaiming-uniform with a = sqrt(5), the default of torch's Linear: U(-1/sqrt(in), 1/sqrt(in))."""
+    return jax.random.uniform(rng, shape, jnp.float32, -(n_in**-0.5), n_in**-0.5)
+
+
+def one_of(method: str, field: str, value: str, allowed) -> None:
+    """Raise ValueError unless a field has one of its allowed values."""
+    if value not in allowed:
+        raise ValueError(f"{method}: {field} is {value!r}; choose one of {', '.join(allowed)}")
+
+
+def at_least(method: str, field: str, value, least) -> None:
+    """Raise ValueError when a field is below its least value."""
+    if value < least:
+        raise ValueError(f"{method}: {field} is {value}; it must be at least {least}")

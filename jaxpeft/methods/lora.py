@@ -1,10 +1,20 @@
-"""LoRA: Low-Rank Adaptation (Hu et al. 2021, arXiv 2106.09685, eq. 3).
+"""The LoRA family: low-rank updates of linear layers.
 
-    y = x W + b + (alpha / r) * dropout(x) A B        A: (in, r), B: (r, out)
+LoRA    Hu et al. 2021, arXiv 2106.09685, eq. 3
+            y = x W + b + s * dropout(x) A B        A: (in, r), B: (r, out), s = alpha / r
+        A is U(-1/sqrt(in), 1/sqrt(in)) and B is zero, so a fresh LoRA is the identity exactly. Dropout acts on the
+        adapter's path only. The paper adapts query and value projections.
+rsLoRA  Kalajdzievski 2023, arXiv 2312.03732: s = alpha / sqrt(r)   (`rank_stabilized`)
+LoRA+   Hayou et al. 2024, arXiv 2402.12354: B learns `lr_ratio` times faster than A (the paper suggests 16 with a
+        smaller rate for A; weight decay scales with the rate, as with an optimizer group)
+DoRA    Liu et al. 2024, arXiv 2402.09353, eq. 5: W' = m * (W + s A B) / ||W + s A B||, the norm per output and constant
+        in the backward pass, m starts as the norms of W
+PiSSA   Meng et al. 2024, arXiv 2404.02948: A B starts as the top-r part of W's SVD. The paper replaces W by the
+        residual; here W stays and the start A0 B0 is subtracted, which is the same map and keeps one base for all
+        methods. A0 and B0 are stored: reading them back never depends on an SVD
 
-A is Kaiming-uniform with a = sqrt(5), i.e. U(-1/sqrt(in), 1/sqrt(in)), and B is zero, so a fresh LoRA is the identity
-exactly. Dropout acts on the adapter's path only. The paper adapts the query and value projections; alpha/r is fixed
-by `alpha`, so a rank sweep at fixed alpha changes the step size too: set alpha with the rank (alpha=None means 2r).
+The size of the step depends on alpha's policy, and in a sweep over ranks that is a confound, so it is a field: a number
+(fixed), 'r' (s = 1) or '2r' (s = 2, the default; with `rank_stabilized` s = 2 sqrt(r)).
 """
 
 import dataclasses
@@ -13,8 +23,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.methods.base import Method, Theta
-from jaxpeft.ops import matmul
+from jaxpeft.methods.base import Method, Theta, at_least, kaiming
+from jaxpeft.ops import matmul, per_feature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,31 +33,108 @@ class LoRA(Method):
 
     where: str = r"text_.*attention/(query|value)$"
     rank: int = 8
-    alpha: float | None = None  # None: 2 * rank
+    alpha: float | str = "2r"  # a number, 'r' or '2r'
+    rank_stabilized: bool = False
     dropout: float = 0.0
+    lr_ratio: float = 1.0  # of B's learning rate to A's
+    name: ClassVar[str] = "lora"
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    size_field: ClassVar[str] = "rank"
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"lora: rank is {self.rank}; it must be at least 1")
+        at_least(self.name, "rank", self.rank, 1)
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora: dropout is {self.dropout}; it must be in [0, 1)")
+            raise ValueError(f"{self.name}: dropout is {self.dropout}; it must be in [0, 1)")
+        try:
+            object.__setattr__(self, "alpha", self.alpha if self.alpha in ("r", "2r") else float(self.alpha))
+        except (TypeError, ValueError):
+            raise ValueError(f"{self.name}: alpha is {self.alpha!r}; give a number, 'r' or '2r'") from None
 
     @property
     def scale(self) -> float:
-        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+        """s of the equation."""
+        alpha = {"r": self.rank, "2r": 2 * self.rank}.get(self.alpha, self.alpha)
+        return alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
-    def init(self, rng, kind, shape, kernel) -> Theta:
-        n_in, n_out = shape
-        bound = n_in**-0.5
-        a_DR = jax.random.uniform(rng, (n_in, self.rank), jnp.float32, -bound, bound)
-        return {"a": a_DR, "b": jnp.zeros((self.rank, n_out), jnp.float32)}
+    def sizes(self, model, sites):
+        """Up to the rank that a kernel can have."""
+        return range(1, max(min(site.shape) for site in sites) + 1)
 
-    def linear(self, theta, x, y, kernel, rng):
-        if self.dropout and rng is not None:
-            keep = jax.random.bernoulli(rng, 1 - self.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self.dropout), 0)
-        return y + matmul(matmul(x, theta["a"].astype(x.dtype)), theta["b"].astype(x.dtype)) * self.scale
+    def lr_scale(self, leaf):
+        return self.lr_ratio if leaf == "b" else 1.0
+
+    def init(self, rng, site, base) -> Theta:
+        n_in, n_out = site.shape
+        return {"a": kaiming(rng, (n_in, self.rank), n_in), "b": jnp.zeros((self.rank, n_out), jnp.float32)}
+
+    def _drop(self, x, rng):
+        if not self.dropout or rng is None:
+            return x
+        return jnp.where(jax.random.bernoulli(rng, 1 - self.dropout, x.shape), x / (1 - self.dropout), 0)
+
+    def update(self, theta, x, rng):
+        """s * dropout(x) A B."""
+        x = self._drop(x, rng)
+        return matmul(matmul(x, theta["a"].astype(x.dtype)), theta["b"].astype(x.dtype)) * self.scale
+
+    def delta(self, theta):
+        """What is added to the kernel (in, out)."""
+        return self.scale * theta["a"] @ theta["b"]
+
+    def linear(self, theta, x, y, base, rng):
+        return y + self.update(theta, x, rng)
 
     def merge(self, theta, base) -> Theta:
-        return base | {"kernel": base["kernel"] + self.scale * theta["a"] @ theta["b"]}
+        return base | {"kernel": base["kernel"] + self.delta(theta)}
+
+
+@dataclasses.dataclass(frozen=True)
+class DoRA(LoRA):
+    """LoRA on the direction of each output's weights, and a magnitude of its own."""
+
+    name: ClassVar[str] = "dora"
+    first: ClassVar[bool] = True
+
+    def init(self, rng, site, base):
+        return super().init(rng, site, base) | {"m": _norms(base["kernel"])}
+
+    def linear(self, theta, x, y, base, rng):
+        update = self.update(theta, x, rng)
+        ratio = theta["m"] / jax.lax.stop_gradient(_norms(base["kernel"] + self.delta(theta)))
+        plain = y if base["bias"] is None else y - per_feature(base["bias"].astype(y.dtype), y)
+        ratio = per_feature(ratio.astype(y.dtype), y)
+        return y + (ratio - 1) * plain + ratio * update  # in this form exactly y at the start
+
+    def merge(self, theta, base):
+        kernel = base["kernel"] + self.delta(theta)
+        return base | {"kernel": kernel * (theta["m"] / _norms(kernel))[None]}
+
+
+def _norms(kernel):
+    """The norm of each output's weights, (out,)."""
+    return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class PiSSA(LoRA):
+    """LoRA that starts from the principal part of the kernel."""
+
+    name: ClassVar[str] = "pissa"
+    fixed: ClassVar[tuple[str, ...]] = ("a0", "b0")
+
+    def sizes(self, model, sites):
+        return range(1, min(min(site.shape) for site in sites) + 1)
+
+    def init(self, rng, site, base):
+        if self.rank > min(site.shape):
+            raise ValueError(f"pissa: rank is {self.rank}; {site.path} of shape {site.shape} has {min(site.shape)}")
+        left, values, right = jnp.linalg.svd(base["kernel"], full_matrices=False)
+        root = jnp.sqrt(values[: self.rank] / self.scale)
+        a, b = left[:, : self.rank] * root[None], right[: self.rank] * root[:, None]
+        return {"a": a, "b": b, "a0": a, "b0": b}
+
+    def update(self, theta, x, rng):
+        return super().update(theta, x, rng) - super().update({"a": theta["a0"], "b": theta["b0"]}, x, rng)
+
+    def delta(self, theta):
+        return self.scale * (theta["a"] @ theta["b"] - theta["a0"] @ theta["b0"])

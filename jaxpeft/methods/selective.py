@@ -1,4 +1,7 @@
-"""Training base leaves in place: full fine-tuning, the head, or any leaves that a regular expression names.
+"""Training base leaves in place: full fine-tuning, the head, biases, LayerNorms, or any leaves that a pattern names.
+
+BitFit (Zaken et al. 2021, arXiv 2106.10199) trains every bias, LayerNorms' included; tuning LayerNorms alone trains
+scale and bias of each. Their `where` narrows the choice to a tower or stack.
 
 BLIP's head is a dense layer, GELU and LayerNorm ("transform"), then the vocabulary matrix, tied to the word embedding,
 and a free bias. `Head('transform')` trains transform and bias and leaves the tied matrix alone; `Head('untied')` also
@@ -7,6 +10,7 @@ beside it, so it is counted as stored and trained).
 """
 
 import dataclasses
+import re
 from typing import ClassVar
 
 from jaxpeft.methods.base import Method, Theta
@@ -20,6 +24,7 @@ class Selective(Method):
     """Train the base leaves whose name ('params/...') contains the regular expression `leaves`."""
 
     leaves: str = ""
+    name: ClassVar[str] = "selective"
 
     def __post_init__(self):
         if not self.leaves:
@@ -31,9 +36,30 @@ class Selective(Method):
 
 
 @dataclasses.dataclass(frozen=True)
+class BitFit(Method):
+    """Train every bias of the modules whose path `where` matches (the decoder head's vocabulary bias is one)."""
+
+    where: str = r"^text_"
+    name: ClassVar[str] = "bitfit"
+    train: ClassVar[str] = r"bias$"
+
+    def trains(self, leaf):
+        return super().trains(leaf) and re.search(self.where, leaf.removeprefix("params/")) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNorms(BitFit):
+    """Train scale and bias of every LayerNorm whose path `where` matches."""
+
+    name: ClassVar[str] = "layer_norms"
+    train: ClassVar[str] = r"norm\d?/(scale|bias)$"
+
+
+@dataclasses.dataclass(frozen=True)
 class Full(Method):
     """Full fine-tuning: every base leaf is tuned."""
 
+    name: ClassVar[str] = "full"
     train: ClassVar[str] = "^params/"
 
 
@@ -43,7 +69,9 @@ class Head(Method):
 
     where: str = r"^text_decoder/head/vocabulary$"
     matrix: str = "transform"  # 'transform' or 'untied'
+    name: ClassVar[str] = "head"
     train: ClassVar[str] = r"^params/text_decoder/head/"
+    first: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.matrix not in HEADS[1:]:
@@ -53,10 +81,12 @@ class Head(Method):
     def kinds(self) -> tuple[str, ...]:
         return ("linear",) if self.matrix == "untied" else ()
 
-    def init(self, rng, kind, shape, kernel) -> Theta:
-        return {"matrix": kernel.T}  # (V, D), the layout of the embedding: the same product, so identity is exact
+    def init(self, rng, site, base) -> Theta:
+        return {
+            "matrix": base["kernel"].T
+        }  # (V, D), the layout of the embedding: the same product, so identity is exact
 
-    def linear(self, theta, x, y, kernel, rng):
+    def linear(self, theta, x, y, base, rng):
         return matmul(x, theta["matrix"].T.astype(x.dtype))
 
     def merge(self, theta, base) -> Theta:

@@ -17,7 +17,6 @@ from flax import linen as nn
 
 from jaxpeft import images, sites
 from jaxpeft.layers import Attention, Dense, LayerNorm, Mlp, TiedDense, dropout
-from jaxpeft.ops import matmul
 from jaxpeft.text import Tokenizer
 
 _INIT = nn.initializers.normal(0.02)
@@ -97,7 +96,7 @@ class PatchEmbed(nn.Module):
         kernel = self.param("kernel", _INIT, (p, p, 3, c.vision_width)).reshape(-1, c.vision_width)
         bias = self.param("bias", nn.initializers.zeros, (c.vision_width,))
         x = image_BYXC.astype(c.dtype).reshape(-1, grid, p, grid, p, 3).swapaxes(2, 3).reshape(-1, grid**2, p * p * 3)
-        return sites.linear(self, x, matmul(x, kernel.astype(c.dtype), bias.astype(c.dtype)), kernel)
+        return sites.linear(self, x, kernel, bias)
 
 
 class VisionBlock(nn.Module):
@@ -110,9 +109,11 @@ class VisionBlock(nn.Module):
         c = self.config
         norm = [LayerNorm(epsilon=c.vision_eps, dtype=c.dtype, name=f"norm{i}") for i in (1, 2)]
         attention = Attention(c.vision_width, c.vision_heads, dtype=c.dtype, name="attention")
+        mlp = Mlp(c.vision_width, c.vision_mlp, c.dtype, name="mlp")
+        x_BPD = sites.block(self, x_BPD)
         h_BPD = norm[0](x_BPD)
-        x_BPD = x_BPD + attention(h_BPD, *attention.keys_values(h_BPD))
-        x_BPD = x_BPD + Mlp(c.vision_width, c.vision_mlp, c.dtype, name="mlp")(norm[1](x_BPD))
+        x_BPD = x_BPD + attention(h_BPD, *attention.keys_values(h_BPD), stream=x_BPD.__add__)
+        x_BPD = x_BPD + mlp(norm[1](x_BPD), stream=x_BPD.__add__)
         return x_BPD, None
 
 
@@ -129,9 +130,10 @@ class Vision(nn.Module):
         position_PD = self.param("position", _INIT, (1 + c.n_patches, c.vision_width))
         cls_B1D = jnp.broadcast_to(cls_D, (x_BPD.shape[0], 1, c.vision_width))
         x_BPD = jnp.concatenate([cls_B1D, x_BPD], axis=1) + position_PD.astype(c.dtype)[None]
+        n_tokens = x_BPD.shape[1]
         x_BPD, _ = sites.embed(self, x_BPD, None)
         x_BPD, _ = _stack(VisionBlock, c, c.vision_layers)(c, name="blocks")(x_BPD, None, None, None, None, None)
-        return LayerNorm(epsilon=c.vision_eps, dtype=c.dtype, name="norm")(x_BPD)
+        return LayerNorm(epsilon=c.vision_eps, dtype=c.dtype, name="norm")(x_BPD[:, -n_tokens:])
 
 
 class TextBlock(nn.Module):
@@ -150,8 +152,10 @@ class TextBlock(nn.Module):
         def attention(name):
             return Attention(c.text_width, c.text_heads, c.dropout, c.dtype, name=name)
 
-        def norm(name, x, y):
-            return LayerNorm(epsilon=c.text_eps, dtype=c.dtype, name=name)(x + dropout(self, y, c.dropout))
+        def add(x, name):
+            """y -> norm(x + y), for the residual add and for methods that read what comes out of it."""
+            norm = LayerNorm(epsilon=c.text_eps, dtype=c.dtype, name=name)
+            return lambda y: norm(x + y)
 
         attend, new_cache = attention("self_attention"), None
         k_BSNH, v_BSNH = attend.keys_values(x_BTD)
@@ -160,7 +164,8 @@ class TextBlock(nn.Module):
                 _write(old, new, position) for old, new in zip(cache["self"], (k_BSNH, v_BSNH), strict=True)
             )
             new_cache = {"self": (k_BSNH, v_BSNH)}
-        x_BTD = norm("self_norm", x_BTD, attend(x_BTD, k_BSNH, v_BSNH, mask_BTS))
+        stream = add(x_BTD, "self_norm")
+        x_BTD = stream(dropout(self, attend(x_BTD, k_BSNH, v_BSNH, mask_BTS, stream=stream), c.dropout))
         if context_BSD is not None or (cache and "cross" in cache):  # text-only otherwise, as in BERT
             attend = attention("cross_attention")
             if cache and "cross" in cache:
@@ -168,8 +173,10 @@ class TextBlock(nn.Module):
             else:
                 cross = attend.keys_values(context_BSD)
                 new_cache = new_cache and new_cache | {"cross": cross}
-            x_BTD = norm("cross_norm", x_BTD, attend(x_BTD, *cross, context_mask_BTS))
-        x_BTD = norm("mlp_norm", x_BTD, Mlp(c.text_width, c.text_mlp, c.dtype, name="mlp")(x_BTD))
+            stream = add(x_BTD, "cross_norm")
+            x_BTD = stream(dropout(self, attend(x_BTD, *cross, context_mask_BTS, stream=stream), c.dropout))
+        stream, mlp = add(x_BTD, "mlp_norm"), Mlp(c.text_width, c.text_mlp, c.dtype, name="mlp")
+        x_BTD = stream(dropout(self, mlp(x_BTD, stream=stream), c.dropout))
         return x_BTD, new_cache
 
 
@@ -182,16 +189,21 @@ class Embed(nn.Module):
 
     config: BlipConfig
 
-    @nn.compact
-    def __call__(self, tokens_BT, start):
+    def setup(self):
         c = self.config
-        if tokens_BT.shape[1] > c.max_positions:
-            raise ValueError(f"{tokens_BT.shape[1]} tokens are more than max_positions {c.max_positions}")
-        word_VD = self.param("word", _INIT, (c.vocab_size, c.text_width))
-        position_TD = self.param("position", _INIT, (c.max_positions, c.text_width))
-        here_TD = jax.lax.dynamic_slice_in_dim(position_TD, start, tokens_BT.shape[1])
-        x_BTD = LayerNorm(epsilon=c.text_eps, dtype=c.dtype, name="norm")(word_VD[tokens_BT] + here_TD[None])
-        return dropout(self, x_BTD, c.dropout), word_VD
+        self.word = self.param("word", _INIT, (c.vocab_size, c.text_width))
+        self.position = self.param("position", _INIT, (c.max_positions, c.text_width))
+        self.norm = LayerNorm(epsilon=c.text_eps, dtype=c.dtype)
+
+    def place(self, words_BTD, start):
+        """Word embeddings (B, T, D) or (1, K, D) at positions start, start + 1, ..."""
+        n_tokens = words_BTD.shape[1]
+        if n_tokens > self.config.max_positions:
+            raise ValueError(f"{n_tokens} tokens are more than max_positions {self.config.max_positions}")
+        return self.norm(words_BTD + jax.lax.dynamic_slice_in_dim(self.position, start, n_tokens)[None])
+
+    def __call__(self, tokens_BT, start):
+        return dropout(self, self.place(self.word[tokens_BT], start), self.config.dropout), self.word
 
 
 class Head(nn.Module):
@@ -222,12 +234,19 @@ class TextStack(nn.Module):
         returned. Tokens that methods add in front take no position embedding and never leave the stack.
         """
         c = self.config
-        start = 0 if cache is None else cache["index"] - cache["added"]
-        x_BTD, word_VD = Embed(c, name="embed")(tokens_BT, start)
+        start, embed = sites.shift(self), Embed(c, name="embed")
+        if start + max(tokens_BT.shape[1], cache_length) > c.max_positions:
+            raise ValueError(
+                f"{start} shifted positions and {max(tokens_BT.shape[1], cache_length)} tokens are more than "
+                f"max_positions {c.max_positions}"
+            )
+        if cache is not None:
+            start += cache["index"] - cache["added"]
+        x_BTD, word_VD = embed(tokens_BT, start)
         n_added = 0
         if cache is None:
             n_tokens = x_BTD.shape[1]
-            x_BTD, mask_BT = sites.embed(self, x_BTD, mask_BT)
+            x_BTD, mask_BT = sites.embed(self, x_BTD, mask_BT, lambda rows_KD: embed.place(rows_KD[None], 0)[0])
             n_added = x_BTD.shape[1] - n_tokens
         if cache_length:
             size = (c.text_layers, x_BTD.shape[0], cache_length + n_added, c.text_heads, c.text_width // c.text_heads)
@@ -248,7 +267,7 @@ class TextStack(nn.Module):
         return Head(c, name="head")(x_BTD, word_VD) if self.head else x_BTD, cache
 
 
-class Blip(nn.Module):
+class Blip(sites.Adaptable):
     """The model. Every stage is a method for `apply(..., method=...)`; `__call__` is the training forward."""
 
     config: BlipConfig

@@ -1,0 +1,194 @@
+"""Methods made of methods.
+
+Scoped   another method, kept to the paths that a second pattern selects and to some layers of a stack. Layers are
+         scanned, so every layer runs the method and a gate says where it counts; leaves of other layers do not exist
+         (they are filled in with zeros by `expand`), so counts, files and optimizer state hold only what is trained
+Gated    another method times a gate sigmoid(x g + c) of the site's input, per token: UniPELT's (Mao et al. 2021,
+         arXiv 2110.07577, section 3.2). The paper averages the gate over the sequence, which in a causal decoder would
+         let a token see those after it; per token it does not. A gated prefix scales its keys and values per query
+UniPELT  gated prefix, serial adapter and LoRA together (section 3.3; prefix 10, bottleneck D / 16 = 48, rank 8)
+MAM      Mix-And-Match (He et al. 2021, arXiv 2110.04366, section 4.6): a small prefix in attention (30) and a scaled
+         parallel adapter on the FFN (512)
+"""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.methods.adapter import ParallelAdapter, SerialAdapter
+from jaxpeft.methods.base import Method, Theta
+from jaxpeft.methods.lora import LoRA
+from jaxpeft.methods.prefix import Prefix
+from jaxpeft.ops import matmul
+
+
+@dataclasses.dataclass(frozen=True)
+class _Around(Method):
+    """Everything as the method inside has it."""
+
+    method: Method = dataclasses.field(default_factory=lambda: LoRA())
+
+    name = property(lambda self: self.method.name)
+    kinds = property(lambda self: self.method.kinds)
+    train = property(lambda self: self.method.train)
+    fixed = property(lambda self: self.method.fixed)
+    first = property(lambda self: self.method.first)
+    size_field = property(lambda self: self.method.size_field)
+
+    def selects(self, site):
+        return self.method.selects(site) and re.search(self.where, site.path) is not None
+
+    def trains(self, leaf):
+        return self.method.trains(leaf) and re.search(self.where, leaf.removeprefix("params/")) is not None
+
+    def lr_scale(self, leaf):
+        return self.method.lr_scale(leaf)
+
+    def sizes(self, model, sites):
+        return self.method.sizes(model, sites)
+
+    def shift(self, site):
+        return self.method.shift(site)
+
+    def on_input(self, site):
+        return self.method.on_input(site)
+
+    def folded(self):
+        return dataclasses.replace(self, method=self.method.folded())
+
+    def init_shared(self, rng, sites):
+        return self.method.init_shared(rng, sites)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoped(_Around):
+    """`method` where `where` matches too and, if `layers` (numbers from 0) is given, in those layers only."""
+
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+            if not self.layers or self.layers[0] < 0:
+                raise ValueError(f"scoped: layers is {self.layers}; give numbers from 0")
+            if self.method.train:
+                raise ValueError(
+                    f"scoped: {self.method.name} trains base leaves, which hold all layers of a stack in one array; "
+                    "limit it by `where`, not by layers"
+                )
+
+    @property
+    def expands(self):
+        return self.layers is not None or self.method.expands
+
+    def selects(self, site):
+        return super().selects(site) and (self.layers is None or site.layers is not None or site.kind == "embed")
+
+    def _fewer(self, site):
+        """The site as the method inside sees it, or None where layers mean nothing."""
+        if self.layers is None or site.layers is None:
+            return None
+        if self.layers[-1] >= site.layers:
+            raise ValueError(f"scoped: layer {self.layers[-1]} of {site.path}, which has layers 0..{site.layers - 1}")
+        return dataclasses.replace(site, layers=len(self.layers))
+
+    def init_site(self, rng, site, base) -> Theta:
+        fewer = self._fewer(site)
+        if fewer is None:
+            return self.method.init_site(rng, site, base)
+        return self.method.init_site(
+            rng, fewer, {k: x if x is None else x[jnp.array(self.layers)] for k, x in base.items()}
+        )
+
+    def expand(self, theta, shared, site):
+        fewer = self._fewer(site)
+        acting = self.method.expand(theta, shared, fewer or site) if self.method.expands else theta
+        if fewer is None:
+            return acting
+        here = jnp.array(self.layers)
+        acting = {k: jnp.zeros((site.layers, *x.shape[1:]), x.dtype).at[here].set(x) for k, x in acting.items()}
+        return acting | {"on": jnp.zeros(site.layers, bool).at[here].set(True)}
+
+    def fold(self, theta, site):
+        return self.method.fold(theta, self._fewer(site) or site)
+
+    def _choose(self, theta, new, old):
+        return jnp.where(theta["on"], new, old) if "on" in theta else new
+
+    def inputs(self, theta, x):
+        return self._choose(theta, self.method.inputs(theta, x), x)
+
+    def linear(self, theta, x, y, base, rng):
+        return self._choose(theta, self.method.linear(theta, x, y, base, rng), y)
+
+    def norm(self, theta, y):
+        return self._choose(theta, self.method.norm(theta, y), y)
+
+    def sublayer(self, theta, x_BTD, y_BTD, stream):
+        return self._choose(theta, self.method.sublayer(theta, x_BTD, y_BTD, stream), y_BTD)
+
+    def kv(self, theta, x_BTD):
+        added = self.method.kv(theta, x_BTD)
+        return added._replace(on=theta["on"]) if "on" in theta else added
+
+    def block(self, theta, x_BTD):
+        return self._choose(theta, self.method.block(theta, x_BTD), x_BTD)
+
+    def embed(self, theta, x_BTD, as_tokens):
+        return self.method.embed(theta, x_BTD, as_tokens)
+
+    def merge(self, theta, base):
+        new = self.method.merge(theta, base)
+        return {name: self._choose(theta, new[name], base[name]) for name in new}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gated(_Around):
+    """`method` (on linear, sublayer or kv sites) times a gate of the site's input; `where` narrows it further."""
+
+    kinds = property(lambda self: tuple(kind for kind in self.method.kinds if kind in ("linear", "sublayer", "kv")))
+    expands = property(lambda self: self.method.expands)
+
+    def init_site(self, rng, site, base) -> Theta:
+        width = {"linear": site.shape[0], "sublayer": site.shape[0]}.get(site.kind, site.shape[0] * site.shape[-1])
+        stack = () if site.layers is None else (site.layers,)
+        gate = {"gate": jnp.zeros((*stack, width, 1)), "gate_bias": jnp.zeros((*stack, 1))}
+        return self.method.init_site(rng, site, base) | gate
+
+    def expand(self, theta, shared, site):
+        gate = {name: theta[name] for name in ("gate", "gate_bias")}
+        inner = {name: x for name, x in theta.items() if name not in gate}
+        return self.method.expand(inner, shared, site) | gate
+
+    def _gate(self, theta, x):
+        """sigmoid(x g + c): (..., 1)."""
+        return jax.nn.sigmoid(matmul(x, theta["gate"].astype(x.dtype), theta["gate_bias"].astype(x.dtype)))
+
+    def linear(self, theta, x, y, base, rng):
+        return y + self._gate(theta, x) * (self.method.linear(theta, x, y, base, rng) - y)
+
+    def sublayer(self, theta, x_BTD, y_BTD, stream):
+        new = self.method.sublayer({k: v for k, v in theta.items() if "gate" not in k}, x_BTD, y_BTD, stream)
+        return y_BTD + self._gate(theta, x_BTD) * (new - y_BTD)
+
+    def kv(self, theta, x_BTD):
+        return self.method.kv(theta, x_BTD)._replace(gain_BT=self._gate(theta, x_BTD)[..., 0])
+
+
+def UniPELT(where: str = r"^text_", length: int = 10, bottleneck: int = 48, rank: int = 8, alpha: float | str = "2r"):
+    """Gated prefix, serial adapter (after the MLP) and LoRA (query and value) in the stacks that `where` selects."""
+    adapter = SerialAdapter(bottleneck=bottleneck, placement="pfeiffer")
+    lora = LoRA(where=r"attention/(query|value)$", rank=rank, alpha=alpha)
+    parts = (Prefix(where=r"attention$", length=length), adapter, lora)
+    return tuple(Gated(method=part, where=where) for part in parts)
+
+
+def MAM(where: str = r"^text_", length: int = 30, bottleneck: int = 512, scale: float = 4.0):
+    """Prefix in every attention and scaled parallel adapter on every MLP of the stacks that `where` selects."""
+    parts = (
+        Prefix(where=r"attention$", length=length),
+        ParallelAdapter(where=r"mlp$", bottleneck=bottleneck, scale=scale),
+    )
+    return tuple(Scoped(method=part, where=where) for part in parts)

@@ -1,0 +1,61 @@
+"""OFT: Orthogonal Fine-Tuning (Qiu et al. 2023, arXiv 2306.07280) in the input-rotating form of HF PEFT.
+
+    y = (x R) W + b        R = diag(R_1, ..., R_n), R_i = (I - Q_i)(I + Q_i)^-1 (Cayley), Q_i skew of size `block`
+
+Q is stored as its upper triangle, row by row; it starts at zero, so R = I and a fresh OFT is the identity. The Cayley
+transform is exact (a linear solve); HF PEFT's default is a truncated series of the *inverse* rotation, so what is
+exported says `use_cayley_neumann: false`.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft.methods.base import Method, Theta, at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class OFT(Method):
+    """Block-diagonal rotation of the input of the linear layers that `where` selects."""
+
+    where: str = r"text_.*attention/(query|value)$"
+    block: int = 32
+    name: ClassVar[str] = "oft"
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    expands: ClassVar[bool] = True
+    size_field: ClassVar[str] = "block"
+
+    def __post_init__(self):
+        at_least(self.name, "block", self.block, 2)
+
+    def sizes(self, model, sites):
+        """The divisors of all inputs."""
+        widths = [site.shape[0] for site in sites]
+        return [b for b in range(2, min(widths) + 1) if not any(width % b for width in widths)]
+
+    def on_input(self, site):
+        return True
+
+    def init(self, rng, site, base) -> Theta:
+        n_in = site.shape[0]
+        if n_in % self.block:
+            raise ValueError(f"oft: block {self.block} does not divide the {n_in} inputs of {site.path}")
+        return {"q": jnp.zeros((n_in // self.block, self.block * (self.block - 1) // 2))}
+
+    def expand(self, theta, shared, site):
+        upper = np.triu_indices(self.block, 1)
+        q = theta["q"]
+        skew = jnp.zeros((*q.shape[:-1], self.block, self.block)).at[..., upper[0], upper[1]].set(q)
+        skew = skew - jnp.swapaxes(skew, -1, -2)
+        one = jnp.broadcast_to(jnp.eye(self.block), skew.shape)
+        return {"r": jnp.linalg.solve(one + skew, one - skew)}  # the two factors commute
+
+    def inputs(self, theta, x):
+        blocks = x.reshape(-1, *theta["r"].shape[:2])
+        return jnp.einsum("XGI,GIJ->XGJ", blocks, theta["r"].astype(x.dtype)).reshape(x.shape)
+
+    def merge(self, theta, base):
+        kernel = base["kernel"].reshape(*theta["r"].shape[:2], -1)
+        return base | {"kernel": jnp.einsum("GIJ,GJO->GIO", theta["r"], kernel).reshape(base["kernel"].shape)}

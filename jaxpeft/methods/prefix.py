@@ -1,0 +1,96 @@
+"""Prefix tuning: Li & Liang 2021, arXiv 2101.00190, section 4; equation as in He et al. 2021 (2110.04366), eq. 5.
+
+    head = softmax(q [P_k; K]^T / sqrt(H)) [P_v; V]      P_k, P_v: `length` learned keys and values per layer and head
+
+which equals (1 - g) attention(q, K, V) + g attention(q, P_k, P_v), g the softmax mass of the prefix. So a prefix is
+never the identity: even zeros take mass from the rest.
+
+With `mlp` > 0 the paper's reparameterisation is trained: P = tanh(E W1 + b1) W2 + b2, one E (length, D) and MLP for all
+layers of an attention type. It is a way to train: `sites.fold` leaves the flat prefix it makes, exactly, and 'stored'
+counts that. `positions='shift'` counts the prefix as `length` positions before the text, as transformers does when
+HF PEFT puts a prefix in the key-value cache (needed to export there); by default the text keeps its positions.
+"""
+
+import dataclasses
+import re
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.methods.base import Added, Method, Theta, at_least, kaiming, one_of
+
+POSITIONS = ("keep", "shift")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(Method):
+    """Learned keys and values in the attentions that `where` selects (self-attention, cross-attention or both)."""
+
+    where: str = r"text_.*attention$"
+    length: int = 16
+    mlp: int = 0  # hidden width of the reparameterisation (800 in the authors' code); 0: trained flat
+    std: float = 0.02  # of the flat prefix at the start, and of E
+    positions: str = "keep"
+    name: ClassVar[str] = "prefix"
+    size_field: ClassVar[str] = "length"
+
+    def __post_init__(self):
+        at_least("prefix", "length", self.length, 1)
+        at_least("prefix", "mlp", self.mlp, 0)
+        one_of("prefix", "positions", self.positions, POSITIONS)
+
+    @property
+    def kinds(self):
+        return ("kv", "embed") if self.positions == "shift" else ("kv",)
+
+    @property
+    def expands(self):
+        return self.mlp > 0
+
+    def selects(self, site):
+        if site.kind == "embed":  # of a stack whose self-attention has the prefix: it moves the positions there
+            return self.positions == "shift" and re.search(self.where, f"{site.path}/blocks/self_attention") is not None
+        return super().selects(site)
+
+    def shift(self, site):
+        return self.length if self.positions == "shift" else 0
+
+    def init(self, rng, site, base) -> Theta:
+        if site.kind == "embed":
+            return {}
+        return {name: self.std * jax.random.normal(key, (self.length, *site.shape)) for name, key in _two(rng, "kv")}
+
+    def init_site(self, rng, site, base):
+        if not self.mlp or site.kind == "embed":
+            return super().init_site(rng, site, base)
+        n_heads, size = site.shape
+        width, stack = n_heads * size, () if site.layers is None else (site.layers,)
+        keys = jax.random.split(rng, 5)
+        return {
+            "embedding": self.std * jax.random.normal(keys[0], (self.length, width)),
+            "w1": kaiming(keys[1], (width, self.mlp), width),
+            "b1": kaiming(keys[2], (self.mlp,), width),
+            "w2": kaiming(keys[3], (*stack, self.mlp, 2, n_heads, size), self.mlp),
+            "b2": kaiming(keys[4], (*stack, 2, n_heads, size), self.mlp),
+        }
+
+    def expand(self, theta, shared, site):
+        if not self.mlp or site.kind == "embed":
+            return theta
+        h_KM = jnp.tanh(theta["embedding"] @ theta["w1"] + theta["b1"][None])
+        both = jnp.einsum("KM,...MCNH->...CKNH", h_KM, theta["w2"]) + theta["b2"][..., None, :, :]
+        return {"k": both[..., 0, :, :, :], "v": both[..., 1, :, :, :]}
+
+    def folded(self):
+        return dataclasses.replace(self, mlp=0)
+
+    def kv(self, theta, x_BTD):
+        return Added(theta["k"], theta["v"])
+
+    def embed(self, theta, x_BTD, as_tokens):
+        return None
+
+
+def _two(rng, names):
+    return zip(names, jax.random.split(rng), strict=True)

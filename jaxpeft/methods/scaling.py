@@ -1,0 +1,71 @@
+"""Methods that scale what flows through the base.
+
+IA3     Liu et al. 2022, arXiv 2205.05638, section 3.3: keys, values and the FFN's inner activation are multiplied by
+        learned vectors that start at one. Keys and values are outputs of a linear (their bias is scaled too); the inner
+        activation is the input of the FFN's second linear, which `feedforward` names
+SSF     Lian et al. 2022, arXiv 2210.08823, eq. 2: y <- g * y + t after every linear and LayerNorm (and the patch
+        embedding). The paper draws g ~ N(1, std), t ~ N(0, std) with std .02; the default here is 0, the identity
+"""
+
+import dataclasses
+import re
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.methods.base import Method, Theta
+from jaxpeft.ops import per_feature
+
+
+@dataclasses.dataclass(frozen=True)
+class IA3(Method):
+    """Learned scales of keys, values and inner FFN activations."""
+
+    where: str = r"text_.*(attention/(key|value)|mlp/down)$"
+    feedforward: str = r"mlp/down$"  # of these linears the input is scaled, of the others the output
+    name: ClassVar[str] = "ia3"
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+
+    def on_input(self, site):
+        return re.search(self.feedforward, site.path) is not None
+
+    def init(self, rng, site, base) -> Theta:
+        n_in, n_out = site.shape
+        return {"l_in": jnp.ones(n_in)} if self.on_input(site) else {"l": jnp.ones(n_out)}
+
+    def inputs(self, theta, x):
+        return x * per_feature(theta["l_in"].astype(x.dtype), x) if "l_in" in theta else x
+
+    def linear(self, theta, x, y, base, rng):
+        return y * per_feature(theta["l"].astype(y.dtype), y) if "l" in theta else y
+
+    def merge(self, theta, base):
+        if "l_in" in theta:
+            return base | {"kernel": base["kernel"] * theta["l_in"][:, None]}
+        return {"kernel": base["kernel"] * theta["l"][None], "bias": base["bias"] * theta["l"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class SSF(Method):
+    """A learned scale and shift after every operation that `where` selects."""
+
+    where: str = r"text_.*blocks/"
+    std: float = 0.0
+    name: ClassVar[str] = "ssf"
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "norm")
+
+    def init(self, rng, site, base) -> Theta:
+        g, t = self.std * jax.random.normal(rng, (2, site.shape[-1]))
+        return {"g": 1 + g, "t": t}
+
+    def norm(self, theta, y):
+        return y * per_feature(theta["g"].astype(y.dtype), y) + per_feature(theta["t"].astype(y.dtype), y)
+
+    def linear(self, theta, x, y, base, rng):
+        return self.norm(theta, y)
+
+    def merge(self, theta, base):
+        (weight,) = base.keys() - {"bias"}  # a linear's kernel or a norm's scale, outputs last
+        scaled = {name: x * per_feature(theta["g"], x) if x.ndim > 1 else x * theta["g"] for name, x in base.items()}
+        return {weight: scaled[weight], "bias": scaled["bias"] + theta["t"]}

@@ -1,0 +1,56 @@
+"""VeRA: Vector-based Random Matrix Adaptation (Kopiczko et al. 2023, arXiv 2310.11454, eq. 2).
+
+    y = x W + b + ((x A) * d) B * l        A: (in, r), B: (r, out) random, frozen, shared by all sites and layers
+
+d starts at 0.1 and l at zero, so a fresh VeRA is the identity. A and B are drawn for the largest input and output and
+cut per site; they are stored (another generator would give another basis), counted as stored and not as trained.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.methods.base import Method, Theta, at_least, kaiming
+from jaxpeft.ops import matmul, per_feature
+
+
+@dataclasses.dataclass(frozen=True)
+class VeRA(Method):
+    """Scales of a shared random low-rank update."""
+
+    where: str = r"text_.*attention/(query|value)$"
+    rank: int = 256
+    d_initial: float = 0.1
+    name: ClassVar[str] = "vera"
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    fixed: ClassVar[tuple[str, ...]] = ("a", "b")
+    expands: ClassVar[bool] = True
+    size_field: ClassVar[str] = "rank"
+
+    def __post_init__(self):
+        at_least(self.name, "rank", self.rank, 1)
+
+    def init_shared(self, rng, sites):
+        n_in, n_out = (max(site.shape[i] for site in sites) for i in (0, 1))
+        one, other = jax.random.split(rng)
+        return {"a": kaiming(one, (n_in, self.rank), n_in), "b": kaiming(other, (self.rank, n_out), self.rank)}
+
+    def init(self, rng, site, base) -> Theta:
+        return {"d": jnp.full((self.rank,), self.d_initial), "l": jnp.zeros((site.shape[1],))}
+
+    def expand(self, theta, shared, site):
+        n_in, n_out = site.shape
+        cut = {"a": shared["a"][:n_in], "b": shared["b"][:, :n_out]}
+        if site.layers is not None:
+            cut = {name: jnp.broadcast_to(x, (site.layers, *x.shape)) for name, x in cut.items()}
+        return theta | cut
+
+    def linear(self, theta, x, y, base, rng):
+        h = matmul(x, theta["a"].astype(x.dtype))
+        h = matmul(h * per_feature(theta["d"].astype(x.dtype), h), theta["b"].astype(x.dtype))
+        return y + h * per_feature(theta["l"].astype(x.dtype), h)
+
+    def merge(self, theta, base):
+        return base | {"kernel": base["kernel"] + theta["a"] * theta["d"][None] @ theta["b"] * theta["l"][None]}
