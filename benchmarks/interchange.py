@@ -10,7 +10,6 @@ the effect of the adapter stand beside, since a small difference of small number
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -26,7 +25,7 @@ from safetensors.numpy import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jaxpeft as jp
-from jaxpeft import hub, results, sites, tree
+from jaxpeft import hub, results, sites
 from jaxpeft.methods import Head, Scoped
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
@@ -57,7 +56,9 @@ DECODER = ("Prompt", "Prefix")
 def drawn(variables, mask, seed=0):
     """Every trained leaf moved at random, so that nothing is zero."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x, on: x + jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype) if on else x, variables, mask)
+    return jax.tree.map(
+        lambda x, on: x + jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype) if on else x, variables, mask
+    )
 
 
 def inputs(config, vqa, seed=0):
@@ -170,13 +171,21 @@ def main():
             continue
         with tempfile.TemporaryDirectory() as directory:
             rows.append(check(name, Path(directory) / "ours"))
-        one = {key: value if isinstance(value, str) else "-" if value is None else f"{value:.1e}" for key, value in rows[-1].items()}
+        one = {
+            key: value if isinstance(value, str) else "-" if value is None else f"{value:.1e}"
+            for key, value in rows[-1].items()
+        }
         if len(rows) == 1:
             print("  ".join(key.ljust(36 if key == "method" else 19) for key in one))
         print("  ".join(value.ljust(36 if key == "method" else 19) for key, value in one.items()), flush=True)
     versions = results.versions() | {one.__name__: one.__version__ for one in (peft, torch, transformers)}
     if args.out:
-        facts = {"command": "python " + " ".join(sys.argv), "machine": results.machine(), "versions": versions, "rows": rows}
+        facts = {
+            "command": "python " + " ".join(sys.argv),
+            "machine": results.machine(),
+            "versions": versions,
+            "rows": rows,
+        }
         results.write_json(args.out, facts)
     worst = max(value for row in rows for key, value in row.items() if " - " in key and value is not None)
     print(f"worst difference {worst:.1e}")

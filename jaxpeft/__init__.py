@@ -5,7 +5,7 @@ The map, in the order in which data flow:
     layers sites models/ methods/ tree    model + what is tuned and where
     losses optim sharding train point     the step, the one loop, and a run from config to result
     decode metrics evals results          answers, scores, files
-    budget interchange                    sizes for one budget; tuned trees to and from PyTorch
+    budget interchange foreign            sizes for one budget; tuned trees to and from PyTorch; other Flax models
     checkpoint hub pretrain               what is kept, what comes in, what is shipped
 
     import jax, jaxpeft as jp
@@ -17,6 +17,7 @@ The map, in the order in which data flow:
 
 from jaxpeft.budget import solve_size
 from jaxpeft.evals import generate
+from jaxpeft.foreign import intercept
 from jaxpeft.hub import load
 from jaxpeft.interchange import export_peft, import_peft, load_tuned, save_tuned
 from jaxpeft.methods import *  # noqa: F403  every method, by its class name
@@ -26,6 +27,6 @@ from jaxpeft.sites import attach, counts, describe, expand, fold, merge, trainab
 from jaxpeft.tree import join, split
 
 __all__ = [
-    *_methods, "attach", "counts", "describe", "expand", "export_peft", "fold", "generate", "import_peft", "join", "load",
-    "load_tuned", "merge", "run", "save_tuned", "solve_size", "split", "trainable",
+    *_methods, "attach", "counts", "describe", "expand", "export_peft", "fold", "generate", "import_peft", "intercept", "join",
+    "load", "load_tuned", "merge", "run", "save_tuned", "solve_size", "split", "trainable",
 ]  # fmt: skip

@@ -276,10 +276,7 @@ def _type_of(method: Method) -> str:
 def _head_arrays(acting) -> dict:
     """The head whole: PEFT wraps the module `cls`, whose copy of the vocabulary matrix is then its own."""
     flat = tree.flatten(acting["params"]["text_decoder"])
-    bound = [
-        b
-        for b in acting.get("peft", {}).get("text_decoder", {}).get("head", {}).get("vocabulary", {}).get("linear", ())
-    ]
+    bound = sites.at(acting.get("peft", {}), sites.Site("text_decoder/head/vocabulary", "linear", ()))
     matrix = bound[0].theta["matrix"] if bound else flat["embed/word"]
     arrays = {key: flat[leaf].T if turn else flat[leaf] for key, (leaf, turn) in HEAD_KEYS.items()}
     arrays |= {"decoder.weight": matrix, "decoder.bias": flat["head/bias"]}
@@ -532,7 +529,7 @@ def import_peft(model, params: Tree, directory) -> tuple[Tree, tuple[Method, ...
     many = (*many, *head)
     variables = sites.attach(model, params, many, jax.random.key(0))
     if reader.matrix is not None:
-        own["peft/text_decoder/head/vocabulary/linear/0/head/matrix"] = reader.matrix
+        own["peft/text_decoder/head/vocabulary/@linear/0/head/matrix"] = reader.matrix
     flat = tree.flatten(variables)
     tree.check_same({n: x for n, x in flat.items() if n.startswith("peft/")}, own, str(directory / WEIGHTS))
     variables = tree.unflatten(variables, dict(flat) | {name: jnp.asarray(x, jnp.float32) for name, x in own.items()})
@@ -622,7 +619,7 @@ def _group(found: dict[str, dict[int, dict]], make, fill, model):
                 stack = [found[path][i][name] for i in layers if name in found[path][i]]
                 if stack:
                     order = 0  # the only method on its site
-                    leaf = f"peft/{path}/linear/{order}/{method.name}/{name}"
+                    leaf = f"peft/{path}/@linear/{order}/{method.name}/{name}"
                     own[leaf] = np.stack(stack) if depth[path] is not None else stack[0]
     return tuple(many), own
 
@@ -754,14 +751,14 @@ def _import_oft(reader, config, params):
 def _import_prompt(reader, config, params):
     rows = reader.take("prompt_embeddings")
     method = Prompt(where=r"^text_decoder$", length=len(rows), start="normal", positions="shift")
-    return (method,), {"peft/text_decoder/embed/0/prompt/rows": rows}, params
+    return (method,), {"peft/text_decoder/@embed/0/prompt/rows": rows}, params
 
 
 def _import_prefix(reader, config, params):
     c, rows = reader.model.config, reader.take("prompt_embeddings")
     both = rows.reshape(len(rows), c.text_layers, 2, c.text_heads, -1).transpose(2, 1, 0, 3, 4)
     method = Prefix(where=r"^text_decoder/blocks/self_attention$", length=len(rows), positions="shift")
-    path = "peft/text_decoder/blocks/self_attention/kv/0/prefix"
+    path = "peft/text_decoder/blocks/self_attention/@kv/0/prefix"
     return (method,), {f"{path}/k": both[0], f"{path}/v": both[1]}, params
 
 

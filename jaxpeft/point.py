@@ -51,7 +51,7 @@ def run(config, workdir: str | Path, log=print) -> dict:
     counts = sites.counts(variables, mask)
     tuned, frozen = tree.split(variables, mask)
     log(" + ".join(map(str, chosen)))
-    log(f"tuned {counts['tuned']:,} of {counts['total']:,} base parameters; {workdir / 'sites.json'} lists every leaf")
+    log(sites.describe(variables, mask, leaves=False))
 
     # examples; image features once per picture where nothing that is tuned can change them
     size = model.config.image_size

@@ -58,8 +58,8 @@ class Bound:
 def _bound(module: nn.Module, kind: str, shape: tuple[int, ...]) -> tuple[Bound, ...]:
     """The methods bound at this site; records the site when `sites(model)` is asking."""
     if module.is_mutable_collection("sites"):
-        module.put_variable("sites", kind, jnp.zeros(shape))
-    bounds = module.get_variable("peft", kind, ())
+        module.put_variable("sites", Site.key(kind), jnp.zeros(shape))
+    bounds = module.get_variable("peft", Site.key(kind), ())
     for bound in bounds:
         if not bound.acts:
             raise ValueError(f"{bound.method.name} at {bound.site.path} is not expanded: call sites.expand first")
@@ -151,7 +151,7 @@ def embed(module: nn.Module, x_BTD, mask_BT, as_tokens=None):
 
 def shift(module: nn.Module) -> int:
     """By how many positions the tokens of a stack move, asked in the module that calls `embed`."""
-    return sum(bound.method.shift(bound.site) for bound in module.get_variable("peft", "embed", ()))
+    return sum(bound.method.shift(bound.site) for bound in module.get_variable("peft", Site.key("embed"), ()))
 
 
 class Adaptable(nn.Module):
@@ -202,7 +202,7 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
     recorded = jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["sites"]
     found = []
     for name, leaf in tree.flatten(recorded).items():
-        path, kind = name.rsplit("/", 1)
+        path, kind = name.rsplit("/@", 1)
         stacked = len(leaf.shape) > len(Site.KINDS[kind])
         found.append(Site(path, kind, leaf.shape[stacked:], leaf.shape[0] if stacked else None))
     return tuple(found)
@@ -247,19 +247,22 @@ def bind(table: Iterable[Site], base, method: Method | Iterable[Method], rng: ja
             node = peft
             for part in site.path.split("/"):
                 node = node.setdefault(part, {})
-            before = node.get(site.kind, ())
+            before = node.get(Site.key(site.kind), ())
             if one.first and any(not b.method.on_input(b.site) for b in before):
                 raise ValueError(
                     f"{one.name} reads the base kernel of {site.path}: put it before {before[-1].method.name}"
                 )
-            node[site.kind] = (*before, Bound(one, site, one.init_site(key, site, base(site)), not one.expands))
+            node[Site.key(site.kind)] = (
+                *before,
+                Bound(one, site, one.init_site(key, site, base(site)), not one.expands),
+            )
     return peft
 
 
 def base_of(model: nn.Module, flat: dict, site: Site) -> dict:
     """What of the base stands at a site, stacked as it is: see `Method.init`. A tied kernel is read where it is stored."""
     if site.kind == "norm":
-        return {name: flat[f"{site.path}/{name}"] for name in ("scale", "bias")}
+        return {name: flat.get(f"{site.path}/{name}") for name in ("scale", "bias")}
     if site.kind == "embed" and f"{site.path}/embed/word" in flat:
         names = ("word", "norm/scale", "norm/bias")
         return {name: flat[f"{site.path}/embed/{name}"] for name in names} | {
@@ -270,7 +273,8 @@ def base_of(model: nn.Module, flat: dict, site: Site) -> dict:
     lead = () if site.layers is None else (site.layers,)
     tied = getattr(model, "tied", {}).get(site.path)
     kernel = flat[tied].T if tied else flat[f"{site.path}/kernel"].reshape(*lead, *site.shape)
-    return {"kernel": kernel, "bias": flat.get(f"{site.path}/bias")}
+    bias = flat.get(f"{site.path}/bias")
+    return {"kernel": kernel, "bias": None if bias is None else bias.reshape(*lead, site.shape[1])}
 
 
 def trainable(method: Method | Iterable[Method], variables: Tree) -> Mask:
@@ -301,10 +305,15 @@ def trainable(method: Method | Iterable[Method], variables: Tree) -> Mask:
 
 def merge(model: nn.Module, variables: Tree) -> Tree:
     """Plain params for the plain model with every bound method folded in, where that is exact; else ValueError."""
+    return merge_at(sites(model), model, variables)
+
+
+def merge_at(table: Iterable[Site], model: nn.Module, variables: Tree) -> Tree:
+    """`merge` for a given table of sites."""
     variables = expand(variables)
     flat, peft = dict(tree.flatten(variables["params"])), variables.get("peft", {})
     tied = getattr(model, "tied", {})
-    for site in sites(model):
+    for site in table:
         bounds = at(peft, site)
         for bound in bounds:
             if site.kind not in ("linear", "norm"):
@@ -318,7 +327,8 @@ def merge(model: nn.Module, variables: Tree) -> Tree:
         for bound in [*inner, *reversed(outer)]:
             fold_one = bound.method.merge if site.layers is None else jax.vmap(bound.method.merge)
             new = fold_one(bound.theta, base_of(model, flat, site))
-            flat |= {f"{site.path}/{k}": x.reshape(flat[f"{site.path}/{k}"].shape) for k, x in new.items()}
+            kept = {f"{site.path}/{k}": x for k, x in new.items() if x is not None}
+            flat |= {name: x.reshape(flat[name].shape) for name, x in kept.items()}
     return tree.unflatten(variables["params"], flat, "merged params")
 
 
@@ -327,7 +337,7 @@ def at(peft: Tree, site: Site) -> tuple[Bound, ...]:
     node = peft
     for part in site.path.split("/"):
         node = node.get(part, {})
-    return node.get(site.kind, ())
+    return node.get(Site.key(site.kind), ())
 
 
 def report(variables: Tree, mask: Mask) -> list[dict]:
@@ -356,15 +366,20 @@ def counts(variables: Tree, mask: Mask) -> dict[str, int]:
     }
 
 
-def describe(variables: Tree, mask: Mask) -> str:
-    """One table of counts: per tower, where and kind, and per leaf, its shape, what is trained and what is stored."""
+def describe(variables: Tree, mask: Mask, leaves: bool = True) -> str:
+    """One table of counts: a line per leaf (unless `leaves` is False), per tower and kind of site, and in all: shape,
+    scalars trained, scalars stored, and the share of the base's scalars that is trained."""
     rows, total = report(variables, mask), tree.count(variables["params"])
-    lines = [("leaf", "shape", "trained", "stored", "% of base")]
-    for row in rows:
+    lines = [("leaf" if leaves else "", "shape", "trained", "stored", "% of base")]
+    for row in rows if leaves else ():
         lines.append((row["leaf"], "x".join(map(str, row["shape"])) or "scalar", row["trained"], row["stored"]))
-    for tower in dict.fromkeys("/".join(row["leaf"].split("/")[:2]) for row in rows):
-        mine = [row for row in rows if row["leaf"].startswith(tower)]
-        lines.append((f"sum {tower}", "", *(sum(row[key] for row in mine) for key in ("trained", "stored"))))
+    groups: dict[str, list] = {}
+    for row in rows:
+        collection, tower, *rest = row["leaf"].split("/")
+        kind = "base leaves" if collection == "params" else "shared" if tower == SHARED else rest[-4].removeprefix("@")
+        groups.setdefault(kind if kind == "shared" else f"{tower}: {kind}", []).append(row)
+    for name, mine in groups.items():
+        lines.append((name, "", *(sum(row[key] for row in mine) for key in ("trained", "stored"))))
     lines.append(("sum", "", *(sum(row[key] for row in rows) for key in ("trained", "stored"))))
     text = [lines[0]]
     for leaf, shape, trained, stored in lines[1:]:

@@ -14,26 +14,32 @@ L, D, F, V = 2, 12, 20, len(tiny.TOKENIZER)
 LORA = 4 * L * 2 * (D + D)  # query and value of self- and cross-attention in both text stacks, per unit of rank
 TRANSFORM = D * D + D + 2 * D + V  # dense, LayerNorm, vocabulary bias
 BASE = tree.count(tiny.params())
-TIED, KIND = "untied from the word embedding", "cannot be merged exactly"
-CHANGES = {"identity": None, "refused": KIND}
+
+
+# How near the identity a method starts (largest change of a logit; None: not near), and why it does not merge.
+EXACT, ROUNDS, STAYS = (0.0, ""), (1e-5, ""), (0.0, "cannot be merged exactly")
+MOVES, TIED = (None, "cannot be merged exactly"), (0.0, "untied from the word embedding")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """name in METHODS with its fields and head, or a tuple of methods; exact counts; how near the identity at init; why it does not
-    merge, '' if it does."""
+    """A method by name and fields, or a tuple of methods, and what it promises."""
 
     name: str
-    count: int
-    fields: tuple = ()
-    head: str = "none"
-    stored: int | None = None  # None: as many as are trained
-    identity: float | None = 0.0  # largest change of a logit at the start; None: not the identity
-    refused: str = ""
-    methods: tuple = ()
+    tuned: int
+    stored: int
+    identity: float | None
+    refused: str
+    head: str
+    fields: tuple
+    methods: tuple
 
     def build(self):
         return self.methods or methods.build(self.name, self.head, **dict(self.fields))
+
+
+def row(name, tuned, rule=EXACT, stored=None, head="none", methods=(), **fields):
+    return Row(name, tuned, tuned if stored is None else stored, *rule, head, tuple(fields.items()), methods)
 
 
 def adapter(m):
@@ -43,50 +49,58 @@ def adapter(m):
 NORMS = 2 * D * (2 * L + 1 + 2 * (3 * L + 1) + 1)  # vision, both text stacks, the head
 TEXT_BIASES = 2 * (L * (2 * 4 * D + F + D + 3 * D) + D)
 PREFIX_MLP = 4 * (3 * D + D * 5 + 5 + L * (5 + 1) * 2 * D)
+MLP_VERA = L * (2 * F + D + 3 * 5)
+UNIPELT = 4 * L * (2 * 2 * D + D + 1) + 2 * L * (adapter(4) + D + 1) + 2 * LORA + 8 * L * (D + 1)
+SOME_LAYERS = (
+    Scoped(method=Prefix(length=3), where="encoder", layers=(0,)),
+    Scoped(method=SerialAdapter(bottleneck=4), where="decoder", layers=(1,)),
+)
 ROWS = [
-    Row("prompt", 2 * 3 * D, (("length", 3),), **CHANGES),
-    Row("prompt", 3 * D, (("where", "^vision$"), ("length", 3), ("start", "normal")), **CHANGES),
-    Row("prompt", 2 * D, (("where", "decoder"), ("length", 2), ("start", "text"), ("text", "w3 w5"), ("positions", "shift")), **CHANGES),
-    Row("prefix", 4 * L * 2 * 3 * D, (("length", 3),), **CHANGES),
-    Row("prefix", L * 2 * D, (("length", 1), ("where", "^vision/.*attention$")), **CHANGES),
-    Row("prefix", PREFIX_MLP, (("length", 3), ("mlp", 5)), stored=4 * L * 2 * 3 * D, **CHANGES),
-    Row("prefix", L * 2 * 2 * D, (("length", 2), ("where", "decoder.*self_attention$"), ("positions", "shift")), **CHANGES),
-    Row("serial_adapter", 2 * 3 * L * adapter(4), (("bottleneck", 4),), refused=KIND),
-    Row("serial_adapter", 3 * L * adapter(4), (("bottleneck", 4), ("where", ""), ("placement", "pfeiffer"), ("init_weights", "normal")), **CHANGES),
-    Row("parallel_adapter", 2 * L * adapter(4), (("bottleneck", 4),), refused=KIND),
-    Row("parallel_adapter", 5 * L * (adapter(2) + 1), (("bottleneck", 2), ("where", "attention$"), ("learned_scale", True), ("scale", 1.0)), refused=KIND),
-    Row("compacter", 4**3 + 2 * 3 * L * (2 * (D + 8) + D + 8), (("bottleneck", 8),), refused=KIND),
-    Row("lora", 2 * LORA, (("rank", 2),)),
-    Row("lora", 2 * LORA + TRANSFORM, (("rank", 2),), head="transform"),
-    Row("lora", 2 * LORA + TRANSFORM + D * V, (("rank", 2),), head="untied", refused=TIED),
-    Row("lora", 3 * L * ((D + D) + (D + F)), (("rank", 3), ("where", "^vision/.*(value|up)$"), ("rank_stabilized", True))),
-    Row("lora", 4 * (8 * 8 * 3 + D), (("rank", 4), ("where", "^vision/patch$"), ("alpha", 1.0))),
-    Row("dora", 2 * LORA + 8 * L * D, (("rank", 2),), identity=1e-5),  # norms in two programs: rounding
-    Row("pissa", 2 * LORA, (("rank", 2),), stored=4 * LORA),
-    Row("vera", 8 * L * (D + 5), (("rank", 5),), stored=8 * L * (D + 5) + 2 * 5 * D),
-    Row("vera", L * (2 * F + D + 3 * 5), (("rank", 5), ("where", "encoder.*mlp/|decoder.*mlp/up")), stored=L * (2 * F + D + 3 * 5) + 2 * 5 * F),
-    Row("ia3", 2 * L * (4 * D + F)),
-    Row("ssf", 2 * 2 * L * (8 * D + F + D + 3 * D)),
-    Row("ssf", 2 * (L * (7 * D + F) + D), (("where", "^vision/(blocks|patch)"),)),
-    Row("oft", 8 * L * (D // 4) * 6, (("block", 4),), identity=1e-5),  # x R with R = I is another program
-    Row("vpt", 3 * D, (("length", 3), ("patch", 8)), **CHANGES),
-    Row("vpt", L * 3 * D, (("length", 3), ("patch", 8), ("depth", "deep")), **CHANGES),
-    Row("mam", 4 * L * 2 * 2 * D + 2 * L * adapter(4), (("length", 2), ("bottleneck", 4)), **CHANGES),
-    Row("unipelt", 4 * L * (2 * 2 * D + D + 1) + 2 * L * (adapter(4) + D + 1) + 2 * LORA + 8 * L * (D + 1), (("length", 2), ("bottleneck", 4), ("rank", 2)), **CHANGES),
-    Row("scoped", 2 * LORA // 4, methods=(Scoped(method=LoRA(rank=2), where="encoder", layers=(1,)),)),
-    Row("scoped", 2 * 2 * 3 * D + 3 * adapter(4), methods=(Scoped(method=Prefix(length=3), where="encoder", layers=(0,)), Scoped(method=SerialAdapter(bottleneck=4), where="decoder", layers=(1,))), **CHANGES),
-    Row("bitfit", TEXT_BIASES + 2 * D + V),
-    Row("layer_norms", NORMS, (("where", ""),)),
-    Row("full", BASE),
-    Row("head", TRANSFORM),
-    Row("head", TRANSFORM + D * V, (("matrix", "untied"),), refused=TIED),
-    Row("selective", NORMS, (("leaves", "norm[12]?/"),)),
-]  # fmt: skip
-IDS = [f"{row.name}{i}" for i, row in enumerate(ROWS)]
+    row("prompt", 2 * 3 * D, MOVES, length=3),
+    row("prompt", 3 * D, MOVES, where="^vision$", length=3, start="normal"),
+    row("prompt", 2 * D, MOVES, where="decoder", length=2, start="text", text="w3 w5", positions="shift"),
+    row("prefix", 4 * L * 2 * 3 * D, MOVES, length=3),
+    row("prefix", L * 2 * D, MOVES, length=1, where="^vision/.*attention$"),
+    row("prefix", PREFIX_MLP, MOVES, stored=4 * L * 2 * 3 * D, length=3, mlp=5),
+    row("prefix", L * 2 * 2 * D, MOVES, length=2, where="decoder.*self_attention$", positions="shift"),
+    row("serial_adapter", 2 * 3 * L * adapter(4), STAYS, bottleneck=4),
+    row(
+        "serial_adapter", 3 * L * adapter(4), MOVES, bottleneck=4, where="", placement="pfeiffer", init_weights="normal"
+    ),
+    row("parallel_adapter", 2 * L * adapter(4), STAYS, bottleneck=4),
+    row("parallel_adapter", 5 * L * (adapter(2) + 1), STAYS, bottleneck=2, where="attention$", learned_scale=True),
+    row("compacter", 4**3 + 2 * 3 * L * (2 * (D + 8) + D + 8), STAYS, bottleneck=8),
+    row("lora", 2 * LORA, rank=2),
+    row("lora", 2 * LORA + TRANSFORM, head="transform", rank=2),
+    row("lora", 2 * LORA + TRANSFORM + D * V, TIED, head="untied", rank=2),
+    row("lora", 3 * L * ((D + D) + (D + F)), rank=3, where="^vision/.*(value|up)$", rank_stabilized=True),
+    row("lora", 4 * (8 * 8 * 3 + D), rank=4, where="^vision/patch$", alpha=1.0),
+    row("dora", 2 * LORA + 8 * L * D, ROUNDS, rank=2),  # norms in two programs
+    row("pissa", 2 * LORA, stored=4 * LORA, rank=2),
+    row("vera", 8 * L * (D + 5), stored=8 * L * (D + 5) + 2 * 5 * D, rank=5),
+    row("vera", MLP_VERA, stored=MLP_VERA + 2 * 5 * F, rank=5, where="encoder.*mlp/|decoder.*mlp/up"),
+    row("ia3", 2 * L * (4 * D + F)),
+    row("ssf", 2 * 2 * L * (12 * D + F)),
+    row("ssf", 2 * (L * (7 * D + F) + D), where="^vision/(blocks|patch)"),
+    row("oft", 8 * L * (D // 4) * 6, ROUNDS, block=4),  # x R with R = I is another program
+    row("vpt", 3 * D, MOVES, length=3, patch=8),
+    row("vpt", L * 3 * D, MOVES, length=3, patch=8, depth="deep"),
+    row("mam", 4 * L * 2 * 2 * D + 2 * L * adapter(4), MOVES, length=2, bottleneck=4),
+    row("unipelt", UNIPELT, MOVES, length=2, bottleneck=4, rank=2),
+    row("scoped", LORA // 2, methods=(Scoped(method=LoRA(rank=2), where="encoder", layers=(1,)),)),
+    row("scoped", 2 * 2 * 3 * D + 3 * adapter(4), MOVES, methods=SOME_LAYERS),
+    row("bitfit", TEXT_BIASES + 2 * D + V),
+    row("layer_norms", NORMS, where=""),
+    row("full", BASE),
+    row("head", TRANSFORM),
+    row("head", TRANSFORM + D * V, TIED, matrix="untied"),
+    row("selective", NORMS, leaves="norm[12]?/"),
+]
+IDS = [f"{one.name}{i}" for i, one in enumerate(ROWS)]
 
 
 @functools.cache
-def attached(row):
+def attached(row: Row):
     variables = jp.attach(tiny.model(), tiny.params(), row.build(), jax.random.key(1))
     return variables, jp.trainable(row.build(), variables)
 

@@ -37,9 +37,8 @@ def test_identity_at_init_is_exact_or_known_not_to_be(row):
 @every_row
 def test_exact_count_and_report(row):
     variables, mask = attached(row)
-    stored = row.count if row.stored is None else row.stored
-    assert sites.counts(variables, mask) == {"tuned": row.count, "stored": stored, "total": BASE}
-    assert f"{row.count:,}  {stored:,}" in re.sub(" +", "  ", sites.describe(variables, mask).splitlines()[-2])
+    assert sites.counts(variables, mask) == {"tuned": row.tuned, "stored": row.stored, "total": BASE}
+    assert f"{row.tuned:,}  {row.stored:,}" in re.sub(" +", "  ", sites.describe(variables, mask).splitlines()[-2])
 
 
 @every_row
@@ -64,7 +63,7 @@ def test_every_tuned_leaf_matters(row):
 
     grads = tree.flatten(jax.grad(total)(tuned))
     dead = [name for name, g in grads.items() if not np.any(np.abs(g) > 1e-6)]
-    assert all(re.search(r"key/(bias|linear/0/ssf/t)$", name) for name in dead), dead
+    assert all(re.search(r"key/(bias|@linear/0/ssf/t)$", name) for name in dead), dead
 
 
 @every_row
@@ -168,7 +167,7 @@ def test_adding_a_method_does_not_change_another_init():
     pair = jp.attach(tiny.model(), tiny.params(), (LoRA(rank=2), LoRA(rank=1, where="query$")), jax.random.key(0))
     both = tree.flatten(pair["peft"])
     assert all(np.array_equal(leaf, both[name]) for name, leaf in alone.items())
-    assert any(name.endswith("query/linear/1/lora/a") for name in both)  # the second one stands beside the first
+    assert any(name.endswith("query/@linear/1/lora/a") for name in both)  # the second one stands beside the first
 
 
 def test_lora_is_the_papers_equation():

@@ -39,6 +39,11 @@ class Site:
         "embed": ("D",),  # the sequence and padding mask entering a stack
     }
 
+    @staticmethod
+    def key(kind: str) -> str:
+        """The name of a site's entry among the submodules of its module, which no submodule can have."""
+        return f"@{kind}"
+
 
 class Added(NamedTuple):
     """Keys and values that a method puts in front of an attention's own, the same for every row of the batch."""

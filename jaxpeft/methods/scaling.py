@@ -43,7 +43,8 @@ class IA3(Method):
     def merge(self, theta, base):
         if "l_in" in theta:
             return base | {"kernel": base["kernel"] * theta["l_in"][:, None]}
-        return {"kernel": base["kernel"] * theta["l"][None], "bias": base["bias"] * theta["l"]}
+        bias = None if base["bias"] is None else base["bias"] * theta["l"]
+        return {"kernel": base["kernel"] * theta["l"][None], "bias": bias}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,8 @@ class SSF(Method):
         return self.norm(theta, y)
 
     def merge(self, theta, base):
+        if base["bias"] is None:
+            raise ValueError("ssf shifts the output of a layer that has no bias, so there is nothing to merge into")
         (weight,) = base.keys() - {"bias"}  # a linear's kernel or a norm's scale, outputs last
         scaled = {name: x * per_feature(theta["g"], x) if x.ndim > 1 else x * theta["g"] for name, x in base.items()}
         return {weight: scaled[weight], "bias": scaled["bias"] + theta["t"]}
