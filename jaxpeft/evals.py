@@ -4,6 +4,7 @@ Batches have one fixed size; the last one is padded by repeating a row and the c
 every case counts exactly once. The variables carry their methods, so base and tuned model go through the same code.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -60,19 +61,36 @@ def predict(
     prompt = np.array(task.prompt_ids(tokenizer), np.int32)
     written = []
     for batch, n_real in one_pass(_without_images(cases, features), batch_size):
-        context_BSD, mask_BS = contexts(model, variables, with_features(batch, features))
-        prompt_BT = np.tile(prompt, (batch_size, 1))
-        search = {"length": task.length, "min_length": task.min_length}
-        if beams == 1:
-            tokens_BT, score_B = decode.greedy(model, variables, context_BSD, mask_BS, prompt_BT, **search)
-        else:
-            tokens_BKT, score_BK = decode.beam_search(
-                model, variables, context_BSD, mask_BS, prompt_BT, beams=beams, **search
-            )
-            tokens_BT, score_B = tokens_BKT[:, 0], score_BK[:, 0]
+        write = _write_mixed if "adapter" in batch else _write
+        search = {"length": task.length, "min_length": task.min_length, "beams": beams}
+        tokens_BT, score_B = write(model, variables, with_features(batch, features), prompt, **search)
         texts = [tokenizer.decode(row[len(prompt) :]) for row in np.asarray(tokens_BT[:n_real]).tolist()]
         written += [{"text": t, "score": float(s)} for t, s in zip(texts, np.asarray(score_B), strict=False)]
     return written
+
+
+def _write(model, variables, batch, prompt_T, *, beams, length, min_length):
+    """(tokens_BT, score_B) of the best text per row."""
+    context_BSD, mask_BS = contexts(model, variables, batch)
+    prompt_BT = jnp.tile(prompt_T[None], (context_BSD.shape[0], 1))
+    search = {"length": length, "min_length": min_length}
+    if beams == 1:
+        return decode.greedy(model, variables, context_BSD, mask_BS, prompt_BT, **search)
+    tokens_BKT, score_BK = decode.beam_search(model, variables, context_BSD, mask_BS, prompt_BT, beams=beams, **search)
+    return tokens_BKT[:, 0], score_BK[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "beams", "length", "min_length"))
+def _write_mixed(model, variables, batch, prompt_T, **search):
+    """`_write` with a tuned tree per row: batch['adapter'] indexes the leading axis of every leaf of `peft`."""
+
+    def one(row):
+        mine = variables | {"peft": jax.tree.map(lambda x: x[row["adapter"]], variables["peft"])}
+        row = {name: x[None] for name, x in row.items() if name != "adapter"}
+        tokens_1T, score_1 = _write(model, mine, row, prompt_T, **search)
+        return tokens_1T[0], score_1[0]
+
+    return jax.vmap(one)(batch)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "task"))
@@ -95,12 +113,21 @@ def _without_images(examples: Examples, features) -> Examples:
 
 
 def generate(
-    model, variables: Tree, images, prompts=None, *, beams: int = 3, batch_size: int = 16, task: Task | None = None
+    model,
+    variables: Tree,
+    images,
+    prompts=None,
+    *,
+    beams: int = 3,
+    batch_size: int = 16,
+    task: Task | None = None,
+    adapter_ids=None,
 ):
     """Text for pictures: a caption each, or with `prompts` (one question per picture, or one for all) an answer each.
 
-    `images`: uint8 arrays image_YXC of any size, or paths. `variables`: {'params': ...} or what `attach` returned.
-    Raises ValueError when the model has no tokenizer, or prompts where there is no question encoder or the reverse.
+    `images`: uint8 arrays image_YXC of any size, or paths. `variables`: {'params': ...} or what `attach` returned; or
+    what `stack` returned, and then `adapter_ids` says per picture which of the stacked trees writes. Raises ValueError
+    when the model has no tokenizer, or prompts where there is no question encoder or the reverse.
     """
     if model.tokenizer is None:
         raise ValueError(
@@ -124,4 +151,11 @@ def generate(
     ]
     split = Split("generate", Resized(pictures, model.config.image_size), rows)
     cases = task.cases(split, model.tokenizer)
+    if adapter_ids is not None:
+        ids, n_trees = np.asarray(adapter_ids, np.int32), {x.shape[0] for x in jax.tree.leaves(variables["peft"])}
+        if ids.shape != (len(pictures),) or len(n_trees) != 1 or not np.all((0 <= ids) & (ids < min(n_trees))):
+            raise ValueError(
+                f"adapter_ids {ids.tolist()} do not fit {len(pictures)} pictures and {n_trees} stacked trees"
+            )
+        cases = dataclasses.replace(cases, arrays=cases.arrays | {"adapter": ids})
     return [one["text"] for one in predict(model, variables, task, cases, batch_size=batch_size, beams=beams)]

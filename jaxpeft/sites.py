@@ -196,6 +196,24 @@ def fold(variables: Tree) -> Tree:
     return dict(variables) | {"peft": jax.tree.map(one, variables.get("peft", {}), is_leaf=is_bound)}
 
 
+def stack(trees: Iterable[Tree]) -> Tree:
+    """Several tuned trees on one base as one, every own leaf with a leading axis: see `evals.generate(adapter_ids=...)`.
+
+    Raises ValueError when they are of different methods or shapes, or when they differ in base leaves.
+    """
+    first, *rest = trees = [fold(one) for one in trees]
+    for i, other in enumerate(rest, 1):
+        if jax.tree.structure(first["peft"]) != jax.tree.structure(other["peft"]):
+            raise ValueError(f"tree {i} has other methods or sites than tree 0; trees of one stack are of one method")
+        tree.check_same(tree.flatten(first["peft"]), tree.flatten(other["peft"]), f"tree {i} of a stack")
+        pairs = zip(jax.tree.leaves(first["params"]), jax.tree.leaves(other["params"]), strict=True)
+        if any(a is not b and not jnp.array_equal(a, b) for a, b in pairs):
+            raise ValueError(
+                f"tree {i} has other base leaves than tree 0 (was a head or bias trained?); a stack has one base"
+            )
+    return first | {"peft": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one["peft"] for one in trees))}
+
+
 @functools.lru_cache(maxsize=32)
 def sites(model: nn.Module) -> tuple[Site, ...]:
     """Every site of a model, from one abstract trace; nothing is computed."""

@@ -1,0 +1,216 @@
+"""Methods on Linen models that know nothing of sites: plain, remat, scan and setup-style; and the traps."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import jaxpeft as jp
+from jaxpeft import sites
+
+D, L = 8, 3
+
+
+class Mlp(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(D, name="down")(nn.gelu(nn.Dense(2 * D, name="up")(x)))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=D, name="attention")(
+            nn.LayerNorm(name="norm")(x)
+        )
+        return x + Mlp(name="mlp")(x), None
+
+
+class SetupBlock(nn.Module):
+    def setup(self):
+        self.norm, self.mlp = nn.LayerNorm(), Mlp()
+        self.attention = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=D)
+
+    def __call__(self, x, _=None):
+        x = x + self.attention(self.norm(x))
+        return x + self.mlp(x), None
+
+
+class Model(nn.Module):
+    style: str
+    axes: object = None
+
+    @nn.compact
+    def __call__(self, x):
+        block = {"remat": nn.remat(Block), "setup": SetupBlock, "scan remat": nn.remat(Block)}.get(self.style, Block)
+        if self.style.startswith("scan"):
+            axes = self.axes or {True: 0}
+            x, _ = nn.scan(block, variable_axes=axes, split_rngs={True: True}, length=L)(name="blocks")(x, None)
+        else:
+            x, _ = block(name="block")(x)
+        return nn.Dense(5, name="head")(x)
+
+
+METHODS = (
+    jp.LoRA(where=r"attention/(query|value|out)$", rank=2),
+    jp.IA3(where=r"attention/key$|mlp/down$"),
+    jp.SerialAdapter(where="", bottleneck=3, placement="pfeiffer"),
+    jp.ParallelAdapter(where=r"attention$", bottleneck=2),
+    jp.BitFit(where="head"),
+)
+MERGEABLE = (
+    jp.LoRA(where=r"attention/(query|out)$|mlp/", rank=2),
+    jp.SSF(where=r"norm$|up$"),
+    jp.OFT(where="value$", block=4),
+)
+STYLES = ("plain", "remat", "setup", "scan", "scan remat")
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, D)), jnp.float32)
+
+
+def start(style, methods):
+    model = Model(style)
+    params = model.init(jax.random.key(0), X)["params"]
+    bridge = jp.intercept(methods)
+    return model, params, bridge, bridge.attach(model, params, jax.random.key(1), X)
+
+
+def moved(variables):
+    keys = iter(jax.random.split(jax.random.key(2), 200))
+    peft = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), variables["peft"])
+    return variables | {"peft": peft}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_identity_then_effect_and_every_leaf_matters(style):
+    model, params, bridge, variables = start(style, METHODS)
+    plain = model.apply({"params": params}, X)
+    np.testing.assert_array_equal(bridge.apply(model, variables, X), plain)
+    run = jax.jit(lambda v: bridge.apply(model, v, X))
+    assert np.abs(run(moved(variables)) - plain).max() > 1e-2
+    tuned, frozen = jp.split(moved(variables), jp.trainable(METHODS, variables))
+    grads = jax.grad(lambda t: jnp.sum(bridge.apply(model, jp.join(t, frozen), X) ** 2))(tuned)
+    assert all(np.any(g != 0) for g in jax.tree.leaves(grads))
+    if "scan" in style:
+        assert {leaf.shape[0] for leaf in jax.tree.leaves(variables["peft"])} == {L}
+
+
+@pytest.mark.parametrize("style", ["setup", "scan"])
+def test_merged_equals_intercepted(style):
+    model, _, bridge, variables = start(style, MERGEABLE)
+    variables = moved(variables)
+    merged = bridge.merge(model, variables, X)
+    np.testing.assert_allclose(
+        model.apply({"params": merged}, X), bridge.apply(model, variables, X), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_lora_here_is_the_equation():
+    """One Dense by hand: x W + b + s x A B."""
+    model, params, bridge, variables = start("plain", jp.LoRA(where="head$", rank=2))
+    variables = moved(variables)
+    (bound,) = variables["peft"]["head"]["@linear"]
+    model_without_head = model.apply({"params": params}, X)
+    hidden = []
+
+    def keep(call, args, kwargs, context):
+        if context.module.name == "head":
+            hidden.append(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(keep):
+        model.apply({"params": params}, X)
+    expected = model_without_head + 2.0 * hidden[0] @ bound.theta["a"] @ bound.theta["b"]
+    np.testing.assert_allclose(bridge.apply(model, variables, X), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [jp.Prefix(), jp.Prompt(), jp.VPT(), jp.MAM(), jp.UniPELT()])
+def test_what_cannot_be_seen_is_refused(method):
+    with pytest.raises(ValueError, match="which a foreign model does not show"):
+        jp.intercept(method)
+
+
+def test_a_pattern_that_matches_nothing_names_the_nearest():
+    with pytest.raises(ValueError, match="lora: where='attention/qurey' matches none .* nearest: .*attention/query"):
+        start("plain", jp.LoRA(where="attention/qurey"))
+
+
+# ---------------------------------------------------------------- traps
+
+
+@pytest.mark.parametrize("axes", [{"params": 0}, {"params": 0, "peft": 1}])
+def test_a_scan_that_hides_or_turns_the_collection_is_an_error(axes):
+    model = Model("scan", nn.FrozenDict(axes) if hasattr(nn, "FrozenDict") else axes)
+    params = Model("scan").init(jax.random.key(0), X)["params"]
+    message = "does not carry the collection 'peft'" if len(axes) == 1 else "only one scan along axis 0"
+    with pytest.raises(ValueError, match=message):
+        jp.intercept(METHODS[0]).attach(model, params, jax.random.key(1), X)
+
+
+def test_a_module_level_nn_jit_that_answers_from_its_cache_is_an_error():
+    cached_mlp = nn.jit(Mlp)
+
+    class Cached(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return cached_mlp(name="mlp")(x)
+
+    model = Cached()
+    params = model.init(jax.random.key(0), X)["params"]
+    bridge = jp.intercept(jp.LoRA(where="mlp/up$", rank=2))
+    try:
+        variables = moved(bridge.attach(model, params, jax.random.key(1), X))
+    except ValueError as error:  # the table itself came from the cache
+        assert "kernels that no visible Dense owns: mlp/" in str(error)
+        return
+    model.apply(variables, X)  # compiled without the interceptor, for the same arguments
+    with pytest.raises(ValueError, match="1 sites were not reached: mlp/up .*nn.jit"):
+        bridge.apply(model, variables, X)
+
+
+def test_jit_around_apply_is_never_stale():
+    """The trap is a function jitted outside the interceptor and called inside; `apply` enters it itself."""
+    model, params, bridge, variables = start("scan", METHODS[0])
+    plain = jax.jit(lambda v: model.apply({"params": v["params"]}, X))
+    tuned = jax.jit(lambda v: bridge.apply(model, v, X))
+    variables = moved(variables)
+    before = plain(variables)
+    assert np.abs(tuned(variables) - before).max() > 1e-2
+    np.testing.assert_array_equal(plain(variables), before)
+
+
+def test_threads_see_it():
+    model, _, bridge, variables = start("plain", METHODS[0])
+    variables, found = moved(variables), []
+    thread = threading.Thread(target=lambda: found.append(bridge.apply(model, variables, X)))
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(found[0], bridge.apply(model, variables, X))
+
+
+def test_an_unreached_site_is_an_error_unless_allowed():
+    class Two(nn.Module):
+        def setup(self):
+            self.one, self.other = nn.Dense(D), nn.Dense(D)
+
+        def __call__(self, x):
+            return self.other(self.one(x))
+
+        def half(self, x):
+            return self.one(x)
+
+    model = Two()
+    params = model.init(jax.random.key(0), X)["params"]
+    bridge = jp.intercept(jp.LoRA(where="", rank=2))
+    variables = bridge.attach(model, params, jax.random.key(1), X)
+    with pytest.raises(ValueError, match=r"1 sites were not reached: other \(linear\)"):
+        bridge.apply(model, variables, X, method="half")
+    assert bridge.apply(model, variables, X, method="half", strict=False).shape == X.shape
+
+
+def test_counts_of_a_foreign_model():
+    _, params, _, variables = start("scan", METHODS[0])
+    counts = sites.counts(variables, jp.trainable(METHODS[0], variables))
+    assert counts["tuned"] == L * 3 * 2 * (D + D)

@@ -1,0 +1,263 @@
+"""Tuned trees in and out: our own files exactly, PEFT's against logits that PEFT computed, and what is refused."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from methods_table import IDS, ROWS, attached, perturbed
+from safetensors.numpy import load_file, save_file
+
+import jaxpeft as jp
+from jaxpeft import hub, interchange, sites, tree
+
+GOLDEN = Path(__file__).parent / "golden"
+PEFT = sorted(path.name for path in (GOLDEN / "peft").iterdir())
+every_row = pytest.mark.parametrize("row", ROWS, ids=IDS)
+
+
+@functools.cache
+def base():
+    return hub.load(GOLDEN / "blip_caption_tiny")
+
+
+@functools.cache
+def numbers():
+    return dict(np.load(GOLDEN / "peft.npz"))
+
+
+def logits(variables):
+    batch = {"image": numbers()["image"], "tokens": numbers()["tokens"]}
+    return np.asarray(base()[0].apply(variables, batch)[:, 0])
+
+
+# ---------------------------------------------------------------- our own files
+
+
+@every_row
+def test_saved_and_loaded_is_bit_for_bit_what_was_tuned(row, tmp_path):
+    variables, mask = attached(row)
+    variables = jax.tree.map(lambda x, on: x + 0.25 if on else x, variables, mask)
+    interchange.save_tuned(tiny.model(), variables, row.build(), tmp_path / "tuned")
+    back, methods = interchange.load_tuned(tiny.model(), tiny.params(), tmp_path / "tuned")
+    expected = sites.fold(variables)
+    assert tree.digest(back) == tree.digest(expected)
+    assert jax.tree.structure(back) == jax.tree.structure(expected)
+    assert methods == tuple(one.folded() for one in sites.as_methods(row.build()))
+    stored = sum(x.size for x in load_file(tmp_path / "tuned" / "tuned.safetensors").values())
+    assert stored == row.stored
+
+
+@pytest.fixture
+def saved(tmp_path):
+    row = next(row for row in ROWS if row.name == "lora")
+    variables = perturbed(attached(row)[0])
+    interchange.save_tuned(tiny.model(), variables, row.build(), tmp_path / "tuned")
+    return tmp_path / "tuned"
+
+
+def load(directory, params=None):
+    return interchange.load_tuned(tiny.model(), params or tiny.params(), directory)
+
+
+def rewrite(directory, change, metadata=None, name="tuned.safetensors"):
+    arrays = load_file(directory / name)
+    change(arrays)
+    if metadata is None:
+        import safetensors
+
+        with safetensors.safe_open(directory / name, "numpy") as file:
+            metadata = file.metadata()
+    save_file(arrays, directory / name, metadata)
+
+
+def test_another_base_is_refused(saved):
+    with pytest.raises(ValueError, match="tuned on another base: its frozen part has digest"):
+        load(saved, jax.tree.map(lambda x: x + 1e-3, tiny.params()))
+
+
+def test_missing_extra_misshaped_and_damaged_leaves_are_listed(saved):
+    name = sorted(load_file(saved / "tuned.safetensors"))[0]
+
+    def spoil(arrays):
+        arrays["stranger"] = arrays.pop(name)
+
+    def damage(arrays):
+        arrays[name] = arrays[name] + 1
+
+    rewrite(saved, damage)
+    with pytest.raises(ValueError, match=f"1 leaves are not what was saved: {name}"):
+        load(saved)
+    rewrite(saved, lambda arrays: arrays.update({name: arrays[name][:1]}))
+    with pytest.raises(ValueError, match=f"wrong shape.*{name}"):
+        load(saved)
+    rewrite(saved, spoil)
+    with pytest.raises(ValueError, match=f"(?s)missing .1.: {name}.*unexpected .1.: stranger"):
+        load(saved)
+
+
+def test_a_changed_manifest_is_refused(saved):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["methods"][0]["alpha"] = 64.0
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="manifest.json was changed after it was written"):
+        load(saved)
+
+
+def test_a_directory_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    row = ROWS[-1]
+    with pytest.raises(ValueError, match="holds other files"):
+        interchange.save_tuned(tiny.model(), attached(row)[0], row.build(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("value", [{"name": "os.system"}, {"name": "LoRA", "ranks": 3}])
+def test_a_manifest_names_known_methods_and_fields_only(value):
+    with pytest.raises(ValueError, match="in a manifest"):
+        interchange.from_json(value)
+
+
+# ---------------------------------------------------------------- PEFT's files
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_what_peft_wrote_computes_what_peft_computes(name):
+    model, params = base()
+    variables, _ = jp.import_peft(model, params, GOLDEN / "peft" / name)
+    expected = numbers()[name]
+    assert np.abs(expected - logits({"params": params})).max() > 0.05  # the adapter does something
+    np.testing.assert_allclose(logits(variables), expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_what_we_write_has_the_names_and_shapes_of_pefts_file(name, tmp_path):
+    """Export what was imported: the same tensors, and the same function."""
+    model, params = base()
+    variables, methods = jp.import_peft(model, params, GOLDEN / "peft" / name)
+    jp.export_peft(model, variables, methods, tmp_path / "out")
+    ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (tmp_path / "out", GOLDEN / "peft" / name))
+    if name in ("lora", "rslora", "dora"):  # PEFT has one A for the fused query, key and value; we have one for each
+        ours, theirs = ({k: x for k, x in one.items() if "vision" not in k} for one in (ours, theirs))
+    assert {k: x.shape for k, x in ours.items()} == {k: x.shape for k, x in theirs.items()}
+    for key in ours:
+        if "lora_B" not in key:  # modules of different rank and alpha: B may hold a part of the scale
+            np.testing.assert_allclose(ours[key], theirs[key], atol=1e-6)
+    again, _ = jp.import_peft(model, params, tmp_path / "out")
+    np.testing.assert_allclose(logits(again), numbers()[name], atol=5e-5)
+
+
+def test_layers_and_heads_survive_the_way_there_and_back(tmp_path):
+    model, params = base()
+    method = (jp.Scoped(method=jp.LoRA(rank=2), layers=(1,)), jp.Head(matrix="untied"))
+    variables = jp.attach(model, params, method, jax.random.key(0))
+    mask = jp.trainable(method, variables)
+    variables = jax.tree.map(lambda x, on: x + 0.1 if on else x, variables, mask)
+    jp.export_peft(model, variables, method, tmp_path / "out")
+    names = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert not any(".layer.0." in name for name in names) and any(".cls.predictions.decoder" in name for name in names)
+    back, methods = jp.import_peft(model, params, tmp_path / "out")
+    assert [type(one).__name__ for one in methods] == ["Scoped", "Head"] and methods[0].layers == (1,)
+    np.testing.assert_allclose(logits(back), logits(variables), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method, reason",
+    [
+        (jp.SerialAdapter(bottleneck=2), "serial_adapter has no PEFT type"),
+        (jp.Prompt(length=2, start="normal"), "positions='shift'"),
+        (jp.Prefix(length=2, positions="shift"), "PEFT has it at text_decoder/blocks/self_attention only"),
+        (jp.VeRA(where="vision.*query$", rank=2), "fused matrix"),
+        (jp.OFT(where="vision.*query$", block=2), "fused matrix"),
+        ((jp.LoRA(rank=2), jp.IA3()), "one PEFT directory holds one type"),
+        (jp.LoRA(where="head/vocabulary$", rank=2), "tied"),
+        (jp.LoRA(where="vision/patch$", rank=2), "convolution"),
+        (jp.BitFit(), "bitfit has no PEFT type"),
+    ],
+)
+def test_what_has_no_place_over_there_is_refused_with_the_reason(method, reason, tmp_path):
+    model, params = base()
+    variables = jp.attach(model, params, method, jax.random.key(0))
+    with pytest.raises(ValueError, match=reason):
+        jp.export_peft(model, variables, method, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def exported(tmp_path):
+    model, params = base()
+    method = jp.LoRA(rank=2)
+    variables = jp.attach(model, params, method, jax.random.key(0))
+    variables = jax.tree.map(lambda x, on: x + 0.1 if on else x, variables, jp.trainable(method, variables))
+    return jp.export_peft(model, variables, method, tmp_path / "out")
+
+
+def spoil_config(directory, **values):
+    config = json.loads((directory / "adapter_config.json").read_text()) | values
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+def strip(directory):
+    """As PEFT writes it: no digests."""
+    rewrite(directory, lambda arrays: None, {"format": "pt"}, "adapter_model.safetensors")
+
+
+def test_a_wrong_alpha_is_refused(exported):
+    spoil_config(exported, lora_alpha=64)
+    with pytest.raises(ValueError, match="adapter_config.json was changed after it was written"):
+        jp.import_peft(*base(), exported)
+
+
+def test_peft_files_on_another_base_are_refused(exported):
+    model, params = base()
+    with pytest.raises(ValueError, match="tuned on another base"):
+        jp.import_peft(model, jax.tree.map(lambda x: x + 1e-3, params), exported)
+
+
+KEY = "base_model.model.text_decoder.bert.encoder.layer.0.attention.self.query.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: a.pop(KEY.replace("lora_A", "lora_B")), "lora_B.weight is missing"),
+        (lambda a: a.update({KEY: a[KEY][:1]}), r"query has A \(1, .*expected"),
+        (lambda a: a.update({"stranger": a[KEY]}), "1 tensors are not read: stranger"),
+        (lambda a: a.update({KEY.replace("query", "qurey"): a[KEY]}), "modules that this model does not have: .*qurey"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_listed(exported, change, message):
+    strip(exported)
+    rewrite(exported, change, {"format": "pt"}, "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        jp.import_peft(*base(), exported)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not read; known: LORA, IA3"),
+        ({"peft_type": "OFT", "use_cayley_neumann": True}, "truncated series"),
+        ({"bias": "all"}, "bias='all' is not read"),
+        ({"modules_to_save": ["decoder"]}, "only .*cls.* the head"),
+    ],
+)
+def test_configurations_that_would_be_read_wrongly_are_refused(exported, values, message):
+    strip(exported)
+    spoil_config(exported, **values)
+    with pytest.raises(ValueError, match=message):
+        jp.import_peft(*base(), exported)
+
+
+def test_live_against_peft(tmp_path):
+    """The script that compares everything with the installed PEFT, on two of its cases."""
+    pytest.importorskip("peft")
+    import subprocess
+    import sys
+
+    script = Path(__file__).parents[1] / "benchmarks" / "interchange.py"
+    for case in ("LoRA, fused ViT qkv too", "Prefix"):
+        subprocess.run([sys.executable, script, "--only", case], check=True, stdout=subprocess.PIPE)
