@@ -55,8 +55,8 @@ def main():
         config.inference_mode = False
         whole = transformers.BlipForConditionalGeneration.from_pretrained(base).eval()
         inner = whole.text_decoder if name in DECODER else whole
-        tuned = peft.get_peft_model(inner, config).eval()
         torch.manual_seed(0)
+        tuned = peft.get_peft_model(inner, config).eval()
         for parameter in tuned.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.2 * torch.randn_like(parameter)
