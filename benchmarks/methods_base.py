@@ -152,7 +152,11 @@ def main():
         rows.append(row)
         merge = "-" if row["merge"] is None else f"{row['merge']:.1e}, tokens {'equal' if row['tokens'] else 'DIFFER'}"
         cells = [f"{name:30}", f"{row['trained']:>12,}", f"{row['stored']:>12,}", f"{row['percent']:8.3f} %"]
-        cells += [f"identity {row['identity']:.1e}", f"merge {merge:22}", f"step {seconds:.2f} s ({row['step / full']:.2f})"]
+        cells += [
+            f"identity {row['identity']:.1e}",
+            f"merge {merge:22}",
+            f"step {seconds:.2f} s ({row['step / full']:.2f})",
+        ]
         print("  ".join([*cells, f"memory {row['bytes / full']:.2f}", f"compile {compile_s:.1f} s"]), flush=True)
     if args.out:
         facts = {

@@ -258,19 +258,28 @@ def export_peft(model, variables: Tree, methods: Methods, directory) -> Path:
     return _write(directory, CONFIG, everything, WEIGHTS, arrays, {"format": "pt", "jaxpeft": json.dumps(facts)})
 
 
+_TYPES: dict[type, str] = {  # by the class itself: a subclass computes something else
+    LoRA: "LORA",
+    PiSSA: "LORA",
+    DoRA: "LORA",
+    IA3: "IA3",
+    LayerNorms: "LN_TUNING",
+    VeRA: "VERA",
+    OFT: "OFT",
+    Prompt: "PROMPT_TUNING",
+    Prefix: "PREFIX_TUNING",
+}
+
+
 def _type_of(method: Method) -> str:
     inner = _inner(method)
-    for cls, kind in ((LoRA, "LORA"), (IA3, "IA3"), (LayerNorms, "LN_TUNING"), (VeRA, "VERA"), (OFT, "OFT")):
-        if isinstance(inner, cls):
-            return kind
-    for cls, kind in ((Prompt, "PROMPT_TUNING"), (Prefix, "PREFIX_TUNING")):
-        if isinstance(inner, cls) and inner is method:
-            if inner.positions != "shift":
-                raise ValueError(
-                    f"{inner.name}: PEFT counts its tokens as positions; tune with positions='shift' to export"
-                )
-            return kind
-    raise ValueError(f"{method.name} has no PEFT type; save_tuned keeps it exactly")
+    kind = _TYPES.get(type(inner))
+    virtual = isinstance(inner, Prompt | Prefix)
+    if kind is None or (virtual and inner is not method):
+        raise ValueError(f"{method.name} has no PEFT type; save_tuned keeps it exactly")
+    if virtual and inner.positions != "shift":
+        raise ValueError(f"{inner.name}: PEFT counts its tokens as positions; tune with positions='shift' to export")
+    return kind
 
 
 def _head_arrays(acting) -> dict:

@@ -76,6 +76,7 @@ ROWS = [
     row("lora", 3 * L * ((D + D) + (D + F)), rank=3, where="^vision/.*(value|up)$", rank_stabilized=True),
     row("lora", 4 * (8 * 8 * 3 + D), rank=4, where="^vision/patch$", alpha=1.0),
     row("dora", 2 * LORA + 8 * L * D, ROUNDS, rank=2),  # norms in two programs
+    row("loha", 4 * LORA, rank=2),
     row("pissa", 2 * LORA, stored=4 * LORA, rank=2),
     row("vera", 8 * L * (D + 5), stored=8 * L * (D + 5) + 2 * 5 * D, rank=5),
     row("vera", MLP_VERA, stored=MLP_VERA + 2 * 5 * F, rank=5, where="encoder.*mlp/|decoder.*mlp/up"),

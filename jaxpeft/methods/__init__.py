@@ -6,6 +6,7 @@ from collections.abc import Callable
 from jaxpeft.methods.adapter import Compacter, ParallelAdapter, SerialAdapter
 from jaxpeft.methods.base import Added, Method, Site, Theta
 from jaxpeft.methods.compose import MAM, Gated, Scoped, UniPELT
+from jaxpeft.methods.loha import LoHa
 from jaxpeft.methods.lora import DoRA, LoRA, PiSSA
 from jaxpeft.methods.oft import OFT
 from jaxpeft.methods.prefix import Prefix
@@ -15,7 +16,7 @@ from jaxpeft.methods.selective import HEADS, BitFit, Full, Head, LayerNorms, Sel
 from jaxpeft.methods.vera import VeRA
 
 _SINGLE = (
-    Prompt, Prefix, SerialAdapter, ParallelAdapter, LoRA, DoRA, PiSSA, VeRA, IA3, SSF, OFT, Compacter, VPT,
+    Prompt, Prefix, SerialAdapter, ParallelAdapter, LoRA, LoHa, DoRA, PiSSA, VeRA, IA3, SSF, OFT, Compacter, VPT,
     BitFit, LayerNorms, Full, Head, Selective,
 )  # fmt: skip
 # name -> a method, or a function that returns several

@@ -1,0 +1,36 @@
+"""LoHa: Hadamard product of two low-rank matrices (Hyeon-Woo et al. 2021, FedPara, arXiv 2108.06098, eq. 3).
+
+    y = x W + b + (alpha / r) * x ((A1 B1) * (A2 B2))        A: (in, r), B: (r, out), the product elementwise
+
+The update has a rank of up to r^2. A1, B1, B2 are normal (std 1, .1, 1), A2 is zero, so a fresh LoHa is the identity.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.methods.base import Theta
+from jaxpeft.methods.lora import LoRA
+from jaxpeft.ops import matmul
+
+
+@dataclasses.dataclass(frozen=True)
+class LoHa(LoRA):
+    """Elementwise product of two low-rank updates; fields as LoRA's."""
+
+    name: ClassVar[str] = "loha"
+
+    def init(self, rng, site, base) -> Theta:
+        (n_in, n_out), keys = site.shape, jax.random.split(rng, 3)
+        shapes = {"a1": (n_in, self.rank), "b1": (self.rank, n_out), "b2": (self.rank, n_out)}
+        stds = {"a1": 1.0, "b1": 0.1, "b2": 1.0}
+        drawn = {k: stds[k] * jax.random.normal(key, shapes[k]) for k, key in zip(shapes, keys, strict=True)}
+        return drawn | {"a2": jnp.zeros((n_in, self.rank))}
+
+    def delta(self, theta):
+        return self.scale * (theta["a1"] @ theta["b1"]) * (theta["a2"] @ theta["b2"])
+
+    def update(self, theta, x, rng):
+        return matmul(self._drop(x, rng), self.delta(theta).astype(x.dtype))
