@@ -5,6 +5,9 @@ python main.py --config=configs/point.py:task=vqa,method=lora,size=8,fraction=0.
 
 from configs import common
 
+# where a search would start, by what is trained: base leaves, rows in front, prefixes, scales
+LR = {"full": 5e-4, "prompt": 1e-1, "vpt": 3e-2, "prefix": 3e-2, "vera": 1e-2, "ia3": 1e-2}
+
 
 def get_config(arg=""):
     a = common.parse_arg(
@@ -26,6 +29,6 @@ def get_config(arg=""):
     if a.n_images:
         c.data.n_images = a.n_images
     c.init = a.init
-    c.optim.lr = a.lr or {"full": 5e-4}.get(a.method, 3e-3)
+    c.optim.lr = a.lr or LR.get(a.method, 3e-3)
     c.steps = a.steps or {"captioning": 400}.get(a.task, c.steps)
     return c

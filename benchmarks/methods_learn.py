@@ -1,0 +1,178 @@
+"""Does each method learn? scenes VQA and captioning from the shipped base, one small budget, several seeds.
+
+    python benchmarks/methods_learn.py --task vqa --out results/methods_learn_vqa.json
+    python benchmarks/methods_learn.py --task captioning --out results/methods_learn_captioning.json
+
+Every method stores as near 50,000 parameters as it can (`solve_size`; the size and what it stores are shown), with the
+head's transform tuned beside it; the head alone is the control. Three learning rates per method, a factor of three
+apart, around what its class usually takes; all from seed 0, the best on validation pictures is taken for every seed.
+Same examples for all (4,096 pictures), a fixed number of steps, AdamW, clipping 1, cosine. Scores of 512 test pictures
+are of the chosen rate only: mean and range over seeds, which vary initialisation and order. A smoke test of learning,
+not a ranking: steps are few, and at this length a score shows speed as much as capacity. Finished methods are kept in
+--out and not run again.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jaxpeft as jp
+from configs import common
+from jaxpeft import data, datasets, evals, host, hub, optim, results, sites, tasks, train, tree
+from jaxpeft.methods import Head
+
+BUDGET, RATES = 50_000, (1 / 3, 1, 3)
+# method and the middle of its learning rates
+METHODS = {
+    "head alone": (None, 3e-3),
+    "prompt": (jp.Prompt(), 1e-1),
+    "prefix": (jp.Prefix(), 3e-2),
+    "serial adapter": (jp.SerialAdapter(), 3e-3),
+    "parallel adapter": (jp.ParallelAdapter(), 3e-3),
+    "LoRA": (jp.LoRA(), 3e-3),
+    "DoRA": (jp.DoRA(), 3e-3),
+    "PiSSA": (jp.PiSSA(), 1e-3),
+    "VeRA": (jp.VeRA(), 1e-2),
+    "IA3": (jp.IA3(), 1e-2),
+    "SSF": (jp.SSF(), 3e-3),
+    "OFT": (jp.OFT(), 3e-3),
+    "compacter": (jp.Compacter(), 3e-3),
+    "MAM": (jp.MAM(length=16), 3e-3),
+    "UniPELT": (jp.UniPELT(length=8, bottleneck=16), 3e-3),
+    "BitFit": (jp.BitFit(), 3e-3),
+    "LayerNorms": (jp.LayerNorms(where="^text_"), 3e-3),
+    "VPT": (jp.VPT(patch=8), 3e-2),
+    "full": (jp.Full(), 3e-4),
+}
+STEPS = {"vqa": 600, "captioning": 200}
+
+
+class Bench:
+    """Data, base and image features of one task, made once."""
+
+    def __init__(self, task: str, steps: int):
+        c = common.get_config(task, "lora")
+        c.data.update({"n_train": 4096, "n_val": 256, "n_test": 512})
+        c.steps, self.config = steps, c
+        self.task = tasks.build(task, **c.task_options)
+        self.model, self.params, _ = hub.read("tiny", question_encoder=self.task.question_encoder)
+        self.splits = datasets.load(c.data, ["train", "val", "test"])
+        size = self.model.config.image_size
+        self.pictures = {name: data.Resized(split.images, size) for name, split in self.splits.items()}
+        base = {"params": self.params}
+        self.features = {name: evals.image_features(self.model, base, one) for name, one in self.pictures.items()}
+
+    def score(self, variables, split, cached) -> float:
+        cases = dataclasses.replace(
+            self.task.cases(self.splits[split], self.model.tokenizer), images=self.pictures[split]
+        )
+        features = self.features[split] if cached else None
+        written = evals.predict(self.model, variables, self.task, cases, features=features, batch_size=128)
+        return self.task.score(cases.rows, [one["text"] for one in written])[self.task.main_metric]
+
+    def trainer(self, methods, log):
+        """run(seed, lr) -> variables; the step is compiled once for all rates and seeds."""
+        variables = sites.attach(self.model, self.params, methods, jax.random.key(0))
+        mask = sites.trainable(methods, variables)
+        cached = not any(on and "/vision" in name for name, on in tree.flatten(mask).items())
+        examples = self.task.examples(self.splits["train"], self.model.tokenizer)
+        examples = dataclasses.replace(examples, images=None if cached else self.pictures["train"])
+        features = self.features["train"] if cached else None
+        self.config.optim.lr = 1.0
+        unit = optim.optimizer(self.config.optim, tree.split(variables, mask)[0], self.config.steps)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(state, frozen, batch, lr, seed):
+            tx = optax.chain(unit, optax.scale(lr))
+            return train.train_step(
+                state, frozen, features, batch, model=self.model, task=self.task, tx=tx, seed=seed, accumulate=1
+            )
+
+        def run(seed, lr):
+            variables = sites.attach(self.model, self.params, methods, jax.random.key(seed))
+            tuned, frozen = tree.split(variables, mask)
+            tuned = jax.tree.map(jnp.array, tuned)
+            state = train.TrainState(jnp.int32(0), tuned, optax.chain(unit, optax.scale(1.0)).init(tuned))
+            stream = data.batches(examples, self.config.batch_size, seed=seed)
+            for _ in range(self.config.steps):
+                state, _ = step(state, frozen, next(stream), lr, seed)
+            return tree.join(state.tuned, frozen)
+
+        return run, cached, sites.counts(variables, mask)
+
+
+def learn(bench, name, seeds, log=print) -> dict:
+    method, middle = METHODS[name]
+    solved, methods = None, [] if method is None else sites.as_methods(method)
+    if any(one.size_field for one in methods):
+        solved = jp.solve_size(method, bench.model, BUDGET)
+        methods = sites.as_methods(solved.method)
+    if name != "full":
+        methods = (*methods, Head())
+    began = time.perf_counter()
+    run, cached, counts = bench.trainer(tuple(methods), log)
+    curve, first = {}, {}
+    for factor in RATES:
+        lr = middle * factor
+        first[lr] = run(0, lr)
+        curve[lr] = bench.score(first[lr], "val", cached)
+    best = max(curve, key=curve.get)
+    tests = [bench.score(first[best] if seed == 0 else run(seed, best), "test", cached) for seed in range(seeds)]
+    row = {"method": name, "size": solved and solved.size, "capped": bool(solved and solved.capped), "counts": counts}
+    row |= {"validation": {f"{lr:.0e}": score for lr, score in curve.items()}, "lr": best, "test": tests}
+    row |= {"mean": statistics.mean(tests), "at_edge": best != middle, "seconds": time.perf_counter() - began}
+    log(show(row))
+    return row
+
+
+def show(row) -> str:
+    rates = " ".join(f"{lr}:{score:.3f}" for lr, score in row["validation"].items())
+    size = "-" if row["size"] is None else f"{row['size']}{' (most)' if row['capped'] else ''}"
+    return (
+        f"{row['method']:18} size {size:10} stored {row['counts']['stored']:>9,}  "
+        f"test {row['mean']:.3f} ({min(row['test']):.3f} to {max(row['test']):.3f})  val {rates}  {row['seconds']:.0f} s"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=STEPS, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="600 (vqa), 200 (captioning)")
+    parser.add_argument("--only", nargs="*", choices=METHODS, default=[*METHODS])
+    args = parser.parse_args()
+    host.keep_freed_memory()
+    steps = args.steps or STEPS[args.task]
+    settings = {"task": args.task, "steps": steps, "seeds": args.seeds, "budget": BUDGET}
+    facts = {"command": "python " + " ".join(sys.argv), "machine": results.machine(), "versions": results.versions()}
+    done = json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "rows": []}
+    if done["settings"] != settings:
+        parser.error(f"{args.out} holds a run with other settings ({done['settings']}); choose another file")
+    bench = Bench(args.task, steps)
+    base = bench.score({"params": bench.params}, "test", True)
+    blind = bench.task.blind(bench.splits["train"], bench.task.cases(bench.splits["test"], bench.model.tokenizer).rows)
+    floor = {name: one[bench.task.main_metric] for name, one in blind.items()}
+    print(
+        f"{args.task}, {steps} steps, test {bench.task.main_metric}: frozen base {base:.3f}, blind {floor}", flush=True
+    )
+    for name in args.only:
+        if name not in {row["method"] for row in done["rows"]}:
+            done["rows"].append(learn(bench, name, args.seeds, functools.partial(print, flush=True)))
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            results.write_json(args.out, facts | done | {"base": base, "blind": floor})
+
+
+if __name__ == "__main__":
+    main()
