@@ -627,8 +627,7 @@ def _group(found: dict[str, dict[int, dict]], make, fill, model):
             for name in fill:
                 stack = [found[path][i][name] for i in layers if name in found[path][i]]
                 if stack:
-                    order = 0  # the only method on its site
-                    leaf = f"peft/{path}/@linear/{order}/{method.name}/{name}"
+                    leaf = f"peft/{path}/@linear/0/{method.name}/{name}"  # the only method on its site
                     own[leaf] = np.stack(stack) if depth[path] is not None else stack[0]
     return tuple(many), own
 

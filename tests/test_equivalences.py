@@ -297,6 +297,37 @@ def test_dora_must_come_first():
         attach((jp.LoRA(rank=2), jp.DoRA(rank=2)))
 
 
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: Scoped(jp.LoRA(), "text_decoder"), "Scoped goes around another method: Scoped.method=LoRA"),
+        (lambda: Gated(), "Gated goes around another method"),
+        (lambda: Scoped(method=jp.BitFit(), layers=(0,)), "bitfit trains base leaves.*limit it by `where`"),
+        (lambda: Scoped(method=jp.LoRA(), layers=(-1,)), "give numbers from 0"),
+        (lambda: attach(Scoped(method=jp.LoRA(), layers=(2,))), "layer 2 of .* which has layers 0..1"),
+        (lambda: attach(jp.OFT(block=5)), "block 5 does not divide the 12 inputs of"),
+        (lambda: attach(jp.PiSSA(rank=13)), "rank is 13; .* has 12"),
+        (lambda: attach(jp.Compacter(bottleneck=6)), "n=4 does not divide width 12 and bottleneck 6"),
+        (lambda: attach(jp.Prompt(where="^vision$")), "has no words to start from"),
+        (lambda: jp.Prompt(start="text"), "start='text' needs it"),
+        (lambda: jp.Prefix(positions="both"), "positions is 'both'; choose one of keep, shift"),
+        (lambda: jp.SerialAdapter(placement="middle"), "placement is 'middle'"),
+        (lambda: jp.ParallelAdapter(activation="tanh"), "activation is 'tanh'"),
+        (lambda: jp.LoRA(alpha="3r"), "alpha is '3r'; give a number, 'r' or '2r'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_the_value(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_scoped_prefix_with_an_mlp_folds():
+    variables = perturbed(attach(Scoped(method=jp.Prefix(length=2, mlp=3), where="encoder", layers=(1,))))
+    folded = jp.fold(variables)
+    assert {leaf.shape for leaf in jax.tree.leaves(folded["peft"])} == {(1, 2, 2, 6)}
+    np.testing.assert_allclose(logits(folded), logits(variables), atol=1e-6)
+
+
 def test_the_same_method_twice_is_an_error():
     with pytest.raises(ValueError, match="stands twice"):
         attach((jp.LoRA(rank=2), jp.LoRA(rank=2)))

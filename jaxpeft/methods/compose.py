@@ -28,7 +28,12 @@ from jaxpeft.ops import matmul
 class _Around(Method):
     """Everything as the method inside has it."""
 
-    method: Method = dataclasses.field(default_factory=lambda: LoRA())
+    method: Method | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.method, Method) or not isinstance(self.where, str):
+            kind = type(self).__name__
+            raise ValueError(f"{kind} goes around another method: {kind}(method=LoRA(...), where='text_decoder')")
 
     name = property(lambda self: self.method.name)
     kinds = property(lambda self: self.method.kinds)
@@ -69,6 +74,7 @@ class Scoped(_Around):
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
             if not self.layers or self.layers[0] < 0:
