@@ -5,6 +5,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
@@ -214,3 +215,44 @@ def test_counts_of_a_foreign_model():
     _, params, _, variables = start("scan", METHODS[0])
     counts = sites.counts(variables, jp.trainable(METHODS[0], variables))
     assert counts["tuned"] == L * 3 * 2 * (D + D)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the other package
+def test_a_vision_transformer_of_another_package():
+    """UViT of flaxdiff 0.2.11, where it is installed (pip install --no-deps flaxdiff einops): identity, learning, merging."""
+    UViT = pytest.importorskip("flaxdiff.models.simple_vit").UViT
+    rng = np.random.default_rng(0)
+    x, t, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 8, 8, 3), (2,), (2, 5, 24)))
+    with jax.numpy_rank_promotion("allow"):
+        model = UViT(patch_size=4, emb_features=24, num_layers=2, num_heads=2, dropout_rate=0.0)
+        fresh = model.init(jax.random.key(0), x, t, text)["params"]
+        params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), fresh)
+        linear = (jp.LoRA(where=r"to_(q|v)$", rank=2), jp.IA3(where=r"to_k$|ff/net_2$", feedforward="net_2"))
+        many = (*linear, jp.ParallelAdapter(where=r"Attention/ff$", bottleneck=2), jp.LayerNorms(where=""))
+        bridge = jp.intercept(many)
+        variables = bridge.attach(model, params, jax.random.key(1), x, t, text)
+        assert sum(site.kind == "linear" for site in bridge.sites(model, x, t, text)) == 23
+        plain = model.apply({"params": params}, x, t, text)
+        np.testing.assert_array_equal(bridge.apply(model, variables, x, t, text), plain)
+        tuned, frozen = jp.split(variables, jp.trainable(many, variables))
+
+        tx = optax.adam(1e-2)
+
+        @jax.jit
+        def step(tuned, opt):
+            loss = lambda v: jnp.mean((bridge.apply(model, jp.join(v, frozen), x, t, text) - 1) ** 2)  # noqa: E731
+            value, grads = jax.value_and_grad(loss)(tuned)
+            updates, opt = tx.update(grads, opt)
+            return optax.apply_updates(tuned, updates), opt, value
+
+        losses, opt = [], tx.init(tuned)
+        for _ in range(40):
+            tuned, opt, value = step(tuned, opt)
+            losses.append(float(value))
+        assert losses[-1] < 0.7 * losses[0]
+        bridge = jp.intercept(linear)
+        variables = moved(bridge.attach(model, params, jax.random.key(1), x, t, text))
+        merged = model.apply({"params": bridge.merge(model, variables, x, t, text)}, x, t, text)
+        tuned = bridge.apply(model, variables, x, t, text)
+        assert np.abs(tuned - plain).max() > 1e-3
+        np.testing.assert_allclose(merged, tuned, atol=1e-5, rtol=1e-4)
