@@ -149,7 +149,7 @@ def test_a_run_leaves_its_files(base, tmp_path, task):
     assert steps == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "gallery.png").read_bytes()[:4] == b"\x89PNG"
     listed = json.loads((tmp_path / "sites.json").read_text())
-    assert sum(row["count"] for row in listed if row["tuned"]) == on_disk["counts"]["tuned"]
+    assert sum(row["trained"] for row in listed) == on_disk["counts"]["tuned"]
     table = results.table(on_disk)
     assert "frozen base" in table and f"tuned {on_disk['counts']['tuned']:,} of" in table
     assert point.run(c, tmp_path, quiet) == on_disk  # finished: nothing is done again
