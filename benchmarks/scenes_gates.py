@@ -5,7 +5,8 @@
 Gates: full fine-tuning beats zero-shot captioning on CIDEr-D and NLL; pre-trained beats from-scratch at 1,000 pictures
 on both tasks by a wide margin; full fine-tuning beats the blind baseline on every question type and stays under .95;
 LoRA on the frozen base learns VQA. A wide margin is .3 CIDEr-D and .05 accuracy, more than three standard errors of
-3,072 questions; one question type, some 512 of them, must win by .03, more than one standard error (.022). Finished points are read, not run again.
+3,072 questions; one question type, some 512 of them, must win by .03, more than one standard error (.022). Finished
+points are read, not run again.
 """
 
 import argparse

@@ -1,0 +1,284 @@
+"""A directory of HF PEFT for transformers' BLIP -> a tuned tree on our params; every tensor is read or it is an error."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft import sites, tree
+from jaxpeft.interchange.places import CONFIG, HEAD, HEAD_KEYS, PREFIX, WEIGHTS, places
+from jaxpeft.interchange.tuned import check_base, read, sha
+from jaxpeft.methods import IA3, OFT, DoRA, Head, LayerNorms, LoRA, Method, Prefix, Prompt, Scoped, VeRA
+from jaxpeft.tree import Tree
+
+
+def import_peft(model, params: Tree, directory) -> tuple[Tree, tuple[Method, ...]]:
+    """(variables, methods) of a PEFT directory for transformers' BLIP, on our params of the same base.
+
+    Reads LORA (with rslora, dora, rank and alpha patterns, modules_to_save cls), IA3, LN_TUNING, VERA, OFT (exact Cayley
+    transform), PROMPT_TUNING and PREFIX_TUNING of the text decoder. Raises ValueError for anything that it would have to
+    leave out: other types, unread or missing tensors, shapes, a base or an alpha that the file was not written with.
+    """
+    directory = Path(directory)
+    config, arrays, metadata = read(directory, CONFIG, WEIGHTS)
+    kind = config.get("peft_type")
+    if kind not in _IMPORT:
+        raise ValueError(f"{directory / CONFIG}: peft_type {kind!r} is not read; known: {', '.join(_IMPORT)}")
+    facts = json.loads(metadata.get("jaxpeft", "{}"))
+    if facts and facts["config"] != sha(config):
+        raise ValueError(
+            f"{directory / CONFIG} was changed after it was written ({WEIGHTS} knows another one); restore it"
+        )
+    arrays = {name.replace(".default.", "."): np.asarray(x, np.float32) for name, x in arrays.items()}
+    reader = _Reader(model, arrays, str(directory / WEIGHTS))
+    head, params = _take_head(reader, config, params)
+    many, own, params = _IMPORT[kind](reader, config, params)
+    reader.close()
+    many = (*many, *head)
+    variables = sites.attach(model, params, many, jax.random.key(0))
+    if reader.matrix is not None:
+        own["peft/text_decoder/head/vocabulary/@linear/0/head/matrix"] = reader.matrix
+    flat = tree.flatten(variables)
+    tree.check_same({n: x for n, x in flat.items() if n.startswith("peft/")}, own, str(directory / WEIGHTS))
+    variables = tree.unflatten(variables, dict(flat) | {name: jnp.asarray(x, jnp.float32) for name, x in own.items()})
+    if facts:
+        check_base(variables, many, facts["frozen"], directory)
+    return variables, many
+
+
+class _Reader:
+    """Tensors of a file, each taken once, by HF module."""
+
+    def __init__(self, model, arrays, source):
+        self.model, self.source, self.left = model, source, dict(arrays)
+        self.matrix = None  # an untied vocabulary matrix, if there is one
+        self.where = places(model.config)
+        self.by_module: dict[str, list] = {}
+        for path, place in self.where.items():
+            for i, name in enumerate(place.names()):
+                self.by_module.setdefault(name, []).append((path, i, place))
+
+    def modules(self, suffix) -> list[str]:
+        """Modules that have a tensor with this suffix; raises where BLIP has no such module."""
+        end = f".{suffix}"
+        found = [
+            k.removeprefix(PREFIX).removesuffix(end) for k in self.left if k.startswith(PREFIX) and k.endswith(end)
+        ]
+        unknown = [name for name in found if name not in self.by_module]
+        if unknown or not found:
+            what = f"modules that this model does not have: {', '.join(unknown[:10])}" if unknown else f"no {suffix}"
+            raise ValueError(f"{self.source}: {what}")
+        return found
+
+    def take(self, name) -> np.ndarray:
+        """A tensor by its full name."""
+        if name not in self.left:
+            raise ValueError(f"{self.source}: {name} is missing")
+        return self.left.pop(name)
+
+    def parts(self, name, leaf) -> list[tuple[str, int, tuple[int, ...]]]:
+        """(our path, layer, shape of its kernel) of every part of a module, in order."""
+        shapes = {s.path: s.shape for s in sites.sites(self.model) if s.kind == leaf}
+        parts = sorted(self.by_module[name], key=lambda one: one[2].part)
+        return [(path, i, shapes[path]) for path, i, _ in parts]
+
+    def close(self):
+        if self.left:
+            raise ValueError(
+                f"{self.source}: {len(self.left)} tensors are not read: {', '.join(sorted(self.left)[:10])}"
+            )
+
+
+def _take_head(reader, config, params):
+    """(methods, params) of modules_to_save: the head, which PEFT unties."""
+    saved = config.get("modules_to_save") or []
+    if not saved:
+        return (), params
+    if list(saved) != ["cls"]:
+        raise ValueError(f"{reader.source}: modules_to_save {saved} is not read; only ['cls'], the head, is")
+    flat = dict(tree.flatten(params))
+    for key, (leaf, turn) in HEAD_KEYS.items():
+        x = reader.take(PREFIX + HEAD + key)
+        flat[f"text_decoder/{leaf}"] = jnp.asarray(x.T if turn else x)
+    matrix = reader.take(PREFIX + HEAD + "decoder.weight")
+    if not np.array_equal(reader.take(PREFIX + HEAD + "decoder.bias"), np.asarray(flat["text_decoder/head/bias"])):
+        raise ValueError(f"{reader.source}: the head has two different vocabulary biases")
+    params = tree.unflatten(params, flat, reader.source)
+    if np.array_equal(matrix, np.asarray(flat["text_decoder/embed/word"])):
+        return (Head(),), params
+    reader.matrix = matrix
+    return (Head(matrix="untied"),), params
+
+
+def _group(found: dict[str, dict[int, dict]], make, fill, model):
+    """Methods and leaves from {our path: {layer: leaves}}: one method per (arguments of `make`, set of layers)."""
+    groups: dict = {}
+    for path, layers in found.items():
+        fields = tuple(sorted(next(iter(layers.values()))["fields"].items()))
+        groups.setdefault((fields, tuple(sorted(layers))), []).append(path)
+    many, own = [], {}
+    depth = {s.path: s.layers for s in sites.sites(model)}
+    for (fields, layers), paths in groups.items():
+        method = make(where=rf"^({'|'.join(map(re.escape, paths))})$", **dict(fields))
+        some = depth[paths[0]] is not None and len(layers) < depth[paths[0]]
+        many.append(Scoped(method=method, layers=layers) if some else method)
+        for path in paths:
+            for name in fill:
+                stack = [found[path][i][name] for i in layers if name in found[path][i]]
+                if stack:
+                    leaf = f"peft/{path}/@linear/0/{method.name}/{name}"  # the only method on its site
+                    own[leaf] = np.stack(stack) if depth[path] is not None else stack[0]
+    return tuple(many), own
+
+
+def _import_lora(reader, config, params):
+    for key in ("use_qalora", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters"):
+        if config.get(key):
+            raise ValueError(f"{reader.source}: {key} is not read")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{reader.source}: bias={config['bias']!r} is not read")
+    dora, found = bool(config.get("use_dora")), {}
+    for name in reader.modules("lora_A.weight"):
+        a = reader.take(f"{PREFIX}{name}.lora_A.weight")
+        b = reader.take(f"{PREFIX}{name}.lora_B.weight")
+        if a.ndim != 2 or b.ndim != 2:
+            raise ValueError(f"{reader.source}: {name} is a convolution or embedding; LoRA on it is not read")
+        m = reader.take(f"{PREFIX}{name}.lora_magnitude_vector") if dora else None
+        rank = _pattern(config.get("rank_pattern"), name, config.get("r", 8))
+        alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        parts, start = reader.parts(name, "linear"), 0
+        wanted = (rank, parts[0][2][0]), (sum(shape[1] for *_, shape in parts), rank)
+        if (a.shape, b.shape) != wanted:
+            raise ValueError(
+                f"{reader.source}: {name} has A {a.shape} and B {b.shape}, expected {wanted[0]} and {wanted[1]}"
+            )
+        for path, layer, (_, n_out) in parts:
+            mine = {"a": a.T, "b": b[start : start + n_out].T, "scale": scale}
+            if dora:
+                mine["m"] = m[start : start + n_out]
+            found.setdefault(path, {})[layer] = mine
+            start += n_out
+    fused = {path for path in found if reader.where[path].parts > 1}
+    for path in fused:  # of a fused matrix each part keeps the ranks that reach it in some layer
+        keep = np.any([np.any(one["b"] != 0, axis=1) for one in found[path].values()], axis=0)
+        for one in found[path].values():
+            one["a"], one["b"] = one["a"][:, keep], one["b"][keep]
+    if not dora:
+        found = {path: layers for path, layers in found.items() if all(one["a"].shape[1] for one in layers.values())}
+    for layers in found.values():  # layers are stacked: one rank and scale each, smaller ranks filled up with zeros
+        rank = max(1, *(one["a"].shape[1] for one in layers.values()))
+        scale = next(iter(layers.values()))["scale"]
+        for one in layers.values():
+            short = ((0, 0), (0, rank - one["a"].shape[1]))
+            one["a"], one["b"] = np.pad(one["a"], short), np.pad(one["b"] * (one["scale"] / scale), short[::-1])
+            one["fields"] = {"rank": rank, "alpha": scale * rank, "dropout": float(config.get("lora_dropout") or 0.0)}
+    if not found:
+        raise ValueError(f"{reader.source}: every update is zero")
+    return *_group(found, DoRA if dora else LoRA, ("a", "b", "m"), reader.model), params
+
+
+def _pattern(patterns, name, default):
+    """PEFT's rank_pattern and alpha_pattern: regular expressions that end the module name."""
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return value
+    return default
+
+
+def _import_ia3(reader, config, params):
+    inputs, found = config.get("feedforward_modules") or [], {}
+    inputs = [inputs] if isinstance(inputs, str) else inputs
+    for name in reader.modules("ia3_l"):
+        vector = reader.take(f"{PREFIX}{name}.ia3_l")
+        parts, start = reader.parts(name, "linear"), 0
+        is_input = any(name == one or name.endswith(f".{one}") or re.fullmatch(one, name) for one in inputs)
+        size = parts[0][2][0] if is_input else sum(shape[1] for *_, shape in parts)
+        if vector.shape != ((1, size) if is_input else (size, 1)) or (is_input and len(parts) > 1):
+            raise ValueError(f"{reader.source}: {name}.ia3_l has shape {vector.shape}, which does not fit")
+        for path, layer, (_, n_out) in parts:
+            one = {"l_in": vector[0]} if is_input else {"l": vector[start : start + n_out, 0]}
+            found.setdefault(path, {})[layer] = one | {"fields": {"feedforward": "" if is_input else "(?!)"}}
+            start += n_out
+    for path in [p for p in found if reader.where[p].parts > 1]:
+        if all(np.all(one["l"] == 1) for one in found[path].values()):
+            del found[path]
+    return *_group(found, IA3, ("l", "l_in"), reader.model), params
+
+
+def _import_norms(reader, config, params):
+    flat, paths = dict(tree.flatten(params)), {}
+    for name in reader.modules("ln_tuning_layers.weight"):
+        (path, layer, place) = reader.by_module[name][0]
+        for ours, theirs in (("scale", "weight"), ("bias", "bias")):
+            x = jnp.asarray(reader.take(f"{PREFIX}{name}.ln_tuning_layers.{theirs}"))
+            leaf = f"{path}/{ours}"
+            flat[leaf] = x if place.layers is None else flat[leaf].at[layer].set(x)
+        paths.setdefault(path, set()).add(layer)
+    where = rf"^({'|'.join(map(re.escape, paths))})/"
+    return (LayerNorms(where=where),), {}, tree.unflatten(params, flat, reader.source)
+
+
+def _import_vera(reader, config, params):
+    found = {}
+    for name in reader.modules("vera_lambda_b"):
+        ((path, layer, _), *more) = reader.parts(name, "linear")
+        if more:
+            raise ValueError(f"{reader.source}: VeRA on the fused {name} is not read")
+        one = {"l": reader.take(f"{PREFIX}{name}.vera_lambda_b"), "d": reader.take(f"{PREFIX}{name}.vera_lambda_d")}
+        found.setdefault(path, {})[layer] = one | {
+            "fields": {"rank": config["r"], "d_initial": config.get("d_initial", 0.1)}
+        }
+    many, own = _group(found, VeRA, ("l", "d"), reader.model)
+    if len(many) > 1:
+        raise ValueError(f"{reader.source}: VeRA in different layers of different modules is not read")
+    shared = {key: reader.take(f"base_model.vera_{key.upper()}").T for key in ("a", "b")}
+    return many, own | {f"peft/{sites.SHARED}/0/vera/{key}": x for key, x in shared.items()}, params
+
+
+def _import_oft(reader, config, params):
+    if config.get("use_cayley_neumann", True):
+        raise ValueError(
+            f"{reader.source}: use_cayley_neumann=True is a truncated series of the inverse rotation, which is not read; "
+            "train with use_cayley_neumann=False"
+        )
+    for key in ("coft", "block_share"):
+        if config.get(key):
+            raise ValueError(f"{reader.source}: {key} is not read")
+    found = {}
+    for name in reader.modules("oft_R.weight"):
+        q = reader.take(f"{PREFIX}{name}.oft_R.weight")
+        ((path, layer, (n_in, _)), *more) = reader.parts(name, "linear")
+        if more:
+            raise ValueError(f"{reader.source}: OFT on the fused {name} is not read")
+        found.setdefault(path, {})[layer] = {"q": q, "fields": {"block": n_in // q.shape[0]}}
+    return *_group(found, OFT, ("q",), reader.model), params
+
+
+def _import_prompt(reader, config, params):
+    rows = reader.take("prompt_embeddings")
+    method = Prompt(where=r"^text_decoder$", length=len(rows), start="normal", positions="shift")
+    return (method,), {"peft/text_decoder/@embed/0/prompt/rows": rows}, params
+
+
+def _import_prefix(reader, config, params):
+    c, rows = reader.model.config, reader.take("prompt_embeddings")
+    both = rows.reshape(len(rows), c.text_layers, 2, c.text_heads, -1).transpose(2, 1, 0, 3, 4)
+    method = Prefix(where=r"^text_decoder/blocks/self_attention$", length=len(rows), positions="shift")
+    path = "peft/text_decoder/blocks/self_attention/@kv/0/prefix"
+    return (method,), {f"{path}/k": both[0], f"{path}/v": both[1]}, params
+
+
+_IMPORT: dict[str, Callable] = {
+    "LORA": _import_lora,
+    "IA3": _import_ia3,
+    "LN_TUNING": _import_norms,
+    "VERA": _import_vera,
+    "OFT": _import_oft,
+    "PROMPT_TUNING": _import_prompt,
+    "PREFIX_TUNING": _import_prefix,
+}

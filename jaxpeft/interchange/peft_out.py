@@ -1,0 +1,301 @@
+"""A tuned tree -> a directory that HF PEFT loads on transformers' BLIP. See the package's docstring for what has a type."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from jaxpeft import sites, tree
+from jaxpeft.interchange.places import CONFIG, HEAD, HEAD_KEYS, PREFIX, WEIGHTS, inner_of, places
+from jaxpeft.interchange.tuned import Methods, frozen_digest, sha, write
+from jaxpeft.methods import IA3, OFT, DoRA, Head, LayerNorms, LoRA, Method, PiSSA, Prefix, Prompt, Scoped, VeRA
+from jaxpeft.tree import Tree
+
+
+def export_peft(model, variables: Tree, methods: Methods, directory) -> Path:
+    """Write a directory that peft.PeftModel.from_pretrained loads on transformers' BLIP (see the head of this file).
+
+    Prompt and Prefix are loaded on `model.text_decoder`, everything else on the model. Raises ValueError, with the
+    reason, for what has no PEFT type.
+    """
+    many = tuple(one.folded() for one in sites.as_methods(methods))
+    folded = sites.fold(variables)
+    heads = [one for one in many if isinstance(one, Head)]
+    rest = [one for one in many if one not in heads]
+    kinds = {_type_of(one) for one in rest}
+    if len(kinds) != 1:
+        raise ValueError(f"one PEFT directory holds one type; these are {sorted(kinds)}: save_tuned holds them all")
+    (kind,) = kinds
+    if heads and kind in ("PROMPT_TUNING", "PREFIX_TUNING", "LN_TUNING"):
+        raise ValueError(f"a {kind} directory cannot hold a tuned head; use save_tuned")
+    acting = sites.expand(folded)
+    config, arrays = _EXPORT[kind](model, acting, folded, rest)
+    if heads:
+        config["modules_to_save"] = ["cls"]
+        arrays |= _head_arrays(acting)
+    everything = {
+        "peft_type": kind,
+        "task_type": None,
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "modules_to_save": None,
+        **config,
+    }
+    arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()}
+    facts = {"config": sha(everything), "frozen": frozen_digest(variables, many)}
+    return write(directory, CONFIG, everything, WEIGHTS, arrays, {"format": "pt", "jaxpeft": json.dumps(facts)})
+
+
+_TYPES: dict[type, str] = {  # by the class itself: a subclass computes something else
+    LoRA: "LORA",
+    PiSSA: "LORA",
+    DoRA: "LORA",
+    IA3: "IA3",
+    LayerNorms: "LN_TUNING",
+    VeRA: "VERA",
+    OFT: "OFT",
+    Prompt: "PROMPT_TUNING",
+    Prefix: "PREFIX_TUNING",
+}
+
+
+def _type_of(method: Method) -> str:
+    inner = inner_of(method)
+    kind = _TYPES.get(type(inner))
+    virtual = isinstance(inner, Prompt | Prefix)
+    if kind is None or (virtual and inner is not method):
+        raise ValueError(f"{method.name} has no PEFT type; save_tuned keeps it exactly")
+    if virtual and inner.positions != "shift":
+        raise ValueError(f"{inner.name}: PEFT counts its tokens as positions; tune with positions='shift' to export")
+    return kind
+
+
+def _head_arrays(acting) -> dict:
+    """The head whole: PEFT wraps the module `cls`, whose copy of the vocabulary matrix is then its own."""
+    flat = tree.flatten(acting["params"]["text_decoder"])
+    bound = sites.at(acting.get("peft", {}), sites.Site("text_decoder/head/vocabulary", "linear", ()))
+    matrix = bound[0].theta["matrix"] if bound else flat["embed/word"]
+    arrays = {key: flat[leaf].T if turn else flat[leaf] for key, (leaf, turn) in HEAD_KEYS.items()}
+    arrays |= {"decoder.weight": matrix, "decoder.bias": flat["head/bias"]}
+    return {PREFIX + HEAD + key: np.asarray(x) for key, x in arrays.items()}
+
+
+def _bounds(model, acting, methods) -> dict[str, dict[int, list]]:
+    """HF module name -> {part: [(method, leaves of that layer), ...]} of the linear sites that the methods bind."""
+    where, found = places(model.config), {}
+    for site in sites.sites(model):
+        for bound in sites.at(acting.get("peft", {}), site):
+            if bound.method not in methods:
+                continue
+            if site.path not in where:
+                raise ValueError(f"{bound.method.name}: {site.path} is tied and has no module of its own over there")
+            place = where[site.path]
+            if place.parts == 1 and place.module.endswith("patch_embedding"):
+                raise ValueError(f"{bound.method.name}: {site.path} is a convolution over there; use save_tuned")
+            theta = {name: np.asarray(x) for name, x in bound.theta.items()}
+            for i, name in enumerate(place.names()):
+                mine = {k: x if site.layers is None else x[i] for k, x in theta.items()}
+                if mine.pop("on", True):
+                    found.setdefault(name, {}).setdefault(place.part, []).append((inner_of(bound.method), mine))
+    return found
+
+
+def _whole(model, params, name, leaf) -> list[np.ndarray]:
+    """The base's kernel (in, out) or bias of every part of an HF module."""
+    flat, found = tree.flatten(params), {}
+    for path, place in places(model.config).items():
+        if name in place.names():
+            x = np.asarray(flat[f"{path}/{leaf}"])
+            found[place.part] = x if place.layers is None else x[place.names().index(name)]
+    return [found[part] for part in sorted(found)]
+
+
+def _export_lora(model, acting, folded, methods):
+    inner = [inner_of(one) for one in methods]
+    dora = {isinstance(one, DoRA) for one in inner}
+    if len(dora) > 1:
+        raise ValueError("one PEFT directory is DoRA in all modules or in none; use save_tuned")
+    (dora,), first = dora, inner[0]
+    same = len({(one.scale, one.rank, one.rank_stabilized) for one in inner}) == 1
+    stabilized = same and first.rank_stabilized
+
+    def alpha(scale, rank):
+        return scale * (rank**0.5 if stabilized else rank)
+
+    scale = first.scale if same else 1.0
+    rank = 2 * first.rank if isinstance(first, PiSSA) else first.rank
+    config = {
+        "r": rank,
+        "lora_alpha": alpha(scale, rank),
+        "lora_dropout": first.dropout,
+        "use_rslora": stabilized,
+        "use_dora": dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    arrays, targets = {}, []
+    for name, parts in _bounds(model, acting, methods).items():
+        kernels = _whole(model, acting["params"], name, "kernel")
+        sizes = [kernel.shape[1] for kernel in kernels]
+        a_rows, b_columns = [], []
+        for part, many in sorted(parts.items()):
+            for method, theta in many:
+                pairs = [(theta["a"], theta["b"])]
+                pairs += [(theta["a0"], -theta["b0"])] if isinstance(method, PiSSA) else []
+                for a, b in pairs:
+                    a_rows.append(a.T)
+                    column = np.zeros((sum(sizes), b.shape[0]), np.float32)
+                    start = sum(sizes[:part])
+                    column[start : start + sizes[part]] = b.T * (method.scale / scale)
+                    b_columns.append(column)
+        arrays[f"{PREFIX}{name}.lora_A.weight"] = np.concatenate(a_rows)
+        arrays[f"{PREFIX}{name}.lora_B.weight"] = np.concatenate(b_columns, axis=1)
+        if dora:
+            magnitudes = [np.sqrt(np.square(kernel).sum(0)) for kernel in kernels]
+            for part, ((_, theta),) in parts.items():
+                magnitudes[part] = theta["m"]
+            arrays[f"{PREFIX}{name}.lora_magnitude_vector"] = np.concatenate(magnitudes)
+        mine = sum(len(a) for a in a_rows)
+        if mine != rank:
+            config["rank_pattern"][re.escape(name)] = mine
+            config["alpha_pattern"][re.escape(name)] = alpha(scale, mine)
+        targets.append(name)
+    return config | {"target_modules": sorted(targets)}, arrays
+
+
+def _export_ia3(model, acting, folded, methods):
+    arrays, targets, inputs = {}, [], []
+    for name, parts in _bounds(model, acting, methods).items():
+        sizes = [kernel.shape[1] for kernel in _whole(model, acting["params"], name, "kernel")]
+        thetas = {part: many[0][1] for part, many in parts.items()}
+        if any(len(many) > 1 for many in parts.values()) or (
+            len(sizes) > 1 and any("l_in" in t for t in thetas.values())
+        ):
+            raise ValueError(f"ia3: {name} takes one vector over there; use save_tuned")
+        if "l_in" in next(iter(thetas.values())):
+            inputs.append(name)
+            arrays[f"{PREFIX}{name}.ia3_l"] = thetas[0]["l_in"][None]
+        else:
+            l_parts = [thetas[part]["l"] if part in thetas else np.ones(size) for part, size in enumerate(sizes)]
+            arrays[f"{PREFIX}{name}.ia3_l"] = np.concatenate(l_parts)[:, None]
+        targets.append(name)
+    config = {"target_modules": sorted(targets), "feedforward_modules": sorted(inputs)}
+    return config | {"fan_in_fan_out": False, "init_ia3_weights": True}, arrays
+
+
+def _export_norms(model, acting, folded, methods):
+    flat, arrays, targets = tree.flatten(acting["params"]), {}, []
+    for path, place in places(model.config).items():
+        if f"{path}/scale" in flat and any(one.trains(f"params/{path}/scale") for one in methods):
+            for i, name in enumerate(place.names()):
+                for ours, theirs in (("scale", "weight"), ("bias", "bias")):
+                    x = np.asarray(flat[f"{path}/{ours}"])
+                    arrays[f"{PREFIX}{name}.ln_tuning_layers.{theirs}"] = x if place.layers is None else x[i]
+                targets.append(name)
+    return {"target_modules": sorted(targets)}, arrays
+
+
+def _export_vera(model, acting, folded, methods):
+    (method,) = _only(methods)
+    arrays, targets = {}, []
+    (shared,) = folded["peft"][sites.SHARED].values()
+    for name, parts in _bounds(model, acting, methods).items():
+        if len(_whole(model, acting["params"], name, "kernel")) > 1:
+            raise ValueError(f"vera: {name} is a fused matrix over there and ours acts on a part of it; use save_tuned")
+        theta = parts[0][0][1]
+        arrays |= {f"{PREFIX}{name}.vera_lambda_b": theta["l"], f"{PREFIX}{name}.vera_lambda_d": theta["d"]}
+        targets.append(name)
+    arrays |= {f"base_model.vera_{key.upper()}": np.asarray(shared.theta[key]).T for key in ("a", "b")}
+    config = {"r": method.rank, "d_initial": method.d_initial, "projection_prng_key": 0, "save_projection": True}
+    return config | {
+        "vera_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted(targets),
+    }, arrays
+
+
+def _export_oft(model, acting, folded, methods):
+    (method,) = _only(methods)
+    if isinstance(methods[0], Scoped) and methods[0].layers is not None:
+        raise ValueError("oft in some layers only: use save_tuned")
+    arrays, targets = {}, []
+    for name, parts in _bounds(model, folded, methods).items():
+        if len(_whole(model, acting["params"], name, "kernel")) > 1:
+            raise ValueError(
+                f"oft: {name} is a fused matrix over there and ours turns the input of a part; use save_tuned"
+            )
+        arrays[f"{PREFIX}{name}.oft_R.weight"] = parts[0][0][1]["q"]
+        targets.append(name)
+    config = {"r": 0, "oft_block_size": method.block, "coft": False, "eps": 6e-5, "block_share": False, "bias": "none"}
+    config |= {
+        "module_dropout": 0.0,
+        "use_cayley_neumann": False,
+        "num_cayley_neumann_terms": 5,
+        "fan_in_fan_out": False,
+    }
+    return config | {"init_weights": True, "target_modules": sorted(targets)}, arrays
+
+
+def _only(methods):
+    if len(methods) != 1:
+        raise ValueError(f"one PEFT directory holds one {methods[0].name}; use save_tuned")
+    return [inner_of(methods[0])]
+
+
+def _decoder_only(model, variables, methods, kind) -> list:
+    (method,) = _only(methods)
+    here = [s for s in sites.sites(model) if s.kind == kind and method.selects(s)]
+    allowed = {"kv": "text_decoder/blocks/self_attention", "embed": "text_decoder"}[kind]
+    if [s.path for s in here] != [allowed]:
+        raise ValueError(
+            f"{method.name}: PEFT has it at {allowed} only, not at {', '.join(s.path for s in here)}; use save_tuned"
+        )
+    (bound,) = sites.at(variables["peft"], here[0])
+    return [method, bound.theta]
+
+
+def _virtual(model, method) -> dict:
+    c = model.config
+    return {
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": method.length,
+        "token_dim": c.text_width,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": c.text_heads,
+        "num_layers": c.text_layers,
+    }
+
+
+def _export_prompt(model, acting, folded, methods):
+    method, theta = _decoder_only(model, acting, methods, "embed")
+    init = {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
+    return _virtual(model, method) | init, {"prompt_embeddings": np.asarray(theta["rows"])}
+
+
+def _export_prefix(model, acting, folded, methods):
+    method, theta = _decoder_only(model, acting, methods, "kv")
+    both_LCKD = np.stack([np.asarray(theta[name]).reshape(*theta[name].shape[:2], -1) for name in ("k", "v")], axis=1)
+    rows = both_LCKD.transpose(2, 0, 1, 3).reshape(
+        method.length, -1
+    )  # per token: K, V of layer 0, K, V of layer 1, ...
+    return _virtual(model, method) | {"prefix_projection": False, "encoder_hidden_size": None}, {
+        "prompt_embeddings": rows
+    }
+
+
+_EXPORT: dict[str, Callable] = {
+    "LORA": _export_lora,
+    "IA3": _export_ia3,
+    "LN_TUNING": _export_norms,
+    "VERA": _export_vera,
+    "OFT": _export_oft,
+    "PROMPT_TUNING": _export_prompt,
+    "PREFIX_TUNING": _export_prefix,
+}
