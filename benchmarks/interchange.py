@@ -145,11 +145,11 @@ def other_way(name, cls, base_dir, directory, model, params, batch) -> float:
     config.inference_mode = False
     plain = cls.from_pretrained(base_dir).eval()
     base = theirs(plain, batch)
-    tuned = peft.get_peft_model(plain, config).eval()
     torch.manual_seed(1)
+    tuned = peft.get_peft_model(plain, config).eval()
     for parameter_name, parameter in tuned.named_parameters():
         if parameter.requires_grad and ".cls." not in parameter_name:
-            parameter.data += 0.2 * torch.randn_like(parameter)
+            parameter.data += 0.1 * torch.randn_like(parameter)
     tuned.save_pretrained(directory.with_name("theirs"))
     back, _ = jp.import_peft(model, params, directory.with_name("theirs"))
     there = theirs(tuned.base_model.model, batch)
