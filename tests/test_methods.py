@@ -95,7 +95,7 @@ def test_merge_equals_unmerged_or_is_refused(row):
     merged = jp.merge(tiny.model(), variables)
     np.testing.assert_allclose(_logits({"params": merged}), _logits(variables), atol=1e-5, rtol=1e-4)
     if "peft" in variables and jax.tree.leaves(variables["peft"]):  # and the method did something
-        assert np.abs(_logits(variables) - _logits({"params": tiny.params()})).max() > 1e-2
+        assert np.abs(_logits(variables) - _logits({"params": tiny.params()})).max() > 1e-3
 
 
 @every_row
