@@ -215,6 +215,27 @@ def test_folded_prefix_equals_unfolded():
     np.testing.assert_allclose(logits(folded), logits(variables), atol=1e-6)
 
 
+def test_prefix_mlp_is_the_papers_reparameterisation():
+    """P = tanh(E W1 + b1) W2 + b2, cut into keys and values per layer."""
+    method = jp.Prefix(length=3, mlp=5)
+    theta = {"embedding": normal(3, 12), "w1": normal(12, 5), "b1": normal(5)}
+    theta |= {"w2": normal(4, 5, 2, 2, 6), "b2": normal(4, 2, 2, 6)}
+    flat = method.expand(theta, {}, Site("", "kv", (2, 6), 4))
+    hidden = np.tanh(theta["embedding"] @ theta["w1"] + np.asarray(theta["b1"])[None])
+    for layer in range(4):
+        both = hidden @ theta["w2"][layer].reshape(5, -1) + np.asarray(theta["b2"][layer]).reshape(1, -1)
+        both = both.reshape(3, 2, 2, 6)
+        np.testing.assert_allclose(flat["k"][layer], both[:, 0], atol=1e-5, rtol=1e-4)
+        np.testing.assert_allclose(flat["v"][layer], both[:, 1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [jp.IA3(), jp.SSF(), jp.DoRA(rank=2)], ids=lambda m: m.name)
+def test_scoped_leaves_the_other_layers_alone(method):
+    """Zeros fill the leaves of other layers, and for these methods zeros are far from the identity: the gate decides."""
+    fresh = attach(Scoped(method=method, layers=(1,)))
+    np.testing.assert_allclose(logits(fresh), logits({"params": tiny.params()}), atol=1e-5)
+
+
 def test_mam_equals_its_parts():
     parts = (jp.Prefix(where="^text_.*attention$", length=2), jp.ParallelAdapter(where="^text_.*mlp$", bottleneck=4))
     both = perturbed(attach(parts)), perturbed(attached(row_named("mam"))[0])
