@@ -220,7 +220,9 @@ def test_counts_of_a_foreign_model():
 @pytest.mark.filterwarnings("ignore")  # of the other package
 def test_a_vision_transformer_of_another_package():
     """UViT of flaxdiff 0.2.11, where it is installed (pip install --no-deps flaxdiff einops): identity, learning, merging."""
-    UViT = pytest.importorskip("flaxdiff.models.simple_vit").UViT
+    UViT = pytest.importorskip(
+        "flaxdiff.models.simple_vit", reason="a ViT that is not ours: pip install --no-deps flaxdiff"
+    ).UViT
     rng = np.random.default_rng(0)
     x, t, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 8, 8, 3), (2,), (2, 5, 24)))
     with jax.numpy_rank_promotion("allow"):
