@@ -8,7 +8,7 @@ import tiny
 
 from jaxpeft import tree
 from jaxpeft.models import blip
-from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.models.blip import Blip, BlipConfig, position_init
 
 VARIABLES = {"params": tiny.params()}
 BATCH = tiny.batch(3, n_texts=2)
@@ -118,3 +118,20 @@ def test_bfloat16_is_close_and_logits_stay_float32():
 def test_sizes_that_do_not_fit_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_positions_start_apart():
+    """Every patch has a position of its own, rows and columns alike in size, and nothing is added to the mean patch."""
+    positions = np.asarray(position_init(jax.random.key(0), (1 + 64, 32)))[1:]
+    np.testing.assert_allclose(positions.mean(0), 0, atol=1e-6)
+    apart = np.linalg.norm(positions[:, None] - positions[None], axis=-1) + 9 * np.eye(64)
+    assert apart.min() > 0.5
+    grid = positions.reshape(8, 8, 32)
+    np.testing.assert_allclose(grid[..., :16], np.broadcast_to(grid[:, :1, :16], (8, 8, 16)), atol=1e-6)  # of the row
+    np.testing.assert_allclose(grid[..., 16:], grid.swapaxes(0, 1)[..., :16], atol=1e-6)  # of the column
+
+
+def test_positions_of_a_width_that_four_does_not_divide():
+    positions = np.asarray(position_init(jax.random.key(0), (1 + 9, 10)))
+    assert positions.shape == (10, 10) and np.abs(positions[0]).max() < 0.2
+    assert np.abs(positions[1:, :8]).max() > 0.5 and 0 < np.abs(positions[:, 8:]).max() < 0.2

@@ -9,10 +9,12 @@ computed once. All widths, epsilons and head counts are explicit: a wrong one ch
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jaxpeft import images, sites
@@ -21,6 +23,22 @@ from jaxpeft.text import Tokenizer
 
 _INIT = nn.initializers.normal(0.02)
 UNROLLED = 4  # layers
+
+
+def position_init(key, shape, dtype=jnp.float32):
+    """(1 + side^2, D) image positions that tell rows and columns apart from the first step: sines and cosines of both,
+    with waves of 1 to 20 grid sides, centred over the patches; noise for the class token and the last D mod 4 columns.
+
+    Only training from scratch sees it (pre-training and `init=scratch`). The noise of std 0.02 that BLIP adds to an
+    ImageNet ViT is lost in a small tower beside patches whose brightness alone has ten times its norm. Measured with
+    the tiny tower, trained to tell left from right and top from bottom where one thing is in the picture: at chance
+    after 200 steps from noise, .98 after 150 from this; a base pre-trained from noise knew no columns.
+    """
+    side, waves = math.isqrt(shape[0] - 1), shape[1] // 4
+    waves_F = 2 * np.pi / side / 20 ** (np.arange(waves) / waves)
+    angles_PF = [steps.reshape(-1, 1) * waves_F for steps in np.indices((side, side))]
+    position_PD = np.concatenate([wave(angle) for angle in angles_PF for wave in (np.sin, np.cos)], axis=1)
+    return _INIT(key, shape, dtype).at[1:, : 4 * waves].set((position_PD - position_PD.mean(0)).astype(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +145,7 @@ class Vision(nn.Module):
         c = self.config
         x_BPD = PatchEmbed(c, name="patch")(image_BYXC)
         cls_D = self.param("class_embedding", _INIT, (c.vision_width,)).astype(c.dtype)
-        position_PD = self.param("position", _INIT, (1 + c.n_patches, c.vision_width))
+        position_PD = self.param("position", position_init, (1 + c.n_patches, c.vision_width))
         cls_B1D = jnp.broadcast_to(cls_D, (x_BPD.shape[0], 1, c.vision_width))
         x_BPD = jnp.concatenate([cls_B1D, x_BPD], axis=1) + position_PD.astype(c.dtype)[None]
         n_tokens = x_BPD.shape[1]
