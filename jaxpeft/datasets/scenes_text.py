@@ -1,8 +1,8 @@
 """What is said about a scene: web captions, human captions, questions, and a text-only corpus.
 
 Every statement is made by rule from the objects of the scene; 'human' names the style, no person wrote any of it.
-Web captions (pre-training) list what is there: no count, some objects missing, 8 % about another scene; a third of them
-say on which side one or two things are, the others say nothing of positions.
+Web captions (pre-training) list what is there, the largest first or from left to right: no count, some objects missing,
+8 % about another scene; half of them say on which side one or two things are, the others say nothing of positions.
 Human captions (downstream) say more: how many, where, and always every object. Questions have one right answer each.
 Held-out pairs (scenes_world.HELD_PAIRS) are never named outside the split 'test_comp', not even to be denied.
 All text is lower case without punctuation, and WORDS is every word that can occur.
@@ -47,7 +47,7 @@ WORDS = tuple(
 )
 SWAPPED = 0.08  # share of pictures whose web captions describe another scene
 DROPPED = 0.1  # share of objects that a web caption leaves out
-LOCATED = 0.35  # share of web captions that say on which side their first two things are
+LOCATED = 0.5  # share of web captions that say on which side their first two things are
 SYNONYM = 0.1  # share of texts in which a word gives way to its synonym, per word
 
 
@@ -74,9 +74,11 @@ def web_captions(split, index, n=2, seed=0):
 
 def _web_caption(rng, objects):
     kept = [thing for thing in objects if not chance(rng, DROPPED)] or [pick(rng, objects)]
-    kept = sorted(kept, key=lambda thing: (-thing.radius, thing.y, thing.x))
-    if chance(rng, 0.2):
+    order = pick(rng, ("size", "left", "none"), (0.4, 0.4, 0.2))
+    if order == "none":
         kept = shuffled(rng, kept)
+    else:  # which thing comes next teaches where things are long before the rare word 'left' does
+        kept = sorted(kept, key=lambda thing: (-thing.radius if order == "size" else thing.x, thing.y, thing.x))
     located = chance(rng, LOCATED)
     say = _speaker(rng, sized=not located and chance(rng, 0.5))
     phrases = [f"a {say(thing)}" for thing in kept]
