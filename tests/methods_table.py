@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import pytest
 import tiny
 
 import jaxpeft as jp
@@ -97,7 +98,7 @@ ROWS = [
     row("head", TRANSFORM + D * V, TIED, matrix="untied"),
     row("selective", NORMS, leaves="norm[12]?/"),
 ]
-IDS = [f"{one.name}{i}" for i, one in enumerate(ROWS)]
+every_row = pytest.mark.parametrize("row", ROWS, ids=[f"{one.name}{i}" for i, one in enumerate(ROWS)])
 
 
 @functools.cache

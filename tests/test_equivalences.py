@@ -11,7 +11,7 @@ import optax
 import pytest
 import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from methods_table import ROWS, attached, perturbed
+from methods_table import ROWS, attached, every_row, perturbed
 
 import jaxpeft as jp
 from jaxpeft import budget, decode, layers, optim, sites, tasks, train, tree
@@ -356,14 +356,6 @@ def test_the_same_method_twice_is_an_error():
 
 # ---------------------------------------------------------------- many at once
 
-SEVERAL = [
-    row_named("lora", 1),
-    row_named("prefix", 2),
-    row_named("compacter"),
-    row_named("vera"),
-    row_named("unipelt"),
-]
-
 
 def sgd_step(variables, mask, shard=lambda x, batched=False: x):
     tuned, frozen = jp.split(perturbed(variables), mask)
@@ -373,7 +365,7 @@ def sgd_step(variables, mask, shard=lambda x, batched=False: x):
     return jax.jit(step)(shard(state), shard(frozen), None, shard(tiny.batch(n=8), True))[0].tuned
 
 
-@pytest.mark.parametrize("row", [*SEVERAL[1:], row_named("full")], ids=lambda row: row.name)
+@every_row
 def test_eight_devices_equal_one(row):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
@@ -385,7 +377,7 @@ def test_eight_devices_equal_one(row):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("row", SEVERAL, ids=lambda row: row.name)
+@every_row
 def test_vmap_over_tuned_trees_equals_separate_runs(row):
     variables, mask = attached(row)
     trees = [jp.split(perturbed(variables, seed=seed), mask) for seed in (1, 2)]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from methods_table import IDS, ROWS, attached, perturbed
+from methods_table import ROWS, attached, every_row, perturbed
 from safetensors.numpy import load_file, save_file
 
 import jaxpeft as jp
@@ -16,7 +16,6 @@ from jaxpeft import hub, interchange, sites, tree
 
 GOLDEN = Path(__file__).parent / "golden"
 PEFT = sorted(path.name for path in (GOLDEN / "peft").iterdir())
-every_row = pytest.mark.parametrize("row", ROWS, ids=IDS)
 
 
 @functools.cache

@@ -9,13 +9,11 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from methods_table import BASE, IDS, ROWS, attached, perturbed
+from methods_table import BASE, ROWS, attached, every_row, perturbed
 
 import jaxpeft as jp
 from jaxpeft import methods, sites, tasks, train, tree
 from jaxpeft.methods import METHODS, Head, LoRA, Selective, Site
-
-every_row = pytest.mark.parametrize("row", ROWS, ids=IDS)
 
 
 @jax.jit
