@@ -152,6 +152,7 @@ def gallery(path: Path, cases: list[dict], columns: int = 4) -> None:
             textwrap.fill(f"{label}: {said}", 40, subsequent_indent="   ") for label, said in case["lines"]
         )
         axes.set_title(text, fontsize=7.5, loc="left", family="DejaVu Sans Mono")
+        axes.set_anchor("SW")  # a picture that long text makes small stays under its text
     for axes in figure.axes:
         axes.set_axis_off()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
