@@ -85,8 +85,9 @@ class Jax:
     """jaxpeft as its own loop runs it: the jitted train_step with donated state; images and searches jitted."""
 
     def __init__(self, directory, threads: int):
-        from jaxpeft import hub
+        from jaxpeft import host, hub
 
+        host.keep_freed_memory()  # as main.py does; where both are in one process, torch gains from it too
         self.inputs, self.seconds = np.load(directory / "inputs.npz"), {}
         self.model, self.params = hub.load(directory)
 

@@ -102,18 +102,18 @@ def sublayer(module: nn.Module, x_BTD, y_BTD, stream):
     return y_BTD
 
 
-def kv(module: nn.Module, x_BTD, k_BSNH, v_BSNH, mask_BTS):
+def kv(module: nn.Module, x_BTD, k_BNSH, v_BNSH, mask_BTS):
     """Site of an attention's keys, values and mask -> (keys, values, mask, gain_BTS or None). x_BTD makes the queries.
 
     A gain multiplies scores before, and weights after the softmax.
     """
-    gain_BTS, rows = None, k_BSNH.shape[0]
-    for bound in _bound(module, "kv", k_BSNH.shape[-2:]):
+    gain_BTS, rows = None, k_BNSH.shape[0]
+    for bound in _bound(module, "kv", (k_BNSH.shape[1], k_BNSH.shape[3])):
         added = bound.method.kv(bound.theta, x_BTD)
-        n_old, n_new = k_BSNH.shape[1], added.k_KNH.shape[0]
-        k_BSNH, v_BSNH = (
-            jnp.concatenate([jnp.broadcast_to(new[None].astype(old.dtype), (rows, *new.shape)), old], axis=1)
-            for new, old in ((added.k_KNH, k_BSNH), (added.v_KNH, v_BSNH))
+        n_old, n_new = k_BNSH.shape[2], added.k_KNH.shape[0]
+        k_BNSH, v_BNSH = (
+            jnp.concatenate([jnp.broadcast_to(new[None].astype(old.dtype), (rows, *new.shape)), old], axis=2)
+            for new, old in ((added.k_KNH.swapaxes(0, 1), k_BNSH), (added.v_KNH.swapaxes(0, 1), v_BNSH))
         )
         if mask_BTS is None and added.on is not None:
             mask_BTS = jnp.ones((1, 1, n_old), bool)
@@ -126,7 +126,7 @@ def kv(module: nn.Module, x_BTD, k_BSNH, v_BSNH, mask_BTS):
             lead = jnp.broadcast_shapes(rest.shape[:2], new.shape)
             new_BTK = jnp.broadcast_to(new[..., None], (*lead, n_new))
             gain_BTS = jnp.concatenate([new_BTK, jnp.broadcast_to(rest, (*lead, n_old))], axis=-1)
-    return k_BSNH, v_BSNH, mask_BTS, gain_BTS
+    return k_BNSH, v_BNSH, mask_BTS, gain_BTS
 
 
 def block(module: nn.Module, x_BTD):

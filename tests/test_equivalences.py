@@ -52,9 +52,9 @@ def test_parallel_adapter_without_nonlinearity_is_lora_on_that_map():
 
 
 def attention(x, k_BSNH, v_BSNH, peft=None):
-    module = layers.Attention(12, 2)
-    params = module.init(jax.random.key(0), x, k_BSNH, v_BSNH, stream=None)["params"]
-    return module.apply({"params": params} | ({"peft": peft} if peft else {}), x, k_BSNH, v_BSNH, stream=None), params
+    module, inputs = layers.Attention(12, 2), (x, k_BSNH.swapaxes(1, 2), v_BSNH.swapaxes(1, 2))
+    params = module.init(jax.random.key(0), *inputs, stream=None)["params"]
+    return module.apply({"params": params} | ({"peft": peft} if peft else {}), *inputs, stream=None), params
 
 
 def bound_kv(method, theta):

@@ -157,7 +157,7 @@ class Vision(nn.Module):
 class TextBlock(nn.Module):
     """x = norm(x + self_attention); x = norm(x + cross_attention); x = norm(x + mlp).
 
-    `cache` holds one layer's 'self' keys and values (B,S,N,H) up to a fixed length and, once computed, the 'cross' ones
+    `cache` holds one layer's 'self' keys and values (B,N,S,H) up to a fixed length and, once computed, the 'cross' ones
     of the context. It is a value: given in, the new one returned.
     """
 
@@ -176,14 +176,14 @@ class TextBlock(nn.Module):
             return lambda y: norm(x + y)
 
         attend, new_cache = attention("self_attention"), None
-        k_BSNH, v_BSNH = attend.keys_values(x_BTD)
+        k_BNSH, v_BNSH = attend.keys_values(x_BTD)
         if cache is not None:
-            k_BSNH, v_BSNH = (
-                _write(old, new, position) for old, new in zip(cache["self"], (k_BSNH, v_BSNH), strict=True)
+            k_BNSH, v_BNSH = (
+                _write(old, new, position) for old, new in zip(cache["self"], (k_BNSH, v_BNSH), strict=True)
             )
-            new_cache = {"self": (k_BSNH, v_BSNH)}
+            new_cache = {"self": (k_BNSH, v_BNSH)}
         stream = add(x_BTD, "self_norm")
-        x_BTD = stream(dropout(self, attend(x_BTD, k_BSNH, v_BSNH, mask_BTS, stream=stream), c.dropout))
+        x_BTD = stream(dropout(self, attend(x_BTD, k_BNSH, v_BNSH, mask_BTS, stream=stream), c.dropout))
         if context_BSD is not None or (cache and "cross" in cache):  # text-only otherwise, as in BERT
             attend = attention("cross_attention")
             if cache and "cross" in cache:
@@ -198,8 +198,8 @@ class TextBlock(nn.Module):
         return x_BTD, new_cache
 
 
-def _write(old_BSNH, new_BTNH, position):
-    return jax.lax.dynamic_update_slice_in_dim(old_BSNH, new_BTNH.astype(old_BSNH.dtype), position, axis=1)
+def _write(old_BNSH, new_BNTH, position):
+    return jax.lax.dynamic_update_slice_in_dim(old_BNSH, new_BNTH.astype(old_BNSH.dtype), position, axis=2)
 
 
 class Embed(nn.Module):
@@ -267,13 +267,13 @@ class TextStack(nn.Module):
             x_BTD, mask_BT = sites.embed(self, x_BTD, mask_BT, lambda rows_KD: embed.place(rows_KD[None], 0)[0])
             n_added = x_BTD.shape[1] - n_tokens
         if cache_length:
-            size = (c.text_layers, x_BTD.shape[0], cache_length + n_added, c.text_heads, c.text_width // c.text_heads)
+            size = (c.text_layers, x_BTD.shape[0], c.text_heads, cache_length + n_added, c.text_width // c.text_heads)
             layers = {"self": (jnp.zeros(size, c.dtype), jnp.zeros(size, c.dtype))}
             cache = {"layers": layers, "index": jnp.int32(0), "added": jnp.int32(n_added)}
         layers, index = (None, 0) if cache is None else (cache["layers"], cache["index"])
         mask_BTS = None if mask_BT is None else mask_BT[:, None, :]
         if causal:
-            n_keys = x_BTD.shape[1] if cache is None else layers["self"][0].shape[2]
+            n_keys = x_BTD.shape[1] if cache is None else layers["self"][0].shape[3]
             causal_1TS = jnp.arange(n_keys)[None, None] <= index + jnp.arange(x_BTD.shape[1])[None, :, None]
             mask_BTS = causal_1TS if mask_BTS is None else mask_BTS & causal_1TS
         context_mask_BTS = None if context_mask_BS is None else context_mask_BS[:, None, :]
