@@ -8,10 +8,13 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import jax
 import pytest
 
+from jaxpeft.models import blip
+
 jax.config.update("jax_num_cpu_devices", 8)  # before any array exists
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)  # tests mostly compile: 17 of them took 50 s, not 97 s
+blip.UNROLLED = 0  # scanned as models of base size are: half the program to compile; test_model.py unrolls
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -357,44 +357,34 @@ def test_the_same_method_twice_is_an_error():
 # ---------------------------------------------------------------- many at once
 
 
-def sgd_step(variables, mask, shard=lambda x, batched=False: x):
-    tuned, frozen = jp.split(perturbed(variables), mask)
-    tx = optax.sgd(0.1)
-    state = train.TrainState(jnp.int32(0), tuned, tx.init(tuned))
-    step = functools.partial(train.train_step, model=tiny.model(), task=tasks.build("vqa"), tx=tx, seed=0, accumulate=1)
-    return jax.jit(step)(shard(state), shard(frozen), None, shard(tiny.batch(n=8), True))[0].tuned
-
-
 @every_row
-def test_eight_devices_equal_one(row):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-
-    def shard(x, batched=False):
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec("data") if batched else PartitionSpec()))
-
-    one, eight = sgd_step(*attached(row)), sgd_step(*attached(row), shard)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
-
-
-@every_row
-def test_vmap_over_tuned_trees_equals_separate_runs(row):
+def test_eight_devices_and_vmap_over_tuned_trees_equal_one_device(row):
+    """One step of gradient descent: the batch over eight devices, and two tuned trees in one program."""
     variables, mask = attached(row)
     trees = [jp.split(perturbed(variables, seed=seed), mask) for seed in (1, 2)]
-    frozen, batch = trees[0][1], tiny.batch()
-    fixed = [tree.flatten(t[1]) for t in trees]
-    if any(not np.array_equal(fixed[0][n], fixed[1][n]) for n in fixed[0]):  # own fixed leaves (VeRA): one for both
-        frozen = jp.split(variables, mask)[1]
+    frozen, batch, tx = trees[0][1], tiny.batch(n=8), optax.sgd(0.1)
+    if any(not np.array_equal(x, y) for x, y in zip(*(jax.tree.leaves(t[1]) for t in trees), strict=True)):
+        frozen = jp.split(variables, mask)[1]  # fixed leaves that a method brings (VeRA's): one set for both
 
-    def loss(tuned):
-        return tasks.build("vqa").loss(tiny.model(), tree.join(tuned, frozen), batch, {})[0]
+    def step(tuned, frozen, batch):
+        state = train.TrainState(jnp.int32(0), tuned, tx.init(tuned))
+        return train.train_step(
+            state, frozen, None, batch, model=tiny.model(), task=tasks.build("vqa"), tx=tx, seed=0, accumulate=1
+        )[0].tuned
 
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(t[0] for t in trees))
-    together = jax.jit(jax.vmap(jax.value_and_grad(loss)))(stacked)
-    for i, (tuned, _) in enumerate(trees):
-        apart = jax.jit(jax.value_and_grad(loss))(tuned)
-        for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves(together), strict=True):
-            np.testing.assert_allclose(b[i], a, atol=1e-5, rtol=1e-4)
+    alone = jax.jit(step)
+    apart = [alone(tuned, frozen, batch) for tuned, _ in trees]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    everywhere, spread = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    eight = alone(*jax.device_put((trees[0][0], frozen), everywhere), jax.device_put(batch, spread))
+    together = jax.jit(jax.vmap(step, in_axes=(0, None, None)))(
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(t[0] for t in trees)), frozen, batch
+    )
+    for (name, x), y in zip(tree.flatten(apart[0]).items(), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(y, x, atol=1e-6, rtol=1e-5, err_msg=name)
+    for i, one in enumerate(apart):
+        for (name, x), y in zip(tree.flatten(one).items(), jax.tree.leaves(together), strict=True):
+            np.testing.assert_allclose(y[i], x, atol=1e-6, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("method", [jp.LoRA(rank=2), jp.Prefix(length=2, mlp=3)], ids=lambda m: m.name)

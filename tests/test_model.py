@@ -63,19 +63,20 @@ def test_texts_of_one_picture_equal_texts_of_its_copies():
     np.testing.assert_allclose(folded, repeated, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["scanned", "remat"])
-def test_scan_and_remat_change_nothing(change, monkeypatch):
-    expected = tiny.model().apply(VARIABLES, BATCH)
-    if change == "scanned":
-        monkeypatch.setattr(blip, "UNROLLED", 0)
-    model = tiny.model(remat=change == "remat")
-    np.testing.assert_allclose(model.apply(VARIABLES, BATCH), expected, atol=1e-6)
-    grads = [
-        jax.grad(lambda p, m=m: jnp.sum(m.apply({"params": p}, BATCH) ** 2))(VARIABLES["params"])
-        for m in (tiny.model(), model)
-    ]
-    for name, leaf in tree.flatten(grads[0]).items():
-        np.testing.assert_allclose(tree.flatten(grads[1])[name], leaf, rtol=1e-4, atol=1e-4, err_msg=name)
+@pytest.mark.parametrize("change", ["unrolled", "remat"])
+def test_unrolled_layers_and_remat_change_nothing(change, monkeypatch):
+    def results(model):
+        loss = jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, BATCH) ** 2)))
+        return model.apply(VARIABLES, BATCH), tree.flatten(loss(VARIABLES["params"]))
+
+    assert blip.UNROLLED == 0  # conftest
+    logits, grads = results(tiny.model())
+    if change == "unrolled":
+        monkeypatch.setattr(blip, "UNROLLED", 4)
+    changed, changed_grads = results(tiny.model(remat=change == "remat"))
+    np.testing.assert_allclose(changed, logits, atol=1e-6)
+    for name, leaf in grads.items():
+        np.testing.assert_allclose(changed_grads[name], leaf, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 def test_uint8_pictures_are_normalised_as_blip_does():
