@@ -88,7 +88,7 @@ def step_of(model, method, params, batch, runs):
     settings = {"lr": 1e-4, "schedule": "constant", "warmup": 0.0, "decay": 0.0, "no_decay": "", "clip": 1.0}
     tx = optim.optimizer(ml_collections.ConfigDict(settings | {"b1": 0.9, "b2": 0.999}), tuned, 100)
     state = train.TrainState(jnp.int32(0), jax.tree.map(jnp.array, tuned), tx.init(tuned))
-    step = functools.partial(train.train_step, model=model, task=tasks.build("captioning"), tx=tx, seed=0, accumulate=1)
+    step = functools.partial(train.train_step, model=model, task=tasks.build("captioning"), tx=tx, accumulate=1)
     started = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, None, batch).compile()
     compile_s, seconds = time.perf_counter() - started, []

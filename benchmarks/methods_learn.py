@@ -23,7 +23,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -89,24 +88,20 @@ class Bench:
         examples = self.task.examples(self.splits["train"], self.model.tokenizer)
         examples = dataclasses.replace(examples, images=None if cached else self.pictures["train"])
         features = self.features["train"] if cached else None
-        self.config.optim.lr = 1.0
-        unit = optim.optimizer(self.config.optim, tree.split(variables, mask)[0], self.config.steps)
-
-        @functools.partial(jax.jit, donate_argnums=0)
-        def step(state, frozen, batch, lr, seed):
-            tx = optax.chain(unit, optax.scale(lr))
-            return train.train_step(
-                state, frozen, features, batch, model=self.model, task=self.task, tx=tx, seed=seed, accumulate=1
-            )
+        tx = optim.optimizer(self.config.optim, tree.split(variables, mask)[0], self.config.steps)
+        step = functools.partial(train.train_step, model=self.model, task=self.task, tx=tx, accumulate=1)
+        step = jax.jit(step, donate_argnums=0)
 
         def run(seed, lr):
             variables = sites.attach(self.model, self.params, methods, jax.random.key(seed))
             tuned, frozen = tree.split(variables, mask)
             tuned = jax.tree.map(jnp.array, tuned)
-            state = train.TrainState(jnp.int32(0), tuned, optax.chain(unit, optax.scale(1.0)).init(tuned))
+            *rest, schedule = tx.init(tuned)
+            opt = (*rest, schedule._replace(lr=jnp.float32(lr)))
+            state = train.TrainState(jnp.int32(0), tuned, opt, jnp.uint32(seed))
             stream = data.batches(examples, self.config.batch_size, seed=seed)
             for _ in range(self.config.steps):
-                state, _ = step(state, frozen, next(stream), lr, seed)
+                state, _ = step(state, frozen, features, next(stream))
             return tree.join(state.tuned, frozen)
 
         return run, cached, sites.counts(variables, mask)

@@ -32,6 +32,7 @@ def parse_arg(arg: str, **defaults) -> ml_collections.ConfigDict:
 def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str = "none") -> ml_collections.ConfigDict:
     """A complete config for one task and method."""
     c = ml_collections.ConfigDict()
+    c.name = config_dict.placeholder(str)  # of the point in its result; made up from the settings where None
     c.task = task
     c.task_options = ml_collections.ConfigDict()
     if task == "captioning":
@@ -63,8 +64,11 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.data.fraction = 1.0  # of the training pictures; subsets of one subset_seed are nested
     c.data.n_images = config_dict.placeholder(int)  # or their number
     c.data.subset_seed = 0
+    c.data.captions = "human"  # of scenes; 'web': the style of pre-training
+    c.data.types = ()  # of scenes: the types of questions kept; () is all
     c.data.augment = "none"  # 'crop', 'crop_flip'
     c.data.feature_bytes = 4 << 30  # most memory for image features kept when the image encoder is frozen
+    c.data.feature_dir = config_dict.placeholder(str)  # where runs share the features of a whole split
 
     c.batch_size = 32
     c.accumulate = 1  # microbatches per step
@@ -73,11 +77,18 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.optim.lr = 3e-3
     c.optim.schedule = "cosine"
     c.optim.warmup = 0.06
+    c.optim.cooldown = 0.2  # of schedule 'plateau'
     c.optim.decay = 0.0
     c.optim.no_decay = r"(bias|scale|position|class_embedding)$"
     c.optim.clip = 1.0
     c.optim.b1 = 0.9
     c.optim.b2 = 0.999
+
+    c.stop = ml_collections.ConfigDict()  # schedule 'plateau': optim.cooldown follows when validation stops improving
+    c.stop.split = "val"
+    c.stop.every = 100  # steps between validations
+    c.stop.patience = 3  # validations without progress
+    c.stop.min_gain = 0.005  # share of the loss that counts as progress
 
     c.log_every = 20
     c.checkpoint_every = 500
@@ -87,6 +98,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.eval.batch_size = 128
     c.eval.beams = 1
     c.eval.base = True  # score the frozen base too
+    c.eval.forgetting = False  # scenes: how much likelier or not web captions of test pictures became
     return c
 
 

@@ -35,8 +35,11 @@ class Examples:
         return len(self.arrays["image_index"])
 
 
-def subset(split: Split, *, seed: int, fraction: float = 1.0, n_images: int | None = None) -> Split:
-    """The first `n_images` (or `fraction`) of the pictures in an order drawn from `seed`; subsets of a seed nest."""
+def subset(split: Split, *, seed: int, fraction: float = 1.0, n_images: int | None = None) -> tuple[Split, np.ndarray]:
+    """The first `n_images` (or `fraction`) of the pictures in an order drawn from `seed`, and their indices in `split`.
+
+    Subsets of a seed nest.
+    """
     if not 0 < fraction <= 1:
         raise ValueError(f"data.fraction is {fraction}; it must be in (0, 1]")
     n_all = len(split.rows)
@@ -44,8 +47,9 @@ def subset(split: Split, *, seed: int, fraction: float = 1.0, n_images: int | No
     if n > n_all or n < 1:
         raise ValueError(f"data.n_images is {n}; split {split.name!r} has {n_all} pictures")
     if n == n_all:
-        return split
-    return split.take(np.random.Generator(np.random.Philox(key=seed)).permutation(n_all)[:n].tolist())
+        return split, np.arange(n_all)
+    indices = np.random.Generator(np.random.Philox(key=seed)).permutation(n_all)[:n]
+    return split.take(indices.tolist()), indices
 
 
 class Resized(Sequence):

@@ -1,7 +1,13 @@
 """The process that everything runs in."""
 
 import ctypes
+import hashlib
+import os
+import platform
 import sys
+from pathlib import Path
+
+import jax
 
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # malloc.h
 
@@ -23,3 +29,26 @@ def keep_freed_memory() -> bool:
     return all(
         mallopt(key, value) for key, value in ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, largest), (_TRIM_THRESHOLD, largest))
     )
+
+
+def keep_compiled_programs() -> Path | None:
+    """Let XLA keep compiled programs on disk, so that a rerun and the next point of a study do not compile again.
+
+    Under $XDG_CACHE_HOME/jaxpeft (~/.cache), one directory per kind of processor, because programs for CPU hold its
+    instructions. JAX's own settings (JAX_COMPILATION_CACHE_DIR) go first; then None is returned.
+    """
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return None
+    try:
+        kind = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        kind = platform.processor()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = home / "jaxpeft" / "compiled" / hashlib.sha256(kind.encode()).hexdigest()[:8]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only home: compile every time
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    return directory

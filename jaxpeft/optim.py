@@ -6,48 +6,77 @@ gradients and no state is kept for frozen leaves. The masks inside are for what 
 
 import dataclasses
 import re
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxpeft import sites, tree
 from jaxpeft.tree import Tree
 
-SCHEDULES = ("constant", "cosine", "linear")
+SCHEDULES = ("constant", "cosine", "linear", "plateau")
 
 
-def schedule(config, n_steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup` (a fraction of all steps), then constant, or cosine or linear to zero."""
+class Schedule(NamedTuple):
+    """The learning rate's numbers, as scalars in the optimizer's state and not as constants of the program.
+
+    So runs that differ in rate, warm-up or steps share one compiled step, and the loop can end a 'plateau' early.
+    """
+
+    step: jax.Array
+    lr: jax.Array
+    n_warm: jax.Array
+    decay_from: jax.Array
+    n_steps: jax.Array
+
+    def rate(self, kind: str) -> jax.Array:
+        """Linear warm-up, then constant; from `decay_from` to `n_steps` a cosine or, else, a line to zero."""
+        done = jnp.clip((self.step - self.decay_from) / jnp.maximum(self.n_steps - self.decay_from, 1), 0.0, 1.0)
+        after = {"constant": 1.0, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * done))}.get(kind, 1 - done)
+        return self.lr * jnp.where(self.step < self.n_warm, self.step / jnp.maximum(self.n_warm, 1), after)
+
+
+def schedule(config, n_steps: int) -> Schedule:
+    """`optim.schedule` at step 0: warm-up over `warmup`, and for 'plateau' a decay over the last `cooldown`, as shares
+    of all steps. With 'plateau' steps are the most there may be: the loop starts the decay where validation stops
+    improving."""
     if config.schedule not in SCHEDULES:
         raise ValueError(f"optim.schedule is {config.schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if not 0 <= config.warmup < 1:
         raise ValueError(f"optim.warmup is {config.warmup}; it is a fraction of all steps, in [0, 1)")
     n_warm = round(config.warmup * n_steps)
-    rest = max(1, n_steps - n_warm)
-    after = {
-        "constant": optax.constant_schedule(config.lr),
-        "cosine": optax.cosine_decay_schedule(config.lr, rest),
-        "linear": optax.linear_schedule(config.lr, 0.0, rest),
-    }[config.schedule]
-    if not n_warm:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, config.lr, n_warm), after], [n_warm])
+    decay_from = n_warm
+    if config.schedule == "plateau":
+        if not 0 < config.cooldown <= 1 - config.warmup:
+            raise ValueError(f"optim.cooldown is {config.cooldown}; it is a fraction of all steps, in (0, 1 - warmup]")
+        decay_from = n_steps - round(config.cooldown * n_steps)
+    whole = (jnp.int32(x) for x in (n_warm, decay_from, n_steps))
+    return Schedule(jnp.int32(0), jnp.float32(config.lr), *whole)
 
 
 def optimizer(config, tuned: Tree, n_steps: int) -> optax.GradientTransformation:
     """AdamW with global-norm clipping; leaves whose name contains `no_decay` (a regular expression) do not decay.
 
     A method may give its leaves a multiple of the learning rate (LoRA+): all of the update, decay too, is multiplied.
+    The last part of the state is the `Schedule`.
     """
+    start, kind = schedule(config, n_steps), config.schedule
     decays = (
         jax.tree.map(lambda name: not re.search(config.no_decay, name), tree.names(tuned)) if config.no_decay else None
     )
     steps = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    steps.append(optax.adamw(schedule(config, n_steps), config.b1, config.b2, weight_decay=config.decay, mask=decays))
+    steps.append(optax.adamw(1.0, config.b1, config.b2, weight_decay=config.decay, mask=decays))
     scales = _lr_scales(tuned)
     if any(scale != 1 for scale in jax.tree.leaves(scales)):
         steps.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, scales)))
-    return optax.chain(*steps)
+
+    def scaled(updates, s, params=None):
+        rate = s.rate(kind)
+        return jax.tree.map(lambda u: u * rate.astype(u.dtype), updates), s._replace(step=s.step + 1)
+
+    # copies, because a state's buffers may be donated
+    return optax.chain(*steps, optax.GradientTransformation(lambda _: jax.tree.map(jnp.array, start), scaled))
 
 
 def _lr_scales(tuned: Tree) -> Tree:

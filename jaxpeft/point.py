@@ -15,9 +15,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from jaxpeft import data, datasets, evals, hub, methods, results, sites, tasks, tree
+from jaxpeft import features as feature_tables
 from jaxpeft.methods import Selective
 from jaxpeft.train import fit, train_step
 from jaxpeft.tree import Tree
@@ -39,10 +41,12 @@ def run(config, workdir: str | Path, log=print) -> dict:
 
     # data
     task = tasks.build(config.task, **config.task_options)
-    splits = datasets.load(config.data, ["train", *config.eval.splits])
+    until_plateau = config.optim.schedule == "plateau"
+    needed = (*config.eval.splits, *((config.stop.split,) if until_plateau else ()))
+    splits = datasets.load(config.data, ["train", *dict.fromkeys(needed)])
     c = config.data
-    train = data.subset(splits["train"], seed=c.subset_seed, fraction=c.fraction, n_images=c.n_images)
-    held_out = {name: splits[name] for name in config.eval.splits}
+    train, chosen_images = data.subset(splits["train"], seed=c.subset_seed, fraction=c.fraction, n_images=c.n_images)
+    held_out = {name: split for name, split in splits.items() if name != "train"}
 
     # model, methods, split
     model, params, chosen, facts = setup_model(config, task, train, log)
@@ -55,13 +59,21 @@ def run(config, workdir: str | Path, log=print) -> dict:
 
     # examples; image features once per picture where nothing that is tuned can change them
     size = model.config.image_size
-    pictures = {name: data.Resized(split.images, size) for name, split in (held_out | {"train": train}).items()}
-    examples = dataclasses.replace(task.examples(train, model.tokenizer), images=pictures["train"])
+    examples = task.examples(train, model.tokenizer)
+    looked_at = held_out | {"train": train}
+    if c.feature_dir:  # features of the whole split, so that every subset shares them and the step's program
+        looked_at["train"] = splits["train"]
+        examples.arrays["image_index"] = chosen_images[examples.arrays["image_index"]].astype(np.int32)
+    pictures = {name: data.Resized(split.images, size) for name, split in looked_at.items()}
+    examples = dataclasses.replace(examples, images=pictures["train"])
     cached, why = can_cache(config, mask, model, sum(map(len, pictures.values())))
     log(f"image features {'computed once per picture' if cached else 'computed every step'}: {why}")
     features = dict.fromkeys(pictures)
     if cached:
-        features = {name: evals.image_features(model, variables, each) for name, each in pictures.items()}
+        features = {
+            name: feature_tables.table(model, variables, split, pictures[name], c.feature_dir, c.feature_bytes, log)
+            for name, split in looked_at.items()
+        }
         examples = dataclasses.replace(examples, images=None)
 
     # training
@@ -69,14 +81,17 @@ def run(config, workdir: str | Path, log=print) -> dict:
     results.write_json(workdir / "sites.json", sites.report(variables, mask))
     texts = [train.rows, *(split.rows for split in held_out.values())]
     digests = {"base": tree.digest(params), "data": digest(texts)}
-    step = functools.partial(train_step, model=model, task=task, seed=config.seed, accumulate=config.accumulate)
+    step = functools.partial(train_step, model=model, task=task, accumulate=config.accumulate)
     order = {"seed": config.seed, "augment": config.data.augment}
     manifest = {"config": digest(as_json(config)), **digests}
 
     def batches(start):
         return data.batches(examples, config.batch_size, start=start, **order)
 
-    state, timing = fit(config, workdir, step, tuned, frozen, features["train"], batches, manifest, log)
+    validate = None
+    if until_plateau:
+        validate = validation(config, model, task, held_out, pictures, features, frozen)
+    state, timing = fit(config, workdir, step, tuned, frozen, features["train"], batches, manifest, log, validate)
 
     # evaluation
     started = time.perf_counter()
@@ -84,23 +99,30 @@ def run(config, workdir: str | Path, log=print) -> dict:
     if config.eval.base:
         versions = {"base": {"params": params}} | versions
     metrics, rows = {}, []
-    for name, split in held_out.items():
+    for name in config.eval.splits:
+        split = held_out[name]
         metrics[name], more = evaluate(config, model, task, versions, train, split, pictures[name], features[name])
         rows += more
+    forgot = (
+        forgetting(config, model, params, versions["tuned"], features.get("test")) if config.eval.forgetting else None
+    )
     timing |= {"eval_s": time.perf_counter() - started, "total_s": time.perf_counter() - began}
 
     # result
     result = {
-        "point": point_id(config),
+        "point": config.name or point_id(config),
         "task": config.task,
         "method": config.method.name,
         "size": config.size,
         "fraction": config.data.fraction,
         "n_train_images": len(train.rows),
+        "lr": config.optim.lr,
+        "head": config.head,
         "seeds": {"seed": config.seed, "subset": config.data.subset_seed},
         "counts": counts,
         "main_metric": task.main_metric,
         "metrics": metrics,
+        "forgetting": forgot,
         "timing": timing,
         "memory": results.memory(),
         "digests": digests,
@@ -112,7 +134,7 @@ def run(config, workdir: str | Path, log=print) -> dict:
     }
     results.write_jsonl(workdir / "predictions.jsonl", rows)
     if rows:
-        _gallery(workdir, next(iter(held_out.values())), rows)
+        _gallery(workdir, held_out[config.eval.splits[-1]], rows)
     results.write_json(workdir / "result.json", result)
     log(f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl, gallery.png")
     return result
@@ -203,9 +225,39 @@ def evaluate(config, model, task, versions: dict[str, Tree], train, split, pictu
         written = evals.predict(model, variables, task, cases, beams=config.eval.beams, **options)
         scores[label] = task.score(cases.rows, [one["text"] for one in written])
         scores[label]["nll"] = evals.nll(model, variables, task, examples, **options)
-        for row, one in zip(rows, written, strict=True):
+        each = task.each(cases.rows, [one["text"] for one in written])
+        for row, one, value in zip(rows, written, each, strict=True):
             row[label], row[f"{label}_score"] = one["text"], round(one["score"], 4)
+            row[f"{label}_{task.main_metric}"] = round(float(value), 6)
     return scores, rows
+
+
+def validation(config, model, task, held_out, pictures, features, frozen):
+    """tuned -> nats per token of the references of config.stop.split."""
+    split = config.stop.split
+    examples = dataclasses.replace(task.examples(held_out[split], model.tokenizer), images=pictures[split])
+    options = {"features": features[split], "batch_size": config.eval.batch_size}
+    return lambda tuned: evals.nll(model, tree.join(tuned, frozen), task, examples, **options)
+
+
+def forgetting(config, model, params: Tree, tuned: Tree, features) -> dict:
+    """{'base', 'tuned', 'n'}: nats per token of captions of test pictures in the style of pre-training.
+
+    What tuning took away of what the base knew is 'tuned' less 'base', as in HF's comparison of methods. A model that
+    answers questions captions with its decoder alone. `features` of the test pictures, where the encoder is frozen.
+    """
+    settings = dict(config.data.items()) | {"captions": "web", "types": ()}
+    split = datasets.load(ml_collections.ConfigDict(settings), ["test"])["test"]
+    task = tasks.build("captioning")
+    model = type(model)(dataclasses.replace(model.config, question_encoder=False), model.tokenizer)
+    examples = task.examples(split, model.tokenizer)
+    examples = dataclasses.replace(examples, images=data.Resized(split.images, model.config.image_size))
+    options = {"features": features, "batch_size": config.eval.batch_size}
+    scores = {
+        label: evals.nll(model, variables, task, examples, **options)
+        for label, variables in (("base", {"params": params}), ("tuned", tuned))
+    }
+    return scores | {"n": len(split.rows)}
 
 
 def _gallery(workdir: Path, split: datasets.Split, rows: list[dict]) -> None:

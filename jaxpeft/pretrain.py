@@ -209,7 +209,7 @@ def run(config, workdir, log=print) -> dict:
         settings = config.copy_and_resolve_references()
         settings.steps = stage.steps
         settings.optim.update({key: stage[key] for key in ("lr", "schedule", "warmup")})
-        step = functools.partial(train.train_step, model=model, task=task, seed=config.seed, accumulate=1)
+        step = functools.partial(train.train_step, model=model, task=task, accumulate=1)
         manifest = {"config": digest, "base": tree.digest(params), "data": name}
         (workdir / name).mkdir(parents=True, exist_ok=True)
         state, timing = train.fit(
@@ -242,15 +242,8 @@ def zero_shot(model: Blip, params: Tree, config) -> dict:
     half = jax.tree.map(lambda x: jnp.asarray(np.float16(x), jnp.float32), shared(params))  # what is stored
     model = Blip(dataclasses.replace(model.config, question_encoder=False), model.tokenizer)
     variables = {"params": {name: half[name] for name in ("vision", "text_decoder")}}
-    split = scenes.load({"n_test": config.n_heldout}, ["test"])["test"]
-    for style, captions in (("human", None), ("web", scenes.web_captions)):
-        rows = split.rows
-        if captions:
-            plain = [
-                [text.removeprefix(task.prompt + " ") for text in captions("test", i, 5)] for i in range(len(rows))
-            ]
-            rows = [row | {"captions": texts} for row, texts in zip(rows, plain, strict=True)]
-        held_out = dataclasses.replace(split, rows=rows)
+    for style in scenes.STYLES:
+        held_out = scenes.load({"n_test": config.n_heldout, "captions": style}, ["test"])["test"]
         cases, examples = task.cases(held_out, model.tokenizer), task.examples(held_out, model.tokenizer)
         written = [one["text"] for one in evals.predict(model, variables, task, cases)]
         scores[style] = {

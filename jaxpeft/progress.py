@@ -11,22 +11,22 @@ class Progress:
         self._out = out or sys.stdout
         self._live = self._out.isatty()
         self._every = (0.2 if self._live else 10.0) if every is None else every
-        self._n_steps, self._batch_size, self._start = n_steps, batch_size, start
+        self.n_steps, self._batch_size, self._start = n_steps, batch_size, start
         self._began = self._last = time.perf_counter()
 
     def update(self, step: int, **values: float) -> None:
         """`step` is the number of steps done; `values` are shown as they are named."""
         now = time.perf_counter()
-        if now - self._last < self._every and step < self._n_steps:
+        if now - self._last < self._every and step < self.n_steps:
             return
         self._last = now
         rate = (step - self._start) / max(now - self._began, 1e-9)
-        left = (self._n_steps - step) / max(rate, 1e-9)
+        left = (self.n_steps - step) / max(rate, 1e-9)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        text = f"step {step}/{self._n_steps}  {shown}  {rate * self._batch_size:.0f} examples/s  ETA {_clock(left)}"
+        text = f"step {step}/{self.n_steps}  {shown}  {rate * self._batch_size:.0f} examples/s  ETA {_clock(left)}"
         if self._live:
-            filled = round(24 * step / self._n_steps)
-            end = "\n" if step == self._n_steps else ""
+            filled = round(24 * step / self.n_steps)
+            end = "\n" if step == self.n_steps else ""
             print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {text}\x1b[K", end=end, file=self._out, flush=True)
         else:
             print(text, file=self._out, flush=True)

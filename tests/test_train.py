@@ -56,9 +56,7 @@ def _state(tx, seed=0, method="lora"):
 
 
 def _step(tx, accumulate=1, model=None):
-    fn = functools.partial(
-        train.train_step, model=model or tiny.model(), task=TASK, tx=tx, seed=0, accumulate=accumulate
-    )
+    fn = functools.partial(train.train_step, model=model or tiny.model(), task=TASK, tx=tx, accumulate=accumulate)
     return jax.jit(fn)
 
 
@@ -106,7 +104,10 @@ def test_clipping_sees_tuned_leaves_only():
 def test_schedule_and_decay_groups():
     c = common.get_config().optim
     c.lr, c.warmup, c.decay = 2.0, 0.1, 0.1
-    rate = optim.schedule(c, 100)
+
+    def rate(step):
+        return optim.schedule(c, 100)._replace(step=jnp.int32(step)).rate(c.schedule)
+
     assert rate(0) == 0 and rate(10) == 2.0 and abs(rate(100)) < 1e-6 and abs(rate(55) - 1.0) < 1e-6
     tuned = {"dense": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}, "norm": {"scale": jnp.ones(2)}}
     c.schedule, c.warmup = "constant", 0.0
@@ -270,9 +271,9 @@ def test_a_checkpoint_of_another_base_or_shape_is_refused(tmp_path):
 
 def test_subsets_are_nested_and_batches_are_a_function_of_seed_and_step():
     split = scenes.load({"n_train": 40}, ["train"])["train"]
-    ids = [[row["image_id"] for row in data.subset(split, seed=3, n_images=n).rows] for n in (5, 20)]
+    ids = [[row["image_id"] for row in data.subset(split, seed=3, n_images=n)[0].rows] for n in (5, 20)]
     assert ids[1][:5] == ids[0] and len(set(ids[1])) == 20
-    other = [row["image_id"] for row in data.subset(split, seed=4, n_images=5).rows]
+    other = [row["image_id"] for row in data.subset(split, seed=4, n_images=5)[0].rows]
     assert other != ids[0]
     examples = TASK.examples(split, Tokenizer.from_words(scenes.WORDS))
     stream = data.batches(examples, 7, seed=1)

@@ -10,12 +10,14 @@ class Split:
 
     `rows[i]` belongs to the same picture: {'image_id': str, 'captions': [str, ...], 'questions': [{'question_id',
     'question', 'answers': [str, ...], 'type'}, ...]}. `report` is what loading dropped or changed, for the result file.
+    `source` and the image ids together say which pictures these are; '' where that is not known.
     """
 
     name: str
     images: Sequence
     rows: list[dict]
     report: dict = dataclasses.field(default_factory=dict)
+    source: str = ""
 
     def take(self, indices) -> "Split":
         """The pictures at `indices`, in that order."""

@@ -360,7 +360,8 @@ def _open(builder, split):
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     assert len(source) == expected
     rows = [_row(source[i]) for i in range(expected)]
-    return Split(split, StoredImages(source, [row["image_id"] for row in rows]), rows)
+    images = StoredImages(source, [row["image_id"] for row in rows])
+    return Split(split, images, rows, source=str(builder.data_dir))  # named by a digest of pictures and options
 
 
 def _row(example):

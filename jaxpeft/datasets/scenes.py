@@ -46,6 +46,7 @@ from jaxpeft.datasets.scenes_text import (  # noqa: F401  (the public names of t
 from jaxpeft.datasets.scenes_world import COLORS, HELD_PAIRS, SHAPES, SIZES, Scene, Thing, render, scene  # noqa: F401
 
 SPLITS = ("pretrain", "train", "val", "test", "test_comp")
+STYLES = ("human", "web")
 PARALLEL_FROM = 4000  # rows; below, starting a process costs more than it saves
 
 
@@ -77,18 +78,34 @@ def load(config, splits):
     """The named splits as dict[str, Split].
 
     config has these attributes or keys: n_train, n_val, n_test (also the size of test_comp) and n_pretrain, each needed
-    only for its split; seed (default 0); cache (default True: keep drawn pictures in memory, those of pretrain never).
-    A missing size or an unknown split raises ValueError.
+    only for its split; seed (default 0); cache (default True: keep drawn pictures in memory, those of pretrain never);
+    captions ('human', the default, or 'web': five in the style of pre-training, without its prompt); types (the types
+    of questions kept; default all). A missing size, an unknown split, style or type raises ValueError.
     """
     from jaxpeft.datasets import Split
 
     config = _as_dict(config)
     seed, loaded = config.get("seed", 0), {}
+    style, types = config.get("captions", "human"), tuple(config.get("types") or TYPES)
+    if style not in STYLES:
+        raise ValueError(f"data.captions is {style!r}; choose one of {', '.join(STYLES)}")
+    if not set(types) <= set(TYPES):
+        raise ValueError(f"data.types is {types}; choose from {', '.join(TYPES)}")
     for split in splits:
         size = _size(config, split)
         images = Images(split, size, seed, cache=config.get("cache", True) and split != "pretrain")
-        loaded[split] = Split(split, images, records(split, size, seed))
+        rows = records(split, size, seed)
+        if style == "web":
+            rows = [row | {"captions": plain_web_captions(split, i, 5, seed)} for i, row in enumerate(rows)]
+        if set(types) != set(TYPES):
+            rows = [row | {"questions": [q for q in row["questions"] if q["type"] in types]} for row in rows]
+        loaded[split] = Split(split, images, rows, source=f"scenes seed {seed}")
     return loaded
+
+
+def plain_web_captions(split, index, n, seed=0):
+    """`web_captions` without the words that the captioning task gives as its prompt."""
+    return [caption.removeprefix("a picture of ") for caption in web_captions(split, index, n, seed)]
 
 
 def _as_dict(config):

@@ -43,6 +43,10 @@ class Task(abc.ABC):
         """Metrics of a whole split; `rows` are those of `cases`."""
 
     @abc.abstractmethod
+    def each(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
+        """The main metric of every case; its mean is the split's."""
+
+    @abc.abstractmethod
     def blind(self, train: Split, rows: list[dict]) -> dict:
         """Scores of guesses that look at no picture, by name."""
 

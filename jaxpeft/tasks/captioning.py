@@ -60,6 +60,12 @@ class Captioning(Task):
         ours = {row["image_id"]: text for row, text in zip(rows, predictions, strict=True)}
         return metrics.captions_report(ours, {row["image_id"]: row["references"] for row in rows})
 
+    def each(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
+        ours = {row["image_id"]: metrics.tokenize(text) for row, text in zip(rows, predictions, strict=True)}
+        return metrics.cider_d(ours, {row["image_id"]: list(map(metrics.tokenize, row["references"])) for row in rows})[
+            1
+        ]
+
     def blind(self, train: Split, rows: list[dict]) -> dict:
         """What needs no picture: the most frequent training caption for every image."""
         from jaxpeft.data import most_common

@@ -88,6 +88,10 @@ class Vqa(Task):
         )
         return {"accuracy": report.pop("overall"), **report}
 
+    def each(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
+        pairs = zip(rows, predictions, strict=True)
+        return np.array([metrics.vqa_accuracy(text, row["answers"], self.variant) for row, text in pairs])
+
     def blind(self, train: Split, rows: list[dict]) -> dict:
         """What needs no picture: the most frequent answer of the question's type, and of the question's own words."""
         by_type, by_question = collections.defaultdict(list), collections.defaultdict(list)

@@ -1,0 +1,61 @@
+"""What the studies share: levels from near to far from pre-training, arms with their middle learning rates, the recipe."""
+
+import ml_collections
+
+from configs import common
+
+# From what pre-training did to what it did not. Web captions name colours and shapes and half of them a side; they
+# never say how many things there are, what is missing, or which is larger.
+LEVELS = {
+    "captions_web": {"task": "captioning", "data": {"captions": "web"}},
+    "captions_human": {"task": "captioning", "data": {"captions": "human"}},
+    "vqa_stated": {"task": "vqa", "data": {"types": ("color", "shape", "position")}},
+    "vqa_unstated": {"task": "vqa", "data": {"types": ("exist", "count", "compare")}},
+}
+RATES = (1 / 3, 1.0, 3.0)  # of each arm's middle rate
+
+
+def arm(method: str, lr: float, head: str = "transform", sizes: tuple = (), **fields) -> dict:
+    """A method as the study runs it; `sizes` are its own, else they are solved from the study's budgets."""
+    return {"method": method, "head": head, "lr": lr, "sizes": sizes, "fields": fields}
+
+
+def arms(head: str = "transform") -> dict:
+    """The paper's five methods, with the classifier's transform tuned beside them or not."""
+    end = "" if head == "none" else "_head"
+    return {
+        f"prompt{end}": arm("prompt", 1e-1, head),
+        f"prefix{end}": arm("prefix", 3e-2, head),
+        f"serial_adapter{end}": arm("serial_adapter", 3e-3, head),
+        f"parallel_adapter{end}": arm("parallel_adapter", 3e-3, head),
+        f"lora{end}": arm("lora", 3e-3, head, alpha="r"),
+    }
+
+
+CONTROLS = {"head": arm("head", 3e-3, "none") | {"base": True}, "full": arm("full", 5e-4, "none")}
+
+
+def study(
+    name: str, hypothesis: str, levels, arms: dict, budgets, n_images, seeds: int = 3, rates=RATES, note: str = ""
+):
+    """A study's config. The cells lie on two axes through (middle budget, all images) unless `cross`."""
+    c = ml_collections.ConfigDict()
+    c.name, c.hypothesis, c.note = name, hypothesis, note
+    c.levels = ml_collections.ConfigDict({level: LEVELS[level] for level in levels})
+    c.arms = ml_collections.ConfigDict(arms)
+    c.budgets, c.n_images, c.cross = tuple(budgets), tuple(n_images), False
+    c.rates, c.seeds, c.select_on = tuple(rates), seeds, "val"
+    c.keep_checkpoints = False
+    c.points = ml_collections.ConfigDict(
+        {task: point(task) for task in sorted({one["task"] for one in c.levels.values()})}
+    )
+    return c
+
+
+def point(task: str) -> ml_collections.ConfigDict:
+    """One point: trained until validation stops improving, scored on validation and test pictures."""
+    c = common.get_config(task)
+    c.optim.schedule, c.optim.warmup = "plateau", 0.02
+    c.eval.splits, c.eval.base, c.eval.forgetting = ("val", "test"), False, True
+    c.steps = {"vqa": 3000, "captioning": 1500}[task]  # a cap
+    return c

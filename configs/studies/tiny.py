@@ -1,0 +1,26 @@
+"""Does the machinery work? Two methods, two sizes, two shares of data: minutes, no evidence of anything.
+
+Hypothesis: none; a smoke test of the study's engine and report.
+
+    python main.py --config=configs/studies/tiny.py --workdir=runs/study_tiny
+"""
+
+from configs import common
+from configs.studies import base
+
+
+def get_config(arg=""):
+    a = common.parse_arg(arg, steps=60, seeds=2)
+    arms = {
+        "lora_head": base.arm("lora", 3e-3, sizes=(2, 8)),
+        "prefix_head": base.arm("prefix", 3e-2, sizes=(4, 16)),
+        "head": base.CONTROLS["head"],
+    }
+    c = base.study(
+        "tiny", __doc__, ("captions_human", "vqa_stated"), arms, budgets=(), n_images=(64, 256), seeds=a.seeds,
+        rates=(1.0, 3.0), note="smoke test: a few steps, no evidence",
+    )  # fmt: skip
+    for point in c.points.values():
+        point.data.n_train, point.data.n_val, point.data.n_test = 256, 64, 64
+        point.steps, point.stop.every, point.stop.patience = a.steps, 20, 2
+    return c

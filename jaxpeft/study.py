@@ -1,0 +1,508 @@
+"""A study: a grid of points, run by any number of processes on one directory, resumed, and then reported.
+
+A study is a config (configs/studies/): `levels` (what is learned, from near to far from pre-training), `arms` (method,
+head, sizes or stored-count budgets), `n_images` (nested subsets), `rates` and `seeds`. A cell is (level, arm, size,
+n_images). Each cell is trained at every rate with seed 0; the rate with the best main metric on validation pictures, and
+never the test ones, is then trained with the other seeds, which draw another subset, initialisation and order.
+
+    DIR/study.json          the config and what the runs depend on
+    DIR/points/ID/          one run, as `main.py` leaves it for a single point: result.json, predictions.jsonl, ...
+    DIR/claims/ID           who is working on it; survives its owner by at most STALE seconds, then others take over
+    DIR/failures/ID.jsonl   a line per failed try; after TRIES the run is given up and reported as failed
+    DIR/stale/              runs that a change of config or code has made out of date
+    DIR/results.jsonl       a line per run: what the report reads
+"""
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from jaxpeft import budget, datasets, hub, methods, point, results, tasks
+
+TRIES = 3
+STALE, BEAT = 120.0, 10.0  # seconds: a claim whose owner has not touched it for so long is free; how often it does
+PACKAGE = Path(__file__).parent
+# what a run's numbers cannot depend on
+APART = ("study", "report", "progress", "pretrain", "__init__", "interchange/", "methods/", "tasks/", "datasets/")
+
+
+# ---------------------------------------------------------------- the grid
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Cell:
+    """A place in the grid; `size` is the method's rank, bottleneck or length, 0 where it has none."""
+
+    level: str
+    arm: str
+    size: int
+    n_images: int
+
+    def __str__(self):
+        return f"{self.level}-{self.arm}{self.size or ''}-n{self.n_images}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: a cell, a seed, a learning rate, and the config that `main.py` would run alone."""
+
+    cell: Cell
+    seed: int
+    lr: float
+    config: ml_collections.ConfigDict = dataclasses.field(compare=False, repr=False)
+
+    @property
+    def id(self) -> str:
+        return f"{self.cell}-s{self.seed}-lr{self.lr:.3g}"
+
+
+def cells(config) -> list[Cell]:
+    """The grid in a fixed order. Raises ValueError for an unknown method or level before anything runs."""
+    found = {}
+    for level, settings in config.levels.items():
+        for name, arm in config.arms.items():
+            if arm.get("levels") and level not in arm.levels:
+                continue
+            sizes = _sizes(config, settings["task"], arm)
+            for size, n_images in _pairs(config, sizes):
+                found[Cell(level, name, size, n_images)] = None
+    return list(found)
+
+
+def _pairs(config, sizes) -> Iterator[tuple[int, int]]:
+    """(size, n_images): every pair, or with config.cross=False the two axes through (middle size, all images)."""
+    middle, most = sizes[len(sizes) // 2], max(config.n_images)
+    for n_images in config.n_images:
+        for size in sizes:
+            if config.cross or size == middle or n_images == most:
+                yield size, n_images
+
+
+def _sizes(config, task: str, arm) -> tuple[int, ...]:
+    field = methods.size_field(arm.method)
+    if not field:
+        return (0,)
+    if arm.get("sizes"):
+        return tuple(arm.sizes)
+    return tuple(dict.fromkeys(_solved(config.points[task].base, task, arm.method, n) for n in config.budgets))
+
+
+@functools.cache
+def _solved(base: str, task: str, method: str, stored: int) -> int:
+    model, _, _ = hub.read(base, question_encoder=tasks.build(task).question_encoder)
+    return budget.solve_size(methods.build(method), model, stored).size
+
+
+def rates(config, cell: Cell) -> list[float]:
+    """The cell's learning rates: the arm's middle one times each of config.rates."""
+    return [float(f"{config.arms[cell.arm].lr * factor:.3g}") for factor in config.rates]
+
+
+def run_of(config, cell: Cell, seed: int, lr: float) -> Run:
+    """The run of a cell at a seed and a rate."""
+    level, arm = config.levels[cell.level], config.arms[cell.arm]
+    c = config.points[level["task"]].copy_and_resolve_references()
+    field = methods.size_field(arm.method)
+    c.method = ml_collections.ConfigDict({"name": arm.method, **methods.defaults(arm.method), **arm.get("fields", {})})
+    if field:
+        c.method[field] = cell.size
+    c.size, c.head, c.seed, c.data.subset_seed = cell.size, arm.head, seed, seed
+    c.data.n_images, c.optim.lr = cell.n_images, lr
+    c.eval.base = bool(arm.get("base")) and seed == 0  # the base is the same everywhere: once per level is enough
+    c.update({key: value for key, value in level.items() if key != "task"})
+    made = Run(cell, seed, lr, c)
+    c.name = made.id
+    return made
+
+
+def runs(config, finished: dict[str, dict], given_up=frozenset()) -> list[Run]:
+    """Every run that can be named now: all of seed 0, and of the other seeds where the cell's rate is chosen."""
+    named, later = [], []
+    for cell in cells(config):
+        tried = [run_of(config, cell, 0, lr) for lr in rates(config, cell)]
+        named += tried
+        if all(one.id in finished or one.id in given_up for one in tried):
+            lr = chosen_rate([finished[one.id] for one in tried if one.id in finished], config.select_on)
+            later += [run_of(config, cell, seed, lr) for seed in range(1, config.seeds)] if lr else []
+    return named + later
+
+
+def chosen_rate(tried: list[dict], split: str) -> float | None:
+    """The rate of the result with the best main metric on `split`; of equal ones the smallest. None of no results."""
+    key = [(-one["metrics"][split]["tuned"][one["main_metric"]], one["lr"]) for one in tried]
+    return min(key)[1] if key else None
+
+
+def n_runs(config) -> int:
+    """How many runs the whole study has."""
+    return len(cells(config)) * (len(config.rates) + config.seeds - 1)
+
+
+# ---------------------------------------------------------------- what a run depends on
+
+
+@functools.cache
+def _code_of(path: Path) -> str:
+    """A digest of what a file does: comments, docstrings and layout do not count."""
+    module = ast.parse(path.read_text())
+    for node in ast.walk(module):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+                body[0].value.value = ""
+    return hashlib.sha256(ast.dump(module).encode()).hexdigest()[:16]
+
+
+def depends_on(config) -> dict[str, str]:
+    """Name -> digest of the source files and settings that decide a point's numbers, for telling what a change touches."""
+    files = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
+    files = {name for name in files if not name.startswith(APART)}
+    files |= {"methods/base.py", "methods/compose.py", "tasks/base.py", f"tasks/{config.task}.py"}
+    files |= {str(path.relative_to(PACKAGE)) for path in (PACKAGE / "datasets").glob(f"{config.data.name}*.py")}
+    made = methods.build(config.method.name, config.head, **{k: v for k, v in config.method.items() if k != "name"})
+    files |= {f"methods/{type(one).__module__.rsplit('.', 1)[-1]}.py" for one in made}
+    return {name: _code_of(PACKAGE / name) for name in sorted(files)} | {"config": point.digest(point.as_json(config))}
+
+
+def changes(directory: Path, run: Run) -> list[str]:
+    """What differs from when the run's directory was made; [] where nothing does or there is no such directory."""
+    try:
+        before = json.loads((directory / "points" / run.id / "depends_on.json").read_text())
+    except FileNotFoundError:
+        return []
+    now = depends_on(run.config)
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+# ---------------------------------------------------------------- claims
+
+
+class Claim:
+    """The right to work on a run, held by at most one process of any host that sees the directory.
+
+    A file made with O_EXCL, touched every BEAT seconds by a thread. It is free again when its owner lets go, when the
+    owner's process is gone from this host, or when it was not touched for STALE seconds by the file system's own clock.
+    """
+
+    def __init__(self, directory: Path, name: str):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path, self._done, self._thread = directory / name, threading.Event(), None
+        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+    def take(self) -> bool:
+        """Whether the claim is now ours."""
+        if not (self._create(self._path) or self._take_over()):
+            return False
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+        return True
+
+    def release(self) -> None:
+        self._done.set()
+        self._thread.join()
+        self._path.unlink(missing_ok=True)
+
+    def owner(self) -> dict | None:
+        """Who holds it, or None where nobody does."""
+        try:
+            return None if self._stale() else json.loads(self._path.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _create(self, path: Path) -> bool:
+        """Written aside and linked: nobody sees half a claim."""
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        aside.write_text(json.dumps(self._me))
+        try:
+            os.link(aside, path)
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            aside.unlink()
+
+    def _take_over(self) -> bool:
+        """Replace a stale claim. A second file makes looking and replacing one act among those who try."""
+        gate = self._path.with_name(f".{self._path.name}.gate")
+        if not self._create(gate):
+            if self._age(gate) > STALE:  # whoever made it was killed between two lines
+                gate.unlink(missing_ok=True)
+            return False
+        try:
+            if not self._stale():
+                return False
+            self._path.unlink(missing_ok=True)
+            return self._create(self._path)
+        finally:
+            gate.unlink(missing_ok=True)
+
+    def _stale(self) -> bool:
+        try:
+            owner = json.loads(self._path.read_text())
+        except FileNotFoundError:
+            return False
+        if owner["host"] == self._me["host"] and _started(owner["pid"]) != owner["started"]:
+            return True
+        return self._age(self._path) > STALE
+
+    def _age(self, path: Path) -> float:
+        """Seconds since `path` was touched, on the clock of the file system: hosts' own clocks may differ."""
+        clock = path.with_name(f".clock.{uuid.uuid4().hex}")
+        clock.touch()
+        try:
+            return clock.stat().st_mtime - path.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+        finally:
+            clock.unlink(missing_ok=True)
+
+    def _beat(self):
+        while not self._done.wait(BEAT):
+            try:
+                os.utime(self._path)
+            except OSError:  # a full or unreachable disk: others may take over, the result is still written
+                pass
+
+
+def _started(pid: int) -> str:
+    """When a process of this host began, so that a reused number is not taken for it; '' where it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return stat.rsplit(")", 1)[1].split()[19]
+    except FileNotFoundError:
+        if Path("/proc/self").exists():
+            return ""
+    try:  # no /proc: macOS
+        os.kill(pid, 0)
+        return "alive"
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        return "alive"
+
+
+# ---------------------------------------------------------------- the state of a directory
+
+
+@dataclasses.dataclass
+class State:
+    """What a study directory holds now."""
+
+    finished: dict[str, dict]  # id -> result
+    tries: dict[str, list[dict]]  # id -> failures
+    stale: dict[str, list[str]]  # id -> what changed
+    runs: list[Run]
+
+    @property
+    def given_up(self) -> set[str]:
+        return {name for name, failures in self.tries.items() if len(failures) >= TRIES}
+
+    @property
+    def todo(self) -> list[Run]:
+        return [run for run in self.runs if run.id not in self.finished and run.id not in self.given_up]
+
+
+def read(config, directory: Path) -> State:
+    """Look at everything in `directory` that belongs to the study's runs."""
+    finished, stale = {}, {}
+    tries = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((directory / "failures").glob("*.jsonl"))
+    }
+    state = State(finished, tries, stale, [])
+    seen: set[str] = set()
+    while True:  # finished trials name the runs of the other seeds
+        state.runs = runs(config, finished, state.given_up)
+        new = [run for run in state.runs if run.id not in seen]
+        if not new:
+            return state
+        for run in new:
+            seen.add(run.id)
+            if changed := changes(directory, run):
+                stale[run.id] = changed
+                continue
+            try:
+                finished[run.id] = json.loads((directory / "points" / run.id / "result.json").read_text())
+            except FileNotFoundError:
+                pass
+
+
+def plan(config, state: State) -> str:
+    """What will run and why, for the user to read before it does."""
+    n_all, n_known = n_runs(config), len(state.runs)
+    lines = [
+        f"study {config.name}: {len(cells(config))} cells, {n_all} runs; {len(state.finished)} done, {len(state.todo)} "
+        f"to do, {n_all - n_known} wait for their cell's learning rate"
+    ]
+    for name, changed in sorted(state.stale.items()):
+        lines.append(f"  out of date, runs again: {name} ({', '.join(changed)})")
+    for name in sorted(state.given_up):
+        lines.append(f"  given up after {TRIES} tries: {name} ({state.tries[name][-1]['error']})")
+    return "\n".join(lines)
+
+
+def set_aside(directory: Path, state: State) -> None:
+    """Move runs that are out of date, and their failures, to DIR/stale: nothing that was computed is deleted."""
+    for name in state.stale:
+        aside = directory / "stale" / f"{name}.{uuid.uuid4().hex[:6]}"
+        aside.parent.mkdir(exist_ok=True)
+        os.replace(directory / "points" / name, aside)
+        (directory / "failures" / f"{name}.jsonl").unlink(missing_ok=True)
+        state.tries.pop(name, None)
+    state.stale.clear()
+
+
+def collect(directory: Path, state: State) -> list[dict]:
+    """The rows of results.jsonl: every run that is done, and every one given up, by id."""
+    rows = []
+    for run in state.runs:
+        facts = {**dataclasses.asdict(run.cell), "id": run.id, "seed": run.seed, "lr": run.lr}
+        if run.id in state.finished:
+            rows.append(facts | state.finished[run.id])
+        elif run.id in state.given_up:
+            rows.append(facts | {"status": "failed", "error": state.tries[run.id][-1]["error"]})
+    rows.sort(key=lambda row: row["id"])
+    results.write_jsonl(directory / "results.jsonl", rows)
+    return rows
+
+
+def keep_pictures(config, directory: Path, n: int = 8) -> None:
+    """The first test pictures of every level, for the report, which reads files only."""
+    for level in config.levels:
+        c = run_of(config, next(cell for cell in cells(config) if cell.level == level), 0, 1.0).config
+        out = directory / "pictures" / level
+        if out.exists():
+            continue
+        split = datasets.load(c.data, ["test"])["test"]
+        aside = out.with_name(f".{level}.{uuid.uuid4().hex}")
+        aside.mkdir(parents=True)
+        for i in np.linspace(0, len(split.rows) - 1, min(n, len(split.rows))).round().astype(int).tolist():
+            Image.fromarray(np.asarray(split.images[i])).save(aside / f"{split.rows[i]['image_id']}.png")
+        os.replace(aside, out)
+
+
+# ---------------------------------------------------------------- running
+
+
+def execute(run: Run, directory: Path, log, keep_checkpoints: bool = False) -> bool:
+    """Run one point in its directory; a failure is written down and False returned. KeyboardInterrupt goes through."""
+    workdir = directory / "points" / run.id
+    workdir.mkdir(parents=True, exist_ok=True)
+    results.write_json(workdir / "depends_on.json", depends_on(run.config))
+    began = time.time()
+    with (workdir / "log.txt").open("a", buffering=1) as file, contextlib.redirect_stdout(file):
+        try:
+            result = point.run(run.config, workdir)
+        except Exception as error:  # whatever it is, the other points go on
+            traceback.print_exc(file=file)
+            failures = directory / "failures"
+            failures.mkdir(exist_ok=True)
+            line = {"error": f"{type(error).__name__}: {error}"[:500], "time": began, "host": socket.gethostname()}
+            with (failures / f"{run.id}.jsonl").open("a") as out:
+                out.write(json.dumps(line) + "\n")
+            result = None
+    if result is None:
+        log(f"failed: {run.id}: {line['error']}")
+        return False
+    if not keep_checkpoints:
+        shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+    split = result["metrics"][run.config.eval.splits[-1]]
+    log(
+        f"{run.id}: {result['main_metric']} {split['tuned'][result['main_metric']]:.3f}, "
+        f"{result['timing']['steps']} steps, {result['timing']['total_s']:.0f} s"
+    )
+    return True
+
+
+def work(config, directory: Path, log=print) -> None:
+    """Do runs until none is left that nobody else is doing. Any number of processes may do this on one directory."""
+    while True:
+        state, busy = read(config, directory), 0
+        for run in state.todo:
+            claim = Claim(directory / "claims", run.id)
+            if not claim.take():
+                busy += 1
+                continue
+            try:
+                if changed := changes(directory, run):
+                    set_aside(directory, State({}, state.tries, {run.id: changed}, []))
+                if not (directory / "points" / run.id / "result.json").exists():  # finished since we looked
+                    execute(run, directory, log, config.keep_checkpoints)
+            finally:
+                claim.release()
+            break
+        else:
+            if not busy:
+                return
+            time.sleep(1.0)
+
+
+def run(config, workdir: str | Path, workers: int = 0, command: list[str] | None = None, log=print) -> list[dict]:
+    """Everything of the study that is not done, then results.jsonl -> its rows.
+
+    `workers` processes, each on its own cores (0: one per core on CPU, one on an accelerator), are started with `command`
+    and `--worker=I`; with one, or no command, this process does the work.
+    """
+    directory = Path(workdir)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = read(config, directory)
+    log(plan(config, state))
+    set_aside(directory, state)
+    results.write_json(directory / "study.json", {"config": point.as_json(config), "command": " ".join(command or [])})
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers or (n_cores if jax.default_backend() == "cpu" else 1)
+    if workers == 1 or not command or not state.todo:
+        work(config, directory, log)
+    else:
+        _processes(command, min(workers, len(state.todo)), n_cores)
+    state = read(config, directory)
+    rows = collect(directory, state)
+    keep_pictures(config, directory)
+    log(plan(config, state))
+    return rows
+
+
+def _processes(command: list[str], workers: int, n_cores: int) -> None:
+    """Start workers pinned to equal shares of the cores and wait; a signal to this process reaches them too."""
+    pin = (
+        "import os, sys; cores = sorted(os.sched_getaffinity(0)); i, n = int(sys.argv[1]), int(sys.argv[2]); "
+        "os.sched_setaffinity(0, cores[i * len(cores) // n : (i + 1) * len(cores) // n] or cores[i % len(cores) :][:1]); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[3:]])"
+    )
+    if not hasattr(os, "sched_setaffinity"):
+        pin = "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[3:]])"
+    children = [
+        subprocess.Popen([sys.executable, "-c", pin, str(i), str(workers), *command, f"--worker={i}"])
+        for i in range(workers)
+    ]
+    try:
+        codes = [child.wait() for child in children]
+    except KeyboardInterrupt:
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.wait()
+        raise
+    if bad := [code for code in codes if code not in (0, 130)]:
+        raise RuntimeError(f"{len(bad)} of {workers} workers ended with {bad}; the same command goes on from here")
+    if 130 in codes:
+        raise KeyboardInterrupt
