@@ -98,6 +98,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.eval.batch_size = 128
     c.eval.beams = 1
     c.eval.base = True  # score the frozen base too
+    c.eval.gallery = True
     c.eval.forgetting = False  # scenes: how much likelier or not web captions of test pictures became
     return c
 

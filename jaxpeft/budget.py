@@ -31,11 +31,12 @@ class Solved:
 
 def abstract_counts(method: Method | Iterable[Method], model) -> dict[str, int]:
     """`sites.counts` of a method on a model without computing anything."""
-    variables = jax.eval_shape(lambda: _attached(method, model))
+    variables = jax.eval_shape(lambda: attached(method, model))
     return sites.counts(variables, sites.trainable(method, variables))
 
 
-def _attached(method, model):
+def attached(method, model):
+    """Variables of a freshly initialised model with a method, to be traced and not computed."""
     params = model.init(jax.random.key(0), model.example())["params"]
     return sites.attach(model, params, method, jax.random.key(0))
 

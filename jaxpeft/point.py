@@ -133,7 +133,7 @@ def run(config, workdir: str | Path, log=print) -> dict:
         "status": "done",
     }
     results.write_jsonl(workdir / "predictions.jsonl", rows)
-    if rows:
+    if rows and config.eval.gallery:
         _gallery(workdir, held_out[config.eval.splits[-1]], rows)
     results.write_json(workdir / "result.json", result)
     log(f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl, gallery.png")
@@ -184,8 +184,7 @@ def setup_model(config, task: tasks.Task, train: datasets.Split, log):
         model, params = hub.scratch(model.config, model.tokenizer, config.seed)
     elif config.init != "base":
         raise ValueError(f"init is {config.init!r}; choose 'base' (the checkpoint's weights) or 'scratch' (random)")
-    fields = {key: value for key, value in config.method.items() if key != "name"}
-    chosen = methods.build(config.method.name, config.head, **fields)
+    chosen = methods_of(config)
 
     unknown = [word for text in task.texts(train) for word in model.tokenizer.unknown_words(text)]
     new = []
@@ -198,6 +197,12 @@ def setup_model(config, task: tasks.Task, train: datasets.Split, log):
         log(f"vocabulary: {len(unknown)} words of the training texts are unknown to the base and read as [UNK]")
     facts = {"base": str(config.base), "init": config.init, "report": report}
     return model, params, chosen, facts | {"unknown_words": len(unknown), "new_words": len(new)}
+
+
+def methods_of(config) -> tuple[methods.Method, ...]:
+    """The methods that a config names."""
+    fields = {key: value for key, value in config.method.items() if key != "name"}
+    return methods.build(config.method.name, config.head, **fields)
 
 
 def can_cache(config, mask, model, n_pictures: int) -> tuple[bool, str]:

@@ -14,6 +14,7 @@ never the test ones, is then trained with the other seeds, which draw another su
 """
 
 import ast
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -36,7 +37,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from jaxpeft import budget, datasets, hub, methods, point, results, tasks
+from jaxpeft import budget, data, datasets, hub, methods, optim, point, results, sites, tasks, train, tree
 
 TRIES = 3
 STALE, BEAT = 120.0, 10.0  # seconds: a claim whose owner has not touched it for so long is free; how often it does
@@ -108,8 +109,12 @@ def _sizes(config, task: str, arm) -> tuple[int, ...]:
 
 @functools.cache
 def _solved(base: str, task: str, method: str, stored: int) -> int:
-    model, _, _ = hub.read(base, question_encoder=tasks.build(task).question_encoder)
-    return budget.solve_size(methods.build(method), model, stored).size
+    return budget.solve_size(methods.build(method), _model(base, task), stored).size
+
+
+@functools.cache
+def _model(base: str, task: str):
+    return hub.read(base, question_encoder=tasks.build(task).question_encoder)[0]
 
 
 def rates(config, cell: Cell) -> list[float]:
@@ -178,8 +183,7 @@ def depends_on(config) -> dict[str, str]:
     files = {name for name in files if not name.startswith(APART)}
     files |= {"methods/base.py", "methods/compose.py", "tasks/base.py", f"tasks/{config.task}.py"}
     files |= {str(path.relative_to(PACKAGE)) for path in (PACKAGE / "datasets").glob(f"{config.data.name}*.py")}
-    made = methods.build(config.method.name, config.head, **{k: v for k, v in config.method.items() if k != "name"})
-    files |= {f"methods/{type(one).__module__.rsplit('.', 1)[-1]}.py" for one in made}
+    files |= {f"methods/{type(one).__module__.rsplit('.', 1)[-1]}.py" for one in point.methods_of(config)}
     return {name: _code_of(PACKAGE / name) for name in sorted(files)} | {"config": point.digest(point.as_json(config))}
 
 
@@ -191,6 +195,88 @@ def changes(directory: Path, run: Run) -> list[str]:
         return []
     now = depends_on(run.config)
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+# ---------------------------------------------------------------- what it will cost
+
+
+def dry_run(config, directory: Path, log=print) -> str:
+    """The plan, and per cell what is tuned and stored, memory and time: measured where the directory has a finished run
+    of the same level, method and size, estimated else (the step's FLOPs, at half of what a matrix product reaches here,
+    for as many steps as the cap allows; memory without activations). Traces a step per task and arm, compiles none."""
+    state = read(config, directory)
+    lines, total, speed, traced = [plan(config, state)], 0.0, 0.5 * _flops_per_second(), {}
+    left = collections.Counter(run.cell for run in state.todo)
+    waiting = {cell: len(config.rates) + config.seeds - 1 for cell in cells(config)}
+    for cell in waiting:
+        waiting[cell] -= sum(run.cell == cell for run in state.runs)
+    rows = [("cell", "runs left", "tuned", "stored", "MB", "s a run", "")]
+    for cell in cells(config):
+        c = run_of(config, cell, 0, rates(config, cell)[0]).config
+        key = (c.task, cell.arm)
+        if key not in traced:
+            traced[key] = _traced(c)
+        flops, features, params = traced[key]
+        counts = budget.abstract_counts(point.methods_of(c), _model(c.base, c.task))
+        measured = [
+            one["timing"]["total_s"] for run in state.runs if (one := state.finished.get(run.id))
+            and (run.cell.level, run.cell.arm, run.cell.size) == (cell.level, cell.arm, cell.size)
+        ]  # fmt: skip
+        seconds = float(np.median(measured)) if measured else c.steps * flops / speed
+        n_left = left[cell] + waiting[cell]
+        total += seconds * n_left
+        megabytes = (4 * (params + 3 * counts["tuned"] + counts["stored"]) + features) / 1e6
+        said = "measured" if measured else "training alone, at most"
+        cell_of = (
+            str(cell),
+            n_left,
+            f"{counts['tuned']:,}",
+            f"{counts['stored']:,}",
+            f"{megabytes:.0f}",
+            f"{seconds:.0f}",
+        )
+        rows.append((*map(str, cell_of), said))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines += ["  ".join(value.ljust(w) for value, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append(
+        f"{sum(left.values()) + sum(waiting.values())} runs left, about {total / 3600:.1f} hours on one worker"
+    )
+    return "\n".join(lines)
+
+
+def _flops_per_second() -> float:
+    """What a float32 matrix product reaches on this device."""
+    x, product = jax.numpy.ones((1024, 1024)), jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    began = time.perf_counter()
+    for _ in range(5):
+        product(x).block_until_ready()
+    return 5 * 2 * 1024**3 / (time.perf_counter() - began)
+
+
+def _traced(c) -> tuple[float, int, int]:
+    """(FLOPs of a training step, bytes of image features, parameters of the base) of a point, nothing computed."""
+    model, task, chosen = _model(c.base, c.task), tasks.build(c.task, **c.task_options), point.methods_of(c)
+    n_pictures = c.data.n_train + c.data.n_val + c.data.n_test if c.data.name == "scenes" else c.data.n_images
+    few = c.data.copy_and_resolve_references()
+    if c.data.name == "scenes":
+        few.n_train = 64
+    examples = task.examples(datasets.load(few, ["train"])["train"], model.tokenizer)
+    variables = jax.eval_shape(lambda: budget.attached(chosen, model))
+    mask = sites.trainable(chosen, variables)
+    cached, _ = point.can_cache(c, mask, model, n_pictures)
+    size = model.config.image_size
+    pictures = None if cached else np.zeros((len(examples), size, size, 3), np.uint8)
+    batch = data.gather(dataclasses.replace(examples, images=pictures), np.arange(c.batch_size) % len(examples))
+    tuned, frozen = tree.split(variables, mask)
+    tx = optim.optimizer(c.optim, tuned, c.steps)
+    state = jax.eval_shape(lambda tuned: train.TrainState(jax.numpy.int32(0), tuned, tx.init(tuned)), tuned)
+    shape = (64, 1 + model.config.n_patches, model.config.vision_width)
+    features = jax.ShapeDtypeStruct(shape, "float32") if cached else None
+    step = functools.partial(train.train_step, model=model, task=task, tx=tx, accumulate=c.accumulate)
+    analysis = jax.jit(step).lower(state, frozen, features, batch).cost_analysis()
+    n_bytes = 4 * n_pictures * int(np.prod(shape[1:])) if cached else 0
+    return float(analysis["flops"]), n_bytes, tree.count(variables["params"])
 
 
 # ---------------------------------------------------------------- claims

@@ -56,6 +56,6 @@ def point(task: str) -> ml_collections.ConfigDict:
     """One point: trained until validation stops improving, scored on validation and test pictures."""
     c = common.get_config(task)
     c.optim.schedule, c.optim.warmup = "plateau", 0.02
-    c.eval.splits, c.eval.base, c.eval.forgetting = ("val", "test"), False, True
+    c.eval.splits, c.eval.base, c.eval.forgetting, c.eval.gallery = ("val", "test"), False, True, False
     c.steps = {"vqa": 3000, "captioning": 1500}[task]  # a cap
     return c
