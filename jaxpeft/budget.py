@@ -1,6 +1,7 @@
 """One budget for all methods: the size whose stored count is nearest a target, from shapes alone."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -31,14 +32,18 @@ class Solved:
 
 def abstract_counts(method: Method | Iterable[Method], model) -> dict[str, int]:
     """`sites.counts` of a method on a model without computing anything."""
-    variables = jax.eval_shape(lambda: attached(method, model))
+    variables = abstract_variables(method, model)
     return sites.counts(variables, sites.trainable(method, variables))
 
 
-def attached(method, model):
-    """Variables of a freshly initialised model with a method, to be traced and not computed."""
-    params = model.init(jax.random.key(0), model.example())["params"]
-    return sites.attach(model, params, method, jax.random.key(0))
+def abstract_variables(method: Method | Iterable[Method], model):
+    """What `attach` gives, as shapes."""
+    return jax.eval_shape(lambda params: sites.attach(model, params, method, jax.random.key(0)), _params(model))
+
+
+@functools.lru_cache(maxsize=32)
+def _params(model):
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), model.example())["params"])
 
 
 def solve_size(method: Method | Iterable[Method], model, budget: int) -> Solved:

@@ -215,6 +215,7 @@ def stack(trees: Iterable[Tree]) -> Tree:
 
 
 @functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=32)  # a trace takes half a second, and attaching, counting and solving all ask
 def sites(model: nn.Module) -> tuple[Site, ...]:
     """Every site of a model, from one abstract trace; nothing is computed."""
     recorded = jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["sites"]

@@ -64,16 +64,32 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: a cell, a seed, a learning rate, and the config that `main.py` would run alone."""
+    """One training: a cell of a study, a seed, a learning rate."""
 
     cell: Cell
     seed: int
     lr: float
-    config: ml_collections.ConfigDict = dataclasses.field(compare=False, repr=False)
+    study: ml_collections.ConfigDict = dataclasses.field(compare=False, repr=False)
 
     @property
     def id(self) -> str:
         return f"{self.cell}-s{self.seed}-lr{self.lr:.3g}"
+
+    @functools.cached_property
+    def config(self) -> ml_collections.ConfigDict:
+        """The config that `main.py` would run alone."""
+        level, arm = self.study.levels[self.cell.level], self.study.arms[self.cell.arm]
+        c = self.study.points[level["task"]].copy_and_resolve_references()
+        fields = {**methods.defaults(arm.method), **arm.get("fields", {})}
+        if field := methods.size_field(arm.method):
+            fields[field] = self.cell.size
+        c.method = ml_collections.ConfigDict({"name": arm.method, **fields})
+        c.name, c.size, c.head = self.id, self.cell.size, arm.head
+        c.seed = c.data.subset_seed = self.seed
+        c.data.n_images, c.optim.lr = self.cell.n_images, self.lr
+        c.eval.base = bool(arm.get("base")) and self.seed == 0  # the base is the same everywhere: scored once a level
+        c.update({key: value for key, value in level.items() if key != "task"})
+        return c
 
 
 def cells(config) -> list[Cell]:
@@ -122,32 +138,15 @@ def rates(config, cell: Cell) -> list[float]:
     return [float(f"{config.arms[cell.arm].lr * factor:.3g}") for factor in config.rates]
 
 
-def run_of(config, cell: Cell, seed: int, lr: float) -> Run:
-    """The run of a cell at a seed and a rate."""
-    level, arm = config.levels[cell.level], config.arms[cell.arm]
-    c = config.points[level["task"]].copy_and_resolve_references()
-    field = methods.size_field(arm.method)
-    c.method = ml_collections.ConfigDict({"name": arm.method, **methods.defaults(arm.method), **arm.get("fields", {})})
-    if field:
-        c.method[field] = cell.size
-    c.size, c.head, c.seed, c.data.subset_seed = cell.size, arm.head, seed, seed
-    c.data.n_images, c.optim.lr = cell.n_images, lr
-    c.eval.base = bool(arm.get("base")) and seed == 0  # the base is the same everywhere: once per level is enough
-    c.update({key: value for key, value in level.items() if key != "task"})
-    made = Run(cell, seed, lr, c)
-    c.name = made.id
-    return made
-
-
 def runs(config, finished: dict[str, dict], given_up=frozenset()) -> list[Run]:
     """Every run that can be named now: all of seed 0, and of the other seeds where the cell's rate is chosen."""
     named, later = [], []
     for cell in cells(config):
-        tried = [run_of(config, cell, 0, lr) for lr in rates(config, cell)]
+        tried = [Run(cell, 0, lr, config) for lr in rates(config, cell)]
         named += tried
         if all(one.id in finished or one.id in given_up for one in tried):
             lr = chosen_rate([finished[one.id] for one in tried if one.id in finished], config.select_on)
-            later += [run_of(config, cell, seed, lr) for seed in range(1, config.seeds)] if lr else []
+            later += [Run(cell, seed, lr, config) for seed in range(1, config.seeds)] if lr else []
     return named + later
 
 
@@ -170,10 +169,8 @@ def _code_of(path: Path) -> str:
     """A digest of what a file does: comments, docstrings and layout do not count."""
     module = ast.parse(path.read_text())
     for node in ast.walk(module):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-                body[0].value.value = ""
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
     return hashlib.sha256(ast.dump(module).encode()).hexdigest()[:16]
 
 
@@ -212,7 +209,7 @@ def dry_run(config, directory: Path, log=print) -> str:
         waiting[cell] -= sum(run.cell == cell for run in state.runs)
     rows = [("cell", "runs left", "tuned", "stored", "MB", "s a run", "")]
     for cell in cells(config):
-        c = run_of(config, cell, 0, rates(config, cell)[0]).config
+        c = Run(cell, 0, rates(config, cell)[0], config).config
         key = (c.task, cell.arm)
         if key not in traced:
             traced[key] = _traced(c)
@@ -262,7 +259,7 @@ def _traced(c) -> tuple[float, int, int]:
     if c.data.name == "scenes":
         few.n_train = 64
     examples = task.examples(datasets.load(few, ["train"])["train"], model.tokenizer)
-    variables = jax.eval_shape(lambda: budget.attached(chosen, model))
+    variables = budget.abstract_variables(chosen, model)
     mask = sites.trainable(chosen, variables)
     cached, _ = point.can_cache(c, mask, model, n_pictures)
     size = model.config.image_size
@@ -407,9 +404,9 @@ class State:
         return [run for run in self.runs if run.id not in self.finished and run.id not in self.given_up]
 
 
-def read(config, directory: Path) -> State:
-    """Look at everything in `directory` that belongs to the study's runs."""
-    finished, stale = {}, {}
+def read(config, directory: Path, known: State | None = None) -> State:
+    """Look at everything in `directory` that belongs to the study's runs; what `known` has finished is taken over."""
+    finished, stale = dict(known.finished) if known else {}, {}
     tries = {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()]
         for path in sorted((directory / "failures").glob("*.jsonl"))
@@ -423,6 +420,8 @@ def read(config, directory: Path) -> State:
             return state
         for run in new:
             seen.add(run.id)
+            if run.id in finished:
+                continue
             if changed := changes(directory, run):
                 stale[run.id] = changed
                 continue
@@ -474,7 +473,7 @@ def collect(directory: Path, state: State) -> list[dict]:
 def keep_pictures(config, directory: Path, n: int = 8) -> None:
     """The first test pictures of every level, for the report, which reads files only."""
     for level in config.levels:
-        c = run_of(config, next(cell for cell in cells(config) if cell.level == level), 0, 1.0).config
+        c = Run(next(cell for cell in cells(config) if cell.level == level), 0, 1.0, config).config
         out = directory / "pictures" / level
         if out.exists():
             continue
@@ -521,8 +520,9 @@ def execute(run: Run, directory: Path, log, keep_checkpoints: bool = False) -> b
 
 def work(config, directory: Path, log=print) -> None:
     """Do runs until none is left that nobody else is doing. Any number of processes may do this on one directory."""
+    state = None
     while True:
-        state, busy = read(config, directory), 0
+        state, busy = read(config, directory, state), 0
         for run in state.todo:
             claim = Claim(directory / "claims", run.id)
             if not claim.take():

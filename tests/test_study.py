@@ -1,0 +1,304 @@
+"""The grid, who works on what, and what is run again; points are trained in test_train.py and replaced here."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.studies import base, tiny
+from jaxpeft import data, report, results, study
+from jaxpeft.datasets import scenes
+from jaxpeft.study import Cell, Claim
+
+SCORES = {"val": {0.003: 0.5, 0.009: 0.6, 0.03: 0.7, 0.09: 0.7}, "test": {0.003: 0.9, 0.009: 0.1, 0.03: 0.3, 0.09: 0.2}}
+
+
+@pytest.fixture
+def config():
+    return tiny.get_config("steps=3")
+
+
+def fake_point(config, workdir, log=print):
+    """A finished run of which the score depends on the rate alone, in the files that a real one leaves."""
+    task, metric = config.task, {"vqa": "accuracy", "captioning": "cider_d"}[config.task]
+    scores = {
+        split: {
+            "tuned": {metric: SCORES[split][config.optim.lr], "nll": 1.0},
+            "n": 4,
+            "blind": {"majority": {metric: 0.0}},
+        }
+        for split in ("val", "test")
+    }
+    if config.eval.base:
+        scores["test"]["base"] = {metric: 0.05}
+    rng = np.random.default_rng(config.seed)
+    rows = [
+        {
+            "split": "test",
+            "image_id": f"scenes-test-{i}",
+            "references": ["a"],
+            "tuned": "<b>",
+            f"tuned_{metric}": rng.random(),
+        }
+        for i in range(4)
+    ]
+    results.write_jsonl(Path(workdir) / "predictions.jsonl", rows)
+    timing = {"steps": 3, "stopped": "plateau", "step_s": 0.1, "compile_s": 1.0, "total_s": 2.0}
+    result = {"main_metric": metric, "metrics": scores, "timing": timing, "status": "done", "task": task}
+    result |= {"counts": {"tuned": 10 * (config.size + 1), "stored": 10 * (config.size + 1), "total": 1000}}
+    result |= {"forgetting": {"base": 0.5, "tuned": 0.7, "n": 4}, "lr": config.optim.lr}
+    result |= {"machine": {"device": "a"}, "versions": {"jax": "b"}, "digests": {"base": "c"}}
+    results.write_json(Path(workdir) / "result.json", result)
+    return result
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    ran = []
+
+    def run(config, workdir, log=print):
+        ran.append(config.name)
+        return fake_point(config, workdir, log)
+
+    monkeypatch.setattr(study.point, "run", run)
+    monkeypatch.setattr(study, "keep_pictures", lambda *_: None)
+    return ran
+
+
+def quiet(*_):
+    pass
+
+
+def test_the_grid_is_both_axes_through_the_middle(config):
+    cells = study.cells(config)
+    of_lora = [(c.size, c.n_images) for c in cells if c.level == "vqa_stated" and c.arm == "lora_head"]
+    assert of_lora == [(8, 64), (2, 256), (8, 256)]
+    assert len(cells) == len(set(cells)) == 2 * (3 + 3 + 2)
+    config.cross = True
+    assert len(study.cells(config)) == 2 * (4 + 4 + 2)
+
+
+def test_every_cell_has_the_same_number_of_rates_and_ids_are_stable(config):
+    named = study.runs(config, {})
+    assert len({run.id for run in named}) == len(named) == 2 * len(study.cells(config))
+    assert named[0].id == "captions_human-head-n64-s0-lr0.003"
+    assert all(len(study.rates(config, cell)) == 2 for cell in study.cells(config))
+
+
+def test_a_run_is_a_config_that_main_runs_alone(config):
+    run = study.Run(Cell("vqa_stated", "lora_head", 8, 64), 1, 0.003, config)
+    c = run.config
+    assert (c.method.name, c.method.rank, c.head, c.optim.lr) == ("lora", 8, "transform", 0.003)
+    assert (c.seed, c.data.subset_seed, c.data.n_images, tuple(c.data.types)) == (
+        1,
+        1,
+        64,
+        ("color", "shape", "position"),
+    )
+    assert c.name == run.id and c.optim.schedule == "plateau"
+
+
+def test_sizes_are_solved_for_the_budget_and_prompt_is_capped():
+    c = base.study("x", "", ("vqa_stated",), base.arms("none"), (2000, 20_000, 10**6), (64,))
+    sizes = {arm: [cell.size for cell in study.cells(c) if cell.arm == arm] for arm in c.arms}
+    assert all(sizes[arm] == sorted(set(sizes[arm])) for arm in sizes)
+    assert len(sizes["lora"]) == 3 and len(sizes["prompt"]) < 3
+
+
+def test_the_rate_is_chosen_on_validation_and_never_on_test(config, fake, tmp_path):
+    study.run(config, tmp_path, log=quiet)
+    later = [name for name in fake if "-s1-" in name]
+    assert len(later) == len(study.cells(config))
+    # by test scores it would be .003 and .03; .03 and .09 are equal on validation: the smaller one
+    assert {name.rsplit("lr", 1)[1] for name in later if "prefix" not in name} == {"0.009"}
+    assert {name.rsplit("lr", 1)[1] for name in later if "prefix" in name} == {"0.03"}
+
+
+def test_subsets_of_a_seed_nest_and_are_the_same_for_every_method(config):
+    split = scenes.load({"n_train": 300}, ["train"])["train"]
+    ids = {}
+    for arm, size in (("lora_head", 8), ("prefix_head", 16)):
+        for n in (64, 256):
+            c = study.Run(Cell("vqa_stated", arm, size, n), 1, 0.01, config).config.data
+            taken, _ = data.subset(split, seed=c.subset_seed, n_images=c.n_images)
+            ids[arm, n] = [row["image_id"] for row in taken.rows]
+    assert ids["lora_head", 64] == ids["prefix_head", 64] == ids["lora_head", 256][:64]
+
+
+def test_nothing_that_is_done_runs_again(config, fake, tmp_path):
+    rows = study.run(config, tmp_path, log=quiet)
+    assert len(rows) == len(fake) == study.n_runs(config)
+    said = []
+    assert study.run(config, tmp_path, log=said.append) == rows
+    assert len(fake) == study.n_runs(config) and "48 done, 0 to do" in said[0]
+
+
+def test_a_changed_config_runs_again_only_what_it_touches(config, fake, tmp_path):
+    study.run(config, tmp_path, log=quiet)
+    before, said = len(fake), []
+    config.points.vqa.optim.decay = 0.1
+    study.run(config, tmp_path, log=said.append)
+    again = fake[before:]
+    assert again and all(name.startswith("vqa") for name in again) and len(again) == before / 2
+    assert "out of date, runs again: vqa_stated-head-n256-s0-lr0.003 (config)" in said[0]
+    assert len(list((tmp_path / "stale").iterdir())) == before / 2  # kept, not deleted
+
+
+def test_a_changed_method_runs_again_only_its_points(config, fake, tmp_path, monkeypatch):
+    study.run(config, tmp_path, log=quiet)
+    before, code_of = len(fake), study._code_of
+    monkeypatch.setattr(study, "_code_of", lambda path: "new" if path.name == "prefix.py" else code_of(path))
+    study.run(config, tmp_path, log=quiet)
+    assert fake[before:] and all("prefix" in name for name in fake[before:])
+
+
+def test_comments_and_docstrings_are_not_code(tmp_path):
+    versions = (
+        "def f(x):\n    return x + 1\n",
+        '"""About."""\n\n\ndef f(x):  # why\n    """Docs."""\n    return x + 1\n',
+        "def f(x):\n    return x + 2\n",
+    )
+    digests = []
+    for i, text in enumerate(versions):
+        path = tmp_path / f"{i}.py"
+        path.write_text(text)
+        digests.append(study._code_of(path))
+    assert digests[2] not in digests[:2]
+    assert digests[0] == digests[1]
+
+
+def test_a_failed_run_is_tried_three_times_and_stops_no_other(config, fake, tmp_path, monkeypatch):
+    works = study.point.run
+
+    def fails(config, workdir, log=print):
+        if config.name.startswith("vqa_stated-head-n64-s0-lr0.003"):
+            fake.append(config.name)
+            raise FloatingPointError("loss is nan")
+        return works(config, workdir, log)
+
+    monkeypatch.setattr(study.point, "run", fails)
+    said = []
+    rows = study.run(config, tmp_path, log=said.append)
+    bad = "vqa_stated-head-n64-s0-lr0.003"
+    assert fake.count(bad) == 3
+    assert [row["error"] for row in rows if row["status"] == "failed"] == ["FloatingPointError: loss is nan"]
+    assert sum(row["status"] == "done" for row in rows) == study.n_runs(config) - 1
+    assert f"given up after 3 tries: {bad}" in said[-1]
+    assert f"{bad}</td>" in (report.write(tmp_path) and (tmp_path / "report" / "index.html").read_text())
+
+
+def test_a_stop_is_not_a_failure(config, fake, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study.point, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        study.run(config, tmp_path, log=quiet)
+    assert not (tmp_path / "failures").exists() and not list((tmp_path / "claims").iterdir())
+
+
+# ---------------------------------------------------------------- claims on runs
+
+
+def test_a_claim_is_held_by_one(tmp_path):
+    first, second = Claim(tmp_path, "a"), Claim(tmp_path, "a")
+    assert first.take() and not second.take() and Claim(tmp_path, "b").take()
+    assert second.owner()["pid"] == os.getpid()
+    first.release()
+    assert second.take()
+    second.release()
+
+
+def test_a_claim_of_a_dead_process_is_free(tmp_path):
+    code = (
+        f"from jaxpeft.study import Claim; from pathlib import Path; assert Claim(Path({str(tmp_path)!r}), 'a').take()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "a").exists() and Claim(tmp_path, "a").owner() is None
+    taken = Claim(tmp_path, "a")
+    assert taken.take() and not Claim(tmp_path, "a").take()
+    taken.release()
+
+
+def test_a_claim_of_another_host_is_free_once_it_is_no_longer_touched(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1"}))
+    assert not Claim(tmp_path, "a").take()
+    monkeypatch.setattr(study, "STALE", 0.2)
+    time.sleep(0.4)
+    taken = Claim(tmp_path, "a")
+    assert taken.take()
+    taken.release()
+
+
+def _race(directory, start, won):
+    start.wait()
+    claim = Claim(Path(directory), "a")
+    if claim.take():
+        won.put(os.getpid())
+        time.sleep(1.0)
+
+
+def test_of_many_who_see_a_stale_claim_one_gets_it(tmp_path):
+    (tmp_path / "a").write_text(
+        json.dumps({"host": Claim(tmp_path, "x")._me["host"], "pid": 2**22 + 1, "started": "1"})
+    )
+    context = multiprocessing.get_context("spawn")
+    start, won = context.Event(), context.Queue()
+    racers = [context.Process(target=_race, args=(str(tmp_path), start, won)) for _ in range(4)]
+    for racer in racers:
+        racer.start()
+    start.set()
+    for racer in racers:
+        racer.join()
+    assert won.get(timeout=5) and won.empty()
+
+
+# ---------------------------------------------------------------- the report
+
+
+@pytest.fixture
+def done(config, fake, tmp_path):
+    config.note = "a <note>"
+    study.run(config, tmp_path, log=quiet)
+    return tmp_path
+
+
+def test_the_report_reads_files_only_and_is_one_page(done, monkeypatch):
+    monkeypatch.setattr(study, "Run", None)
+    line = report.write(done)
+    page = (done / "report" / "index.html").read_text()
+    assert "48 runs" in line and "<img" in page
+    assert "http" not in page.replace("http-equiv", "") and 'src="data:image/png;base64,' in page
+    assert "a &lt;note&gt;" in page and "width=device-width" in page
+    assert {path.name for path in (done / "report").glob("*.png")} == {f"{name}.png" for name in report.FIGURES}
+    table = (done / "report" / "results.csv").read_text().splitlines()
+    assert len(table) == 49 and table[0].startswith("id,level,task,arm")
+
+
+def test_the_consistency_of_a_level_is_the_share_the_base_has(done):
+    rows = report.consistency(report.read(done))
+    assert [row["level"] for row in rows] == ["captions_human", "vqa_stated"]
+    assert all(row["frozen base"] == 0.05 and row["best tuned"] == 0.3 for row in rows)
+    np.testing.assert_allclose([row["consistency"] for row in rows], 0.05 / 0.3)
+
+
+def test_rates_at_the_edge_of_the_search_are_listed(done):
+    edges = report._edges(report.read(done))
+    assert {edge[2] for edge in edges if "prefix" not in edge[0]} == {"largest"}
+    assert {edge[2] for edge in edges if "prefix" in edge[0]} == {"smallest"}
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [(1, 0.5), (2, 0.4), (3, 0.7), (3, 0.6), (4, 0.7), (0.5, 0.1)]
+    assert report.pareto(points) == [(0.5, 0.1), (1, 0.5), (3, 0.7)]
+
+
+def test_no_results_is_said(tmp_path):
+    with pytest.raises(ValueError, match="has no results.jsonl; run the study first"):
+        report.write(tmp_path)
