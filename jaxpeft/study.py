@@ -100,15 +100,15 @@ def cells(config) -> list[Cell]:
             if arm.get("levels") and level not in arm.levels:
                 continue
             sizes = _sizes(config, settings["task"], arm)
-            for size, n_images in _pairs(config, sizes):
+            for size, n_images in _pairs(config, sizes, tuple(arm.get("n_images", ())) or config.n_images):
                 found[Cell(level, name, size, n_images)] = None
     return list(found)
 
 
-def _pairs(config, sizes) -> Iterator[tuple[int, int]]:
+def _pairs(config, sizes, all_n_images) -> Iterator[tuple[int, int]]:
     """(size, n_images): every pair, or with config.cross=False the two axes through (middle size, all images)."""
-    middle, most = sizes[len(sizes) // 2], max(config.n_images)
-    for n_images in config.n_images:
+    middle, most = sizes[len(sizes) // 2], max(all_n_images)
+    for n_images in all_n_images:
         for size in sizes:
             if config.cross or size == middle or n_images == most:
                 yield size, n_images

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import signal
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 import tiny
 
 from configs import common
-from jaxpeft import data, hub, optim, point, results, sharding, sites, tasks, train, tree
+from jaxpeft import data, features, hub, optim, point, results, sharding, sites, tasks, train, tree
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.datasets import scenes
 from jaxpeft.models.blip import Blip, BlipConfig
@@ -201,6 +202,133 @@ def test_cached_features_equal_encoding_every_step(base, tmp_path):
     for label in ("base", "tuned"):
         a, b = (run["metrics"]["test"][label] for run in (cached, plain))
         np.testing.assert_allclose(a["nll"], b["nll"], rtol=1e-5)
+
+
+def test_features_on_disk_equal_features_in_memory(base, tmp_path):
+    """A subset reads its rows from the whole split's table, and a second run finds the table there."""
+    options = {"data.n_images": 7}
+    plain = point.run(config_of(base, **options), tmp_path / "plain", quiet)
+    options["data.feature_dir"] = str(tmp_path / "features")
+    shared = point.run(config_of(base, **options), tmp_path / "shared", quiet)
+    files = sorted((tmp_path / "features").iterdir())
+    assert [path.name.rsplit("-", 1)[0] for path in files] == ["test-5", "train-12"]
+    before = [path.stat().st_ino for path in files]
+    again = point.run(config_of(base, **options), tmp_path / "again", quiet)
+    assert [path.stat().st_ino for path in files] == before
+    assert again["metrics"] == shared["metrics"]
+    np.testing.assert_allclose(
+        shared["metrics"]["test"]["tuned"]["nll"], plain["metrics"]["test"]["tuned"]["nll"], rtol=1e-5
+    )
+
+
+def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(base, tmp_path):
+    model, params, _ = hub.read(str(base), question_encoder=True)
+    said, directory = [], tmp_path / "f"
+
+    def table(n, limit=1 << 30):
+        split = scenes.load({"n_test": n}, ["test"])["test"]
+        pictures = data.Resized(split.images, 64)
+        return features.table(model, {"params": params}, split, pictures, directory, limit, said.append)
+
+    first = table(3)
+    (path,) = directory.iterdir()
+    path.write_bytes(path.read_bytes()[:200])
+    np.testing.assert_array_equal(table(3), first)
+    assert len(said) == 1 and "cannot be read" in said[0]
+    np.testing.assert_array_equal(table(3), first)
+    assert len(said) == 1  # it was written again
+    os.utime(path, (1, 1))
+    table(4, limit=path.stat().st_size)  # no room for both: the one unused for longest goes
+    assert [p.name.rsplit("-", 1)[0] for p in directory.iterdir()] == ["test-4"]
+
+
+def test_features_of_other_weights_or_pictures_have_other_names(base):
+    model, params, _ = hub.read(str(base), question_encoder=True)
+    split = scenes.load({"n_test": 3}, ["test"])["test"]
+    moved = params | {"vision": jax.tree.map(lambda x: x + 1, params["vision"])}
+    other = scenes.load({"n_test": 3, "seed": 1}, ["test"])["test"]
+    names = [features.name_of(model, {"params": p}, s) for p, s in ((params, split), (moved, split), (params, other))]
+    assert len(set(names)) == 3
+    assert features.name_of(model, {"params": params}, split) == names[0]
+
+
+def plateau_of(base, **changes):
+    c = config_of(
+        base, **({"optim.schedule": "plateau", "optim.cooldown": 0.5, "steps": 20, "data.n_val": 5} | changes)
+    )
+    c.stop.every, c.stop.patience, c.checkpoint_every = 1, 2, 4
+    return c
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Validation losses, given one by one."""
+    given = []
+    monkeypatch.setattr(point, "validation", lambda *_: lambda tuned: given.pop(0))
+    return given
+
+
+def test_training_stops_when_validation_does(base, tmp_path, losses):
+    """Falling for 3 steps, then not for 2: at step 5 the decay starts and takes half as long again."""
+    losses += [3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
+    result = point.run(plateau_of(base), tmp_path, quiet)
+    assert not losses
+    assert (result["timing"]["steps"], result["timing"]["stopped"]) == (7, "plateau")
+    np.testing.assert_allclose(result["timing"]["validation_loss"], 0.9, rtol=1e-6)
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["validation_loss"] for row in logged if "validation_loss" in row] == [3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
+
+
+def test_a_gain_below_the_least_is_no_progress_and_the_cap_is_said(base, tmp_path, losses):
+    losses += [1.0, 0.999, 0.998, 0.997, 0.996]
+    result = point.run(plateau_of(base), tmp_path / "a", quiet)
+    assert (result["timing"]["steps"], result["timing"]["stopped"]) == (5, "plateau")  # 3, and half of it rounded
+    losses += [1.0 / n for n in range(1, 21)]
+    result = point.run(plateau_of(base), tmp_path / "b", quiet)
+    assert (result["timing"]["steps"], result["timing"]["stopped"]) == (20, "cap")
+
+
+def test_the_best_tuned_half_is_kept(base, tmp_path, losses):
+    """What is evaluated is the tree of the step with the lowest validation loss, not the last one."""
+    losses += [3.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    overfit = point.run(plateau_of(base, **{"optim.warmup": 0.0}), tmp_path / "a", quiet)
+    assert overfit["timing"]["steps"] == 6
+    losses += [3.0, 1.0]
+    short = point.run(plateau_of(base, steps=2, **{"optim.warmup": 0.0, "optim.cooldown": 1e-9}), tmp_path / "b", quiet)
+    assert short["metrics"] == overfit["metrics"]
+
+
+def test_a_plateau_resumes_bit_exact(base, tmp_path, losses, monkeypatch):
+    given = [3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
+    losses += given
+    whole = point.run(plateau_of(base), tmp_path / "whole", quiet)
+    write = results.Metrics.write
+
+    def stop_at_five(self, step, **values):
+        write(self, step, **values)
+        if step == 5 and "validation_loss" in values:
+            signal.raise_signal(signal.SIGTERM)
+
+    losses += given
+    monkeypatch.setattr(results.Metrics, "write", stop_at_five)
+    with pytest.raises(KeyboardInterrupt):
+        point.run(plateau_of(base), tmp_path / "parts", quiet)
+    monkeypatch.setattr(results.Metrics, "write", write)
+    parts = point.run(plateau_of(base), tmp_path / "parts", quiet)
+    assert not losses and parts["metrics"] == whole["metrics"]
+    assert parts["timing"]["stopped"] == "plateau" and parts["timing"]["steps"] == 7
+
+
+def test_runs_that_differ_in_rate_steps_or_seed_share_one_program():
+    """The schedule and the seed are data: what is compiled does not hold them."""
+    c, texts = common.get_config().optim, []
+    for lr, n_steps, seed in ((1e-3, 10, 0), (3e-3, 20, 1)):
+        c.lr = lr
+        state, frozen = _state(optax.sgd(0.1))
+        tx = optim.optimizer(c, state.tuned, n_steps)
+        state = train.TrainState(jnp.int32(0), state.tuned, tx.init(state.tuned), jnp.uint32(seed))
+        texts.append(_step(tx).lower(state, frozen, None, tiny.batch()).as_text())
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(

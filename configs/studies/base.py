@@ -35,27 +35,32 @@ def arms(head: str = "transform") -> dict:
 CONTROLS = {"head": arm("head", 3e-3, "none") | {"base": True}, "full": arm("full", 5e-4, "none")}
 
 
-def study(
-    name: str, hypothesis: str, levels, arms: dict, budgets, n_images, seeds: int = 3, rates=RATES, note: str = ""
-):
-    """A study's config. The cells lie on two axes through (middle budget, all images) unless `cross`."""
+def study(name, hypothesis, levels, arms: dict, budgets, n_images, seeds=3, rates=RATES, note="", make_point=None):
+    """A study's config. The cells lie on two axes through (middle budget, all images) unless `cross`.
+
+    `levels`: names of LEVELS, or {name: {'task': ..., settings of the point}}; `make_point(task)` -> a point's config.
+    """
     c = ml_collections.ConfigDict()
     c.name, c.hypothesis, c.note = name, hypothesis, note
-    c.levels = ml_collections.ConfigDict({level: LEVELS[level] for level in levels})
+    c.levels = ml_collections.ConfigDict(levels if isinstance(levels, dict) else {one: LEVELS[one] for one in levels})
     c.arms = ml_collections.ConfigDict(arms)
     c.budgets, c.n_images, c.cross = tuple(budgets), tuple(n_images), False
     c.rates, c.seeds, c.select_on = tuple(rates), seeds, "val"
     c.keep_checkpoints = False
-    c.points = ml_collections.ConfigDict(
-        {task: point(task) for task in sorted({one["task"] for one in c.levels.values()})}
-    )
+    used = sorted({one["task"] for one in c.levels.values()})
+    c.points = ml_collections.ConfigDict({task: (make_point or point)(task) for task in used})
     return c
 
 
 def point(task: str) -> ml_collections.ConfigDict:
-    """One point: trained until validation stops improving, scored on validation and test pictures."""
-    c = common.get_config(task)
-    c.optim.schedule, c.optim.warmup = "plateau", 0.02
-    c.eval.splits, c.eval.base, c.eval.forgetting, c.eval.gallery = ("val", "test"), False, True, False
-    c.steps = {"vqa": 3000, "captioning": 1500}[task]  # a cap
+    """One point on scenes: trained until validation stops improving, scored on validation and test pictures."""
+    c = until_plateau(common.get_config(task), steps={"vqa": 3000, "captioning": 1500}[task])
+    c.eval.forgetting = True
+    return c
+
+
+def until_plateau(c: ml_collections.ConfigDict, steps: int) -> ml_collections.ConfigDict:
+    """Make `steps` a cap, and the recipe what a study compares: no gallery, the base not scored in every run."""
+    c.optim.schedule, c.optim.warmup, c.steps = "plateau", 0.02, steps
+    c.eval.splits, c.eval.base, c.eval.gallery = ("val", "test"), False, False
     return c

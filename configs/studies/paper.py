@@ -1,0 +1,44 @@
+"""The paper's own grid: BLIP-base on COCO captions (Karpathy) and VQAv2, five methods, sizes and shares of the data.
+
+Hypothesis (arXiv 2403.08433): where data and task differ from pre-training (VQA), more data and more tunable parameters
+help; where they do not (captioning), data size does not matter and the effect of parameter size is not monotonic.
+
+    python main.py --config=configs/studies/paper.py:root=coco,base=Salesforce_blip --workdir=runs/study_paper
+
+`root` holds the pictures; `captions` and `questions` are annotation files that `folder` reads (dataset_coco.json, and
+BLIP's rows of VQAv2 with image, question and answers); `base` is a BLIP directory: `base=DIR` for both tasks, or
+`base_vqa=DIR` beside it. BLIP's recipe at 384 pixels (captioning) and 480 (VQA); bfloat16 on accelerators. Not run here:
+neither the data nor an accelerator was at hand.
+"""
+
+from configs import common
+from configs.studies import base
+
+N_IMAGES = (1_000, 5_000, 20_000, 50_000, 80_000)  # nested; VQAv2's training and COCO's have 82,783 and 113,287
+
+
+def get_config(arg=""):
+    a = common.parse_arg(
+        arg, root="coco", base="blip-base", base_vqa="", captions="dataset_coco.json", questions="vqa_v2.json", seeds=3,
+        dtype="bfloat16",
+    )  # fmt: skip
+
+    def point(task):
+        c = base.until_plateau(common.folder(common.get_config(task), a.root), steps=40_000)
+        c.base = (a.base_vqa if task == "vqa" else "") or a.base
+        c.data.annotations = a.questions if task == "vqa" else a.captions
+        c.model.dtype, c.model.image_size = a.dtype, {"captioning": 384, "vqa": 480}[task]
+        c.task_options.update({"smoothing": 0.1} if task == "captioning" else {})
+        c.batch_size, c.optim.decay, c.eval.beams = 64, 0.05, 3
+        c.stop.every, c.checkpoint_every = 500, 1000
+        return c
+
+    # a tenth of scenes' rates: a base of 224 million parameters
+    arms = base.arms() | base.arms("none") | base.CONTROLS
+    arms = {name: one | {"lr": one["lr"] / 10} for name, one in arms.items()}
+    arms["full"] = arms["full"] | {"lr": 1e-5}  # BLIP's for captioning
+    levels = {"captions_coco": {"task": "captioning"}, "vqa_v2": {"task": "vqa"}}
+    return base.study(
+        "paper", __doc__, levels, arms, budgets=(150_000, 500_000, 1_500_000, 5_000_000, 15_000_000), n_images=N_IMAGES,
+        seeds=a.seeds, rates=(0.1, 0.3, 1.0, 3.0, 10.0), make_point=point,
+    )  # fmt: skip

@@ -1,0 +1,22 @@
+"""A first look at the paper's question in about a quarter of an hour on two cores.
+
+Hypothesis (arXiv 2403.08433): where data and task differ from pre-training (questions), more pictures and more tunable
+parameters help; where they do not (captions), the number of pictures does not matter and that of parameters not in one
+direction. One seed, one learning rate, short caps: a smoke study. `scenes_full.py` is the one to trust.
+
+    python main.py --config=configs/studies/scenes.py --workdir=runs/study_scenes
+"""
+
+from configs import common
+from configs.studies import base
+
+
+def get_config(arg=""):
+    a = common.parse_arg(arg, vqa_steps=1200, caption_steps=400)
+    c = base.study(
+        "scenes", __doc__, ("captions_human", "vqa_unstated"), base.arms() | {"head": base.CONTROLS["head"]},
+        budgets=(20_000, 50_000, 120_000), n_images=(256, 16384), seeds=1, rates=(1.0,),
+        note="Smoke study: one seed and one learning rate per method, so no verdict here is evidence about the methods.",
+    )  # fmt: skip
+    c.points.vqa.steps, c.points.captioning.steps = a.vqa_steps, a.caption_steps
+    return c
