@@ -14,7 +14,7 @@ from jaxpeft.datasets.emoji_words import SPLITS
 
 
 def get_config(arg=""):
-    a = common.parse_arg(arg, task="vqa", root="data/emoji", steps=3000, seed=0)
+    a = common.parse_arg(arg, task="vqa", root="data/emoji", steps=8000, seed=0)
     c = common.folder(common.get_config(a.task, "full"), a.root)
     c.seed = a.seed
     c.data.annotations = {split: f"annotations/{split}.jsonl" for split in SPLITS}
@@ -22,7 +22,7 @@ def get_config(arg=""):
     # concepts, are taught wrongly by it. 'crop' leaves it out.
     c.data.augment = "crop_flip"
     c.model.dropout = 0.1  # 1,541 pictures and 900 (vqa) or 2,000 new words: overfitting is the risk
-    c.optim.lr = 5e-4
+    c.optim.lr = 1e-3
     c.optim.decay = 0.05
     c.steps = a.steps
     c.eval.splits = SPLITS[2:]

@@ -134,7 +134,7 @@ def run(config, workdir: str | Path, log=print) -> dict:
     }
     results.write_jsonl(workdir / "predictions.jsonl", rows)
     if rows and config.eval.gallery:
-        _gallery(workdir, held_out[config.eval.splits[-1]], rows)
+        _gallery(workdir, held_out[config.eval.splits[0]], rows)
     results.write_json(workdir / "result.json", result)
     log(f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl, gallery.png")
     return result
