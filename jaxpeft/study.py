@@ -559,7 +559,7 @@ def run(config, workdir: str | Path, workers: int = 0, command: list[str] | None
     if workers == 1 or not command or not state.todo:
         work(config, directory, log)
     else:
-        _processes(command, min(workers, len(state.todo)), n_cores)
+        _processes(command, min(workers, len(state.todo)))
     state = read(config, directory)
     rows = collect(directory, state)
     keep_pictures(config, directory)
@@ -567,17 +567,24 @@ def run(config, workdir: str | Path, workers: int = 0, command: list[str] | None
     return rows
 
 
-def _processes(command: list[str], workers: int, n_cores: int) -> None:
-    """Start workers pinned to equal shares of the cores and wait; a signal to this process reaches them too."""
-    pin = (
-        "import os, sys; cores = sorted(os.sched_getaffinity(0)); i, n = int(sys.argv[1]), int(sys.argv[2]); "
-        "os.sched_setaffinity(0, cores[i * len(cores) // n : (i + 1) * len(cores) // n] or cores[i % len(cores) :][:1]); "
-        "os.execv(sys.executable, [sys.executable, *sys.argv[3:]])"
-    )
-    if not hasattr(os, "sched_setaffinity"):
-        pin = "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[3:]])"
+# In a worker before anything is imported: an equal share of the cores (XLA takes its threads from that), and a stop when
+# the launcher is killed, which cannot tell it.
+_PIN = """
+import ctypes, os, signal, sys
+i, n = int(sys.argv[1]), int(sys.argv[2])
+if hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[i * len(cores) // n : (i + 1) * len(cores) // n] or [cores[i % len(cores)]])
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
+"""
+
+
+def _processes(command: list[str], workers: int) -> None:
+    """Start workers and wait; an interrupt here, or the end of this process, stops them with their state saved."""
     children = [
-        subprocess.Popen([sys.executable, "-c", pin, str(i), str(workers), *command, f"--worker={i}"])
+        subprocess.Popen([sys.executable, "-c", _PIN, str(i), str(workers), *command, f"--worker={i}"])
         for i in range(workers)
     ]
     try:
