@@ -68,7 +68,6 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.data.types = ()  # of scenes: the types of questions kept; () is all
     c.data.augment = "none"  # 'crop', 'crop_flip'
     c.data.feature_bytes = 4 << 30  # most memory for image features kept when the image encoder is frozen
-    c.data.feature_dir = config_dict.placeholder(str)  # where runs share the features of a whole split
 
     c.batch_size = 32
     c.accumulate = 1  # microbatches per step

@@ -25,8 +25,10 @@ from jaxpeft.train import fit, train_step
 from jaxpeft.tree import Tree
 
 
-def run(config, workdir: str | Path, log=print) -> dict:
+def run(config, workdir: str | Path, log=print, features_in: str | Path | None = None) -> dict:
     """Train and evaluate one point in `workdir`; returns what result.json holds.
+
+    `features_in`: a directory where several runs keep the image features of whole splits (`jaxpeft/features.py`).
 
     The same call goes on from the last checkpoint of an interrupted run and returns at once from a finished one. Raises
     ValueError for a bad config, data set or checkpoint before training, NonFinite on NaN, KeyboardInterrupt after a
@@ -61,7 +63,7 @@ def run(config, workdir: str | Path, log=print) -> dict:
     size = model.config.image_size
     examples = task.examples(train, model.tokenizer)
     looked_at = held_out | {"train": train}
-    if c.feature_dir:  # features of the whole split, so that every subset shares them and the step's program
+    if features_in:  # features of the whole split, so that every subset shares them and the step's program
         looked_at["train"] = splits["train"]
         examples.arrays["image_index"] = chosen_images[examples.arrays["image_index"]].astype(np.int32)
     pictures = {name: data.Resized(split.images, size) for name, split in looked_at.items()}
@@ -71,7 +73,7 @@ def run(config, workdir: str | Path, log=print) -> dict:
     features = dict.fromkeys(pictures)
     if cached:
         features = {
-            name: feature_tables.table(model, variables, split, pictures[name], c.feature_dir, c.feature_bytes, log)
+            name: feature_tables.table(model, variables, split, pictures[name], features_in, c.feature_bytes, log)
             for name, split in looked_at.items()
         }
         examples = dataclasses.replace(examples, images=None)

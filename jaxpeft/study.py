@@ -9,6 +9,7 @@ never the test ones, is then trained with the other seeds, which draw another su
     DIR/points/ID/          one run, as `main.py` leaves it for a single point: result.json, predictions.jsonl, ...
     DIR/claims/ID           who is working on it; survives its owner by at most STALE seconds, then others take over
     DIR/failures/ID.jsonl   a line per failed try; after TRIES the run is given up and reported as failed
+    DIR/features/           image features that the runs share, where nothing tuned is in the image encoder
     DIR/stale/              runs that a change of config or code has made out of date
     DIR/results.jsonl       a line per run: what the report reads
 """
@@ -496,7 +497,7 @@ def execute(run: Run, directory: Path, log, keep_checkpoints: bool = False) -> b
     began = time.time()
     with (workdir / "log.txt").open("a", buffering=1) as file, contextlib.redirect_stdout(file):
         try:
-            result = point.run(run.config, workdir)
+            result = point.run(run.config, workdir, features_in=directory / "features")
         except Exception as error:  # whatever it is, the other points go on
             traceback.print_exc(file=file)
             failures = directory / "failures"

@@ -24,7 +24,7 @@ def config():
     return tiny.get_config("steps=3")
 
 
-def fake_point(config, workdir, log=print):
+def fake_point(config, workdir, log=print, features_in=None):
     """A finished run of which the score depends on the rate alone, in the files that a real one leaves."""
     task, metric = config.task, {"vqa": "accuracy", "captioning": "cider_d"}[config.task]
     scores = {
@@ -62,9 +62,9 @@ def fake_point(config, workdir, log=print):
 def fake(monkeypatch):
     ran = []
 
-    def run(config, workdir, log=print):
+    def run(config, workdir, log=print, features_in=None):
         ran.append(config.name)
-        return fake_point(config, workdir, log)
+        return fake_point(config, workdir)
 
     monkeypatch.setattr(study.point, "run", run)
     monkeypatch.setattr(study, "keep_pictures", lambda *_: None)
@@ -176,11 +176,11 @@ def test_comments_and_docstrings_are_not_code(tmp_path):
 def test_a_failed_run_is_tried_three_times_and_stops_no_other(config, fake, tmp_path, monkeypatch):
     works = study.point.run
 
-    def fails(config, workdir, log=print):
+    def fails(config, workdir, log=print, features_in=None):
         if config.name.startswith("vqa_stated-head-n64-s0-lr0.003"):
             fake.append(config.name)
             raise FloatingPointError("loss is nan")
-        return works(config, workdir, log)
+        return works(config, workdir)
 
     monkeypatch.setattr(study.point, "run", fails)
     said = []
@@ -194,7 +194,7 @@ def test_a_failed_run_is_tried_three_times_and_stops_no_other(config, fake, tmp_
 
 
 def test_a_stop_is_not_a_failure(config, fake, tmp_path, monkeypatch):
-    def stopped(*_):
+    def stopped(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(study.point, "run", stopped)

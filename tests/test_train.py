@@ -208,12 +208,11 @@ def test_features_on_disk_equal_features_in_memory(base, tmp_path):
     """A subset reads its rows from the whole split's table, and a second run finds the table there."""
     options = {"data.n_images": 7}
     plain = point.run(config_of(base, **options), tmp_path / "plain", quiet)
-    options["data.feature_dir"] = str(tmp_path / "features")
-    shared = point.run(config_of(base, **options), tmp_path / "shared", quiet)
+    shared = point.run(config_of(base, **options), tmp_path / "shared", quiet, tmp_path / "features")
     files = sorted((tmp_path / "features").iterdir())
     assert [path.name.rsplit("-", 1)[0] for path in files] == ["test-5", "train-12"]
     before = [path.stat().st_ino for path in files]
-    again = point.run(config_of(base, **options), tmp_path / "again", quiet)
+    again = point.run(config_of(base, **options), tmp_path / "again", quiet, tmp_path / "features")
     assert [path.stat().st_ino for path in files] == before
     assert again["metrics"] == shared["metrics"]
     np.testing.assert_allclose(
