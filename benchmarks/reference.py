@@ -140,9 +140,9 @@ def facts() -> dict:
     machine |= {"threads": int(os.environ["OMP_NUM_THREADS"]), "load_before": round(os.getloadavg()[0], 2)}
     if hasattr(os, "sysconf"):
         machine["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    versions = results.versions() | {
-        name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")
-    }
+    installed = {found.metadata["Name"] for found in importlib.metadata.distributions()}
+    peers = [name for name in ("torch", "transformers", "peft") if name in installed]
+    versions = results.versions() | {name: importlib.metadata.version(name) for name in peers}
     return {"command": " ".join(["python", *sys.argv]), "machine": machine, "versions": versions}
 
 
