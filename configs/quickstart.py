@@ -12,6 +12,8 @@ def get_config(arg=""):
     c = common.get_config(a.task, "lora", 16, head="transform")
     c.data.n_train = 8192
     c.data.n_val = 0
-    c.optim.lr = 2e-3  # of 1e-3 and 2e-3, on 512 validation pictures, with the base before: .632 and .665
+    # vqa: of 1e-3, 2e-3 and 3e-3 on 512 validation pictures, one seed: .683, .637, .585. At the larger two questions of
+    # existence stay at chance to the end.
+    c.optim.lr = {"vqa": 1e-3, "captioning": 2e-3}[a.task]
     c.steps = a.steps or {"vqa": 3000, "captioning": 1000}[a.task]
     return c

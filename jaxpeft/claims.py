@@ -149,6 +149,22 @@ def change(table: Table, axis: str, arms) -> Callable | None:
     return effect
 
 
+def slopes(finals: Sequence[Final], replicates: int = REPLICATES) -> list[dict]:
+    """Per level and axis the mean slope over PEFT arms as a share of the level's mean score, with its interval."""
+    out = []
+    for level in dict.fromkeys(f.level for f in finals):
+        table = Table([f for f in finals if f.level == level])
+        for axis in ("data", "size"):
+            effect = trend(table, axis, peft_arms(finals))
+            if effect is None or not table.enough:
+                continue
+            value, low, high = (x / table.means().mean() for x in interval(effect, replicates))
+            out.append(
+                {"level": level, "axis": axis, "slope": value, "low": low, "high": high, "seeds": len(table.seeds)}
+            )
+    return out
+
+
 def departure(table: Table, arms) -> Callable | None:
     """effect(rng): how far scores are from rising or falling throughout, over sizes; mean over arms.
 
@@ -214,7 +230,7 @@ def judge(finals: Sequence[Final], replicates: int = REPLICATES) -> list[Verdict
     levels = list(dict.fromkeys(f.level for f in finals))
     tables = {level: Table([f for f in finals if f.level == level]) for level in levels}
     tasks = {level: next(f.task for f in finals if f.level == level) for level in levels}
-    peft = [arm for arm in dict.fromkeys(f.arm for f in finals) if _method(finals, arm) in (*LAYER, *EMBEDDING)]
+    peft = peft_arms(finals)
     out = []
 
     def add(claim, statement, test, level, unit, effect, decide, confidence=0.95, scale=1.0):
@@ -276,8 +292,9 @@ def judge(finals: Sequence[Final], replicates: int = REPLICATES) -> list[Verdict
     return out
 
 
-def _method(finals, arm):
-    return next(f.method for f in finals if f.arm == arm)
+def peft_arms(finals: Sequence[Final]) -> list[str]:
+    """The arms with one of the paper's five methods."""
+    return list(dict.fromkeys(f.arm for f in finals if f.method in (*LAYER, *EMBEDDING)))
 
 
 def _best_against_full(table, finals, level, peft):

@@ -306,6 +306,27 @@ def consistency(study: Study) -> list[dict]:
     return found
 
 
+def figure_consistency(study: Study) -> Figure:
+    """How much data and tunable size matter, against how consistent a level is with pre-training."""
+    scale = {row["level"]: row["consistency"] for row in consistency(study)}
+    figure, axes = _axes(2)
+    for ax, axis in zip(axes, ("data", "size"), strict=True):
+        for row in claims.slopes(study.finals):
+            if row["axis"] == axis and row["level"] in scale:
+                x, y = scale[row["level"]], 100 * row["slope"]
+                error = [[max(0, y - 100 * row["low"])], [max(0, 100 * row["high"] - y)]]
+                ax.errorbar([x], [y], yerr=error, fmt="o", color="#0072B2", capsize=3, markersize=5)
+                ax.annotate(row["level"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=7)
+        ax.axhline(0, color="#555555", linewidth=0.7)
+        ax.set_xlim(-0.05, 1.25)
+        ax.set_title({"data": "twice the pictures", "size": "twice the stored parameters"}[axis], fontsize=9)
+        ax.set_xlabel("consistency: frozen base / best tuned score", fontsize=8)
+        ax.set_ylabel("% of the level's mean score", fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.grid(alpha=0.3)
+    return figure
+
+
 def figure_forgetting(study: Study) -> Figure:
     """Change of the loss on captions in the style of pre-training, against test score: right and low is best."""
     levels = list(study.settings["config"]["levels"])
@@ -339,6 +360,10 @@ FIGURES = {
     "score_size": (
         functools.partial(figure_axis, axis="size"), "Test score against stored parameters, on all training pictures."
     ),
+    "consistency": (
+        figure_consistency,
+        "What doubling pictures or stored parameters adds, mean over the PEFT arms, with 95 % intervals, all runs.",
+    ),
     "pareto_stored": (
         functools.partial(figure_pareto, against="stored"),
         "Every cell: test score against stored parameters. The line joins what nothing beats.",
@@ -358,6 +383,15 @@ FIGURES = {
 
 
 # ---------------------------------------------------------------- the page
+
+TITLES = {
+    "score_data": "Score against data",
+    "score_size": "Score against tunable size",
+    "consistency": "The consistency axis",
+    "pareto_stored": "What it costs",
+    "rates": "Learning rates",
+    "forgetting": "Forgetting",
+}
 
 CSS = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1a1a1a;background:#fff;margin:0 auto;max-width:68rem;padding:1rem}
@@ -504,14 +538,20 @@ def _page(study, config, done, converged, everything, scale, figures, pngs) -> s
         "<p>Share of the best tuned score that the frozen base has before any tuning.</p>",
         _table(list(scale[0]), [list(row.values()) for row in scale]) if scale else "<p>The base was not scored.</p>",
     ]
-    titles = {
-        "score_data": "Score against data", "score_size": "Score against tunable size", "pareto_stored": "What it costs",
-        "rates": "Learning rates", "forgetting": "Forgetting",
-    }  # fmt: skip
     for name, (_, caption) in figures.items():
-        parts += [f"<h2>{titles[name]}</h2>"] if name in titles else []
-        parts.append(_image(pngs[name], caption, alt=titles.get(name, name)))
+        parts += [f"<h2>{TITLES[name]}</h2>"] if name in TITLES else []
+        parts.append(_image(pngs[name], caption, alt=TITLES.get(name, name)))
     parts += [
+        "<h2>The recipe</h2>",
+        _table(
+            ["arm", "method", "head tuned beside it", "middle rate", "its own settings"],
+            [
+                [name, arm["method"], arm["head"], f"{arm['lr']:.3g}", json.dumps(arm["fields"]) if arm["fields"] else ""]
+                for name, arm in config["arms"].items()
+            ],
+        ),
+        f"<p>Rates tried: the middle one times {', '.join(f'{r:.3g}' for r in config['rates'])}. The rest:</p>",
+        f"<pre>{html.escape(json.dumps({t: _recipe(p) for t, p in config['points'].items()}, indent=1))}</pre>",
         "<h2>Runs that hit the cap on steps</h2>",
         _table(["cell", "seed", "steps"], [[row["id"], row["seed"], row["steps"]] for row in capped])
         if capped else "<p>None: every chosen run stopped because validation did.</p>",
@@ -529,6 +569,11 @@ def _page(study, config, done, converged, everything, scale, figures, pngs) -> s
         "<p>results.csv has every run, claims.json every number of the tables above.</p></body></html>",
     ]  # fmt: skip
     return "\n".join(parts)
+
+
+def _recipe(one: dict) -> dict:
+    """What a reader needs of a point's config."""
+    return {key: one[key] for key in ("base", "steps", "batch_size", "optim", "stop", "model", "data")}
 
 
 def _edges(study: Study) -> list[list]:
