@@ -85,6 +85,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
 
     c.stop = ml_collections.ConfigDict()  # schedule 'plateau': optim.cooldown follows when validation stops improving
     c.stop.split = "val"
+    c.stop.examples = 512  # of that split, in each validation
     c.stop.every = 100  # steps between validations
     c.stop.patience = 3  # validations without progress
     c.stop.min_gain = 0.005  # share of the loss that counts as progress

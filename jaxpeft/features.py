@@ -5,6 +5,7 @@ by what it depends on: the encoder's weights and configuration, and the pictures
 readers need no lock; two runs that start together may both compute it, and one of the equal files stays.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,9 +21,10 @@ from jaxpeft.datasets import Split
 
 def name_of(model, variables, split: Split) -> str:
     """The file name of a split's features: split, number of pictures, digest."""
+    config = dataclasses.asdict(model.config)
     parts = [
         tree.digest(variables["params"]["vision"]),
-        repr(model.config),
+        {key: config[key] for key in config if key.startswith(("image_", "patch_", "vision_")) or key == "dtype"},
         split.source,
         [row["image_id"] for row in split.rows],
     ]

@@ -231,7 +231,8 @@ def evaluate(config, model, task, versions: dict[str, Tree], train, split, pictu
         options = {"features": features, "batch_size": config.eval.batch_size}
         written = evals.predict(model, variables, task, cases, beams=config.eval.beams, **options)
         scores[label] = task.score(cases.rows, [one["text"] for one in written])
-        scores[label]["nll"] = evals.nll(model, variables, task, examples, **options)
+        if not (config.optim.schedule == "plateau" and split.name == config.stop.split):  # measured in training
+            scores[label]["nll"] = evals.nll(model, variables, task, examples, **options)
         each = task.each(cases.rows, [one["text"] for one in written])
         for row, one, value in zip(rows, written, each, strict=True):
             row[label], row[f"{label}_score"] = one["text"], round(one["score"], 4)
@@ -240,9 +241,12 @@ def evaluate(config, model, task, versions: dict[str, Tree], train, split, pictu
 
 
 def validation(config, model, task, held_out, pictures, features, frozen):
-    """tuned -> nats per token of the references of config.stop.split."""
+    """tuned -> nats per token of at most config.stop.examples references of config.stop.split, spread over it."""
     split = config.stop.split
-    examples = dataclasses.replace(task.examples(held_out[split], model.tokenizer), images=pictures[split])
+    examples = task.examples(held_out[split], model.tokenizer)
+    some = np.unique(np.linspace(0, len(examples) - 1, min(config.stop.examples, len(examples))).astype(int))
+    arrays = {name: array[some] for name, array in examples.arrays.items()}
+    examples = dataclasses.replace(examples, arrays=arrays, images=pictures[split])
     options = {"features": features[split], "batch_size": config.eval.batch_size}
     return lambda tuned: evals.nll(model, tree.join(tuned, frozen), task, examples, **options)
 
@@ -255,6 +259,7 @@ def forgetting(config, model, params: Tree, tuned: Tree, features) -> dict:
     """
     settings = dict(config.data.items()) | {"captions": "web", "types": ()}
     split = datasets.load(ml_collections.ConfigDict(settings), ["test"])["test"]
+    split = dataclasses.replace(split, rows=[row | {"captions": row["captions"][:1]} for row in split.rows])
     task = tasks.build("captioning")
     model = type(model)(dataclasses.replace(model.config, question_encoder=False), model.tokenizer)
     examples = task.examples(split, model.tokenizer)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 from jaxpeft import text
@@ -172,3 +173,12 @@ def test_bad_vocabularies_are_named():
         text.Tokenizer((*text.SPECIAL, "red", "blue", "red"))
     with pytest.raises(ValueError, match=r"lacks \[MASK\], \[DEC\]"):
         text.Tokenizer(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[ENC]", "red"))
+
+
+def test_ascii_is_split_as_all_other_text_is():
+    """The fast way for ASCII against the general one, which any other letter in the text asks for."""
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        plain = "".join(map(chr, rng.integers(0, 128, rng.integers(0, 30))))
+        assert plain.isascii()
+        assert [*text.split_words(plain), "e"] == text.split_words(plain + " \u00e9"), repr(plain)

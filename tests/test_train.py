@@ -1,5 +1,6 @@
 """The step, the loop and what it leaves behind, on the smallest model and a handful of scenes."""
 
+import copy
 import functools
 import json
 import os
@@ -248,6 +249,8 @@ def test_features_of_other_weights_or_pictures_have_other_names(base):
     other = scenes.load({"n_test": 3, "seed": 1}, ["test"])["test"]
     names = [features.name_of(model, {"params": p}, s) for p, s in ((params, split), (moved, split), (params, other))]
     assert len(set(names)) == 3
+    captions, _, _ = hub.read(str(base), question_encoder=False)
+    assert features.name_of(captions, {"params": params}, split) == names[0]  # the text side does not matter
     assert features.name_of(model, {"params": params}, split) == names[0]
 
 
@@ -350,6 +353,7 @@ def test_features_are_cached_only_where_that_is_right(base, method, augment, siz
 def test_unknown_words_extend_the_vocabulary_and_are_tuned(base, tmp_path):
     c = config_of(base)
     split = scenes.load(c.data, ["train"])["train"]
+    split.rows[0] = copy.deepcopy(split.rows[0])  # rows are shared by all who load them
     split.rows[0]["questions"][0]["question"] = "is there a zebra"
     model, params, chosen, facts = point.setup_model(c, TASK, split, quiet)
     assert facts["new_words"] == 1 and model.tokenizer.vocabulary[-1] == "zebra"

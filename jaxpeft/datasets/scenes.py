@@ -17,6 +17,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -94,13 +95,20 @@ def load(config, splits):
     for split in splits:
         size = _size(config, split)
         images = Images(split, size, seed, cache=config.get("cache", True) and split != "pretrain")
-        rows = records(split, size, seed)
+        rows = list(_records(split, size, seed))
         if style == "web":
             rows = [row | {"captions": plain_web_captions(split, i, 5, seed)} for i, row in enumerate(rows)]
         if set(types) != set(TYPES):
             rows = [row | {"questions": [q for q in row["questions"] if q["type"] in types]} for row in rows]
         loaded[split] = Split(split, images, rows, source=f"scenes seed {seed}")
     return loaded
+
+
+@functools.lru_cache(
+    maxsize=4
+)  # a study's process loads the same splits for every point; 16,384 rows take 10 s on a core
+def _records(split, size, seed):
+    return records(split, size, seed)
 
 
 def plain_web_captions(split, index, n, seed=0):
