@@ -165,6 +165,12 @@ def slopes(finals: Sequence[Final], replicates: int = REPLICATES) -> list[dict]:
     return out
 
 
+def converged(finals: Sequence[Final]) -> list[Final]:
+    """The runs of cells of which every seed converged: a cell is judged on all of its seeds or not at all."""
+    capped = {(f.level, f.arm, f.size, f.n_images) for f in finals if not f.converged}
+    return [f for f in finals if (f.level, f.arm, f.size, f.n_images) not in capped]
+
+
 def departure(table: Table, arms) -> Callable | None:
     """effect(rng): how far scores are from rising or falling throughout, over sizes; mean over arms.
 
@@ -226,7 +232,7 @@ class Verdict:
 
 
 def judge(finals: Sequence[Final], replicates: int = REPLICATES) -> list[Verdict]:
-    """Every claim on every level that has the cells for it, in the paper's order."""
+    """Every claim on every level that has the cells for it, by claim."""
     levels = list(dict.fromkeys(f.level for f in finals))
     tables = {level: Table([f for f in finals if f.level == level]) for level in levels}
     tasks = {level: next(f.task for f in finals if f.level == level) for level in levels}
@@ -289,7 +295,7 @@ def judge(finals: Sequence[Final], replicates: int = REPLICATES) -> list[Verdict
             level, "score", _best_against_full(table, finals, level, peft), verdict_positive,
         )  # fmt: skip
     out += _interactions(tables, tasks, peft, replicates)
-    return out
+    return sorted(out, key=lambda one: one.claim)
 
 
 def peft_arms(finals: Sequence[Final]) -> list[str]:

@@ -224,7 +224,9 @@ def figure_pareto(study: Study, against: str) -> Figure:
         front = pareto(points)
         if front:
             ax.step(*zip(*front, strict=True), where="post", color="#555555", linewidth=0.8)
-        ax.set_xscale("log")
+        xs = [x for x, _ in points]
+        if xs and max(xs) > 5 * min(xs):
+            ax.set_xscale("log")
         ax.set_title(level, fontsize=9)
         ax.set_xlabel({"stored": "stored parameters", "total_s": "seconds of one run"}[against], fontsize=8)
         ax.set_ylabel("test score", fontsize=8)
@@ -403,23 +405,34 @@ td.num,th.num{text-align:right;white-space:nowrap;font-variant-numeric:tabular-n
 .supported{color:#00664a;font-weight:600}.refuted{color:#a33b00;font-weight:600}.undecided{color:#555}
 .note{background:#fff6df;border-left:4px solid #E69F00;padding:.5rem .8rem}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem;background:#f6f6f6;padding:.6rem}
+@media(max-width:40rem){
+figure.chart{overflow-x:auto}figure.chart img{max-width:none;width:44rem}
+.cards tr{display:block;border-bottom:2px solid #bbb;padding:.3rem 0}.cards tr:first-child{display:none}
+.cards td,.cards td.num{display:flex;justify-content:space-between;gap:1rem;text-align:right;border:0;white-space:normal}
+.cards td::before{content:attr(data-label);color:#666;text-align:left}.cards td:empty{display:none}}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem;font-size:.82rem}
 .gallery img{width:7rem;image-rendering:pixelated}.gallery td{padding:.1rem .3rem}
 """
 
 
-def _table(header: list[str], rows: list[list], classes: dict[int, str] | None = None) -> str:
-    """An HTML table; numbers are right-aligned, everything is escaped."""
+def _table(header: list[str], rows: list[list]) -> str:
+    """An HTML table, on a phone a card per row; numbers are right-aligned, everything is escaped."""
 
-    def cell(tag, value):
+    def cell(tag, value, label=""):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         shown = f"{value:,}" if isinstance(value, int) and number else f"{value:.4g}" if number else str(value)
         extra = f" {value}" if value in ("supported", "refuted", "undecided") else ""
-        return f'<{tag} class="{"num" if number else ""}{extra}">{html.escape(shown)}</{tag}>'
+        label = f' data-label="{html.escape(label)}"' if label else ""
+        return f'<{tag} class="{"num" if number else ""}{extra}"{label}>{html.escape(shown)}</{tag}>'
 
     head = "".join(cell("th", name) for name in header)
-    body = "".join("<tr>" + "".join(cell("td", "" if v is None else v) for v in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    body = "".join(
+        "<tr>"
+        + "".join(cell("td", "" if v is None else v, name) for name, v in zip(header, row, strict=True))
+        + "</tr>"
+        for row in rows
+    )
+    return f'<div class="wide"><table class="cards"><tr>{head}</tr>{body}</table></div>'
 
 
 def _png(figure: Figure) -> bytes:
@@ -431,13 +444,14 @@ def _png(figure: Figure) -> bytes:
 def _image(png: bytes, caption: str, alt: str = "") -> str:
     data = base64.b64encode(png).decode()
     shown = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="{html.escape(alt or caption)}" src="data:image/png;base64,{data}">{shown}</figure>'
+    kind = ' class="chart"' if caption else ""
+    return f'<figure{kind}><img alt="{html.escape(alt or caption)}" src="data:image/png;base64,{data}">{shown}</figure>'
 
 
 def _verdict_rows(verdicts) -> list[list]:
     return [
         [
-            v.claim, v.statement, v.where, v.verdict, v.effect,
+            v.claim, v.verdict, v.statement, v.where, v.effect,
             "" if v.low is None else f"[{v.low:.4g}, {v.high:.4g}]", v.margin, v.unit,
             f"{v.n_cells} cells, {v.n_seeds} seeds, {v.n_examples} cases", v.note,
         ]
@@ -489,7 +503,7 @@ def write(workdir: str | Path) -> str:
     out.mkdir(exist_ok=True)
     config, rows = study.settings["config"], study.rows
     done = [row for row in rows if row["status"] == "done"]
-    converged = claims.judge([f for f in study.finals if f.converged])
+    converged = claims.judge(claims.converged(study.finals))
     everything = claims.judge(study.finals)
     scale = consistency(study)
     figures = {name: (draw(study), caption) for name, (draw, caption) in FIGURES.items()}
@@ -513,7 +527,7 @@ def write(workdir: str | Path) -> str:
 
 
 def _page(study, config, done, converged, everything, scale, figures, pngs) -> str:
-    header = ["claim", "statement", "on", "verdict", "effect", "interval", "margin", "unit", "n", "note"]
+    header = ["claim", "verdict", "statement", "on", "effect", "interval", "margin", "unit", "n", "note"]
     capped = [row for row in done if row["chosen"] and row["stopped"] == "cap"]
     failed = [row for row in study.rows if row["status"] == "failed"]
     seconds = sum(row["total_s"] for row in done)

@@ -1,5 +1,7 @@
 """Verdicts on made-up results of which the truth is known: each is reached when it should be, and not otherwise."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -131,6 +133,13 @@ def test_the_interaction_compares_slopes(vqa, captioning, expected):
 def test_only_seeds_that_every_cell_has_are_used():
     found = finals(by_data(0.03))
     assert verdict("C1", [f for f in found if not (f.arm == "lora_head" and f.seed == 2)]).n_seeds == 2
+
+
+def test_a_cell_with_a_run_at_the_cap_is_left_out_whole():
+    found = finals(by_data(0.03), seeds=2)
+    found[0] = dataclasses.replace(found[0], converged=False)
+    kept = claims.converged(found)
+    assert len(kept) == len(found) - 2 and verdict("C1", kept).n_seeds == 2
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
