@@ -96,6 +96,11 @@ def slope(xs: Sequence[float], scores: np.ndarray) -> float:
     return float(x @ scores / (x @ x))
 
 
+def middle_size(sizes: Sequence[int]) -> int:
+    """The size at which an arm has most numbers of pictures, the smallest of several: where its data axis lies."""
+    return min(set(sizes), key=lambda size: (-sizes.count(size), size))
+
+
 def _axis(table: Table, axis: str, arms) -> dict[str, list[int]]:
     """arm -> indices of its cells along 'data' (at its middle size) or 'size' (at all images), at least two of them."""
     lines = {}
@@ -108,8 +113,7 @@ def _axis(table: Table, axis: str, arms) -> dict[str, list[int]]:
             line = [i for i, cell in mine if cell[2] == most]
             line.sort(key=lambda i: table.about[table.cells[i]].stored)
         else:
-            sizes = [cell[1] for _, cell in mine]
-            middle = max(sorted(set(sizes)), key=lambda size: (sizes.count(size), -abs(size)))
+            middle = middle_size([cell[1] for _, cell in mine])
             line = sorted((i for i, cell in mine if cell[1] == middle), key=lambda i: table.cells[i][2])
         if len(line) > 1:
             lines[arm] = line

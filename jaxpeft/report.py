@@ -122,6 +122,23 @@ def _axes(n: int, columns: int = 2):
     return figure, list(figure.subplots(rows, min(n, columns), squeeze=False).flat)
 
 
+def _panels(study: Study):
+    """(figure, {level: its axes}), in the study's order."""
+    levels = list(study.settings["config"]["levels"])
+    figure, axes = _axes(len(levels))
+    for ax in axes[len(levels) :]:
+        ax.set_axis_off()
+    return figure, dict(zip(levels, axes, strict=False))
+
+
+def _label(ax, title: str, x: str, y: str) -> None:
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel(x, fontsize=8)
+    ax.set_ylabel(y, fontsize=8)
+    ax.tick_params(labelsize=7)
+    ax.grid(alpha=0.3)
+
+
 def _legend(figure, axes):
     seen = {}
     for ax in axes:
@@ -155,8 +172,7 @@ def _lines(study: Study, level: str, axis: str) -> dict[str, list[tuple[float, l
         if not mine:
             continue
         if axis == "data":
-            sizes = [cell[1] for cell in mine]
-            middle = max(sorted(set(sizes)), key=lambda size: (sizes.count(size), -size))
+            middle = claims.middle_size([cell[1] for cell in mine])
             line = [(cell[2], rows) for cell, rows in mine.items() if cell[1] == middle]
         else:
             most = max(cell[2] for cell in mine)
@@ -171,9 +187,8 @@ def _all_methods(study):
 
 def figure_axis(study: Study, axis: str) -> Figure:
     """Test score against training pictures, or against stored parameters; mean over seeds and their range."""
-    levels = list(study.settings["config"]["levels"])
-    figure, axes = _axes(len(levels))
-    for ax, level in zip(axes, levels, strict=False):
+    figure, panels = _panels(study)
+    for level, ax in panels.items():
         values, metric = set(), ""
         for arm, line in _lines(study, level, axis).items():
             method = study.settings["config"]["arms"][arm]["method"]
@@ -194,26 +209,24 @@ def figure_axis(study: Study, axis: str) -> Figure:
             values |= set(xs)
             metric = line[0][1][0]["metric"]
         n = {row["n_test"] for row in study.rows if row["chosen"] and row["level"] == level}
-        ax.set_title(f"{level} (n = {', '.join(map(str, sorted(n))) or 0} test cases)", fontsize=9)
-        ax.set_xlabel("training pictures" if axis == "data" else "stored parameters", fontsize=8)
-        ax.set_ylabel(f"test {metric}", fontsize=8)
+        _label(
+            ax,
+            f"{level} (n = {', '.join(map(str, sorted(n))) or 0} test cases)",
+            "training pictures" if axis == "data" else "stored parameters",
+            f"test {metric}",
+        )
         if axis == "data" and values:
             _plain_log(ax, values)
         else:
             ax.set_xscale("log")
-        ax.tick_params(labelsize=7)
-        ax.grid(alpha=0.3)
-    for ax in axes[len(levels) :]:
-        ax.set_axis_off()
-    _legend(figure, axes)
+    _legend(figure, panels.values())
     return figure
 
 
 def figure_pareto(study: Study, against: str) -> Figure:
     """Test score of every cell against stored parameters or seconds; the line joins what nothing beats on both."""
-    levels = list(study.settings["config"]["levels"])
-    figure, axes = _axes(len(levels))
-    for ax, level in zip(axes, levels, strict=False):
+    figure, panels = _panels(study)
+    for level, ax in panels.items():
         points = []
         for (arm, _, _), rows in _cells(study, level).items():
             method = study.settings["config"]["arms"][arm]["method"]
@@ -227,14 +240,8 @@ def figure_pareto(study: Study, against: str) -> Figure:
         xs = [x for x, _ in points]
         if xs and max(xs) > 5 * min(xs):
             ax.set_xscale("log")
-        ax.set_title(level, fontsize=9)
-        ax.set_xlabel({"stored": "stored parameters", "total_s": "seconds of one run"}[against], fontsize=8)
-        ax.set_ylabel("test score", fontsize=8)
-        ax.tick_params(labelsize=7)
-        ax.grid(alpha=0.3)
-    for ax in axes[len(levels) :]:
-        ax.set_axis_off()
-    _legend(figure, axes)
+        _label(ax, level, {"stored": "stored parameters", "total_s": "seconds of one run"}[against], "test score")
+    _legend(figure, panels.values())
     return figure
 
 
@@ -249,9 +256,8 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def figure_rates(study: Study) -> Figure:
     """Validation score against learning rate, a line per cell; the chosen rate is filled."""
-    levels = list(study.settings["config"]["levels"])
-    figure, axes = _axes(len(levels))
-    for ax, level in zip(axes, levels, strict=False):
+    figure, panels = _panels(study)
+    for level, ax in panels.items():
         groups = collections.defaultdict(list)
         for row in study.rows:
             if row["level"] == level and row["seed"] == 0 and row["status"] == "done":
@@ -276,14 +282,8 @@ def figure_rates(study: Study) -> Figure:
                     **look,
                 )
         ax.set_xscale("log")
-        ax.set_title(level, fontsize=9)
-        ax.set_xlabel("learning rate", fontsize=8)
-        ax.set_ylabel("validation score", fontsize=8)
-        ax.tick_params(labelsize=7)
-        ax.grid(alpha=0.3)
-    for ax in axes[len(levels) :]:
-        ax.set_axis_off()
-    _legend(figure, axes)
+        _label(ax, level, "learning rate", "validation score")
+    _legend(figure, panels.values())
     return figure
 
 
@@ -321,19 +321,19 @@ def figure_consistency(study: Study) -> Figure:
                 ax.annotate(row["level"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=7)
         ax.axhline(0, color="#555555", linewidth=0.7)
         ax.set_xlim(-0.05, 1.25)
-        ax.set_title({"data": "twice the pictures", "size": "twice the stored parameters"}[axis], fontsize=9)
-        ax.set_xlabel("consistency: frozen base / best tuned score", fontsize=8)
-        ax.set_ylabel("% of the level's mean score", fontsize=8)
-        ax.tick_params(labelsize=7)
-        ax.grid(alpha=0.3)
+        _label(
+            ax,
+            {"data": "twice the pictures", "size": "twice the stored parameters"}[axis],
+            "consistency: frozen base / best tuned score",
+            "% of the level's mean score",
+        )
     return figure
 
 
 def figure_forgetting(study: Study) -> Figure:
     """Change of the loss on captions in the style of pre-training, against test score: right and low is best."""
-    levels = list(study.settings["config"]["levels"])
-    figure, axes = _axes(len(levels))
-    for ax, level in zip(axes, levels, strict=False):
+    figure, panels = _panels(study)
+    for level, ax in panels.items():
         for (arm, _, _), rows in _cells(study, level).items():
             forgot = [r["forgetting"] for r in rows if r["forgetting"] is not None]
             if forgot:
@@ -342,14 +342,8 @@ def figure_forgetting(study: Study) -> Figure:
                 ax.scatter([x], [statistics.fmean(forgot)], label=arm, s=28, **look)
         ax.axhline(0, color="#555555", linewidth=0.7)
         ax.set_yscale("symlog", linthresh=0.1)
-        ax.set_title(level, fontsize=9)
-        ax.set_xlabel("test score", fontsize=8)
-        ax.set_ylabel("nats per token, after - before", fontsize=8)
-        ax.tick_params(labelsize=7)
-        ax.grid(alpha=0.3)
-    for ax in axes[len(levels) :]:
-        ax.set_axis_off()
-    _legend(figure, axes)
+        _label(ax, level, "test score", "nats per token, after - before")
+    _legend(figure, panels.values())
     return figure
 
 

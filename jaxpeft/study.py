@@ -5,7 +5,7 @@ head, sizes or stored-count budgets), `n_images` (nested subsets), `rates` and `
 n_images). Each cell is trained at every rate with seed 0; the rate with the best main metric on validation pictures, and
 never the test ones, is then trained with the other seeds, which draw another subset, initialisation and order.
 
-    DIR/study.json          the config and what the runs depend on
+    DIR/study.json          the config and the command
     DIR/points/ID/          one run, as `main.py` leaves it for a single point: result.json, predictions.jsonl, ...
     DIR/claims/ID           who is working on it; survives its owner by at most STALE seconds, then others take over
     DIR/failures/ID.jsonl   a line per failed try; after TRIES the run is given up and reported as failed
@@ -198,7 +198,7 @@ def changes(directory: Path, run: Run) -> list[str]:
 # ---------------------------------------------------------------- what it will cost
 
 
-def dry_run(config, directory: Path, log=print) -> str:
+def dry_run(config, directory: Path) -> str:
     """The plan, and per cell what is tuned and stored, memory and time: measured where the directory has a finished run
     of the same level, method and size, estimated else (the step's FLOPs, at half of what a matrix product reaches here,
     for as many steps as the cap allows; memory without activations). Traces a step per task and arm, compiles none."""
@@ -225,15 +225,8 @@ def dry_run(config, directory: Path, log=print) -> str:
         total += seconds * n_left
         megabytes = (4 * (params + 3 * counts["tuned"] + counts["stored"]) + features) / 1e6
         said = "measured" if measured else "training alone, at most"
-        cell_of = (
-            str(cell),
-            n_left,
-            f"{counts['tuned']:,}",
-            f"{counts['stored']:,}",
-            f"{megabytes:.0f}",
-            f"{seconds:.0f}",
-        )
-        rows.append((*map(str, cell_of), said))
+        numbers = (str(n_left), f"{counts['tuned']:,}", f"{counts['stored']:,}", f"{megabytes:.0f}", f"{seconds:.0f}")
+        rows.append((str(cell), *numbers, said))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines += ["  ".join(value.ljust(w) for value, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(

@@ -104,10 +104,9 @@ def load(config, splits):
     return loaded
 
 
-@functools.lru_cache(
-    maxsize=4
-)  # a study's process loads the same splits for every point; 16,384 rows take 10 s on a core
+@functools.lru_cache(maxsize=4)
 def _records(split, size, seed):
+    """Kept, because a study's process loads the same splits for every point and 16,384 rows take 10 s on a core."""
     return records(split, size, seed)
 
 
