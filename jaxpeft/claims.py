@@ -121,11 +121,12 @@ def _axis(table: Table, axis: str, arms) -> dict[str, list[int]]:
 
 
 def _x(table: Table, axis: str, i: int) -> float:
-    return table.cells[i][2] if axis == "data" else table.about[table.cells[i]].stored
+    """Pictures, or the method's size: what it stores beside the head, which is the same at every size, grows with it."""
+    return table.cells[i][2 if axis == "data" else 1]
 
 
 def trend(table: Table, axis: str, arms) -> Callable | None:
-    """effect(rng): mean over arms of the score's slope per doubling of data or stored parameters."""
+    """effect(rng): mean over arms of the score's slope per doubling of data or of the method's size."""
     lines = _axis(table, axis, arms)
     if not lines:
         return None

@@ -323,7 +323,7 @@ def figure_consistency(study: Study) -> Figure:
         ax.set_xlim(-0.05, 1.25)
         _label(
             ax,
-            {"data": "twice the pictures", "size": "twice the stored parameters"}[axis],
+            {"data": "twice the pictures", "size": "twice the size"}[axis],
             "consistency: frozen base / best tuned score",
             "% of the level's mean score",
         )
@@ -358,7 +358,7 @@ FIGURES = {
     ),
     "consistency": (
         figure_consistency,
-        "What doubling pictures or stored parameters adds, mean over the PEFT arms, with 95 % intervals, all runs.",
+        "What doubling pictures or size (rank, bottleneck, length) adds, mean over the PEFT arms, 95 % intervals, all runs.",
     ),
     "pareto_stored": (
         functools.partial(figure_pareto, against="stored"),

@@ -89,7 +89,7 @@ class Run:
         c.seed = c.data.subset_seed = self.seed
         c.data.n_images, c.optim.lr = self.cell.n_images, self.lr
         c.eval.base = bool(arm.get("base")) and self.seed == 0  # the base is the same everywhere: scored once a level
-        c.update({key: value for key, value in level.items() if key != "task"})
+        c.update({key: value for key, value in level.items() if key not in ("task", "lr_scale")})
         return c
 
 
@@ -121,7 +121,8 @@ def _sizes(config, task: str, arm) -> tuple[int, ...]:
         return (0,)
     if arm.get("sizes"):
         return tuple(arm.sizes)
-    return tuple(dict.fromkeys(_solved(config.points[task].base, task, arm.method, n) for n in config.budgets))
+    budgets = arm.get("budgets") or config.budgets
+    return tuple(dict.fromkeys(_solved(config.points[task].base, task, arm.method, n) for n in budgets))
 
 
 @functools.cache
@@ -135,8 +136,9 @@ def _model(base: str, task: str):
 
 
 def rates(config, cell: Cell) -> list[float]:
-    """The cell's learning rates: the arm's middle one times each of config.rates."""
-    return [float(f"{config.arms[cell.arm].lr * factor:.3g}") for factor in config.rates]
+    """The cell's learning rates: the arm's middle one, times the level's `lr_scale`, times each of config.rates."""
+    middle = config.arms[cell.arm].lr * config.levels[cell.level].get("lr_scale", 1.0)
+    return [float(f"{middle * factor:.3g}") for factor in config.rates]
 
 
 def runs(config, finished: dict[str, dict], given_up=frozenset()) -> list[Run]:
@@ -155,6 +157,19 @@ def chosen_rate(tried: list[dict], split: str) -> float | None:
     """The rate of the result with the best main metric on `split`; of equal ones the smallest. None of no results."""
     key = [(-one["metrics"][split]["tuned"][one["main_metric"]], one["lr"]) for one in tried]
     return min(key)[1] if key else None
+
+
+def check(config) -> None:
+    """Raise ValueError where a level's data cannot be read or has fewer training pictures than a cell asks for."""
+    for level in config.levels:
+        mine = [cell for cell in cells(config) if cell.level == level]
+        most = max(mine, key=lambda cell: cell.n_images)
+        n = len(datasets.load(Run(most, 0, 1.0, config).config.data, ["train"])["train"].rows)
+        if most.n_images > n:
+            raise ValueError(
+                f"study {config.name}: n_images has {most.n_images}, but the training split of level {level!r} has {n} "
+                f"pictures; lower n_images"
+            )
 
 
 def n_runs(config) -> int:
@@ -539,13 +554,17 @@ def work(config, directory: Path, log=print) -> None:
 def run(config, workdir: str | Path, workers: int = 0, command: list[str] | None = None, log=print) -> list[dict]:
     """Everything of the study that is not done, then results.jsonl -> its rows.
 
+    Raises ValueError before anything is written where the config or its data cannot be right.
+
     `workers` processes, each on its own cores (0: one per core on CPU, one on an accelerator), are started with `command`
     and `--worker=I`; with one, or no command, this process does the work.
     """
     directory = Path(workdir)
-    directory.mkdir(parents=True, exist_ok=True)
     state = read(config, directory)
     log(plan(config, state))
+    if state.todo:
+        check(config)
+    directory.mkdir(parents=True, exist_ok=True)
     set_aside(directory, state)
     results.write_json(directory / "study.json", {"config": point.as_json(config), "command": " ".join(command or [])})
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

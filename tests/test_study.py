@@ -21,7 +21,9 @@ SCORES = {"val": {0.003: 0.5, 0.009: 0.6, 0.03: 0.7, 0.09: 0.7}, "test": {0.003:
 
 @pytest.fixture
 def config():
-    return tiny.get_config("steps=3")
+    c = tiny.get_config("steps=3")
+    c.levels.captions_human.lr_scale = 1.0  # the same rates for both levels: SCORES tells which is best
+    return c
 
 
 def fake_point(config, workdir, log=print, features_in=None):
@@ -105,10 +107,27 @@ def test_a_run_is_a_config_that_main_runs_alone(config):
 
 
 def test_sizes_are_solved_for_the_budget_and_prompt_is_capped():
-    c = base.study("x", "", ("vqa_stated",), base.arms("none"), (2000, 20_000, 10**6), (64,))
+    c = base.study("x", "", ("vqa_stated",), base.arms("none", prompts=()), (2000, 20_000, 10**6), (64,))
     sizes = {arm: [cell.size for cell in study.cells(c) if cell.arm == arm] for arm in c.arms}
     assert all(sizes[arm] == sorted(set(sizes[arm])) for arm in sizes)
     assert len(sizes["lora"]) == 3 and len(sizes["prompt"]) < 3
+
+
+def test_more_pictures_than_there_are_is_said_before_anything_is_written(config, tmp_path):
+    config.n_images = (64, 1000)
+    with pytest.raises(
+        ValueError, match=r"n_images has 1000, but the training split of level 'captions_human' has 256"
+    ):
+        study.run(config, tmp_path / "study", workers=1)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_level_scales_the_rates_of_every_arm(config):
+    config.levels.captions_human.lr_scale = 2.0
+    config.levels.vqa_stated.lr_scale = 0.5
+    found = {cell.level: study.rates(config, cell) for cell in study.cells(config) if cell.arm == "lora_head"}
+    assert found == {"captions_human": [0.006, 0.018], "vqa_stated": [0.0015, 0.0045]}
+    assert "lr_scale" not in study.Run(study.cells(config)[0], 0, 0.006, config).config
 
 
 def test_the_rate_is_chosen_on_validation_and_never_on_test(config, fake, tmp_path):

@@ -6,26 +6,35 @@ direction. Each cell: three learning rates a factor of three apart, the best on 
 
     python main.py --config=configs/studies/scenes_full.py --workdir=runs/study_scenes_full
 
-`levels=all` adds captions in the style of pre-training and questions on what captions state; `no_head=true` the five
-methods without a tuned classifier.
+The levels run from near to far: captions as in pre-training (two methods and the head alone, to place the scale),
+captions in a new style, and questions on what captions do not say. The five methods have the classifier's transform tuned
+beside them; without it they stand at the middle size and all pictures. `levels=all` gives every method every level, and
+adds questions on what captions do say.
 """
 
 from configs import common
 from configs.studies import base
 
 MAIN = ("captions_human", "vqa_unstated")
+NEAR = ("lora_head", "prefix_head", "head")
+N_IMAGES = (64, 256, 1024, 4096, 16384)
 
 
 def get_config(arg=""):
-    a = common.parse_arg(arg, levels="main", no_head=False, seeds=3, vqa_steps=3000, caption_steps=1500)
+    a = common.parse_arg(arg, levels="main", seeds=3, vqa_steps=3000, caption_steps=2000)
     if a.levels not in ("main", "all"):
         raise ValueError(f"levels is {a.levels!r}; choose main or all")
-    arms = base.arms() | (base.arms("none") if a.no_head else {}) | base.CONTROLS
-    # every step of full fine-tuning runs the image encoder: ten times the time, so at both ends of the data only
+    plain = {
+        name: one | {"budgets": (50_000,), "n_images": N_IMAGES[-1:]} for name, one in base.arms("none", (8,)).items()
+    }
+    arms = base.arms() | plain | base.CONTROLS
+    # every step of full fine-tuning runs the image encoder: ten times the time, so at two shares of the data only
     arms["full"] = arms["full"] | {"n_images": (256, 16384)}
+    if a.levels == "main":
+        arms = {name: one if name in NEAR else one | {"levels": MAIN} for name, one in arms.items()}
     c = base.study(
-        "scenes_full", __doc__, MAIN if a.levels == "main" else tuple(base.LEVELS), arms,
-        budgets=(5_000, 15_000, 50_000, 150_000, 450_000), n_images=(256, 1024, 4096, 8192, 16384), seeds=a.seeds,
+        "scenes_full", __doc__, ("captions_web", *MAIN) if a.levels == "main" else tuple(base.LEVELS), arms,
+        budgets=(5_000, 15_000, 50_000, 150_000, 450_000), n_images=N_IMAGES, seeds=a.seeds,
     )  # fmt: skip
     c.points.vqa.steps, c.points.captioning.steps = a.vqa_steps, a.caption_steps
     return c
