@@ -51,7 +51,7 @@ METHODS = {
     "UniPELT": (jp.UniPELT(length=8, bottleneck=16), 3e-3),
     "BitFit": (jp.BitFit(), 3e-3),
     "LayerNorms": (jp.LayerNorms(where="^text_"), 3e-3),
-    "VPT": (jp.VPT(patch=8), 3e-2),
+    "VPT deep": (jp.VPT(patch=8, depth="deep"), 3e-2),  # shallow would need 390 tokens for the budget
     "full": (jp.Full(), 3e-4),
 }
 STEPS = {"vqa": 600, "captioning": 200}

@@ -28,12 +28,7 @@ def encode_images(model, variables: Tree, image_BYXC):
 @functools.partial(jax.jit, static_argnames="model")
 def contexts(model, variables: Tree, batch: dict):
     """(context_BSD, mask_BS) that the decoder looks at."""
-    image_BPD = (
-        batch["image_tokens"]
-        if "image_tokens" in batch
-        else model.apply(variables, batch["image"], method="encode_image")
-    )
-    return model.apply(variables, image_BPD, batch.get("question"), method="context")
+    return model.apply(variables, batch, method="batch_context")
 
 
 def image_features(model, variables: Tree, images, batch_size: int = 64) -> jax.Array:
@@ -45,12 +40,20 @@ def image_features(model, variables: Tree, images, batch_size: int = 64) -> jax.
     return jnp.concatenate(parts)
 
 
+def question_states(model, variables: Tree, examples: Examples, features, batch_size: int = 128) -> np.ndarray:
+    """Question states of every example once, (n, T, D); `features`: image tokens of its pictures."""
+    batches = one_pass(_without_images(examples, features), batch_size)
+    return np.concatenate(
+        [np.asarray(contexts(model, variables, with_features(batch, features))[0])[:n] for batch, n in batches]
+    )
+
+
 def with_features(batch: dict, features: jax.Array | None) -> dict:
-    """The batch with image tokens looked up in a feature table, where there is one."""
+    """The batch with image tokens looked up in a feature table, where there is one and nothing later is in the batch."""
     if features is None:
         return batch
     rest = {name: value for name, value in batch.items() if name != "image_index"}
-    return rest | {"image_tokens": features[batch["image_index"]]}
+    return rest if "question_states" in rest else rest | {"image_tokens": features[batch["image_index"]]}
 
 
 def predict(

@@ -1,7 +1,8 @@
-"""Image features that several runs share: computed once, kept on disk, memory-mapped.
+"""Outputs of frozen stages that several runs share: computed once, kept on disk, memory-mapped.
 
-Right only where no tuned leaf is in the image encoder and pictures are not augmented (`point.can_cache`). A file is named
-by what it depends on: the encoder's weights and configuration, and the pictures. It is written whole or not at all, so
+Image tokens of every picture, and question states of every question. Right only where no tuned leaf is in the stage or
+before it and pictures are not augmented (`point.can_cache`, `point.can_cache_questions`). A file is named by what it
+depends on: the weights and configuration of the stages, the pictures, the questions. It is written whole or not at all, so
 readers need no lock; two runs that start together may both compute it, and one of the equal files stays.
 """
 
@@ -16,20 +17,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import evals, tree
+from jaxpeft.data import Examples
 from jaxpeft.datasets import Split
 
 
-def name_of(model, variables, split: Split) -> str:
-    """The file name of a split's features: split, number of pictures, digest."""
+def name_of(model, variables, split: Split, question_NT: np.ndarray | None = None) -> str:
+    """The file name of a split's image tokens, or of the states of `question_NT`: split, number of rows, digest."""
     config = dataclasses.asdict(model.config)
+    stages = ("vision",) if question_NT is None else ("vision", "text_encoder")
+    prefixes = ("image_", "patch_", "vision_", *(() if question_NT is None else ("text_",)))
     parts = [
-        tree.digest(variables["params"]["vision"]),
-        {key: config[key] for key in config if key.startswith(("image_", "patch_", "vision_")) or key == "dtype"},
+        *(tree.digest(variables["params"][stage]) for stage in stages),
+        {key: config[key] for key in config if key.startswith(prefixes) or key == "dtype"},
         split.source,
         [row["image_id"] for row in split.rows],
     ]
+    if question_NT is not None:
+        parts.append(hashlib.sha256(question_NT.tobytes()).hexdigest())
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    return f"{split.name}-{len(split.rows)}-{digest}.npy"
+    n, kind = (len(split.rows), "") if question_NT is None else (len(question_NT), "questions-")
+    return f"{split.name}-{kind}{n}-{digest}.npy"
 
 
 def table(model, variables, split: Split, pictures, directory: str | Path | None, limit: int, log=print):
@@ -38,21 +45,45 @@ def table(model, variables, split: Split, pictures, directory: str | Path | None
     `limit`: most bytes there; the files that were not used for longest are deleted first. A split whose `source` is empty
     says nothing of where its pictures are from, so its features are computed and not kept.
     """
-    if not directory or not split.source:
+
+    def compute():
         return evals.image_features(model, variables, pictures)
-    path = Path(directory) / name_of(model, variables, split)
+
+    if not directory or not split.source:
+        return compute()
+    return jnp.asarray(_kept(Path(directory) / name_of(model, variables, split), compute, limit, log))
+
+
+def with_questions(
+    model, variables, split: Split, examples: Examples, features, directory: str | Path | None, limit: int, log=print
+) -> Examples:
+    """`examples` of a split with 'question_states' (n, T, D), which the decoder looks at, beside their questions."""
+
+    def compute():
+        return evals.question_states(model, variables, examples, features)
+
+    if not directory or not split.source:
+        states = compute()
+    else:  # the picture of a question is known by its row in `features`
+        asked = np.column_stack([examples.arrays["question"], examples.arrays["image_index"]])
+        states = _kept(Path(directory) / name_of(model, variables, split, asked), compute, limit, log)
+    return dataclasses.replace(examples, arrays=examples.arrays | {"question_states": states})
+
+
+def _kept(path: Path, compute, limit: int, log) -> np.ndarray:
+    """What `compute` returns, memory-mapped from `path`, which is written first where it is not there."""
     if path.exists():
         try:
             stored = np.load(path, mmap_mode="r")
             os.utime(path)
-            return jnp.asarray(stored)
+            return stored
         except (ValueError, OSError) as error:  # truncated by something else than this module
             log(f"{path} cannot be read ({error}); computed again")
     path.parent.mkdir(parents=True, exist_ok=True)
-    computed = evals.image_features(model, variables, pictures)
+    computed = np.asarray(compute())
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:
-        np.save(file, np.asarray(computed))
+        np.save(file, computed)
     os.replace(temporary, path)
     _trim(path.parent, limit, keep=path)
     return computed

@@ -78,6 +78,20 @@ def run(config, workdir: str | Path, log=print, features_in: str | Path | None =
         }
         examples = dataclasses.replace(examples, images=None)
 
+    asked = False
+    if task.question_encoder:
+        asked, why = can_cache_questions(config, mask, model, examples, cached)
+        log(f"question states {'computed once per question' if asked else 'computed every step'}: {why}")
+
+    def prepare(name, examples):
+        """The examples of a split with question states beside the questions, where those are computed once."""
+        if not asked:
+            return examples
+        split, limit = looked_at[name], c.feature_bytes
+        return feature_tables.with_questions(model, variables, split, examples, features[name], features_in, limit, log)
+
+    examples = prepare("train", examples)
+
     # training
     results.write_json(workdir / "config.json", as_json(config))
     results.write_json(workdir / "sites.json", sites.report(variables, mask))
@@ -92,7 +106,7 @@ def run(config, workdir: str | Path, log=print, features_in: str | Path | None =
 
     validate = None
     if until_plateau:
-        validate = validation(config, model, task, held_out, pictures, features, frozen)
+        validate = validation(config, model, task, held_out, pictures, features, frozen, prepare)
     state, timing = fit(config, workdir, step, tuned, frozen, features["train"], batches, manifest, log, validate)
 
     # evaluation
@@ -103,7 +117,9 @@ def run(config, workdir: str | Path, log=print, features_in: str | Path | None =
     metrics, rows = {}, []
     for name in config.eval.splits:
         split = held_out[name]
-        metrics[name], more = evaluate(config, model, task, versions, train, split, pictures[name], features[name])
+        metrics[name], more = evaluate(
+            config, model, task, versions, train, split, pictures[name], features[name], prepare
+        )
         rows += more
     forgot = (
         forgetting(config, model, params, versions["tuned"], features.get("test")) if config.eval.forgetting else None
@@ -221,10 +237,24 @@ def can_cache(config, mask, model, n_pictures: int) -> tuple[bool, str]:
     return True, f"no tuned leaf is in the image encoder ({size / 1e6:.0f} MB)"
 
 
-def evaluate(config, model, task, versions: dict[str, Tree], train, split, pictures, features):
+def can_cache_questions(config, mask, model, examples, images_cached: bool) -> tuple[bool, str]:
+    """Whether question states may be computed once, and the reason."""
+    n, length = examples.arrays["question"].shape
+    size = n * length * model.config.text_width * jnp.dtype(model.config.dtype).itemsize
+    tuned = [name for name, on in tree.flatten(mask).items() if on and "/text_encoder" in name]
+    if tuned:
+        return False, f"{tuned[0]} is tuned"
+    if not images_cached:
+        return False, "image features are computed every step"
+    if size > config.data.feature_bytes:
+        return False, f"they would take {size / 1e9:.1f} GB, more than data.feature_bytes"
+    return True, f"no tuned leaf is in the question encoder ({size / 1e6:.0f} MB)"
+
+
+def evaluate(config, model, task, versions: dict[str, Tree], train, split, pictures, features, prepare):
     """Scores of each version of the model and of blind guesses on one split, and a row per case."""
-    cases = dataclasses.replace(task.cases(split, model.tokenizer), images=pictures)
-    examples = dataclasses.replace(task.examples(split, model.tokenizer), images=pictures)
+    cases = prepare(split.name, dataclasses.replace(task.cases(split, model.tokenizer), images=pictures))
+    examples = prepare(split.name, dataclasses.replace(task.examples(split, model.tokenizer), images=pictures))
     scores = {"n": len(cases), "blind": task.blind(train, cases.rows)}
     rows = [{"split": split.name, **row} for row in cases.rows]
     for label, variables in versions.items():
@@ -240,13 +270,13 @@ def evaluate(config, model, task, versions: dict[str, Tree], train, split, pictu
     return scores, rows
 
 
-def validation(config, model, task, held_out, pictures, features, frozen):
+def validation(config, model, task, held_out, pictures, features, frozen, prepare):
     """tuned -> nats per token of at most config.stop.examples references of config.stop.split, spread over it."""
     split = config.stop.split
     examples = task.examples(held_out[split], model.tokenizer)
     some = np.unique(np.linspace(0, len(examples) - 1, min(config.stop.examples, len(examples))).astype(int))
     arrays = {name: array[some] for name, array in examples.arrays.items()}
-    examples = dataclasses.replace(examples, arrays=arrays, images=pictures[split])
+    examples = prepare(split, dataclasses.replace(examples, arrays=arrays, images=pictures[split]))
     options = {"features": features[split], "batch_size": config.eval.batch_size}
     return lambda tuned: evals.nll(model, tree.join(tuned, frozen), task, examples, **options)
 

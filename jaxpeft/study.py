@@ -271,6 +271,9 @@ def _traced(c) -> tuple[float, int, int]:
     variables = budget.abstract_variables(chosen, model)
     mask = sites.trainable(chosen, variables)
     cached, _ = point.can_cache(c, mask, model, n_pictures)
+    if task.question_encoder and point.can_cache_questions(c, mask, model, examples, cached)[0]:
+        shape = (*examples.arrays["question"].shape, model.config.text_width)
+        examples.arrays["question_states"] = np.broadcast_to(np.float32(0), shape)
     size = model.config.image_size
     pictures = None if cached else np.zeros((len(examples), size, size, 3), np.uint8)
     batch = data.gather(dataclasses.replace(examples, images=pictures), np.arange(c.batch_size) % len(examples))

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
 MAX_WORD = 100  # longer words are [UNK], as in BERT
+MOST_MET = 100_000  # words whose pieces are remembered: captions repeat few
 _CJK = (  # each of these ideographs is a word; hangul and kana are not
     (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B920, 0x2CEAF),
     (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
@@ -35,6 +36,7 @@ class Tokenizer:
     bos_id: int = dataclasses.field(init=False, compare=False)  # [DEC]
     enc_id: int = dataclasses.field(init=False, compare=False)
     ids: dict[str, int] = dataclasses.field(init=False, compare=False, repr=False)
+    _met: dict[str, list[int]] = dataclasses.field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self):
         ids = {token: i for i, token in enumerate(self.vocabulary)}
@@ -95,6 +97,14 @@ class Tokenizer:
 
     def _pieces(self, word):
         """Greedy longest match from the left (section 4.1 of arXiv:1609.08144); one [UNK] if anything is left over."""
+        found = self._met.get(word)
+        if found is None:
+            found = self._match(word)
+            if len(self._met) < MOST_MET:
+                self._met[word] = found
+        return found
+
+    def _match(self, word):
         if len(word) > MAX_WORD:
             return [self.unk_id]
         pieces, start = [], 0

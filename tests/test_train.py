@@ -1,9 +1,11 @@
 """The step, the loop and what it leaves behind, on the smallest model and a handful of scenes."""
 
 import copy
+import dataclasses
 import functools
 import json
 import os
+import re
 import signal
 
 import jax
@@ -14,7 +16,7 @@ import pytest
 import tiny
 
 from configs import common
-from jaxpeft import data, features, hub, optim, point, results, sharding, sites, tasks, train, tree
+from jaxpeft import data, evals, features, hub, optim, point, results, sharding, sites, tasks, train, tree
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.datasets import scenes
 from jaxpeft.models.blip import Blip, BlipConfig
@@ -221,6 +223,33 @@ def test_features_on_disk_equal_features_in_memory(base, tmp_path):
     )
 
 
+def test_question_states_once_per_question_equal_encoding_every_step(base, tmp_path, monkeypatch):
+    """Where only the decoder is tuned the question encoder is frozen too; in memory and from disk."""
+    options = {"method": "head", "data.n_images": 7}
+    shared = point.run(config_of(base, **options), tmp_path / "shared", quiet, tmp_path / "features")
+    names = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "features").iterdir())
+    assert names == ["test-5", "test-questions-30", "train-12", "train-questions-42"]
+    in_memory = point.run(config_of(base, **options), tmp_path / "memory", quiet)
+    monkeypatch.setattr(point, "can_cache_questions", lambda *_: (False, "asked not to"))
+    plain = point.run(config_of(base, **options), tmp_path / "plain", quiet)
+    for one in (shared, in_memory):
+        for label in ("base", "tuned"):
+            a, b = (run["metrics"]["test"][label]["nll"] for run in (one, plain))
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_question_states_are_taken_from_the_batch(base):
+    """A sharp check of what the test above compares: other states give another loss."""
+    model, params, _ = hub.read(str(base), question_encoder=True)
+    split = scenes.load({"n_test": 3}, ["test"])["test"]
+    examples = dataclasses.replace(TASK.examples(split, model.tokenizer), images=data.Resized(split.images, 64))
+    v, tables = {"params": params}, evals.image_features(model, {"params": params}, examples.images)
+    asked = features.with_questions(model, v, split, examples, tables, None, 0)
+    plain, same = (evals.nll(model, v, TASK, one, features=tables) for one in (examples, asked))
+    asked.arrays["question_states"] = asked.arrays["question_states"] + 1
+    assert abs(same - plain) <= 1e-6 * plain < abs(evals.nll(model, v, TASK, asked, features=tables) - plain)
+
+
 def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(base, tmp_path):
     model, params, _ = hub.read(str(base), question_encoder=True)
     said, directory = [], tmp_path / "f"
@@ -248,7 +277,13 @@ def test_features_of_other_weights_or_pictures_have_other_names(base):
     moved = params | {"vision": jax.tree.map(lambda x: x + 1, params["vision"])}
     other = scenes.load({"n_test": 3, "seed": 1}, ["test"])["test"]
     names = [features.name_of(model, {"params": p}, s) for p, s in ((params, split), (moved, split), (params, other))]
-    assert len(set(names)) == 3
+    asked = np.ones((3, 2), np.int32)
+    text = params | {"text_encoder": jax.tree.map(lambda x: x + 1, params["text_encoder"])}
+    names += [
+        features.name_of(model, {"params": p}, split, q)
+        for p, q in ((params, asked), (text, asked), (params, asked + 1))
+    ]
+    assert len(set(names)) == 6
     captions, _, _ = hub.read(str(base), question_encoder=False)
     assert features.name_of(captions, {"params": params}, split) == names[0]  # the text side does not matter
     assert features.name_of(model, {"params": params}, split) == names[0]
@@ -347,7 +382,25 @@ def test_features_are_cached_only_where_that_is_right(base, method, augment, siz
     model, params, chosen, _ = point.setup_model(c, TASK, scenes.load(c.data, ["train"])["train"], quiet)
     mask = sites.trainable(chosen, sites.attach(model, params, chosen, jax.random.key(0)))
     allowed, why = point.can_cache(c, mask, model, 100)
-    assert allowed == reason.startswith("no tuned") and __import__("re").search(reason, why)
+    assert allowed == reason.startswith("no tuned") and re.search(reason, why)
+
+
+@pytest.mark.parametrize(
+    "method, images_cached, size, reason",
+    [
+        ("lora", True, 1 << 30, "peft/text_encoder.* is tuned"),
+        ("head", False, 1 << 30, "image features are computed every step"),
+        ("head", True, 10, "would take"),
+        ("head", True, 1 << 30, "no tuned leaf is in the question encoder"),
+    ],
+)
+def test_question_states_are_cached_only_where_that_is_right(base, method, images_cached, size, reason):
+    c = config_of(base, method=method, **{"data.feature_bytes": size})
+    split = scenes.load(c.data, ["train"])["train"]
+    model, params, chosen, _ = point.setup_model(c, TASK, split, quiet)
+    mask = sites.trainable(chosen, sites.attach(model, params, chosen, jax.random.key(0)))
+    allowed, why = point.can_cache_questions(c, mask, model, TASK.examples(split, model.tokenizer), images_cached)
+    assert allowed == reason.startswith("no tuned") and re.search(reason, why)
 
 
 def test_unknown_words_extend_the_vocabulary_and_are_tuned(base, tmp_path):

@@ -6,7 +6,7 @@ direction. Each cell: three learning rates a factor of three apart, the best on 
 
     python main.py --config=configs/studies/scenes_full.py --workdir=runs/study_scenes_full
 
-The levels run from near to far: captions as in pre-training (two methods and the head alone, to place the scale),
+The levels run from near to far: captions as in pre-training (LoRA and the head alone, to place the scale),
 captions in a new style, and questions on what captions do not say. The five methods have the classifier's transform tuned
 beside them; without it they stand at the middle size and all pictures. `levels=all` gives every method every level, and
 adds questions on what captions do say.
@@ -16,7 +16,7 @@ from configs import common
 from configs.studies import base
 
 MAIN = ("captions_human", "vqa_unstated")
-NEAR = ("lora_head", "prefix_head", "head")
+NEAR = ("lora_head", "head")
 N_IMAGES = (64, 256, 1024, 4096, 16384)
 
 

@@ -315,6 +315,13 @@ class Blip(sites.Adaptable):
             return image_BPD, None
         return self.encode_question(image_BPD, question_BT), question_BT != self.config.pad_id
 
+    def batch_context(self, batch):
+        """`context` of a batch, from the furthest stage that is in it: question states, image tokens, or the image."""
+        if "question_states" in batch:
+            return batch["question_states"], batch["question"] != self.config.pad_id
+        image_BPD = batch["image_tokens"] if "image_tokens" in batch else self.encode_image(batch["image"])
+        return self.context(image_BPD, batch.get("question"))
+
     def decode(self, tokens_BT, context_BSD, context_mask_BS=None):
         """Decoder input ids -> logits_BTV. The batch may be a multiple of the context's: rows b*A .. b*A+A-1 share b."""
         return self.text_decoder(tokens_BT, None, context_BSD, context_mask_BS, causal=True)[0]
@@ -336,9 +343,8 @@ class Blip(sites.Adaptable):
         return logits_BTV[:, -1], cache
 
     def __call__(self, batch):
-        """{'image' or 'image_tokens', 'question' (B,T), 'tokens' (B,A,T)} -> logits (B,A,T,V)."""
-        image_BPD = batch["image_tokens"] if "image_tokens" in batch else self.encode_image(batch["image"])
-        context_BSD, mask_BS = self.context(image_BPD, batch.get("question"))
+        """{'image' or an output of a later stage, 'question' (B,T), 'tokens' (B,A,T)} -> logits (B,A,T,V)."""
+        context_BSD, mask_BS = self.batch_context(batch)
         n_images, n_texts, n_tokens = batch["tokens"].shape
         logits_BTV = self.decode(batch["tokens"].reshape(-1, n_tokens), context_BSD, mask_BS)
         return logits_BTV.reshape(n_images, n_texts, n_tokens, -1)
