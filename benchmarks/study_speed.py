@@ -1,0 +1,377 @@
+"""Seconds for the same 24 points of a study: one by one, two processes, frozen stages once, lanes; and PyTorch beside it.
+
+    python benchmarks/study_speed.py --out results/study_speed.json
+
+The points: captions and questions on scenes, LoRA and prefix, two sizes, three learning rates, 1,024 pictures, a fixed
+number of steps, then texts and likelihoods of 256 validation and 256 test pictures. Every line does all of it in fresh
+processes with an empty compilation cache, from start to results on disk, on the same cores:
+
+- one by one: one process. Every stage each step, or image features once.
+- two processes: pinned to a core each, sharing points by claims.
+- lanes: the three rates of a cell in one vmapped program, evaluated one after the other; features once.
+- transformers + peft: the twelve LoRA points, from the same base, batches, rates and steps (this package's loader feeds
+  both), AdamW in eager mode; images under no_grad each step, or once. The twelve points of jaxpeft stand beside it.
+
+Scores of a cell must agree: exactly the same work gives the same likelihood within 1e-3 whichever way it was run, and
+PyTorch's, which draws other LoRA matrices, is printed beside it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+PEERS = ("lora",)  # what the loop in PyTorch runs
+
+
+def get_config(arg=""):
+    """The study, for `main.py --config=benchmarks/study_speed.py:cached=false`."""
+    from configs import common
+    from configs.studies import base
+
+    a = common.parse_arg(arg, steps=100, cached=True, only="")
+    arms = {
+        "lora": base.arm("lora", 3e-3, "none", (4, 16), alpha="r"),
+        "prefix": base.arm("prefix", 3e-2, "none", (8, 32)),
+    }
+    arms = {name: one for name, one in arms.items() if a.only in ("", name)}
+    levels = ("captions_human", "vqa_unstated")
+    c = base.study("speed", __doc__, levels, arms, budgets=(), n_images=(1024,), seeds=1, note="timing only")
+    for point in c.points.values():
+        point.data.n_train, point.data.n_val, point.data.n_test = 1024, 256, 256
+        point.steps, point.optim.schedule, point.eval.forgetting = a.steps, "cosine", False
+        point.checkpoint_every = a.steps
+        if not a.cached:
+            point.data.feature_bytes = 0
+    return c
+
+
+def lanes(config, workdir: Path) -> None:
+    """The study with the rates of each cell side by side in one program; results.jsonl as a study leaves it."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from jaxpeft import data, datasets, host, optim, point, results, sites, study, tasks, train, tree
+    from jaxpeft import features as feature_tables
+
+    host.keep_freed_memory()
+    host.keep_compiled_programs()
+    rows = []
+    for cell in study.cells(config):
+        runs = [study.Run(cell, 0, lr, config) for lr in study.rates(config, cell)]
+        c = runs[0].config
+        task = tasks.build(c.task, **c.task_options)
+        splits = datasets.load(c.data, ["train", *c.eval.splits])
+        split, _ = data.subset(splits["train"], seed=c.data.subset_seed, n_images=c.data.n_images)
+        model, params, chosen, _ = point.setup_model(c, task, split, lambda *_: None)
+        variables = sites.attach(model, params, chosen, jax.random.key(c.seed))
+        tuned, frozen = tree.split(variables, sites.trainable(chosen, variables))
+        pictures = {
+            name: data.Resized(one.images, model.config.image_size) for name, one in (splits | {"train": split}).items()
+        }
+        features = {
+            name: feature_tables.table(
+                model, variables, one, pictures[name], workdir / "features", c.data.feature_bytes
+            )
+            for name, one in (splits | {"train": split}).items()
+        }
+        examples = task.examples(split, model.tokenizer)
+        examples = data.Examples(examples.arrays, None, examples.rows)
+        tx = optim.optimizer(c.optim, tuned, c.steps)
+
+        def start(lr, tx=tx, tuned=tuned):
+            *rest, schedule = tx.init(tuned)
+            opt = (*rest, schedule._replace(lr=jnp.float32(lr)))
+            return train.TrainState(jnp.int32(0), tuned, opt, jnp.uint32(0))
+
+        state = jax.tree.map(lambda *x: jnp.stack(x), *(start(run.lr) for run in runs))
+        step = functools.partial(train.train_step, model=model, task=task, tx=tx, accumulate=1)
+        step = jax.jit(jax.vmap(step, in_axes=(0, None, None, None)), donate_argnums=0)
+        batches = data.batches(examples, c.batch_size, seed=c.seed)
+        for _ in range(c.steps):
+            state, _ = step(state, frozen, features["train"], next(batches))
+        for i, run in enumerate(runs):
+            versions = {"tuned": tree.join(jax.tree.map(lambda x, i=i: x[i], state.tuned), frozen)}
+            metrics = {
+                name: point.evaluate(
+                    c, model, task, versions, split, splits[name], pictures[name], features[name], lambda _, x: x
+                )[0]
+                for name in c.eval.splits
+            }
+            rows.append({"id": run.id, "metrics": metrics})
+    results.write_jsonl(workdir / "results.jsonl", rows)
+
+
+class Peer:
+    """One LoRA point with transformers and peft, as its users write it: eager mode, AdamW."""
+
+    def __init__(self, run, directory: Path, cached: bool):
+        import peft
+        import torch
+        import transformers
+
+        from jaxpeft import datasets, hub, tasks
+
+        self.c, c = run.config, run.config
+        self.task = tasks.build(c.task, **c.task_options)
+        self.asks = self.task.question_encoder
+        self.tokenizer = hub.read(c.base, question_encoder=self.asks)[0].tokenizer
+        self.splits = datasets.load(c.data, ["train", *c.eval.splits])
+        kind = transformers.BlipForQuestionAnswering if self.asks else transformers.BlipForConditionalGeneration
+        where = r".*text_(encoder|decoder).*\.(query|value)" if self.asks else r".*text_decoder.*\.(query|value)"
+        lora = peft.LoraConfig(r=run.cell.size, lora_alpha=run.cell.size, lora_dropout=0.0, target_modules=where)
+        torch.manual_seed(c.seed)
+        self.model = peft.get_peft_model(kind.from_pretrained(directory), lora)
+        self.inner = self.model.base_model.model
+        self.tables = {name: self._table(split) for name, split in self.splits.items()} if cached else {}
+
+    def _encode(self, pictures):
+        import torch
+
+        from jaxpeft import images
+
+        mean, std = (torch.tensor(c)[:, None, None] for c in (images.MEAN_C, images.STD_C))
+        image_BCYX = torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+        with torch.no_grad():
+            return self.inner.vision_model((image_BCYX - mean) / std)[0]
+
+    def _table(self, split):
+        import torch
+
+        n = len(split.rows)
+        starts = range(0, n, 64)
+        return torch.cat([self._encode([split.images[i] for i in range(s, min(s + 64, n))]) for s in starts])
+
+    def _context(self, batch, name):
+        """(what the decoder looks at, its mask) of a batch of the split."""
+        import torch
+
+        index = batch["image_index"]
+        found = self.tables.get(name)
+        states = self._encode([self.splits[name].images[i] for i in index]) if found is None else found[index]
+        if not self.asks:
+            return states, None
+        question = torch.tensor(batch["question"]).long()
+        mask = (question != self.tokenizer.pad_id).long()
+        return self.inner.text_encoder(question, mask, encoder_hidden_states=states)[0], mask
+
+    def _losses(self, batch, name):
+        """Cross-entropies (B, A, T)."""
+        import torch
+
+        states, mask = self._context(batch, name)
+        tokens, targets = (torch.tensor(batch[key]).long() for key in ("tokens", "targets"))
+        n, a, t = tokens.shape
+        flat = tokens.reshape(-1, t)
+        if a > 1:
+            states, mask = (None if x is None else x.repeat_interleave(a, 0) for x in (states, mask))
+        there = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        logits = self.inner.text_decoder(flat, (flat != self.tokenizer.pad_id).long(), **there).logits
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), reduction="none")
+        return losses.reshape(n, a, t)
+
+    def train(self):
+        import torch
+
+        from jaxpeft import data
+
+        c, tuned = self.c, [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(tuned, lr=c.optim.lr, weight_decay=0.0)
+        n_warm = round(c.optim.warmup * c.steps)
+
+        def rate(step):
+            cosine = 0.5 * (1 + np.cos(np.pi * min(1, (step - n_warm) / (c.steps - n_warm))))
+            return step / n_warm if step < n_warm else cosine
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        examples = self.task.examples(self.splits["train"], self.tokenizer)
+        batches = data.batches(data.Examples(examples.arrays, None, []), c.batch_size, seed=c.seed)
+        self.model.train()
+        for _ in range(c.steps):
+            batch = next(batches)
+            weights = torch.tensor(batch["weights"])
+            loss = (self._losses(batch, "train") * weights).sum() / (len(weights) if self.asks else weights.sum())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(tuned, c.optim.clip)
+            optimizer.step()
+            schedule.step()
+
+    def evaluate(self, name: str) -> dict:
+        """Scores of greedy texts, and nats per reference token."""
+        import torch
+
+        from jaxpeft import data
+
+        self.model.eval()
+        c, task, tokenizer, split = self.c, self.task, self.tokenizer, self.splits[name]
+        examples, cases = task.examples(split, tokenizer), task.cases(split, tokenizer)
+        total, count, texts, prompt = 0.0, 0.0, [], task.prompt_ids(tokenizer)
+        with torch.no_grad():
+            for batch, n_real in data.one_pass(data.Examples(examples.arrays, None, []), c.eval.batch_size):
+                scored = torch.tensor(batch["weights"] > 0)
+                total += float((self._losses(batch, name) * scored)[:n_real].double().sum())
+                count += float(scored[:n_real].sum())
+            for batch, n_real in data.one_pass(data.Examples(cases.arrays, None, []), c.eval.batch_size):
+                states, mask = self._context(batch, name)
+                written = self.inner.text_decoder.generate(
+                    input_ids=torch.tensor([prompt] * len(states)), encoder_hidden_states=states,
+                    encoder_attention_mask=mask, do_sample=False, num_beams=1, max_length=task.length,
+                    min_length=task.min_length, pad_token_id=tokenizer.pad_id, eos_token_id=tokenizer.sep_id,
+                )  # fmt: skip
+                texts += [tokenizer.decode(row[len(prompt) :]) for row in written[:n_real].tolist()]
+        return task.score(cases.rows, texts) | {"nll": total / count}
+
+
+def torch_points(config, workdir: Path, cached: bool) -> None:
+    """The LoRA points with transformers and peft, one by one; base_TASK directories are in `workdir`."""
+    import reference
+
+    from jaxpeft import results, study
+
+    reference.quiet_torch(len(os.sched_getaffinity(0)))
+    reference.golden().pass_cross_attention_mask()
+    rows = []
+    for cell in study.cells(config):
+        for lr in study.rates(config, cell):
+            run = study.Run(cell, 0, lr, config)
+            peer = Peer(run, workdir / f"base_{run.config.task}", cached)
+            peer.train()
+            metrics = {name: {"tuned": peer.evaluate(name)} for name in run.config.eval.splits}
+            rows.append({"id": run.id, "metrics": metrics})
+    results.write_jsonl(workdir / "results.jsonl", rows)
+
+
+def bases(workdir: Path) -> None:
+    """The shipped base as transformers directories."""
+    import torch
+    import transformers
+
+    from jaxpeft import hub
+    from jaxpeft.models import blip_port
+
+    for task in ("captioning", "vqa"):
+        model, params, _ = hub.read("tiny", question_encoder=task == "vqa")
+        c, t = model.config, model.tokenizer
+        ids = {"pad_token_id": t.pad_id, "bos_token_id": t.bos_id, "sep_token_id": t.sep_id, "eos_token_id": t.sep_id}
+        text = {
+            "vocab_size": c.vocab_size, "hidden_size": c.text_width, "num_hidden_layers": c.text_layers,
+            "num_attention_heads": c.text_heads, "intermediate_size": c.text_mlp, "layer_norm_eps": c.text_eps,
+            "max_position_embeddings": c.max_positions, "encoder_hidden_size": c.vision_width,
+            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **ids,
+        }  # fmt: skip
+        vision = {
+            "hidden_size": c.vision_width, "num_hidden_layers": c.vision_layers, "num_attention_heads": c.vision_heads,
+            "intermediate_size": c.vision_mlp, "image_size": c.image_size, "patch_size": c.patch_size,
+            "layer_norm_eps": c.vision_eps,
+        }  # fmt: skip
+        kind = {"captioning": "BlipForConditionalGeneration", "vqa": "BlipForQuestionAnswering"}[task]
+        settings = transformers.BlipConfig(vision_config=vision, text_config=text)
+        there = getattr(transformers, kind)(settings)
+        tensors = {name: torch.tensor(x) for name, x in blip_port.to_hf(params, c).items()}
+        missing, extra = there.load_state_dict(tensors, strict=False)
+        # tied copies, and buffers of positions
+        left = [name for name in missing if not name.endswith((".cls.predictions.decoder.weight", ".decoder.bias"))]
+        if left or extra:
+            raise SystemExit(f"{task}: missing {left}, unexpected {extra}")
+        there.tie_weights()
+        there.save_pretrained(workdir / f"base_{task}")
+
+
+WAYS = {  # label: (frozen stages once, processes, what runs)
+    "one by one, every stage each step": (False, 1, "study"),
+    "two processes, every stage each step": (False, 2, "study"),
+    "one by one, image features once": (True, 1, "study"),
+    "two processes, image features once": (True, 2, "study"),
+    "lanes of three rates, image features once": (True, 1, "lanes"),
+    "transformers + peft, images each step": (False, 1, "torch"),
+    "transformers + peft, image features once": (True, 1, "torch"),
+    "jaxpeft, the same twelve, every stage each step": (False, 1, "study lora"),
+    "jaxpeft, the same twelve, image features once": (True, 1, "study lora"),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
+    parser.add_argument("--out")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        kind, config, workdir = args.child
+        if kind == "bases":
+            return bases(Path(workdir))
+        config = get_config(config)
+        if kind == "lanes":
+            return lanes(config, Path(workdir))
+        return torch_points(config, Path(workdir), config.points.vqa.data.feature_bytes > 0)
+    if not args.out:
+        parser.error("--out is required")
+    import reference
+
+    reference.use_threads(args.threads)
+    rows, scores = [], {}
+    with tempfile.TemporaryDirectory() as directory:
+        for i, way in enumerate(args.ways):
+            cached, processes, kind = WAYS[way]
+            workdir = Path(directory) / str(i)
+            workdir.mkdir()
+            only = "lora" if kind in ("torch", "study lora") else ""
+            config = f"steps={args.steps},cached={str(cached).lower()},only={only}"
+            child = [sys.executable, __file__, "--child"]
+            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(workdir / "programs")}
+            if kind == "torch":
+                subprocess.run([*child, "bases", config, str(workdir)], check=True, cwd=ROOT, env=environment)
+            command = [*child, kind, config, str(workdir)]
+            if kind.startswith("study"):
+                command = [sys.executable, "main.py", f"--config=benchmarks/study_speed.py:{config}"]
+                command += [f"--workdir={workdir}", f"--workers={processes}"]
+            began = time.perf_counter()
+            with (workdir / "log.txt").open("w") as log:
+                code = subprocess.run(
+                    command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                ).returncode
+            seconds = time.perf_counter() - began
+            if code:
+                raise SystemExit((workdir / "log.txt").read_text()[-3000:])
+            found = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+            scores[way] = {one["id"]: one["metrics"]["test"]["tuned"]["nll"] for one in found}
+            rows.append(
+                {"": way, "points": len(found), "s": round(seconds, 1), "s a point": round(seconds / len(found), 2)}
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    print(reference.table(rows))
+    first, ours = {}, [way for way in args.ways if WAYS[way][2] != "torch"]
+    for way in ours:
+        for name, nll in scores[way].items():
+            first.setdefault(name, nll)
+    gap = max((abs(nll - first[name]) for way in ours for name, nll in scores[way].items()), default=0.0)
+    print(f"largest difference of test nats per token between ways: {gap:.2e}")
+    beside = {
+        name: [first.get(name), nll]
+        for way in args.ways
+        if WAYS[way][2] == "torch"
+        for name, nll in scores[way].items()
+    }
+    print("\n".join(f"{name}: jaxpeft {a:.3f}, PyTorch {b:.3f}" for name, (a, b) in beside.items() if a is not None))
+    settings = {"steps": args.steps, "threads": args.threads}
+    value = {**reference.facts(), "settings": settings, "rows": rows, "largest difference": gap, "nll": beside}
+    reference.write_json(args.out, value)
+    if gap > 1e-3:
+        raise SystemExit("not the same work: the likelihoods differ")
+
+
+if __name__ == "__main__":
+    main()
