@@ -19,14 +19,15 @@ from jaxpeft.budget import solve_size
 from jaxpeft.evals import generate
 from jaxpeft.foreign import intercept
 from jaxpeft.hub import load
-from jaxpeft.interchange import export_peft, import_peft, load_tuned, save_tuned
+from jaxpeft.interchange import export_blip, export_peft, import_peft, load_tuned, save_tuned
 from jaxpeft.methods import *  # noqa: F403  every method, by its class name
 from jaxpeft.methods import __all__ as _methods
-from jaxpeft.point import run
+from jaxpeft.point import load_run, run
 from jaxpeft.sites import attach, counts, describe, expand, fold, merge, stack, trainable
 from jaxpeft.tree import join, split
 
 __all__ = [
-    *_methods, "attach", "counts", "describe", "expand", "export_peft", "fold", "generate", "import_peft", "intercept", "join",
-    "load", "load_tuned", "merge", "run", "save_tuned", "solve_size", "split", "stack", "trainable",
+    *_methods, "attach", "counts", "describe", "expand", "export_blip", "export_peft", "fold", "generate", "import_peft",
+    "intercept", "join", "load", "load_run", "load_tuned", "merge", "run", "save_tuned", "solve_size", "split", "stack",
+    "trainable",
 ]  # fmt: skip

@@ -60,27 +60,36 @@ def predict(
     model, variables: Tree, task: Task, cases: Examples, *, features=None, batch_size: int = 64, beams: int = 1
 ) -> list[dict]:
     """One {'text', 'score'} per case, in order; score is the (length-normalised, for beams) log-probability in nats."""
+    options = {"features": features, "batch_size": batch_size, "beams": beams}
+    return [best for best, *_ in ranked(model, variables, task, cases, **options)]
+
+
+def ranked(
+    model, variables: Tree, task: Task, cases: Examples, *, features=None, batch_size: int = 64, beams: int = 1
+) -> list[list[dict]]:
+    """Per case the `beams` best texts as {'text', 'score'}, best first; different tokens may read the same."""
     tokenizer = model.tokenizer
     prompt = np.array(task.prompt_ids(tokenizer), np.int32)
     written = []
     for batch, n_real in one_pass(_without_images(cases, features), batch_size):
         write = _write_mixed if "adapter" in batch else _write
         search = {"length": task.length, "min_length": task.min_length, "beams": beams}
-        tokens_BT, score_B = write(model, variables, with_features(batch, features), prompt, **search)
-        texts = [tokenizer.decode(row[len(prompt) :]) for row in np.asarray(tokens_BT[:n_real]).tolist()]
-        written += [{"text": t, "score": float(s)} for t, s in zip(texts, np.asarray(score_B), strict=False)]
+        tokens_BKT, score_BK = write(model, variables, with_features(batch, features), prompt, **search)
+        for tokens_KT, score_K in zip(np.asarray(tokens_BKT)[:n_real].tolist(), np.asarray(score_BK), strict=False):
+            texts = [tokenizer.decode(tokens[len(prompt) :]) for tokens in tokens_KT]
+            written.append([{"text": t, "score": float(s)} for t, s in zip(texts, score_K, strict=True)])
     return written
 
 
 def _write(model, variables, batch, prompt_T, *, beams, length, min_length):
-    """(tokens_BT, score_B) of the best text per row."""
+    """(tokens_BKT, score_BK) of the K = beams best texts per row."""
     context_BSD, mask_BS = contexts(model, variables, batch)
     prompt_BT = jnp.tile(prompt_T[None], (context_BSD.shape[0], 1))
     search = {"length": length, "min_length": min_length}
     if beams == 1:
-        return decode.greedy(model, variables, context_BSD, mask_BS, prompt_BT, **search)
-    tokens_BKT, score_BK = decode.beam_search(model, variables, context_BSD, mask_BS, prompt_BT, beams=beams, **search)
-    return tokens_BKT[:, 0], score_BK[:, 0]
+        tokens_BT, score_B = decode.greedy(model, variables, context_BSD, mask_BS, prompt_BT, **search)
+        return tokens_BT[:, None], score_B[:, None]
+    return decode.beam_search(model, variables, context_BSD, mask_BS, prompt_BT, beams=beams, **search)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "beams", "length", "min_length"))
@@ -90,8 +99,8 @@ def _write_mixed(model, variables, batch, prompt_T, **search):
     def one(row):
         mine = variables | {"peft": jax.tree.map(lambda x: x[row["adapter"]], variables["peft"])}
         row = {name: x[None] for name, x in row.items() if name != "adapter"}
-        tokens_1T, score_1 = _write(model, mine, row, prompt_T, **search)
-        return tokens_1T[0], score_1[0]
+        tokens_1KT, score_1K = _write(model, mine, row, prompt_T, **search)
+        return tokens_1KT[0], score_1K[0]
 
     return jax.vmap(one)(batch)
 
@@ -125,8 +134,11 @@ def generate(
     batch_size: int = 16,
     task: Task | None = None,
     adapter_ids=None,
+    top: int | None = None,
 ):
     """Text for pictures: a caption each, or with `prompts` (one question per picture, or one for all) an answer each.
+
+    With `top` a list of at most that many {'text', 'score'} each, best first; searched with at least so many beams.
 
     `images`: uint8 arrays image_YXC of any size, or paths. `variables`: {'params': ...} or what `attach` returned; or
     what `stack` returned, and then `adapter_ids` says per picture which of the stacked trees writes. Raises ValueError
@@ -161,4 +173,7 @@ def generate(
                 f"adapter_ids {ids.tolist()} do not fit {len(pictures)} pictures and {n_trees} stacked trees"
             )
         cases = dataclasses.replace(cases, arrays=cases.arrays | {"adapter": ids})
-    return [one["text"] for one in predict(model, variables, task, cases, batch_size=batch_size, beams=beams)]
+    found = ranked(model, variables, task, cases, batch_size=batch_size, beams=max(beams, top or 1))
+    if top is None:
+        return [best["text"] for best, *_ in found]
+    return [list({one["text"]: one for one in reversed(some)}.values())[::-1][:top] for some in found]

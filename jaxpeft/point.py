@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxpeft import data, datasets, evals, hub, methods, results, sites, tasks, tree
 from jaxpeft import features as feature_tables
+from jaxpeft.interchange import load_tuned, save_tuned
 from jaxpeft.methods import Selective
 from jaxpeft.train import fit, train_step
 from jaxpeft.tree import Tree
@@ -151,11 +152,32 @@ def run(config, workdir: str | Path, log=print, features_in: str | Path | None =
         "status": "done",
     }
     results.write_jsonl(workdir / "predictions.jsonl", rows)
+    save_tuned(model, versions["tuned"], chosen, workdir / "tuned")
     if rows and config.eval.gallery:
         _gallery(workdir, held_out[config.eval.splits[0]], rows)
     results.write_json(workdir / "result.json", result)
-    log(f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl, gallery.png")
+    log(
+        f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl, gallery.png; "
+        f"what was tuned: tuned/ (jp.load_run, python -m jaxpeft.generate)"
+    )
     return result
+
+
+def load_run(workdir: str | Path):
+    """(model, variables, methods, task) of a finished run, for `generate`, `merge` and the exports.
+
+    Raises ValueError where `workdir` holds no finished run, or the base is no longer the one that was tuned.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "result.json").exists():
+        raise ValueError(f"{workdir} holds no finished run: result.json is missing; run main.py on it to the end")
+    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    words = json.loads((workdir / "result.json").read_text())["model"]["new_words"]
+    task = tasks.build(config.task, **config.task_options)
+    model, params, _ = _base(config, task)
+    model, params, _ = hub.extend_vocabulary(model, params, words, config.seed)
+    variables, chosen = load_tuned(model, params, workdir / "tuned")
+    return model, variables, chosen, task
 
 
 def as_json(config) -> dict:
@@ -191,17 +213,10 @@ def point_id(config) -> str:
 def setup_model(config, task: tasks.Task, train: datasets.Split, log):
     """(model, params, methods, facts) of a config: the base, its vocabulary checked against the texts, the methods."""
     c = config.model
-    options = {"image_size": c.image_size, "dtype": c.dtype, "remat": c.remat, "dropout": c.dropout}
-    model, params, report = hub.read(config.base, question_encoder=task.question_encoder, **options)
+    model, params, report = _base(config, task)
     for group, source in report.get("initialised", {}).items():
         if source != "checkpoint":
             log(f"{group} starts from {source}")
-    if model.tokenizer is None:
-        raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
-    if config.init == "scratch":
-        model, params = hub.scratch(model.config, model.tokenizer, config.seed)
-    elif config.init != "base":
-        raise ValueError(f"init is {config.init!r}; choose 'base' (the checkpoint's weights) or 'scratch' (random)")
     chosen = methods_of(config)
 
     unknown = [word for text in task.texts(train) for word in model.tokenizer.unknown_words(text)]
@@ -214,7 +229,21 @@ def setup_model(config, task: tasks.Task, train: datasets.Split, log):
     elif unknown:
         log(f"vocabulary: {len(unknown)} words of the training texts are unknown to the base and read as [UNK]")
     facts = {"base": str(config.base), "init": config.init, "report": report}
-    return model, params, chosen, facts | {"unknown_words": len(unknown), "new_words": len(new)}
+    return model, params, chosen, facts | {"unknown_words": len(unknown), "new_words": list(new)}
+
+
+def _base(config, task: tasks.Task):
+    """(model, params, report) that training starts from, before words are added."""
+    c = config.model
+    options = {"image_size": c.image_size, "dtype": c.dtype, "remat": c.remat, "dropout": c.dropout}
+    model, params, report = hub.read(config.base, question_encoder=task.question_encoder, **options)
+    if model.tokenizer is None:
+        raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
+    if config.init == "scratch":
+        model, params = hub.scratch(model.config, model.tokenizer, config.seed)
+    elif config.init != "base":
+        raise ValueError(f"init is {config.init!r}; choose 'base' (the checkpoint's weights) or 'scratch' (random)")
+    return model, params, report
 
 
 def methods_of(config) -> tuple[methods.Method, ...]:

@@ -7,8 +7,14 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import jax
 import pytest
+import tiny
 
+from jaxpeft import hub
+from jaxpeft.datasets import scenes
 from jaxpeft.models import blip
+from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.pretrain import ALIASES, init, shared
+from jaxpeft.text import Tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)  # before any array exists
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -24,3 +30,14 @@ def programs_are_dropped():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A checkpoint directory of ours: random weights, the words of scenes."""
+    tokenizer = Tokenizer.from_words(scenes.WORDS)
+    sizes = tiny.CONFIG | {"image_size": 64, "patch_size": 32, "vocab_size": len(tokenizer), "max_positions": 48}
+    model = Blip(BlipConfig(**sizes, question_encoder=True), tokenizer)
+    params = init(model, 0)
+    del params["itm"]
+    return hub.save(tmp_path_factory.mktemp("base") / "tiny", model, shared(params), aliases=ALIASES)

@@ -14,36 +14,15 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from tiny import config_of
 
 from configs import common
 from jaxpeft import data, evals, features, hub, optim, point, results, sharding, sites, tasks, train, tree
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.datasets import scenes
-from jaxpeft.models.blip import Blip, BlipConfig
-from jaxpeft.pretrain import ALIASES, init, shared
 from jaxpeft.text import Tokenizer
 
 TASK = tasks.build("vqa")
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """A checkpoint directory of ours: random weights, the words of scenes."""
-    tokenizer = Tokenizer.from_words(scenes.WORDS)
-    sizes = tiny.CONFIG | {"image_size": 64, "patch_size": 32, "vocab_size": len(tokenizer), "max_positions": 48}
-    model = Blip(BlipConfig(**sizes, question_encoder=True), tokenizer)
-    params = init(model, 0)
-    del params["itm"]
-    return hub.save(tmp_path_factory.mktemp("base") / "tiny", model, shared(params), aliases=ALIASES)
-
-
-def config_of(base, task="vqa", method="lora", head="none", **changes):
-    c = common.get_config(task, method, 2, head)
-    c.base, c.steps, c.batch_size, c.log_every, c.checkpoint_every = str(base), 6, 8, 1, 3
-    c.data.n_train, c.data.n_val, c.data.n_test = 12, 0, 5
-    c.eval.batch_size, c.check_frozen = 8, True
-    c.update_from_flattened_dict(changes)
-    return c
 
 
 def quiet(*_):
@@ -409,13 +388,13 @@ def test_unknown_words_extend_the_vocabulary_and_are_tuned(base, tmp_path):
     split.rows[0] = copy.deepcopy(split.rows[0])  # rows are shared by all who load them
     split.rows[0]["questions"][0]["question"] = "is there a zebra"
     model, params, chosen, facts = point.setup_model(c, TASK, split, quiet)
-    assert facts["new_words"] == 1 and model.tokenizer.vocabulary[-1] == "zebra"
+    assert facts["new_words"] == ["zebra"] and model.tokenizer.vocabulary[-1] == "zebra"
     assert params["text_decoder"]["embed"]["word"].shape[0] == model.config.vocab_size == len(model.tokenizer)
     variables = sites.attach(model, params, chosen, jax.random.key(0))
     mask = tree.flatten(sites.trainable(chosen, variables))
     assert mask["params/text_encoder/embed/word"] and mask["params/text_decoder/head/bias"]
     c.model.extend_vocabulary = False
-    assert point.setup_model(c, TASK, split, quiet)[3]["new_words"] == 0
+    assert point.setup_model(c, TASK, split, quiet)[3]["new_words"] == []
 
 
 # the array store's own event loop complains when it is collected after a read that failed

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import common
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.text import SPECIAL, Tokenizer
 
@@ -42,3 +43,13 @@ def batch(n: int = 4, n_texts: int = 1, seed: int = 0) -> dict:
     weights[0, 0, 2:] = 0
     image = rng.integers(0, 256, (n, 16, 16, 3)).astype(np.uint8)
     return {"image": image, "question": question, "tokens": tokens, "targets": words(n, n_texts, 4), "weights": weights}
+
+
+def config_of(base, task="vqa", method="lora", head="none", **changes):
+    """A run of a few steps on a handful of scenes."""
+    c = common.get_config(task, method, 2, head)
+    c.base, c.steps, c.batch_size, c.log_every, c.checkpoint_every = str(base), 6, 8, 1, 3
+    c.data.n_train, c.data.n_val, c.data.n_test = 12, 0, 5
+    c.eval.batch_size, c.check_frozen = 8, True
+    c.update_from_flattened_dict(changes)
+    return c

@@ -175,6 +175,10 @@ class Files:
     def __init__(self, root):
         self.root, self._found, self._indexed = Path(root), {}, None
 
+    def all(self):
+        """Every image file, as a path relative to the root, in order."""
+        return sorted(path for paths in self._index[0].values() for path in paths)
+
     def find(self, record, problems):
         """The record's file as a path relative to the root, or None after a note (one per image, not per record)."""
         key = (record["image"], None if record["image"] else record["image_id"], record["hint"])

@@ -4,6 +4,7 @@
     import_peft(model, params, directory)                 -> (variables, methods)
     save_tuned(model, variables, methods, directory)      any method: tuned.safetensors and manifest.json
     load_tuned(model, params, directory)                  -> (variables, methods)
+    export_blip(model, variables, directory)              everything merged: transformers loads it without PEFT
 
 PEFT checks little: a missing key is a warning, an extra one and a wrong alpha are silent. Here everything is checked:
 names and shapes both ways, the digest of the frozen base, and a digest of the configuration that is kept in the
@@ -15,8 +16,9 @@ and Prefix with positions='shift' on model.text_decoder. The ViT's query, key an
 DoRA become one update with block-placed B, IA3 one vector; VeRA and OFT cannot act on a part of it and are refused.
 """
 
+from jaxpeft.interchange.blip_out import export_blip
 from jaxpeft.interchange.peft_in import import_peft
 from jaxpeft.interchange.peft_out import export_peft
 from jaxpeft.interchange.tuned import from_json, load_tuned, save_tuned, to_json
 
-__all__ = ["export_peft", "from_json", "import_peft", "load_tuned", "save_tuned", "to_json"]
+__all__ = ["export_blip", "export_peft", "from_json", "import_peft", "load_tuned", "save_tuned", "to_json"]

@@ -184,6 +184,21 @@ def to_hf(params: dict, config: BlipConfig) -> dict[str, np.ndarray]:
     return tensors
 
 
+def hf_config(config: BlipConfig) -> dict:
+    """config.json of a transformers BLIP with this architecture: what `_read_config` reads, with nothing left to defaults."""
+    sections = {"vision_config": {"model_type": "blip_vision_model"}, "text_config": {"model_type": "blip_text_model"}}
+    for field, section, key, _ in CONFIG:
+        sections[section][key] = getattr(config, field)
+    sections["vision_config"] |= {"hidden_act": "gelu", "attention_dropout": 0.0}
+    sections["text_config"] |= {
+        "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "is_decoder": True,
+        "encoder_hidden_size": config.vision_width, "eos_token_id": config.sep_id, "tie_word_embeddings": True,
+    }  # fmt: skip
+    kind = "BlipForQuestionAnswering" if config.question_encoder else "BlipForConditionalGeneration"
+    facts = {"architectures": [kind], "model_type": "blip", "dtype": "float32", "tie_word_embeddings": True}
+    return facts | {"label_smoothing": 0.0} | sections
+
+
 def _put(params, path, leaf):
     *parents, last = path.split("/")
     for key in parents:

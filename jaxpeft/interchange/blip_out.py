@@ -1,0 +1,65 @@
+"""A tuned model -> a directory that transformers loads as a plain BLIP, with no adapter beside it.
+
+    transformers.BlipForConditionalGeneration.from_pretrained(directory)    captioning
+    transformers.BlipForQuestionAnswering.from_pretrained(directory)        VQA
+
+Every bound method is folded into the weights, which is exact or refused (`merge`). Transformers' `generate` of a VQA
+model attends to padded question tokens (5.23): ask questions of one length at a time, or pass them unpadded.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxpeft import images, results, sites
+from jaxpeft.models import blip_port
+from jaxpeft.tree import Tree
+
+FILES = ("model.safetensors", "config.json", "generation_config.json", "vocab.txt", "tokenizer_config.json",
+         "preprocessor_config.json", "README.md")  # fmt: skip
+
+
+def export_blip(model, variables: Tree, directory, card: str = "") -> Path:
+    """Write weights, configuration, tokenizer and processor files; `card` is the text of README.md.
+
+    Raises ValueError for a method that cannot be merged exactly, and where the directory holds other files. A model
+    without a tokenizer gets no tokenizer files.
+    """
+    directory = Path(directory)
+    if directory.exists() and {path.name for path in directory.iterdir()} - set(FILES):
+        raise ValueError(f"{directory} holds other files; choose a new directory")
+    params = sites.merge(model, variables) if "peft" in variables else variables["params"]
+    tensors = {name: np.asarray(x, np.float32) for name, x in blip_port.to_hf(params, model.config).items()}
+    files = {"config.json": blip_port.hf_config(model.config), "generation_config.json": _generation(model.config)}
+    if model.tokenizer is not None:
+        size = model.config.image_size
+        files["preprocessor_config.json"] = {
+            "image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor", "do_convert_rgb": True,
+            "do_resize": True, "size": {"height": size, "width": size}, "resample": 3, "do_rescale": True,
+            "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(map(float, images.MEAN_C)),
+            "image_std": list(map(float, images.STD_C)),
+        }  # fmt: skip
+        files["tokenizer_config.json"] = {
+            "tokenizer_class": "BertTokenizer", "processor_class": "BlipProcessor", "do_lower_case": True,
+            "model_max_length": model.config.max_positions, "pad_token": "[PAD]", "unk_token": "[UNK]",
+            "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "bos_token": "[DEC]",
+            "additional_special_tokens": ["[ENC]"], "model_input_names": ["input_ids", "attention_mask"],
+        }  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / ".model.safetensors"
+    save_file(tensors, temporary, {"format": "pt"})
+    temporary.rename(directory / "model.safetensors")
+    for name, value in files.items():
+        results.write_text(directory / name, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    if model.tokenizer is not None:
+        results.write_text(directory / "vocab.txt", "\n".join(model.tokenizer.vocabulary) + "\n")
+    if card:
+        results.write_text(directory / "README.md", card)
+    return directory
+
+
+def _generation(config) -> dict:
+    ids = {"bos_token_id": config.bos_id, "pad_token_id": config.pad_id, "eos_token_id": config.sep_id}
+    return ids | {"decoder_start_token_id": config.bos_id}

@@ -1,0 +1,101 @@
+"""Captions and answers from the command line, with a tuned run, a shipped or a Hugging Face checkpoint.
+
+    python -m jaxpeft.generate --workdir runs/mine --image a.jpg b.png
+    python -m jaxpeft.generate --workdir runs/mine --image a.jpg --question "what is on the table" --top 3
+    python -m jaxpeft.generate --base path/to/blip --folder pics --out captions.jsonl
+
+Prints a line per picture, or writes a JSON object per picture: image, question, texts (text and log-probability in nats,
+per token where beams are more than one). A picture that cannot be read is said and left out; the exit status is then 1.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxpeft import evals, host, hub, images, point
+from jaxpeft.datasets.folder import Files
+
+
+def pictures(paths: list[Path], n: int) -> Iterator[tuple[list[Path], list, list[str]]]:
+    """(paths, decoded pictures, errors) of n files at a time."""
+    for start in range(0, len(paths), n):
+        found, decoded, errors = [], [], []
+        for path in paths[start : start + n]:
+            try:
+                decoded.append(images.decode(path))
+                found.append(path)
+            except (ValueError, OSError) as error:
+                errors.append(f"{path}: {error}")
+        yield found, decoded, errors
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxpeft.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--workdir", help="of a finished run")
+    which.add_argument("--base", help="'tiny', a directory of ours or of a Hugging Face BLIP: nothing tuned")
+    parser.add_argument("--image", nargs="+", type=Path, default=[])
+    parser.add_argument("--folder", type=Path, help="every picture in it and below")
+    parser.add_argument("--question", help="for a model that answers questions: the same for every picture")
+    parser.add_argument("--beams", type=int, default=3)
+    parser.add_argument("--top", type=int, default=1, help="how many texts a picture, best first")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--out", type=Path, help="a .jsonl file; without it lines are printed")
+    args = parser.parse_args(argv)
+    if min(args.beams, args.top, args.batch) < 1:
+        parser.error("--beams, --top and --batch are at least 1")
+    paths = list(args.image)
+    if args.folder:
+        if not args.folder.is_dir():
+            parser.error(f"--folder {args.folder} is not a directory")
+        paths += [args.folder / name for name in Files(args.folder).all()]
+    if not paths:
+        parser.error("no pictures: give --image or a --folder that holds some")
+    host.keep_freed_memory()
+    host.keep_compiled_programs()
+    try:
+        if args.workdir:
+            model, variables, _, task = point.load_run(args.workdir)
+        else:
+            model, params = hub.load(args.base, question_encoder=args.question is not None)
+            variables, task = {"params": params}, None
+        bad = _write(args, model, variables, task, paths)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    for line in bad:
+        print(f"left out: {line}", file=sys.stderr)
+    return int(bool(bad))
+
+
+def _write(args, model, variables, task, paths) -> list[str]:
+    """Texts of every picture to the file or the screen -> errors."""
+    bad, temporary = [], args.out and args.out.with_name(f".{args.out.name}.{os.getpid()}")
+    out = temporary.open("w", encoding="utf-8") if temporary else None
+    batch = min(args.batch, len(paths))
+    try:
+        for found, decoded, errors in pictures(paths, batch):
+            bad += errors
+            if not found:
+                continue
+            written = evals.generate(
+                model, variables, decoded, args.question, beams=args.beams, batch_size=batch, task=task, top=args.top
+            )
+            for path, texts in zip(found, written, strict=True):
+                row = {"image": str(path)} | ({"question": args.question} if args.question else {})
+                if out:
+                    out.write(json.dumps(row | {"texts": texts}, ensure_ascii=False) + "\n")
+                else:
+                    print(f"{path}: " + " | ".join(f"{one['text']} ({one['score']:.2f})" for one in texts))
+        if out:
+            out.close()
+            os.replace(temporary, args.out)
+    finally:
+        if out:
+            out.close()
+            temporary.unlink(missing_ok=True)
+    return bad

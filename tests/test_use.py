@@ -1,0 +1,183 @@
+"""What a run leaves for use: the tuned model again, texts from the command line, a plain BLIP for transformers."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from tiny import config_of
+
+import jaxpeft as jp
+from jaxpeft import evals, hub, images, point, sites, tree, use
+from jaxpeft.datasets import scenes
+from jaxpeft.methods import Head
+
+
+def quiet(*_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+    """(directory, result) of a captioning run that added a word."""
+    workdir = tmp_path_factory.mktemp("run")
+    c = config_of(base, "captioning", "lora", "transform", **{"data.n_train": 4, "optim.lr": 0.05})
+    with pytest.MonkeyPatch.context() as patch:
+        plain = scenes.load
+
+        def load(config, splits):
+            found = plain(config, splits)
+            if "train" in found:
+                rows = [dict(row) for row in found["train"].rows]
+                rows[0]["captions"] = ["a zebra"]
+                found["train"] = type(found["train"])("train", found["train"].images, rows)
+            return found
+
+        patch.setattr(scenes, "load", load)
+        return workdir, point.run(c, workdir, quiet)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Five test pictures of the run, in two directories, and a file that is none."""
+    root = tmp_path_factory.mktemp("pictures")
+    (root / "more").mkdir()
+    split = scenes.load({"n_test": 5}, ["test"])["test"]
+    for i in range(5):
+        Image.fromarray(np.asarray(split.images[i])).save(root / ("more" if i > 2 else "") / f"{i}.png")
+    (root / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    return root
+
+
+def test_a_run_is_loaded_as_it_was_evaluated(run, folder):
+    workdir, result = run
+    model, variables, methods, task = jp.load_run(workdir)
+    assert result["model"]["new_words"] == ["zebra"] and model.tokenizer.vocabulary[-1] == "zebra"
+    assert [one.name for one in methods][:2] == ["lora", "head"]
+    rows = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
+    pictures = [images.decode(path) for path in sorted(folder.rglob("*.png"), key=lambda p: p.stem)]
+    written = jp.generate(model, variables, pictures, beams=1, task=task)
+    assert written == [row["tuned"] for row in rows] != [row["base"] for row in rows]
+
+
+def test_what_cannot_be_loaded_is_said(run, base, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="holds no finished run"):
+        jp.load_run(tmp_path)
+    moved = hub.read
+    monkeypatch.setattr(
+        hub, "read", lambda *a, **k: (moved(*a, **k)[0], jax.tree.map(lambda x: x + 1, moved(*a, **k)[1]), {})
+    )
+    with pytest.raises(ValueError, match="tuned on another base"):
+        jp.load_run(run[0])
+
+
+def test_a_folder_from_the_command_line(run, folder, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    code = use.main(["--workdir", str(run[0]), "--folder", str(folder), "--top", "2", "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    names = ["0.png", "1.png", "2.png", "more/3.png", "more/4.png"]
+    assert [row["image"] for row in rows] == [str(folder / name) for name in names]
+    assert code == 1 and "broken.jpg" in capsys.readouterr().err
+    model, variables, _, task = jp.load_run(run[0])
+    best = jp.generate(model, variables, [folder / name for name in names], task=task)
+    assert [row["texts"][0]["text"] for row in rows] == best
+    for row in rows:
+        scores = [one["score"] for one in row["texts"]]
+        assert len(scores) == len({one["text"] for one in row["texts"]}) <= 2 and scores == sorted(scores)[::-1]
+    assert use.main(["--workdir", str(run[0]), "--image", str(folder / "0.png"), "--beams", "1"]) == 0
+    assert f"{folder / '0.png'}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--folder", "nowhere"], "is not a directory"),
+        ([], "no pictures"),
+        (["--image", "a.png", "--top", "0"], "at least 1"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_said(args, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        use.main(["--base", "tiny", *args])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_question_for_a_model_that_captions_is_said(run, folder):
+    with pytest.raises(SystemExit, match="this model captions: give no prompts"):
+        use.main(["--workdir", str(run[0]), "--image", str(folder / "0.png"), "--question", "what is it"])
+
+
+def tuned(task, method):
+    model, params = tiny.model(task == "vqa"), tiny.params(task == "vqa")
+    variables = sites.attach(model, params, method, jax.random.key(0))
+    mask = sites.trainable(method, variables)
+    drawn = np.random.default_rng(0)
+    return model, jax.tree.map(lambda x, on: x + jnp.float32(drawn.normal(0, 0.1, x.shape)) * on, variables, mask)
+
+
+@pytest.mark.parametrize("task", ["captioning", "vqa"])
+def test_a_merged_directory_reads_back_exactly(tmp_path, task):
+    model, variables = tuned(task, (jp.LoRA(rank=2), Head()))
+    jp.export_blip(model, variables, tmp_path / "out", card="# a model\n")
+    again, params = hub.load(tmp_path / "out")
+    assert again.config == model.config and again.tokenizer == model.tokenizer
+    expected = tree.flatten(jp.merge(model, variables))
+    assert all(np.array_equal(leaf, expected[name]) for name, leaf in tree.flatten(params).items())
+    assert (tmp_path / "out" / "README.md").read_text() == "# a model\n"
+    (tmp_path / "out" / "mine.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="holds other files"):
+        jp.export_blip(model, variables, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "method, reason", [(jp.Prefix(length=2), "cannot be merged"), (Head(matrix="untied"), "untied from the word")]
+)
+def test_what_is_not_exact_is_refused_before_anything_is_written(tmp_path, method, reason):
+    with pytest.raises(ValueError, match=reason):
+        jp.export_blip(*tuned("captioning", method), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("task", ["captioning", "vqa"])
+def test_live_transformers_loads_it_and_computes_the_same(tmp_path, task):
+    torch = pytest.importorskip("torch", reason="compares with the installed transformers: pip install -e .[golden]")
+    transformers = pytest.importorskip("transformers")
+    model, variables = tuned(task, (jp.LoRA(rank=2), Head()))
+    jp.export_blip(model, variables, tmp_path)
+    asks = task == "vqa"
+    kind = transformers.BlipForQuestionAnswering if asks else transformers.BlipForConditionalGeneration
+    there, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    there.eval()
+    processor = transformers.BlipImageProcessor.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("w1 w19")["input_ids"] == model.tokenizer.encode("w1 w19")
+
+    rng = np.random.default_rng(0)
+    image_BYXC = rng.integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+    pixels = processor(list(image_BYXC), return_tensors="pt")["pixel_values"]
+    tokens_BT = rng.integers(7, 20, (3, 5)).astype(np.int32)
+    batch = {"image": image_BYXC, "tokens": tokens_BT[:, None]}
+    question_BT = rng.integers(7, 20, (3, 4)).astype(np.int32)
+    if asks:
+        batch["question"] = question_BT
+    here = np.asarray(model.apply(variables, batch))[:, 0]
+    with torch.no_grad():
+        states = there.vision_model(pixels)[0]
+        if asks:
+            states = there.text_encoder(torch.tensor(question_BT).long(), encoder_hidden_states=states)[0]
+        logits = there.text_decoder(torch.tensor(tokens_BT).long(), encoder_hidden_states=states).logits
+    np.testing.assert_allclose(logits.numpy(), here, atol=2e-5)
+
+    context_BSD, mask_BS = evals.contexts(model, variables, {name: jnp.asarray(x) for name, x in batch.items()})
+    prompt_BT = jnp.full((3, 1), model.config.bos_id)
+    ours = evals.decode.greedy(model, variables, context_BSD, mask_BS, prompt_BT, length=8)[0]
+    with torch.no_grad():
+        written = there.text_decoder.generate(
+            input_ids=torch.tensor(np.asarray(prompt_BT)).long(), encoder_hidden_states=states, max_length=8,
+            do_sample=False, eos_token_id=model.config.sep_id, pad_token_id=model.config.pad_id,
+        )  # fmt: skip
+    assert np.array_equal(written.numpy(), np.asarray(ours)[:, : written.shape[1]])
