@@ -21,6 +21,7 @@ def test_the_python_in_the_readme_runs(tmp_path, monkeypatch, capsys):
     exec(block, found)
     assert isinstance(found["answers"][0], str) and set(found["merged"]) == {"vision", "text_decoder", "text_encoder"}
     assert {p.name for p in Path("adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {"config.json", "model.safetensors", "vocab.txt"} <= {p.name for p in Path("merged").iterdir()}
     assert {p.name for p in Path("tuned").iterdir()} == {"manifest.json", "tuned.safetensors"}
     assert "of the budget 50,000" in capsys.readouterr().out
 
