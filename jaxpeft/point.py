@@ -171,6 +171,10 @@ def load_run(workdir: str | Path):
     workdir = Path(workdir)
     if not (workdir / "result.json").exists():
         raise ValueError(f"{workdir} holds no finished run: result.json is missing; run main.py on it to the end")
+    if not (workdir / "tuned").exists():
+        raise ValueError(
+            f"{workdir} has no tuned/: an older version, which did not keep it, finished this run; run again"
+        )
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
     words = json.loads((workdir / "result.json").read_text())["model"]["new_words"]
     task = tasks.build(config.task, **config.task_options)

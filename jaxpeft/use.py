@@ -33,6 +33,7 @@ def pictures(paths: list[Path], n: int) -> Iterator[tuple[list[Path], list, list
 
 
 def main(argv=None) -> int:
+    """The command line -> exit status: 0, 1 where pictures were left out, 2 for a mistake in the arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxpeft.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

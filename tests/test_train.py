@@ -295,6 +295,13 @@ def test_training_stops_when_validation_does(base, tmp_path, losses):
     assert [row["validation_loss"] for row in logged if "validation_loss" in row] == [3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
 
 
+def test_patience_starts_again_with_progress(base, tmp_path, losses):
+    """One validation without progress, progress, one without: no two in a row until steps 6 and 7."""
+    losses += [3.0, 3.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    result = point.run(plateau_of(base), tmp_path, quiet)
+    assert (result["timing"]["steps"], result["timing"]["stopped"]) == (11, "plateau")  # 7, and half of it rounded
+
+
 def test_a_gain_below_the_least_is_no_progress_and_the_cap_is_said(base, tmp_path, losses):
     losses += [1.0, 0.999, 0.998, 0.997, 0.996]
     result = point.run(plateau_of(base), tmp_path / "a", quiet)

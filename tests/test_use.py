@@ -1,17 +1,23 @@
 """What a run leaves for use: the tuned model again, texts from the command line, a plain BLIP for transformers."""
 
 import json
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import uvicorn
 from PIL import Image
 from tiny import config_of
 
 import jaxpeft as jp
-from jaxpeft import evals, hub, images, point, sites, tree, use
+from jaxpeft import demo, evals, hub, images, point, sites, tree, use
 from jaxpeft.datasets import scenes
 from jaxpeft.methods import Head
 
@@ -65,6 +71,9 @@ def test_a_run_is_loaded_as_it_was_evaluated(run, folder):
 
 def test_what_cannot_be_loaded_is_said(run, base, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds no finished run"):
+        jp.load_run(tmp_path)
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no tuned/"):
         jp.load_run(tmp_path)
     moved = hub.read
     monkeypatch.setattr(
@@ -144,7 +153,7 @@ def test_what_is_not_exact_is_refused_before_anything_is_written(tmp_path, metho
 @pytest.mark.parametrize("task", ["captioning", "vqa"])
 def test_live_transformers_loads_it_and_computes_the_same(tmp_path, task):
     torch = pytest.importorskip("torch", reason="compares with the installed transformers: pip install -e .[golden]")
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="as above")
     model, variables = tuned(task, (jp.LoRA(rank=2), Head()))
     jp.export_blip(model, variables, tmp_path)
     asks = task == "vqa"
@@ -181,3 +190,81 @@ def test_live_transformers_loads_it_and_computes_the_same(tmp_path, task):
             do_sample=False, eos_token_id=model.config.sep_id, pad_token_id=model.config.pad_id,
         )  # fmt: skip
     assert np.array_equal(written.numpy(), np.asarray(ours)[:, : written.shape[1]])
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    """The address of a running page with the captioning run and the frozen tiny base that answers."""
+    writers = demo.load([str(run[0])], ["tiny"])
+    server = uvicorn.Server(uvicorn.Config(demo.app(writers), host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    (port,) = {socket.getsockname()[1] for one in server.servers for socket in one.sockets}
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+def fetch(address, data=None):
+    """(status, JSON) of a request."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, data)) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_the_page_writes_what_the_library_writes(run, page, folder):
+    picture = (folder / "0.png").read_bytes()
+    offered = fetch(f"{page}/writers")[1]
+    assert [one["asks"] for one in offered] == [False, False, True]
+    status, found = fetch(f"{page}/write?top=2", picture)
+    model, variables, _, task = jp.load_run(run[0])
+    (expected,) = jp.generate(model, variables, [folder / "0.png"], task=task, top=2, batch_size=1)
+    assert status == 200 and [one["name"] for one in found] == [one["name"] for one in offered[:2]]
+    assert found[1]["texts"] == expected and found[0]["texts"] != expected
+    status, found = fetch(f"{page}/write?question=how%20many", picture)
+    assert status == 200 and [one["name"] for one in found] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    "query, data, status, message",
+    [("", b"no picture", 400, "cannot decode"), ("?top=99", b"", 400, "1 to 10"), ("?top=x", b"", 400, "invalid")],
+)
+def test_the_page_says_what_is_wrong(page, query, data, status, message):
+    found = fetch(f"{page}/write{query}", data)
+    assert found[0] == status and message in found[1]["error"]
+
+
+def test_a_picture_that_is_too_large_is_refused(page, monkeypatch):
+    monkeypatch.setattr(demo, "MOST_BYTES", 1 << 20)
+    assert fetch(f"{page}/write", bytes(2 << 20))[0] == 413
+
+
+def test_the_page_in_a_browser(page, folder):
+    reason = "drives a browser: pip install playwright, and chromium on the path"
+    browsers = pytest.importorskip("playwright.sync_api", reason=reason)
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip(reason)
+    with browsers.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab, wrong = browser.new_page(viewport={"width": 390, "height": 844}), []
+        tab.on("pageerror", lambda error: wrong.append(str(error)))
+        tab.goto(page)
+        tab.set_input_files("#file", str(folder / "0.png"))
+        tab.wait_for_selector(".card")
+        assert tab.locator(".card").count() == 2
+        tab.fill("#question", "how many shapes are there")
+        tab.click("#go")
+        tab.wait_for_function("document.querySelectorAll('.card').length == 1")
+        assert tab.inner_text(".card h2") == "tiny"
+        tab.set_input_files("#file", str(folder / "broken.jpg"))
+        tab.click("#go")
+        tab.wait_for_function("document.getElementById('said').className == 'error'")
+        assert "cannot decode" in tab.inner_text("#said")
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth") and not wrong
+        browser.close()
