@@ -63,7 +63,7 @@ def point(task: str) -> ml_collections.ConfigDict:
     c.eval.forgetting = True
     c.batch_size = {"vqa": 32, "captioning": 16}[task]  # captions have twenty times the tokens of answers
     # questions of yes or no stay at chance for hundreds of steps before they are learned
-    c.stop.patience = {"vqa": 4, "captioning": 3}[task]
+    c.stop.patience = {"vqa": 4, "captioning": 2}[task]
     c.stop.min_gain = 0.01
     return c
 
