@@ -229,6 +229,18 @@ def test_question_states_are_taken_from_the_batch(base):
     assert abs(same - plain) <= 1e-6 * plain < abs(evals.nll(model, v, TASK, asked, features=tables) - plain)
 
 
+def test_the_same_questions_about_other_pictures_are_other_states(base, tmp_path):
+    model, params, _ = hub.read(str(base), question_encoder=True)
+    split = scenes.load({"n_test": 3}, ["test"])["test"]
+    v, pictures = {"params": params}, data.Resized(split.images, 64)
+    tables, here = evals.image_features(model, v, pictures), TASK.examples(split, model.tokenizer)
+    moved = dataclasses.replace(here, arrays=here.arrays | {"image_index": (here.arrays["image_index"] + 1) % 3})
+    for examples in (here, moved):
+        kept = features.with_questions(model, v, split, examples, tables, tmp_path, 1 << 30)
+        expected = evals.question_states(model, v, examples, tables)
+        np.testing.assert_array_equal(kept.arrays["question_states"], expected)
+
+
 def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(base, tmp_path):
     model, params, _ = hub.read(str(base), question_encoder=True)
     said, directory = [], tmp_path / "f"
