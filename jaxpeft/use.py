@@ -57,6 +57,8 @@ def main(argv=None) -> int:
         paths += [args.folder / name for name in Files(args.folder).all()]
     if not paths:
         parser.error("no pictures: give --image or a --folder that holds some")
+    if args.out and not args.out.absolute().parent.is_dir():
+        parser.error(f"--out {args.out}: its directory does not exist")
     host.keep_freed_memory()
     host.keep_compiled_programs()
     try:

@@ -106,6 +106,7 @@ def test_a_folder_from_the_command_line(run, folder, tmp_path, capsys):
         (["--folder", "nowhere"], "is not a directory"),
         ([], "no pictures"),
         (["--image", "a.png", "--top", "0"], "at least 1"),
+        (["--image", "a.png", "--out", "nowhere/out.jsonl"], "its directory does not exist"),
     ],
 )
 def test_mistakes_on_the_command_line_are_said(args, message, capsys):

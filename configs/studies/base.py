@@ -6,8 +6,7 @@ from configs import common
 
 # From what pre-training did to what it did not. Web captions name colours and shapes and half of them a side; they
 # never say how many things there are, what is missing, or which is larger.
-# A caption has ten answers' tokens: its gradients are steadier and every method takes higher rates
-# (results/methods_learn_captioning.json).
+# Captions take higher rates than answers, whatever the method (results/methods_learn_*.json).
 LEVELS = {
     "captions_web": {"task": "captioning", "lr_scale": 2.0, "data": {"captions": "web"}},
     "captions_human": {"task": "captioning", "lr_scale": 2.0, "data": {"captions": "human"}},
