@@ -37,9 +37,9 @@ class _Subset(Sequence):
 
 def load(config, splits: Sequence[str]) -> dict[str, Split]:
     """The named splits of `config.name`. Raises ValueError for an unknown data set, before anything is read."""
-    from jaxpeft.datasets import folder, scenes
+    from jaxpeft.datasets import coco, folder, scenes
 
-    known = {"scenes": scenes, "folder": folder}
+    known = {"scenes": scenes, "folder": folder, "coco_captions": coco, "vqav2": coco}
     if config.name not in known:
         raise ValueError(f"data.name is {config.name!r}; choose one of {', '.join(known)}")
     return known[config.name].load(config, splits)

@@ -304,7 +304,7 @@ def _prepare(rows, problems, options):
         raise ValueError(f"data of {str(root)!r}: {what}; nothing was written.\n{problems}{fix}")
     builder = FolderData(rows, root, problems.report(), data_dir=home, file_format="array_record")
     try:
-        # no question to the public bucket here either, see _Info
+        # no question to the public bucket here either, see Info
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     except Exception:  # another process may have finished the same copy first: its rename won
         builder = FolderData(data_dir=home, file_format="array_record")
@@ -319,7 +319,7 @@ def _ready(builder):
     return os.path.exists(os.path.join(builder.data_dir, "dataset_info.json")) and bool(builder.info.splits)
 
 
-class _Info(tfds.core.DatasetInfo):
+class Info(tfds.core.DatasetInfo):
     def initialize_from_bucket(self):
         """Does not ask a public bucket about private data, as TFDS would for each new data set."""
 
@@ -340,7 +340,7 @@ class FolderData(tfds.core.GeneratorBasedBuilder):
                     "questions": tfds.features.Sequence(questions)}  # fmt: skip
         metadata = tfds.core.MetadataDict(self._report or {})
         features = tfds.features.FeaturesDict(features)
-        return _Info(builder=self, features=features, metadata=metadata, disable_shuffling=True)
+        return Info(builder=self, features=features, metadata=metadata, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
         names = dict.fromkeys(row["split"] for row in self._rows)  # only these: TFDS refuses empty splits
