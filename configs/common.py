@@ -66,7 +66,9 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.data.subset_seed = 0
     c.data.captions = "human"  # of scenes; 'web': the style of pre-training
     c.data.types = ()  # of scenes: the types of questions kept; () is all
-    c.data.augment = "none"  # 'crop', 'crop_flip'
+    c.data.augment = (
+        "none"  # 'crop', 'crop_flip', 'blip' (then RandAugment): BLIP's fine-tuning, on pictures of native size
+    )
     c.data.feature_bytes = 4 << 30  # most memory for image features kept when the image encoder is frozen
 
     c.batch_size = 32
@@ -101,6 +103,16 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.eval.gallery = True
     c.eval.forgetting = False  # scenes: how much likelier or not web captions of test pictures became
     return c
+
+
+def blip_recipe(c: ml_collections.ConfigDict, a, n_examples: int, lr: float) -> None:
+    """What BLIP's two published fine-tunings share; `a` are a recipe's arguments, `n_examples` an epoch's."""
+    c.model.image_size, c.model.dtype, c.model.dropout = a.image_size, a.dtype, 0.1
+    c.model.extend_vocabulary = False  # WordPiece has a piece for nearly everything
+    c.batch_size, c.steps = a.batch_size, a.steps or a.epochs * n_examples // a.batch_size
+    c.optim.lr, c.optim.warmup, c.optim.decay, c.optim.clip = a.lr or lr, 0.0, 0.05, 0.0
+    c.optim.no_decay = ""
+    c.checkpoint_every, c.eval.batch_size, c.eval.base = 1000, 32, False
 
 
 def folder(c: ml_collections.ConfigDict, root: str) -> ml_collections.ConfigDict:

@@ -16,8 +16,9 @@ import numpy as np
 
 from jaxpeft import images
 from jaxpeft.datasets import Split
+from jaxpeft.randaugment import randaugment
 
-AUGMENTS = ("none", "crop", "crop_flip")
+AUGMENTS = ("none", "crop", "crop_flip", "blip")  # blip: crop_flip, then RandAugment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +57,27 @@ class Resized(Sequence):
     """Pictures at the model's square size; up to `cache_bytes` of them are kept in memory after first use."""
 
     def __init__(self, source: Sequence, size: int, cache_bytes: int = 1 << 30):
-        self._source, self._size = source, size
+        self.source, self._size = source, size
         self._room = cache_bytes // (size * size * 3)
         self._kept: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
     def __len__(self):
-        return len(self._source)
+        return len(self.source)
 
     def __getitem__(self, i):
         if i not in self._kept:
-            image_YXC = images.resize(self._source[i], self._size)
+            image_YXC = images.resize(self.source[i], self._size)
             with self._lock:
                 if len(self._kept) >= self._room:
                     return image_YXC
                 self._kept[i] = image_YXC
         return self._kept[i]
+
+    def augmented(self, i, kind: str, rng) -> np.ndarray:
+        """A random crop of picture `i` at its native size, resized; one state of `rng` gives one result."""
+        image_YXC = images.augment(self.source[i], rng, size=self._size, flip=kind != "crop")
+        return randaugment(image_YXC, rng) if kind == "blip" else image_YXC
 
 
 def batches(
@@ -93,11 +99,11 @@ def gather(examples: Examples, indices, augment=None) -> dict[str, np.ndarray]:
     """One batch: the arrays' rows at `indices` and, unless features stand in for them, the pictures."""
     batch = {name: array[indices] for name, array in examples.arrays.items()}
     if examples.images is not None:
-        pictures = [examples.images[i] for i in batch.pop("image_index")]
+        wanted = batch.pop("image_index")
         if augment:
-            kind, rng = augment
-            flip = kind == "crop_flip"
-            pictures = [images.augment(picture, rng, size=len(picture), flip=flip) for picture in pictures]
+            pictures = [examples.images.augmented(i, *augment) for i in wanted]
+        else:
+            pictures = [examples.images[i] for i in wanted]
         batch["image"] = np.stack(pictures)
     return batch
 

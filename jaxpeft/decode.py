@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import sites
+from jaxpeft import losses, sites
 from jaxpeft.tree import Tree
 
 _LOW = -1e9  # a score no real beam reaches; finite, so that sums of two stay ordered
@@ -147,3 +147,44 @@ def beam_search(
     }
     state = jax.lax.while_loop(running, write, state)
     return state["final"], state["final_score"]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "k", "smoothing", "chunk"))
+def rank(
+    model,
+    variables: Tree,
+    context_BSD,
+    context_mask_BS,
+    answers_AT,
+    *,
+    k: int = 128,
+    smoothing: float = 0.0,
+    chunk: int = 16,
+):
+    """The answers of a list, best first -> (indices (B, k), scores (B, k)): BLIP's way to answer from a closed list.
+
+    The first word's probability picks `k` of the A answers; those are ordered by the negative loss of the whole answer, in
+    nats, summed over its tokens, with the label smoothing of training (as BLIP does). `answers_AT`: [DEC] answer [SEP],
+    padded. `chunk` candidates per question are in memory at a time.
+    """
+    pad_id = model.config.pad_id
+    n_rows, k = context_BSD.shape[0], min(k, answers_AT.shape[0])
+    variables = sites.expand(variables)
+    start_B1 = jnp.broadcast_to(answers_AT[:1, :1], (n_rows, 1))
+    logits_B1V = model.apply(variables, start_B1, context_BSD, context_mask_BS, method="decode")
+    first_BA = jax.nn.log_softmax(logits_B1V[:, 0])[:, answers_AT[:, 1]]
+    top_BK = jax.lax.top_k(first_BA, k)[1]
+    chunk = min(chunk, k)
+    padded_BK = jnp.pad(top_BK, ((0, 0), (0, -k % chunk)), mode="edge")
+
+    def negative_loss(some_BC):
+        tokens_BCT = answers_AT[some_BC]
+        inputs, targets = tokens_BCT[..., :-1], tokens_BCT[..., 1:]
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        logits = model.apply(variables, flat, context_BSD, context_mask_BS, method="decode").reshape(*inputs.shape, -1)
+        return -(losses.token_nll(logits, targets, smoothing) * (targets != pad_id)).sum(-1)
+
+    pieces_NBC = padded_BK.reshape(n_rows, -1, chunk).swapaxes(0, 1)
+    score_BK = jax.lax.map(negative_loss, pieces_NBC).swapaxes(0, 1).reshape(n_rows, -1)[:, :k]
+    score_BK, order_BK = jax.lax.top_k(score_BK, k)
+    return jnp.take_along_axis(top_BK, order_BK, axis=1), score_BK

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import decode, tasks
-from jaxpeft.data import Examples, Resized, one_pass
+from jaxpeft.data import Examples, Resized, one_pass, pad_tokens
 from jaxpeft.datasets import Split
 from jaxpeft.images import decode as decode_image
 from jaxpeft.tasks.base import Task
@@ -57,9 +57,15 @@ def with_features(batch: dict, features: jax.Array | None) -> dict:
 
 
 def predict(
-    model, variables: Tree, task: Task, cases: Examples, *, features=None, batch_size: int = 64, beams: int = 1
-) -> list[dict]:
-    """One {'text', 'score'} per case, in order; score is the (length-normalised, for beams) log-probability in nats."""
+    model, variables: Tree, task: Task, cases: Examples, *, features=None, batch_size: int = 64, beams: int = 1,
+    candidates=None,
+) -> list[dict]:  # fmt: skip
+    """One {'text', 'score'} per case, in order; score is the (length-normalised, for beams) log-probability in nats.
+
+    With `candidates`, a list of texts, the best of them instead of what the decoder writes (`decode.rank`).
+    """
+    if candidates is not None:
+        return _best_of(model, variables, task, cases, candidates, features, batch_size)
     options = {"features": features, "batch_size": batch_size, "beams": beams}
     return [best for best, *_ in ranked(model, variables, task, cases, **options)]
 
@@ -79,6 +85,19 @@ def ranked(
             texts = [tokenizer.decode(tokens[len(prompt) :]) for tokens in tokens_KT]
             written.append([{"text": t, "score": float(s)} for t, s in zip(texts, score_K, strict=True)])
     return written
+
+
+def _best_of(model, variables, task, cases, candidates, features, batch_size):
+    tokenizer = model.tokenizer
+    ids = [[*task.prompt_ids(tokenizer), *tokenizer.encode(text, task.length)[1:]] for text in candidates]
+    answers_AT, found = pad_tokens(ids, tokenizer.pad_id), []
+    for batch, n_real in one_pass(_without_images(cases, features), batch_size):
+        context_BSD, mask_BS = contexts(model, variables, with_features(batch, features))
+        options = {"k": task.rank_k, "smoothing": task.smoothing}
+        which_BK, score_BK = decode.rank(model, variables, context_BSD, mask_BS, answers_AT, **options)
+        best = zip(np.asarray(which_BK[:n_real, 0]), np.asarray(score_BK[:n_real, 0]), strict=True)
+        found += [{"text": candidates[i], "score": float(score)} for i, score in best]
+    return found
 
 
 def _write(model, variables, batch, prompt_T, *, beams, length, min_length):

@@ -51,6 +51,8 @@ def run(config, workdir: str | Path, log=print, features_in: str | Path | None =
     train, chosen_images = data.subset(splits["train"], seed=c.subset_seed, fraction=c.fraction, n_images=c.n_images)
     held_out = {name: split for name, split in splits.items() if name != "train"}
 
+    candidates = task.candidates(train)
+
     # model, methods, split
     model, params, chosen, facts = setup_model(config, task, train, log)
     variables = sites.attach(model, params, chosen, jax.random.key(config.seed))
@@ -119,9 +121,12 @@ def run(config, workdir: str | Path, log=print, features_in: str | Path | None =
     for name in config.eval.splits:
         split = held_out[name]
         metrics[name], more = evaluate(
-            config, model, task, versions, train, split, pictures[name], features[name], prepare
+            config, model, task, versions, train, split, pictures[name], features[name], prepare, candidates
         )
         rows += more
+        upload = task.upload(more, [row["tuned"] for row in more])
+        if upload is not None:
+            results.write_text(workdir / f"upload_{name}.json", json.dumps(upload) + "\n")
     forgot = (
         forgetting(config, model, params, versions["tuned"], features.get("test")) if config.eval.forgetting else None
     )
@@ -284,15 +289,28 @@ def can_cache_questions(config, mask, model, examples, images_cached: bool) -> t
     return True, f"no tuned leaf is in the question encoder ({size / 1e6:.0f} MB)"
 
 
-def evaluate(config, model, task, versions: dict[str, Tree], train, split, pictures, features, prepare):
-    """Scores of each version of the model and of blind guesses on one split, and a row per case."""
+def evaluate(
+    config, model, task, versions: dict[str, Tree], train, split, pictures, features, prepare, candidates=None
+):
+    """Scores of each version of the model and of blind guesses on one split, and a row per case.
+
+    A split whose cases have no answers, as a test set for a server, is predicted and not scored.
+    """
     cases = prepare(split.name, dataclasses.replace(task.cases(split, model.tokenizer), images=pictures))
-    examples = prepare(split.name, dataclasses.replace(task.examples(split, model.tokenizer), images=pictures))
-    scores = {"n": len(cases), "blind": task.blind(train, cases.rows)}
+    known = all(row.get("answers", True) for row in cases.rows)
+    scores = {"n": len(cases), "blind": task.blind(train, cases.rows) if known else {}, "scored": known}
+    if known:
+        examples = prepare(split.name, dataclasses.replace(task.examples(split, model.tokenizer), images=pictures))
     rows = [{"split": split.name, **row} for row in cases.rows]
     for label, variables in versions.items():
         options = {"features": features, "batch_size": config.eval.batch_size}
-        written = evals.predict(model, variables, task, cases, beams=config.eval.beams, **options)
+        written = evals.predict(
+            model, variables, task, cases, beams=config.eval.beams, candidates=candidates, **options
+        )
+        if not known:
+            for row, one in zip(rows, written, strict=True):
+                row[label], row[f"{label}_score"] = one["text"], round(one["score"], 4)
+            continue
         scores[label] = task.score(cases.rows, [one["text"] for one in written])
         if not (config.optim.schedule == "plateau" and split.name == config.stop.split):  # measured in training
             scores[label]["nll"] = evals.nll(model, variables, task, examples, **options)
@@ -343,7 +361,8 @@ def _gallery(workdir: Path, split: datasets.Split, rows: list[dict]) -> None:
     for k in np.linspace(0, len(rows) - 1, min(12, len(rows))).round().astype(int):
         row = rows[k]
         lines = [("Q", row["question"])] if "question" in row else []
-        lines.append(("truth", row["answers"][0] if "answers" in row else row["references"][0]))
+        truth = row.get("answers") or row.get("references")
+        lines += [("truth", truth[0])] if truth else []
         lines += [(said, row[label]) for said, label in (("before", "base"), ("after", "tuned")) if label in row]
         cases.append({"image": split.images[where[row["image_id"]]], "lines": lines})
     results.gallery(workdir / "gallery.png", cases)

@@ -94,6 +94,12 @@ def table(result: dict) -> str:
     name, counts, timing = result["main_metric"], result["counts"], result["timing"]
     lines = []
     for split, scores in result["metrics"].items():
+        if not scores.get("scored", True):
+            lines += [
+                f"{split} (n = {scores['n']}): no answers to score with; upload_{split}.json is for the server",
+                "",
+            ]
+            continue
         rows = [(label, score) for label, score in scores["blind"].items()]
         rows += [(label, scores[label]) for label in ("base", "tuned") if label in scores]
         kinds = sorted({kind for _, score in rows for kind in score.get("by_type", {})})

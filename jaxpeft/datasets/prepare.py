@@ -237,7 +237,8 @@ def _check_sizes(everything) -> None:
                 count = sum(len(row["questions"]) for row in rows) if kind == "vqav2" else len(rows)
                 if count != expected:
                     what = "questions" if kind == "vqav2" else "pictures"
-                    wrong.append(f"    {kind} {split}: {count:,} {what}, published are {expected:,}")
+                    where = kind if split == "pictures" else f"{kind} {split}"
+                    wrong.append(f"    {where}: {count:,} {what}, published are {expected:,}")
     if wrong:
         raise ValueError(
             "the files are not the published data sets:\n"

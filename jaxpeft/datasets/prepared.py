@@ -51,8 +51,9 @@ class Shard:
     with_image: bool
 
     def digest(self) -> str:
-        """Of texts, and of the names, sizes and times of picture files."""
-        parts = [_VERSION, self.split, self.rows]
+        """Of texts, and of the names, sizes and times of picture files, wherever the directory is now."""
+        rows = [row | {"file": os.path.basename(row["file"])} if "file" in row else row for row in self.rows]
+        parts = [_VERSION, self.split, rows]
         for row in self.rows if self.with_image else ():
             try:
                 stat = os.stat(row["file"])

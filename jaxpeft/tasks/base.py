@@ -50,6 +50,14 @@ class Task(abc.ABC):
     def blind(self, train: Split, rows: list[dict]) -> dict:
         """Scores of guesses that look at no picture, by name."""
 
+    def upload(self, rows: list[dict], predictions: list[str]) -> list[dict] | None:
+        """What the evaluation server of the task takes, or None where the ids are not numbers, as theirs are."""
+        return None
+
+    def candidates(self, train: Split) -> list[str] | None:
+        """The closed list that answers are chosen from, or None where the decoder writes freely."""
+        return None
+
     def loss(self, model, variables, batch, rngs):
         """(sum, count) whose ratio is the training loss: by default token losses over scored tokens."""
         logits_BATV = model.apply(variables, batch, rngs=rngs)

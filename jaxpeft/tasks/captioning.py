@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxpeft import metrics
+from jaxpeft import java, metrics
 from jaxpeft.data import Examples
 from jaxpeft.datasets import Split
 from jaxpeft.tasks.base import Task, teacher_forced
@@ -23,6 +23,7 @@ class Captioning(Task):
     max_words: int = 50
     length: int = 40  # decoding: most tokens written, prompt included
     min_length: int = 5
+    java: bool = False  # score as published numbers are: PTB tokens and METEOR through Java, where it is installed
     name: ClassVar[str] = "captioning"
     main_metric: ClassVar[str] = "cider_d"
 
@@ -58,7 +59,16 @@ class Captioning(Task):
     def score(self, rows: list[dict], predictions: list[str]) -> dict:
         """Metrics of a whole split: CIDEr-D's document frequencies come from the references given here."""
         ours = {row["image_id"]: text for row, text in zip(rows, predictions, strict=True)}
-        return metrics.captions_report(ours, {row["image_id"]: row["references"] for row in rows})
+        report = java.captions_report if self.java else metrics.captions_report
+        return report(ours, {row["image_id"]: row["references"] for row in rows})
+
+    def upload(self, rows: list[dict], predictions: list[str]) -> list[dict] | None:
+        """COCO's result format: [{'image_id': int, 'caption': str}]."""
+        if not all(row["image_id"].isdecimal() for row in rows):
+            return None
+        return [
+            {"image_id": int(row["image_id"]), "caption": text} for row, text in zip(rows, predictions, strict=True)
+        ]
 
     def each(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
         ours = {row["image_id"]: metrics.tokenize(text) for row, text in zip(rows, predictions, strict=True)}

@@ -7,6 +7,8 @@ divided by the number of questions. Score: VQA accuracy (official 2021 clean-up 
 
 import collections
 import dataclasses
+import json
+import pathlib
 from typing import ClassVar
 
 import numpy as np
@@ -32,6 +34,12 @@ class Vqa(Task):
     length: int = 10  # decoding: most tokens written, [DEC] included
     min_length: int = 0
     variant: str = "official2021"
+    inference: str = "generate"  # 'rank': the best of a closed list of answers, as BLIP's VQA v2 results are made
+    answer_list: str = (
+        ""  # of 'rank': a JSON file with a list of answers; '' for the `n_answers` most frequent in training
+    )
+    n_answers: int = 3128
+    rank_k: int = 128  # answers whose whole loss is computed, per question
     name: ClassVar[str] = "vqa"
     question_encoder: ClassVar[bool] = True
     main_metric: ClassVar[str] = "accuracy"
@@ -63,7 +71,7 @@ class Vqa(Task):
             counts = collections.Counter(q["answers"])
             kept = sorted(counts, key=lambda a: (-counts[a], a))[: self.max_answers]
             answers.append([[tokenizer.bos_id, *tokenizer.encode(a, self.length)[1:]] for a in kept])
-            weights.append([counts[a] / len(q["answers"]) for a in kept])
+            weights.append([q.get("weight", 1.0) * counts[a] / len(q["answers"]) for a in kept])
         arrays |= teacher_forced(answers, weights, 1, tokenizer.pad_id)
         return Examples(arrays, split.images, [{"question_id": q["question_id"]} for _, q in found])
 
@@ -71,7 +79,7 @@ class Vqa(Task):
         found, arrays = self._questions(split, tokenizer)
         rows = [
             {key: q[key] for key in ("question_id", "question", "type")}
-            | {"image_id": split.rows[i]["image_id"], "answers": ten_answers(q["answers"])}
+            | {"image_id": split.rows[i]["image_id"], "answers": ten_answers(q["answers"]) if q["answers"] else []}
             for i, q in found
         ]
         return Examples(arrays, split.images, rows)
@@ -80,6 +88,31 @@ class Vqa(Task):
         """The count is questions, not tokens."""
         total, _ = super().loss(model, variables, batch, rngs)
         return total, np.float32(batch["targets"].shape[0])
+
+    def __post_init__(self):
+        if self.inference not in ("generate", "rank"):
+            raise ValueError(f"task_options.inference is {self.inference!r}; choose 'generate' or 'rank'")
+
+    def candidates(self, train: Split) -> list[str] | None:
+        """Of inference 'rank': the answers of `answer_list`, or the most frequent of training, ties in order of the alphabet.
+
+        An answer counts once for each question whose most frequent answer it is.
+        """
+        if self.inference != "rank":
+            return None
+        if self.answer_list:
+            answers = json.loads(pathlib.Path(self.answer_list).read_text("utf-8"))
+            if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a for a in answers):
+                raise ValueError(f"task_options.answer_list {self.answer_list}: expected a JSON list of texts")
+            return answers
+        counts = collections.Counter(most_common(q["answers"]) for row in train.rows for q in row["questions"])
+        return sorted(counts, key=lambda a: (-counts[a], a))[: self.n_answers]
+
+    def upload(self, rows: list[dict], predictions: list[str]) -> list[dict] | None:
+        """The VQA server's result format: [{'question_id': int, 'answer': str}]."""
+        if not all(row["question_id"].isdecimal() for row in rows):
+            return None
+        return [{"question_id": int(row["question_id"]), "answer": a} for row, a in zip(rows, predictions, strict=True)]
 
     def score(self, rows: list[dict], predictions: list[str]) -> dict:
         """{'accuracy', 'by_type', 'n', 'variant'}."""
