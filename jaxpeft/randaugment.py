@@ -28,6 +28,8 @@ def randaugment(image_YXC, rng, n: int = 2, magnitude: float = 5):
 def apply(name: str, image_YXC, magnitude: float, rng):
     """One operation; geometric ones go either way with probability 1/2."""
     level = magnitude / 10
+    if name == "identity":
+        return image_YXC
     if name == "autocontrast":
         return _pillow(ImageOps.autocontrast, image_YXC)
     if name == "equalize":
@@ -43,7 +45,7 @@ def apply(name: str, image_YXC, magnitude: float, rng):
         return affine(image_YXC, [[1, 0, -sign * TRANSLATE * level], [0, 1, 0]])
     if name == "translate_y":
         return affine(image_YXC, [[1, 0, 0], [0, 1, -sign * TRANSLATE * level]])
-    return rotate(image_YXC, sign * DEGREES * level) if name == "rotate" else image_YXC
+    return rotate(image_YXC, sign * DEGREES * level)
 
 
 def brightness(image_YXC, factor: float):

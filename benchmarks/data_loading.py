@@ -1,0 +1,161 @@
+"""Pictures per second, decoded, augmented as BLIP does and batched: ours beside a torch DataLoader, in one run.
+
+    python benchmarks/data_loading.py --out results/data_loading.json
+
+Both read the same JPEG files (640 x 480, as COCO's) in memory, decode them with Pillow, and call the same crop, flip, resize
+and RandAugment; what is compared is what stands around them: grain's threads in this process, grain's processes, and torch's
+worker processes. Parts are timed alone, on one thread. The step beside it is what the loader must feed.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from jaxpeft import data, images, results
+from jaxpeft.randaugment import randaugment
+
+N, BATCH = 256, 32
+
+
+def jpegs(n=N):
+    """Photograph-like pictures: smooth shapes and texture, quality 90; 70 to 150 KB, as COCO's."""
+    files = []
+    for i in range(n):
+        rng = np.random.default_rng(i)
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3)).astype(np.uint8)).resize((640, 480), Image.BICUBIC)
+        noisy = np.asarray(coarse).astype(np.int16) + rng.normal(0, 12, (480, 640, 3)).astype(np.int16)
+        out = io.BytesIO()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+        files.append(out.getvalue())
+    return files
+
+
+class Decoded:
+    def __init__(self, files):
+        self.files = files
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return images.decode(self.files[i])
+
+
+def rate(batches, n_batches, warm=2):
+    """Pictures per second of `n_batches` after `warm`."""
+    stream = iter(batches)
+    for _ in range(warm):
+        next(stream)
+    began = time.perf_counter()
+    for _ in range(n_batches):
+        next(stream)
+    return n_batches * BATCH / (time.perf_counter() - began)
+
+
+def ours(files, size, threads):
+    examples = data.Examples({"image_index": np.arange(len(files))}, data.Resized(Decoded(files), size, 0), [])
+    return data.batches(examples, BATCH, seed=0, augment="blip", threads=threads)
+
+
+class TorchData:
+    """A map-style dataset of the same work."""
+
+    def __init__(self, files, size):
+        self.resized = data.Resized(Decoded(files), size, 0)
+
+    def __len__(self):
+        return 1 << 20
+
+    def __getitem__(self, i):
+        i, seed = i % len(self.resized), i
+        return self.resized.augmented(i, "blip", np.random.default_rng(seed))
+
+
+def torch_batches(files, size, workers):
+    import torch
+
+    def stack(pictures):
+        return torch.from_numpy(np.stack(pictures))
+
+    return torch.utils.data.DataLoader(
+        TorchData(files, size), BATCH, num_workers=workers, collate_fn=stack, shuffle=False,
+        multiprocessing_context="fork" if workers else None,
+    )  # fmt: skip
+
+
+def parts(files, size):
+    """Milliseconds a picture, on this thread."""
+    rng = np.random.default_rng(0)
+    decoded = [images.decode(file) for file in files[:64]]
+    cropped = [images.augment(one, rng, size=size) for one in decoded]
+
+    def ms(function, inputs):
+        times = []
+        for one in inputs:
+            began = time.perf_counter()
+            function(one)
+            times.append(time.perf_counter() - began)
+        return round(1000 * statistics.mean(times), 2)
+
+    return {
+        "decode": ms(images.decode, files[:64]),
+        "crop, flip, resize": ms(lambda x: images.augment(x, rng, size=size), decoded),
+        "RandAugment": ms(lambda x: randaugment(x, rng), cropped),
+        "resize only": ms(lambda x: images.resize(x, size), decoded),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--size", type=int, default=384)
+    parser.add_argument("--batches", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    files, cores = jpegs(), len(os.sched_getaffinity(0))
+    ways = {f"jaxpeft, {n} threads": lambda n=n: ours(files, args.size, n) for n in sorted({1, 2, cores, 2 * cores})}
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        ways |= {
+            f"torch DataLoader, {n} workers": lambda n=n: torch_batches(files, args.size, n) for n in (0, 1, cores)
+        }
+    except ImportError:
+        print("torch is not installed: its rows are left out")
+    found = {name: [] for name in ways}
+    for turn in range(args.rounds):  # in turns, so that a slow minute of the machine meets all of them
+        for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:
+            found[name].append(rate(ways[name](), args.batches))
+    report = {
+        "command": "python benchmarks/data_loading.py " + " ".join(sys.argv[1:]),
+        "cores": cores,
+        "pictures": f"{len(files)} JPEG files of 640 x 480, {sum(map(len, files)) // len(files) // 1000} KB each",
+        "size": args.size,
+        "batch": BATCH,
+        "ms per picture on one thread": parts(files, args.size),
+        "pictures per second": {
+            name: {"median": round(statistics.median(v), 1), "range": [round(min(v), 1), round(max(v), 1)]}
+            for name, v in found.items()
+        },
+        "machine": results.machine(),
+        "versions": results.versions(),
+    }
+    Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+    for name, one in report["pictures per second"].items():
+        print(f"{name:<32} {one['median']:>7} pictures/s  ({one['range'][0]} to {one['range'][1]})")
+    print(report["ms per picture on one thread"])
+
+
+if __name__ == "__main__":
+    multiprocessing.freeze_support()
+    main()
