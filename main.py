@@ -1,5 +1,6 @@
 """The program: `python main.py --config=configs/quickstart.py --workdir=DIR`. Everything it does is in `jaxpeft`."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -28,7 +29,10 @@ def main(argv):
         if "levels" in CONFIG.value:
             _study(CONFIG.value, Path(WORKDIR.value))
         else:
-            (pretrain if "pretrain" in CONFIG.value else point).run(CONFIG.value, WORKDIR.value)
+            if "pretrain" in CONFIG.value:
+                pretrain.run(CONFIG.value, WORKDIR.value)
+            else:
+                point.run(CONFIG.value, WORKDIR.value, command=shlex.join(["python", "main.py", *sys.argv[1:]]))
     except ValueError as error:  # a mistake in config, data or checkpoint: the message is for the user
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -26,8 +26,8 @@ from jaxpeft.train import fit, train_step
 from jaxpeft.tree import Tree
 
 
-def run(config, workdir: str | Path, log=print, features_in: str | Path | None = None) -> dict:
-    """Train and evaluate one point in `workdir`; returns what result.json holds.
+def run(config, workdir: str | Path, log=print, features_in: str | Path | None = None, command: str = "") -> dict:
+    """Train and evaluate one point in `workdir`; returns what result.json holds. `command`: what was typed, kept there.
 
     `features_in`: a directory where several runs keep the image features of whole splits (`jaxpeft/features.py`).
 
@@ -155,7 +155,7 @@ def run(config, workdir: str | Path, log=print, features_in: str | Path | None =
         "machine": results.machine(),
         "versions": results.versions(),
         "status": "done",
-    }
+    } | ({"command": command} if command else {})
     results.write_jsonl(workdir / "predictions.jsonl", rows)
     save_tuned(model, versions["tuned"], chosen, workdir / "tuned")
     if rows and config.eval.gallery:

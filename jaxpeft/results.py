@@ -108,7 +108,7 @@ def table(result: dict) -> str:
         for label, score in rows:
             cells = [f"{score[name]:.3f}", *(f"{score['by_type'][kind]['accuracy']:.3f}" for kind in kinds)]
             cells += [f"{score['nll']:.3f}" if "nll" in score else "-"] if header[-1] == "nll" else []
-            body.append([_LABELS.get(label, label), *cells])
+            body.append([LABELS.get(label, label), *cells])
         lines += [f"{split} (n = {scores['n']})", *_aligned([header, *body]), ""]
     share = 100 * counts["tuned"] / counts["total"]
     lines.append(
@@ -121,7 +121,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-_LABELS = {
+LABELS = {
     "majority": "blind: majority",
     "question_only": "blind: question only",
     "constant_caption": "blind: one caption",

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import config_of
 
 import jaxpeft as jp
-from jaxpeft import demo, evals, hub, images, point, sites, tree, use
+from jaxpeft import demo, evals, export, hub, images, point, sites, tree, use
 from jaxpeft.datasets import scenes
 from jaxpeft.methods import Head
 
@@ -140,6 +140,41 @@ def test_a_merged_directory_reads_back_exactly(tmp_path, task):
     (tmp_path / "out" / "mine.txt").write_text("keep me")
     with pytest.raises(ValueError, match="holds other files"):
         jp.export_blip(model, variables, tmp_path / "out")
+
+
+def test_a_run_is_exported_with_a_card_that_says_what_it_is(run, tmp_path, capsys):
+    workdir, result = run
+    assert export.main(["--workdir", str(workdir), "--out", str(tmp_path / "out")]) == 0
+    assert "model.safetensors" in capsys.readouterr().out
+    model, params = hub.load(tmp_path / "out")
+    again, variables, _, _ = jp.load_run(workdir)
+    expected = tree.flatten(jp.merge(again, variables))
+    assert all(np.array_equal(leaf, expected[name]) for name, leaf in tree.flatten(params).items())
+    card = (tmp_path / "out/README.md").read_text()
+    counts, test = result["counts"], result["metrics"]["test"]
+    for fact in (
+        "pipeline_tag: image-to-text", "base_model: tiny", "lora, size 2, with the decoder head (transform)",
+        f"{counts['tuned']:,} of {counts['total']:,}", "| pictures trained on | 4 of scenes |", "| steps x batch | 6 x 8 |",
+        "| learning rate | 0.05, cosine", f"test, n = {test['n']}", f"{test['tuned']['cider_d']:.4f}",
+        f"{test['base']['cider_d']:.4f}", "| words added | 1 |", "BlipForConditionalGeneration",
+    ):  # fmt: skip
+        assert fact in card, fact
+    assert str(workdir) not in card
+    assert export.main(["--workdir", str(workdir), "--out", str(tmp_path / "out")]) == 1
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_an_adapter_is_exported_with_its_card(base, tmp_path, capsys):
+    c = config_of(base, "vqa", "lora", **{"steps": 1, "checkpoint_every": 1, "eval.gallery": False})
+    point.run(c, tmp_path / "run", quiet, command="python main.py --config=mine.py")
+    arguments = ["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "adapter"), "--format", "peft"]
+    assert export.main(arguments) == 0
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json", "README.md"}
+    card = (tmp_path / "adapter/README.md").read_text()
+    assert "library_name: peft" in card and "BlipForQuestionAnswering" in card
+    assert "| command | `python main.py --config=mine.py` |" in card
+    assert export.main(["--workdir", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x")]) == 1
+    assert "holds no finished run" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
