@@ -1,0 +1,130 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Your pictures: from a folder to a tuned BLIP, and back to PyTorch
+#
+# Put pictures into a folder with a `captions.csv` (columns `image, caption`; or `image, question, answer` for questions) and
+# run the cells. Without a folder of yours the notebook draws one, so that everything can be seen first.
+
+# %%
+# On Colab: put a clone or an unpacked archive of the repository beside this notebook, as `jaxpeft` (Files pane), and run
+# this cell. It works on CPU, GPU and TPU runtimes. If jax was imported before, restart the runtime after it.
+import importlib.metadata, os, shutil, subprocess, sys
+
+HERE = ".." if os.path.exists("../pyproject.toml") else "jaxpeft"
+SOURCE = os.path.abspath(os.environ.get("JAXPEFT_SOURCE", HERE))
+try:
+    importlib.metadata.version("jaxpeft")
+except importlib.metadata.PackageNotFoundError:
+    tpu = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
+    extra = "[cuda]" if shutil.which("nvidia-smi") else "[tpu]" if tpu else ""
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", SOURCE + extra], check=True)
+sys.path.insert(0, SOURCE)  # for configs/
+
+TINY = bool(os.environ.get("JAXPEFT_TINY"))  # the tests: seconds instead of minutes, and nothing is learned
+
+# %%
+import csv
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from PIL import Image
+
+import jaxpeft as jp
+from configs import folder
+from jaxpeft import host
+from jaxpeft.datasets import scenes
+
+host.keep_freed_memory()
+
+# your folder, and your base: a directory with a Hugging Face BLIP (config.json, model.safetensors, vocab.txt)
+PICTURES, BASE = "", "tiny"
+
+# %% [markdown]
+# ## A folder
+#
+# Pictures of any size and format; the first row of the file names the columns.
+
+# %%
+if not PICTURES:
+    PICTURES = Path("pictures")
+    PICTURES.mkdir(exist_ok=True)
+    drawn = scenes.load({"n_train": 24 if TINY else 1000}, ["train"])["train"]
+    with open(PICTURES / "captions.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "caption"])
+        for i, row in enumerate(drawn.rows):
+            name = f"{i:04}.jpg"
+            Image.fromarray(drawn.images[i]).resize((120 + i % 60, 110)).save(PICTURES / name, quality=92)
+            table.writerows([name, caption] for caption in row["captions"])
+print(*(Path(PICTURES) / "captions.csv").read_text().splitlines()[:4], sep="\n")
+
+# %% [markdown]
+# ## Tune
+#
+# The same as `python main.py --config=configs/folder.py:root=PICTURES,annotations=captions.csv,base=BASE`. Pictures are divided
+# into train, val and test by a hash of their name. Whatever is wrong with the data is listed before training starts.
+
+# %%
+config = folder.get_config(f"root={PICTURES},annotations=captions.csv,base={BASE},steps={4 if TINY else 500}")
+config.data.data_dir = "runs/prepared"
+config.eval.gallery = False
+workdir = Path("runs/your_pictures")
+result = jp.run(config, workdir)
+
+# %% [markdown]
+# ## Use
+#
+# From the command line: `python -m jaxpeft.generate --workdir RUN --folder PICTURES`, or `python -m jaxpeft.demo --workdir RUN`
+# for a page in the browser.
+
+# %%
+model, variables, methods, task = jp.load_run(workdir)
+paths = sorted(Path(PICTURES).glob("*.jpg"))[:4]
+before = jp.generate(model, {"params": variables["params"]}, paths, task=task)
+after = jp.generate(model, variables, paths, task=task)
+figure, axes = plt.subplots(1, 4, figsize=(14, 4.5))
+for ax, path, old, new in zip(axes, paths, before, after):
+    ax.imshow(Image.open(path))
+    ax.set_title(f"before: {old}\n\nafter: {new}", fontsize=7, wrap=True)
+    ax.axis("off")
+
+# %% [markdown]
+# ## Back to PyTorch
+#
+# A whole BLIP directory with the method folded into its weights, tokenizer, processor and a model card with it. transformers
+# loads it without jaxpeft. (`python -m jaxpeft.export --workdir RUN --out DIR`, or `--format peft` for an adapter.)
+
+# %%
+from jaxpeft.export import model_card
+
+merged = jp.export_blip(model, variables, workdir / "merged", card=model_card(workdir))
+print(*sorted(path.name for path in merged.iterdir()))
+print((merged / "README.md").read_text())
+
+# %%
+try:
+    import torch, transformers
+except ImportError:
+    print("pip install torch transformers, to see the same captions there")
+else:
+    there = transformers.BlipForConditionalGeneration.from_pretrained(merged).eval()
+    processor = transformers.BlipImageProcessor.from_pretrained(merged)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
+    pixels = processor([Image.open(path) for path in paths], return_tensors="pt")
+    # transformers writes over the first token of a prompt and drops its last
+    prompt = torch.tensor([[*task.prompt_ids(model.tokenizer), model.tokenizer.sep_id]] * len(paths))
+    with torch.no_grad():
+        written = there.generate(
+            **pixels, input_ids=prompt, max_length=task.length, num_beams=3, min_length=task.min_length
+        )
+    for text, ours in zip(tokenizer.batch_decode(written, skip_special_tokens=True), after):
+        print("transformers:", text, "\njaxpeft:     ", ours)

@@ -1,0 +1,48 @@
+"""The notebooks: made from their .py twins, run from top to bottom, and kept with what they printed and drew."""
+
+import os
+import pathlib
+import sys
+
+import jupytext
+import pytest
+
+COLAB = pathlib.Path(__file__).parent.parent / "colab"
+sys.path.insert(0, str(COLAB))
+from execute import NAMES, execute  # noqa: E402
+
+
+def text_of(outputs):
+    plain = [out.get("text", "") for out in outputs]
+    return "".join(plain + [str(out["data"].get("text/plain", "")) for out in outputs if "data" in out])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_is_its_twin_and_was_run(name):
+    twin, kept = jupytext.read(COLAB / f"{name}.py"), jupytext.read(COLAB / f"{name}.ipynb")
+    assert [(c.cell_type, c.source) for c in kept.cells] == [(c.cell_type, c.source) for c in twin.cells]
+    code = [cell for cell in kept.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [out for cell in code for out in cell.outputs]
+    assert not any(out.output_type == "error" for out in outputs)
+    pictures = [out for out in outputs if {"image/png", "image/svg+xml"} & set(out.get("data", ()))]
+    assert pictures or name == "new_method"
+    for path in (str(COLAB.parent), "/tmp/", "/home/", "/root/"):
+        assert path not in text_of(outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")  # of Jupyter's own packages; the kernel is another process
+def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
+    for key in ("JAXPEFT_SOURCE", "JAXPEFT_TINY", "JUPYTER_PLATFORM_DIRS"):  # `execute` sets them
+        monkeypatch.setitem(os.environ, key, "")
+    notebook = execute(name, tmp_path, tiny=True, timeout=600)
+    said = "".join(text_of(cell.outputs) for cell in notebook.cells if cell.cell_type == "code")
+    expected = {
+        "quickstart": "frozen base", "your_pictures": "pipeline_tag: image-to-text", "study": "10 done",
+        "new_method": "fresh, largest difference: 0.0",
+    }  # fmt: skip
+    assert expected[name] in said
+    if name == "new_method":
+        assert float(said.split("merged - beside: ")[1].split()[0]) < 1e-4
