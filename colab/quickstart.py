@@ -77,7 +77,7 @@ result = jp.run(config, workdir)
 steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 plt.figure(figsize=(6, 2.5))
 plt.plot([s["step"] for s in steps], [s["loss"] for s in steps])
-plt.xlabel("step"), plt.ylabel("loss, nats per question")
+_ = plt.xlabel("step"), plt.ylabel("loss, nats per question")
 # %% [markdown]
 # ## Look
 #

@@ -32,7 +32,7 @@ sys.path.insert(0, SOURCE)  # for configs/
 TINY = bool(os.environ.get("JAXPEFT_TINY"))  # the tests: seconds instead of minutes, and nothing is learned
 
 # %%
-import csv
+import csv, textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -94,7 +94,7 @@ after = jp.generate(model, variables, paths, task=task)
 figure, axes = plt.subplots(1, 4, figsize=(14, 4.5))
 for ax, path, old, new in zip(axes, paths, before, after):
     ax.imshow(Image.open(path))
-    ax.set_title(f"before: {old}\n\nafter: {new}", fontsize=7, wrap=True)
+    ax.set_title(textwrap.fill(f"before: {old}", 44) + "\n\n" + textwrap.fill(f"after: {new}", 44), fontsize=7)
     ax.axis("off")
 
 # %% [markdown]

@@ -14,6 +14,8 @@ from jaxpeft import interchange, point, results
 LABELS = {"captioning": "image-to-text", "vqa": "visual-question-answering"}
 CLASSES = {"captioning": "BlipForConditionalGeneration", "vqa": "BlipForQuestionAnswering"}
 
+TOKENIZERS = {"approximate": "an approximation of the PTB tokeniser", "ptb": "the PTB tokeniser"}
+
 
 def model_card(workdir: str | Path, adapter: bool = False) -> str:
     """README.md of what a finished run tuned: data, method, counts, scores and how they were made, from its own files."""
@@ -43,7 +45,7 @@ def model_card(workdir: str | Path, adapter: bool = False) -> str:
         "| | |",
         "|---|---|",
         f"| parameters tuned | {counts['tuned']:,} of {counts['total']:,} ({100 * counts['tuned'] / counts['total']:.2f} %) |",
-        f"| pictures trained on | {result['n_train_images']:,} of {source}"
+        f"| pictures trained on | {result['n_train_images']:,}, from {source}"
         + (f" ({100 * result['fraction']:g} %)" if result["fraction"] != 1 else "")
         + " |",
         f"| steps x batch | {result['timing']['steps']:,} x {config['batch_size']} |",
@@ -70,7 +72,7 @@ def model_card(workdir: str | Path, adapter: bool = False) -> str:
     tokenizers = {one["tuned"]["tokenizer"] for one in scores.values() if "tokenizer" in one["tuned"]} or {
         "approximate"
     }
-    how = f" Captions as tokens: {tokenizers.pop()}." if task == "captioning" else ""
+    how = f" Captions were tokenised by {TOKENIZERS[tokenizers.pop()]}." if task == "captioning" else ""
     lines += [
         f"Blind rows look at no picture.{how} One run, one seed: no spread.",
         "",

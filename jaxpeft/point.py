@@ -158,11 +158,12 @@ def run(config, workdir: str | Path, log=print, features_in: str | Path | None =
     } | ({"command": command} if command else {})
     results.write_jsonl(workdir / "predictions.jsonl", rows)
     save_tuned(model, versions["tuned"], chosen, workdir / "tuned")
-    if rows and config.eval.gallery:
+    pictured = ", gallery.png" if rows and config.eval.gallery else ""
+    if pictured:
         _gallery(workdir, held_out[config.eval.splits[0]], rows)
     results.write_json(workdir / "result.json", result)
     log(
-        f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl, gallery.png; "
+        f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl{pictured}; "
         f"what was tuned: tuned/ (jp.load_run, python -m jaxpeft.generate)"
     )
     return result

@@ -1,16 +1,26 @@
 """The README's Python is run as it stands, and every method can be named in a config."""
 
+import ast
+import importlib.util
+import os
 import re
+import shlex
+import shutil
 from pathlib import Path
 
+import mini_coco
 import numpy as np
 import pytest
 from PIL import Image
 
-from configs import common, folder, point
-from jaxpeft import methods
+import jaxpeft as jp
+from configs import common, folder
+from configs import point as point_config
+from jaxpeft import datasets, demo, export, host, methods, point, study, use
+from jaxpeft.datasets import prepare, scenes
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_in_the_readme_runs(tmp_path, monkeypatch, capsys):
@@ -35,7 +45,7 @@ def test_every_method_of_the_readme_exists_and_every_method_is_there():
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_has_a_config(name):
-    c = point.get_config(f"method={name},size=4")
+    c = point_config.get_config(f"method={name},size=4")
     fields = {key: value for key, value in c.method.items() if key != "name"}
     if name == "selective":
         fields["leaves"] = "norm"
@@ -53,3 +63,118 @@ def test_common_settings_of_the_readme_can_be_set():
     c.method.alpha = "16"
     assert methods.build("lora", **{k: v for k, v in c.method.items() if k != "name"})[0].scale == 2.0
     assert folder.get_config("root=pics,annotations=captions.csv,method=prefix,size=4").method.length == 4
+
+
+# Commands. Each is run with its own arguments, from the README's own order, on a few pictures and for two steps.
+
+SMALL = {"steps": 2, "batch_size": 8, "eval.batch_size": 4, "eval.base": False, "eval.gallery": False}
+SCENES = {"data.n_train": 8, "data.n_val": 4, "data.n_test": 4}
+
+
+def commands():
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+    return [
+        re.sub(r"\s+#.*", "", part).strip()
+        for line in blocks.splitlines()
+        for part in line.split(" && ")
+        if part.strip()
+    ]
+
+
+def _config(argument):
+    """--config=FILE.py:ARGUMENTS -> the config."""
+    path, _, arguments = argument.removeprefix("--config=").partition(":")
+    spec = importlib.util.spec_from_file_location("config", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arguments) if arguments else module.get_config()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A directory with what the README's commands speak of: pictures, two tables, a BLIP directory, a drawn COCO."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("pics")
+    split = scenes.load({"n_train": 20}, ["train"])["train"]
+    for i in range(20):
+        Image.fromarray(split.images[i]).save(f"pics/{i}.png")
+    shutil.copy("pics/0.png", "a.jpg")
+    captions = [f"{i}.png,{row['captions'][0]}" for i, row in enumerate(split.rows)]
+    questions = [
+        f"{i}.png,{q['question']},{q['answers'][0]}" for i, row in enumerate(split.rows) for q in row["questions"][:1]
+    ]
+    Path("pics/captions.csv").write_text("\n".join(["image,caption", *captions]))
+    Path("pics/questions.csv").write_text("\n".join(["image,question,answer", *questions]))
+    jp.export_blip(*_plain(), "path/to/blip")
+    mini_coco.draw("data", 6)
+    return tmp_path
+
+
+def _plain():
+    model, params = jp.load("tiny", question_encoder=False)
+    return model, {"params": params}
+
+
+def _prepared(config):
+    config.data.data_dir = "prepared"
+    return config.data
+
+
+def _run(words):
+    settings = dict(word.removeprefix("--config.").split("=", 1) for word in words if word.startswith("--config."))
+    config = _config(next(word for word in words if word.startswith("--config=")))
+    workdir = next(word for word in words if word.startswith("--workdir=")).removeprefix("--workdir=")
+    if "levels" in config:
+        assert study.check(config) is None
+        assert "runs" in study.plan(config, study.read(config, Path(workdir)))
+        return
+    if "pretrain" in config:  # tests/test_pretrain.py runs it
+        assert sum(config.stages[name].steps for name in config.order) > 1000
+        return
+    config.update_from_flattened_dict({key: ast.literal_eval(value) for key, value in settings.items()})
+    config.update_from_flattened_dict(SMALL | (SCENES if config.data.name == "scenes" else {}))
+    if config.data.n_images:
+        config.data.n_images = 4
+    if config.data.name == "folder":
+        config.data.data_dir, config.data.val_fraction = "prepared_folder", 0.2
+    if config.data.name in ("coco_captions", "vqav2"):  # tests/test_coco.py runs them
+        assert config.steps > 10_000 and set(datasets.load(_prepared(config), ["train", "test"])) == {"train", "test"}
+        return
+    result = point.run(config, workdir, log=lambda _: None)
+    assert result["status"] == "done" and result["timing"]["steps"] == 2
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs(place, monkeypatch, capsys):
+    monkeypatch.setattr(host, "keep_compiled_programs", lambda: None)  # this test's programs are of no use later
+    ran = []
+    for command in commands():
+        words = shlex.split(command)
+        if command in (ROOT / ".ci/run").read_text().replace('"$work/quickstart"', "runs/quickstart"):
+            continue
+        if words[:2] == ["python", "main.py"]:
+            _run(words[2:])
+        elif words[:3] == ["python", "-m", "jaxpeft.generate"]:
+            assert use.main(words[3:]) == 0
+        elif words[:3] == ["python", "-m", "jaxpeft.export"]:
+            assert export.main(words[3:]) == 0
+        elif words[:3] == ["python", "-m", "jaxpeft.datasets.prepare"]:
+            assert prepare.main([*words[3:], "--out", "prepared", "--any-size", "--workers", "1"]) == 0
+        elif words[:3] == ["python", "-m", "jaxpeft.demo"]:
+            monkeypatch.setattr("uvicorn.run", lambda app, **_: ran.append(app))
+            demo.main(words[3:])
+            assert callable(ran.pop())
+        else:  # what .ci/run does not install is tested where it is used
+            assert words[:3] == ["pip", "install", "-e"], command
+            continue
+        ran.append(command)
+    assert len(ran) >= 14 and Path("captions.jsonl").read_text().count("\n") == 20
+
+
+def test_benchmarks_of_the_readme_exist_and_have_their_options():
+    found = re.findall(r"python (benchmarks/\w+\.py)([^`\n]*)", README)
+    assert len(found) >= 8
+    for path, options in found:
+        text = (ROOT / path).read_text()
+        for option in re.findall(r"(--[a-z-]+)", options):
+            assert f'"{option}"' in text, (path, option)

@@ -154,7 +154,7 @@ def test_a_run_is_exported_with_a_card_that_says_what_it_is(run, tmp_path, capsy
     counts, test = result["counts"], result["metrics"]["test"]
     for fact in (
         "pipeline_tag: image-to-text", "base_model: tiny", "lora, size 2, with the decoder head (transform)",
-        f"{counts['tuned']:,} of {counts['total']:,}", "| pictures trained on | 4 of scenes |", "| steps x batch | 6 x 8 |",
+        f"{counts['tuned']:,} of {counts['total']:,}", "| pictures trained on | 4, from scenes |", "| steps x batch | 6 x 8 |",
         "| learning rate | 0.05, cosine", f"test, n = {test['n']}", f"{test['tuned']['cider_d']:.4f}",
         f"{test['base']['cider_d']:.4f}", "| words added | 1 |", "BlipForConditionalGeneration",
     ):  # fmt: skip
