@@ -49,7 +49,7 @@ def test_operations_are_opencvs_to_one_level(name):
 
 
 def test_operations_are_opencvs_live():
-    pytest.importorskip("cv2")
+    pytest.importorskip("cv2", reason="compares with the installed OpenCV: pip install opencv-python-headless")
     import golden.make_randaugment as maker
 
     image = picture(40, 33)

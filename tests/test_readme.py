@@ -138,7 +138,7 @@ def _run(words):
     if config.data.name == "folder":
         config.data.data_dir, config.data.val_fraction = "prepared_folder", 0.2
     if config.data.name in ("coco_captions", "vqav2"):  # tests/test_coco.py runs them
-        assert config.steps > 10_000 and set(datasets.load(_prepared(config), ["train", "test"])) == {"train", "test"}
+        assert set(datasets.load(_prepared(config), ["train", "test"])) == {"train", "test"}
         return
     result = point.run(config, workdir, log=lambda _: None)
     assert result["status"] == "done" and result["timing"]["steps"] == 2

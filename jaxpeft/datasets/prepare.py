@@ -266,6 +266,7 @@ def _check_pictures(kind, splits, pictures, on_error) -> None:
 
 
 def main(argv=None) -> int:
+    """The command line -> exit status; mistakes are one message."""
     parser = argparse.ArgumentParser(prog="python -m jaxpeft.datasets.prepare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("name", choices=("coco_captions", "vqav2"))
