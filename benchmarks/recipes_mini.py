@@ -75,8 +75,8 @@ def main():
         tree, home = mini_coco.draw(Path(place, "data"), args.pictures), Path(place, "prepared")
         for name, recipe, split in (("coco_captions", blip_caption_coco, "test"), ("vqav2", blip_vqa_v2, "test")):
             prepare.prepare(name, tree, home, visual_genome=name == "vqav2", check_sizes=False)
-            options = f"base=tiny,image_size=64,dtype=float32,method=lora,head=transform,lr=3e-3,steps={args.steps},batch_size=32"
-            config = recipe.get_config(options + f",data_dir={home}")
+            options = f"base=tiny,image_size=64,dtype=float32,method=lora,head=transform,lr=3e-3,steps={args.steps}"
+            config = recipe.get_config(options + f",batch_size=32,data_dir={home}")
             config.eval.gallery = False
             run = Path(place, name)
             result = point.run(config, run)

@@ -49,10 +49,7 @@ _ = host.keep_compiled_programs()
 # number of learning rates; the best on validation pictures is trained with other seeds (here there is one).
 
 # %%
-config = tiny.get_config(f"steps={4 if TINY else 80},seeds=1")
-if TINY:
-    del config.arms["prefix_head"]
-    del config.levels["captions_human"]
+config = tiny.get_config(f"steps={4 if TINY else 80},seeds=1,small={TINY}")
 directory = Path("runs/study")
 print(study.dry_run(config, directory))
 

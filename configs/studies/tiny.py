@@ -10,14 +10,17 @@ from configs.studies import base
 
 
 def get_config(arg=""):
-    a = common.parse_arg(arg, steps=60, seeds=2)
+    a = common.parse_arg(arg, steps=60, seeds=2, small=False)  # small: 10 runs a seed, for tests
     arms = {
         "lora_head": base.arm("lora", 3e-3, sizes=(2, 8)),
         "prefix_head": base.arm("prefix", 3e-2, sizes=(4, 16)),
         "head": base.CONTROLS["head"],
     }
+    levels = ("vqa_stated",) if a.small else ("captions_human", "vqa_stated")
+    if a.small:
+        del arms["prefix_head"]
     c = base.study(
-        "tiny", __doc__, ("captions_human", "vqa_stated"), arms, budgets=(), n_images=(64, 256), seeds=a.seeds,
+        "tiny", __doc__, levels, arms, budgets=(), n_images=(64, 256), seeds=a.seeds,
         rates=(1.0, 3.0), note="smoke test: a few steps, no evidence",
     )  # fmt: skip
     for point in c.points.values():
