@@ -140,6 +140,20 @@ def test_damaged_pictures_are_listed_or_left_out_and_good_shards_are_kept(tree, 
         np.testing.assert_array_equal(split.images[i], images.decode(root / "coco" / one["filepath"] / one["filename"]))
 
 
+def test_texts_without_their_picture_are_counted(tree, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(tree, root)
+    gone = next(one for one in originals(root).values() if one["split"] == "train")
+    (root / "coco" / gone["filepath"] / gone["filename"]).unlink()
+    options = {"workers": 1, "check_sizes": False, "log": lambda _: None}
+    with pytest.raises(ValueError, match="1 pictures that texts speak of are not there") as error:
+        prepare.prepare("coco_captions", root, tmp_path / "out", **options)
+    assert f"id {gone['cocoid']} is not in train2014" in str(error.value) and not (tmp_path / "out").exists()
+    prepare.prepare("coco_captions", root, tmp_path / "out", on_error="skip", **options)
+    split = load(tmp_path / "out", "coco_captions", ["train"])["train"]
+    assert len(split.rows) == 13 and split.report == {"without a picture": 1}
+
+
 def test_a_killed_preparation_goes_on(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(prepared, "SHARD_ROWS", 4)
     written, true = [], prepared.write_shard
