@@ -17,7 +17,9 @@ import sys
 import time
 from pathlib import Path
 
+import grain
 import numpy as np
+from absl import app
 from PIL import Image
 
 from jaxpeft import data, images, results
@@ -64,6 +66,15 @@ def rate(batches, n_batches, warm=2):
 def ours(files, size, threads):
     examples = data.Examples({"image_index": np.arange(len(files))}, data.Resized(Decoded(files), size, 0), [])
     return data.batches(examples, BATCH, seed=0, augment="blip", threads=threads)
+
+
+def in_processes(files, size, workers):
+    """Our batches made by grain's worker processes."""
+    examples = data.Examples({"image_index": np.arange(len(files))}, data.Resized(Decoded(files), size, 0), [])
+    order = grain.MapDataset.range(len(files)).seed(0).shuffle().repeat().batch(BATCH)
+    made = order.seed(1).random_map(lambda indices, rng: data.gather(examples, indices, ("blip", rng))["image"])
+    stream = made.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    return stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
 
 
 class TorchData:
@@ -114,15 +125,16 @@ def parts(files, size):
     }
 
 
-def main():
+def main(_):
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
     parser.add_argument("--size", type=int, default=384)
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args, _ = parser.parse_known_args()
     files, cores = jpegs(), len(os.sched_getaffinity(0))
     ways = {f"jaxpeft, {n} threads": lambda n=n: ours(files, args.size, n) for n in sorted({1, 2, cores, 2 * cores})}
+    ways |= {f"jaxpeft, {n} grain processes": lambda n=n: in_processes(files, args.size, n) for n in (1, cores)}
     try:
         import torch
 
@@ -158,4 +170,4 @@ def main():
 
 if __name__ == "__main__":
     multiprocessing.freeze_support()
-    main()
+    app.run(main, argv=sys.argv[:1])  # grain's workers take their flags from absl

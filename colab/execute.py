@@ -13,15 +13,14 @@ import jupytext
 import nbclient
 
 HERE = Path(__file__).resolve().parent
+TINY = {"JAXPEFT_TINY": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # few steps: compiling is most of the time
 NAMES = ("quickstart", "your_pictures", "study", "new_method")
 
 
 def execute(name: str, directory: str | Path, tiny: bool = False, timeout: int = 3600):
     """The executed notebook NAME, run in `directory`; raises nbclient's CellExecutionError where a cell fails."""
     notebook = jupytext.read(HERE / f"{name}.py")
-    os.environ |= {"JAXPEFT_SOURCE": str(HERE.parent), "JUPYTER_PLATFORM_DIRS": "1"} | (
-        {"JAXPEFT_TINY": "1"} if tiny else {}
-    )
+    os.environ |= {"JAXPEFT_SOURCE": str(HERE.parent), "JUPYTER_PLATFORM_DIRS": "1"} | (TINY if tiny else {})
     client = nbclient.NotebookClient(
         notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(directory)}}
     )

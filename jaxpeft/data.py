@@ -14,7 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from jaxpeft import images
+from jaxpeft import host, images
 from jaxpeft.datasets import Split
 from jaxpeft.randaugment import randaugment
 
@@ -81,9 +81,14 @@ class Resized(Sequence):
 
 
 def batches(
-    examples: Examples, batch_size: int, *, seed: int, start: int = 0, augment: str = "none", threads: int = 2
+    examples: Examples, batch_size: int, *, seed: int, start: int = 0, augment: str = "none", threads: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Endless training batches from step `start`; epochs are reshuffled and run into each other, nothing is dropped."""
+    """Endless training batches from step `start`; epochs are reshuffled and run into each other, nothing is dropped.
+
+    `threads` make them, each a batch at a time: by default one per core, from 2 to 16 (Pillow releases the interpreter's lock:
+    benchmarks/data_loading.py). The batches are the same for any number.
+    """
+    threads = threads or min(16, max(2, host.cores()))
     if augment not in AUGMENTS:
         raise ValueError(f"data.augment is {augment!r}; choose one of {', '.join(AUGMENTS)}")
     order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat().batch(batch_size)
@@ -92,7 +97,7 @@ def batches(
         return gather(examples, indices, None if augment == "none" else (augment, rng))
 
     steps = order.seed(seed + 1).random_map(fetch)[start:]
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)))
 
 
 def gather(examples: Examples, indices, augment=None) -> dict[str, np.ndarray]:

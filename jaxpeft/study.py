@@ -38,7 +38,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from jaxpeft import budget, data, datasets, hub, methods, optim, point, results, sites, tasks, train, tree
+from jaxpeft import budget, data, datasets, host, hub, methods, optim, point, results, sites, tasks, train, tree
 
 TRIES = 3
 STALE, BEAT = 120.0, 10.0  # seconds: a claim whose owner has not touched it for so long is free; how often it does
@@ -570,8 +570,7 @@ def run(config, workdir: str | Path, workers: int = 0, command: list[str] | None
     directory.mkdir(parents=True, exist_ok=True)
     set_aside(directory, state)
     results.write_json(directory / "study.json", {"config": point.as_json(config), "command": " ".join(command or [])})
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = workers or (n_cores if jax.default_backend() == "cpu" else 1)
+    workers = workers or (host.cores() if jax.default_backend() == "cpu" else 1)
     if workers == 1 or not command or not state.todo:
         work(config, directory, log)
     else:

@@ -9,7 +9,7 @@ import pytest
 
 COLAB = pathlib.Path(__file__).parent.parent / "colab"
 sys.path.insert(0, str(COLAB))
-from execute import NAMES, execute  # noqa: E402
+from execute import NAMES, TINY, execute  # noqa: E402
 
 
 def text_of(outputs):
@@ -35,7 +35,7 @@ def test_a_notebook_is_its_twin_and_was_run(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own packages; the kernel is another process
 def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
-    for key in ("JAXPEFT_SOURCE", "JAXPEFT_TINY", "JUPYTER_PLATFORM_DIRS"):  # `execute` sets them
+    for key in ("JAXPEFT_SOURCE", "JUPYTER_PLATFORM_DIRS", *TINY):  # `execute` sets them
         monkeypatch.setitem(os.environ, key, "")
     notebook = execute(name, tmp_path, tiny=True, timeout=600)
     said = "".join(text_of(cell.outputs) for cell in notebook.cells if cell.cell_type == "code")

@@ -19,7 +19,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, splits, writer
 
-from jaxpeft import images
+from jaxpeft import host, images
 from jaxpeft.datasets.folder import Info
 
 _VERSION = "1"  # part of the digests: raise it when the stored form changes
@@ -109,7 +109,7 @@ class Prepared(tfds.core.ShardBasedBuilder):
 
     def __init__(self, rows, workers=None, on_error="raise", log=print, **kwargs):
         """`rows`: {split: [row]}, each 'file' an absolute path; `workers`: processes, by default one per core."""
-        self._workers, self._skip, self._log = workers or os.cpu_count(), on_error == "skip", log
+        self._workers, self._skip, self._log = workers or host.cores(), on_error == "skip", log
         self._shards = {
             split: [Shard(split, some[i : i + SHARD_ROWS], self.WITH_IMAGE) for i in range(0, len(some), SHARD_ROWS)]
             for split, some in rows.items()

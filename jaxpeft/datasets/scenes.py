@@ -33,6 +33,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 
+from jaxpeft import host
 from jaxpeft.datasets.scenes_text import (  # noqa: F401  (the public names of the data set in one place)
     ANSWERS,
     TYPES,
@@ -132,8 +133,7 @@ def records(split, size, seed=0, workers=None):
     """The rows 0..size-1 of a split. From PARALLEL_FROM rows on, one process per core (at most 8) shares the work;
     the rows are the same either way."""
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(cores, 8) if size >= PARALLEL_FROM else 1
+        workers = min(host.cores(), 8) if size >= PARALLEL_FROM else 1
     bounds = np.linspace(0, size, workers + 1).astype(int).tolist()
     spans = list(zip(bounds[:-1], bounds[1:], strict=True))
     with concurrent.futures.ThreadPoolExecutor(max(1, workers - 1)) as pool:
