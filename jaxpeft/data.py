@@ -57,7 +57,7 @@ class Resized(Sequence):
     """Pictures at the model's square size; up to `cache_bytes` of them are kept in memory after first use."""
 
     def __init__(self, source: Sequence, size: int, cache_bytes: int = 1 << 30):
-        self.source, self._size = source, size
+        self.source, self._size, self._cache_bytes = source, size, cache_bytes
         self._room = cache_bytes // (size * size * 3)
         self._kept: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
@@ -73,6 +73,10 @@ class Resized(Sequence):
                     return image_YXC
                 self._kept[i] = image_YXC
         return self._kept[i]
+
+    def __reduce__(self):
+        """Without what is kept, and without its lock: for worker processes."""
+        return Resized, (self.source, self._size, self._cache_bytes)
 
     def augmented(self, i, kind: str, rng) -> np.ndarray:
         """A random crop of picture `i` at its native size, resized; one state of `rng` gives one result."""

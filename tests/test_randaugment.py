@@ -1,5 +1,6 @@
 import collections
 import pathlib
+import pickle
 import threading
 
 import numpy as np
@@ -126,6 +127,14 @@ def test_crops_are_of_the_native_picture_and_one_state_gives_one_result():
     )
     expected = randaugment.randaugment(expected, _after_augment(3, split[1]))
     np.testing.assert_array_equal(data.gather(examples, [0], ("blip", np.random.default_rng(3)))["image"][0], expected)
+
+
+def test_pictures_go_to_worker_processes():
+    resized = data.Resized([picture(30, 40)], 16)
+    again = pickle.loads(pickle.dumps(resized))
+    np.testing.assert_array_equal(again[0], resized[0])
+    one, other = (x.augmented(0, "blip", np.random.default_rng(1)) for x in (resized, again))
+    np.testing.assert_array_equal(one, other)
 
 
 def _after_augment(seed, image):
