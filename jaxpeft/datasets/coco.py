@@ -17,7 +17,6 @@ Config keys (others are ignored):
                 also in another split used here are left out
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from jaxpeft import images
 from jaxpeft.datasets import Split
+from jaxpeft.datasets.folder import stored_row
 from jaxpeft.datasets.prepared import Prepared
 
 HOME = "~/.cache/jaxpeft/coco"
@@ -160,14 +160,7 @@ def _rows(builder, split):
     source = _source(builder, split)
     for i in range(len(source)):
         example = source[i]
-        asked = {key: [value.decode() for value in values] for key, values in example["questions"].items()}
-        questions = [dict(zip(asked, values, strict=True)) for values in zip(*asked.values(), strict=True)]
-        yield {
-            "image_id": example["image_id"].decode(),
-            "part": example["part"].decode(),
-            "captions": [caption.decode() for caption in example["captions"]],
-            "questions": [q | {"answers": json.loads(q["answers"])} for q in questions],
-        }
+        yield stored_row(example) | {"part": example["part"].decode()}
 
 
 class _Pictures:

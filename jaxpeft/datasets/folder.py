@@ -364,13 +364,13 @@ def _open(builder, split):
         raise ValueError(f"{stored} of {expected} images of {split}: delete {builder.data_dir} and run again")
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     assert len(source) == expected
-    rows = [_row(source[i]) for i in range(expected)]
+    rows = [stored_row(source[i]) for i in range(expected)]
     images = StoredImages(source, [row["image_id"] for row in rows])
     return Split(split, images, rows, source=str(builder.data_dir))  # named by a digest of pictures and options
 
 
-def _row(example):
-    """TFDS returns bytes for text, and a dict of lists for a list of dicts."""
+def stored_row(example) -> dict:
+    """A row as it was given. TFDS returns bytes for text, and a dict of lists for a list of dicts."""
     asked = {key: [value.decode() for value in values] for key, values in example["questions"].items()}
     questions = [dict(zip(asked, values, strict=True)) for values in zip(*asked.values(), strict=True)]
     return {
