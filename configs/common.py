@@ -66,9 +66,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.data.subset_seed = 0
     c.data.captions = "human"  # of scenes; 'web': the style of pre-training
     c.data.types = ()  # of scenes: the types of questions kept; () is all
-    c.data.augment = (
-        "none"  # 'crop', 'crop_flip', 'blip' (then RandAugment): BLIP's fine-tuning, on pictures of native size
-    )
+    c.data.augment = "none"  # 'crop', 'crop_flip', 'blip' (and RandAugment), of pictures at their native size
     c.data.feature_bytes = 4 << 30  # most memory for image features kept when the image encoder is frozen
 
     c.batch_size = 32

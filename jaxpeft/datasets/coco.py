@@ -14,7 +14,7 @@ Config keys (others are ignored):
                 included) have no answers and are for the server
   train_parts   of protocol 'official': ('train',), or ('train', 'val') as BLIP does, and then there is no val
   visual_genome of vqav2: add Visual Genome's questions to the training split, each with weight 0.2 (BLIP). Pictures that are
-                also in another split used here are left out
+                held out (COCO's val and test of the protocol) are left out
 """
 
 from collections.abc import Sequence
@@ -113,7 +113,10 @@ def _vqa(config, splits, home):
             rows = [(folder, row) for folder, row in rows if row["part"] in wanted]
         found[name] = rows
     if config.get("visual_genome", False) and "train" in splits:
-        held_out = {row["image_id"] for name, rows in found.items() if name != "train" for _, row in rows}
+        if protocol == "karpathy":
+            held_out = {row["image_id"] for rows in stored.values() for row in rows if row["part"] in ("val", "test")}
+        else:
+            held_out = set() if "val" in train_parts else {row["image_id"] for row in _rows(texts, "val")}
         more = [row for row in _rows(_open(home, TEXTS["vg_qa"]), "train") if row["part"] not in held_out]
         found["train"] += [("vg", _weighted(row)) for row in more]
     return {name: _split(name, rows, pictures) for name, rows in found.items()}

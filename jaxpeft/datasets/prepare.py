@@ -187,7 +187,7 @@ def _vqa(found, karpathy, test) -> dict[str, list[dict]]:
             said = found[f"vqa/v2_mscoco_{piece}_annotations.json"]
             for one in _read(said, "annotations"):
                 key, replies = _field(said, one, "question_id", "answers")
-                answers[key] = [reply["answer"] for reply in replies], one.get("answer_type", "")
+                answers[key] = [_field(said, reply, "answer")[0] for reply in replies], one.get("answer_type", "")
         for one in _read(path, "questions"):
             key, image_id, question = _field(path, one, "question_id", "image_id", "question")
             if answers and key not in answers:
@@ -209,12 +209,12 @@ def _visual_genome(found) -> list[dict]:
     path, data = found["vg/question_answers.json"], found["vg/image_data.json"]
     coco_ids = {}
     for image in _read(data, None):
-        key = image["image_id"] if "image_id" in image else _field(data, image, "id")[0]
+        (key,) = _field(data, image, "image_id" if "image_id" in image else "id")
         coco_ids[str(key)] = str(image["coco_id"]) if image.get("coco_id") else ""
     rows = []
     for image in _read(path, None):
-        (pairs,) = _field(path, image, "qas")
-        image_id = str(image["id"] if "id" in image else image["image_id"])
+        key, pairs = _field(path, image, "image_id" if "image_id" in image else "id", "qas")
+        image_id = str(key)
         questions = []
         for pair in pairs:
             key, question, answer = _field(path, pair, "qa_id", "question", "answer")
@@ -243,8 +243,7 @@ def _check_sizes(everything) -> None:
         raise ValueError(
             "the files are not the published data sets:\n"
             + "\n".join(wrong)
-            + "\nComplete them, or take what is there with "
-            "--any-size"
+            + "\nComplete them, or take what is there with --any-size"
         )
 
 
@@ -261,7 +260,7 @@ def _check_pictures(kind, splits, pictures, on_error) -> None:
             f"{len(missing)} pictures that texts speak of are not there:\n"
             + "\n".join(missing[:5])
             + "\n    ..." * (len(missing) > 5)
-            + "\nComplete the directories, or leave these texts out with --on_error skip"
+            + "\nComplete the directories, or leave these texts out with --on-error skip"
         )
 
 
@@ -276,7 +275,7 @@ def main(argv=None) -> int:
     parser.add_argument("--no-test", action="store_true", help="with vqav2: without the questions that have no answers")
     parser.add_argument("--workers", type=int, help="processes, default one per core")
     parser.add_argument("--any-size", action="store_true", help="do not compare with the published sizes")
-    parser.add_argument("--on_error", choices=("raise", "skip"), default="raise", help="of pictures that do not decode")
+    parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="of pictures that do not decode")
     args = parser.parse_args(argv)
     try:
         out = prepare(

@@ -148,7 +148,7 @@ class Prepared(tfds.core.ShardBasedBuilder):
                 f"{len(bad)} pictures cannot be used; nothing was finished, and what was written is kept for the next try:\n"
                 + "\n".join(f"    {message}" for message in bad[:5])
                 + ("\n    ..." if len(bad) > 5 else "")
-                + "\nReplace the files, or leave them out with --on_error skip."
+                + "\nReplace the files, or leave them out with --on-error skip."
             )
         infos = []
         for split, some in shards.items():
@@ -161,56 +161,45 @@ class Prepared(tfds.core.ShardBasedBuilder):
         ids = {split: [one for path in some for one in done[path]["ids"]] for split, some in shards.items()}
         self.info.metadata.update(digest=self.digest(), ids=ids, left_out=len(bad), left_out_first=bad[:5])
         shutil.rmtree(parts)
+        for left_over in Path(self._data_dir).parent.glob("incomplete.*"):  # of preparations that were killed
+            if left_over != Path(self.data_dir):
+                shutil.rmtree(left_over, ignore_errors=True)
 
     def _write(self, jobs: dict[Path, Shard]) -> dict[Path, dict]:
         done = {path: _finished(path) for path in jobs}
         left = {path: shard for path, shard in jobs.items() if done[path] is None}
-        total, began, rows = sum(len(s.rows) for s in jobs.values()), time.perf_counter(), 0
         if len(left) < len(jobs):
             self._log(f"{self.name}: {len(jobs) - len(left)} of {len(jobs)} shards were written before")
-        with _pool(min(self._workers, max(1, len(left)))) as pool:
-            waiting = {pool.submit(write_shard, shard, path, self._skip): path for path, shard in left.items()}
-            said = 0.0
-            for future in concurrent.futures.as_completed(waiting):
-                path = waiting[future]
-                done[path], rows = future.result(), rows + len(left[path].rows)
-                now = time.perf_counter()
-                if now - said > 5 or len([1 for facts in done.values() if facts is None]) == 0:
-                    said, rate = now, rows / (now - began)
-                    here = sum(len(jobs[p].rows) for p, facts in done.items() if facts is not None)
-                    self._log(
-                        f"{self.name}: {here:,} of {total:,} rows, {rate:,.0f} rows/s, {(total - here) / rate:.0f} s left"
-                    )
+        to_do, rows, began, said = sum(len(shard.rows) for shard in left.values()), 0, time.perf_counter(), 0.0
+        for path, facts in _each(left, min(self._workers, len(left)), self._skip):
+            done[path], rows, now = facts, rows + len(left[path].rows), time.perf_counter()
+            if now - said > 5 or rows == to_do:
+                said, rate = now, rows / (now - began)
+                self._log(
+                    f"{self.name}: {rows:,} of {to_do:,} rows, {rate:,.0f} rows/s, {(to_do - rows) / rate:.0f} s left"
+                )
         return done
 
 
+def _each(jobs: dict[Path, Shard], workers: int, skip: bool):
+    """(path, facts) of every shard as it is written. Processes start clean: forking one with JAX's threads can hang."""
+    if workers <= 1:
+        for path, shard in jobs.items():
+            yield path, write_shard(shard, path, skip)
+        return
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(write_shard, shard, path, skip): path for path, shard in jobs.items()}
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                yield waiting[future], future.result()
+        except BaseException:  # or leaving the block would wait for all that is queued
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def _finished(path: Path) -> dict | None:
+    """What `write_shard` said of a shard, or None where it was not written or not to the end."""
     try:
         return json.loads(path.with_name(path.name + ".json").read_text()) if path.exists() else None
-    except ValueError:
+    except (OSError, ValueError):
         return None
-
-
-class _Here:
-    """A pool of one: this process."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *args):
-        future = concurrent.futures.Future()
-        try:
-            future.set_result(function(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
-def _pool(workers: int):
-    """Processes that start clean: forking one in which JAX has started threads can hang."""
-    if workers == 1:
-        return _Here()
-    return concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))

@@ -101,7 +101,10 @@ class Vqa(Task):
         if self.inference != "rank":
             return None
         if self.answer_list:
-            answers = json.loads(pathlib.Path(self.answer_list).read_text("utf-8"))
+            try:
+                answers = json.loads(pathlib.Path(self.answer_list).read_text("utf-8"))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"task_options.answer_list {self.answer_list}: {error}; give a JSON list") from error
             if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a for a in answers):
                 raise ValueError(f"task_options.answer_list {self.answer_list}: expected a JSON list of texts")
             return answers
