@@ -36,7 +36,7 @@ def captions_report(predictions: metrics.Predictions, references: metrics.Refere
 
     def tokens(groups):
         with contextlib.redirect_stdout(io.StringIO()):
-            # one line each: a line break would shift every later caption to another picture
+            # pycocoevalcap replaces \n only; at \r Java ends a line too, and all later captions would be shifted
             return PTBTokenizer().tokenize(
                 {key: [{"caption": " ".join(text.split())} for text in texts] for key, texts in groups.items()}
             )

@@ -356,7 +356,7 @@ def test_without_java_the_report_says_so(monkeypatch):
 
 @needs_java
 def test_ptb_tokens_and_meteor():
-    ours = {"a": 'He said "10,000 dogs\nran"; fast.', "b": "a cat on a mat", "c": ""}
+    ours = {"a": 'He said "10,000 dogs\rran"; fast.', "b": "a cat on a mat", "c": ""}
     theirs = {"a": ["he said 10,000 dogs ran fast"], "b": ["a cat on a mat", "the cat sat"], "c": ["nothing"]}
     report = java.captions_report(ours, theirs)
     assert report["tokenizer"] == "ptb" and 0.3 < report["meteor"] < 1
