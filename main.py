@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxpeft import host, point, pretrain, report, study
+from jaxpeft import host, point, pretrain, report, stop, study, train
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(arg), as file.py or file.py:key=value,..."
@@ -15,6 +15,16 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results and checkpoints of this run go; reuse it to resume.")
 WORKERS = flags.DEFINE_integer("workers", 0, "Of a study: processes; 0 is one per core on CPU, one on accelerators.")
 WORKER = flags.DEFINE_integer("worker", -1, "Of a study: only do runs, as a worker that another process started.")
+ACCEPT = flags.DEFINE_bool(
+    "accept_changes", False, "Go on from the stored step of a run whose config, data or base was another one."
+)
+DISTRIBUTED = flags.DEFINE_enum(
+    "distributed", "auto", ["auto", "on", "off"],
+    "One run by the processes of several hosts. auto: on TPU pods, in SLURM jobs of several tasks, and with --coordinator.",
+)  # fmt: skip
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else says it.")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes.")
+PROCESS = flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Of a study: print what would run and its estimated cost.")
 
 
@@ -26,17 +36,30 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
 
     try:
-        if "levels" in CONFIG.value:
-            _study(CONFIG.value, Path(WORKDIR.value))
-        else:
-            if "pretrain" in CONFIG.value:
-                pretrain.run(CONFIG.value, WORKDIR.value)
-            else:
-                point.run(CONFIG.value, WORKDIR.value, command=shlex.join(["python", "main.py", *sys.argv[1:]]))
-    except ValueError as error:  # a mistake in config, data or checkpoint: the message is for the user
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        with stop.handled():
+            _run(CONFIG.value)
+    except (ValueError, train.NonFinite, KeyboardInterrupt) as error:  # the message is for the user
+        _exit(error)
+    except OSError as error:
+        if not stop.is_transient(error):
+            raise
+        _exit(error)
+
+
+def _exit(error):
+    if text := stop.message(error):
+        print(f"error: {text}" if not isinstance(error, KeyboardInterrupt) else text, file=sys.stderr)
+    sys.exit(stop.exit_code(error))
+
+
+def _run(config):
+    if "levels" in config:
+        return _study(config, Path(WORKDIR.value))
+    host.join_others(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    if "pretrain" in config:
+        return pretrain.run(config, WORKDIR.value)
+    command = shlex.join(["python", "main.py", *sys.argv[1:]])
+    return point.run(config, WORKDIR.value, command=command, accept_changes=ACCEPT.value)
 
 
 def _study(config, workdir):

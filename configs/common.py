@@ -51,7 +51,8 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.model = ml_collections.ConfigDict()
     c.model.image_size = config_dict.placeholder(int)  # None: the checkpoint's; else positions are resized
     c.model.dtype = "float32"  # 'bfloat16' on accelerators
-    c.model.remat = False
+    c.model.frozen_dtype = "float32"  # of frozen matrices in memory; 'bfloat16' halves them
+    c.model.remat = "none"  # 'full' or 'dots': what the backward pass computes again, to hold less
     c.model.dropout = 0.0
     c.model.extend_vocabulary = True  # add whole words that the base lacks (and tune the word embedding)
 
@@ -69,6 +70,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.data.augment = "none"  # 'crop', 'crop_flip', 'blip' (and RandAugment), of pictures at their native size
     c.data.feature_bytes = 4 << 30  # most memory for image features kept when the image encoder is frozen
 
+    c.mesh = ml_collections.ConfigDict({"data": 0, "fsdp": 1, "tensor": 1})  # devices; data 0: what the others leave
     c.batch_size = 32
     c.accumulate = 1  # microbatches per step
     c.steps = 1200
@@ -92,6 +94,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
 
     c.log_every = 20
     c.checkpoint_every = 500
+    c.checkpoint_keep = 2  # the newest so many
     c.check_frozen = False  # digest the frozen half before and after training
     c.eval = ml_collections.ConfigDict()
     c.eval.splits = ("test",)

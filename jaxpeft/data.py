@@ -85,9 +85,18 @@ class Resized(Sequence):
 
 
 def batches(
-    examples: Examples, batch_size: int, *, seed: int, start: int = 0, augment: str = "none", threads: int | None = None
+    examples: Examples,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int = 0,
+    augment: str = "none",
+    rows: np.ndarray | None = None,
+    threads: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Endless training batches from step `start`; epochs are reshuffled and run into each other, nothing is dropped.
+
+    `rows`: which rows of a batch are made, where this host needs some of them; a row is the same on whatever host makes it.
 
     `threads` make them, each a batch at a time: by default one per core, from 2 to 16 (Pillow releases the interpreter's lock:
     benchmarks/data_loading.py). The batches are the same for any number.
@@ -98,31 +107,40 @@ def batches(
     order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat().batch(batch_size)
 
     def fetch(indices, rng):
-        return gather(examples, indices, None if augment == "none" else (augment, rng))
+        seeds = rng.integers(2**63, size=batch_size) if augment != "none" else None
+        mine = slice(None) if rows is None else rows
+        return gather(examples, indices[mine], augment, None if seeds is None else seeds[mine])
 
     steps = order.seed(seed + 1).random_map(fetch)[start:]
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)))
 
 
-def gather(examples: Examples, indices, augment=None) -> dict[str, np.ndarray]:
-    """One batch: the arrays' rows at `indices` and, unless features stand in for them, the pictures."""
+def gather(examples: Examples, indices, augment: str = "none", seeds=None) -> dict[str, np.ndarray]:
+    """One batch: the arrays' rows at `indices` and, unless features stand in for them, the pictures.
+
+    `seeds`: one per picture, for augmenting it.
+    """
     batch = {name: array[indices] for name, array in examples.arrays.items()}
     if examples.images is not None:
         wanted = batch.pop("image_index")
-        if augment:
-            pictures = [examples.images.augmented(i, *augment) for i in wanted]
+        if augment != "none":
+            rngs = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
+            pictures = [examples.images.augmented(i, augment, rng) for i, rng in zip(wanted, rngs, strict=True)]
         else:
             pictures = [examples.images[i] for i in wanted]
         batch["image"] = np.stack(pictures)
     return batch
 
 
-def one_pass(examples: Examples, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """Every example once, in order: (batch, number of real rows); the last batch repeats its last row to be full."""
+def one_pass(examples: Examples, batch_size: int, rows=slice(None)) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """Every example once, in order: (batch, number of real rows); the last batch repeats its last row to be full.
+
+    `rows`: which rows of a batch are made.
+    """
     for start in range(0, len(examples), batch_size):
         indices = np.arange(start, min(start + batch_size, len(examples)))
         n_real = len(indices)
-        yield gather(examples, np.pad(indices, (0, batch_size - n_real), mode="edge")), n_real
+        yield gather(examples, np.pad(indices, (0, batch_size - n_real), mode="edge")[rows]), n_real
 
 
 def pad_tokens(sequences: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> np.ndarray:

@@ -11,12 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import decode, tasks
+from jaxpeft import decode, sharding, tasks, tree
 from jaxpeft.data import Examples, Resized, one_pass, pad_tokens
 from jaxpeft.datasets import Split
 from jaxpeft.images import decode as decode_image
 from jaxpeft.tasks.base import Task
 from jaxpeft.tree import Tree
+
+
+def _on_its_devices(function):
+    """Run `function(model, variables, ...)` with the mesh of its variables set."""
+
+    @functools.wraps(function)
+    def run(model, variables, *args, **kwargs):
+        with sharding.using(variables):
+            return function(model, variables, *args, **kwargs)
+
+    return run
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -31,20 +42,32 @@ def contexts(model, variables: Tree, batch: dict):
     return model.apply(variables, batch, method="batch_context")
 
 
-def image_features(model, variables: Tree, images, batch_size: int = 64) -> jax.Array:
+def passes(variables: Tree, examples: Examples, batch_size: int):
+    """`one_pass` on the devices that hold `variables`; of several hosts each makes its rows. Batches that their number does
+    not divide are made larger."""
+    on = sharding.mesh_of(variables)
+    if on is None:
+        yield from one_pass(examples, batch_size)
+        return
+    n = -(-batch_size // sharding.n_batch(on)) * sharding.n_batch(on)
+    for batch, n_real in one_pass(examples, n, sharding.rows(n, on)):
+        yield sharding.shard_batch(batch, on, n), n_real
+
+
+@_on_its_devices
+def image_features(model, variables: Tree, images, batch_size: int = 64) -> np.ndarray:
     """Image tokens of every picture once, (n, 1 + P, D): the frozen vision tower's share of all later epochs."""
     everything = Examples({"image_index": np.arange(len(images), dtype=np.int32)}, images, [])
-    parts = [
-        encode_images(model, variables, batch["image"])[:n_real] for batch, n_real in one_pass(everything, batch_size)
-    ]
-    return jnp.concatenate(parts)
+    batches = passes(variables, everything, batch_size)
+    return np.concatenate([tree.fetch(encode_images(model, variables, batch["image"]))[:n] for batch, n in batches])
 
 
+@_on_its_devices
 def question_states(model, variables: Tree, examples: Examples, features, batch_size: int = 128) -> np.ndarray:
     """Question states of every example once, (n, T, D); `features`: image tokens of its pictures."""
-    batches = one_pass(_without_images(examples, features), batch_size)
+    batches = passes(variables, _without_images(examples, features), batch_size)
     return np.concatenate(
-        [np.asarray(contexts(model, variables, with_features(batch, features))[0])[:n] for batch, n in batches]
+        [tree.fetch(contexts(model, variables, with_features(batch, features))[0])[:n] for batch, n in batches]
     )
 
 
@@ -70,6 +93,7 @@ def predict(
     return [best for best, *_ in ranked(model, variables, task, cases, **options)]
 
 
+@_on_its_devices
 def ranked(
     model, variables: Tree, task: Task, cases: Examples, *, features=None, batch_size: int = 64, beams: int = 1
 ) -> list[list[dict]]:
@@ -77,25 +101,26 @@ def ranked(
     tokenizer = model.tokenizer
     prompt = np.array(task.prompt_ids(tokenizer), np.int32)
     written = []
-    for batch, n_real in one_pass(_without_images(cases, features), batch_size):
+    for batch, n_real in passes(variables, _without_images(cases, features), batch_size):
         write = _write_mixed if "adapter" in batch else _write
         search = {"length": task.length, "min_length": task.min_length, "beams": beams}
         tokens_BKT, score_BK = write(model, variables, with_features(batch, features), prompt, **search)
-        for tokens_KT, score_K in zip(np.asarray(tokens_BKT)[:n_real].tolist(), np.asarray(score_BK), strict=False):
+        for tokens_KT, score_K in zip(tree.fetch(tokens_BKT)[:n_real].tolist(), tree.fetch(score_BK), strict=False):
             texts = [tokenizer.decode(tokens[len(prompt) :]) for tokens in tokens_KT]
             written.append([{"text": t, "score": float(s)} for t, s in zip(texts, score_K, strict=True)])
     return written
 
 
+@_on_its_devices
 def _best_of(model, variables, task, cases, candidates, features, batch_size):
     tokenizer = model.tokenizer
     ids = [[*task.prompt_ids(tokenizer), *tokenizer.encode(text, task.length)[1:]] for text in candidates]
     answers_AT, found = pad_tokens(ids, tokenizer.pad_id), []
-    for batch, n_real in one_pass(_without_images(cases, features), batch_size):
+    for batch, n_real in passes(variables, _without_images(cases, features), batch_size):
         context_BSD, mask_BS = contexts(model, variables, with_features(batch, features))
         options = {"k": task.rank_k, "smoothing": task.smoothing}
         which_BK, score_BK = decode.rank(model, variables, context_BSD, mask_BS, answers_AT, **options)
-        best = zip(np.asarray(which_BK[:n_real, 0]), np.asarray(score_BK[:n_real, 0]), strict=True)
+        best = zip(tree.fetch(which_BK)[:n_real, 0], tree.fetch(score_BK)[:n_real, 0], strict=True)
         found += [{"text": candidates[i], "score": float(score)} for i, score in best]
     return found
 
@@ -129,13 +154,14 @@ def _nll(model, task, variables, batch, features):
     return task.nll(model, variables, with_features(batch, features))
 
 
+@_on_its_devices
 def nll(model, variables: Tree, task: Task, examples: Examples, *, features=None, batch_size: int = 64) -> float:
     """Mean negative log-likelihood of the reference tokens, in nats per token."""
     total = count = 0.0
-    for batch, n_real in one_pass(_without_images(examples, features), batch_size):
+    for batch, n_real in passes(variables, _without_images(examples, features), batch_size):
         sum_B, count_B = _nll(model, task, variables, batch, features)
-        total += float(np.asarray(sum_B)[:n_real].sum(dtype=np.float64))
-        count += float(np.asarray(count_B)[:n_real].sum(dtype=np.float64))
+        total += float(tree.fetch(sum_B)[:n_real].sum(dtype=np.float64))
+        count += float(tree.fetch(count_B)[:n_real].sum(dtype=np.float64))
     return total / count
 
 

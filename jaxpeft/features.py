@@ -6,6 +6,7 @@ depends on: the weights and configuration of the stages, the pictures, the quest
 readers need no lock; two runs that start together may both compute it, and one of the equal files stays.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,10 +14,11 @@ import os
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import evals, tree
+from jaxpeft import evals, sharding, tree
 from jaxpeft.data import Examples
 from jaxpeft.datasets import Split
 
@@ -39,8 +41,9 @@ def name_of(model, variables, split: Split, question_NT: np.ndarray | None = Non
     return f"{split.name}-{kind}{n}-{digest}.npy"
 
 
-def table(model, variables, split: Split, pictures, directory: str | Path | None, limit: int, log=print):
-    """Image tokens (n, 1 + P, D) of a split's pictures; from `directory`, and into it, where one is given.
+def table(model, variables, split: Split, pictures, directory: str | Path | None, limit: int, log=print) -> jax.Array:
+    """Image tokens (n, 1 + P, D) of a split's pictures; from `directory`, and into it, where one is given. On every device
+    that `variables` are on.
 
     `limit`: most bytes there; the files that were not used for longest are deleted first. A split whose `source` is empty
     says nothing of where its pictures are from, so its features are computed and not kept.
@@ -49,9 +52,12 @@ def table(model, variables, split: Split, pictures, directory: str | Path | None
     def compute():
         return evals.image_features(model, variables, pictures)
 
-    if not directory or not split.source:
-        return compute()
-    return jnp.asarray(_kept(Path(directory) / name_of(model, variables, split), compute, limit, log))
+    if directory and split.source:
+        found = _kept(Path(directory) / name_of(model, variables, split), compute, limit, log)
+    else:
+        found = compute()
+    on = sharding.mesh_of(variables)
+    return jnp.asarray(found) if on is None else sharding.replicate(found, on)
 
 
 def with_questions(
@@ -72,20 +78,28 @@ def with_questions(
 
 def _kept(path: Path, compute, limit: int, log) -> np.ndarray:
     """What `compute` returns, memory-mapped from `path`, which is written first where it is not there."""
+    stored = None
     if path.exists():
         try:
             stored = np.load(path, mmap_mode="r")
-            os.utime(path)
-            return stored
+            with contextlib.suppress(OSError):  # a read-only directory
+                os.utime(path)
         except (ValueError, OSError) as error:  # truncated by something else than this module
             log(f"{path} cannot be read ({error}); computed again")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    computed = np.asarray(compute())
+    if not sharding.any_of(stored is None):
+        return stored
+    computed = compute()  # all hosts together
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        np.save(file, computed)
-    os.replace(temporary, path)
-    _trim(path.parent, limit, keep=path)
+    try:
+        if sharding.is_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.save(file, computed)
+            os.replace(temporary, path)
+            _trim(path.parent, limit, keep=path)
+    except OSError as error:  # a full disk: what is computed can be used all the same
+        temporary.unlink(missing_ok=True)
+        log(f"{path} cannot be written ({error.strerror}); computed again the next time")
     return computed
 
 

@@ -36,6 +36,34 @@ def keep_freed_memory() -> bool:
     )
 
 
+def join_others(
+    when: str = "auto", coordinator: str | None = None, n: int | None = None, me: int | None = None
+) -> bool:
+    """Make this process one of those of a run on several hosts, before JAX looks for devices; whether it is.
+
+    `when` is 'on', 'off' or 'auto': where `coordinator` is given (as an argument or in JAX_COORDINATOR_ADDRESS, then with
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID), in a SLURM step of several tasks, and on a TPU slice of several hosts. Clusters
+    that JAX knows (SLURM, GKE, TPU, Open MPI) say the rest themselves. Raises ValueError where something is missing.
+    """
+    env = os.environ
+    coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
+    n = int(env["JAX_NUM_PROCESSES"]) if n is None and "JAX_NUM_PROCESSES" in env else n
+    me = int(env["JAX_PROCESS_ID"]) if me is None and "JAX_PROCESS_ID" in env else me
+    if coordinator and (n is None) != (me is None):
+        raise ValueError(
+            f"--coordinator {coordinator} needs both --num_processes (now {n}) and --process_id (now {me})"
+        )
+    slurm = int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    tpu = len([one for one in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if one]) > 1
+    if when == "off" or (when == "auto" and not (coordinator or slurm or tpu)):
+        return False
+    try:
+        jax.distributed.initialize(coordinator, n, me)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot join the other processes: {error}") from None
+    return True
+
+
 def keep_compiled_programs() -> Path | None:
     """Let XLA keep compiled programs on disk, so that a rerun and the next point of a study do not compile again.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxpeft import sites
+from jaxpeft.ops import by_rows
 
 _INIT = nn.initializers.normal(0.02)  # BERT's and BLIP's
 
@@ -56,7 +57,7 @@ class LayerNorm(nn.LayerNorm):
 
     @nn.compact
     def __call__(self, x):
-        return sites.norm(self, super().__call__(x))
+        return sites.norm(self, by_rows(super().__call__(x)))
 
 
 class Attention(nn.Module):
@@ -106,7 +107,7 @@ class Attention(nn.Module):
         weights_BNTS = weights_BNTS.astype(self.dtype)
         y_BNTH = jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH)
         y_BTD = y_BNTH.swapaxes(1, 2).reshape(n_rows, n_tokens, self.width)
-        return sites.sublayer(self, x_BTD, self.out(y_BTD), stream)
+        return sites.sublayer(self, x_BTD, by_rows(self.out(y_BTD)), stream)
 
 
 class Mlp(nn.Module):
@@ -119,4 +120,4 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, *, stream):
         h_BTF = nn.gelu(Dense(self.hidden, self.dtype, name="up")(x_BTD), approximate=False)
-        return sites.sublayer(self, x_BTD, Dense(self.width, self.dtype, name="down")(h_BTF), stream)
+        return sites.sublayer(self, x_BTD, by_rows(Dense(self.width, self.dtype, name="down")(h_BTF)), stream)

@@ -1,5 +1,25 @@
 """Small array operations that layers and methods share."""
 
+import jax
+from jax.sharding import PartitionSpec
+
+ROWS = ("data", "fsdp")  # the mesh axes that a batch is split over
+
+
+def by_rows(x):
+    """`x` (B, ...) split over devices by its rows and nothing else, where a mesh is set (`jax.set_mesh`).
+
+    Said at every point of the residual stream: left to itself XLA's partitioner may split it as the weights are, which
+    exchanges more, and on a mesh of both kinds of axes it then gave wrong gradients without a word (jax 0.10.2, an
+    embedding split over ('tensor', 'fsdp'), batch over ('data', 'fsdp'): tests/test_sharding.py).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not set(ROWS) <= set(mesh.axis_names):
+        return x
+    if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *[None] * (x.ndim - 1)))
+
 
 def matmul(x, w, bias=None):
     """x (..., in) @ w (in, out) + bias (out,), with the leading axes flattened.

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxpeft import data, datasets, evals, hub, methods, results, sites, tasks, tree
+from jaxpeft import data, datasets, evals, hub, locks, methods, results, sharding, sites, tasks, tree
 from jaxpeft import features as feature_tables
 from jaxpeft.interchange import load_tuned, save_tuned
 from jaxpeft.methods import Selective
@@ -26,21 +27,41 @@ from jaxpeft.train import fit, train_step
 from jaxpeft.tree import Tree
 
 
-def run(config, workdir: str | Path, log=print, features_in: str | Path | None = None, command: str = "") -> dict:
+def run(
+    config,
+    workdir: str | Path,
+    log=print,
+    features_in: str | Path | None = None,
+    command: str = "",
+    accept_changes: bool = False,
+) -> dict:
     """Train and evaluate one point in `workdir`; returns what result.json holds. `command`: what was typed, kept there.
 
-    `features_in`: a directory where several runs keep the image features of whole splits (`jaxpeft/features.py`).
+    `features_in`: a directory where several runs keep the image features of whole splits (`jaxpeft/features.py`). All
+    processes of a run on several hosts make the same call, on a `workdir` that all of them see.
 
     The same call goes on from the last checkpoint of an interrupted run and returns at once from a finished one. Raises
-    ValueError for a bad config, data set or checkpoint before training, NonFinite on NaN, KeyboardInterrupt after a
-    stop was asked for and the state was saved.
+    ValueError for a bad config, data set or checkpoint, or a `workdir` in use, before training; NonFinite on NaN;
+    KeyboardInterrupt after a stop was asked for and the state was saved. A run whose config, data or base is no longer
+    the one it began with is a ValueError that names the difference, unless `accept_changes`.
     """
-    began, workdir = time.perf_counter(), Path(workdir)
-    check_workdir(config, workdir)
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not sharding.is_first():
+        return _run(config, workdir, lambda *_: None, features_in, command, accept_changes)
+    with locks.held(workdir):
+        return _run(config, workdir, log, features_in, command, accept_changes)
+
+
+def _run(config, workdir: Path, log, features_in, command: str, accept_changes: bool) -> dict:
+    began = time.perf_counter()
+    check_workdir(config, workdir, accept_changes, log)
     if (workdir / "result.json").exists():
         done = json.loads((workdir / "result.json").read_text())
         log(f"{workdir} is finished; this is its result\n\n{results.table(done)}")
         return done
+    mesh = sharding.mesh(config.get("mesh"))
+    sharding.check_batch(config.batch_size, config.accumulate, mesh)
 
     # data
     task = tasks.build(config.task, **config.task_options)
@@ -58,9 +79,16 @@ def run(config, workdir: str | Path, log=print, features_in: str | Path | None =
     variables = sites.attach(model, params, chosen, jax.random.key(config.seed))
     mask = sites.trainable(chosen, variables)
     counts = sites.counts(variables, mask)
-    tuned, frozen = tree.split(variables, mask)
     log(" + ".join(map(str, chosen)))
     log(sites.describe(variables, mask, leaves=False))
+    digests = {"base": tree.digest(params)}
+    originals, variables = variables, _narrowed(variables, mask, config.model.get("frozen_dtype", "float32"))
+    variables = _placed(variables, model, mesh, log)
+    if config.model.get("frozen_dtype", "float32") != "float32":  # what the tuned tree is checked against when loaded
+        originals = jax.tree.map(tree.fetch, originals)
+    base = {"params": variables["params"]}
+    tuned, frozen = tree.split(variables, mask)
+    del params
 
     # examples; image features once per picture where nothing that is tuned can change them
     size = model.config.image_size
@@ -96,27 +124,46 @@ def run(config, workdir: str | Path, log=print, features_in: str | Path | None =
     examples = prepare("train", examples)
 
     # training
-    results.write_json(workdir / "config.json", as_json(config))
-    results.write_json(workdir / "sites.json", sites.report(variables, mask))
-    texts = [train.rows, *(split.rows for split in held_out.values())]
-    digests = {"base": tree.digest(params), "data": digest(texts)}
+    first = sharding.is_first()
+    if first:
+        results.write_json(workdir / "config.json", as_json(config))
+        results.write_json(workdir / "sites.json", sites.report(variables, mask))
+    # a source may be a directory that is named by a digest and was moved
+    digests["data"] = {
+        name: digest([Path(split.source).name, split.rows]) for name, split in {"train": train, **held_out}.items()
+    }
     step = functools.partial(train_step, model=model, task=task, accumulate=config.accumulate)
     order = {"seed": config.seed, "augment": config.data.augment}
     manifest = {"config": digest(as_json(config)), **digests}
 
     def batches(start):
-        return data.batches(examples, config.batch_size, start=start, **order)
+        return data.batches(
+            examples, config.batch_size, start=start, rows=sharding.rows(config.batch_size, mesh), **order
+        )
 
     validate = None
     if until_plateau:
         validate = validation(config, model, task, held_out, pictures, features, frozen, prepare)
-    state, timing = fit(config, workdir, step, tuned, frozen, features["train"], batches, manifest, log, validate)
+    state, timing = fit(
+        config,
+        workdir,
+        step,
+        tuned,
+        frozen,
+        features["train"],
+        batches,
+        manifest,
+        log,
+        validate,
+        model.sharding,
+        accept_changes,
+    )
 
     # evaluation
     started = time.perf_counter()
     versions = {"tuned": tree.join(state.tuned, frozen)}
     if config.eval.base:
-        versions = {"base": {"params": params}} | versions
+        versions = {"base": base} | versions
     metrics, rows = {}, []
     for name in config.eval.splits:
         split = held_out[name]
@@ -125,10 +172,10 @@ def run(config, workdir: str | Path, log=print, features_in: str | Path | None =
         )
         rows += more
         upload = task.upload(more, [row["tuned"] for row in more])
-        if upload is not None:
+        if upload is not None and first:
             results.write_text(workdir / f"upload_{name}.json", json.dumps(upload) + "\n")
     forgot = (
-        forgetting(config, model, params, versions["tuned"], features.get("test")) if config.eval.forgetting else None
+        forgetting(config, model, base, versions["tuned"], features.get("test")) if config.eval.forgetting else None
     )
     timing |= {"eval_s": time.perf_counter() - started, "total_s": time.perf_counter() - began}
 
@@ -156,8 +203,11 @@ def run(config, workdir: str | Path, log=print, features_in: str | Path | None =
         "versions": results.versions(),
         "status": "done",
     } | ({"command": command} if command else {})
+    whole = tree.join(jax.tree.map(tree.fetch, state.tuned), tree.split(originals, mask)[1])
+    if not first:
+        return result
     results.write_jsonl(workdir / "predictions.jsonl", rows)
-    save_tuned(model, versions["tuned"], chosen, workdir / "tuned")
+    save_tuned(model, whole, chosen, workdir / "tuned")
     pictured = ", gallery.png" if rows and config.eval.gallery else ""
     if pictured:
         _gallery(workdir, held_out[config.eval.splits[0]], rows)
@@ -200,16 +250,21 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_workdir(config, workdir: Path) -> None:
-    """Create `workdir`; raise ValueError, with the differences, when a run with another config lives there."""
-    workdir.mkdir(parents=True, exist_ok=True)
+def check_workdir(config, workdir: Path, accept: bool = False, log=print) -> None:
+    """Raise ValueError, with the differences, when a run with another config lives in `workdir`; or, with `accept`, say
+    them."""
     if not (workdir / "config.json").exists():
         return
     before, now = (tree.flatten(c) for c in (json.loads((workdir / "config.json").read_text()), as_json(config)))
     keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if keys:
         rows = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys)
-        raise ValueError(f"{workdir} holds a run with another config; use a new --workdir. Changed: {rows}")
+        if not accept:
+            raise ValueError(
+                f"{workdir} holds a run with another config; use a new --workdir, or --accept_changes to go on from its last "
+                f"step. Changed: {rows}"
+            )
+        log(f"{workdir} holds a run with another config, accepted as asked. Changed: {rows}")
 
 
 def point_id(config) -> str:
@@ -260,6 +315,31 @@ def methods_of(config) -> tuple[methods.Method, ...]:
     """The methods that a config names."""
     fields = {key: value for key, value in config.method.items() if key != "name"}
     return methods.build(config.method.name, config.head, **fields)
+
+
+def _narrowed(variables: Tree, mask, dtype: str) -> Tree:
+    """Frozen matrices in `dtype`. In bfloat16 with model.dtype bfloat16 that is what every product casts them to."""
+    if dtype == "float32":
+        return variables
+    if dtype != "bfloat16":
+        raise ValueError(f"model.frozen_dtype is {dtype!r}; choose float32 or bfloat16")
+
+    def one(name, x, tuned):
+        return x if tuned or not re.search("^params/.*(kernel|embed/word)$", name) else x.astype(dtype)
+
+    return jax.tree.map(one, tree.names(variables), variables, mask)
+
+
+def _placed(variables: Tree, model, mesh, log) -> Tree:
+    """The variables on the mesh as the model's rules say, with a line about what that means where there are devices."""
+    placed = sharding.shardings(variables, model.sharding, mesh)
+    if mesh.size > 1:
+        n_bytes, n_all = sharding.bytes_per_device(variables, placed), sum(x.nbytes for x in jax.tree.leaves(variables))
+        shape = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
+        log(f"mesh {shape}: {n_bytes / 1e6:.1f} MB of weights per device, {n_all / 1e6:.1f} MB in all")
+        if whole := sharding.whole(variables, placed):
+            log(f"every device holds whole: {', '.join(whole[:8])}")
+    return sharding.put(variables, placed)
 
 
 def can_cache(config, mask, model, n_pictures: int) -> tuple[bool, str]:
@@ -333,7 +413,7 @@ def validation(config, model, task, held_out, pictures, features, frozen, prepar
     return lambda tuned: evals.nll(model, tree.join(tuned, frozen), task, examples, **options)
 
 
-def forgetting(config, model, params: Tree, tuned: Tree, features) -> dict:
+def forgetting(config, model, base: Tree, tuned: Tree, features) -> dict:
     """{'base', 'tuned', 'n'}: nats per token of captions of test pictures in the style of pre-training.
 
     What tuning took away of what the base knew is 'tuned' less 'base', as in HF's comparison of methods. A model that
@@ -349,7 +429,7 @@ def forgetting(config, model, params: Tree, tuned: Tree, features) -> dict:
     options = {"features": features, "batch_size": config.eval.batch_size}
     scores = {
         label: evals.nll(model, variables, task, examples, **options)
-        for label, variables in (("base", {"params": params}), ("tuned", tuned))
+        for label, variables in (("base", base), ("tuned", tuned))
     }
     return scores | {"n": len(split.rows)}
 

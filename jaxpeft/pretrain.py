@@ -177,6 +177,8 @@ def _batches(config, stage, make):
 
     def from_step(start):
         order = grain.MapDataset.range(stage.first, stage.first + stage.steps * config.batch_size)
+        if jax.process_count() > 1:
+            raise ValueError("pre-training runs in one process; start it without --coordinator or --distributed")
         steps = order.batch(config.batch_size).seed(config.seed).random_map(make)[start:]
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 

@@ -3,6 +3,8 @@
 import sys
 import time
 
+import jax
+
 
 class Progress:
     """`update(step, ...)` after every step; prints at most every `every` seconds, and always the last step."""
@@ -10,6 +12,7 @@ class Progress:
     def __init__(self, n_steps: int, batch_size: int, start: int = 0, every: float | None = None, out=None):
         self._out = out or sys.stdout
         self._live = self._out.isatty()
+        self._silent = jax.process_index() > 0  # of several processes the first one speaks
         self._every = (0.2 if self._live else 10.0) if every is None else every
         self.n_steps, self._batch_size, self._start = n_steps, batch_size, start
         self._began = self._last = time.perf_counter()
@@ -17,7 +20,7 @@ class Progress:
     def update(self, step: int, **values: float) -> None:
         """`step` is the number of steps done; `values` are shown as they are named."""
         now = time.perf_counter()
-        if now - self._last < self._every and step < self.n_steps:
+        if self._silent or (now - self._last < self._every and step < self.n_steps):
             return
         self._last = now
         rate = (step - self._start) / max(now - self._began, 1e-9)

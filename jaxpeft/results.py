@@ -15,8 +15,12 @@ import jax
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value) -> None:
@@ -30,14 +34,21 @@ def write_jsonl(path: Path, rows) -> None:
 
 
 class Metrics:
-    """metrics.jsonl, a line per record, continued by a resumed run; TensorBoard too if tensorboardX is installed."""
+    """metrics.jsonl, a line per record, continued by a resumed run; TensorBoard too if tensorboardX is installed.
 
-    def __init__(self, workdir: Path, start: int):
-        path, self._board = workdir / "metrics.jsonl", None
-        if path.exists():  # a killed run may have logged steps that it never saved: they will be logged again
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start]
-            write_text(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a")
+    Of several processes the first one writes. Lines that cannot be written (a full disk) are kept for the next try, as
+    training can go on without them.
+    """
+
+    def __init__(self, workdir: Path, start: int, log=print):
+        self._path, self._board, self._log = workdir / "metrics.jsonl", None, log
+        self._waiting, self._size, self._failing = "", 0, False  # `_size`: bytes of the file that are whole lines
+        if jax.process_index() > 0:
+            return
+        if self._path.exists():  # a killed run may have logged steps that it never saved: they will be logged again
+            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start]
+            write_text(self._path, "".join(line + "\n" for line in kept))
+            self._size = self._path.stat().st_size
         try:
             from tensorboardX import SummaryWriter
 
@@ -46,15 +57,31 @@ class Metrics:
             pass
 
     def write(self, step: int, **values) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        if jax.process_index() > 0:
+            return
+        self._waiting += json.dumps({"step": step, **values}) + "\n"
+        self._flush()
         if self._board:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
 
+    def _flush(self) -> None:
+        raw = self._waiting.encode()
+        try:
+            with self._path.open("ab") as file:
+                file.truncate(self._size)  # what a failed try left of a line
+                file.write(raw)
+        except OSError as error:
+            if not self._failing:
+                self._log(f"{self._path} cannot be written ({error.strerror}); training goes on, its lines are kept")
+            self._failing = True
+            return
+        self._waiting, self._size, self._failing = "", self._size + len(raw), False
+
     def close(self) -> None:
-        self._file.close()
+        if self._waiting:
+            self._flush()
         if self._board:
             self._board.close()
 
@@ -85,7 +112,7 @@ def versions() -> dict:
 def memory() -> dict:
     """Peak bytes so far: of the process, and of the first device where it reports them."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    device = jax.devices()[0].memory_stats() or {}
+    device = jax.local_devices()[0].memory_stats() or {}
     return {"host_peak_bytes": peak, "device_peak_bytes": device.get("peak_bytes_in_use")}
 
 

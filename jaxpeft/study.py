@@ -7,7 +7,7 @@ never the test ones, is then trained with the other seeds, which draw another su
 
     DIR/study.json          the config and the command
     DIR/points/ID/          one run, as `main.py` leaves it for a single point: result.json, predictions.jsonl, ...
-    DIR/claims/ID           who is working on it; survives its owner by at most STALE seconds, then others take over
+    DIR/claims/ID           who is working on it; survives its owner by at most locks.STALE seconds, then others take over
     DIR/failures/ID.jsonl   a line per failed try; after TRIES the run is given up and reported as failed
     DIR/features/           image features that the runs share, where nothing tuned is in the image encoder
     DIR/stale/              runs that a change of config or code has made out of date
@@ -23,10 +23,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import uuid
@@ -38,10 +38,25 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from jaxpeft import budget, data, datasets, host, hub, methods, optim, point, results, sites, tasks, train, tree
+from jaxpeft import (
+    budget,
+    data,
+    datasets,
+    host,
+    hub,
+    locks,
+    methods,
+    optim,
+    point,
+    results,
+    sites,
+    stop,
+    tasks,
+    train,
+    tree,
+)
 
 TRIES = 3
-STALE, BEAT = 120.0, 10.0  # seconds: a claim whose owner has not touched it for so long is free; how often it does
 PACKAGE = Path(__file__).parent
 # what a run's numbers cannot depend on
 APART = ("study", "report", "progress", "pretrain", "__init__", "interchange/", "methods/", "tasks/", "datasets/")
@@ -288,113 +303,6 @@ def _traced(c) -> tuple[float, int, int]:
     return float(analysis["flops"]), n_bytes, tree.count(variables["params"])
 
 
-# ---------------------------------------------------------------- claims
-
-
-class Claim:
-    """The right to work on a run, held by at most one process of any host that sees the directory.
-
-    A file made with O_EXCL, touched every BEAT seconds by a thread. It is free again when its owner lets go, when the
-    owner's process is gone from this host, or when it was not touched for STALE seconds by the file system's own clock.
-    """
-
-    def __init__(self, directory: Path, name: str):
-        directory.mkdir(parents=True, exist_ok=True)
-        self._path, self._done, self._thread = directory / name, threading.Event(), None
-        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-    def take(self) -> bool:
-        """Whether the claim is now ours."""
-        if not (self._create(self._path) or self._take_over()):
-            return False
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._thread.start()
-        return True
-
-    def release(self) -> None:
-        self._done.set()
-        self._thread.join()
-        self._path.unlink(missing_ok=True)
-
-    def owner(self) -> dict | None:
-        """Who holds it, or None where nobody does."""
-        try:
-            return None if self._stale() else json.loads(self._path.read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def _create(self, path: Path) -> bool:
-        """Written aside and linked: nobody sees half a claim."""
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        aside.write_text(json.dumps(self._me))
-        try:
-            os.link(aside, path)
-            return True
-        except FileExistsError:
-            return False
-        finally:
-            aside.unlink()
-
-    def _take_over(self) -> bool:
-        """Replace a stale claim. A second file makes looking and replacing one act among those who try."""
-        gate = self._path.with_name(f".{self._path.name}.gate")
-        if not self._create(gate):
-            if self._age(gate) > STALE:  # whoever made it was killed between two lines
-                gate.unlink(missing_ok=True)
-            return False
-        try:
-            if not self._stale():
-                return False
-            self._path.unlink(missing_ok=True)
-            return self._create(self._path)
-        finally:
-            gate.unlink(missing_ok=True)
-
-    def _stale(self) -> bool:
-        try:
-            owner = json.loads(self._path.read_text())
-        except FileNotFoundError:
-            return False
-        if owner["host"] == self._me["host"] and _started(owner["pid"]) != owner["started"]:
-            return True
-        return self._age(self._path) > STALE
-
-    def _age(self, path: Path) -> float:
-        """Seconds since `path` was touched, on the clock of the file system: hosts' own clocks may differ."""
-        clock = path.with_name(f".clock.{uuid.uuid4().hex}")
-        clock.touch()
-        try:
-            return clock.stat().st_mtime - path.stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
-        finally:
-            clock.unlink(missing_ok=True)
-
-    def _beat(self):
-        while not self._done.wait(BEAT):
-            try:
-                os.utime(self._path)
-            except OSError:  # a full or unreachable disk: others may take over, the result is still written
-                pass
-
-
-def _started(pid: int) -> str:
-    """When a process of this host began, so that a reused number is not taken for it; '' where it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        return stat.rsplit(")", 1)[1].split()[19]
-    except FileNotFoundError:
-        if Path("/proc/self").exists():
-            return ""
-    try:  # no /proc: macOS
-        os.kill(pid, 0)
-        return "alive"
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        return "alive"
-
-
 # ---------------------------------------------------------------- the state of a directory
 
 
@@ -511,14 +419,12 @@ def execute(run: Run, directory: Path, log, keep_checkpoints: bool = False) -> b
             result = point.run(run.config, workdir, features_in=directory / "features")
         except Exception as error:  # whatever it is, the other points go on
             traceback.print_exc(file=file)
-            failures = directory / "failures"
-            failures.mkdir(exist_ok=True)
-            line = {"error": f"{type(error).__name__}: {error}"[:500], "time": began, "host": socket.gethostname()}
-            with (failures / f"{run.id}.jsonl").open("a") as out:
-                out.write(json.dumps(line) + "\n")
-            result = None
+            if stop.is_transient(error):  # of the machine, not of the run: it does not count as a try
+                raise
+            result, said = None, f"{type(error).__name__}: {error}"[:500]
     if result is None:
-        log(f"failed: {run.id}: {line['error']}")
+        _failed(directory, run.id, said, began)
+        log(f"failed: {run.id}: {said}")
         return False
     if not keep_checkpoints:
         shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
@@ -536,7 +442,7 @@ def work(config, directory: Path, log=print) -> None:
     while True:
         state, busy = read(config, directory, state), 0
         for run in state.todo:
-            claim = Claim(directory / "claims", run.id)
+            claim = locks.Claim(directory / "claims", run.id)
             if not claim.take():
                 busy += 1
                 continue
@@ -574,7 +480,7 @@ def run(config, workdir: str | Path, workers: int = 0, command: list[str] | None
     if workers == 1 or not command or not state.todo:
         work(config, directory, log)
     else:
-        _processes(command, min(workers, len(state.todo)))
+        _processes(command, min(workers, len(state.todo)), directory, log)
     state = read(config, directory)
     rows = collect(directory, state)
     keep_pictures(config, directory)
@@ -596,21 +502,62 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
 """
 
 
-def _processes(command: list[str], workers: int) -> None:
-    """Start workers and wait; an interrupt here, or the end of this process, stops them with their state saved."""
-    children = [
-        subprocess.Popen([sys.executable, "-c", _PIN, str(i), str(workers), *command, f"--worker={i}"])
-        for i in range(workers)
-    ]
+def _processes(command: list[str], workers: int, directory: Path, log=print) -> None:
+    """Start workers and wait; an interrupt here, or the end of this process, stops them with their state saved.
+
+    A worker that the system kills (out of memory, for one) has failed in the run that it held: that is written down, and
+    another worker takes its place.
+    """
+
+    def start(i):
+        return subprocess.Popen([sys.executable, "-c", _PIN, str(i), str(workers), *command, f"--worker={i}"])
+
+    children, codes = {i: start(i) for i in range(workers)}, []
     try:
-        codes = [child.wait() for child in children]
+        while children:
+            time.sleep(0.2)
+            for i, child in list(children.items()):
+                if child.poll() is None:
+                    continue
+                held = _held_by(directory, child.pid) if child.returncode < 0 else []
+                if not held:
+                    codes.append(child.returncode)
+                    del children[i]
+                    continue
+                for run in held:
+                    name = signal.Signals(-child.returncode).name
+                    _failed(directory, run, f"the worker was killed by {name}, as for want of memory", time.time())
+                    log(f"failed: {run}: the worker was killed by {name}; another one takes its place")
+                children[i] = start(i)
     except KeyboardInterrupt:
-        for child in children:
+        for child in children.values():
             child.terminate()
-        for child in children:
+        for child in children.values():
             child.wait()
         raise
-    if bad := [code for code in codes if code not in (0, 130)]:
+    if bad := [code for code in codes if code not in (0, stop.RESTARTABLE, stop.INTERRUPTED)]:
         raise RuntimeError(f"{len(bad)} of {workers} workers ended with {bad}; the same command goes on from here")
-    if 130 in codes:
-        raise KeyboardInterrupt
+    for code in (stop.INTERRUPTED, stop.RESTARTABLE):
+        if code in codes:
+            raise stop.Stopped("", signal.SIGINT if code == stop.INTERRUPTED else signal.SIGTERM)
+
+
+def _held_by(directory: Path, pid: int) -> list[str]:
+    """The runs that a process of this host had claimed when it ended."""
+    found = []
+    for path in (directory / "claims").glob("[!.]*"):
+        try:
+            owner = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            continue
+        if (owner["host"], owner["pid"]) == (socket.gethostname(), pid):
+            found.append(path.name)
+    return found
+
+
+def _failed(directory: Path, run: str, error: str, began: float) -> None:
+    """Write down a try that failed."""
+    failures = directory / "failures"
+    failures.mkdir(exist_ok=True)
+    with (failures / f"{run}.jsonl").open("a") as out:
+        out.write(json.dumps({"error": error, "time": began, "host": socket.gethostname()}) + "\n")

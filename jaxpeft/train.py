@@ -4,6 +4,7 @@ There is no trainer class and no hook. Randomness is `fold_in(seed, step)` and b
 resumed run repeats what the interrupted one would have done, bit for bit on the same machine.
 """
 
+import collections
 import functools
 import signal
 import statistics
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpeft import evals, optim, results, sharding, tree
+from jaxpeft import evals, optim, results, sharding, stop, tree
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.progress import Progress
 from jaxpeft.tree import Tree
@@ -33,17 +34,22 @@ class Best(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What training changes, and the seed: step `s` draws from fold_in(seed, s). `best` where training validates."""
+    """What training changes, and the seed: step `s` draws from fold_in(seed, s). `best` where training validates.
+
+    After a step whose loss or gradient is not finite `ok` is False and nothing changes any more: the state is the one
+    from before that step, however many were dispatched behind it.
+    """
 
     step: jax.Array
     tuned: Tree
     opt: optax.OptState
     seed: jax.Array | int = 0
     best: Best | None = None
+    ok: jax.Array | bool = True
 
 
 class NonFinite(FloatingPointError):
-    """The loss or a gradient is NaN or infinite; the message names the step and the leaf groups."""
+    """The loss or a gradient is NaN or infinite; the message names the step and the leaves."""
 
 
 def train_step(state: TrainState, frozen: Tree, features, batch: dict, *, model, task, tx, accumulate: int):
@@ -61,59 +67,36 @@ def train_step(state: TrainState, frozen: Tree, features, batch: dict, *, model,
         return jax.tree.map(jnp.add, total, (loss, jnp.float32(count), grads)), None
 
     zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.tuned))
-    micros = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+    # every accumulate-th row: each device's share of a microbatch is in its share of the batch
+    micros = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
     if accumulate == 1:
         (loss, count, grads), _ = add(zero, (0, jax.tree.map(lambda x: x[0], micros)))
     else:
         (loss, count, grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), micros))
-    grads = jax.tree.map(lambda g: g / count, grads)
+    loss, grads = loss / count, jax.tree.map(lambda g: g / count, grads)
+    squares_G = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
+    norm = jnp.sqrt(jnp.sum(squares_G))
     updates, opt = tx.update(grads, state.opt, state.tuned)
-    squares = _group_squares(grads)
-    metrics = {"loss": loss / count, "grad_norm": jnp.sqrt(sum(squares.values())), "groups": squares}
-    return state._replace(step=state.step + 1, tuned=optax.apply_updates(state.tuned, updates), opt=opt), metrics
+    new = (state.step + 1, optax.apply_updates(state.tuned, updates), opt)
+    ok = state.ok & jnp.isfinite(loss) & jnp.isfinite(norm)
+    step, tuned, opt = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, (state.step, state.tuned, state.opt))
+    metrics = {"loss": loss, "grad_norm": norm, "squares": squares_G}  # of the gradient's leaves, as `tuned` has them
+    return state._replace(step=step, tuned=tuned, opt=opt, ok=ok), metrics
 
 
-def _group_squares(grads: Tree) -> dict[str, jax.Array]:
-    """Squared gradient norm per leaf group ('params/vision', 'peft/text_decoder', ...)."""
-    squares: dict[str, jax.Array] = {}
-    for name, leaf in tree.flatten(grads).items():
-        group = "/".join(name.split("/")[:2])
-        squares[group] = squares.get(group, 0.0) + jnp.sum(jnp.square(leaf))
-    return squares
-
-
-def check_finite(step: int, metrics: dict) -> None:
-    """Raise NonFinite when the loss or any group's gradient is not finite."""
-    bad = [group for group, square in metrics["groups"].items() if not np.isfinite(square)]
+def check_finite(step: int, metrics: dict, names: list[str]) -> None:
+    """Raise NonFinite when the loss or the gradient of any leaf is not finite; `names` of the tuned leaves, in order."""
+    bad = [name for name, square in zip(names, metrics["squares"], strict=True) if not np.isfinite(square)]
     if bad or not np.isfinite(metrics["loss"]):
+        groups = collections.Counter(
+            "/".join(name.split("/")[:2]) for name in bad
+        )  # 'params/vision', 'peft/text_decoder'
+        some = ", ".join(bad if len(bad) < 5 else (f"{group} ({n} leaves)" for group, n in groups.items()))
         raise NonFinite(
-            f"step {step}: loss {float(metrics['loss'])}, gradients not finite in: {', '.join(bad) or 'no group'}. "
-            f"Training stopped; the last checkpoint is kept. Try a lower optim.lr or optim.clip."
+            f"step {step}: loss {float(metrics['loss'])}, gradients not finite in: {some or 'no leaf'}. Try a lower "
+            f"optim.lr or optim.clip, with --accept_changes to go on from what is saved, or look at the examples of this "
+            f"step"
         )
-
-
-class _Stop:
-    """Ctrl-C and SIGTERM ask for a stop at the next step boundary; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.asked, self._before = False, {}
-
-    def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread: whoever owns it decides
-                pass
-        return self
-
-    def _ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def fit(
@@ -127,57 +110,77 @@ def fit(
     manifest: dict,
     log=print,
     validate=None,
+    rules: sharding.Rules = sharding.WHOLE,
+    accept: bool = False,
 ):
     """Train `tuned` from the newest good checkpoint to `config.steps` -> (state, timing).
 
-    `step_fn(state, frozen, features, batch, tx=...)` is the pure step; `batches(step)` iterates from a step on. Metrics
+    `step_fn(state, frozen, features, batch, tx=...)` is the pure step; `batches(step)` iterates from a step on, over the
+    rows of a batch that are this host's (`sharding.rows`). Leaves go to the devices of config.mesh as `rules` say. Metrics
     of step n are read while step n + 1 runs, so the device never waits for the log.
 
     With `validate(tuned) -> loss` the schedule is 'plateau' and config.steps a cap: when the loss has not fallen by
     config.stop.min_gain (a share of it) in config.stop.patience validations, one every config.stop.every steps, the
     rate decays to zero over optim.cooldown of the steps done, and the tuned half with the lowest loss is returned.
     timing['stopped'] says 'plateau' or 'cap'.
+
+    What ends training early (a signal, an error, a loss that is not finite) leaves the last good step stored. Raises
+    ValueError where a stored step depends on something else than `manifest` says, unless `accept`.
     """
-    if config.batch_size % config.accumulate:
-        raise ValueError(f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate}")
-    mesh = sharding.mesh(config.batch_size // config.accumulate)
+    mesh = sharding.mesh(config.get("mesh"))
+    sharding.check_batch(config.batch_size, config.accumulate, mesh)
     tx = optim.optimizer(config.optim, tuned, config.steps)
-    state = TrainState(jnp.int32(0), tuned, jax.jit(tx.init)(tuned), jnp.uint32(config.seed))
-    if validate:
-        infinity = jnp.float32(jnp.inf)
-        state = state._replace(best=Best(infinity, tuned, infinity, jnp.int32(0), jnp.bool_(False)))
+
+    def make(tuned):
+        # copies: outputs that are inputs would be donated below, and the caller keeps reading its tuned tree
+        best = Best(jnp.float32(jnp.inf), _copy(tuned), jnp.float32(jnp.inf), jnp.int32(0), jnp.bool_(False))
+        fixed = {"seed": jnp.uint32(config.seed), "best": best if validate else None, "ok": jnp.bool_(True)}
+        return TrainState(jnp.int32(0), _copy(tuned), tx.init(tuned), **fixed)
+
+    like = jax.eval_shape(make, tuned)
+    placed = sharding.shardings(like, rules, mesh)
     timing = {"steps": config.steps, "compile_s": 0.0, "step_s": 0.0, "train_s": 0.0}
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir / "checkpoints", config.get("checkpoint_keep", 2), log)
     try:
-        if (restored := checkpoints.restore(state, manifest, log)) is not None:
+        if (restored := checkpoints.restore(like, manifest, accept)) is not None:
             log(f"resumed from step {restored[0]}")
-            state = restored[1]
+            state = sharding.put(restored[1]._replace(ok=np.bool_(True)), placed)
+        else:
+            state = jax.jit(make, out_shardings=placed)(sharding.put(tuned, placed.tuned))
         start = int(state.step)
         if start >= _last_step(config, state):
             return _chosen(state, timing)
-        # donated below: a copy, so that the caller's tuned tree stays readable
-        state = sharding.replicate(jax.tree.map(jnp.array, state), mesh)
-        frozen, features = sharding.replicate((frozen, features), mesh)
+        frozen = sharding.put(frozen, sharding.shardings(frozen, rules, mesh))
+        features = sharding.replicate(features, mesh)
         before = tree.digest(frozen) if config.check_frozen else None
 
         stream = batches(start)
-        batch = sharding.shard_batch(next(stream), mesh)
+        batch = sharding.shard_batch(next(stream), mesh, config.batch_size)
         started = time.perf_counter()
-        step_fn = jax.jit(functools.partial(step_fn, tx=tx), donate_argnums=0)
-        step_fn = step_fn.lower(state, frozen, features, batch).compile()
+        out = (placed, sharding.replicated(mesh))
+        step_fn = jax.jit(functools.partial(step_fn, tx=tx), donate_argnums=0, out_shardings=out)
+        with sharding.using(state):
+            step_fn = step_fn.lower(state, frozen, features, batch).compile()
         timing["compile_s"] = time.perf_counter() - started
         log(f"compiled the training step in {timing['compile_s']:.1f} s; batch {config.batch_size}")
 
         started = time.perf_counter()
-        state, durations = _loop(
-            config, workdir, step_fn, state, frozen, features, batch, stream, mesh, checkpoints, manifest, log, validate
-        )
+        loop = _Loop(config, workdir, checkpoints, manifest, log, mesh, state)
+        durations = loop.run(step_fn, frozen, features, batch, stream, validate)
+        state = loop.state
         timing |= {"step_s": statistics.median(durations), "train_s": time.perf_counter() - started}
         if before is not None and tree.digest(frozen) != before:
             raise AssertionError("a frozen leaf changed during training")
+        if not checkpoints.wait() and not (checkpoints.save(int(state.step), state, manifest) and checkpoints.wait()):
+            log("the last step is not stored: should what follows be cut off, training repeats from the step before")
     finally:
         checkpoints.close()
     return _chosen(state, timing)
+
+
+@jax.jit
+def _copy(tuned: Tree) -> Tree:
+    return jax.tree.map(jnp.copy, tuned)
 
 
 def _last_step(config, state: TrainState) -> int:
@@ -203,58 +206,102 @@ def _validated(config, state: TrainState, loss: float) -> TrainState:
     if best.since >= config.stop.patience and step < s.decay_from:
         s = s._replace(decay_from=step, n_steps=min(step + max(1, round(config.optim.cooldown * step)), s.n_steps))
         best = best._replace(stopped=True)
-    tuned = jax.tree.map(jnp.copy, state.tuned) if loss < best.loss else state.best.tuned
+    tuned = _copy(state.tuned) if loss < best.loss else state.best.tuned
     best = best._replace(loss=min(loss, best.loss))
     # same types and places as before: the compiled step takes no others
-    placed = jax.tree.map(
-        lambda new, old: jax.device_put(np.asarray(new, old.dtype), old.sharding),
-        (s, best), (state.opt[-1], state.best._replace(tuned=None)),
-    )  # fmt: skip
-    return state._replace(opt=(*state.opt[:-1], placed[0]), best=placed[1]._replace(tuned=tuned))
+    old = (state.opt[-1], state.best._replace(tuned=None))
+    new = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), (s, best), old)
+    s, best = sharding.put(new, jax.tree.map(lambda x: x.sharding, old))
+    return state._replace(opt=(*state.opt[:-1], s), best=best._replace(tuned=tuned))
 
 
-def _loop(config, workdir, step_fn, state, frozen, features, batch, stream, mesh, checkpoints, manifest, log, validate):
-    start, last_step = int(state.step), _last_step(config, state)
-    writer, bar = results.Metrics(workdir, start), Progress(last_step, config.batch_size, start)
-    durations, pending = [], None
+class _Loop:
+    """The loop's state, so that whatever ends it early can store the last good step."""
 
-    def settle(step, metrics):
-        """Wait for a dispatched step, check it, log it."""
+    def __init__(self, config, workdir, checkpoints: Checkpoints, manifest, log, mesh, state: TrainState):
+        self._config, self._checkpoints, self._manifest, self._log, self._mesh = (
+            config,
+            checkpoints,
+            manifest,
+            log,
+            mesh,
+        )
+        self.state, self._start, self._last_step = state, int(state.step), _last_step(config, state)
+        self._names = list(tree.flatten(state.tuned))
+        self._writer = results.Metrics(workdir, self._start, log)
+        self._bar = Progress(self._last_step, config.batch_size, self._start)
+        self._pending = None  # (step, metrics, whether a host was asked to stop), dispatched and not yet looked at
+        self._stored = self._start
+
+    def _settle(self) -> bool:
+        """Wait for the pending step, check it, log it -> whether all hosts know now that they stop."""
+        if self._pending is None:
+            return False
+        (step, metrics, asked), self._pending = self._pending, None
         metrics = jax.device_get(metrics)
-        check_finite(step, metrics)
-        if step % config.log_every == 0 or step == last_step:
-            writer.write(step, loss=float(metrics["loss"]), grad_norm=float(metrics["grad_norm"]))
-        bar.update(step, loss=float(metrics["loss"]))
+        check_finite(step, metrics, self._names)
+        if step % self._config.log_every == 0 or step == self._last_step:
+            self._writer.write(step, loss=float(metrics["loss"]), grad_norm=float(metrics["grad_norm"]))
+        self._bar.update(step, loss=float(metrics["loss"]))
+        return bool(asked)
 
-    try:
-        with _Stop() as stop:
-            last, step = time.perf_counter(), start
-            while step < last_step:
-                step += 1
-                state, metrics = step_fn(state, frozen, features, batch)
-                if step < last_step:
-                    batch = sharding.shard_batch(next(stream), mesh)
-                if pending is not None:
-                    settle(*pending)
-                pending = (step, metrics)
-                durations.append(time.perf_counter() - last)
+    def _store(self, step: int) -> None:
+        if self._checkpoints.save(step, self.state, self._manifest):
+            self._stored = step
+
+    def run(self, step_fn, frozen, features, batch, stream, validate) -> list[float]:
+        """All steps that are left -> seconds per step."""
+        try:
+            with stop.polled():
+                return self._run(step_fn, frozen, features, batch, stream, validate)
+        except Exception as error:
+            self._rescue(error)
+            raise
+        finally:
+            self._writer.close()
+
+    def _run(self, step_fn, frozen, features, batch, stream, validate) -> list[float]:
+        config, durations, step, last = self._config, [], self._start, time.perf_counter()
+        while step < self._last_step:
+            step += 1
+            self.state, metrics = step_fn(self.state, frozen, features, batch)
+            asked = sharding.any_soon(stop.asked() is not None, self._mesh)
+            if step < self._last_step:
+                batch = sharding.shard_batch(next(stream), self._mesh, config.batch_size)
+            stopping = self._settle()
+            self._pending = (step, metrics, asked)
+            durations.append(time.perf_counter() - last)
+            last = time.perf_counter()
+            if validate and (step % config.stop.every == 0 or step == self._last_step):
+                stopping |= self._settle()
+                self.state = _validated(config, self.state, loss := validate(self.state.tuned))
+                self._writer.write(step, validation_loss=loss)
+                self._bar.n_steps = self._last_step = _last_step(config, self.state)
                 last = time.perf_counter()
-                if validate and (step % config.stop.every == 0 or step == last_step):
-                    settle(*pending)
-                    pending = None
-                    state = _validated(config, state, loss := validate(state.tuned))
-                    writer.write(step, validation_loss=loss)
-                    bar.n_steps = last_step = _last_step(config, state)
-                    last = time.perf_counter()
-                if step % config.checkpoint_every == 0 or step == last_step or stop.asked:
-                    if pending is not None:
-                        settle(*pending)
-                        pending = None
-                    checkpoints.save(step, state, manifest)
-                    last = time.perf_counter()
-                if stop.asked and step < last_step:
-                    log(f"\nstopped at step {step}, which is saved; the same command goes on from it")
-                    raise KeyboardInterrupt
-    finally:
-        writer.close()
-    return state, durations
+            if jax.process_count() == 1:  # no other host has to be told
+                stopping = stop.asked() is not None
+            if step % config.checkpoint_every == 0 or step == self._last_step or stopping:
+                self._settle()
+                self._store(step)
+                last = time.perf_counter()
+            if stopping and step < self._last_step:
+                saved = self._checkpoints.wait()
+                said = "which is saved; the same command goes on from it" if saved else "which could not be saved"
+                self._log(f"\nstopped at step {step}, {said}")
+                raise stop.Stopped("stopped", stop.asked() or signal.SIGTERM)
+        return durations
+
+    def _rescue(self, error: Exception) -> None:
+        """After an error: store the last good state. Not with several hosts, as the others may be in another place."""
+        if jax.process_count() > 1:
+            return
+        try:
+            if not isinstance(error, NonFinite):
+                self._settle()
+            step = int(self.state.step)
+        except Exception:  # the step that ran out of memory took its state with it, or this is a second error
+            return
+        if step > self._stored or not self._checkpoints.wait():
+            self._store(step)
+        if step > self._start and self._checkpoints.wait():
+            self._log(f"step {step} is saved; the same command goes on from it")

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from configs.studies import base, tiny
-from jaxpeft import data, report, results, study
+from jaxpeft import data, locks, report, results, study
 from jaxpeft.datasets import scenes
-from jaxpeft.study import Cell, Claim
+from jaxpeft.locks import Claim
+from jaxpeft.study import Cell
 
 SCORES = {"val": {0.003: 0.5, 0.009: 0.6, 0.03: 0.7, 0.09: 0.7}, "test": {0.003: 0.9, 0.009: 0.1, 0.03: 0.3, 0.09: 0.2}}
 
@@ -236,7 +237,7 @@ def test_a_claim_is_held_by_one(tmp_path):
 
 def test_a_claim_of_a_dead_process_is_free(tmp_path):
     code = (
-        f"from jaxpeft.study import Claim; from pathlib import Path; assert Claim(Path({str(tmp_path)!r}), 'a').take()"
+        f"from jaxpeft.locks import Claim; from pathlib import Path; assert Claim(Path({str(tmp_path)!r}), 'a').take()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (tmp_path / "a").exists() and Claim(tmp_path, "a").owner() is None
@@ -248,7 +249,7 @@ def test_a_claim_of_a_dead_process_is_free(tmp_path):
 def test_a_claim_of_another_host_is_free_once_it_is_no_longer_touched(tmp_path, monkeypatch):
     (tmp_path / "a").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1"}))
     assert not Claim(tmp_path, "a").take()
-    monkeypatch.setattr(study, "STALE", 0.2)
+    monkeypatch.setattr(locks, "STALE", 0.2)
     time.sleep(0.4)
     taken = Claim(tmp_path, "a")
     assert taken.take()

@@ -59,7 +59,7 @@ def test_eight_devices_equal_one():
     state, frozen = _state(tx)
     batch = tiny.batch(8)
     one, m1 = _step(tx)(state, frozen, None, batch)
-    mesh = sharding.mesh(8)
+    mesh = sharding.mesh()
     assert mesh.size == 8
     many = sharding.replicate((state, frozen), mesh)
     eight, m8 = _step(tx)(*many, None, sharding.shard_batch(batch, mesh))
@@ -69,8 +69,12 @@ def test_eight_devices_equal_one():
 
 
 def test_a_batch_that_devices_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="batch_size 6 is not divisible by the 8 devices"):
-        sharding.mesh(6)
+    with pytest.raises(ValueError, match="batch_size 6 / accumulate 1 is not divisible by the 8 parts"):
+        sharding.check_batch(6, 1, sharding.mesh())
+    with pytest.raises(ValueError, match="batch_size 16 is not divisible by accumulate 3"):
+        sharding.check_batch(16, 3, sharding.mesh())
+    with pytest.raises(ValueError, match=r"mesh \(data 3, fsdp 2, tensor 1\) does not fit 8 devices"):
+        sharding.mesh({"data": 3, "fsdp": 2, "tensor": 1})
 
 
 def test_clipping_sees_tuned_leaves_only():
@@ -108,7 +112,7 @@ def test_bad_optimizer_settings_are_named(key, value, message):
         optim.schedule(c, 10)
 
 
-def test_nan_stops_with_step_and_group():
+def test_nan_stops_with_step_and_leaf():
     tx = optax.sgd(0.1)
     state, frozen = _state(tx, method="full")
     frozen_or_tuned = tree.flatten(state.tuned)
@@ -116,7 +120,7 @@ def test_nan_stops_with_step_and_group():
     state = state._replace(tuned=tree.unflatten(state.tuned, bad))
     _, metrics = _step(tx)(state, frozen, None, tiny.batch())
     with pytest.raises(train.NonFinite, match="step 7: loss nan.*params/vision"):
-        train.check_finite(7, jax.device_get(metrics))
+        train.check_finite(7, jax.device_get(metrics), list(tree.flatten(state.tuned)))
 
 
 @pytest.mark.parametrize("task", ["vqa", "captioning"])
@@ -174,7 +178,7 @@ def test_another_config_in_the_same_workdir_is_refused(base, tmp_path):
 def test_a_mistake_leaves_nothing_that_blocks_the_corrected_rerun(base, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint at"):
         point.run(config_of("nowhere"), tmp_path, quiet)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())  # its lock too is gone
     point.check_workdir(config_of(base), tmp_path)
 
 
@@ -434,8 +438,8 @@ def test_a_damaged_checkpoint_is_left_out(tmp_path, damage):
         raw[len(raw) // 2] ^= 1
         victim.write_bytes(raw if damage == "bitflip" else raw[: len(raw) // 2])
     said = []
-    reopened = Checkpoints(tmp_path / "c")
-    step, restored = reopened.restore(state, manifest, said.append)
+    reopened = Checkpoints(tmp_path / "c", log=said.append)
+    step, restored = reopened.restore(state, manifest)
     reopened.close()
     assert step == 1 and "checkpoint 2 is damaged" in said[0]
     np.testing.assert_array_equal(restored["a"], state["a"] + 1)
@@ -444,6 +448,7 @@ def test_a_damaged_checkpoint_is_left_out(tmp_path, damage):
 def test_a_checkpoint_of_another_base_or_shape_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(1, {"a": jnp.ones(3)}, {"base": "x"})
+    checkpoints.wait()
     with pytest.raises(ValueError, match="base: stored x, now y"):
         checkpoints.restore({"a": jnp.ones(3)}, {"base": "y"})
     with pytest.raises(ValueError, match=r"missing \(1\): b"):

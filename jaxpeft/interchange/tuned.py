@@ -68,7 +68,7 @@ def save_tuned(model, variables: Tree, methods: Methods, directory) -> Path:
     variables, many = sites.fold(variables), tuple(one.folded() for one in sites.as_methods(methods))
     mask = tree.flatten(sites.trainable(many, variables))
     flat = {name: x for name, x in tree.flatten(variables).items() if mask[name] or name.startswith("peft/")}
-    arrays = {name: np.ascontiguousarray(jax.device_get(x), np.float32) for name, x in flat.items()}
+    arrays = {name: np.ascontiguousarray(tree.fetch(x), np.float32) for name, x in flat.items()}
     manifest = {
         "format": "jaxpeft tuned tree, 1",
         "methods": [to_json(one) for one in many],

@@ -19,10 +19,12 @@ from flax import linen as nn
 
 from jaxpeft import images, sites
 from jaxpeft.layers import Attention, Dense, LayerNorm, Mlp, TiedDense, dropout
+from jaxpeft.ops import by_rows
 from jaxpeft.text import Tokenizer
 
 _INIT = nn.initializers.normal(0.02)
 UNROLLED = 4  # layers
+REMAT = {"none": None, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 def position_init(key, shape, dtype=jnp.float32):
@@ -66,13 +68,15 @@ class BlipConfig:
     question_encoder: bool = False
     dropout: float = 0.0
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"  # what the backward pass computes again: 'full', all of a layer; 'dots', all but products
 
     def __post_init__(self):
         for tower in ("vision", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
                 raise ValueError(f"{tower}_width {width} is not divisible by {tower}_heads {heads}")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(REMAT)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
 
@@ -87,8 +91,8 @@ def _stack(block, config: BlipConfig, n_layers: int):
     Short stacks are unrolled inside the scan: the same tree, and XLA on CPU then fuses across the loop body (tiny ViT,
     batch 64, gradient: 309 ms against 462 ms); for twelve layers the step time is equal and compiling takes longer.
     """
-    if config.remat:
-        block = nn.remat(block, prevent_cse=False)
+    if config.remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=REMAT[config.remat])
     return nn.scan(
         block,
         variable_axes={True: 0},
@@ -146,7 +150,7 @@ class Vision(nn.Module):
         cls_D = self.param("class_embedding", _INIT, (c.vision_width,)).astype(c.dtype)
         position_PD = self.param("position", position_init, (1 + c.n_patches, c.vision_width))
         cls_B1D = jnp.broadcast_to(cls_D, (x_BPD.shape[0], 1, c.vision_width))
-        x_BPD = jnp.concatenate([cls_B1D, x_BPD], axis=1) + position_PD.astype(c.dtype)[None]
+        x_BPD = by_rows(jnp.concatenate([cls_B1D, x_BPD], axis=1) + position_PD.astype(c.dtype)[None])
         n_tokens = x_BPD.shape[1]
         x_BPD, _ = sites.embed(self, x_BPD, None)
         x_BPD, _ = _stack(VisionBlock, c, c.vision_layers)(c, name="blocks")(x_BPD, None, None, None, None, None)
@@ -284,12 +288,29 @@ class TextStack(nn.Module):
         return Head(c, name="head")(x_BTD, word_VD) if self.head else x_BTD, cache
 
 
+# How leaves are split: heads, hidden units and words over 'tensor', as Megatron does; the other side of every matrix over
+# 'fsdp'. Last dimensions; a stack's L is never split. '@': what methods add there (jaxpeft/sharding.py).
+SHARDING = (
+    (r"(query|key|value|mlp/up)/kernel$", ("fsdp", "tensor")),
+    (r"(query|key|value|mlp/up)/bias$", ("tensor",)),
+    (r"(attention/out|mlp/down)/kernel$", ("tensor", "fsdp")),
+    (r"head/(dense|vocabulary)/kernel$", ("fsdp", "tensor")),
+    (r"embed/word$", ("tensor", "fsdp")),
+    (r"head/(bias|dense/bias)$", ("tensor",)),
+    (r"(position|patch/kernel|itm/kernel)$", (None, "fsdp")),
+    (r"@kv$", ("tensor", None)),
+    (r"@(sublayer|block|embed)$", ("fsdp",)),
+    (r"(norm\d?/(bias|scale)|(out|down|patch|itm)/bias|class_embedding)$", ()),
+)
+
+
 class Blip(sites.Adaptable):
     """The model. Every stage is a method for `apply(..., method=...)`; `__call__` is the training forward."""
 
     config: BlipConfig
     tokenizer: Tokenizer | None = None  # the words that go with `config.vocab_size`; None when the checkpoint has none
     tied: ClassVar[dict[str, str]] = {"text_decoder/head/vocabulary": "text_decoder/embed/word"}
+    sharding: ClassVar = SHARDING
 
     def setup(self):
         self.vision = Vision(self.config)

@@ -1,0 +1,112 @@
+"""Two processes of two devices each, as two hosts: they train as one process of two devices does, and survive as one does."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+PROGRAM = Path(__file__).with_name("two_processes.py")
+SETTINGS = {"data.augment": "crop_flip", "model.dropout": 0.1, "method.dropout": 0.1, "eval.base": False}
+
+
+def start(workdir, base, n=2, **settings):
+    """The processes of a run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("XLA_", "PYTEST"))}
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (PROGRAM.parent, PROGRAM.parents[1])))
+    return [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, workdir, base, str(port), str(me), str(n), json.dumps(SETTINGS | settings)],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for me in range(n)
+    ]  # fmt: skip
+
+
+def finish(processes):
+    """[(exit code, what was said), ...]"""
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+def left(workdir):
+    """What a run left: metrics lines, scores, tuned leaves."""
+    lines = (workdir / "metrics.jsonl").read_text()
+    return lines, json.loads((workdir / "result.json").read_text()), load_file(workdir / "tuned" / "tuned.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("hosts") / "undisturbed"
+    ended = finish(start(workdir, base))
+    assert [code for code, _ in ended] == [0, 0], ended[0][1][-2000:] + ended[1][1][-2000:]
+    return workdir
+
+
+def test_two_hosts_train_as_one_with_the_same_devices(undisturbed, base, tmp_path):
+    """Each host makes its own rows of every batch, augmented as one host would; scores count every case once."""
+    ((code, said),) = finish(start(tmp_path / "one", base, 1, **{"mesh.data": 2}))
+    assert code == 0, said[-2000:]
+    (lines, result, tuned), (lines1, result1, tuned1) = left(undisturbed), left(tmp_path / "one")
+    losses, losses1 = ([json.loads(line)["loss"] for line in text.splitlines()] for text in (lines, lines1))
+    np.testing.assert_allclose(losses, losses1, rtol=2e-6)
+    assert len(losses) == 6
+    assert result["metrics"]["test"]["n"] == result1["metrics"]["test"]["n"] == 30
+    np.testing.assert_allclose(
+        result["metrics"]["test"]["tuned"]["nll"], result1["metrics"]["test"]["tuned"]["nll"], rtol=1e-5
+    )
+    assert result["digests"] == result1["digests"]
+    for name, x in tuned.items():
+        np.testing.assert_allclose(x, tuned1[name], atol=1e-4, err_msg=name)  # Adam's first steps amplify rounding
+
+
+def test_what_hosts_do_after_a_kill_equals_the_undisturbed_run(undisturbed, base, tmp_path):
+    """Process 1 dies at step 5, step 3 is stored; both are started again. Bit for bit: lines, scores, weights."""
+    processes = start(tmp_path, base, _kill_at=5)
+    assert processes[1].wait(timeout=240) == -signal.SIGKILL
+    processes[0].kill()  # a scheduler does that; alone it would end by itself after 100 s without a heartbeat
+    finish(processes)
+    assert not (tmp_path / "result.json").exists()
+    ended = finish(start(tmp_path, base))
+    assert [code for code, _ in ended] == [0, 0], ended[0][1][-2000:]
+    assert "resumed from step 3" in ended[0][1]
+    same(undisturbed, tmp_path)
+
+
+def same(undisturbed, workdir):
+    (lines, result, tuned), (lines1, result1, tuned1) = left(undisturbed), left(workdir)
+    assert lines == lines1 and result["metrics"] == result1["metrics"]
+    for name, x in tuned.items():
+        np.testing.assert_array_equal(x, tuned1[name], err_msg=name)
+
+
+def test_a_signal_to_one_host_stops_all_at_the_same_step(undisturbed, base, tmp_path):
+    ended = finish(start(tmp_path, base, _term_at=2))
+    assert [code for code, _ in ended] == [75, 75], ended
+    assert "stopped at step 4, which is saved" in ended[0][1]
+    ended = finish(start(tmp_path, base))
+    assert [code for code, _ in ended] == [0, 0], ended[0][1][-2000:]
+    assert "resumed from step 4" in ended[0][1]
+    same(undisturbed, tmp_path)
+
+
+def test_weights_split_over_hosts_are_stored_and_resumed(base, tmp_path):
+    """fsdp over both hosts: every host writes its parts, and digests are of parts."""
+    split = {"mesh.fsdp": 4}
+    ended = finish(start(tmp_path / "a", base, **split))
+    assert [code for code, _ in ended] == [0, 0], ended[0][1][-2000:]
+    assert "MB of weights per device" in ended[0][1]
+    ended = finish(start(tmp_path / "b", base, _term_at=3, **split))
+    assert [code for code, _ in ended] == [75, 75], ended
+    ended = finish(start(tmp_path / "b", base, **split))
+    assert [code for code, _ in ended] == [0, 0], ended[0][1][-2000:]
+    same(tmp_path / "a", tmp_path / "b")
