@@ -53,6 +53,16 @@ def _digests(flat: dict[str, jax.Array]) -> dict[str, dict[str, str]]:
     return digests
 
 
+def _leaves_that_differ(differs: dict[str, tuple]):
+    """(key, (before, now)), with 'data/train' for an entry of a dictionary."""
+    for key, (a, b) in differs.items():
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys = sorted(one for one in a.keys() | b.keys() if a.get(one) != b.get(one))
+            yield from ((f"{key}/{one}", (a.get(one), b.get(one))) for one in keys)
+        else:
+            yield key, (a, b)
+
+
 def _of_manifest(manifest: dict) -> str:
     text = json.dumps({key: value for key, value in manifest.items() if key != "digest"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -67,7 +77,10 @@ class Checkpoints:
         self._open()
 
     def _open(self):
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, enable_async_checkpointing=True)
+        # directories made in the background, on a full disk, leave threads that wait for them, and the process with them,
+        # for five minutes (orbax 0.12.8)
+        background = ocp.AsyncOptions(create_directories_asynchronously=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, async_options=background)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: Tree, manifest: dict) -> bool:
@@ -137,7 +150,7 @@ class Checkpoints:
                 continue
             differs = {k: (stored.get(k), v) for k, v in manifest.items() if stored.get(k) != v}
             if differs:
-                rows = "; ".join(f"{k}: stored {a}, now {b}" for k, (a, b) in differs.items())
+                rows = "; ".join(f"{k}: stored {a}, now {b}" for k, (a, b) in _leaves_that_differ(differs))
                 if not accept:
                     raise ValueError(f"checkpoint {step} belongs to another run ({rows}); use a new workdir")
                 self._log(f"checkpoint {step} was made by another run, accepted as asked ({rows})")

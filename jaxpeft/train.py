@@ -230,20 +230,21 @@ class _Loop:
         self._names = list(tree.flatten(state.tuned))
         self._writer = results.Metrics(workdir, self._start, log)
         self._bar = Progress(self._last_step, config.batch_size, self._start)
-        self._pending = None  # (step, metrics, whether a host was asked to stop), dispatched and not yet looked at
+        self._pending = []  # (step, metrics, whether a host was asked to stop), dispatched and not yet looked at
         self._stored = self._start
 
-    def _settle(self) -> bool:
-        """Wait for the pending step, check it, log it -> whether all hosts know now that they stop."""
-        if self._pending is None:
-            return False
-        (step, metrics, asked), self._pending = self._pending, None
-        metrics = jax.device_get(metrics)
-        check_finite(step, metrics, self._names)
-        if step % self._config.log_every == 0 or step == self._last_step:
-            self._writer.write(step, loss=float(metrics["loss"]), grad_norm=float(metrics["grad_norm"]))
-        self._bar.update(step, loss=float(metrics["loss"]))
-        return bool(asked)
+    def _settle(self, keep: int = 0) -> bool:
+        """Wait for pending steps but the newest `keep`, check and log them -> whether all hosts know now that they stop."""
+        stopping = False
+        while len(self._pending) > keep:
+            step, metrics, asked = self._pending.pop(0)
+            metrics = jax.device_get(metrics)
+            check_finite(step, metrics, self._names)
+            if step % self._config.log_every == 0 or step == self._last_step:
+                self._writer.write(step, loss=float(metrics["loss"]), grad_norm=float(metrics["grad_norm"]))
+            self._bar.update(step, loss=float(metrics["loss"]))
+            stopping |= bool(asked)
+        return stopping
 
     def _store(self, step: int) -> None:
         if self._checkpoints.save(step, self.state, self._manifest):
@@ -265,11 +266,10 @@ class _Loop:
         while step < self._last_step:
             step += 1
             self.state, metrics = step_fn(self.state, frozen, features, batch)
-            asked = sharding.any_soon(stop.asked() is not None, self._mesh)
+            self._pending.append((step, metrics, sharding.any_soon(stop.asked() is not None, self._mesh)))
             if step < self._last_step:
                 batch = sharding.shard_batch(next(stream), self._mesh, config.batch_size)
-            stopping = self._settle()
-            self._pending = (step, metrics, asked)
+            stopping = self._settle(keep=1)
             durations.append(time.perf_counter() - last)
             last = time.perf_counter()
             if validate and (step % config.stop.every == 0 or step == self._last_step):

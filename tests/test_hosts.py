@@ -92,10 +92,10 @@ def same(undisturbed, workdir):
 def test_a_signal_to_one_host_stops_all_at_the_same_step(undisturbed, base, tmp_path):
     ended = finish(start(tmp_path, base, _term_at=2))
     assert [code for code, _ in ended] == [75, 75], ended
-    assert "stopped at step 4, which is saved" in ended[0][1]
+    assert "stopped at step 5, which is saved" in ended[0][1]  # the others know when a step begun after it is done
     ended = finish(start(tmp_path, base))
     assert [code for code, _ in ended] == [0, 0], ended[0][1][-2000:]
-    assert "resumed from step 4" in ended[0][1]
+    assert "resumed from step 5" in ended[0][1]
     same(undisturbed, tmp_path)
 
 

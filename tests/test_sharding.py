@@ -122,7 +122,8 @@ def gathered(step):
 def test_weights_are_gathered_a_layer_at_a_time_and_at_most_twice_a_step(method, name):
     """Forward and backward; never a whole stack, which would undo what splitting saves. Nothing where weights are whole."""
     shapes = gathered(compiled(method, name)[0])
-    one_layer = [x.size // (x.shape[0] if "/blocks/" in leaf else 1) for leaf, x in tree.flatten(params()).items()]
+    leaves = {leaf: x for half in halves(method) for leaf, x in tree.flatten(half).items()}
+    one_layer = [x.size // (x.shape[0] if "/blocks/" in leaf else 1) for leaf, x in leaves.items()]
     if name == "data":
         assert shapes == []
     else:

@@ -25,13 +25,13 @@ def main(workdir, base, port, me, n, settings):
     if int(me) == int(n) - 1:  # the last process: others learn of what happens to it
         settle = train._Loop._settle
 
-        def then(self):
-            step = self._pending[0] if self._pending else 0
+        def then(self, keep=0):
+            step = self._pending[0][0] if len(self._pending) > keep else 0
             if step and step == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             if step and step == term_at:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return settle(self)
+            return settle(self, keep)
 
         train._Loop._settle = then
     try:

@@ -1,0 +1,296 @@
+"""Faults of whole runs and studies: the run of `main.py` from data to result, and the work that processes share."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import config_of
+
+from configs.studies import tiny as tiny_study
+from jaxpeft import evals, features, locks, point, stop, study, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def quiet(*_):
+    pass
+
+
+def program(code, *args):
+    """A Python process with this project on its path."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_launchers(base, tmp_path, fault):
+    """Two launchers on one workdir."""
+    holder = program(
+        """
+        import sys, time
+        from pathlib import Path
+        from jaxpeft import locks
+        with locks.held(Path(sys.argv[1])):
+            print("held", flush=True)
+            time.sleep(600)
+        """,
+        tmp_path,
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on .* since 20.*another --workdir"):
+            point.run(config_of(base), tmp_path, quiet)
+        assert not (tmp_path / "config.json").exists()
+    finally:
+        holder.kill()
+        holder.communicate()
+    with fault.timed(locks.held, tmp_path):  # its owner is dead
+        pass
+    assert not list(tmp_path.iterdir())
+    fault.tried("the second is refused, naming host, process and time of the first; a dead owner's lock is taken")
+
+
+def test_a_lock_of_another_host(tmp_path, fault, monkeypatch):
+    """A lock of a host that died, and of one that lives."""
+    monkeypatch.setattr(locks, "STALE", 1.0)
+    monkeypatch.setattr(locks, "BEAT", 0.2)
+    path = tmp_path / ".owner"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "started": "1", "since": "2026-01-01"}))
+    began = time.perf_counter()
+    with locks.held(tmp_path):
+        assert 1.0 < time.perf_counter() - began < 10
+    lives = program(
+        """
+        import json, os, sys, time
+        path = sys.argv[1]
+        open(path, "w").write(json.dumps({"host": "elsewhere", "pid": 7, "started": "1", "since": "2026-01-01"}))
+        print("there", flush=True)
+        while True:
+            os.utime(path)
+            time.sleep(0.1)
+        """,
+        path,
+    )
+    try:
+        assert lives.stdout.readline() == "there\n"
+        with pytest.raises(ValueError, match="in use by process 7 on elsewhere since 2026-01-01"), locks.held(tmp_path):
+            pass
+    finally:
+        lives.kill()
+        lives.communicate()
+    fault.tried("watched: taken over when nobody touches it, refused when somebody does")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("point")
+    point.run(config_of(base), workdir, quiet)
+    return (workdir / "metrics.jsonl").read_text(), (workdir / "predictions.jsonl").read_text()
+
+
+@pytest.mark.parametrize("moment", ["loading", "evaluation", "writing results"])
+def test_sigterm_of_a_run(base, tmp_path, fault, monkeypatch, undisturbed, moment):
+    """SIGTERM of a run."""
+    module, name = {
+        "loading": (point, "setup_model"),
+        "evaluation": (evals, "predict"),
+        "writing results": (point, "save_tuned"),
+    }[moment]
+    real = getattr(module, name)
+
+    def signalled(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, signalled)
+    with pytest.raises(stop.Stopped) as caught, stop.handled():
+        point.run(config_of(base), tmp_path, quiet)
+    assert stop.exit_code(caught.value) == 75 and not (tmp_path / "result.json").exists()
+    monkeypatch.undo()
+    said = []
+    fault.timed(point.run, config_of(base), tmp_path, said.append)
+    if moment != "loading":
+        assert "resumed from step 6" in said and not any(
+            "compiled" in line for line in said
+        )  # nothing is trained again
+    assert undisturbed == tuple((tmp_path / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl"))
+    fault.tried("exit code 75; no step is done again")
+
+
+def test_changed_data(base, tmp_path, fault):
+    """The data changed between a run and its resumption."""
+    c = config_of(base)
+    fit = train.fit
+
+    def stops(config, *args, **kwargs):
+        fit(config, *args, **kwargs)
+        raise stop.Stopped("", signal.SIGTERM)
+
+    point.fit, changed = stops, config_of(base)
+    try:
+        with pytest.raises(stop.Stopped):
+            point.run(c, tmp_path, quiet)
+    finally:
+        point.fit = fit
+    load = point.datasets.load
+
+    def other(*args):
+        splits = load(*args)
+        splits["train"].rows[0]["captions"][0] += " indeed"
+        return splits
+
+    point.datasets.load = other
+    try:
+        with pytest.raises(ValueError, match="checkpoint 6 belongs to another run .data/train: stored .*, now "):
+            fault.timed(point.run, changed, tmp_path, quiet)
+    finally:
+        point.datasets.load = load
+    fault.tried("refused: 'data/train: stored ..., now ...'; the test split, unchanged, is not named")
+
+
+def test_full_disk_of_the_feature_cache(tmp_path, fault, monkeypatch):
+    """The disk is full while image features are kept."""
+    said, computed = [], np.ones((3, 2), np.float32)
+
+    def save(file, array):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(features.np, "save", save)
+    found = fault.timed(features._kept, tmp_path / "f" / "x.npy", lambda: computed, 1 << 20, said.append)
+    np.testing.assert_array_equal(found, computed)
+    assert not list((tmp_path / "f").iterdir()) and "No space left on device" in said[0]
+    monkeypatch.undo()
+    features._kept(tmp_path / "f" / "x.npy", lambda: computed, 1 << 20, said.append)
+    np.testing.assert_array_equal(np.load(tmp_path / "f" / "x.npy"), computed)
+    fault.tried("what was computed is used; no half file is left")
+
+
+def test_a_damaged_feature_cache(tmp_path, fault):
+    """A truncated file in the feature cache."""
+    said, computed = [], np.arange(4096, dtype=np.float32)
+    path = tmp_path / "x.npy"
+    features._kept(path, lambda: computed, 1 << 20, said.append)
+    path.write_bytes(path.read_bytes()[:1000])
+    np.testing.assert_array_equal(fault.timed(features._kept, path, lambda: computed, 1 << 20, said.append), computed)
+    assert "cannot be read" in said[0]
+    fault.tried("said, and computed again")
+
+
+# ---------------------------------------------------------------- studies
+
+
+@pytest.fixture
+def small(monkeypatch):
+    config = tiny_study.get_config()
+    monkeypatch.setattr(study, "keep_pictures", lambda *_: None)
+    monkeypatch.setattr(study, "check", lambda *_: None)
+    return config
+
+
+def test_out_of_memory_in_a_point(small, tmp_path, fault, monkeypatch):
+    """Out of memory in a point of a study."""
+    runs = study.read(small, tmp_path).todo
+    bad = runs[1].id
+
+    def run(config, workdir, log=print, features_in=None):
+        if config.name == bad:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8589934592 bytes")
+        raise stop.Stopped("", signal.SIGTERM) if config.name == runs[2].id else ValueError("not this one")
+
+    monkeypatch.setattr(study.point, "run", run)
+    assert not study.execute(runs[1], tmp_path, quiet)
+    (line,) = (tmp_path / "failures" / f"{bad}.jsonl").read_text().splitlines()
+    assert "RESOURCE_EXHAUSTED" in json.loads(line)["error"]
+    assert not study.execute(runs[0], tmp_path, quiet)  # and the others go on
+    with pytest.raises(stop.Stopped):
+        study.execute(runs[2], tmp_path, quiet)
+    assert not (tmp_path / "failures" / f"{runs[2].id}.jsonl").exists()  # a stop is not a failure
+    fault.tried("written down with its reason, tried again twice; the others go on")
+
+
+def test_full_disk_in_a_point(small, tmp_path, fault, monkeypatch):
+    """The disk is full in a point of a study."""
+    runs = study.read(small, tmp_path).todo
+
+    def run(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "result.json")
+
+    monkeypatch.setattr(study.point, "run", run)
+    with pytest.raises(OSError) as caught:
+        study.execute(runs[0], tmp_path, quiet)
+    assert stop.exit_code(caught.value) == 75 and "result.json" in stop.message(caught.value)
+    assert not (tmp_path / "failures").exists()
+    fault.tried("the worker ends with exit code 75; no try of the point is used up")
+
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+from jaxpeft import locks
+directory, me = Path(sys.argv[1]), sys.argv[-1]
+claim = locks.Claim(directory / "claims", "a-run")
+if (directory / "failures" / "a-run.jsonl").exists():
+    (directory / "done").touch()
+    sys.exit(0)
+assert claim.take()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_worker(tmp_path, fault):
+    """A worker of a study is killed (kill -9, out of memory)."""
+    script, said = tmp_path / "worker.py", []
+    script.write_text(WORKER)
+    os.environ["PYTHONPATH"], before = str(ROOT), os.environ.get("PYTHONPATH")
+    try:
+        fault.timed(study._processes, [str(script), str(tmp_path)], 1, tmp_path, said.append)
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    assert (tmp_path / "done").exists() and "killed by SIGKILL" in said[0] and "a-run" in said[0]
+    (line,) = (tmp_path / "failures" / "a-run.jsonl").read_text().splitlines()
+    assert "want of memory" in json.loads(line)["error"]
+    fault.tried("its run is written down as failed once, and another worker takes its place", 0)
+
+
+def test_sigterm_at_a_claim(tmp_path, fault):
+    """SIGTERM while a run of a study is being claimed."""
+    for delay in (0.0, 0.02, 0.05):
+        claimer = program(
+            """
+            import sys
+            from pathlib import Path
+            from jaxpeft import locks, stop
+            print("begins", flush=True)
+            try:
+                with stop.handled():
+                    while True:
+                        claim = locks.Claim(Path(sys.argv[1]), "run")
+                        if claim.take():
+                            claim.release()
+            except KeyboardInterrupt as error:
+                sys.exit(stop.exit_code(error))
+            """,
+            tmp_path,
+        )
+        assert claimer.stdout.readline() == "begins\n"
+        time.sleep(delay)
+        claimer.send_signal(signal.SIGTERM)
+        assert claimer.wait(timeout=60) == 75
+        claimer.communicate()
+        claim = locks.Claim(tmp_path, "run")
+        for _ in range(2):  # the first look may remove the gate that the dead one left
+            if fault.timed(claim.take):
+                break
+        claim.release()
+        fault.tried("exit code 75; the claim is free at once")
