@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxpeft import host, point, pretrain, report, stop, study, train
+from jaxpeft import host, point, preflight, pretrain, report, stop, study, train
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(arg), as file.py or file.py:key=value,..."
@@ -25,6 +25,12 @@ DISTRIBUTED = flags.DEFINE_enum(
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else says it.")
 PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes.")
 PROCESS = flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.")
+PREFLIGHT = flags.DEFINE_bool(
+    "preflight", False, "Print memory, FLOPs and the largest batch of a run; compute nothing."
+)
+DEVICES = flags.DEFINE_integer("devices", 0, "With --preflight: plan for so many virtual CPU devices.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "With --preflight: plan for a TPU slice, as v5e:2x4 (needs libtpu).")
+CHIP = flags.DEFINE_string("chip", None, "With --preflight: a100, h100, v5e, ... or 'TFLOP/s,GB/s,GB' of a device.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Of a study: print what would run and its estimated cost.")
 
 
@@ -55,6 +61,10 @@ def _exit(error):
 def _run(config):
     if "levels" in config:
         return _study(config, Path(WORKDIR.value))
+    if PREFLIGHT.value:
+        host.plan_for(DEVICES.value, TOPOLOGY.value)
+        chip = preflight.chip_of(CHIP.value, TOPOLOGY.value)
+        return print(preflight.report(config, TOPOLOGY.value, chip))
     host.join_others(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
     if "pretrain" in config:
         return pretrain.run(config, WORKDIR.value)

@@ -64,6 +64,15 @@ def join_others(
     return True
 
 
+def plan_for(n_devices: int, topology: str | None) -> None:
+    """Before JAX looks for devices: `n_devices` virtual ones of CPU, or none but CPU where a topology is planned for."""
+    if n_devices or topology:
+        jax.config.update("jax_platforms", "cpu")
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu else looks for the machine's metadata server
+    if n_devices:
+        jax.config.update("jax_num_cpu_devices", n_devices)
+
+
 def keep_compiled_programs() -> Path | None:
     """Let XLA keep compiled programs on disk, so that a rerun and the next point of a study do not compile again.
 

@@ -36,10 +36,8 @@ def load(path: str | Path = "tiny", *, question_encoder: bool | None = None, ima
 
 def read(path, *, question_encoder=None, image_size=None, **runtime) -> tuple[Blip, Tree, dict]:
     """`load` and a report of where each part came from."""
-    unknown = set(runtime) - set(RUNTIME)
-    if unknown:
-        raise ValueError(f"unknown model options {sorted(unknown)}; choose from {', '.join(RUNTIME)}")
-    directory = ASSETS / str(path) if (ASSETS / str(path) / "manifest.json").exists() else Path(path).expanduser()
+    _check_runtime(runtime)
+    directory = _directory(path)
     if (directory / "manifest.json").exists():
         config, params, report = _read_ours(directory, question_encoder, image_size)
     elif (directory / "config.json").exists():
@@ -47,16 +45,48 @@ def read(path, *, question_encoder=None, image_size=None, **runtime) -> tuple[Bl
             directory, image_size=image_size, question_encoder=question_encoder
         )
     else:
-        shipped = sorted(p.parent.name for p in ASSETS.glob("*/manifest.json"))
-        raise ValueError(
-            f"no checkpoint at {str(path)!r}: a directory with manifest.json (ours) or config.json (Hugging Face) is "
-            f"needed, or one of the shipped names: {', '.join(shipped) or 'none'}"
-        )
+        raise _missing(path)
+    return Blip(dataclasses.replace(config, **runtime), _tokenizer(directory, config)), params, report
+
+
+def abstract(path, *, question_encoder: bool = False, image_size: int | None = None, **runtime) -> Blip:
+    """The model of `load` from manifest.json or config.json alone, for planning: weights need not be there."""
+    _check_runtime(runtime)
+    directory = _directory(path)
+    if (directory / "manifest.json").exists():
+        config = BlipConfig(**json.loads((directory / "manifest.json").read_text())["config"])
+    elif (directory / "config.json").exists():
+        config, _ = blip_port.read_config(directory / "config.json", question_encoder)
+    else:
+        raise _missing(path)
+    size = {} if image_size is None else {"image_size": image_size}
+    tokenizer = _tokenizer(directory, config)
+    return Blip(dataclasses.replace(config, question_encoder=question_encoder, **size, **runtime), tokenizer)
+
+
+def _check_runtime(runtime: dict) -> None:
+    if unknown := set(runtime) - set(RUNTIME):
+        raise ValueError(f"unknown model options {sorted(unknown)}; choose from {', '.join(RUNTIME)}")
+
+
+def _directory(path) -> Path:
+    return ASSETS / str(path) if (ASSETS / str(path) / "manifest.json").exists() else Path(path).expanduser()
+
+
+def _missing(path) -> ValueError:
+    shipped = sorted(p.parent.name for p in ASSETS.glob("*/manifest.json"))
+    return ValueError(
+        f"no checkpoint at {str(path)!r}: a directory with manifest.json (ours) or config.json (Hugging Face) is "
+        f"needed, or one of the shipped names: {', '.join(shipped) or 'none'}"
+    )
+
+
+def _tokenizer(directory: Path, config: BlipConfig) -> Tokenizer | None:
     vocabulary = [name for name in ("vocab.txt", "tokenizer.json") if (directory / name).exists()]
     tokenizer = Tokenizer.from_file(directory) if vocabulary else None
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise ValueError(f"{directory}: {len(tokenizer)} words for a vocabulary matrix of {config.vocab_size} rows")
-    return Blip(dataclasses.replace(config, **runtime), tokenizer), params, report
+    return tokenizer
 
 
 def _read_ours(directory: Path, question_encoder, image_size):

@@ -82,7 +82,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     log(" + ".join(map(str, chosen)))
     log(sites.describe(variables, mask, leaves=False))
     digests = {"base": tree.digest(params)}
-    originals, variables = variables, _narrowed(variables, mask, config.model.get("frozen_dtype", "float32"))
+    originals, variables = variables, narrowed(variables, mask, config.model.get("frozen_dtype", "float32"))
     variables = _placed(variables, model, mesh, log)
     if config.model.get("frozen_dtype", "float32") != "float32":  # what the tuned tree is checked against when loaded
         originals = jax.tree.map(tree.fetch, originals)
@@ -297,11 +297,23 @@ def setup_model(config, task: tasks.Task, train: datasets.Split, log):
     return model, params, chosen, facts | {"unknown_words": len(unknown), "new_words": list(new)}
 
 
+def abstract_model(config):
+    """The model of a config, from the base's configuration alone: no weights are read, no words added."""
+    task = tasks.build(config.task, **config.task_options)
+    model = hub.abstract(config.base, question_encoder=task.question_encoder, **_options(config))
+    if model.tokenizer is None:
+        raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
+    return model
+
+
+def _options(config) -> dict:
+    c = config.model
+    return {"image_size": c.image_size, "dtype": c.dtype, "remat": c.remat, "dropout": c.dropout}
+
+
 def _base(config, task: tasks.Task):
     """(model, params, report) that training starts from, before words are added."""
-    c = config.model
-    options = {"image_size": c.image_size, "dtype": c.dtype, "remat": c.remat, "dropout": c.dropout}
-    model, params, report = hub.read(config.base, question_encoder=task.question_encoder, **options)
+    model, params, report = hub.read(config.base, question_encoder=task.question_encoder, **_options(config))
     if model.tokenizer is None:
         raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
     if config.init == "scratch":
@@ -317,7 +329,7 @@ def methods_of(config) -> tuple[methods.Method, ...]:
     return methods.build(config.method.name, config.head, **fields)
 
 
-def _narrowed(variables: Tree, mask, dtype: str) -> Tree:
+def narrowed(variables: Tree, mask, dtype: str) -> Tree:
     """Frozen matrices in `dtype`. In bfloat16 with model.dtype bfloat16 that is what every product casts them to."""
     if dtype == "float32":
         return variables

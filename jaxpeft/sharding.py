@@ -213,7 +213,11 @@ def mesh_of(tree: Tree) -> Mesh | None:
 
 def using(tree: Tree):
     """A context in which what is traced splits its batch over the devices that hold `tree` (`ops.by_rows`)."""
-    on = mesh_of(tree)
+    return using_mesh(mesh_of(tree))
+
+
+def using_mesh(on: Mesh | None):
+    """`using` for a mesh."""
     return contextlib.nullcontext() if on is None or on.size == 1 else jax.set_mesh(on)
 
 

@@ -38,28 +38,25 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from jaxpeft import (
-    budget,
-    data,
-    datasets,
-    host,
-    hub,
-    locks,
-    methods,
-    optim,
-    point,
-    results,
-    sites,
-    stop,
-    tasks,
-    train,
-    tree,
-)
+from jaxpeft import budget, datasets, host, hub, locks, methods, point, preflight, results, stop, tasks, tree
 
 TRIES = 3
 PACKAGE = Path(__file__).parent
 # what a run's numbers cannot depend on
-APART = ("study", "report", "progress", "pretrain", "__init__", "interchange/", "methods/", "tasks/", "datasets/")
+APART = (
+    "study",
+    "report",
+    "progress",
+    "pretrain",
+    "preflight",
+    "locks",
+    "stop",
+    "__init__",
+    "interchange/",
+    "methods/",
+    "tasks/",
+    "datasets/",
+)
 
 
 # ---------------------------------------------------------------- the grid
@@ -277,30 +274,13 @@ def _flops_per_second() -> float:
 
 def _traced(c) -> tuple[float, int, int]:
     """(FLOPs of a training step, bytes of image features, parameters of the base) of a point, nothing computed."""
-    model, task, chosen = _model(c.base, c.task), tasks.build(c.task, **c.task_options), point.methods_of(c)
-    n_pictures = c.data.n_train + c.data.n_val + c.data.n_test if c.data.name == "scenes" else c.data.n_images
-    few = c.data.copy_and_resolve_references()
-    if c.data.name == "scenes":
-        few.n_train = 64
-    examples = task.examples(datasets.load(few, ["train"])["train"], model.tokenizer)
-    variables = budget.abstract_variables(chosen, model)
-    mask = sites.trainable(chosen, variables)
-    cached, _ = point.can_cache(c, mask, model, n_pictures)
-    if task.question_encoder and point.can_cache_questions(c, mask, model, examples, cached)[0]:
-        shape = (*examples.arrays["question"].shape, model.config.text_width)
-        examples.arrays["question_states"] = np.broadcast_to(np.float32(0), shape)
-    size = model.config.image_size
-    pictures = None if cached else np.zeros((len(examples), size, size, 3), np.uint8)
-    batch = data.gather(dataclasses.replace(examples, images=pictures), np.arange(c.batch_size) % len(examples))
-    tuned, frozen = tree.split(variables, mask)
-    tx = optim.optimizer(c.optim, tuned, c.steps)
-    state = jax.eval_shape(lambda tuned: train.TrainState(jax.numpy.int32(0), tuned, tx.init(tuned)), tuned)
-    shape = (64, 1 + model.config.n_patches, model.config.vision_width)
-    features = jax.ShapeDtypeStruct(shape, "float32") if cached else None
-    step = functools.partial(train.train_step, model=model, task=task, tx=tx, accumulate=c.accumulate)
-    analysis = jax.jit(step).lower(state, frozen, features, batch).cost_analysis()
-    n_bytes = 4 * n_pictures * int(np.prod(shape[1:])) if cached else 0
-    return float(analysis["flops"]), n_bytes, tree.count(variables["params"])
+    model = _model(c.base, c.task)
+    n_pictures = None if c.data.name == "scenes" else c.data.n_images
+    step, shapes = preflight.step_in_shapes(c, model, n_pictures=n_pictures)
+    features = shapes[2]
+    n_bytes = 0 if features is None else int(np.prod(features.shape)) * features.dtype.itemsize
+    n_params = tree.count(budget.abstract_variables((), model)["params"])
+    return preflight.flops_of(step, shapes, model), n_bytes, n_params
 
 
 # ---------------------------------------------------------------- the state of a directory

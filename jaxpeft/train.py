@@ -99,6 +99,16 @@ def check_finite(step: int, metrics: dict, names: list[str]) -> None:
         )
 
 
+def start(tuned: Tree, *, tx, seed: int, best: bool) -> TrainState:
+    """The state before the first step; `best` where training validates.
+
+    Of copies: outputs that are inputs would be donated to the step, and the caller keeps reading its tuned tree.
+    """
+    kept = Best(jnp.float32(jnp.inf), _copy(tuned), jnp.float32(jnp.inf), jnp.int32(0), jnp.bool_(False))
+    rest = {"seed": jnp.uint32(seed), "best": kept if best else None, "ok": jnp.bool_(True)}
+    return TrainState(jnp.int32(0), _copy(tuned), tx.init(tuned), **rest)
+
+
 def fit(
     config,
     workdir: Path,
@@ -131,12 +141,7 @@ def fit(
     sharding.check_batch(config.batch_size, config.accumulate, mesh)
     tx = optim.optimizer(config.optim, tuned, config.steps)
 
-    def make(tuned):
-        # copies: outputs that are inputs would be donated below, and the caller keeps reading its tuned tree
-        best = Best(jnp.float32(jnp.inf), _copy(tuned), jnp.float32(jnp.inf), jnp.int32(0), jnp.bool_(False))
-        fixed = {"seed": jnp.uint32(config.seed), "best": best if validate else None, "ok": jnp.bool_(True)}
-        return TrainState(jnp.int32(0), _copy(tuned), tx.init(tuned), **fixed)
-
+    make = functools.partial(start, tx=tx, seed=config.seed, best=validate is not None)
     like = jax.eval_shape(make, tuned)
     placed = sharding.shardings(like, rules, mesh)
     timing = {"steps": config.steps, "compile_s": 0.0, "step_s": 0.0, "train_s": 0.0}
@@ -147,14 +152,14 @@ def fit(
             state = sharding.put(restored[1]._replace(ok=np.bool_(True)), placed)
         else:
             state = jax.jit(make, out_shardings=placed)(sharding.put(tuned, placed.tuned))
-        start = int(state.step)
-        if start >= _last_step(config, state):
+        first = int(state.step)
+        if first >= _last_step(config, state):
             return _chosen(state, timing)
         frozen = sharding.put(frozen, sharding.shardings(frozen, rules, mesh))
         features = sharding.replicate(features, mesh)
         before = tree.digest(frozen) if config.check_frozen else None
 
-        stream = batches(start)
+        stream = batches(first)
         batch = sharding.shard_batch(next(stream), mesh, config.batch_size)
         started = time.perf_counter()
         out = (placed, sharding.replicated(mesh))

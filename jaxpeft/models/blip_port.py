@@ -237,7 +237,7 @@ def read_directory(path, *, image_size: int | None = None, question_encoder: boo
     path = pathlib.Path(path)
     tensors, files = _read_weights(path)
     has_encoder = any(name.startswith("text_encoder.") for name in tensors)
-    config, defaults = _read_config(path / "config.json", has_encoder)
+    config, defaults = read_config(path / "config.json", has_encoder)
     if has_encoder and question_encoder is False:
         raise ValueError(f"{path}: the decoder of a VQA checkpoint reads question states; take a captioning checkpoint")
     params = from_hf(tensors, config, str(path / files[0]))
@@ -296,7 +296,7 @@ def _read_json(path):
     return value
 
 
-def _read_config(path, question_encoder) -> tuple[BlipConfig, dict]:
+def read_config(path, question_encoder) -> tuple[BlipConfig, dict]:
     """(config, {'section.key': class default used because the file does not have it})"""
     raw = _read_json(path)
     kinds = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
