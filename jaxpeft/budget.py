@@ -38,11 +38,12 @@ def abstract_counts(method: Method | Iterable[Method], model) -> dict[str, int]:
 
 def abstract_variables(method: Method | Iterable[Method], model):
     """What `attach` gives, as shapes."""
-    return jax.eval_shape(lambda params: sites.attach(model, params, method, jax.random.key(0)), _params(model))
+    return jax.eval_shape(lambda params: sites.attach(model, params, method, jax.random.key(0)), abstract_params(model))
 
 
 @functools.lru_cache(maxsize=32)
-def _params(model):
+def abstract_params(model):
+    """The parameters of a model, as shapes."""
     return jax.eval_shape(lambda: model.init(jax.random.key(0), model.example())["params"])
 
 

@@ -214,7 +214,6 @@ def stack(trees: Iterable[Tree]) -> Tree:
     return first | {"peft": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one["peft"] for one in trees))}
 
 
-@functools.lru_cache(maxsize=32)
 @functools.lru_cache(maxsize=32)  # a trace takes half a second, and attaching, counting and solving all ask
 def sites(model: nn.Module) -> tuple[Site, ...]:
     """Every site of a model, from one abstract trace; nothing is computed."""

@@ -279,7 +279,7 @@ def _traced(c) -> tuple[float, int, int]:
     step, shapes = preflight.step_in_shapes(c, model, n_pictures=n_pictures)
     features = shapes[2]
     n_bytes = 0 if features is None else int(np.prod(features.shape)) * features.dtype.itemsize
-    n_params = tree.count(budget.abstract_variables((), model)["params"])
+    n_params = tree.count(budget.abstract_params(model))
     return preflight.flops_of(step, shapes, model), n_bytes, n_params
 
 
