@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from jaxpeft import claims, results
 from jaxpeft.claims import Final
@@ -108,11 +108,13 @@ def _final(row: dict, directory: Path) -> Final:
 # ---------------------------------------------------------------- figures
 
 
-def style(method: str, methods: list[str]) -> dict:
-    """Colour and marker of a method, the same in every figure."""
-    unknown = [name for name in methods if name not in STYLE]
+def style(study: "Study", arm: str) -> dict:
+    """Colour and marker of an arm, its method's in every figure; hollow where no head is tuned beside the method."""
+    arms = study.settings["config"]["arms"]
+    method, unknown = arms[arm]["method"], [one["method"] for one in arms.values() if one["method"] not in STYLE]
     color, marker = STYLE.get(method) or OTHERS[unknown.index(method) % len(OTHERS)]
-    return {"color": color, "marker": marker}
+    hollow = arms[arm].get("head", "none") == "none" and method not in ("head", "full")
+    return {"color": color, "marker": marker} | ({"markerfacecolor": "white"} if hollow else {})
 
 
 def _axes(n: int, columns: int = 2):
@@ -131,6 +133,10 @@ def _panels(study: Study):
     return figure, dict(zip(levels, axes, strict=False))
 
 
+def _points(ax, x, y, study: "Study", arm: str, **how) -> None:
+    ax.plot(x, y, label=arm, linestyle="none", markersize=5.5, **style(study, arm), **how)
+
+
 def _label(ax, title: str, x: str, y: str) -> None:
     ax.set_title(title, fontsize=9)
     ax.set_xlabel(x, fontsize=8)
@@ -140,15 +146,26 @@ def _label(ax, title: str, x: str, y: str) -> None:
 
 
 def _legend(figure, axes):
-    seen = {}
+    """One legend below all panels, methods in the order of STYLE."""
+    seen, order = {}, {name: i for i, name in enumerate(STYLE)}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             seen.setdefault(label, handle)
+    names = sorted(seen, key=lambda arm: (order.get(arm.removesuffix("_head"), len(order)), arm))
     if seen:
-        figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        figure.legend([seen[name] for name in names], names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
 
 
-def _plain_log(ax, values):
+def _log(ax):
+    """A logarithmic x axis with plain numbers, few enough to be read."""
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1000 else f"{x / 1000:g}k")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _log_at(ax, values):
     ax.set_xscale("log")
     ax.set_xticks(sorted(set(values)))
     ax.xaxis.set_major_formatter(ScalarFormatter())
@@ -181,18 +198,13 @@ def _lines(study: Study, level: str, axis: str) -> dict[str, list[tuple[float, l
     return lines
 
 
-def _all_methods(study):
-    return [arm["method"] for arm in study.settings["config"]["arms"].values()]
-
-
 def figure_axis(study: Study, axis: str) -> Figure:
     """Test score against training pictures, or against stored parameters; mean over seeds and their range."""
     figure, panels = _panels(study)
     for level, ax in panels.items():
         values, metric = set(), ""
         for arm, line in _lines(study, level, axis).items():
-            method = study.settings["config"]["arms"][arm]["method"]
-            look = style(method, _all_methods(study)) | {"linestyle": "-" if arm.endswith("_head") else "--"}
+            look = style(study, arm) | {"linestyle": "-" if arm.endswith("_head") else "--"}
             xs = [x for x, _ in line]
             scores = [[row["test"] for row in rows] for _, rows in line]
             mean = [statistics.fmean(one) for one in scores]
@@ -216,9 +228,9 @@ def figure_axis(study: Study, axis: str) -> Figure:
             f"test {metric}",
         )
         if axis == "data" and values:
-            _plain_log(ax, values)
+            _log_at(ax, values)
         else:
-            ax.set_xscale("log")
+            _log(ax)
     _legend(figure, panels.values())
     return figure
 
@@ -229,17 +241,15 @@ def figure_pareto(study: Study, against: str) -> Figure:
     for level, ax in panels.items():
         points = []
         for (arm, _, _), rows in _cells(study, level).items():
-            method = study.settings["config"]["arms"][arm]["method"]
             x, y = statistics.fmean(r[against] for r in rows), statistics.fmean(r["test"] for r in rows)
-            fill = {} if arm.endswith("_head") or method in ("head", "full") else {"alpha": 0.45}
-            ax.scatter([x], [y], label=arm, s=28, **style(method, _all_methods(study)), **fill)
+            _points(ax, x, y, study, arm)
             points.append((x, y))
         front = pareto(points)
         if front:
             ax.step(*zip(*front, strict=True), where="post", color="#555555", linewidth=0.8)
         xs = [x for x, _ in points]
         if xs and max(xs) > 5 * min(xs):
-            ax.set_xscale("log")
+            _log(ax)
         _label(ax, level, {"stored": "stored parameters", "total_s": "seconds of one run"}[against], "test score")
     _legend(figure, panels.values())
     return figure
@@ -264,24 +274,14 @@ def figure_rates(study: Study) -> Figure:
                 groups[row["arm"], row["size"], row["n_images"]].append(row)
         for (arm, _, _), rows in groups.items():
             rows = sorted(rows, key=lambda r: r["lr"])
-            look = style(rows[0]["method"], _all_methods(study))
-            ax.plot(
-                [r["lr"] for r in rows],
-                [r["validation"] for r in rows],
-                color=look["color"],
-                linewidth=0.7,
-                alpha=0.7,
-                label=arm,
-            )
+            look = {"markersize": 4, "linewidth": 0.7} | style(study, arm)
+            look["linestyle"] = "-" if arm.endswith("_head") else "--"
+            line = {"label": arm} | look | {"markerfacecolor": "white"}
+            ax.plot([r["lr"] for r in rows], [r["validation"] for r in rows], **line)
             for r in rows:
-                ax.plot(
-                    r["lr"],
-                    r["validation"],
-                    markersize=4,
-                    markerfacecolor=look["color"] if r["chosen"] else "white",
-                    **look,
-                )
-        ax.set_xscale("log")
+                if r["chosen"]:
+                    ax.plot(r["lr"], r["validation"], **look | {"markerfacecolor": look["color"]})
+        _log(ax)
         _label(ax, level, "learning rate", "validation score")
     _legend(figure, panels.values())
     return figure
@@ -337,9 +337,7 @@ def figure_forgetting(study: Study) -> Figure:
         for (arm, _, _), rows in _cells(study, level).items():
             forgot = [r["forgetting"] for r in rows if r["forgetting"] is not None]
             if forgot:
-                look = style(rows[0]["method"], _all_methods(study))
-                x = statistics.fmean(r["test"] for r in rows)
-                ax.scatter([x], [statistics.fmean(forgot)], label=arm, s=28, **look)
+                _points(ax, statistics.fmean(r["test"] for r in rows), statistics.fmean(forgot), study, arm)
         ax.axhline(0, color="#555555", linewidth=0.7)
         ax.set_yscale("symlog", linthresh=0.1)
         _label(ax, level, "test score", "nats per token, after - before")
