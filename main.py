@@ -1,5 +1,6 @@
 """The program: `python main.py --config=configs/quickstart.py --workdir=DIR`. Everything it does is in `jaxpeft`."""
 
+import functools
 import shlex
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxpeft import host, point, preflight, pretrain, report, stop, study, train
+from jaxpeft import cluster, host, point, preflight, pretrain, report, stop, study, train
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(arg), as file.py or file.py:key=value,..."
@@ -15,6 +16,10 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results and checkpoints of this run go; reuse it to resume.")
 WORKERS = flags.DEFINE_integer("workers", 0, "Of a study: processes; 0 is one per core on CPU, one on accelerators.")
 WORKER = flags.DEFINE_integer("worker", -1, "Of a study: only do runs, as a worker that another process started.")
+EXECUTOR = flags.DEFINE_enum("executor", "processes", ["processes", "ray"], "Of a study: where its runs are done.")
+RESOURCES = flags.DEFINE_string(
+    "resources", "CPU=1", "With --executor=ray: what a run takes, as CPU=4,GPU=1,memory_gb=16 or CPU=8,TPU=4."
+)
 ACCEPT = flags.DEFINE_bool(
     "accept_changes", False, "Go on from the stored step of a run whose config, data or base was another one."
 )
@@ -77,7 +82,10 @@ def _study(config, workdir):
         return study.work(config, workdir)
     if DRY_RUN.value:
         return print(study.dry_run(config, workdir))
-    study.run(config, workdir, WORKERS.value, sys.argv)
+    elsewhere = None
+    if EXECUTOR.value == "ray":
+        elsewhere = functools.partial(cluster.work, resources=cluster.Resources.parse(RESOURCES.value))
+    study.run(config, workdir, WORKERS.value, sys.argv, elsewhere=elsewhere)
     print(report.write(workdir))
 
 

@@ -22,6 +22,7 @@ from jaxpeft.tree import Tree
 
 PAGE = Path(__file__).parent / "assets" / "demo.html"
 MOST_BYTES = 32 << 20  # of a picture
+HOSTS = ("127.0.0.1", "localhost")
 
 
 @dataclasses.dataclass
@@ -81,8 +82,13 @@ def answers(writers: list[Writer], data: bytes, question: str, top: int = 3) -> 
 
 
 def app(writers: list[Writer]):
-    """The page at /, what it offers at /writers, and POST /write?question=...&top=3 with a picture's bytes."""
+    """The page at /, what it offers at /writers, and POST /write?question=...&top=3 with a picture's bytes.
+
+    Answers requests to this machine's own names only, and pictures only from its own page or from programs.
+    """
     from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.concurrency import run_in_threadpool
     from starlette.responses import HTMLResponse, JSONResponse
     from starlette.routing import Route
@@ -100,6 +106,8 @@ def app(writers: list[Writer]):
         return JSONResponse([{"name": one.name, "asks": one.asks} for one in writers])
 
     async def write(request):
+        if not _is_ours(request):
+            return JSONResponse({"error": "another site's page may not use this one"}, status_code=403)
         data = bytearray()
         async for chunk in request.stream():
             data += chunk
@@ -115,7 +123,14 @@ def app(writers: list[Writer]):
             return JSONResponse({"error": str(error)}, status_code=400)
 
     routes = [Route("/", page), Route("/writers", offered), Route("/write", write, methods=["POST"])]
-    return Starlette(routes=routes)
+    # a name that a stranger's server resolves to 127.0.0.1 is not ours either
+    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS))])
+
+
+def _is_ours(request) -> bool:
+    """Whether a request comes from this page, or from a program: browsers name the page that asks as the origin."""
+    origin = request.headers.get("origin")
+    return origin is None or origin == f"http://{request.headers.get('host', '')}"
 
 
 def main(argv=None) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from jaxpeft import tree
+from jaxpeft import tree, untrusted
 from jaxpeft.models import blip_port
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.text import Tokenizer
@@ -54,7 +54,7 @@ def abstract(path, *, question_encoder: bool = False, image_size: int | None = N
     _check_runtime(runtime)
     directory = _directory(path)
     if (directory / "manifest.json").exists():
-        config = BlipConfig(**json.loads((directory / "manifest.json").read_text())["config"])
+        _, config = _manifest(directory)
     elif (directory / "config.json").exists():
         config, _ = blip_port.read_config(directory / "config.json", question_encoder)
     else:
@@ -90,9 +90,9 @@ def _tokenizer(directory: Path, config: BlipConfig) -> Tokenizer | None:
 
 
 def _read_ours(directory: Path, question_encoder, image_size):
-    manifest = json.loads((directory / "manifest.json").read_text())
-    config = BlipConfig(**manifest["config"])
-    flat = {name: jnp.asarray(x, jnp.float32) for name, x in load_file(directory / "model.safetensors").items()}
+    manifest, config = _manifest(directory)
+    arrays, _ = untrusted.read_safetensors(directory / "model.safetensors")
+    flat = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
     for copy, source in manifest["aliases"].items():
         flat |= {copy + name[len(source) :]: x for name, x in flat.items() if name.startswith(source + "/")}
     if question_encoder is not None and question_encoder != config.question_encoder:
@@ -104,6 +104,14 @@ def _read_ours(directory: Path, question_encoder, image_size):
         config, flat["vision/position"] = blip_port.resized(config, flat["vision/position"], image_size)
     params = tree.unflatten(abstract_params(config), flat, str(directory / "model.safetensors"))
     return config, params, {"source": str(manifest.get("name", directory.name)), "digest": manifest["digest"]}
+
+
+def _manifest(directory: Path) -> tuple[dict, BlipConfig]:
+    path = directory / "manifest.json"
+    with untrusted.reading(path, "is not a manifest of ours"):
+        manifest = untrusted.read_json(path)
+        aliases = {str(copy): source + "" for copy, source in manifest["aliases"].items()}
+        return manifest | {"aliases": aliases, "digest": manifest["digest"] + ""}, BlipConfig(**manifest["config"])
 
 
 def abstract_params(config: BlipConfig) -> Tree:

@@ -4,6 +4,7 @@ Everything here is plain numpy and Pillow, has no state and may be called from m
 the batch is made, so that a cache and the copy to the device are four times smaller.  Axes: Y rows, X columns, C = RGB.
 """
 
+import functools
 import io
 import math
 from pathlib import Path
@@ -13,6 +14,10 @@ from PIL import Image
 
 MEAN_C = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # the CLIP constants, which BLIP keeps
 STD_C = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+# not EPS or PS, for which Pillow starts another program on what the file says, nor formats that pictures do not come in
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "DIB", "PCX")
+MOST_BYTES = 1 << 28  # of a picture file
 
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
@@ -33,14 +38,24 @@ def decode(source, name=None):
     if isinstance(source, (bytes, bytearray, memoryview)):
         data, name = bytes(source), name or f"{len(source)} bytes"
     else:
-        data, name = Path(source).read_bytes(), name or str(source)
+        name, size = name or str(source), Path(source).stat().st_size
+        if size > MOST_BYTES:
+            raise ValueError(f"cannot decode the image {name}: it has {size:,} bytes, more than {MOST_BYTES:,}")
+        data = Path(source).read_bytes()
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _check_area(image)
             image.load()  # Pillow is lazy: a truncated file shows itself only here
             return np.array(_to_rgb(_upright(image)), np.uint8)
     except Exception as error:  # Pillow's plugins raise nearly every type on damaged data
         raise ValueError(f"cannot decode the image {name}: {error}; replace the file or drop its rows") from error
+
+
+@functools.cache
+def _formats():
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _check_area(image):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxpeft import data, datasets, evals, hub, locks, methods, results, sharding, sites, tasks, tree
+from jaxpeft import data, datasets, evals, hub, locks, methods, results, sharding, sites, tasks, tree, untrusted
 from jaxpeft import features as feature_tables
 from jaxpeft.interchange import load_tuned, save_tuned
 from jaxpeft.methods import Selective
@@ -231,8 +231,13 @@ def load_run(workdir: str | Path):
         raise ValueError(
             f"{workdir} has no tuned/: an older version, which did not keep it, finished this run; run again"
         )
-    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
-    words = json.loads((workdir / "result.json").read_text())["model"]["new_words"]
+    with untrusted.reading(workdir, "holds no run of ours"):
+        return _load_run(workdir)
+
+
+def _load_run(workdir):
+    config = ml_collections.ConfigDict(untrusted.read_json(workdir / "config.json"))
+    words = untrusted.read_json(workdir / "result.json", 1 << 30)["model"]["new_words"]
     task = tasks.build(config.task, **config.task_options)
     model, params, _ = _base(config, task)
     model, params, _ = hub.extend_vocabulary(model, params, words, config.seed)

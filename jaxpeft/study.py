@@ -49,6 +49,7 @@ APART = (
     "progress",
     "pretrain",
     "preflight",
+    "cluster",
     "locks",
     "stop",
     "__init__",
@@ -403,7 +404,7 @@ def execute(run: Run, directory: Path, log, keep_checkpoints: bool = False) -> b
                 raise
             result, said = None, f"{type(error).__name__}: {error}"[:500]
     if result is None:
-        _failed(directory, run.id, said, began)
+        failed(directory, run.id, said, began)
         log(f"failed: {run.id}: {said}")
         return False
     if not keep_checkpoints:
@@ -416,37 +417,46 @@ def execute(run: Run, directory: Path, log, keep_checkpoints: bool = False) -> b
     return True
 
 
+def attempt(run: Run, directory: Path, log) -> bool:
+    """Do a run that is not done; False where another process is doing it."""
+    claim = locks.Claim(directory / "claims", run.id)
+    if not claim.take():
+        return False
+    try:
+        if changed := changes(directory, run):
+            set_aside(directory, State({}, {}, {run.id: changed}, []))
+        if not (directory / "points" / run.id / "result.json").exists():  # finished since somebody looked
+            execute(run, directory, log, run.study.keep_checkpoints)
+        return True
+    finally:
+        claim.release()
+
+
 def work(config, directory: Path, log=print) -> None:
     """Do runs until none is left that nobody else is doing. Any number of processes may do this on one directory."""
     state = None
     while True:
         state, busy = read(config, directory, state), 0
         for run in state.todo:
-            claim = locks.Claim(directory / "claims", run.id)
-            if not claim.take():
-                busy += 1
-                continue
-            try:
-                if changed := changes(directory, run):
-                    set_aside(directory, State({}, state.tries, {run.id: changed}, []))
-                if not (directory / "points" / run.id / "result.json").exists():  # finished since we looked
-                    execute(run, directory, log, config.keep_checkpoints)
-            finally:
-                claim.release()
-            break
+            if attempt(run, directory, log):
+                break
+            busy += 1
         else:
             if not busy:
                 return
             time.sleep(1.0)
 
 
-def run(config, workdir: str | Path, workers: int = 0, command: list[str] | None = None, log=print) -> list[dict]:
+def run(
+    config, workdir: str | Path, workers: int = 0, command: list[str] | None = None, log=print, elsewhere=None
+) -> list[dict]:
     """Everything of the study that is not done, then results.jsonl -> its rows.
 
     Raises ValueError before anything is written where the config or its data cannot be right.
 
     `workers` processes, each on its own cores (0: one per core on CPU, one on an accelerator), are started with `command`
-    and `--worker=I`; with one, or no command, this process does the work.
+    and `--worker=I`; with one, or no command, this process does the work. With `elsewhere(config, directory, log=)` that
+    does it instead, as `cluster.work` of a Ray cluster.
     """
     directory = Path(workdir)
     state = read(config, directory)
@@ -456,11 +466,14 @@ def run(config, workdir: str | Path, workers: int = 0, command: list[str] | None
     directory.mkdir(parents=True, exist_ok=True)
     set_aside(directory, state)
     results.write_json(directory / "study.json", {"config": point.as_json(config), "command": " ".join(command or [])})
-    workers = workers or (host.cores() if jax.default_backend() == "cpu" else 1)
-    if workers == 1 or not command or not state.todo:
-        work(config, directory, log)
+    if elsewhere:
+        elsewhere(config, directory, log=log)
     else:
-        _processes(command, min(workers, len(state.todo)), directory, log)
+        workers = workers or (host.cores() if jax.default_backend() == "cpu" else 1)
+        if workers == 1 or not command or not state.todo:
+            work(config, directory, log)
+        else:
+            _processes(command, min(workers, len(state.todo)), directory, log)
     state = read(config, directory)
     rows = collect(directory, state)
     keep_pictures(config, directory)
@@ -506,7 +519,7 @@ def _processes(command: list[str], workers: int, directory: Path, log=print) -> 
                     continue
                 for run in held:
                     name = signal.Signals(-child.returncode).name
-                    _failed(directory, run, f"the worker was killed by {name}, as for want of memory", time.time())
+                    failed(directory, run, f"the worker was killed by {name}, as for want of memory", time.time())
                     log(f"failed: {run}: the worker was killed by {name}; another one takes its place")
                 children[i] = start(i)
     except KeyboardInterrupt:
@@ -535,7 +548,7 @@ def _held_by(directory: Path, pid: int) -> list[str]:
     return found
 
 
-def _failed(directory: Path, run: str, error: str, began: float) -> None:
+def failed(directory: Path, run: str, error: str, began: float) -> None:
     """Write down a try that failed."""
     failures = directory / "failures"
     failures.mkdir(exist_ok=True)

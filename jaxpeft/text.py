@@ -8,11 +8,12 @@ BLIP (Li et al. 2022, arXiv:2201.12086) adds [DEC], which starts a decoder, and 
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+
+from jaxpeft import untrusted
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
 MAX_WORD = 100  # longer words are [UNK], as in BERT
@@ -64,12 +65,15 @@ class Tokenizer:
         """
         path = pathlib.Path(path)
         config = path / "tokenizer_config.json"
-        if config.is_file() and json.loads(config.read_text("utf-8")).get("do_lower_case") is False:
+        if config.is_file() and untrusted.read_json(config).get("do_lower_case") is False:
             raise ValueError(f"{config} says do_lower_case=false; only uncased BERT vocabularies are supported")
         if (path / "tokenizer.json").is_file() and not (path / "vocab.txt").is_file():
             tokens = _read_tokenizer_json(path / "tokenizer.json")
         else:
-            with open(path / "vocab.txt" if path.is_dir() else path, encoding="utf-8") as lines:
+            path = path / "vocab.txt" if path.is_dir() else path
+            if path.stat().st_size > untrusted.MOST_JSON:
+                raise ValueError(f"{path} has more than {untrusted.MOST_JSON:,} bytes; is it a vocabulary?")
+            with open(path, encoding="utf-8") as lines, untrusted.reading(path):
                 tokens = [line.rstrip("\n") for line in lines]
         return cls(tuple(tokens) + tuple(token for token in ("[DEC]", "[ENC]") if token not in tokens))
 
@@ -192,11 +196,14 @@ def _whole(word):
 
 
 def _read_tokenizer_json(path):
-    spec = json.loads(path.read_text("utf-8"))
-    if spec["model"].get("type") != "WordPiece":
-        raise ValueError(f"{path} holds a {spec['model'].get('type')} model; only WordPiece is supported")
-    ids = spec["model"]["vocab"] | {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
-    tokens = sorted(ids, key=ids.get)
+    with untrusted.reading(path, "is no tokenizer.json"):
+        spec = untrusted.read_json(path)
+        if spec["model"].get("type") != "WordPiece":
+            raise ValueError(f"{path} holds a {spec['model'].get('type')} model; only WordPiece is supported")
+        ids = spec["model"]["vocab"] | {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
+        if not all(isinstance(token, str) for token in ids):
+            raise ValueError(f"{path}: a token that is not a text")
+        tokens = sorted(ids, key=ids.get)
     if [ids[token] for token in tokens] != list(range(len(tokens))):
         raise ValueError(f"the ids in {path} are not 0 to {len(tokens) - 1}; every id must belong to one token")
     return tokens

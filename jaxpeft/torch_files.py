@@ -6,8 +6,11 @@ unpickler here knows only the handful of names that a dictionary of tensors need
 """
 
 import collections
+import io
+import math
 import pathlib
 import pickle
+import pickletools
 import zipfile
 
 import ml_dtypes
@@ -28,19 +31,8 @@ DTYPES = {
     "ComplexFloatStorage": np.dtype("<c8"),
     "ComplexDoubleStorage": np.dtype("<c16"),
 }
-_DAMAGE = (
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-    EOFError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    ValueError,
-    NotImplementedError,
-    OverflowError,
-    RecursionError,
-)
+MOST_PICKLE = 64 << 20  # bytes of data.pkl; the largest BLIP's has 0.2 MB
+MOST_EXPANDED = 1 << 20  # elements of a tensor that is larger than its storage, as torch.expand makes
 
 
 class Refused(ValueError):
@@ -61,7 +53,9 @@ def load_pickle(path) -> dict:
             result = _Unpickler(archive).load()
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
-    except _DAMAGE as error:
+    except OSError:
+        raise
+    except Exception as error:  # zip, pickle and numpy each have their own kinds
         raise ValueError(f"{path}: damaged torch file ({type(error).__name__}: {error}); fetch it again") from error
     if not isinstance(result, dict):
         raise ValueError(f"{path}: holds a {type(result).__name__}, expected a dictionary of tensors (a state_dict)")
@@ -96,9 +90,20 @@ class _Unpickler(pickle.Unpickler):
         self.names["torch._utils", "_rebuild_tensor_v2"] = lambda *args: _view(*args[:4])
         self.names["torch._utils", "_rebuild_parameter"] = lambda data, *_: data
         byteorder = self.root + "byteorder"
-        if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
+        if byteorder in archive.namelist() and self._record(byteorder, 16) != b"little":
             raise Refused("was written on a big-endian machine; load and save it again with torch")
-        super().__init__(archive.open(pickles[0]))
+        program = self._record(pickles[0], MOST_PICKLE)
+        _check_sizes(program)
+        super().__init__(io.BytesIO(program))
+
+    def _record(self, name, most=None) -> bytes:
+        """A record as it lies in the file: torch does not compress, so no record is larger than the file."""
+        info = self.archive.getinfo(name)
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise Refused(f"record {name} is compressed or encrypted, which torch.save never does")
+        if most is not None and info.file_size > most:
+            raise Refused(f"record {name} has {info.file_size:,} bytes, more than {most:,}")
+        return self.archive.read(name)
 
     def find_class(self, module, name):
         if (module, name) not in self.names:
@@ -114,17 +119,27 @@ class _Unpickler(pickle.Unpickler):
         if kind != "storage":
             raise Refused(f"unknown record {kind!r}")
         if key not in self.storages:
-            raw = self.archive.read(f"{self.root}data/{key}")
+            raw = self._record(f"{self.root}data/{key}")
             if len(raw) < size * dtype.itemsize:
                 raise Refused(f"storage {key} ({name}) has {len(raw)} bytes, expected {size} x {dtype.itemsize}")
             self.storages[key] = raw
         return np.frombuffer(self.storages[key], dtype, count=size)
 
 
+def _check_sizes(program: bytes) -> None:
+    """Raise Refused where the pickle names a text or a memo place beyond its own length: loading would take that much
+    memory before it finds out."""
+    for code, argument, _ in pickletools.genops(program):  # itself refuses texts that are longer than the rest
+        if "PUT" in code.name and isinstance(argument, int) and argument > len(program):
+            raise Refused(f"the pickle asks for memo place {argument}")
+
+
 def _view(storage, offset, shape, stride):
     """The tensor at `offset` of a flat storage, checked to lie inside it."""
     if len(shape) != len(stride) or min((offset, *shape, *stride), default=0) < 0:
         raise Refused(f"impossible tensor: shape {shape}, stride {stride}, offset {offset}")
+    if math.prod(shape) > max(len(storage), MOST_EXPANDED):
+        raise Refused(f"tensor {shape} of a storage of {len(storage)} elements; save a copy that is not expanded")
     end = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1
     if 0 not in shape and end > len(storage):
         raise Refused(f"tensor {shape} with stride {stride} ends at {end} of a storage of {len(storage)} elements")

@@ -280,6 +280,30 @@ def test_a_picture_that_is_too_large_is_refused(page, monkeypatch):
     assert fetch(f"{page}/write", bytes(2 << 20))[0] == 413
 
 
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"Origin": "https://elsewhere.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "rebound.example"}, 400),  # a stranger's name for 127.0.0.1
+        ({"Host": "rebound.example", "Origin": "http://rebound.example"}, 400),
+        ({}, 200),
+    ],
+)
+def test_only_our_own_page_may_use_it(page, folder, headers, status):
+    request = urllib.request.Request(f"{page}/write", (folder / "0.png").read_bytes(), headers)
+    try:
+        with urllib.request.urlopen(request) as reply:
+            found = reply.status
+    except urllib.error.HTTPError as error:
+        with error:
+            found = error.code
+    assert found == status
+    if not headers:
+        with urllib.request.urlopen(urllib.request.Request(f"{page}/write", request.data, {"Origin": page})) as reply:
+            assert reply.status == 200
+
+
 def test_the_page_in_a_browser(page, folder):
     reason = "drives a browser: pip install playwright, and chromium on the path"
     browsers = pytest.importorskip("playwright.sync_api", reason=reason)

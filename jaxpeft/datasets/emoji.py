@@ -40,6 +40,7 @@ from PIL import Image
 from jaxpeft import images, metrics
 from jaxpeft.datasets.emoji_words import SPLITS, concepts, split_rows
 
+MOST_BYTES = 64 << 20  # of a member of a package
 SIZE = 64  # two of the four styles come in it
 CLDR, CLDR_VERSION = "cldr-annotations-full", "48.2.0"
 PACKAGES = {  # style: package, version, and where it keeps a picture, given its code points in lower or upper case
@@ -98,7 +99,13 @@ def read_members(path: Path, wanted: Iterable[str]) -> dict[str, bytes]:
     wanted = frozenset(wanted)
     try:
         with tarfile.open(path, "r|gz") as archive:
-            return {m.name: archive.extractfile(m).read() for m in archive if m.name in wanted and m.isfile()}
+            found = {}
+            for member in archive:
+                if member.name in wanted and member.isfile():
+                    if member.size > MOST_BYTES:
+                        raise ValueError(f"{path}: {member.name} has {member.size:,} bytes, more than {MOST_BYTES:,}")
+                    found[member.name] = archive.extractfile(member).read()
+            return found
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"cannot read the package {path}: {error}; delete it and run again") from error
 

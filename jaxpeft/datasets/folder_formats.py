@@ -137,7 +137,7 @@ def detect(path, problems):
 def _is_json(text):
     try:
         return json.loads(text) is not None
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

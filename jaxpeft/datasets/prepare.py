@@ -145,7 +145,7 @@ def _read(path: Path, key: str | None):
     """The list that `path` holds (under `key`), or a ValueError that says what is wrong with the file."""
     try:
         data = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: broken JSON, {error}; get the file again") from error
     data = data.get(key) if key and isinstance(data, dict) else data
     if not isinstance(data, list) or not all(isinstance(one, dict) for one in data):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import sites, tree
+from jaxpeft import sites, tree, untrusted
 from jaxpeft.interchange.places import CONFIG, HEAD, HEAD_KEYS, PREFIX, WEIGHTS, places
 from jaxpeft.interchange.tuned import check_base, read, sha
 from jaxpeft.methods import IA3, OFT, DoRA, Head, LayerNorms, LoRA, Method, Prefix, Prompt, Scoped, VeRA
@@ -23,7 +23,11 @@ def import_peft(model, params: Tree, directory) -> tuple[Tree, tuple[Method, ...
     transform), PROMPT_TUNING and PREFIX_TUNING of the text decoder. Raises ValueError for anything that it would have to
     leave out: other types, unread or missing tensors, shapes, a base or an alpha that the file was not written with.
     """
-    directory = Path(directory)
+    with untrusted.reading(directory, "is not what PEFT writes"):
+        return _import_peft(model, params, Path(directory))
+
+
+def _import_peft(model, params, directory):
     config, arrays, metadata = read(directory, CONFIG, WEIGHTS)
     kind = config.get("peft_type")
     if kind not in _IMPORT:
@@ -39,12 +43,14 @@ def import_peft(model, params: Tree, directory) -> tuple[Tree, tuple[Method, ...
     many, own, params = _IMPORT[kind](reader, config, params)
     reader.close()
     many = (*many, *head)
-    variables = sites.attach(model, params, many, jax.random.key(0))
+    # as shapes: what a file asks for is made only when its tensors have been seen to be that large
+    variables = jax.eval_shape(lambda: sites.attach(model, params, many, jax.random.key(0)))
     if reader.matrix is not None:
         own["peft/text_decoder/head/vocabulary/@linear/0/head/matrix"] = reader.matrix
     flat = tree.flatten(variables)
     tree.check_same({n: x for n, x in flat.items() if n.startswith("peft/")}, own, str(directory / WEIGHTS))
-    variables = tree.unflatten(variables, dict(flat) | {name: jnp.asarray(x, jnp.float32) for name, x in own.items()})
+    base = {f"params/{name}": x for name, x in tree.flatten(params).items()}
+    variables = tree.unflatten(variables, base | {name: jnp.asarray(x, jnp.float32) for name, x in own.items()})
     if facts:
         check_base(variables, many, facts["frozen"], directory)
     return variables, many
@@ -185,7 +191,9 @@ def _import_lora(reader, config, params):
 def _pattern(patterns, name, default):
     """PEFT's rank_pattern and alpha_pattern: regular expressions that end the module name."""
     for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+        if untrusted.pattern(pattern, "a pattern of adapter_config.json").fullmatch(name) or any(
+            untrusted.pattern(pattern, "").fullmatch(name, i + 1) for i, c in enumerate(name) if c == "."
+        ):
             return value
     return default
 
@@ -196,7 +204,10 @@ def _import_ia3(reader, config, params):
     for name in reader.modules("ia3_l"):
         vector = reader.take(f"{PREFIX}{name}.ia3_l")
         parts, start = reader.parts(name, "linear"), 0
-        is_input = any(name == one or name.endswith(f".{one}") or re.fullmatch(one, name) for one in inputs)
+        is_input = any(
+            name == one or name.endswith(f".{one}") or untrusted.pattern(one, "feedforward_modules").fullmatch(name)
+            for one in inputs
+        )
         size = parts[0][2][0] if is_input else sum(shape[1] for *_, shape in parts)
         if vector.shape != ((1, size) if is_input else (size, 1)) or (is_input and len(parts) > 1):
             raise ValueError(f"{reader.source}: {name}.ia3_l has shape {vector.shape}, which does not fit")

@@ -13,11 +13,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from safetensors.numpy import save_file
 
 from jaxpeft import methods as registry
-from jaxpeft import results, sites, tree
+from jaxpeft import results, sites, tree, untrusted
 from jaxpeft.methods import Gated, Method, Scoped
 from jaxpeft.tree import Tree
 
@@ -92,7 +91,11 @@ def load_tuned(model, params: Tree, directory) -> tuple[Tree, tuple[Method, ...]
     Raises ValueError when the base is another one, when a leaf is missing, extra, misshaped or damaged, and when the
     manifest is not the one that was written.
     """
-    directory = Path(directory)
+    with untrusted.reading(directory, "holds no tuned tree of ours"):
+        return _load_tuned(model, params, Path(directory))
+
+
+def _load_tuned(model, params, directory):
     manifest, arrays, metadata = read(directory, MANIFEST, TUNED)
     said = sha([manifest.get(key) for key in ("methods", "frozen_digest", "leaves")])
     if metadata.get("jaxpeft") != said:
@@ -138,13 +141,4 @@ def read(directory: Path, config_name: str, weights_name: str):
     for name in (config_name, weights_name):
         if not (directory / name).is_file():
             raise ValueError(f"{directory / name} is missing")
-    try:
-        config = json.loads((directory / config_name).read_text())
-        with safetensors.safe_open(directory / weights_name, "numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no iterator
-            metadata = file.metadata() or {}
-    except (ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{directory}: {config_name} or {weights_name} cannot be read ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{directory / config_name} is not a JSON object")
-    return config, arrays, metadata
+    return untrusted.read_json(directory / config_name), *untrusted.read_safetensors(directory / weights_name)

@@ -42,6 +42,11 @@ def position_init(key, shape, dtype=jnp.float32):
     return _INIT(key, shape, dtype).at[1:, : 4 * waves].set((position_PD - position_PD.mean(0)).astype(dtype))
 
 
+# a config file from a stranger must not ask for all memory, so lengths have a largest value; those not named, 1 << 20
+MOST = {"image_size": 4096, "vision_layers": 256, "text_layers": 256, "vision_width": 1 << 14, "text_width": 1 << 14}
+MOST_PATCHES = 1 << 14
+
+
 @dataclasses.dataclass(frozen=True)
 class BlipConfig:
     """BLIP-base by default. `dropout` acts in the text stacks (BLIP trains with 0.1, transformers' default is 0)."""
@@ -71,6 +76,12 @@ class BlipConfig:
     remat: str = "none"  # what the backward pass computes again: 'full', all of a layer; 'dots', all but products
 
     def __post_init__(self):
+        for name, kind in type(self).__annotations__.items():
+            value, least, most = getattr(self, name), 0 if name.endswith("_id") else 1, MOST.get(name, 1 << 20)
+            if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+                raise ValueError(f"{name} is {value!r:.80}, expected {'an' if kind is int else 'a'} {kind.__name__}")
+            if kind is int and not least <= value <= most:
+                raise ValueError(f"{name} is {value:.3g}; it is {least} to {most:,}")
         for tower in ("vision", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
@@ -79,6 +90,8 @@ class BlipConfig:
             raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(REMAT)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        if self.n_patches > MOST_PATCHES:
+            raise ValueError(f"{self.n_patches:,} patches of an image; at most {MOST_PATCHES:,} are computed")
 
     @property
     def n_patches(self) -> int:

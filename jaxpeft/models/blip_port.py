@@ -7,7 +7,6 @@ must be present are read from it. Every key of a checkpoint is used or named in 
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 
@@ -15,10 +14,8 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  teaches numpy, and so safetensors, the name bfloat16
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from jaxpeft import images, tree
+from jaxpeft import images, tree, untrusted
 from jaxpeft.models.blip import BlipConfig
 from jaxpeft.torch_files import load_pickle
 
@@ -287,13 +284,7 @@ def _groups(params) -> list[str]:
 def _read_json(path):
     if not path.exists():
         raise ValueError(f"{path} is missing; a transformers BLIP directory has it beside the weights")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
+    return untrusted.read_json(path)
 
 
 def read_config(path, question_encoder) -> tuple[BlipConfig, dict]:
@@ -345,7 +336,8 @@ def _read_weights(directory) -> tuple[dict, list[str]]:
     index = _read_json(directory / found[0])
     if not isinstance(index.get("weight_map"), dict):
         raise ValueError(f"{directory / found[0]}: weight_map is missing")
-    shards = {name: _read_file(directory / name) for name in sorted(set(index["weight_map"].values()))}
+    names = set(map(str, index["weight_map"].values()))
+    shards = {name: _read_file(untrusted.beside(directory, name)) for name in sorted(names)}
     for key, name in index["weight_map"].items():
         if key not in shards[name]:
             raise ValueError(f"{directory / name}: {key} is not in it, though {found[0]} says so")
@@ -356,10 +348,7 @@ def _read_file(path) -> dict:
     if not path.exists():
         raise ValueError(f"{path} is missing, though the index beside it names it; fetch it again")
     if path.suffix == ".safetensors":
-        try:
-            return safetensors.numpy.load_file(path)
-        except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors: {error}; fetch it again") from error
+        return untrusted.read_safetensors(path)[0]
     tensors = load_pickle(path)
     tensors = tensors["model"] if isinstance(tensors.get("model"), dict) else tensors
     other = [str(key) for key, x in tensors.items() if not isinstance(x, np.ndarray)]

@@ -1,0 +1,191 @@
+"""How step time, memory and preparation grow with model, picture, batch, lanes and data; the exponent of each.
+
+    python benchmarks/growth.py --out results/growth.json
+
+- model: tiny (64 pixels), BLIP-base (ViT-B) and BLIP-large (ViT-L, the same text layers) at 384 pixels, random weights, batch 2;
+- picture: BLIP-base at 96 to 768 pixels, batch 1; batch: BLIP-base at 192 pixels, 1 to 16 pictures;
+- lanes: K learning rates of the tiny base in one program, batch 16 (benchmarks/lanes.py has more of them);
+- pictures: indices of 1,000 to 1,000,000 pictures with a caption each and no pixels: a nested half of them, texts to tokens, the
+  first batch of an order, and the first batch after resuming in the middle; in a process per number.
+
+A step is LoRA r8 on captions of 20 tokens, the image encoder computed each step, float32: forward, backward and AdamW. Milliseconds
+are medians after warming up; MB are what XLA plans for activations and gradients (a plan does not vary), or what the process
+grew by. An exponent e is the slope of log y on log x: twice x is 2**e times y; 'last' is between the two largest x.
+Runs on an accelerator too; about fifteen minutes on two cores.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import reference
+from reference import facts, table, write_json
+
+LENGTH = 20
+LARGE = {"vision_width": 1024, "vision_layers": 24, "vision_heads": 16, "vision_mlp": 4096}
+TINY = {
+    "image_size": 64, "patch_size": 8, "vision_width": 128, "vision_layers": 4, "vision_heads": 4, "vision_mlp": 512,
+    "text_width": 128, "text_layers": 3, "text_heads": 4, "text_mlp": 512, "vocab_size": 76, "max_positions": 48,
+    "cls_id": 2, "sep_id": 3, "bos_id": 5, "enc_id": 6,
+}  # fmt: skip
+
+
+def step_of(config, batch_size: int):
+    """(jitted step, state, frozen, batch) of LoRA on captions."""
+    import jax
+    import jax.numpy as jnp
+
+    from configs import common
+    from jaxpeft import methods, optim, sites, tasks, train, tree
+    from jaxpeft.models.blip import Blip
+    from jaxpeft.tasks.base import teacher_forced
+
+    model, rng = Blip(config), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["params"]
+    params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * 0.02), shapes)
+    variables = sites.attach(model, params, methods.build("lora"), jax.random.key(0))
+    tuned, frozen = tree.split(variables, sites.trainable(methods.build("lora"), variables))
+    tx = optim.optimizer(common.get_config().optim, tuned, 1000)
+    first = [config.bos_id, 7, 8]
+    ids = [[[*first, *rng.integers(9, config.vocab_size - 2, LENGTH - 4).tolist(), config.sep_id]]] * batch_size
+    batch = teacher_forced(ids, [[1.0]] * batch_size, len(first), config.pad_id)
+    size = config.image_size
+    batch["image"] = rng.integers(0, 256, (batch_size, size, size, 3)).astype(np.uint8)
+    step = functools.partial(train.train_step, model=model, task=tasks.build("captioning"), tx=tx, accumulate=1)
+    return step, train.start(tuned, tx=tx, seed=0, best=False), frozen, batch
+
+
+def measured(config, batch_size: int, runs: int, lanes: int = 1) -> dict:
+    """Parameters, planned MB and milliseconds of a step."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxpeft import tree
+
+    step, state, frozen, batch = step_of(config, batch_size)
+    if lanes > 1:
+        state = jax.tree.map(lambda x: jnp.stack([x] * lanes), state)
+        step = jax.vmap(step, in_axes=(0, None, None, None))
+    began = time.perf_counter()
+    compiled = jax.jit(step).lower(state, frozen, None, batch).compile()
+    compile_s, plan = time.perf_counter() - began, compiled.memory_analysis()
+    seconds = []
+    for _ in range(runs + 1):
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled(state, frozen, None, batch))
+        seconds.append(time.perf_counter() - began)
+    ms = [1000 * s for s in seconds[1:]]
+    row = {"parameters": tree.count(frozen), "ms": statistics.median(ms), "least": min(ms), "most": max(ms)}
+    return row | {"planned MB": plan.temp_size_in_bytes / 1e6, "compile s": compile_s}
+
+
+class Nothing:
+    """Pictures that are all the same one."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return np.zeros((8, 8, 3), np.uint8)
+
+
+def indices(n: int) -> dict:
+    """What n pictures cost before the first step, without their pixels."""
+    from jaxpeft import data, hub, tasks
+    from jaxpeft.datasets import Split
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096 / 1e6
+
+    tokenizer = hub.abstract("tiny").tokenizer
+    words, rng, before = tokenizer.vocabulary[7:], np.random.default_rng(0), resident()
+    texts = [" ".join(words[i] for i in row) for row in rng.integers(0, len(words), (n, 10))]
+    rows = [{"image_id": str(i), "captions": [text], "questions": []} for i, text in enumerate(texts)]
+    split, found = Split("train", Nothing(n), rows), {"rows MB": resident() - before}
+    began = time.perf_counter()
+    half, _ = data.subset(split, seed=0, fraction=0.5)
+    found["half s"] = time.perf_counter() - began
+    began, before = time.perf_counter(), resident()
+    examples = tasks.build("captioning").examples(split, tokenizer)
+    found |= {"texts s": time.perf_counter() - began, "texts MB": resident() - before}
+    for name, start in (("first batch s", 0), ("resumed batch s", 10 * n)):
+        began = time.perf_counter()
+        next(data.batches(examples, 32, seed=0, start=start, threads=2))
+        found[name] = time.perf_counter() - began
+    assert len(half.rows) == n // 2
+    return found
+
+
+def exponent(xs, ys) -> dict:
+    """Slope of log y on log x over all points, and between the two largest."""
+    x, y = np.log(np.asarray(xs, float)), np.log(np.maximum(np.asarray(ys, float), 1e-12))
+    return {"all": float(np.polyfit(x, y, 1)[0]), "last": float((y[-1] - y[-2]) / (x[-1] - x[-2]))}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=["model", "picture", "batch", "lanes", "pictures"])
+    parser.add_argument("--size", choices=["base", "tiny"], default="base", help="tiny: to try it")
+    parser.add_argument("--indices", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+    reference.use_threads(args.threads)
+    if args.indices:
+        return print(json.dumps(indices(args.indices)))
+    from jaxpeft import host
+    from jaxpeft.models.blip import BlipConfig
+
+    host.keep_freed_memory()
+    host.keep_compiled_programs()
+    tiny = BlipConfig(**TINY)
+    base = BlipConfig() if args.size == "base" else tiny
+    patch = base.patch_size
+    series = {
+        "model": [("parameters", name, c, 2, 1) for name, c in (
+            ("tiny", tiny), ("base", base), ("large", dataclasses.replace(base, **LARGE)))],
+        "picture": [("pixels a side", 6 * patch * k, dataclasses.replace(base, image_size=6 * patch * k), 1, 1) for k in (1, 2, 4, 8)],
+        "batch": [("pictures", n, dataclasses.replace(base, image_size=12 * patch), n, 1) for n in (1, 2, 4, 8, 16)],
+        "lanes": [("lanes", k, tiny, 16, k) for k in (1, 2, 4, 8)],
+    }  # fmt: skip
+    found = {}
+    for name, points in series.items():
+        if name not in args.only:
+            continue
+        rows = []
+        for axis, x, config, batch_size, k in points:
+            row = measured(config, batch_size, args.runs, k)
+            rows.append({"": f"{name} {x}", axis: row["parameters"] if name == "model" else x} | row)
+            print(rows[-1], flush=True)
+        found[name] = rows, [points[0][0], "ms", "planned MB"]
+    if "pictures" in args.only:
+        rows = []
+        for n in (1_000, 10_000, 100_000, 1_000_000):
+            command = [sys.executable, __file__, "--indices", str(n), "--out", "-", "--threads", str(args.threads)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            rows.append({"": f"pictures {n:,}", "pictures": n} | json.loads(done.stdout))
+            print(rows[-1], flush=True)
+        found["pictures"] = rows, ["pictures", *(key for key in rows[0] if key not in ("", "pictures"))]
+    exponents = {
+        name: {y: exponent([row[x] for row in rows], [row[y] for row in rows]) for y in ys}
+        for name, (rows, (x, *ys)) in found.items()
+    }
+    for name, (rows, _) in found.items():
+        print(table(rows), "\nexponents:", {y: {k: round(v, 2) for k, v in e.items()} for y, e in exponents[name].items()})
+    tables = {name: rows for name, (rows, _) in found.items()}
+    write_json(args.out, {**facts(), "settings": vars(args), "rows": tables, "exponents": exponents})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""A long run killed again and again, beside the same run left alone: is anything lost, and does anything grow?
+
+    python benchmarks/soak.py --out results/soak
+
+Two runs of the same command, 20,000 steps of LoRA on the tiny base (captions of scenes), a checkpoint every 50 steps and
+each step logged, one on each half of the cores. One of them is killed with SIGKILL at random moments and started again by the
+same command. Every second: resident memory, open files and threads of each.
+
+What must hold: metrics.jsonl has every step once, with the same loss, and the tuned weights and scores are the same bit
+for bit. What is printed: the slope of memory and of open files over the undisturbed run (least squares after the first tenth, with
+the standard error from blocks of a twentieth), and how many steps each kill cost. Continues nothing: it takes about half an hour.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from jaxpeft import results
+
+SETTINGS = {
+    "batch_size": 4, "log_every": 1, "data.n_train": 256, "data.n_val": 0, "data.n_test": 16, "optim.lr": 3e-3,
+    "eval.batch_size": 16,
+}  # fmt: skip
+
+
+class Run:
+    """The command, started again after each kill, and what it takes while it lives."""
+
+    def __init__(self, workdir: Path, steps: int, every: int, cores: set[int]):
+        settings = SETTINGS | {"steps": steps, "checkpoint_every": every}
+        self.command = ["main.py", "--config=configs/point.py:task=captioning,method=lora,size=4", f"--workdir={workdir}"]
+        self.command += [f"--config.{name}={value}" for name, value in settings.items()]
+        self.workdir, self.cores, self.samples, self.starts, self.repeated = workdir, cores, [], 0, []
+        self.start()
+
+    def start(self):
+        self.starts += 1
+        pin = lambda: os.sched_setaffinity(0, self.cores)  # noqa: E731
+        out = (self.workdir.parent / f"{self.workdir.name}.log").open("a")
+        self.process = subprocess.Popen([sys.executable, *self.command], cwd=ROOT, stdout=out, stderr=out, preexec_fn=pin)
+
+    def done(self) -> bool:
+        code = self.process.poll()
+        if code not in (None, 0, -9):
+            raise RuntimeError(f"{shlex.join(self.command)} ended with {code}: see {self.workdir}.log")
+        return code == 0
+
+    def step(self) -> int:
+        """The last step in metrics.jsonl."""
+        try:
+            with (self.workdir / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - 4096))
+                lines = file.read().splitlines()[1:]
+            return max((json.loads(line)["step"] for line in lines[:-1]), default=0)
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def sample(self, began: float):
+        proc = Path("/proc") / str(self.process.pid)
+        try:
+            resident = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            taken = resident, len(os.listdir(proc / "fd")), len(os.listdir(proc / "task"))
+        except (OSError, IndexError):  # it has just ended
+            return
+        self.samples.append((time.perf_counter() - began, self.step(), self.starts, *taken))
+
+    def kill(self):
+        """SIGKILL, then the same command; the steps that were logged and not saved are done again."""
+        self.process.kill()
+        self.process.wait()
+        saved = [int(path.name) for path in (self.workdir / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
+        self.repeated.append(max(0, self.step() - max(saved, default=0)))
+        self.start()
+
+
+def slope(xs, ys) -> tuple[float, float]:
+    """(least-squares slope per step, its standard error from blocks: neighbouring samples are alike)."""
+    xs, ys = np.asarray(xs, float), np.asarray(ys, float)
+    blocks = np.array_split(np.arange(len(xs)), 20)
+    x = np.array([xs[b].mean() for b in blocks])
+    y = np.array([ys[b].mean() for b in blocks])
+    (found, intercept), left = np.polyfit(x, y, 1), len(x) - 2
+    residual = y - found * x - intercept
+    return float(found), float(np.sqrt((residual**2).sum() / left / ((x - x.mean()) ** 2).sum()))
+
+
+def same(a: Path, b: Path) -> dict:
+    """What the two runs left, compared."""
+    lines = [[json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()] for one in (a, b)]
+    steps = [[line["step"] for line in rows if "loss" in line] for rows in lines]
+    losses = [{line["step"]: line["loss"] for line in rows if "loss" in line} for rows in lines]
+    facts = [json.loads((one / "result.json").read_text()) for one in (a, b)]
+    weights = [(one / "tuned" / "tuned.safetensors").read_bytes() for one in (a, b)]
+    return {
+        "steps logged": [len(one) for one in steps],
+        "steps missing or twice": [len(set(range(1, max(one) + 1)) ^ set(one)) + len(one) - len(set(one)) for one in steps],
+        "losses that differ": sum(losses[0].get(step) != loss for step, loss in losses[1].items()),
+        "tuned weights equal": weights[0] == weights[1],
+        "scores equal": facts[0]["metrics"] == facts[1]["metrics"],
+    }
+
+
+def draw(runs: dict[str, Run], path: Path) -> None:
+    """Memory and open files against step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for ax, column, label, unit in zip(figure.subplots(2, 1, sharex=True), (3, 4), ("MB resident", "open files"), (1e6, 1), strict=True):  # fmt: skip
+        for (name, run), color in zip(runs.items(), ("#0072B2", "#D55E00"), strict=True):
+            rows = np.array(run.samples)
+            for start in np.unique(rows[:, 2]):
+                part = rows[(rows[:, 2] == start) & (rows[:, 1] > 0)]
+                ax.plot(part[:, 1], part[:, column] / unit, color=color, linewidth=0.9, label=name if start == 1 else None)
+        ax.set_ylabel(label)
+        ax.set_ylim(0)
+        ax.grid(alpha=0.3)
+    ax.set_xlabel("step")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    rng, cores = np.random.default_rng(args.seed), sorted(os.sched_getaffinity(0))
+    home = Path(tempfile.mkdtemp(prefix="soak-"))
+    halves = set(cores[: len(cores) // 2] or cores), set(cores[len(cores) // 2 :])
+    runs = {
+        "left alone": Run(home / "alone", args.steps, args.every, halves[0]),
+        f"killed {args.kills} times": Run(home / "killed", args.steps, args.every, halves[1]),
+    }
+    alone, killed = runs.values()
+    # anywhere: in steps, in saves, while starting
+    at, began = sorted(rng.uniform(0, args.steps, args.kills).tolist()), time.perf_counter()
+    print(f"in {home}; kills near steps {', '.join(f'{one:.0f}' for one in at)}", flush=True)
+    while not all([run.done() for run in runs.values()]):
+        time.sleep(1.0)
+        for run in runs.values():
+            if run.process.poll() is None:
+                run.sample(began)
+        if len(killed.repeated) < args.kills and killed.step() >= at[len(killed.repeated)]:
+            time.sleep(rng.uniform(0, 2))
+            if killed.process.poll() is None:
+                killed.kill()
+                if rng.uniform() < 0.2:  # and once more while it starts
+                    time.sleep(rng.uniform(0, 8))
+                    killed.process.kill()
+                    killed.process.wait()
+                    killed.start()
+    seconds = time.perf_counter() - began
+    rows = np.array(alone.samples)
+    rows = rows[rows[:, 1] > args.steps / 10]
+    memory, files = slope(rows[:, 1], rows[:, 3]), slope(rows[:, 1], rows[:, 4])
+    found = {
+        "command": shlex.join(["python", "benchmarks/soak.py", *(argv or sys.argv[1:])]),
+        "machine": results.machine(), "versions": results.versions(), "seconds": seconds,
+        "steps": args.steps, "checkpoint_every": args.every, "starts": killed.starts, "kills": killed.starts - 1,
+        "steps done again after a kill": killed.repeated, **same(alone.workdir, killed.workdir),
+        "memory: bytes per step, standard error": memory, "MB at the end": float(rows[-1, 3] / 1e6),
+        "open files per step, standard error": files, "open files, least and most": [int(rows[:, 4].min()), int(rows[:, 4].max())],
+        "threads, least and most": [int(rows[:, 5].min()), int(rows[:, 5].max())],
+    }  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    results.write_json(args.out / "soak.json", found)
+    draw(runs, args.out / "soak.png")
+    print(json.dumps(found, indent=1))
+    good = found["tuned weights equal"] and found["scores equal"] and not found["losses that differ"]
+    return int(not (good and found["steps missing or twice"] == [0, 0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Runs of a study on a Ray cluster: one is started here, with two cores; processes are killed, the driver is stopped."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import test_study
+
+from configs.studies import tiny
+from jaxpeft import cluster, study
+from jaxpeft.cluster import Resources
+
+HERE = Path(__file__).parent
+ray = pytest.importorskip("ray", reason="needs Ray: pip install -e .[ray]")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
+
+
+@pytest.fixture(scope="module")
+def two_cores(tmp_path_factory):
+    """A cluster on this machine with two cores, whatever it has."""
+    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        object_store_memory=100 << 20,
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def slow_point(config, workdir, log=print, features_in=None):
+    """What `test_study.fake_point` leaves, half a second later; who did it, and on which cores."""
+    (Path(workdir) / "started").touch()
+    time.sleep(0.5)
+    with (Path(workdir) / "by.jsonl").open("a") as file:
+        file.write(json.dumps({"pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0))}) + "\n")
+    return test_study.fake_point(config, workdir)
+
+
+def faked(*args):
+    """`cluster._task` in a process of the cluster, with points that take half a second."""
+    study.point.run = slow_point
+    return REAL(*args)
+
+
+REAL = cluster._task
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(cluster, "_task", faked)
+    monkeypatch.setattr(cluster, "AGAIN", 0.5)
+    monkeypatch.setattr(study, "keep_pictures", lambda *_: None)
+    monkeypatch.setattr(study, "check", lambda *_: None)
+    config = tiny.get_config("steps=3")
+    config.levels.captions_human.lr_scale = 1.0
+    for name in ("vqa_stated",):
+        del config.levels[name]
+    return config
+
+
+def run(config, directory, log=lambda *_: None):
+    def elsewhere(*args, **kwargs):
+        cluster.work(*args, resources=Resources(), **kwargs)
+
+    return study.run(config, directory, log=log, elsewhere=elsewhere)
+
+
+def holders(directory) -> dict[int, str]:
+    """pid -> run, of the claims held now by runs that have begun."""
+    found = {}
+    for path in (directory / "claims").glob("[!.]*"):
+        try:
+            if (directory / "points" / path.name / "started").exists():
+                found[json.loads(path.read_text())["pid"]] = path.name
+        except (FileNotFoundError, ValueError):
+            continue
+    return found
+
+
+def test_every_run_is_done_and_killed_ones_are_done_again(two_cores, small, tmp_path):
+    killed, said = {}, []
+
+    def killer():
+        end = time.monotonic() + 120
+        while len(killed) < 3 and time.monotonic() < end:
+            time.sleep(0.05)
+            for pid, name in holders(tmp_path).items():
+                if name not in killed.values() and len(killed) < 3:
+                    killed[pid] = name
+                    os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=killer)
+    thread.start()
+    rows = run(small, tmp_path, said.append)
+    thread.join()
+    assert len(killed) == 3
+    assert [row["status"] for row in rows] == ["done"] * study.n_runs(small)
+    for name in killed.values():
+        (line,) = (tmp_path / "failures" / f"{name}.jsonl").read_text().splitlines()
+        assert "its process was killed" in json.loads(line)["error"]
+    assert not list((tmp_path / "claims").glob("[!.]*"))
+    by = [
+        [json.loads(line) for line in path.read_text().splitlines()] for path in (tmp_path / "points").glob("*/by.jsonl")
+    ]
+    assert {len(lines) for lines in by} == {1}  # none twice
+    assert all(len(lines[0]["cores"]) == 1 for lines in by)  # of the one core that a run takes
+    if len(os.sched_getaffinity(0)) > 1:
+        assert len({lines[0]["cores"][0] for lines in by}) > 1  # and not all on the same one
+
+
+def test_a_stopped_driver_leaves_what_is_done_and_goes_on(two_cores, small, tmp_path):
+    def stop_soon(text):
+        if "cider_d" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(small, tmp_path, stop_soon)
+    done = set((tmp_path / "points").glob("*/result.json"))
+    assert 0 < len(done) < study.n_runs(small)
+    before = {path: path.stat().st_mtime_ns for path in done}
+    rows = run(small, tmp_path)
+    assert [row["status"] for row in rows] == ["done"] * study.n_runs(small)
+    assert {path: path.stat().st_mtime_ns for path in done} == before
+    assert not (tmp_path / "failures").exists()
+
+
+def test_a_run_that_fails_is_given_up_after_three_tries(two_cores, small, tmp_path, monkeypatch):
+    bad = study.runs(small, {})[0].id
+    (tmp_path / "points" / bad).mkdir(parents=True)
+    (tmp_path / "points" / bad / "result.json.x").mkdir()
+    monkeypatch.setattr(cluster, "_task", failing)
+    rows = run(small, tmp_path)
+    assert [row["id"] for row in rows if row["status"] == "failed"] == [bad]
+    assert len((tmp_path / "failures" / f"{bad}.jsonl").read_text().splitlines()) == study.TRIES
+
+
+def failing(run, *args):
+    """As `faked`, but a run with a mark in its directory fails."""
+
+    def point(config, workdir, log=print, features_in=None):
+        if (Path(workdir) / "result.json.x").exists():
+            raise FloatingPointError("loss is nan")
+        return test_study.fake_point(config, workdir)
+
+    study.point.run = point
+    return REAL(run, *args)
+
+
+def test_without_ray_it_says_what_to_install(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"pip install 'jaxpeft\[ray\]'"):
+        run(small, tmp_path)
+
+
+def test_resources():
+    found = Resources.parse("CPU=4,GPU=1,memory_gb=16,TPU=4")
+    assert found == Resources(4.0, 1.0, 16e9, (("TPU", 4.0),))
+    assert found.options() == {"num_cpus": 4.0, "num_gpus": 1.0, "resources": {"TPU": 4.0}, "memory": 16e9}
+    assert Resources.parse(str(found)) == found and Resources.parse("") == Resources()
+    assert found.fits({"CPU": 8.0, "GPU": 1.0, "memory": 2e10, "TPU": 4.0})
+    assert not found.fits({"CPU": 8.0, "GPU": 1.0, "memory": 2e10})
+    for bad in ("CPU", "CPU=x", "GPU=-1", "CPU=nan", "CPU=inf"):
+        with pytest.raises(ValueError, match="NAME=NUMBER"):
+            Resources.parse(bad)

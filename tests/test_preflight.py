@@ -1,0 +1,189 @@
+"""The plan of a run, against the run itself, its arrays on eight devices, and counts made by hand."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from tiny import config_of
+
+from jaxpeft import point, preflight, sharding, tasks, tree
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Reached(Exception):
+    pass
+
+
+def what_the_run_trains(c, tmp_path, monkeypatch):
+    """(tuned, frozen, features, batch) as `point.run` hands them to the training loop."""
+    seen = []
+
+    def fit(config, workdir, step_fn, tuned, frozen, features, batches, *_, **__):
+        seen.append((tuned, frozen, features, next(iter(batches(0)))))
+        raise Reached
+
+    monkeypatch.setattr(point, "fit", fit)
+    with pytest.raises(Reached):
+        point.run(c, tmp_path, lambda *_: None)
+    return seen[0]
+
+
+def shapes_of(x):
+    return {name: (leaf.shape, str(leaf.dtype)) for name, leaf in tree.flatten(x).items() if leaf is not None}
+
+
+def planned(c):
+    model = point.abstract_model(c)
+    return model, *preflight.step_in_shapes(c, model)
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "changes"),
+    [
+        ("vqa", "lora", {}),
+        ("captioning", "prefix", {"data.augment": "crop"}),
+        ("vqa", "full", {"model.frozen_dtype": "bfloat16"}),
+        ("captioning", "lora", {"model.frozen_dtype": "bfloat16", "model.dtype": "bfloat16"}),
+    ],
+)
+def test_the_planned_shapes_are_those_of_the_run(base, tmp_path, monkeypatch, task, method, changes):
+    c = config_of(base, task, method, **changes)
+    _, _, (state, frozen, features, batch) = planned(c)
+    tuned_run, frozen_run, features_run, batch_run = what_the_run_trains(c, tmp_path, monkeypatch)
+    assert shapes_of(state.tuned) == shapes_of(tuned_run)
+    assert shapes_of(frozen) == shapes_of(frozen_run)
+    assert (features is None) == (features_run is None)
+    if features is not None:
+        assert (features.shape[1:], features.dtype) == (features_run.shape[1:], features_run.dtype)
+    # texts are as long as the longest of those read, and a plan reads a few of them
+    assert {name: x.dtype for name, x in batch.items()} == {name: x.dtype for name, x in batch_run.items()}
+    assert {x.shape[0] for x in batch.values()} == {c.batch_size}
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_planned_bytes_are_those_on_a_device(base, axes):
+    """The arguments that XLA plans are, to the byte, what the arrays take on the first device."""
+    c = config_of(base)
+    model, step, (state, frozen, features, batch) = planned(c)
+    mesh = sharding.mesh(axes)
+    plan = preflight.compiled(step, (state, frozen, features, batch), model.sharding, mesh)
+    rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+    taken = 0
+    for one, where in (
+        (state, sharding.shardings(state, model.sharding, mesh)),
+        (frozen, sharding.shardings(frozen, model.sharding, mesh)),
+        (features, sharding.replicated(mesh)),
+        (batch, jax.tree.map(lambda _: rows, batch)),
+    ):
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), one)
+        for leaf in jax.tree.leaves(jax.device_put(zeros, where)):
+            taken += leaf.addressable_shards[0].data.nbytes
+    unused = plan.arguments - taken  # a step drops what it does not read, and aligns nothing on CPU
+    assert -64 <= unused <= 0, (plan.arguments, taken)
+    assert plan.temporary > 0
+
+
+def test_flops_count_every_layer():
+    """Layers add alike, although XLA counts the body of a loop once; and FLOPs are of the whole batch."""
+    task, batch = tasks.build("vqa"), {n: tiny.batch(n) for n in (4, 8)}
+
+    def flops(n_layers, n=8):
+        model = tiny.model(vision_layers=n_layers, text_layers=n_layers)
+        params = jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["params"]
+
+        def loss(params, batch):
+            return task.loss(model, {"params": params}, batch, None)[0]
+
+        return preflight.flops_of(jax.grad(loss), (params, batch[n]), model)
+
+    one, two, four = flops(1), flops(2), flops(4)
+    assert two > 1.2 * one
+    assert four - two == pytest.approx(2 * (two - one), rel=1e-3)
+    assert two == pytest.approx(2 * flops(2, 4), rel=0.02)  # a loss has a few terms that are not per row
+
+
+def test_flops_are_those_of_the_products():
+    model = tiny.model()  # names a number of layers only
+    a, b = jax.ShapeDtypeStruct((32, 64), np.float32), jax.ShapeDtypeStruct((64, 16), np.float32)
+    assert preflight.flops_of(lambda a, b: a @ b, (a, b), model) == 2 * 32 * 64 * 16
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+def number(text, row):
+    return float(re.search(rf"^{row} +([\d.,e+]+)", text, re.M)[1].replace(",", ""))
+
+
+def test_the_largest_batch_fits_and_a_larger_one_does_not(base):
+    c = config_of(base, **{"data.augment": "flip", "mesh.fsdp": 8})
+    memory = 3e6
+    text = preflight.report(c, chip=preflight.Chip(1e12, 1e11, memory))
+    n = int(number(text, "largest batch"))
+    model = point.abstract_model(c)
+    mesh = sharding.mesh(c.mesh)
+
+    def peak(n):
+        return preflight.compiled(*preflight.step_in_shapes(c, model, n), model.sharding, mesh).peak
+
+    assert n % 8 == 0
+    assert peak(n) <= memory < peak(2 * n)
+    text = preflight.report(c, chip=preflight.Chip(1e12, 1e11, 1e4))
+    assert "IT DOES NOT FIT" in text
+    assert "none: 8 does not fit" in text
+
+
+def test_the_report_adds_up(base):
+    c = config_of(base, **{"data.augment": "flip"})
+    one, eight = (preflight.report(with_mesh(c, n), chip=preflight.CHIPS["h100"]) for n in (1, 8))
+    # an axis that a length does not divide leaves a leaf whole, and the report says which
+    assert number(eight, "frozen per device") < number(one, "frozen per device") / 4
+    assert "whole on every device" in eight
+    assert number(one, "FLOPs per step") == number(eight, "FLOPs per step")
+    per_device = re.search(r"in all, (\S+) per device", eight)[1]
+    assert float(per_device) == pytest.approx(number(eight, "FLOPs per step") / 8, rel=0.01)
+
+
+def with_mesh(c, n):
+    changed = c.copy_and_resolve_references()
+    changed.mesh.fsdp = n
+    changed.mesh.data = 8 // n
+    return changed
+
+
+def test_a_batch_that_devices_do_not_divide_is_refused(base):
+    with pytest.raises(ValueError, match="batch_size 6 .* 8 parts"):
+        preflight.report(config_of(base, batch_size=6))
+
+
+def test_chips():
+    assert preflight.chip_of("h100", None) is preflight.CHIPS["h100"]
+    assert preflight.chip_of(None, "v5e:2x4") is preflight.CHIPS["v5e"]
+    assert preflight.chip_of("1,2,3", None) == preflight.Chip(1e12, 2e9, 3e9)
+    assert preflight.chip_of(None, None) is None
+    for bad in ("h1000", "1,2", "1,2,x"):
+        with pytest.raises(ValueError, match="TFLOP/s,GB/s,GB"):
+            preflight.chip_of(bad, None)
+
+
+def test_a_topology_that_cannot_be_had_is_named():
+    with pytest.raises(ValueError, match="no_such:2x2.*libtpu"):
+        preflight.devices_of("no_such:2x2")
+
+
+@pytest.mark.slow
+def test_the_command_plans_for_devices_that_are_not_here(base, tmp_path):
+    command = [
+        sys.executable, "main.py", "--config=configs/quickstart.py:task=captioning", f"--workdir={tmp_path / 'run'}",
+        "--preflight", "--devices=8", "--config.mesh.fsdp=8", "--chip=v5e",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8 x cpu, mesh data 1 x fsdp 8 x tensor 1" in done.stdout
+    assert not (tmp_path / "run").exists()
