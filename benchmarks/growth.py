@@ -2,15 +2,15 @@
 
     python benchmarks/growth.py --out results/growth.json
 
-- model: tiny (64 pixels), BLIP-base (ViT-B) and BLIP-large (ViT-L, the same text layers) at 384 pixels, random weights, batch 2;
+- model: tiny (64 pixels), BLIP-base (ViT-B), BLIP-large (ViT-L, the same text layers) at 384 pixels, drawn weights, batch 2;
 - picture: BLIP-base at 96 to 768 pixels, batch 1; batch: BLIP-base at 192 pixels, 1 to 16 pictures;
 - lanes: K learning rates of the tiny base in one program, batch 16 (benchmarks/lanes.py has more of them);
-- pictures: indices of 1,000 to 1,000,000 pictures with a caption each and no pixels: a nested half of them, texts to tokens, the
-  first batch of an order, and the first batch after resuming in the middle; in a process per number.
+- pictures: indices of 1,000 to 1,000,000 pictures with a caption each and no pixels: a nested half of them, texts to tokens,
+  the first batch of an order, and the first batch after resuming in the middle; in a process per number.
 
-A step is LoRA r8 on captions of 20 tokens, the image encoder computed each step, float32: forward, backward and AdamW. Milliseconds
-are medians after warming up; MB are what XLA plans for activations and gradients (a plan does not vary), or what the process
-grew by. An exponent e is the slope of log y on log x: twice x is 2**e times y; 'last' is between the two largest x.
+A step is LoRA r8 on captions of 20 tokens, the image encoder computed each step, float32: forward, backward and AdamW.
+Milliseconds are medians after warming up; MB are what XLA plans for activations and gradients (a plan does not vary), or what
+the process grew by. An exponent e is the slope of log y on log x: twice x is 2**e times y; 'last' is between the two largest x.
 Runs on an accelerator too; about fifteen minutes on two cores.
 """
 
@@ -151,12 +151,12 @@ def main():
     host.keep_compiled_programs()
     tiny = BlipConfig(**TINY)
     base = BlipConfig() if args.size == "base" else tiny
-    patch = base.patch_size
+    sides = [6 * base.patch_size * k for k in (1, 2, 4, 8)]
     series = {
         "model": [("parameters", name, c, 2, 1) for name, c in (
             ("tiny", tiny), ("base", base), ("large", dataclasses.replace(base, **LARGE)))],
-        "picture": [("pixels a side", 6 * patch * k, dataclasses.replace(base, image_size=6 * patch * k), 1, 1) for k in (1, 2, 4, 8)],
-        "batch": [("pictures", n, dataclasses.replace(base, image_size=12 * patch), n, 1) for n in (1, 2, 4, 8, 16)],
+        "picture": [("pixels a side", n, dataclasses.replace(base, image_size=n), 1, 1) for n in sides],
+        "batch": [("pictures", n, dataclasses.replace(base, image_size=sides[1]), n, 1) for n in (1, 2, 4, 8, 16)],
         "lanes": [("lanes", k, tiny, 16, k) for k in (1, 2, 4, 8)],
     }  # fmt: skip
     found = {}
@@ -182,7 +182,9 @@ def main():
         for name, (rows, (x, *ys)) in found.items()
     }
     for name, (rows, _) in found.items():
-        print(table(rows), "\nexponents:", {y: {k: round(v, 2) for k, v in e.items()} for y, e in exponents[name].items()})
+        print(
+            table(rows), "\nexponents:", {y: {k: round(v, 2) for k, v in e.items()} for y, e in exponents[name].items()}
+        )
     tables = {name: rows for name, (rows, _) in found.items()}
     write_json(args.out, {**facts(), "settings": vars(args), "rows": tables, "exponents": exponents})
 

@@ -7,8 +7,8 @@ each step logged, one on each half of the cores. One of them is killed with SIGK
 same command. Every second: resident memory, open files and threads of each.
 
 What must hold: metrics.jsonl has every step once, with the same loss, and the tuned weights and scores are the same bit
-for bit. What is printed: the slope of memory and of open files over the undisturbed run (least squares after the first tenth, with
-the standard error from blocks of a twentieth), and how many steps each kill cost. Continues nothing: it takes about half an hour.
+for bit. What is printed: the slope of memory and of open files over the undisturbed run (least squares after the first tenth,
+with the standard error from blocks of a twentieth), and how many steps each kill cost. It takes about half an hour.
 """
 
 import argparse
@@ -23,10 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from jaxpeft import results
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SETTINGS = {
     "batch_size": 4, "log_every": 1, "data.n_train": 256, "data.n_val": 0, "data.n_test": 16, "optim.lr": 3e-3,
@@ -39,7 +38,11 @@ class Run:
 
     def __init__(self, workdir: Path, steps: int, every: int, cores: set[int]):
         settings = SETTINGS | {"steps": steps, "checkpoint_every": every}
-        self.command = ["main.py", "--config=configs/point.py:task=captioning,method=lora,size=4", f"--workdir={workdir}"]
+        self.command = [
+            "main.py",
+            "--config=configs/point.py:task=captioning,method=lora,size=4",
+            f"--workdir={workdir}",
+        ]
         self.command += [f"--config.{name}={value}" for name, value in settings.items()]
         self.workdir, self.cores, self.samples, self.starts, self.repeated = workdir, cores, [], 0, []
         self.start()
@@ -48,7 +51,9 @@ class Run:
         self.starts += 1
         pin = lambda: os.sched_setaffinity(0, self.cores)  # noqa: E731
         out = (self.workdir.parent / f"{self.workdir.name}.log").open("a")
-        self.process = subprocess.Popen([sys.executable, *self.command], cwd=ROOT, stdout=out, stderr=out, preexec_fn=pin)
+        self.process = subprocess.Popen(
+            [sys.executable, *self.command], cwd=ROOT, stdout=out, stderr=out, preexec_fn=pin
+        )
 
     def done(self) -> bool:
         code = self.process.poll()
@@ -104,7 +109,9 @@ def same(a: Path, b: Path) -> dict:
     weights = [(one / "tuned" / "tuned.safetensors").read_bytes() for one in (a, b)]
     return {
         "steps logged": [len(one) for one in steps],
-        "steps missing or twice": [len(set(range(1, max(one) + 1)) ^ set(one)) + len(one) - len(set(one)) for one in steps],
+        "steps missing or twice": [
+            len(set(range(1, max(one) + 1)) ^ set(one)) + len(one) - len(set(one)) for one in steps
+        ],
         "losses that differ": sum(losses[0].get(step) != loss for step, loss in losses[1].items()),
         "tuned weights equal": weights[0] == weights[1],
         "scores equal": facts[0]["metrics"] == facts[1]["metrics"],
@@ -118,12 +125,15 @@ def draw(runs: dict[str, Run], path: Path) -> None:
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    for ax, column, label, unit in zip(figure.subplots(2, 1, sharex=True), (3, 4), ("MB resident", "open files"), (1e6, 1), strict=True):  # fmt: skip
+    shown = ((3, "MB resident", 1e6), (4, "open files", 1))
+    for ax, (column, label, unit) in zip(figure.subplots(2, 1, sharex=True), shown, strict=True):
         for (name, run), color in zip(runs.items(), ("#0072B2", "#D55E00"), strict=True):
             rows = np.array(run.samples)
             for start in np.unique(rows[:, 2]):
                 part = rows[(rows[:, 2] == start) & (rows[:, 1] > 0)]
-                ax.plot(part[:, 1], part[:, column] / unit, color=color, linewidth=0.9, label=name if start == 1 else None)
+                ax.plot(
+                    part[:, 1], part[:, column] / unit, color=color, linewidth=0.9, label=name if start == 1 else None
+                )
         ax.set_ylabel(label)
         ax.set_ylim(0)
         ax.grid(alpha=0.3)
@@ -168,6 +178,7 @@ def main(argv=None) -> int:
     seconds = time.perf_counter() - began
     rows = np.array(alone.samples)
     rows = rows[rows[:, 1] > args.steps / 10]
+    least, most = rows.min(0).astype(int).tolist(), rows.max(0).astype(int).tolist()
     memory, files = slope(rows[:, 1], rows[:, 3]), slope(rows[:, 1], rows[:, 4])
     found = {
         "command": shlex.join(["python", "benchmarks/soak.py", *(argv or sys.argv[1:])]),
@@ -175,8 +186,8 @@ def main(argv=None) -> int:
         "steps": args.steps, "checkpoint_every": args.every, "starts": killed.starts, "kills": killed.starts - 1,
         "steps done again after a kill": killed.repeated, **same(alone.workdir, killed.workdir),
         "memory: bytes per step, standard error": memory, "MB at the end": float(rows[-1, 3] / 1e6),
-        "open files per step, standard error": files, "open files, least and most": [int(rows[:, 4].min()), int(rows[:, 4].max())],
-        "threads, least and most": [int(rows[:, 5].min()), int(rows[:, 5].max())],
+        "open files per step, standard error": files, "open files, least and most": [least[4], most[4]],
+        "threads, least and most": [least[5], most[5]],
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     results.write_json(args.out / "soak.json", found)

@@ -2,7 +2,7 @@
 
 Every node sees DIR, the data and the checkout at the same paths (a shared file system, or an image with the checkout and a
 mounted DIR): results, claims and features are files there, as with processes of one machine, which may help on the
-same DIR at the same time. A task is one run. The cluster is the one RAY_ADDRESS names, or the one that runs on this host, or one
+same DIR at the same time. A task is one run. The cluster is the one that RAY_ADDRESS names, or that runs on this host, or one
 that is started here. The driver holds nothing that is not on disk: killed, it is started again by the same command.
 """
 
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from jaxpeft import host, locks, stop, study
+from jaxpeft import host, stop, study
 
 POLL, AGAIN = 2.0, 5.0  # seconds between looks, and before a run that could not be done is sent again
 

@@ -84,6 +84,12 @@ class Resized(Sequence):
         return randaugment(image_YXC, rng) if kind == "blip" else image_YXC
 
 
+def check_augment(augment: str) -> None:
+    """Raise ValueError for an unknown kind of augmentation."""
+    if augment not in AUGMENTS:
+        raise ValueError(f"data.augment is {augment!r}; choose one of {', '.join(AUGMENTS)}")
+
+
 def batches(
     examples: Examples,
     batch_size: int,
@@ -102,8 +108,7 @@ def batches(
     benchmarks/data_loading.py). The batches are the same for any number.
     """
     threads = threads or min(16, max(2, host.cores()))
-    if augment not in AUGMENTS:
-        raise ValueError(f"data.augment is {augment!r}; choose one of {', '.join(AUGMENTS)}")
+    check_augment(augment)
     order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat().batch(batch_size)
 
     def fetch(indices, rng):

@@ -79,6 +79,7 @@ def step_in_shapes(c, model, batch_size: int | None = None, n_pictures: int | No
     `n_pictures`: rows of the feature table; by default all that the run looks at.
     """
     batch_size = batch_size or c.batch_size
+    data.check_augment(c.data.augment)
     task, chosen = tasks.build(c.task, **c.task_options), point.methods_of(c)
     few = c.data.copy_and_resolve_references()
     if c.data.name == "scenes":

@@ -153,7 +153,9 @@ def _legend(figure, axes):
             seen.setdefault(label, handle)
     names = sorted(seen, key=lambda arm: (order.get(arm.removesuffix("_head"), len(order)), arm))
     if seen:
-        figure.legend([seen[name] for name in names], names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        figure.legend(
+            [seen[name] for name in names], names, loc="outside lower center", ncols=4, frameon=False, fontsize=8
+        )
 
 
 def _log(ax):

@@ -35,7 +35,7 @@ def mesh(shape=None, devices=None) -> Mesh:
     Raises ValueError where the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    data, fsdp, tensor = (shape[axis] for axis in AXES) if shape else (0, 1, 1)
+    data, fsdp, tensor = ((shape or {}).get(axis, default) for axis, default in zip(AXES, (0, 1, 1), strict=True))
     if (
         min(fsdp, tensor) < 1
         or data < 0

@@ -6,6 +6,7 @@ unpickler here knows only the handful of names that a dictionary of tensors need
 """
 
 import collections
+import errno
 import io
 import math
 import pathlib
@@ -46,16 +47,16 @@ def load_pickle(path) -> dict:
     Raises ValueError, naming the file, for any other name in the pickle, a damaged file, torch<1.6.
     """
     path = pathlib.Path(path)
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: {_what_instead(path)}")
     try:
+        if not zipfile.is_zipfile(path):
+            raise Refused(_what_instead(path))
         with zipfile.ZipFile(path) as archive:
             result = _Unpickler(archive).load()
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
-    except OSError:
-        raise
     except Exception as error:  # zip, pickle and numpy each have their own kinds
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of the disk; a wrong offset is the file's
+            raise
         raise ValueError(f"{path}: damaged torch file ({type(error).__name__}: {error}); fetch it again") from error
     if not isinstance(result, dict):
         raise ValueError(f"{path}: holds a {type(result).__name__}, expected a dictionary of tensors (a state_dict)")

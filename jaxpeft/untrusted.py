@@ -20,7 +20,9 @@ def reading(path, what: str = "cannot be read"):
         yield
     except (ValueError, OSError):
         raise
-    except Exception as error:  # a missing key, a text for a number, one bracket 100,000 times: all are the file's fault
+    except (
+        Exception
+    ) as error:  # a missing key, a text for a number, one bracket 100,000 times: all are the file's fault
         raise ValueError(f"{path} {what} ({type(error).__name__}: {error!s:.300})") from error
 
 
@@ -55,7 +57,9 @@ def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 def beside(directory: Path, name) -> Path:
     """The file that another one names by `name`; raises ValueError where that is not a plain name in its directory."""
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise ValueError(f"{directory}: a file beside it is called {name!r}; only plain names in that directory are followed")
+        raise ValueError(
+            f"{directory}: a file beside it is called {name!r}; only plain names in that directory are followed"
+        )
     return directory / name
 
 

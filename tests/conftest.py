@@ -1,9 +1,18 @@
 """A strict session: warnings are errors (pyproject), ranks never broadcast by accident, eight virtual devices."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+if (
+    "JAX_COMPILATION_CACHE_DIR" not in os.environ
+):  # the workers of pytest-xdist, and the programs that tests start, share it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxpeft-programs-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

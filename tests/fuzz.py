@@ -2,17 +2,19 @@
 
     python tests/fuzz.py --inputs 100000 --out results/fuzz.json
 
-Files made by the reference libraries (torch, transformers, PEFT, Pillow) are changed at random: bits, bytes, lengths, pieces cut, repeated and
-swapped; in JSON also keys and values. For each input a reader returns or raises ValueError. Anything else,
+Files made by the reference libraries (torch, transformers, PEFT, Pillow) are changed at random: bits, bytes, lengths, pieces
+cut, repeated and swapped; in JSON also keys and values. For each input a reader returns or raises ValueError. Anything else,
 more than SECONDS for one input, or memory that grows by more than MEMORY counts as a failure and is kept in --keep.
 `tests/test_fuzz.py` runs the first of the same inputs. Inputs depend on (reader, number) alone.
 """
 
 import argparse
 import collections
+import copy
 import dataclasses
 import io
 import json
+import logging
 import os
 import resource
 import struct
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +30,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import tiny
@@ -41,7 +43,7 @@ from jaxpeft.text import Tokenizer
 from jaxpeft.torch_files import load_pickle
 from jaxpeft.untrusted import read_safetensors
 
-GOLDEN = ROOT / "tests" / "golden"
+GOLDEN = Path(__file__).with_name("golden")
 SECONDS, MEMORY = 5.0, 1 << 30
 
 
@@ -94,11 +96,11 @@ def changed_json(value, rng):
     for _ in range(int(rng.integers(1, 5))):
         places = list(_places(value))
         if not places:
-            return VALUES[rng.integers(len(VALUES))]
+            return _drawn(rng)
         inside, key = places[rng.integers(len(places))]
         match rng.integers(6):
             case 0 | 1:
-                inside[key] = VALUES[rng.integers(len(VALUES))]
+                inside[key] = _drawn(rng)
             case 2:
                 del inside[key]
             case 3:
@@ -110,6 +112,10 @@ def changed_json(value, rng):
             case 5 if isinstance(inside[key], int | float) and not isinstance(inside[key], bool):
                 inside[key] = float(inside[key]) if rng.integers(2) else NUMBERS[rng.integers(len(NUMBERS))]
     return value
+
+
+def _drawn(rng):
+    return copy.deepcopy(VALUES[rng.integers(len(VALUES))])
 
 
 def _places(value):
@@ -126,7 +132,11 @@ def changed_settings(text: bytes, rng) -> bytes:
         return changed_bytes(text, rng)
     if kind == 1:
         return (b"[", b'{"a":', b'{"model":[')[rng.integers(3)] * int(10 ** rng.integers(1, 6))
-    return json.dumps(changed_json(json.loads(text), rng)).encode()
+    try:
+        value = json.loads(text)
+    except ValueError:  # a vocabulary may begin with [PAD]
+        return changed_bytes(text, rng)
+    return json.dumps(changed_json(value, rng)).encode()
 
 
 def changed_tensors(data: bytes, rng) -> bytes:
@@ -178,14 +188,16 @@ def _directory(path) -> dict[str, bytes]:
 def _pictures() -> list[dict[str, bytes]]:
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (24, 32, 3)).astype(np.uint8))
+    deep = Image.fromarray(np.arange(768, dtype=np.uint16).reshape(24, 32))
     exif = Image.Exif()
     exif[0x0112] = 6
     made = []
-    for kind, options in (("JPEG", {"exif": exif}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {}), ("PPM", {}), ("ICO", {}), ("TGA", {}), ("JPEG2000", {}), ("PCX", {})):  # fmt: skip
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "TGA", "JPEG2000", "PCX"):
+        options = {"exif": exif} if kind == "JPEG" else {}
         for mode in ("RGB", "P", "L", "RGBA", "CMYK", "I;16"):
             out = io.BytesIO()
             try:
-                one = Image.fromarray(np.arange(768, dtype=np.uint16).reshape(24, 32)) if mode == "I;16" else picture.convert(mode)  # fmt: skip
+                one = deep if mode == "I;16" else picture.convert(mode)
                 one.save(out, kind, **options)
             except (OSError, ValueError, KeyError):  # this kind lacks this mode
                 continue
@@ -196,7 +208,10 @@ def _pictures() -> list[dict[str, bytes]]:
 def _annotations() -> list[dict[str, bytes]]:
     coco = {
         "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
-        "annotations": [{"id": 1, "image_id": 1, "caption": "a red circle"}, {"id": 2, "image_id": 2, "caption": "two"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "caption": "a red circle"},
+            {"id": 2, "image_id": 2, "caption": "two"},
+        ],
     }
     karpathy = {
         "images": [
@@ -208,7 +223,7 @@ def _annotations() -> list[dict[str, bytes]]:
         {"image": "a.png", "caption": ["a red circle", "one"], "image_id": "a"},
         {"image": "b.png", "question": "how many", "answer": ["2", "two"], "question_id": 7},
     ]
-    table = "image,caption,split\na.png,a red circle,train\nb.png,\"two, of them\",val\n"
+    table = 'image,caption,split\na.png,a red circle,train\nb.png,"two, of them",val\n'
     lines = "\n".join(json.dumps(row) for row in rows)
     pictures = {"a.png": b"", "b.png": b""}
     files = [json.dumps(coco), json.dumps(karpathy), json.dumps(rows), lines, table]
@@ -227,7 +242,7 @@ def _tokenizer_json() -> bytes:
 def readers(home: Path) -> dict[str, Reader]:
     """Every reader with its good inputs, which are seen to be read."""
     model, params = tiny.model(), tiny.params()
-    chosen = methods.build("lora"), methods.build("prefix")
+    chosen = (*methods.build("lora"), *methods.build("prefix"))
     variables = sites.attach(model, params, chosen, jax.random.key(0))
     tuned = _directory(save_tuned(model, variables, chosen, home / "tuned"))
     adapters = [_directory(path) for path in sorted((GOLDEN / "peft").iterdir())]
@@ -236,15 +251,18 @@ def readers(home: Path) -> dict[str, Reader]:
     tensors = [{"t.safetensors": _file(path)} for path in sorted(GOLDEN.glob("*/*.safetensors"))[:3]]
     tensors += [{"t.safetensors": tuned["tuned.safetensors"]}]
     ours = hub.save(home / "ours", tiny.model(False), tiny.params(False), aliases={})
+    vocabulary = {"vocab.txt": "\n".join(tiny.TOKENIZER.vocabulary).encode()}
     run = {"config.json": json.dumps({"task": "vqa", "task_options": {}, "base": "tiny", "seed": 0}).encode()}
     run |= {"result.json": b'{"model": {"new_words": []}}'}
     return {
-        "torch file": Reader([{"t.pth": _file(GOLDEN / "torch_tiny.pth")}], changed_archive, lambda d: load_pickle(d / "t.pth"), 0.2),
+        "torch file": Reader(
+            [{"t.pth": _file(GOLDEN / "torch_tiny.pth")}], changed_archive, lambda d: load_pickle(d / "t.pth"), 0.2
+        ),
         "safetensors": Reader(tensors, changed_tensors, lambda d: read_safetensors(d / "t.safetensors"), 0.16),
         "picture": Reader(_pictures(), changed_bytes, lambda d: images.decode(d / "picture"), 0.28),
-        "annotations": Reader(_annotations(), _mixed, lambda d: folder.parse(str(d / "annotations"), d), 0.16, "annotations"),
+        "annotations": Reader(_annotations(), changed_settings, _parsed, 0.16, "annotations"),
         "tokenizer.json": Reader([{"tokenizer.json": _tokenizer_json()}], changed_settings, Tokenizer.from_file, 0.05),
-        "vocab.txt": Reader([{"vocab.txt": "\n".join(tiny.TOKENIZER.vocabulary).encode()}], changed_bytes, Tokenizer.from_file, 0.05),
+        "vocab.txt": Reader([vocabulary], changed_bytes, Tokenizer.from_file, 0.05),
         "BLIP config.json": Reader(
             blip, changed_settings, lambda d: blip_port.read_config(d / "config.json", False), 0.05, "config.json"
         ),
@@ -256,12 +274,12 @@ def readers(home: Path) -> dict[str, Reader]:
     }  # fmt: skip
 
 
-def _mixed(data, rng):
-    try:
-        json.loads(data)
-    except ValueError:
-        return changed_bytes(data, rng)
-    return changed_settings(data, rng)
+def _parsed(directory: Path):
+    """Annotations as a run reads them: rows, or what is wrong with them."""
+    rows, problems = folder.parse(str(directory / "annotations"), directory)
+    if problems.counts:
+        raise ValueError(str(problems))
+    return rows
 
 
 def _by_content(data: bytes, rng) -> bytes:
@@ -343,6 +361,8 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--keep", type=Path, help="where failing inputs go")
     args = parser.parse_args(argv)
+    warnings.simplefilter("ignore")  # Pillow says what it repairs
+    logging.disable()
     rows = collections.OrderedDict()
     with tempfile.TemporaryDirectory() as home:
         for name, reader in readers(Path(home)).items():
@@ -363,7 +383,9 @@ def main(argv=None) -> int:
     print(f"{total:,} inputs, {sum(len(row['failures']) for row in rows.values())} failed; peak {peak / 1e6:.0f} MB")
     if args.out:
         found = {"command": " ".join(["python", "tests/fuzz.py", *(argv or sys.argv[1:])]), "peak_mb": peak / 1e6}
-        args.out.write_text(json.dumps(found | {"inputs": total, "readers": rows, "cores": os.cpu_count()}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps(found | {"inputs": total, "readers": rows, "cores": os.cpu_count()}, indent=1) + "\n"
+        )
     return int(any(row["failures"] for row in rows.values()))
 
 

@@ -33,7 +33,9 @@ def two_cores(tmp_path_factory):
 
 
 def slow_point(config, workdir, log=print, features_in=None):
-    """What `test_study.fake_point` leaves, half a second later; who did it, and on which cores."""
+    """What `test_study.fake_point` leaves, half a second later; who did it, and on which cores. One run always fails."""
+    if config.name == BAD:
+        raise FloatingPointError("loss is nan")
     (Path(workdir) / "started").touch()
     time.sleep(0.5)
     with (Path(workdir) / "by.jsonl").open("a") as file:
@@ -48,6 +50,7 @@ def faked(*args):
 
 
 REAL = cluster._task
+BAD = "captions_human-lora_head8-n64-s0-lr0.009"
 
 
 @pytest.fixture
@@ -58,9 +61,9 @@ def small(monkeypatch):
     monkeypatch.setattr(study, "check", lambda *_: None)
     config = tiny.get_config("steps=3")
     config.levels.captions_human.lr_scale = 1.0
-    for name in ("vqa_stated",):
-        del config.levels[name]
-    return config
+    del config.levels["vqa_stated"], config.arms["prefix_head"], config.arms["head"]
+    config.arms.lora_head.sizes = (8,)
+    return config  # two cells, six runs
 
 
 def run(config, directory, log=lambda *_: None):
@@ -82,15 +85,15 @@ def holders(directory) -> dict[int, str]:
     return found
 
 
-def test_every_run_is_done_and_killed_ones_are_done_again(two_cores, small, tmp_path):
+def test_every_run_is_done_killed_ones_again_and_one_is_given_up(two_cores, small, tmp_path):
     killed, said = {}, []
 
     def killer():
         end = time.monotonic() + 120
-        while len(killed) < 3 and time.monotonic() < end:
+        while len(killed) < 2 and time.monotonic() < end:
             time.sleep(0.05)
             for pid, name in holders(tmp_path).items():
-                if name not in killed.values() and len(killed) < 3:
+                if name not in killed.values() and len(killed) < 2:
                     killed[pid] = name
                     os.kill(pid, signal.SIGKILL)
 
@@ -98,14 +101,17 @@ def test_every_run_is_done_and_killed_ones_are_done_again(two_cores, small, tmp_
     thread.start()
     rows = run(small, tmp_path, said.append)
     thread.join()
-    assert len(killed) == 3
-    assert [row["status"] for row in rows] == ["done"] * study.n_runs(small)
+    assert len(killed) == 2
+    assert {row["id"] for row in rows if row["status"] == "failed"} == {BAD}
+    assert sum(row["status"] == "done" for row in rows) == study.n_runs(small) - 1
+    assert len((tmp_path / "failures" / f"{BAD}.jsonl").read_text().splitlines()) == study.TRIES
     for name in killed.values():
         (line,) = (tmp_path / "failures" / f"{name}.jsonl").read_text().splitlines()
         assert "its process was killed" in json.loads(line)["error"]
     assert not list((tmp_path / "claims").glob("[!.]*"))
     by = [
-        [json.loads(line) for line in path.read_text().splitlines()] for path in (tmp_path / "points").glob("*/by.jsonl")
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (tmp_path / "points").glob("*/by.jsonl")
     ]
     assert {len(lines) for lines in by} == {1}  # none twice
     assert all(len(lines[0]["cores"]) == 1 for lines in by)  # of the one core that a run takes
@@ -124,31 +130,9 @@ def test_a_stopped_driver_leaves_what_is_done_and_goes_on(two_cores, small, tmp_
     assert 0 < len(done) < study.n_runs(small)
     before = {path: path.stat().st_mtime_ns for path in done}
     rows = run(small, tmp_path)
-    assert [row["status"] for row in rows] == ["done"] * study.n_runs(small)
+    assert sum(row["status"] == "done" for row in rows) == study.n_runs(small) - 1
     assert {path: path.stat().st_mtime_ns for path in done} == before
-    assert not (tmp_path / "failures").exists()
-
-
-def test_a_run_that_fails_is_given_up_after_three_tries(two_cores, small, tmp_path, monkeypatch):
-    bad = study.runs(small, {})[0].id
-    (tmp_path / "points" / bad).mkdir(parents=True)
-    (tmp_path / "points" / bad / "result.json.x").mkdir()
-    monkeypatch.setattr(cluster, "_task", failing)
-    rows = run(small, tmp_path)
-    assert [row["id"] for row in rows if row["status"] == "failed"] == [bad]
-    assert len((tmp_path / "failures" / f"{bad}.jsonl").read_text().splitlines()) == study.TRIES
-
-
-def failing(run, *args):
-    """As `faked`, but a run with a mark in its directory fails."""
-
-    def point(config, workdir, log=print, features_in=None):
-        if (Path(workdir) / "result.json.x").exists():
-            raise FloatingPointError("loss is nan")
-        return test_study.fake_point(config, workdir)
-
-    study.point.run = point
-    return REAL(run, *args)
+    assert [path.stem for path in (tmp_path / "failures").iterdir()] == [BAD]  # a stop is not a failure
 
 
 def test_without_ray_it_says_what_to_install(small, tmp_path, monkeypatch):

@@ -85,7 +85,9 @@ def test_a_pickle_cannot_ask_for_memory(tmp_path, program, message):
 
 
 def test_a_compressed_record_is_refused_before_it_is_unpacked(tmp_path):
-    path = torch_file(tmp_path / "bomb.pth", pickle.dumps({}, protocol=2), zipfile.ZIP_DEFLATED, **{"0": bytes(1 << 24)})
+    path = torch_file(
+        tmp_path / "bomb.pth", pickle.dumps({}, protocol=2), zipfile.ZIP_DEFLATED, **{"0": bytes(1 << 24)}
+    )
     assert path.stat().st_size < 1 << 16
     with pytest.raises(ValueError, match="compressed"):
         load_pickle(path)
@@ -116,7 +118,9 @@ def test_an_index_cannot_name_a_file_elsewhere(tmp_path):
         hub.read(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["(a+)+$", "(a|b)*c", "(.*)(.*)(.*)(.*)(.*)x", "a" * 501, "[", 3, None, "(?P<n>a)(?P<n>b)"])
+@pytest.mark.parametrize(
+    "text", ["(a+)+$", "(a|b)*c", "(.*)(.*)(.*)(.*)(.*)x", "a" * 501, "[", 3, None, "(?P<n>a)(?P<n>b)"]
+)
 def test_patterns_that_could_take_for_ever_or_are_broken_are_refused(text):
     with pytest.raises(ValueError):
         untrusted.pattern(text, "here")
@@ -154,7 +158,11 @@ def test_a_picture_bomb_is_refused_before_it_is_unpacked():
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     rows = zlib.compress(bytes(1 << 20), 9)
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", rows)
+    png = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", rows)
+    )
     with pytest.raises(ValueError, match="900000000|30000x30000|limit"):
         images.decode(png + chunk(b"IEND", b""))
 

@@ -78,7 +78,9 @@ class BlipConfig:
     def __post_init__(self):
         for name, kind in type(self).__annotations__.items():
             value, least, most = getattr(self, name), 0 if name.endswith("_id") else 1, MOST.get(name, 1 << 20)
-            if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+            if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (
+                kind is bool
+            ):
                 raise ValueError(f"{name} is {value!r:.80}, expected {'an' if kind is int else 'a'} {kind.__name__}")
             if kind is int and not least <= value <= most:
                 raise ValueError(f"{name} is {value:.3g}; it is {least} to {most:,}")

@@ -289,6 +289,11 @@ def _read_json(path):
 
 def read_config(path, question_encoder) -> tuple[BlipConfig, dict]:
     """(config, {'section.key': class default used because the file does not have it})"""
+    with untrusted.reading(path, "is no BLIP's configuration"):
+        return _read_config(path, question_encoder)
+
+
+def _read_config(path, question_encoder):
     raw = _read_json(path)
     kinds = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
     if raw.get("model_type") != "blip" or not set(raw.get("architectures") or kinds) <= set(kinds):
