@@ -32,6 +32,7 @@ STYLE = {
     "parallel_adapter": ("#56B4E9", "v"), "lora": ("#009E73", "D"), "head": ("#999999", "x"), "full": ("#000000", "*"),
 }  # fmt: skip
 OTHERS = (("#D55E00", "P"), ("#F0E442", "X"), ("#661100", "h"), ("#332288", "<"), ("#44AA99", ">"))
+LONG = 20  # rows; a longer table is folded: on a phone it would be a hundred screens
 COLUMNS = (
     "id", "level", "task", "arm", "method", "head", "size", "n_images", "seed", "lr", "chosen", "status", "tuned",
     "stored", "percent", "validation", "test", "test_nll", "forgetting", "steps", "stopped", "step_s", "compile_s",
@@ -163,7 +164,7 @@ def _log(ax):
     ax.set_xscale("log")
     low, high = ax.get_xlim()
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1000 else f"{x / 1000:g}k")
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1e3 else f"{x / 1e3:g}k" if x < 1e6 else f"{x / 1e6:g}M")
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -401,6 +402,8 @@ td.num,th.num{text-align:right;white-space:nowrap;font-variant-numeric:tabular-n
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem;background:#f6f6f6;padding:.6rem}
 @media(max-width:40rem){
 figure.chart{overflow-x:auto}figure.chart img{max-width:none;width:44rem}
+figure.chart::before{content:"wider than the screen: swipe \\2192";color:#666;font-size:.8rem}
+figure.chart::before,figure.chart figcaption{position:sticky;left:0;width:calc(100vw - 2rem);display:block}
 .cards tr{display:block;border-bottom:2px solid #bbb;padding:.3rem 0}.cards tr:first-child{display:none}
 .cards td,.cards td.num{display:flex;justify-content:space-between;gap:1rem;text-align:right;border:0;white-space:normal}
 .cards td::before{content:attr(data-label);color:#666;text-align:left}.cards td:empty{display:none}}
@@ -426,7 +429,8 @@ def _table(header: list[str], rows: list[list]) -> str:
         + "</tr>"
         for row in rows
     )
-    return f'<div class="wide"><table class="cards"><tr>{head}</tr>{body}</table></div>'
+    table = f'<div class="wide"><table class="cards"><tr>{head}</tr>{body}</table></div>'
+    return table if len(rows) <= LONG else f"<details><summary>{len(rows)} rows</summary>{table}</details>"
 
 
 def _png(figure: Figure) -> bytes:
