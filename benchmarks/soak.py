@@ -132,7 +132,11 @@ def draw(runs: dict[str, Run], path: Path) -> None:
             for start in np.unique(rows[:, 2]):
                 part = rows[(rows[:, 2] == start) & (rows[:, 1] > 0)]
                 ax.plot(
-                    part[:, 1], part[:, column] / unit, color=color, linewidth=0.9, label=name if start == 1 else None
+                    part[:, 1],
+                    part[:, column] / unit,
+                    color=color,
+                    linewidth=0.9,
+                    label=name if start == 1 and column == 3 else None,
                 )
         ax.set_ylabel(label)
         ax.set_ylim(0)
@@ -177,7 +181,7 @@ def main(argv=None) -> int:
                     killed.start()
     seconds = time.perf_counter() - began
     rows = np.array(alone.samples)
-    rows = rows[rows[:, 1] > args.steps / 10]
+    rows = rows[(rows[:, 1] > args.steps / 10) & (rows[:, 1] < args.steps)]  # training alone, not the scoring after it
     least, most = rows.min(0).astype(int).tolist(), rows.max(0).astype(int).tolist()
     memory, files = slope(rows[:, 1], rows[:, 3]), slope(rows[:, 1], rows[:, 4])
     found = {
@@ -186,6 +190,7 @@ def main(argv=None) -> int:
         "steps": args.steps, "checkpoint_every": args.every, "starts": killed.starts, "kills": killed.starts - 1,
         "steps done again after a kill": killed.repeated, **same(alone.workdir, killed.workdir),
         "memory: bytes per step, standard error": memory, "MB at the end": float(rows[-1, 3] / 1e6),
+        "memory: bytes per checkpoint": memory[0] * args.every,
         "open files per step, standard error": files, "open files, least and most": [least[4], most[4]],
         "threads, least and most": [least[5], most[5]],
     }  # fmt: skip
