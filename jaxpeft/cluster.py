@@ -13,8 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
+
 from jaxpeft import host, stop, study
 
+RUNS_A_PROCESS = 20
 POLL, AGAIN = 2.0, 5.0  # seconds between looks, and before a run that could not be done is sent again
 
 
@@ -84,8 +87,9 @@ def work(config, directory: Path, resources: Resources, log=print) -> None:
     if not any(resources.fits(node) for node in nodes):
         log(f"ray: no node has {resources} now; waiting for one (--resources says what a run takes)")
 
-    # a process per run: nothing of a run stays behind on a device, and the cores that it took are free
-    task = ray.remote(max_retries=0, max_calls=1, **resources.options())(_task)
+    # on a device a process per run, so that nothing of a run stays behind there; else some, which import once
+    calls = 1 if resources.gpus or resources.custom else RUNS_A_PROCESS
+    task = ray.remote(max_retries=0, max_calls=calls, **resources.options())(_task)
     directory, state, sent, not_before = directory.resolve(), None, {}, {}
     try:
         while True:
@@ -132,42 +136,38 @@ def _task(run: "study.Run", directory: str, cwd: str, n_cores: int) -> list[str]
     """In a process of the cluster: do a run -> what it said, or None where another process is doing it or it was stopped."""
     os.chdir(cwd)
     lines: list[str] = []
-    with _cores(n_cores), stop.handled():
+    _take_cores(n_cores)
+    with stop.handled():
         host.keep_freed_memory()
         host.keep_compiled_programs()
         try:
             done = study.attempt(run, Path(directory), lines.append)
         except KeyboardInterrupt:  # cancelled, or its node is told to go: it is saved
             return None
+        finally:
+            jax.clear_caches()
     return lines if done else None
 
 
-class _cores:
-    """So many cores of this host that no other task of ours has: XLA takes its threads from what a process may use. The
-    locks go with the process, however it ends."""
+_cores: list = []  # open files: the locks of this process's cores, which go with it, however it ends
 
-    def __init__(self, n: int):
-        self._n, self._files = n, []
 
-    def __enter__(self):
-        if not hasattr(os, "sched_setaffinity"):
-            return
-        mine, directory = [], Path(tempfile.gettempdir()) / f"jaxpeft-cores-{os.getuid()}"
-        directory.mkdir(exist_ok=True)
-        for core in sorted(os.sched_getaffinity(0)):
-            file = (directory / str(core)).open("w")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                continue
-            mine.append(core)
-            self._files.append(file)
-            if len(mine) == self._n:
-                break
-        if mine:
-            os.sched_setaffinity(0, mine)
-
-    def __exit__(self, *_):
-        for file in self._files:
+def _take_cores(n: int) -> None:
+    """Keep this process to n cores of its host that no other one of ours has: XLA takes its threads from what it may use."""
+    if _cores or not hasattr(os, "sched_setaffinity"):
+        return
+    mine, directory = [], Path(tempfile.gettempdir()) / f"jaxpeft-cores-{os.getuid()}"
+    directory.mkdir(exist_ok=True)
+    for core in sorted(os.sched_getaffinity(0)):
+        file = (directory / str(core)).open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             file.close()
+            continue
+        mine.append(core)
+        _cores.append(file)
+        if len(mine) == n:
+            break
+    if mine:
+        os.sched_setaffinity(0, mine)

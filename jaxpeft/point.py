@@ -335,14 +335,15 @@ def methods_of(config) -> tuple[methods.Method, ...]:
 
 
 def narrowed(variables: Tree, mask, dtype: str) -> Tree:
-    """Frozen matrices in `dtype`. In bfloat16 with model.dtype bfloat16 that is what every product casts them to."""
+    """Frozen matrices in `dtype`. In bfloat16 with model.dtype bfloat16 that is what every product casts them to, so nothing
+    changes. Word embeddings stay as they are: they are added to others in float32 before anything is rounded."""
     if dtype == "float32":
         return variables
     if dtype != "bfloat16":
         raise ValueError(f"model.frozen_dtype is {dtype!r}; choose float32 or bfloat16")
 
     def one(name, x, tuned):
-        return x if tuned or not re.search("^params/.*(kernel|embed/word)$", name) else x.astype(dtype)
+        return x if tuned or not re.search("^params/.*kernel$", name) else x.astype(dtype)
 
     return jax.tree.map(one, tree.names(variables), variables, mask)
 

@@ -24,8 +24,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's o
 def two_cores(tmp_path_factory):
     """A cluster on this machine with two cores, whatever it has."""
     paths = os.pathsep.join([str(HERE), str(HERE.parent)])
+    own = {"PYTHONPATH": paths, "TMPDIR": str(tmp_path_factory.mktemp("cores"))}  # cores that no other test's runs take
     ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": own},
         object_store_memory=100 << 20,
     )  # fmt: skip
     yield

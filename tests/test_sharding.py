@@ -10,7 +10,7 @@ import optax
 import pytest
 import tiny
 
-from jaxpeft import evals, methods, sharding, sites, tasks, train, tree
+from jaxpeft import evals, methods, point, sharding, sites, tasks, train, tree
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 METHODS = ("full", "lora", "mam", "prefix")
@@ -186,3 +186,24 @@ def test_accumulation_splits_every_device_alike():
     alone, _ = jax.jit(STEP)(start(tuned), frozen, None, batch)
     for leaf, x in tree.flatten(after.tuned).items():
         np.testing.assert_allclose(x, tree.flatten(alone.tuned)[leaf], atol=1e-6, rtol=1e-6, err_msg=leaf)
+
+
+@pytest.mark.parametrize("method", ["lora", "mam"])
+def test_frozen_matrices_in_bfloat16_change_nothing_where_products_are_in_bfloat16(method):
+    """Bit for bit: loss and gradients are those of frozen float32, which every product rounds in the same way."""
+    model = tiny.model(**SIZES, dtype="bfloat16")
+    chosen = methods.build(method)
+    variables = sites.attach(model, params(), chosen, jax.random.key(1))
+    mask = sites.trainable(chosen, variables)
+    batch, found = tiny.batch(4), []
+    for dtype in ("float32", "bfloat16"):
+        tuned, frozen = tree.split(point.narrowed(variables, mask, dtype), mask)
+
+        def loss(tuned, frozen=frozen):
+            return TASK.loss(model, tree.join(tuned, frozen), batch, None)[0]
+
+        found.append(jax.jit(jax.value_and_grad(loss))(tuned))
+        halved = [x for x in jax.tree.leaves(frozen) if x.dtype == jnp.bfloat16]
+    assert halved
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(a, b)
