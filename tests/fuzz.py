@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import struct
 import sys
 import tempfile
@@ -252,8 +253,13 @@ def readers(home: Path) -> dict[str, Reader]:
     tensors += [{"t.safetensors": tuned["tuned.safetensors"]}]
     ours = hub.save(home / "ours", tiny.model(False), tiny.params(False), aliases={})
     vocabulary = {"vocab.txt": "\n".join(tiny.TOKENIZER.vocabulary).encode()}
-    run = {"config.json": json.dumps({"task": "vqa", "task_options": {}, "base": "tiny", "seed": 0}).encode()}
-    run |= {"result.json": b'{"model": {"new_words": []}}'}
+    writer, weights = hub.load(ours)
+    one = methods.build("lora")
+    save_tuned(writer, sites.attach(writer, weights, one, jax.random.key(0)), one, home / "run" / "tuned")
+    run = {f"tuned/{name}": data for name, data in _directory(home / "run" / "tuned").items()}
+    settings = {"task": "captioning", "task_options": {}, "base": str(ours), "init": "base", "seed": 0}
+    settings["model"] = {"image_size": None, "dtype": "float32", "remat": "none", "dropout": 0.0}
+    run |= {"config.json": json.dumps(settings).encode(), "result.json": b'{"model": {"new_words": []}}'}
     return {
         "torch file": Reader(
             [{"t.pth": _file(GOLDEN / "torch_tiny.pth")}], changed_archive, lambda d: load_pickle(d / "t.pth"), 0.2
@@ -270,7 +276,7 @@ def readers(home: Path) -> dict[str, Reader]:
         "our checkpoint": Reader([_directory(ours)], _by_content, lambda d: hub.read(d), 0.01),
         "our tuned tree": Reader([tuned], _by_content, lambda d: load_tuned(model, params, d), 0.015),
         "PEFT adapter": Reader(adapters, _by_content, lambda d: import_peft(*captioner, d), 0.01),
-        "run directory": Reader([run | {"tuned": b""}], _by_content, point.load_run, 0.005),
+        "run directory": Reader([run], _by_content, point.load_run, 0.005),
     }  # fmt: skip
 
 
@@ -318,12 +324,9 @@ def _one(name, reader, number, home, keep, outcome):
     names = [reader.only] if reader.only else sorted(files)
     which = names[rng.integers(len(names))]
     directory = home / "input"
-    directory.mkdir(exist_ok=True)
-    for path in directory.iterdir():
-        path.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
     files[which] = reader.change(files[which], rng)
-    for one, data in files.items():
-        (directory / one).write_bytes(data)
+    _written(directory, files)
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     failure = None
     try:
@@ -347,9 +350,13 @@ def _one(name, reader, number, home, keep, outcome):
         outcome.failures.append({"number": number, "file": which, "failure": failure})
         if keep:
             kept = keep / f"{name.replace(' ', '_')}-{number}"
-            kept.mkdir(parents=True, exist_ok=True)
-            for one, data in files.items():
-                (kept / one).write_bytes(data)
+            _written(kept, files)
+
+
+def _written(directory: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(data)
 
 
 def main(argv=None) -> int:

@@ -271,9 +271,9 @@ def test_sigterm_at_a_claim(tmp_path, fault):
             import sys
             from pathlib import Path
             from jaxpeft import locks, stop
-            print("begins", flush=True)
             try:
                 with stop.handled():
+                    print("begins", flush=True)
                     while True:
                         claim = locks.Claim(Path(sys.argv[1]), "run")
                         if claim.take():

@@ -62,7 +62,6 @@ if __name__ == "__main__":
 
     jax.config.update("jax_num_cpu_devices", 8)
     workdir, steps, every, sleep = Path(sys.argv[1]), *map(int, sys.argv[2:4]), float((*sys.argv, "0")[4])
-    print("begins", flush=True)
 
     def pause(step, batch):
         time.sleep(sleep)
