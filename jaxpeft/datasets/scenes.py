@@ -96,7 +96,10 @@ def load(config, splits):
     for split in splits:
         size = _size(config, split)
         images = Images(split, size, seed, cache=config.get("cache", True) and split != "pretrain")
-        rows = list(_records(split, size, seed))
+        rows = [  # copies: what is kept must not change with what a caller does to a row
+            row | {"captions": list(row["captions"]), "questions": [dict(one) for one in row["questions"]]}
+            for row in _records(split, size, seed)
+        ]
         if style == "web":
             rows = [row | {"captions": plain_web_captions(split, i, 5, seed)} for i, row in enumerate(rows)]
         if set(types) != set(TYPES):
