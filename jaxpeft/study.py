@@ -145,7 +145,7 @@ def _solved(base: str, task: str, method: str, stored: int) -> int:
 
 @functools.cache
 def _model(base: str, task: str):
-    return hub.read(base, question_encoder=tasks.build(task).question_encoder)[0]
+    return hub.abstract(base, question_encoder=tasks.build(task).question_encoder)  # weights need not be there to plan
 
 
 def rates(config, cell: Cell) -> list[float]:
@@ -275,7 +275,7 @@ def _flops_per_second() -> float:
 
 def _traced(c) -> tuple[float, int, int]:
     """(FLOPs of a training step, bytes of image features, parameters of the base) of a point, nothing computed."""
-    model = _model(c.base, c.task)
+    model = point.abstract_model(c)
     n_pictures = None if c.data.name == "scenes" else c.data.n_images
     step, shapes = preflight.step_in_shapes(c, model, n_pictures=n_pictures)
     features = shapes[2]

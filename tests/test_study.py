@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs.studies import base, tiny
-from jaxpeft import data, locks, report, results, study
+from jaxpeft import data, hub, locks, report, results, study
 from jaxpeft.datasets import scenes
 from jaxpeft.locks import Claim
 from jaxpeft.study import Cell
@@ -221,6 +221,23 @@ def test_a_stop_is_not_a_failure(config, fake, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         study.run(config, tmp_path, log=quiet)
     assert not (tmp_path / "failures").exists() and not list((tmp_path / "claims").iterdir())
+
+
+def test_a_dry_run_needs_no_weights_and_counts_every_cell(tmp_path, monkeypatch):
+    """manifest and vocabulary are enough to plan; counts are those of the methods, whatever the picture size."""
+    for name in ("manifest.json", "vocab.txt"):
+        (tmp_path / name).write_bytes((hub.ASSETS / "tiny" / name).read_bytes())
+    monkeypatch.setattr(study, "_flops_per_second", lambda: 1e11)
+    planned = []
+    for where in (str(tmp_path), "tiny"):
+        config = tiny.get_config("steps=3,small=true")
+        for one in config.points.values():
+            one.base = where
+        planned.append(study.dry_run(config, tmp_path / "none"))
+    assert planned[0] == planned[1]
+    assert "15 runs left" in planned[0]
+    assert all(str(cell) in planned[0] for cell in study.cells(config))
+    assert not (tmp_path / "none").exists()
 
 
 # ---------------------------------------------------------------- claims on runs
