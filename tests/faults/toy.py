@@ -61,6 +61,9 @@ if __name__ == "__main__":
     from pathlib import Path
 
     jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update(
+        "jax_disable_most_optimizations", True
+    )  # as in the tests' own process: other programs round otherwise
     workdir, steps, every, sleep = Path(sys.argv[1]), *map(int, sys.argv[2:4]), float((*sys.argv, "0")[4])
 
     def pause(step, batch):
