@@ -27,6 +27,7 @@ import numpy as np
 import reference
 from reference import facts, table, write_json
 
+sys.path.insert(0, str(reference.ROOT))  # for configs
 LENGTH = 20
 LARGE = {"vision_width": 1024, "vision_layers": 24, "vision_heads": 16, "vision_mlp": 4096}
 TINY = {
