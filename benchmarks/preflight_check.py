@@ -3,9 +3,9 @@
     python benchmarks/preflight_check.py --out results/preflight_check.json
 
 LoRA r8 captioning at 384 pixels, batch 8, image encoder computed each step (augment=crop), float32, mesh fsdp 8, random
-weights. Planned: `jaxpeft.preflight`. Measured: bytes of the shards on each device, and the peak of the process during two real
-steps less what it had before, for all eight devices together (they share one memory, and XLA on CPU frees late). The loss
-must equal that of one device. About five minutes on two cores.
+weights. Planned: `jaxpeft.preflight`. Measured: bytes of the shards on each device, and the peak of the process during three
+real steps less what it had before, for all eight devices together (they share one memory, and XLA on CPU frees late). The loss
+must equal that of one device. About two minutes on two cores.
 """
 
 import argparse

@@ -108,12 +108,13 @@ def work(config, directory: Path, resources: Resources, log=print) -> None:
     except KeyboardInterrupt:  # every run stops at its next step, saved, and the same command goes on from there
         for ref in sent:
             ray.cancel(ref)
-        ray.wait(list(sent), num_returns=len(sent), timeout=60.0)
+        if sent:
+            ray.wait(list(sent), num_returns=len(sent), timeout=60.0)
         raise
 
 
 def _received(ray, ref, run, directory: Path, log) -> bool:
-    """Take in what became of a task; False where its run is to be sent again later, without a try used up."""
+    """Take in what became of a task; False where its run may be sent again later. Only a killed process used up a try."""
     try:
         lines = ray.get(ref)
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxpeft import tree, untrusted
+from jaxpeft import budget, tree, untrusted
 from jaxpeft.models import blip_port
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.text import Tokenizer
@@ -102,7 +102,7 @@ def _read_ours(directory: Path, question_encoder, image_size):
         flat = {name: x for name, x in flat.items() if not name.startswith("text_encoder/")}
     if image_size not in (None, config.image_size):
         config, flat["vision/position"] = blip_port.resized(config, flat["vision/position"], image_size)
-    params = tree.unflatten(abstract_params(config), flat, str(directory / "model.safetensors"))
+    params = tree.unflatten(budget.abstract_params(Blip(config)), flat, str(directory / "model.safetensors"))
     return config, params, {"source": str(manifest.get("name", directory.name)), "digest": manifest["digest"]}
 
 
@@ -112,12 +112,6 @@ def _manifest(directory: Path) -> tuple[dict, BlipConfig]:
         manifest = untrusted.read_json(path)
         aliases = {str(copy): source + "" for copy, source in manifest["aliases"].items()}
         return manifest | {"aliases": aliases, "digest": manifest["digest"] + ""}, BlipConfig(**manifest["config"])
-
-
-def abstract_params(config: BlipConfig) -> Tree:
-    """Shapes of the model's params, without computing them."""
-    model = Blip(config)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["params"]
 
 
 def scratch(config: BlipConfig, tokenizer: Tokenizer, seed: int) -> tuple[Blip, Tree]:
@@ -161,4 +155,8 @@ def extend_vocabulary(model: Blip, params: Tree, words, seed: int) -> tuple[Blip
             room = (config.vocab_size - flat[name].shape[0], *flat[name].shape[1:])
             rows = rng.normal(0, 0.02, room) if name.endswith("word") else np.zeros(room)
             flat[name] = jnp.concatenate([flat[name], jnp.asarray(rows, jnp.float32)])
-    return Blip(config, tokenizer), tree.unflatten(abstract_params(config), flat, "extended vocabulary"), new
+    return (
+        Blip(config, tokenizer),
+        tree.unflatten(budget.abstract_params(Blip(config)), flat, "extended vocabulary"),
+        new,
+    )

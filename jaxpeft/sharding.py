@@ -30,11 +30,13 @@ WHOLE: Rules = (("", ()),)  # every device holds every leaf
 
 
 def mesh(shape=None, devices=None) -> Mesh:
-    """Devices as (data, fsdp, tensor); `shape` has these keys, and a 0 for data stands for what remains.
+    """Devices as (data, fsdp, tensor); `shape` has some of these keys. data, 0 if not given, stands for what remains then.
 
-    Raises ValueError where the product is not the number of devices.
+    Raises ValueError for another key, and where the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    if unknown := set(shape or {}) - set(AXES):
+        raise ValueError(f"mesh has no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")
     data, fsdp, tensor = ((shape or {}).get(axis, default) for axis, default in zip(AXES, (0, 1, 1), strict=True))
     if (
         min(fsdp, tensor) < 1

@@ -173,7 +173,10 @@ def chosen_rate(tried: list[dict], split: str) -> float | None:
 
 
 def check(config) -> None:
-    """Raise ValueError where a level's data cannot be read or has fewer training pictures than a cell asks for."""
+    """Raise ValueError where a base cannot be read for its task, where a level's data cannot, or where they have fewer
+    training pictures than a cell asks for."""
+    for task in dict.fromkeys(level["task"] for level in config.levels.values()):
+        hub.read(config.points[task].base, question_encoder=tasks.build(task).question_encoder)
     for level in config.levels:
         mine = [cell for cell in cells(config) if cell.level == level]
         most = max(mine, key=lambda cell: cell.n_images)

@@ -159,6 +159,11 @@ def test_a_batch_that_devices_do_not_divide_is_refused(base):
         preflight.report(config_of(base, batch_size=6))
 
 
+def test_what_the_run_would_refuse_is_refused(base):
+    with pytest.raises(ValueError, match="data.augment is 'flip'"):
+        preflight.report(config_of(base, **{"data.augment": "flip"}))
+
+
 def test_chips():
     assert preflight.chip_of("h100", None) is preflight.CHIPS["h100"]
     assert preflight.chip_of(None, "v5e:2x4") is preflight.CHIPS["v5e"]

@@ -433,3 +433,11 @@ def test_tfds_reader_notices_missing_examples(prepared, tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     with pytest.raises(ValueError, match="holds 4 of 9"):
         scenes.load_tfds(tmp_path, ["val"])
+
+
+def test_what_a_caller_does_to_rows_does_not_reach_the_next_one():
+    rows = scenes.load({"n_train": 3}, ["train"])["train"].rows
+    rows[0]["captions"][0] += " indeed"
+    rows[0]["questions"][0]["question"] = "is there a zebra"
+    again = scenes.load({"n_train": 3}, ["train"])["train"].rows
+    assert "indeed" not in again[0]["captions"][0] and "zebra" not in again[0]["questions"][0]["question"]

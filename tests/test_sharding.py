@@ -207,3 +207,9 @@ def test_frozen_matrices_in_bfloat16_change_nothing_where_products_are_in_bfloat
     assert halved
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_mesh_takes_some_axes_and_no_other():
+    assert dict(sharding.mesh({"fsdp": 4}).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    with pytest.raises(ValueError, match="no axis fdsp"):
+        sharding.mesh({"fdsp": 4})

@@ -236,6 +236,9 @@ def test_a_dry_run_needs_no_weights_and_counts_every_cell(tmp_path, monkeypatch)
         planned.append(study.dry_run(config, tmp_path / "none"))
     assert planned[0] == planned[1]
     assert "15 runs left" in planned[0]
+    config.points.vqa.base = str(tmp_path)
+    with pytest.raises(ValueError, match="model.safetensors is missing"):  # before a run of it begins
+        study.run(config, tmp_path / "none", log=quiet)
     assert all(str(cell) in planned[0] for cell in study.cells(config))
     assert not (tmp_path / "none").exists()
 
@@ -304,6 +307,19 @@ def done(config, fake, tmp_path):
     config.note = "a <note>"
     study.run(config, tmp_path, log=quiet)
     return tmp_path
+
+
+def test_long_tables_are_folded_and_methods_keep_their_order_and_marks(done):
+    short, long = (report._table(["a"], [[i] for i in range(n)]) for n in (report.LONG, report.LONG + 1))
+    assert "<details>" not in short and f"<summary>{report.LONG + 1} rows</summary>" in long
+    found = report.read(done)
+    head, lora = (report.style(found, arm) for arm in ("head", "lora_head"))
+    assert "markerfacecolor" not in lora and "markerfacecolor" not in head
+    found.settings["config"]["arms"]["lora"] = found.settings["config"]["arms"]["lora_head"] | {"head": "none"}
+    assert report.style(found, "lora") == lora | {"markerfacecolor": "white"}
+    (legend,) = report.figure_axis(report.read(done), "data").legends
+    names = [text.get_text().removesuffix("_head") for text in legend.get_texts()]
+    assert names == sorted(names, key=list(report.STYLE).index) and len(names) > 1
 
 
 def test_the_report_reads_files_only_and_is_one_page(done, monkeypatch):
