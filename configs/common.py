@@ -95,6 +95,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.log_every = 20
     c.checkpoint_every = 500
     c.checkpoint_keep = 2  # the newest so many
+    c.journal_mb = 256  # a state (tuned leaves, optimizer) up to this is kept after every step too, for a SIGKILL
     c.check_frozen = False  # digest the frozen half before and after training
     c.eval = ml_collections.ConfigDict()
     c.eval.splits = ("test",)

@@ -19,6 +19,8 @@ from jax.experimental import multihost_utils
 from jaxpeft import sharding, tree
 from jaxpeft.tree import Tree
 
+WHOLE = "whole"  # the array that holds every leaf which is not split over devices (`tree.pack`)
+
 
 def _sha(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
@@ -51,6 +53,16 @@ def _digests(flat: dict[str, jax.Array]) -> dict[str, dict[str, str]]:
     for (name, key), digest in zip(keys, mine, strict=True):
         digests[name][key] = digest
     return digests
+
+
+def check_manifest(what: str, stored: dict, now: dict, accept: bool, log) -> None:
+    """Raise ValueError naming what differs between the manifest that was `stored` and the one `now`; `accept`: only say it."""
+    differs = {k: (stored.get(k), v) for k, v in now.items() if stored.get(k) != v}
+    if differs:
+        rows = "; ".join(f"{k}: stored {a}, now {b}" for k, (a, b) in _leaves_that_differ(differs))
+        if not accept:
+            raise ValueError(f"{what} belongs to another run ({rows}); use a new workdir")
+        log(f"{what} was made by another run, accepted as asked ({rows})")
 
 
 def _leaves_that_differ(differs: dict[str, tuple]):
@@ -91,8 +103,13 @@ class Checkpoints:
         """
         self.wait()
         flat = {name.replace("/", "|"): leaf for name, leaf in tree.flatten(state).items()}  # '/' would be a directory
-        manifest = manifest | {"leaves": _digests(flat)}
+        # leaves that no devices share become one array: orbax writes it three times as fast as sixty
+        whole = {name: leaf for name, leaf in flat.items() if leaf.is_fully_replicated}
+        manifest = manifest | {"leaves": _digests(flat), "layout": tree.layout(whole)}
         manifest |= {"digest": _of_manifest(manifest)}
+        flat = {name: leaf for name, leaf in flat.items() if name not in whole}
+        if whole:
+            flat[WHOLE] = np.asarray(sharding.packed(list(whole.values())))
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(flat), manifest=ocp.args.JsonSave(manifest))
         self._saving = step
         try:
@@ -148,12 +165,7 @@ class Checkpoints:
                 said = f"{type(error).__name__}: {str(error)[:200]}" if error else "another host could not read it"
                 self._log(f"checkpoint {step} is damaged ({said}); {goes_on}")
                 continue
-            differs = {k: (stored.get(k), v) for k, v in manifest.items() if stored.get(k) != v}
-            if differs:
-                rows = "; ".join(f"{k}: stored {a}, now {b}" for k, (a, b) in _leaves_that_differ(differs))
-                if not accept:
-                    raise ValueError(f"checkpoint {step} belongs to another run ({rows}); use a new workdir")
-                self._log(f"checkpoint {step} was made by another run, accepted as asked ({rows})")
+            check_manifest(f"checkpoint {step}", stored, manifest, accept, self._log)
             tree.check_same(flat_like, flat, f"checkpoint {step}")
             return step, tree.unflatten(like, {name.replace("|", "/"): leaf for name, leaf in flat.items()})
         return None
@@ -166,9 +178,13 @@ class Checkpoints:
         return stored
 
     def _read(self, step: int, manifest: dict) -> dict[str, np.ndarray]:
-        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in manifest["leaves"]}
+        layout = manifest.get("layout", [])
+        arrays = {*manifest["leaves"]} - {name for name, _, _ in layout} | ({WHOLE} if layout else set())
+        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in arrays}
         args = ocp.args.Composite(state=ocp.args.PyTreeRestore(item=dict.fromkeys(as_numpy, 0), restore_args=as_numpy))
         flat = {name: np.asarray(leaf) for name, leaf in self._manager.restore(step, args=args)["state"].items()}
+        if layout:
+            flat |= tree.unpack(flat.pop(WHOLE), layout)
         bad = [
             name
             for name, parts in manifest["leaves"].items()

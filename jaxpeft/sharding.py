@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxpeft import sites
 from jaxpeft.methods.base import Site
 from jaxpeft.ops import ROWS
-from jaxpeft.tree import Tree, flatten, path_name
+from jaxpeft.tree import Tree, flatten, pack, path_name
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(ROWS)
@@ -205,6 +205,16 @@ def shard_batch(batch: dict[str, np.ndarray], on: Mesh, n: int | None = None) ->
     return {name: one(np.asarray(x)) for name, x in batch.items()}
 
 
+def packed(leaves: list) -> jax.Array:
+    """`tree.pack` of arrays, begun on the devices that hold them and whole on each; all hosts call it."""
+    return _packer(mesh_of(leaves))(leaves)
+
+
+@functools.lru_cache(maxsize=4)
+def _packer(on: Mesh | None):
+    return jax.jit(pack, out_shardings=None if on is None else replicated(on))
+
+
 def mesh_of(tree: Tree) -> Mesh | None:
     """The mesh that a tree was put on, or None for arrays of one device and of no mesh of ours."""
     for leaf in jax.tree.leaves(tree):
@@ -239,6 +249,11 @@ def any_soon(flag: bool, on: Mesh) -> jax.Array | bool:
 @functools.partial(jax.jit, static_argnums=1)
 def _any(flags, placed):
     return jax.lax.with_sharding_constraint(flags.any(), placed)
+
+
+def agreed(number: int) -> bool:
+    """Whether all hosts say the same number; all hosts call it."""
+    return jax.process_count() == 1 or len(set(multihost_utils.process_allgather(np.array(number)).tolist())) == 1
 
 
 def any_of(flag: bool) -> bool:

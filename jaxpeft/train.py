@@ -19,6 +19,7 @@ import optax
 
 from jaxpeft import evals, optim, results, sharding, stop, tree
 from jaxpeft.checkpoint import Checkpoints
+from jaxpeft.journal import Journal
 from jaxpeft.progress import Progress
 from jaxpeft.tree import Tree
 
@@ -134,8 +135,9 @@ def fit(
     rate decays to zero over optim.cooldown of the steps done, and the tuned half with the lowest loss is returned.
     timing['stopped'] says 'plateau' or 'cap'.
 
-    What ends training early (a signal, an error, a loss that is not finite) leaves the last good step stored. Raises
-    ValueError where a stored step depends on something else than `manifest` says, unless `accept`.
+    What ends training early (a signal, an error, a loss that is not finite) leaves the last good step stored; after a
+    SIGKILL at most one step is done again, where the state has no more than config.journal_mb. Raises ValueError where a
+    stored step depends on something else than `manifest` says, unless `accept`.
     """
     mesh = sharding.mesh(config.get("mesh"))
     sharding.check_batch(config.batch_size, config.accumulate, mesh)
@@ -146,13 +148,19 @@ def fit(
     placed = sharding.shardings(like, rules, mesh)
     timing = {"steps": config.steps, "compile_s": 0.0, "step_s": 0.0, "train_s": 0.0}
     checkpoints = Checkpoints(workdir / "checkpoints", config.get("checkpoint_keep", 2), log)
+    journal = Journal(workdir / "checkpoints" / "journal", like, manifest, log)
     try:
-        if (restored := checkpoints.restore(like, manifest, accept)) is not None:
-            log(f"resumed from step {restored[0]}")
+        restored = checkpoints.restore(like, manifest, accept)
+        stored = restored[0] if restored else 0
+        newer = journal.restore(stored, accept)
+        if (restored := newer or restored) is not None:
+            log(f"resumed from step {restored[0]}{', which the journal holds' if newer else ''}")
             state = sharding.put(restored[1]._replace(ok=np.bool_(True)), placed)
         else:
             state = jax.jit(make, out_shardings=placed)(sharding.put(tuned, placed.tuned))
         first = int(state.step)
+        if newer:
+            checkpoints.save(first, state, manifest)
         if first >= _last_step(config, state):
             return _chosen(state, timing)
         frozen = sharding.put(frozen, sharding.shardings(frozen, rules, mesh))
@@ -166,11 +174,14 @@ def fit(
         step_fn = jax.jit(functools.partial(step_fn, tx=tx), donate_argnums=0, out_shardings=out)
         with sharding.using(state):
             step_fn = step_fn.lower(state, frozen, features, batch).compile()
+        journaled = journal.n_bytes <= config.get("journal_mb", 0) * 1_000_000
+        if journaled:
+            jax.block_until_ready(sharding.packed(jax.tree.leaves(state)))  # compiles it
         timing["compile_s"] = time.perf_counter() - started
         log(f"compiled the training step in {timing['compile_s']:.1f} s; batch {config.batch_size}")
 
         started = time.perf_counter()
-        loop = _Loop(config, workdir, checkpoints, manifest, log, mesh, state)
+        loop = _Loop(config, workdir, checkpoints, journal if journaled else None, manifest, log, mesh, state)
         durations = loop.run(step_fn, frozen, features, batch, stream, validate)
         state = loop.state
         timing |= {"step_s": statistics.median(durations), "train_s": time.perf_counter() - started}
@@ -223,40 +234,42 @@ def _validated(config, state: TrainState, loss: float) -> TrainState:
 class _Loop:
     """The loop's state, so that whatever ends it early can store the last good step."""
 
-    def __init__(self, config, workdir, checkpoints: Checkpoints, manifest, log, mesh, state: TrainState):
-        self._config, self._checkpoints, self._manifest, self._log, self._mesh = (
-            config,
-            checkpoints,
-            manifest,
-            log,
-            mesh,
-        )
+    def __init__(self, config, workdir, checkpoints: Checkpoints, journal: Journal | None, manifest, log, mesh, state):
+        self._config, self._checkpoints, self._journal = config, checkpoints, journal
+        self._manifest, self._log, self._mesh = manifest, log, mesh
         self.state, self._start, self._last_step = state, int(state.step), _last_step(config, state)
         self._names = list(tree.flatten(state.tuned))
         self._writer = results.Metrics(workdir, self._start, log)
         self._bar = Progress(self._last_step, config.batch_size, self._start)
-        self._pending = []  # (step, metrics, whether a host was asked to stop), dispatched and not yet looked at
+        # (step, metrics, whether a host was asked to stop, state as words or None), dispatched and not yet looked at
+        self._pending = []
         self._stored = self._start
 
     def _settle(self, keep: int = 0) -> bool:
         """Wait for pending steps but the newest `keep`, check and log them -> whether all hosts know now that they stop."""
         stopping = False
         while len(self._pending) > keep:
-            step, metrics, asked = self._pending.pop(0)
+            step, metrics, asked, words = self._pending.pop(0)
             metrics = jax.device_get(metrics)
             check_finite(step, metrics, self._names)
             if step % self._config.log_every == 0 or step == self._last_step:
                 self._writer.write(step, loss=float(metrics["loss"]), grad_norm=float(metrics["grad_norm"]))
             self._bar.update(step, loss=float(metrics["loss"]))
+            if words is not None:
+                self._journal.write(step, words)
             stopping |= bool(asked)
         return stopping
+
+    def _words(self) -> jax.Array | None:
+        """The state for the journal."""
+        return sharding.packed(jax.tree.leaves(self.state)) if self._journal else None
 
     def _store(self, step: int) -> None:
         if self._checkpoints.save(step, self.state, self._manifest):
             self._stored = step
 
-    def run(self, step_fn, frozen, features, batch, stream, validate) -> list[float]:
-        """All steps that are left -> seconds per step."""
+    def run(self, step_fn, frozen, features, batch, stream, validate) -> collections.deque[float]:
+        """All steps that are left -> seconds of each of the last thousand."""
         try:
             with stop.polled():
                 return self._run(step_fn, frozen, features, batch, stream, validate)
@@ -266,21 +279,26 @@ class _Loop:
         finally:
             self._writer.close()
 
-    def _run(self, step_fn, frozen, features, batch, stream, validate) -> list[float]:
-        config, durations, step, last = self._config, [], self._start, time.perf_counter()
+    def _run(self, step_fn, frozen, features, batch, stream, validate) -> collections.deque[float]:
+        config, durations, step = self._config, collections.deque(maxlen=1000), self._start
+        last = time.perf_counter()
         while step < self._last_step:
             step += 1
             self.state, metrics = step_fn(self.state, frozen, features, batch)
-            self._pending.append((step, metrics, sharding.any_soon(stop.asked() is not None, self._mesh)))
-            if step < self._last_step:
-                batch = sharding.shard_batch(next(stream), self._mesh, config.batch_size)
+            validated = validate is not None and (step % config.stop.every == 0 or step == self._last_step)
+            words = None if validated else self._words()  # before the next step takes the state's place
+            self._pending.append((step, metrics, sharding.any_soon(stop.asked() is not None, self._mesh), words))
             stopping = self._settle(keep=1)
+            if step < self._last_step:  # while the step runs
+                batch = sharding.shard_batch(next(stream), self._mesh, config.batch_size)
             durations.append(time.perf_counter() - last)
             last = time.perf_counter()
-            if validate and (step % config.stop.every == 0 or step == self._last_step):
+            if validated:
                 stopping |= self._settle()
                 self.state = _validated(config, self.state, loss := validate(self.state.tuned))
                 self._writer.write(step, validation_loss=loss)
+                if self._journal:
+                    self._journal.write(step, self._words())
                 self._bar.n_steps = self._last_step = _last_step(config, self.state)
                 last = time.perf_counter()
             if jax.process_count() == 1:  # no other host has to be told

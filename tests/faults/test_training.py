@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,13 +76,25 @@ def test_damage(tmp_path, whole, fault, kind):
     toy.fit(tmp_path)
     damage(kind, tmp_path / "checkpoints" / "12")
     step, said = same_end(tmp_path, whole, fault)
-    assert step == 8
+    assert step == 12
     (line,) = [line for line in said if "damaged" in line]
     assert "checkpoint 12 is damaged" in line and "trying checkpoint 8" in line
+    assert "resumed from step 12, which the journal holds" in said
     assert (tmp_path / "checkpoints" / "damaged-12").exists()
-    step, _ = same_end(tmp_path, whole, fault)
-    assert step == 12  # written again in its place
-    fault.tried("'checkpoint 12 is damaged ... trying checkpoint 8'; put aside, not deleted", 4)
+    step, said = same_end(tmp_path, whole, fault)
+    assert step == 12 and not any("journal" in line for line in said)  # written again in its place
+    fault.tried("'checkpoint 12 is damaged ... trying checkpoint 8'; put aside; 'step 12, which the journal holds'")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_twice(tmp_path, whole, fault, kind):
+    """Two at once: a damaged checkpoint, and no journal."""
+    toy.fit(tmp_path)
+    damage(kind, tmp_path / "checkpoints" / "12")
+    (tmp_path / "checkpoints" / "journal").unlink()
+    step, said = same_end(tmp_path, whole, fault)
+    assert step == 8 and any("checkpoint 12 is damaged" in line and "trying checkpoint 8" in line for line in said)
+    fault.tried("'checkpoint 12 is damaged ... trying checkpoint 8'; resumed from step 8", 4)
 
 
 def test_all_damaged(tmp_path, whole, fault):
@@ -90,35 +103,80 @@ def test_all_damaged(tmp_path, whole, fault):
     for step in (8, 12):
         damage("truncated", tmp_path / "checkpoints" / str(step))
     step, said = same_end(tmp_path, whole, fault)
+    assert step == 12 and sum("is damaged" in line for line in said) == 2
+    fault.tried("both named; 'resumed from step 12, which the journal holds'")
+
+
+def test_everything_damaged(tmp_path, whole, fault):
+    """Three at once: every checkpoint and the journal damaged."""
+    toy.fit(tmp_path)
+    for step in (8, 12):
+        damage("truncated", tmp_path / "checkpoints" / str(step))
+    journal = tmp_path / "checkpoints" / "journal"
+    journal.write_bytes(bytes(journal.stat().st_size))
+    step, said = same_end(tmp_path, whole, fault)
     assert step == 0 and any("training starts from the beginning" in line for line in said)
-    fault.tried("both named; training starts from the beginning", 12)
+    fault.tried("all named; training starts from the beginning", 12)
 
 
-def test_kill_during_save(tmp_path, fault):
-    """kill -9 at random moments of saving every step."""
-    rng, expected = np.random.default_rng(0), toy.fit(tmp_path / "whole", toy.config(60, 1000))
+def killed_at_random(workdir, steps, every, tries):
+    """The toy, killed so many times -> after each kill (steps logged, the step that the next one went on from)."""
+    rng, logged, found = np.random.default_rng(0), 0, []
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
-    most = 0
-    for _ in range(4):
-        program = [sys.executable, HERE / "toy.py", tmp_path / "killed", "60", "1"]
+    for n in range(tries + 1):
+        program = [sys.executable, HERE / "toy.py", workdir, str(steps), str(every)]
         process = subprocess.Popen(program, env=env, stdout=subprocess.PIPE, text=True)
+        went_on = 0
         for line in process.stdout:
+            if resumed := re.match(r"resumed from step (\d+)", line):
+                went_on = int(resumed[1])
             if line.startswith("compiled") or line.startswith("ends"):
                 break
+        if n:
+            found.append((logged, went_on))
         time.sleep(rng.uniform(0.05, 0.6))
         process.kill()
         process.communicate()
-        logged = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
-        reopened = Checkpoints(tmp_path / "killed" / "checkpoints")
-        stored = max(reopened._manager.all_steps(), default=0)
-        reopened.close()
-        most = max(most, len(logged) - stored)
-        fault.tried("the newest finished step is used; logged steps after it are done again", most)
-    after = fault.timed(toy.fit, tmp_path / "killed", toy.config(60, 1))
+        logged = len((workdir / "metrics.jsonl").read_text().splitlines())
+    return found
+
+
+@pytest.mark.parametrize("every", [1, 1000])
+def test_kill(tmp_path, fault, every):
+    """kill -9 at random moments; steps between checkpoints."""
+    workdir, expected = tmp_path / "killed", toy.fit(tmp_path / "whole", toy.config(200, 1000))
+    kills = killed_at_random(workdir, 200, every, 4)
+    assert any(went_on > 0 for _, went_on in kills)
+    most = max(logged - went_on for logged, went_on in kills)
+    assert most <= 1
+    after = fault.timed(toy.fit, workdir, toy.config(200, every))
     np.testing.assert_array_equal(after, expected)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 61))  # none twice, none missing
-    assert most <= 3
+    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 201))  # none twice, none missing
+    for _ in kills:
+        fault.tried("goes on from the last step that was logged, or the one before it", max(most, 0))
+
+
+def test_kill_at_every_step(tmp_path, fault, whole):
+    """The process is gone after any of its steps (a copy of its directory goes on), with validations."""
+    c = toy.config(**{"optim.schedule": "plateau", "stop.every": 3, "stop.patience": 100, "checkpoint_every": 1000})
+
+    def validate(tuned):
+        return float(np.square(np.asarray(tuned["params"]["w"])).mean())
+
+    def copied(step, batch):
+        if step > 2:
+            shutil.copytree(tmp_path / "run", tmp_path / f"copy {step}")
+        return batch
+
+    (tmp_path / "run").mkdir()
+    after = toy.fit(tmp_path / "run", c, change=copied, validate=validate)
+    whole = after, (tmp_path / "run" / "metrics.jsonl").read_text()
+    for step in range(3, 13):  # when batch `step` is made, step - 1 has been begun
+        logged = (tmp_path / f"copy {step}" / "metrics.jsonl").read_text().count('"loss"')
+        resumed, _ = same_end(tmp_path / f"copy {step}", whole, fault, c, validate=validate)
+        assert resumed >= max(logged, step - 2)
+        fault.tried("goes on from the step before the one that ran", step - 1 - resumed)
 
 
 def raise_at(moment, number=signal.SIGTERM, times=1):
@@ -187,8 +245,8 @@ def test_sigint_twice(tmp_path, whole, fault):
         toy.fit(tmp_path, change=raise_at(7, signal.SIGINT, times=2))
     assert stop.exit_code(caught.value) == stop.INTERRUPTED
     step, _ = same_end(tmp_path, whole, fault)
-    assert step == 4  # at once: not even the step is waited for
-    fault.tried("ends at once with exit code 130, goes on from the newest checkpoint", 2)
+    assert step == 5  # at once: the step that runs is not waited for
+    fault.tried("ends at once with exit code 130, goes on from the step before the one that ran", 1)
 
 
 def test_poisoned_batch(tmp_path, whole, fault):
@@ -299,8 +357,8 @@ def test_disk_stays_full(small_disk, whole, fault):
     assert any("the last step is not stored" in line for line in said)
     (small_disk / "ballast").unlink()
     step, _ = same_end(workdir, whole, fault)
-    assert step == 4
-    fault.tried("the newest step that fitted is kept whole, and used once there is room", 8)
+    assert step == 12  # the journal's space was taken at the start
+    fault.tried("checkpoint 4 is kept whole; the journal goes on in its own space, and step 12 is used")
 
 
 def test_read_only_disk(small_disk, whole, fault):

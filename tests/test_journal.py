@@ -1,0 +1,155 @@
+"""The journal: whatever a process leaves behind at any moment, one of the last two states comes back whole, or none."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpeft import journal, sharding, tree
+from jaxpeft.journal import Journal
+
+MANIFEST = {"config": "a", "data": {"train": "b"}}
+
+
+def state(step):
+    rng = np.random.default_rng(step)
+    return {
+        "step": jnp.int32(step), "w": jnp.asarray(rng.normal(size=(40, 30)), jnp.float32), "empty": jnp.zeros((0, 3)),
+        "half": jnp.asarray(rng.normal(size=7), jnp.bfloat16), "ok": jnp.bool_(step % 2), "seed": jnp.uint32(2**32 - 1 - step),
+    }  # fmt: skip
+
+
+def words(step):
+    return sharding.packed(list(tree.flatten(state(step)).values()))
+
+
+def opened(path, manifest=MANIFEST, like=None, said=None):
+    return Journal(path, like or state(0), manifest, log=(said if said is not None else []).append)
+
+
+def written(path, *steps):
+    one = opened(path)
+    for step in steps:
+        one.write(step, words(step))
+    return one
+
+
+def same(a, b):
+    for name, x in tree.flatten(a).items():
+        y = tree.flatten(b)[name]
+        assert x.dtype == y.dtype and x.shape == y.shape and np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
+
+
+def test_words_hold_every_bit():
+    odd = {"nan": np.array([np.nan, -np.nan, -0.0, np.inf], np.float32), "i": np.array([-1, 2**31 - 1], np.int32)}
+    odd["nan"].view(np.uint32)[0] |= 12345  # a payload
+    layout = tree.layout(odd)
+    back = tree.unpack(np.asarray(sharding.packed([jnp.asarray(x) for x in odd.values()])), layout)
+    same(odd, back)
+    with pytest.raises(ValueError, match="5 words of uint32, expected 6"):
+        tree.unpack(np.zeros(5, np.uint32), layout)
+
+
+def test_the_newest_state_comes_back(tmp_path):
+    path = tmp_path / "a" / "journal"
+    assert opened(path).restore(0) is None
+    one = written(path, 1)
+    for step in range(2, 7):
+        one.write(step, words(step))
+        found, got = opened(path).restore(0)
+        assert found == step
+        same(state(step), got)
+    assert opened(path).restore(6) is None  # a checkpoint is as new
+    size = path.stat().st_size
+    again = opened(path)  # the next process goes on in the same file
+    again.write(7, words(7))
+    assert path.stat().st_size == size and opened(path).restore(6)[0] == 7
+    assert opened(path).restore(5)[0] == 7
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_write_that_is_cut_off_leaves_the_state_before(tmp_path, monkeypatch, resumed):
+    """After each possible number of bytes, by the process that wrote before or by its successor."""
+
+    class CutOffError(BaseException):  # as sudden as a signal
+        pass
+
+    path, real = tmp_path / "journal", journal._write
+    one = written(path, 1, 2)
+    before = path.read_bytes()
+    total = 4 * words(3).size + journal._SLOT.size
+    for cut in [*range(0, total, 97), *range(total - 60, total)]:
+        path.write_bytes(before)
+        room = [cut]
+
+        def some(file, data, at, room=room):
+            real(file, data[: room[0]], at)
+            room[0] -= len(data)
+            if room[0] < 0:
+                raise CutOffError
+
+        one = opened(path) if resumed else one
+        one._next = None if resumed else 0
+        with monkeypatch.context() as patch, pytest.raises(CutOffError):
+            patch.setattr(journal, "_write", some)
+            one.write(3, words(3))
+        found, got = opened(path).restore(0)
+        assert found == 2
+        same(state(2), got)
+
+
+def test_no_flipped_bit_is_taken_for_a_state(tmp_path):
+    path, rng = tmp_path / "journal", np.random.default_rng(0)
+    written(path, 1, 2)
+    raw, seen = path.read_bytes(), set()
+    for _ in range(300):
+        at, bit = int(rng.integers(len(raw))), int(rng.integers(8))
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])
+        found = opened(path).restore(0)
+        seen.add(found and found[0])
+        if found:
+            same(state(found[0]), found[1])
+    assert seen == {None, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"\0" * 5, b"\xff" * 4096, b"\x02" + bytes(7) + b"{}" + bytes(9000), b"x" * 10_000]
+)
+def test_what_is_no_journal_is_left_alone_until_there_is_one(tmp_path, raw):
+    path = tmp_path / "journal"
+    path.write_bytes(raw)
+    assert opened(path).restore(0) is None
+    written(path, 1)
+    assert opened(path).restore(0)[0] == 1
+
+
+def test_another_run_is_refused_with_the_difference(tmp_path):
+    path, said = tmp_path / "journal", []
+    written(path, 4)
+    other = MANIFEST | {"data": {"train": "c"}}
+    with pytest.raises(ValueError, match="step 4 of journal belongs to another run.*data/train: stored b, now c"):
+        opened(path, other).restore(0)
+    accepting = opened(path, other, said=said)
+    assert accepting.restore(0, accept=True)[0] == 4 and "accepted as asked" in said[0]
+    accepting.write(5, words(5))  # replaces the file
+    assert opened(path, other).restore(0)[0] == 5
+    with pytest.raises(ValueError, match="another run"):
+        opened(path).restore(0)
+    with pytest.raises(ValueError, match=r"does not fit:\n  missing \(1\): more"):
+        opened(path, other, like=state(0) | {"more": jnp.zeros(3)}).restore(0)
+
+
+def test_a_full_disk_is_said_once(tmp_path, monkeypatch):
+    path, said = tmp_path / "journal", []
+    one, full = opened(path, said=said), [True]
+
+    def no_room(*_):
+        if full[0]:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal.os, "posix_fallocate", no_room)
+    for step in (1, 2):
+        one.write(step, words(step))
+    assert len(said) == 1 and "No space left" in said[0] and not list(tmp_path.iterdir())
+    full[0] = False
+    one.write(3, words(3))
+    assert opened(path).restore(0)[0] == 3
