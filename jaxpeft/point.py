@@ -241,7 +241,7 @@ def _load_run(workdir):
     task = tasks.build(config.task, **config.task_options)
     model, params, _ = _base(config, task)
     model, params, _ = hub.extend_vocabulary(model, params, words, config.seed)
-    variables, chosen = load_tuned(model, params, workdir / "tuned")
+    variables, chosen = load_tuned(model, params, untrusted.kept_in(workdir / "tuned"))
     return model, variables, chosen, task
 
 

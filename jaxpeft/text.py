@@ -71,7 +71,7 @@ class Tokenizer:
             tokens = _read_tokenizer_json(path / "tokenizer.json")
         else:
             path = path / "vocab.txt" if path.is_dir() else path
-            if path.stat().st_size > untrusted.MOST_JSON:
+            if untrusted.kept_in(path).stat().st_size > untrusted.MOST_JSON:
                 raise ValueError(f"{path} has more than {untrusted.MOST_JSON:,} bytes; is it a vocabulary?")
             with open(path, encoding="utf-8") as lines, untrusted.reading(path):
                 tokens = [line.rstrip("\n") for line in lines]

@@ -18,6 +18,8 @@ import ml_dtypes
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from jaxpeft import untrusted
+
 DTYPES = {
     "FloatStorage": np.dtype("<f4"),
     "DoubleStorage": np.dtype("<f8"),
@@ -46,7 +48,7 @@ def load_pickle(path) -> dict:
     Nested dictionaries stay nested: official checkpoints are {'model': {name: tensor}}. bfloat16 stays bfloat16.
     Raises ValueError, naming the file, for any other name in the pickle, a damaged file, torch<1.6.
     """
-    path = pathlib.Path(path)
+    path = untrusted.kept_in(pathlib.Path(path))
     try:
         if not zipfile.is_zipfile(path):
             raise Refused(_what_instead(path))

@@ -26,9 +26,27 @@ def reading(path, what: str = "cannot be read"):
         raise ValueError(f"{path} {what} ({type(error).__name__}: {error!s:.300})") from error
 
 
+def kept_in(path: Path) -> Path:
+    """`path`; raises ValueError where it is a link to something outside of its directory.
+
+    A downloaded directory could otherwise have any file of this machine read. Hugging Face's cache keeps its files in a
+    directory 'blobs' beside 'snapshots', with links to them, and those are followed.
+    """
+    if not path.is_symlink():
+        return path
+    directory, real = path.parent.resolve(), path.resolve()
+    cache = directory.parent.parent / "blobs" if directory.parent.name == "snapshots" else None
+    if not real.is_relative_to(directory) and real.parent != cache:
+        raise ValueError(
+            f"{path} is a link to {real}, outside of its directory; such links are not followed: copy the file, or name "
+            f"the one that it points to"
+        )
+    return path
+
+
 def read_json(path, most: int = MOST_JSON) -> dict:
     """The JSON object in a settings file. Raises ValueError for anything else, and for more than `most` bytes."""
-    path = Path(path)
+    path = kept_in(Path(path))
     if (size := path.stat().st_size) > most:
         raise ValueError(f"{path} has {size:,} bytes, more than the {most:,} that a file of settings may have")
     try:
@@ -42,7 +60,7 @@ def read_json(path, most: int = MOST_JSON) -> dict:
 
 def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(tensors by name, metadata) of a safetensors file, whose header cannot ask for more than the file holds."""
-    path = Path(path)
+    path = kept_in(Path(path))
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:

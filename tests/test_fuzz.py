@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 import struct
 import zipfile
 
@@ -12,6 +13,8 @@ import tiny
 from PIL import Image
 
 from jaxpeft import hub, images, untrusted
+from jaxpeft.datasets import folder
+from jaxpeft.interchange import import_peft
 from jaxpeft.models.blip import BlipConfig
 from jaxpeft.text import Tokenizer
 from jaxpeft.torch_files import load_pickle
@@ -30,7 +33,7 @@ def readers(home):
 
 
 NAMES = ("torch file", "safetensors", "picture", "annotations", "tokenizer.json", "vocab.txt", "BLIP config.json",
-         "BLIP directory", "our checkpoint", "our tuned tree", "PEFT adapter", "run directory")  # fmt: skip
+         "BLIP directory", "our checkpoint", "our tuned tree", "PEFT adapter", "journal", "run directory")  # fmt: skip
 
 
 def test_no_reader_is_left_out(readers):
@@ -115,6 +118,78 @@ def test_files_beside_a_file_stay_beside_it(tmp_path, name):
     with pytest.raises(ValueError, match="plain names"):
         untrusted.beside(tmp_path, name)
     assert untrusted.beside(tmp_path, "model-00001-of-00002.safetensors").parent == tmp_path
+
+
+def copied(source, directory, link):
+    """The files of a directory, with the one named `link` as a link to where it was, outside."""
+    directory.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.name == link:
+            (directory / link).symlink_to(path.resolve())
+        elif path.is_file() and (link, path.name) != ("pytorch_model.bin", "model.safetensors"):  # which comes first
+            shutil.copy(path, directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("source", "link", "read"),
+    [
+        ("blip_caption_tiny", "config.json", hub.read),
+        ("blip_caption_tiny", "model.safetensors", hub.read),
+        ("blip_bin_tiny", "pytorch_model.bin", hub.read),
+        ("peft/*", "adapter_config.json", lambda d: import_peft(*hub.load(fuzz.GOLDEN / "blip_caption_tiny"), d)),
+        ("peft/*", "adapter_model.safetensors", lambda d: import_peft(*hub.load(fuzz.GOLDEN / "blip_caption_tiny"), d)),
+    ],
+)  # fmt: skip
+def test_a_link_out_of_a_directory_is_not_followed(tmp_path, source, link, read):
+    source = sorted(fuzz.GOLDEN.glob(source))[0]
+    directory = copied(source, tmp_path / "a", link)
+    with pytest.raises(ValueError, match=rf"{re.escape(link)} is a link to .*, outside of its directory"):
+        read(directory)
+    (directory / link).unlink()
+    shutil.copy(source / link, directory / "elsewhere.in.it")
+    (directory / link).symlink_to("elsewhere.in.it")
+    read(directory)  # a link that stays inside is no harm
+    (tmp_path / "named").symlink_to(directory)
+    read(tmp_path / "named")  # nor is the name of the directory itself
+
+
+def test_links_of_the_hugging_face_cache_are_followed(tmp_path):
+    """models--a--b/snapshots/REVISION/NAME -> ../../blobs/DIGEST, as huggingface_hub lays files out."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, path in enumerate((fuzz.GOLDEN / "blip_caption_tiny").iterdir()):
+        shutil.copy(path, blobs / f"{i:040x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{i:040x}")
+    hub.load(snapshot)
+    (tmp_path / "secret").write_text("{}")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("../../../secret")
+    with pytest.raises(ValueError, match="outside of its directory"):
+        hub.load(snapshot)
+
+
+def test_annotations_and_a_run_cannot_link_elsewhere(tmp_path, home, readers):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "outside.jsonl").write_text('{"image": "a.png", "caption": "x"}')
+    (tmp_path / "a" / "captions.jsonl").symlink_to("../outside.jsonl")
+    rows, problems = folder.parse(str(tmp_path / "a" / "captions.jsonl"), tmp_path / "a")
+    assert not rows and "outside of its directory" in str(problems)
+    (tmp_path / "words").write_text("\n".join(tiny.TOKENIZER.vocabulary))
+    (tmp_path / "a" / "vocab.txt").symlink_to("../words")
+    with pytest.raises(ValueError, match=r"vocab\.txt is a link"):
+        Tokenizer.from_file(tmp_path / "a")
+    reader = readers["run directory"]
+    run = tmp_path / "run"
+    for name, data in reader.seeds[0].items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(data)
+    reader.read(run)
+    shutil.move(run / "tuned", tmp_path / "tuned")
+    (run / "tuned").symlink_to(tmp_path / "tuned")
+    with pytest.raises(ValueError, match="tuned is a link to"):
+        reader.read(run)
 
 
 def test_an_index_cannot_name_a_file_elsewhere(tmp_path):

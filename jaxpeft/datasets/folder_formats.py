@@ -12,6 +12,8 @@ import io
 import json
 import re
 
+from jaxpeft import untrusted
+
 ACCEPTED = """accepted are
   COCO captions   JSON {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
   Karpathy        JSON {"images": [{"filename", "split", "sentences": [{"raw"}]}]}
@@ -99,7 +101,10 @@ def detect(path, problems):
         problems.note("unreadable file", f"{path.name}{message}", fatal=True)
         return None, None
 
-    raw = path.read_bytes()
+    try:
+        raw = untrusted.kept_in(path).read_bytes()
+    except ValueError as error:  # a link
+        return bad(f": {error}")
     try:
         text = raw.decode("utf-8-sig")  # spreadsheets write a byte-order mark
     except UnicodeDecodeError as error:
