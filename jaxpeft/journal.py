@@ -26,6 +26,11 @@ _SLOT = struct.Struct(
 )  # the step, the number of words that follow, a digest of the head, the step and the words
 
 
+def n_bytes(state: Tree) -> int:
+    """Bytes of a state as words."""
+    return 4 * tree.count(state)
+
+
 def _pages(n: int) -> int:
     return -(-n // PAGE) * PAGE
 
@@ -38,10 +43,9 @@ class Journal:
 
     def __init__(self, path: str | Path, like: Tree, manifest: dict, log=print):
         self._path, self._log, self._manifest = Path(path), log, manifest
-        self._like, self._layout = like, tree.layout(tree.flatten(like))
-        head = json.dumps({"layout": self._layout, "manifest": manifest}, sort_keys=True).encode()
+        self._like = like
+        head = json.dumps({"layout": tree.layout(tree.flatten(like)), "manifest": manifest}, sort_keys=True).encode()
         self._head = struct.pack("<Q", len(head)) + head
-        self.n_bytes = 4 * tree.count(like)  # of a slot
         self._next: int | None = None  # the slot to write; None before the first
         self._failing = False
 
@@ -72,7 +76,7 @@ class Journal:
                 self._next = self._begin()
             words = np.asarray(words)
             digest = _digest(self._head, step, words)
-            at = _pages(len(self._head)) + self._next * _pages(_SLOT.size + self.n_bytes)
+            at = _pages(len(self._head)) + self._next * _pages(_SLOT.size + n_bytes(self._like))
             with self._path.open("r+b", buffering=0) as file:
                 _write(file, memoryview(words).cast("B"), at + _SLOT.size)
                 _write(file, memoryview(_SLOT.pack(step, words.size, digest)), at)
@@ -97,7 +101,7 @@ class Journal:
     def _create(self) -> None:
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        size = _pages(len(self._head)) + 2 * _pages(_SLOT.size + self.n_bytes)
+        size = _pages(len(self._head)) + 2 * _pages(_SLOT.size + n_bytes(self._like))
         try:
             with temporary.open("wb", buffering=0) as file:
                 if hasattr(os, "posix_fallocate"):  # not on macOS

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import budget, data, datasets, optim, point, sharding, sites, tasks, train, tree
+from jaxpeft import budget, data, datasets, journal, optim, point, sharding, sites, tasks, train, tree
 from jaxpeft.models import blip
 
 
@@ -129,14 +129,15 @@ class Plan:
 
     arguments: int  # weights, optimizer, features, batch
     temporary: int  # activations and gradients
+    journal: int  # the last step's state, on its way to the host
     seconds: float
 
     @property
     def peak(self) -> int:
-        return self.arguments + self.temporary
+        return self.arguments + self.temporary + self.journal
 
 
-def compiled(step, shapes, rules, mesh) -> Plan:
+def compiled(step, shapes, rules, mesh, journal_mb: float = 0) -> Plan:
     """The plan of a step on a mesh; its results take the place of the state that is given in."""
     state, frozen, features, batch = shapes
     placed = sharding.shardings(state, rules, mesh)
@@ -158,6 +159,7 @@ def compiled(step, shapes, rules, mesh) -> Plan:
     return Plan(
         found.argument_size_in_bytes,
         found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes,
+        n_bytes if (n_bytes := journal.n_bytes(state)) <= journal_mb * 1e6 else 0,
         time.perf_counter() - began,
     )
 
@@ -176,7 +178,7 @@ def report(config, topology: str | None = None, chip: Chip | None = None) -> str
     state, frozen, features, _ = shapes
     counts = sites.counts(tree.join(state.tuned, frozen), jax.tree.map(lambda x: True, state.tuned))
     flops = flops_of(*shapes_of(n_pictures=1), model)
-    plan = compiled(step, shapes, model.sharding, mesh)
+    plan = compiled(step, shapes, model.sharding, mesh, config.journal_mb)
     where = sharding.shardings(frozen, model.sharding, mesh)
     n_frozen = sharding.bytes_per_device(frozen, where)
     n_state = sharding.bytes_per_device(state, sharding.shardings(state, model.sharding, mesh))
@@ -194,6 +196,7 @@ def report(config, topology: str | None = None, chip: Chip | None = None) -> str
         rows.append(("features per device", f"{_mb(n_bytes)} ({features.shape[0]:,} pictures, computed once)"))
     rows += [
         ("activations per device", f"{_mb(plan.temporary)} (planned, gradients included)"),
+        ("journal per device", f"{_mb(plan.journal)} (the last step's state, on its way to the disk)"),
         ("peak per device", f"{_mb(plan.peak)}{_share(plan.peak, chip)}"),
         ("FLOPs per step", f"{flops:.3g} in all, {flops / mesh.size:.3g} per device"),
     ]
@@ -246,7 +249,7 @@ def _largest(config, shapes_of, model, mesh, chip: Chip | None, plan: Plan) -> s
     def peak(n):
         if n not in peaks:
             try:
-                peaks[n] = compiled(*shapes_of(batch_size=n), model.sharding, mesh).peak
+                peaks[n] = compiled(*shapes_of(batch_size=n), model.sharding, mesh, config.journal_mb).peak
             except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise

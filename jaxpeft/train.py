@@ -19,7 +19,7 @@ import optax
 
 from jaxpeft import evals, optim, results, sharding, stop, tree
 from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.journal import Journal
+from jaxpeft.journal import Journal, n_bytes
 from jaxpeft.progress import Progress
 from jaxpeft.tree import Tree
 
@@ -174,10 +174,12 @@ def fit(
         step_fn = jax.jit(functools.partial(step_fn, tx=tx), donate_argnums=0, out_shardings=out)
         with sharding.using(state):
             step_fn = step_fn.lower(state, frozen, features, batch).compile()
-        journaled = journal.n_bytes <= config.get("journal_mb", 0) * 1_000_000
-        if journaled:
+        size, most = n_bytes(state) / 1e6, config.get("journal_mb", 0)
+        if journaled := size <= most:
             jax.block_until_ready(sharding.packed(jax.tree.leaves(state)))  # compiles it
         timing["compile_s"] = time.perf_counter() - started
+        if 0 < most < size:
+            log(f"a state of {size:,.0f} MB is not kept after every step (journal_mb is {most}): see checkpoint_every")
         log(f"compiled the training step in {timing['compile_s']:.1f} s; batch {config.batch_size}")
 
         started = time.perf_counter()
