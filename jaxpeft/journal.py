@@ -21,9 +21,7 @@ from jaxpeft.tree import Tree
 from jaxpeft.untrusted import reading
 
 PAGE = 4096
-_SLOT = struct.Struct(
-    "<QQ32s"
-)  # the step, the number of words that follow, a digest of the head, the step and the words
+_SLOT = struct.Struct("<QQ32s")  # the step, how many words follow, and a digest (of the head, the step and the words)
 
 
 def n_bytes(state: Tree) -> int:
@@ -63,9 +61,9 @@ class Journal:
         if not sharding.agreed(step) or step <= after:
             return None
         what = f"step {step} of {self._path.name}"
-        check_manifest(what, head["manifest"], self._manifest, accept, self._log)
-        flat = tree.unpack(words, head["layout"])
-        return step, tree.unflatten(self._like, flat, what)
+        with reading(self._path, "is damaged"):
+            check_manifest(what, head["manifest"], self._manifest, accept, self._log)
+            return step, tree.unflatten(self._like, tree.unpack(words, head["layout"], what), what)
 
     def write(self, step: int, words: jax.Array) -> None:
         """The state after `step`, from `sharding.packed`. What cannot be written is said once, and training goes on."""
@@ -101,6 +99,8 @@ class Journal:
     def _create(self) -> None:
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        for left in self._path.parent.glob(f".{self._path.name}.*"):  # by a process that was killed here
+            left.unlink()
         size = _pages(len(self._head)) + 2 * _pages(_SLOT.size + n_bytes(self._like))
         try:
             with temporary.open("wb", buffering=0) as file:

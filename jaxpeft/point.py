@@ -23,7 +23,7 @@ from jaxpeft import data, datasets, evals, hub, locks, methods, results, shardin
 from jaxpeft import features as feature_tables
 from jaxpeft.interchange import load_tuned, save_tuned
 from jaxpeft.methods import Selective
-from jaxpeft.train import fit, train_step
+from jaxpeft.train import JOURNAL, fit, train_step
 from jaxpeft.tree import Tree
 
 
@@ -212,6 +212,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     if pictured:
         _gallery(workdir, held_out[config.eval.splits[0]], rows)
     results.write_json(workdir / "result.json", result)
+    (workdir / JOURNAL).unlink(missing_ok=True)  # nothing is left to be cut off
     log(
         f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl{pictured}; "
         f"what was tuned: tuned/ (jp.load_run, python -m jaxpeft.generate)"

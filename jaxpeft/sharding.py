@@ -253,7 +253,10 @@ def _any(flags, placed):
 
 def agreed(number: int) -> bool:
     """Whether all hosts say the same number; all hosts call it."""
-    return jax.process_count() == 1 or len(set(multihost_utils.process_allgather(np.array(number)).tolist())) == 1
+    return (
+        jax.process_count() == 1
+        or len(set(multihost_utils.process_allgather(np.array(number, np.int32)).tolist())) == 1
+    )
 
 
 def any_of(flag: bool) -> bool:

@@ -23,6 +23,8 @@ from jaxpeft.journal import Journal, n_bytes
 from jaxpeft.progress import Progress
 from jaxpeft.tree import Tree
 
+JOURNAL = Path("checkpoints", "journal")  # in a run's directory
+
 
 class Best(NamedTuple):
     """The tuned half with the lowest validation loss so far, for runs that stop when it no longer falls."""
@@ -148,7 +150,7 @@ def fit(
     placed = sharding.shardings(like, rules, mesh)
     timing = {"steps": config.steps, "compile_s": 0.0, "step_s": 0.0, "train_s": 0.0}
     checkpoints = Checkpoints(workdir / "checkpoints", config.get("checkpoint_keep", 2), log)
-    journal = Journal(workdir / "checkpoints" / "journal", like, manifest, log)
+    journal = Journal(workdir / JOURNAL, like, manifest, log)
     try:
         restored = checkpoints.restore(like, manifest, accept)
         stored = restored[0] if restored else 0

@@ -121,11 +121,15 @@ def pack(leaves: list) -> jax.Array:
     return jax.numpy.concatenate([words(x) for x in leaves])
 
 
-def unpack(words: np.ndarray, layout: list[list]) -> dict[str, np.ndarray]:
-    """The inverse of `pack`. Raises ValueError when the words are not as many as the layout says."""
+def unpack(words: np.ndarray, layout: list[list], what: str = "tree") -> dict[str, np.ndarray]:
+    """The inverse of `pack`. Raises ValueError when the words are not as many as the layout says, or no words of its types."""
     sizes = [math.prod(shape) for _, _, shape in layout]
+    if any(np.dtype(dtype).hasobject or np.dtype(dtype).itemsize > 4 for _, dtype, _ in layout):
+        raise ValueError(
+            f"{what}: leaves of {sorted({dtype for _, dtype, _ in layout})}, expected types of 32 bits at most"
+        )
     if sum(sizes) != words.size or words.dtype != np.uint32:
-        raise ValueError(f"{words.size} words of {words.dtype}, expected {sum(sizes)} of uint32")
+        raise ValueError(f"{what}: {words.size} words of {words.dtype}, expected {sum(sizes)} of uint32")
     leaves, at = {}, 0
     for (name, dtype, shape), size in zip(layout, sizes, strict=True):
         dtype = np.dtype(dtype)

@@ -1,5 +1,9 @@
 """The journal: whatever a process leaves behind at any moment, one of the last two states comes back whole, or none."""
 
+import json
+import struct
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,6 +51,11 @@ def test_words_hold_every_bit():
     same(odd, back)
     with pytest.raises(ValueError, match="5 words of uint32, expected 6"):
         tree.unpack(np.zeros(5, np.uint32), layout)
+    for dtype in ("O", "float64"):
+        with pytest.raises(ValueError, match="32 bits at most"):
+            tree.unpack(np.zeros(3, np.uint32), [["x", dtype, [3]]])
+    with pytest.raises(ValueError, match="float64 does not fit|int64 does not fit"), jax.enable_x64(True):
+        sharding.packed([jnp.zeros(3, jnp.int64)])
 
 
 def test_the_newest_state_comes_back(tmp_path):
@@ -136,6 +145,23 @@ def test_another_run_is_refused_with_the_difference(tmp_path):
         opened(path).restore(0)
     with pytest.raises(ValueError, match=r"does not fit:\n  missing \(1\): more"):
         opened(path, other, like=state(0) | {"more": jnp.zeros(3)}).restore(0)
+
+
+def test_a_head_that_somebody_made_up_is_refused(tmp_path):
+    """With a digest that is right: anybody can compute one."""
+    path = tmp_path / "journal"
+    for head in (
+        [],
+        {"manifest": []},
+        {"manifest": MANIFEST, "layout": [["w", "O", [9]]]},
+        {"manifest": MANIFEST, "layout": 3},
+    ):
+        raw = json.dumps(head).encode()
+        raw, data = struct.pack("<Q", len(raw)) + raw, np.zeros(9, np.uint32)
+        slot = journal._SLOT.pack(3, 9, journal._digest(raw, 3, data)) + data.tobytes()
+        path.write_bytes(raw.ljust(journal.PAGE, b"\0") + 2 * slot.ljust(journal.PAGE, b"\0"))
+        with pytest.raises(ValueError, match="journal"):
+            opened(path).restore(0)
 
 
 def test_a_full_disk_is_said_once(tmp_path, monkeypatch):

@@ -136,6 +136,7 @@ def test_a_run_leaves_its_files(base, tmp_path, task):
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "gallery.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "checkpoints" / "6").exists() and not (tmp_path / train.JOURNAL).exists()
     listed = json.loads((tmp_path / "sites.json").read_text())
     assert sum(row["trained"] for row in listed) == on_disk["counts"]["tuned"]
     table = results.table(on_disk)

@@ -1,8 +1,17 @@
 """The table of faults, printed when the tests have run: what was done, how often, what was lost, how long recovery took."""
 
+import os
+import re
 import time
 
 import pytest
+
+
+def pytest_generate_tests(metafunc):
+    """FAULT_TIMES=10 runs every fault ten times; the table adds them up."""
+    if (n := int(os.environ.get("FAULT_TIMES", "1"))) > 1:
+        metafunc.fixturenames.append("again")
+        metafunc.parametrize("again", range(n), ids=lambda i: f"again{i}")
 
 
 class Fault:
@@ -27,7 +36,7 @@ class Fault:
 def fault(request):
     """The row of this test; its name is the first line of the test's docstring."""
     row = Fault(request.function.__doc__.splitlines()[0].rstrip("."))
-    case = request.node.name.partition("[")[2].rstrip("]")
+    case = re.sub(r"-?again\d+$", "", request.node.name.partition("[")[2].rstrip("]"))
     row.name += f" ({case})" if case else ""
     failed = request.session.testsfailed
     yield row
@@ -47,7 +56,12 @@ def pytest_terminal_summary(terminalreporter):
         return
     terminalreporter.section("faults")
     rows = [("fault", "tries", "steps repeated", "s to recover", "what was seen")]
-    rows += [(r["name"], str(r["tries"]), str(r["steps_lost"]), f"{r['seconds']:.1f}", r["done"]) for r in found]
+    for name in dict.fromkeys(r["name"] for r in found):
+        same = [r for r in found if r["name"] == name]
+        tries, lost, seconds = (
+            f([r[key] for r in same]) for f, key in ((sum, "tries"), (max, "steps_lost"), (max, "seconds"))
+        )
+        rows.append((name, str(tries), str(lost), f"{seconds:.1f}", same[-1]["done"]))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         terminalreporter.line("  ".join(value.ljust(w) for value, w in zip(row, widths, strict=True)).rstrip())
