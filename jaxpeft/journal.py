@@ -3,13 +3,16 @@
 Checkpoints are some minutes apart; here every step is written, in place, turn about into two slots. The file's pages belong to
 the system from the moment they are written, so they outlive the process (not the machine: for that there are checkpoints).
 Whatever moment the process dies at, one slot is whole, and its digest says which. The space is taken when training starts, so
-a disk that fills up later does not stop it. A step is written while the next one runs.
+a disk that fills up later does not stop it. A step is written while the next one runs; where that takes longer than a step
+does (a bucket that is mounted uploads the whole file each time), steps are left out, so that it takes less than a tenth of the time.
 """
 
+import collections
 import hashlib
 import json
 import os
 import struct
+import time
 from pathlib import Path
 
 import jax
@@ -46,6 +49,7 @@ class Journal:
         self._head = struct.pack("<Q", len(head)) + head
         self._next: int | None = None  # the slot to write; None before the first
         self._failing = False
+        self._last, self._ended, self._not_before = collections.deque(maxlen=3), 0.0, 0.0
 
     def restore(self, after: int, accept: bool = False) -> tuple[int, Tree] | None:
         """(step, state as numpy arrays) of the newest whole slot, where that is of a step later than `after`.
@@ -66,13 +70,15 @@ class Journal:
             return step, tree.unflatten(self._like, tree.unpack(words, head["layout"], what), what)
 
     def write(self, step: int, words: jax.Array) -> None:
-        """The state after `step`, from `sharding.packed`. What cannot be written is said once, and training goes on."""
-        if not sharding.is_first():
+        """The state after `step`, from `sharding.packed`, unless it was slow of late. What cannot be written is said once, and
+        training goes on."""
+        if not sharding.is_first() or time.perf_counter() < self._not_before:
             return
+        words = np.asarray(words)
         try:
             if self._next is None:
                 self._next = self._begin()
-            words = np.asarray(words)
+            began = time.perf_counter()
             digest = _digest(self._head, step, words)
             at = _pages(len(self._head)) + self._next * _pages(_SLOT.size + n_bytes(self._like))
             with self._path.open("r+b", buffering=0) as file:
@@ -86,6 +92,19 @@ class Journal:
             self._failing = True
             return
         self._next, self._failing = 1 - self._next, False
+        self._pause(began)
+
+    def _pause(self, began: float) -> None:
+        """Leave steps out when each of the last three writes took longer than what passes between two."""
+        between, self._ended = began - self._ended, time.perf_counter()
+        self._last.append((self._ended - began, between))
+        took, between = map(min, zip(*self._last, strict=True))
+        if len(self._last) == 3 and took > between:
+            if not self._not_before:
+                self._log(
+                    f"writing {self._path} takes {took:.2f} s, more than a step: it is written every {20 * took:.0f} s"
+                )
+            self._not_before = self._ended + 20 * took
 
     def _begin(self) -> int:
         """The slot to write first: in a file of this run the older one, as a newer state must be whole before it goes."""

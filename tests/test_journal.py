@@ -164,6 +164,49 @@ def test_a_head_that_somebody_made_up_is_refused(tmp_path):
             opened(path).restore(0)
 
 
+def test_a_slow_store_takes_little_of_the_time(tmp_path, monkeypatch):
+    """One that needs a second for what takes a step of a tenth; a clock that is moved by hand."""
+    clock, real, said, per_write = [1000.0], journal._write, [], [1.0]
+
+    def slow(file, data, at):
+        clock[0] += per_write[0] / 2
+        real(file, data, at)
+
+    monkeypatch.setattr(journal, "_write", slow)
+    monkeypatch.setattr(journal.time, "perf_counter", lambda: clock[0])
+    one, written_at = opened(tmp_path / "journal", said=said), []
+    for step in range(1, 1001):
+        clock[0] += 0.1
+        before = clock[0]
+        one.write(step, words(3))
+        if clock[0] > before:
+            written_at.append(step)
+    assert written_at[:3] == [1, 2, 3] and 203 <= written_at[3] <= 204
+    assert len(written_at) <= 9, written_at  # of 100 s of steps
+    assert len(said) == 1 and "every 20 s" in said[0]
+    per_write[0] = 0.01  # as fast as a disk again
+    for step in range(1001, 1700):
+        clock[0] += 0.1
+        one.write(step, words(3))
+    assert opened(tmp_path / "journal").restore(0)[0] == 1699
+
+
+def test_a_slow_write_now_and_then_leaves_no_step_out(tmp_path, monkeypatch):
+    clock, real = [1000.0], journal._write
+
+    def sometimes(file, data, at):
+        clock[0] += 5.0 if int(clock[0]) % 3 == 0 else 0.01
+        real(file, data, at)
+
+    monkeypatch.setattr(journal, "_write", sometimes)
+    monkeypatch.setattr(journal.time, "perf_counter", lambda: clock[0])
+    one = opened(tmp_path / "journal")
+    for step in range(1, 60):
+        clock[0] += 0.1
+        one.write(step, words(3))
+        assert opened(tmp_path / "journal").restore(0)[0] == step
+
+
 def test_a_full_disk_is_said_once(tmp_path, monkeypatch):
     path, said = tmp_path / "journal", []
     one, full = opened(path, said=said), [True]
