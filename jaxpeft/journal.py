@@ -3,8 +3,8 @@
 Checkpoints are some minutes apart; here every step is written, in place, turn about into two slots. The file's pages belong to
 the system from the moment they are written, so they outlive the process (not the machine: for that there are checkpoints).
 Whatever moment the process dies at, one slot is whole, and its digest says which. The space is taken when training starts, so
-a disk that fills up later does not stop it. A step is written while the next one runs; where that takes longer than a step
-does (a bucket that is mounted uploads the whole file each time), steps are left out, so that it takes less than a tenth of the time.
+a disk that fills up later does not stop it. A step is written while the next one runs. Where that takes longer than a step
+does (a mounted bucket uploads the whole file each time), steps are left out, so that it takes less than a tenth of the time.
 """
 
 import collections

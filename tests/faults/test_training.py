@@ -12,11 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import toy
 
-from jaxpeft import locks, stop, train
+from jaxpeft import locks, sharding, stop, train
 from jaxpeft.checkpoint import Checkpoints
 
 # the array store's own event loop complains when it is collected after a read that failed
@@ -120,12 +121,12 @@ def test_everything_damaged(tmp_path, whole, fault):
 
 
 def killed_at_random(workdir, steps, every, tries):
-    """The toy, killed so many times -> after each kill (steps logged, the step that the next one went on from)."""
+    """The toy, killed so many times -> after each kill (steps logged, the step gone on from, seconds until then)."""
     rng, logged, found = np.random.default_rng(0), 0, []
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
     for n in range(tries + 1):
         program = [sys.executable, HERE / "toy.py", workdir, str(steps), str(every)]
-        process = subprocess.Popen(program, env=env, stdout=subprocess.PIPE, text=True)
+        process, began = subprocess.Popen(program, env=env, stdout=subprocess.PIPE, text=True), time.perf_counter()
         went_on = 0
         for line in process.stdout:
             if resumed := re.match(r"resumed from step (\d+)", line):
@@ -133,7 +134,7 @@ def killed_at_random(workdir, steps, every, tries):
             if line.startswith("compiled") or line.startswith("ends"):
                 break
         if n:
-            found.append((logged, went_on))
+            found.append((logged, went_on, time.perf_counter() - began))
         time.sleep(rng.uniform(0.05, 0.6))
         process.kill()
         process.communicate()
@@ -146,15 +147,14 @@ def test_kill(tmp_path, fault, every):
     """kill -9 at random moments; steps between checkpoints."""
     workdir, expected = tmp_path / "killed", toy.fit(tmp_path / "whole", toy.config(200, 1000))
     kills = killed_at_random(workdir, 200, every, 4)
-    assert any(went_on > 0 for _, went_on in kills)
-    most = max(logged - went_on for logged, went_on in kills)
+    assert any(went_on > 0 for _, went_on, _ in kills)
+    most = max(logged - went_on for logged, went_on, _ in kills)
     assert most <= 1
-    after = fault.timed(toy.fit, workdir, toy.config(200, every))
-    np.testing.assert_array_equal(after, expected)
+    np.testing.assert_array_equal(toy.fit(workdir, toy.config(200, every)), expected)
     steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 201))  # none twice, none missing
-    for _ in kills:
-        fault.tried("goes on from the last step that was logged, or the one before it", max(most, 0))
+    for _, _, seconds in kills:
+        fault.tried("goes on from the last step that was logged, or the one before it", max(most, 0), seconds)
 
 
 def test_kill_at_every_step(tmp_path, fault, whole):
@@ -237,6 +237,29 @@ def test_sigterm(tmp_path, whole, fault, monkeypatch, moment):
     step, _ = same_end(tmp_path / "a", whole, fault, **rest)
     assert step == steps_done
     fault.tried(f"stops with exit code {stop.RESTARTABLE}, goes on from step {step}")
+
+
+@pytest.mark.parametrize("holds", ["checkpoint", "journal"])
+def test_fewer_devices(tmp_path, whole, fault, monkeypatch, holds):
+    """The machine that goes on has other devices (eight, then four, then one), from where the newest step is."""
+    mesh = sharding.mesh
+    for devices, stops_at in ((8, 5), (4, 9), (1, None)):
+        monkeypatch.setattr(sharding, "mesh", lambda shape, n=devices: mesh(shape, jax.devices()[:n]))
+        c, said = toy.config(checkpoint_every=1000), []
+        change = raise_at(stops_at + 1) if stops_at else lambda step, batch: batch
+        try:
+            after = fault.timed(toy.fit, tmp_path, c, said.append, change=change)
+        except stop.Stopped:
+            if holds == "journal":
+                shutil.rmtree(tmp_path / "checkpoints" / str(stops_at))
+        if devices < 8:
+            went_on = f"resumed from step {5 if devices == 4 else 9}"
+            assert went_on + (", which the journal holds" if holds == "journal" else "") in said, said
+    np.testing.assert_allclose(after, whole[0], rtol=0, atol=1e-5)  # sums over devices round otherwise
+    losses = [[json.loads(line)["loss"] for line in text.splitlines()]
+              for text in (whole[1], (tmp_path / "metrics.jsonl").read_text())]  # fmt: skip
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    fault.tried("goes on from the step that was saved, on the devices there are")
 
 
 def test_sigint_twice(tmp_path, whole, fault):
