@@ -125,7 +125,7 @@ def _received(ray, ref, run, directory: Path, log) -> bool:
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         if isinstance(error, ray.exceptions.RayTaskError) and not stop.is_transient(cause):
-            raise
+            raise cause from error
         log(f"{run.id}: {stop.message(cause) if stop.is_transient(cause) else type(error).__name__}; it is sent again")
         return False
     for line in lines or ():

@@ -52,6 +52,13 @@ APART = (
     "cluster",
     "locks",
     "stop",
+    "journal",
+    "claims",
+    "demo",
+    "export",
+    "generate",
+    "use",
+    "foreign",
     "__init__",
     "interchange/",
     "methods/",
@@ -197,6 +204,11 @@ def n_runs(config) -> int:
 
 
 @functools.cache
+def source() -> dict[str, str]:
+    """File of the package -> digest of what it does, as this process first saw them: what it imported."""
+    return {str(path.relative_to(PACKAGE)): _code_of(path) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
 def _code_of(path: Path) -> str:
     """A digest of what a file does: comments, docstrings and layout do not count."""
     module = ast.parse(path.read_text())
@@ -208,12 +220,11 @@ def _code_of(path: Path) -> str:
 
 def depends_on(config) -> dict[str, str]:
     """Name -> digest of the source files and settings that decide a point's numbers, for telling what a change touches."""
-    files = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
-    files = {name for name in files if not name.startswith(APART)}
+    files = {name for name in source() if not name.startswith(APART)}
     files |= {"methods/base.py", "methods/compose.py", "tasks/base.py", f"tasks/{config.task}.py"}
-    files |= {str(path.relative_to(PACKAGE)) for path in (PACKAGE / "datasets").glob(f"{config.data.name}*.py")}
+    files |= {name for name in source() if name.startswith(f"datasets/{config.data.name}")}
     files |= {f"methods/{type(one).__module__.rsplit('.', 1)[-1]}.py" for one in point.methods_of(config)}
-    return {name: _code_of(PACKAGE / name) for name in sorted(files)} | {"config": point.digest(point.as_json(config))}
+    return {name: source()[name] for name in sorted(files)} | {"config": point.digest(point.as_json(config))}
 
 
 def changes(directory: Path, run: Run) -> list[str]:
@@ -222,8 +233,22 @@ def changes(directory: Path, run: Run) -> list[str]:
         before = json.loads((directory / "points" / run.id / "depends_on.json").read_text())
     except FileNotFoundError:
         return []
-    now = depends_on(run.config)
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return sorted(name for name, digest in depends_on(run.config).items() if before.get(name) != digest)
+
+
+def check_source(directory: Path, run: Run) -> None:
+    """Raise ValueError where the newest start of the study had other source files than this process, of those that `run`
+    depends on: each of the two would do again what the other has done, without end."""
+    try:
+        newest = json.loads((directory / "source.json").read_text())
+    except FileNotFoundError:
+        return
+    mine = source()
+    if differ := [name for name in depends_on(run.config) if name in mine and newest.get(name) != mine[name]]:
+        raise ValueError(
+            f"{', '.join(differ)} changed after this study, or this part of it, was started; stop all of it, and start the "
+            f"same command again: what the change touches is done again"
+        )
 
 
 # ---------------------------------------------------------------- what it will cost
@@ -421,7 +446,8 @@ def execute(run: Run, directory: Path, log, keep_checkpoints: bool = False) -> b
 
 
 def attempt(run: Run, directory: Path, log) -> bool:
-    """Do a run that is not done; False where another process is doing it."""
+    """Do a run that is not done; False where another process is doing it. Raises ValueError where the code has changed."""
+    check_source(directory, run)
     claim = locks.Claim(directory / "claims", run.id)
     if not claim.take():
         return False
@@ -468,6 +494,7 @@ def run(
         check(config)
     directory.mkdir(parents=True, exist_ok=True)
     set_aside(directory, state)
+    results.write_json(directory / "source.json", source())
     results.write_json(directory / "study.json", {"config": point.as_json(config), "command": " ".join(command or [])})
     if elsewhere:
         elsewhere(config, directory, log=log)

@@ -136,6 +136,14 @@ def test_a_stopped_driver_leaves_what_is_done_and_goes_on(two_cores, small, tmp_
     assert [path.stem for path in (tmp_path / "failures").iterdir()] == [BAD]  # a stop is not a failure
 
 
+def test_processes_with_other_code_end_the_study_with_the_file_named(two_cores, small, tmp_path, monkeypatch):
+    """A file was edited after the driver had started: its processes import the new one, and would do every run again for ever."""
+    monkeypatch.setattr(study, "source", lambda real=study.source(): real | {"tree.py": "before"})
+    with pytest.raises(ValueError, match=r"^tree\.py changed after this study"):
+        run(small, tmp_path)
+    assert not list((tmp_path / "points").glob("*")) and not list((tmp_path / "claims").glob("[!.]*"))
+
+
 def test_without_ray_it_says_what_to_install(small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'jaxpeft\[ray\]'"):

@@ -1,5 +1,6 @@
 """The grid, who works on what, and what is run again; points are trained in test_train.py and replaced here."""
 
+import ast
 import json
 import multiprocessing
 import os
@@ -172,10 +173,49 @@ def test_a_changed_config_runs_again_only_what_it_touches(config, fake, tmp_path
 
 def test_a_changed_method_runs_again_only_its_points(config, fake, tmp_path, monkeypatch):
     study.run(config, tmp_path, log=quiet)
-    before, code_of = len(fake), study._code_of
-    monkeypatch.setattr(study, "_code_of", lambda path: "new" if path.name == "prefix.py" else code_of(path))
+    before, source = len(fake), study.source()
+    monkeypatch.setattr(study, "source", lambda: source | {"methods/prefix.py": "new"})
     study.run(config, tmp_path, log=quiet)
     assert fake[before:] and all("prefix" in name for name in fake[before:])
+
+
+def test_a_process_with_other_code_than_the_newest_start_stops(config, fake, tmp_path, monkeypatch):
+    """Two that differ would set each other's results aside for ever; one with the same code, for what it does, goes on."""
+    real = study.point.run
+
+    def edited(*args, **kwargs):
+        if len(fake) == 3:  # somebody starts the study again, with an edited method
+            results.write_json(tmp_path / "source.json", study.source() | {"methods/prefix.py": "new"})
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(study.point, "run", edited)
+    with pytest.raises(
+        ValueError, match=r"^methods/prefix\.py changed after this study.* start the same command again"
+    ):
+        study.run(config, tmp_path, log=quiet)
+    done = list(fake)
+    assert 3 < len(done) < study.n_runs(config) and not any("prefix" in name for name in done[4:])
+    assert not list((tmp_path / "claims").glob("[!.]*"))
+    rows = study.run(config, tmp_path, log=quiet)  # a new start is the newest
+    assert all(row["status"] == "done" for row in rows) and len(fake) == len(set(fake))
+
+
+def test_every_file_that_a_point_does_not_import_is_known_to_be_apart():
+    """Else a change in the demo, say, would run whole studies again."""
+    names = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): name for name in study.source()}
+    reached, todo = set(), ["point"]
+    while todo:
+        module = todo.pop()
+        if module in reached or module not in names:
+            continue
+        reached.add(module)
+        for node in ast.walk(ast.parse((study.PACKAGE / names[module]).read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jaxpeft":
+                inside = node.module.removeprefix("jaxpeft").removeprefix(".")
+                todo += [inside, *(f"{inside}.{one.name}".removeprefix(".") for one in node.names)]
+    apart = {module for module, name in names.items() if name.startswith(study.APART)}
+    assert {"train", "hub", "models.blip", "tree"} <= reached - apart
+    assert set(names) - reached - apart == {"models"} - reached
 
 
 def test_comments_and_docstrings_are_not_code(tmp_path):
