@@ -171,6 +171,13 @@ def test_every_command_of_the_readme_runs(place, monkeypatch, capsys):
     assert len(ran) >= 14 and Path("captions.jsonl").read_text().count("\n") == 20
 
 
+def test_every_result_is_in_the_readme():
+    """A table that nobody finds; and a section that an edit has cut away by accident."""
+    missing = [path.name for path in (ROOT / "results").iterdir() if f"results/{path.name}" not in README]
+    assert not missing
+    assert "### Scale and survival" in README
+
+
 def test_benchmarks_of_the_readme_exist_and_have_their_options():
     found = re.findall(r"python (benchmarks/\w+\.py)([^`\n]*)", README)
     assert len(found) >= 8
