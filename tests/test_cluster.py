@@ -137,8 +137,9 @@ def test_a_stopped_driver_leaves_what_is_done_and_goes_on(two_cores, small, tmp_
 
 
 def test_processes_with_other_code_end_the_study_with_the_file_named(two_cores, small, tmp_path, monkeypatch):
-    """A file was edited after the driver had started: its processes import the new one, and would do every run again for ever."""
-    monkeypatch.setattr(study, "source", lambda real=study.source(): real | {"tree.py": "before"})
+    """A file was edited after the driver had started: its processes import the new one, and would do all runs without end."""
+    edited = study.source() | {"tree.py": "before"}
+    monkeypatch.setattr(study, "source", lambda: edited)
     with pytest.raises(ValueError, match=r"^tree\.py changed after this study"):
         run(small, tmp_path)
     assert not list((tmp_path / "points").glob("*")) and not list((tmp_path / "claims").glob("[!.]*"))
