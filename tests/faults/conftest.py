@@ -36,7 +36,7 @@ class Fault:
 def fault(request):
     """The row of this test; its name is the first line of the test's docstring."""
     row = Fault(request.function.__doc__.splitlines()[0].rstrip("."))
-    case = re.sub(r"-?again\d+$", "", request.node.name.partition("[")[2].rstrip("]"))
+    case = re.sub(r"-?again\d+-?", "", request.node.name.partition("[")[2].rstrip("]"))
     row.name += f" ({case})" if case else ""
     failed = request.session.testsfailed
     yield row
