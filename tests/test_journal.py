@@ -75,17 +75,18 @@ def test_the_newest_state_comes_back(tmp_path):
     assert opened(path).restore(5)[0] == 7
 
 
+@pytest.mark.parametrize("n", [2, 3])  # the newest is in the second slot, or in the first
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_write_that_is_cut_off_leaves_the_state_before(tmp_path, monkeypatch, resumed):
+def test_a_write_that_is_cut_off_leaves_the_state_before(tmp_path, monkeypatch, resumed, n):
     """After each possible number of bytes, by the process that wrote before or by its successor."""
 
     class CutOffError(BaseException):  # as sudden as a signal
         pass
 
     path, real = tmp_path / "journal", journal._write
-    one = written(path, 1, 2)
-    before = path.read_bytes()
-    total = 4 * words(3).size + journal._SLOT.size
+    one = written(path, *range(1, n + 1))
+    before, slot = path.read_bytes(), one._next
+    total = 4 * words(9).size + journal._SLOT.size
     for cut in [*range(0, total, 97), *range(total - 60, total)]:
         path.write_bytes(before)
         room = [cut]
@@ -97,13 +98,13 @@ def test_a_write_that_is_cut_off_leaves_the_state_before(tmp_path, monkeypatch, 
                 raise CutOffError
 
         one = opened(path) if resumed else one
-        one._next = None if resumed else 0
+        one._next = None if resumed else slot
         with monkeypatch.context() as patch, pytest.raises(CutOffError):
             patch.setattr(journal, "_write", some)
-            one.write(3, words(3))
+            one.write(9, words(9))
         found, got = opened(path).restore(0)
-        assert found == 2
-        same(state(2), got)
+        assert found == n
+        same(state(n), got)
 
 
 def test_no_flipped_bit_is_taken_for_a_state(tmp_path):
@@ -220,5 +221,7 @@ def test_a_full_disk_is_said_once(tmp_path, monkeypatch):
         one.write(step, words(step))
     assert len(said) == 1 and "No space left" in said[0] and not list(tmp_path.iterdir())
     full[0] = False
+    (tmp_path / ".journal.123").write_bytes(b"left by a process that was killed while it made one")
     one.write(3, words(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["journal"]
     assert opened(path).restore(0)[0] == 3

@@ -88,7 +88,14 @@ def test_planned_bytes_are_those_on_a_device(wide, axes):
     c = config_of(wide, **{"data.augment": "crop"})  # so that the image encoder runs, and is an argument
     model, step, (state, frozen, features, batch) = planned(c)
     mesh = sharding.mesh(axes)
-    plan = preflight.compiled(step, (state, frozen, features, batch), model.sharding, mesh)
+    plan = preflight.compiled(step, (state, frozen, features, batch), model.sharding, mesh, c.journal_mb)
+    everywhere = sharding.put(
+        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state),
+        jax.tree.map(lambda _: sharding.replicated(mesh), state),
+    )
+    words = sharding.packed(jax.tree.leaves(everywhere))
+    assert plan.journal == words.addressable_shards[0].data.nbytes > 0
+    assert plan.peak == plan.arguments + plan.temporary + plan.journal
     rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
     taken = 0
     for one, where in (

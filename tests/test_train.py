@@ -446,6 +446,24 @@ def test_a_damaged_checkpoint_is_left_out(tmp_path, damage):
     np.testing.assert_array_equal(restored["a"], state["a"] + 1)
 
 
+def test_what_devices_share_is_stored_in_parts_and_the_rest_as_one_array(tmp_path):
+    mesh = sharding.mesh({"fsdp": 8, "data": 1})
+    split, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("fsdp",), ()))
+    state = {"s": jax.device_put(jnp.arange(64.0).reshape(16, 4), split), "n": jax.device_put(jnp.int32(5), whole),
+             "w": jax.device_put(jnp.arange(6.0).reshape(2, 3), whole)}  # fmt: skip
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    manifest = checkpoints._read_manifest(1)
+    assert [name for name, _, _ in manifest["layout"]] == ["n", "w"] and len(manifest["leaves"]["s"]) == 8
+    step, got = checkpoints.restore(state, {})
+    assert step == 1
+    for name, x in state.items():
+        np.testing.assert_array_equal(got[name], x)
+        assert got[name].dtype == x.dtype
+    checkpoints.close()
+
+
 def test_a_checkpoint_of_another_base_or_shape_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(1, {"a": jnp.ones(3)}, {"base": "x"})

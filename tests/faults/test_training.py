@@ -169,14 +169,24 @@ def test_kill_at_every_step(tmp_path, fault, whole):
             shutil.copytree(tmp_path / "run", tmp_path / f"copy {step}")
         return batch
 
+    validations = iter((3, 6, 9, 12))
+
+    def copied_in_it(tuned):
+        shutil.copytree(tmp_path / "run", tmp_path / f"validation {next(validations)}")
+        return validate(tuned)
+
     (tmp_path / "run").mkdir()
-    after = toy.fit(tmp_path / "run", c, change=copied, validate=validate)
+    after = toy.fit(tmp_path / "run", c, change=copied, validate=copied_in_it)
     whole = after, (tmp_path / "run" / "metrics.jsonl").read_text()
     for step in range(3, 13):  # when batch `step` is made, step - 1 has been begun
         logged = (tmp_path / f"copy {step}" / "metrics.jsonl").read_text().count('"loss"')
         resumed, _ = same_end(tmp_path / f"copy {step}", whole, fault, c, validate=validate)
         assert resumed >= max(logged, step - 2)
         fault.tried("goes on from the step before the one that ran", step - 1 - resumed)
+    for step in (3, 6, 9, 12):  # in a validation after step `step`, which is a part of it
+        resumed, _ = same_end(tmp_path / f"validation {step}", whole, fault, c, validate=validate)
+        assert resumed == step - 1
+        fault.tried("goes on from the step before the one that ran", 1)
 
 
 def raise_at(moment, number=signal.SIGTERM, times=1):
