@@ -59,7 +59,9 @@ def test_damaged_and_hostile_files_are_refused(readers, home, name):
 
 def test_coverage_guides_inputs_to_new_code_and_a_failure_ends_it(tmp_path):
     """fuzz_coverage.py, in processes of its own as libFuzzer needs them."""
-    pytest.importorskip("atheris")
+    pytest.importorskip(
+        "atheris", reason="needs atheris: pip install -e .[fuzz]; it is there for Linux, Python below 3.14"
+    )
     import fuzz_coverage
 
     found = fuzz_coverage.run("vocab.txt", 400, tmp_path, seed=1)
