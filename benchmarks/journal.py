@@ -3,7 +3,7 @@
     python benchmarks/journal.py --out results/journal.json
 
 Per state (tuned leaves, Adam's two moments): milliseconds of one write of the journal (packed on the device, fetched, digested,
-written), of which a step on an accelerator hides the most, as it is written while the next one runs; and of one checkpoint from
+written; while the next step runs, in training); and of one checkpoint from
 `save` to its end on the disk. Medians with quartiles, in turn. Then whole runs of the tiny base, 600 steps of LoRA, with
 the journal and without, turns taken: milliseconds per step. About three minutes on two cores.
 """

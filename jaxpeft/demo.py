@@ -8,7 +8,6 @@ The page listens on this machine only and keeps no picture. `app` is an ordinary
 
 import argparse
 import dataclasses
-import json
 import sys
 import threading
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxpeft import evals, host, hub, images, point
+from jaxpeft import evals, host, hub, images, point, untrusted
 from jaxpeft.tasks.base import Task
 from jaxpeft.tree import Tree
 
@@ -46,7 +45,7 @@ def load(workdirs: list[str], bases: list[str] = ()) -> list[Writer]:
     for workdir in workdirs:
         model, variables, _, task = point.load_run(workdir)
         tuned.append(Writer(Path(workdir).name, model, variables, task))
-        base = json.loads((Path(workdir) / "config.json").read_text())["base"]
+        base = untrusted.read_json(Path(workdir) / "config.json")["base"]
         if (base, task.name) not in frozen:
             plain, params = hub.load(base, question_encoder=task.question_encoder)
             frozen[base, task.name] = Writer(f"{Path(base).name}, frozen", plain, {"params": params}, task)

@@ -5,11 +5,10 @@ python -m jaxpeft.export --workdir runs/mine --out adapter --format peft   an ad
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from jaxpeft import interchange, point, results
+from jaxpeft import interchange, point, results, untrusted
 
 LABELS = {"captioning": "image-to-text", "vqa": "visual-question-answering"}
 CLASSES = {"captioning": "BlipForConditionalGeneration", "vqa": "BlipForQuestionAnswering"}
@@ -19,8 +18,8 @@ TOKENIZERS = {"approximate": "an approximation of the PTB tokeniser", "ptb": "th
 
 def model_card(workdir: str | Path, adapter: bool = False) -> str:
     """README.md of what a finished run tuned: data, method, counts, scores and how they were made, from its own files."""
-    config = json.loads((Path(workdir) / "config.json").read_text())
-    result = json.loads((Path(workdir) / "result.json").read_text())
+    config = untrusted.read_json(Path(workdir) / "config.json")
+    result = untrusted.read_json(Path(workdir) / "result.json", point.MOST_RESULT)
     task, counts, data, model = result["task"], result["counts"], config["data"], result["model"]
     base = Path(model["base"]).name
     method = result["method"] + (f", size {result['size']}" if result["size"] else "")

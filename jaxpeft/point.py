@@ -26,6 +26,8 @@ from jaxpeft.methods import Selective
 from jaxpeft.train import JOURNAL, fit, train_step
 from jaxpeft.tree import Tree
 
+MOST_RESULT = 1 << 30  # bytes of a result.json
+
 
 def run(
     config,
@@ -238,7 +240,7 @@ def load_run(workdir: str | Path):
 
 def _load_run(workdir):
     config = ml_collections.ConfigDict(untrusted.read_json(workdir / "config.json"))
-    words = untrusted.read_json(workdir / "result.json", 1 << 30)["model"]["new_words"]
+    words = untrusted.read_json(workdir / "result.json", MOST_RESULT)["model"]["new_words"]
     task = tasks.build(config.task, **config.task_options)
     model, params, _ = _base(config, task)
     model, params, _ = hub.extend_vocabulary(model, params, words, config.seed)

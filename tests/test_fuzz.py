@@ -15,10 +15,11 @@ import pytest
 import tiny
 from PIL import Image
 
-from jaxpeft import hub, images, untrusted
-from jaxpeft.datasets import folder
+from jaxpeft import export, hub, images, untrusted
+from jaxpeft.datasets import folder, prepare
 from jaxpeft.interchange import import_peft
 from jaxpeft.models.blip import BlipConfig
+from jaxpeft.tasks.vqa import Vqa
 from jaxpeft.text import Tokenizer
 from jaxpeft.torch_files import load_pickle
 
@@ -214,6 +215,20 @@ def test_annotations_and_a_run_cannot_link_elsewhere(tmp_path, home, readers):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_bytes(data)
     reader.read(run)
+    for name, reads in (("config.json", reader.read), ("result.json", export.model_card)):
+        shutil.move(run / name, tmp_path / name)
+        (run / name).symlink_to(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} is a link"):
+            reads(run)
+        (run / name).unlink()
+        shutil.move(tmp_path / name, run / name)
+    for name in ("answers.json", "coco.json"):
+        (tmp_path / name).write_text('["a"]')
+        (tmp_path / "a" / name).symlink_to(tmp_path / name)
+    with pytest.raises(ValueError, match=r"answers\.json is a link"):
+        Vqa(inference="rank", answer_list=str(tmp_path / "a" / "answers.json")).candidates(None)
+    with pytest.raises(ValueError, match=r"coco\.json is a link"):
+        prepare._read(tmp_path / "a" / "coco.json", None)
     shutil.move(run / "tuned", tmp_path / "tuned")
     (run / "tuned").symlink_to(tmp_path / "tuned")
     with pytest.raises(ValueError, match="tuned is a link to"):

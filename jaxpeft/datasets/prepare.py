@@ -21,6 +21,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from jaxpeft import untrusted
 from jaxpeft.datasets import coco
 
 _COCO, _VQA = "images.cocodataset.org/zips", "s3.amazonaws.com/cvmlp/vqa/mscoco/vqa"
@@ -143,6 +144,7 @@ def _jpegs(directory: Path) -> list[dict]:
 
 def _read(path: Path, key: str | None):
     """The list that `path` holds (under `key`), or a ValueError that says what is wrong with the file."""
+    untrusted.kept_in(path)
     try:
         data = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

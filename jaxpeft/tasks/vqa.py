@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxpeft import metrics
+from jaxpeft import metrics, untrusted
 from jaxpeft.data import Examples, most_common, pad_tokens
 from jaxpeft.datasets import Split
 from jaxpeft.tasks.base import Task, teacher_forced
@@ -102,7 +102,7 @@ class Vqa(Task):
             return None
         if self.answer_list:
             try:
-                answers = json.loads(pathlib.Path(self.answer_list).read_text("utf-8"))
+                answers = json.loads(untrusted.kept_in(pathlib.Path(self.answer_list)).read_text("utf-8"))
             except (OSError, ValueError) as error:
                 raise ValueError(f"task_options.answer_list {self.answer_list}: {error}; give a JSON list") from error
             if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a for a in answers):
