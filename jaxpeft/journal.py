@@ -90,6 +90,8 @@ class Journal:
                     f"{self._path} cannot be written ({error.strerror}); after a kill training repeats from a checkpoint"
                 )
             self._failing = True
+            if isinstance(error, FileNotFoundError):  # somebody has deleted it: the next step makes a new one
+                self._next = None
             return
         self._next, self._failing = 1 - self._next, False
         self._pause(began)

@@ -208,6 +208,17 @@ def test_a_slow_write_now_and_then_leaves_no_step_out(tmp_path, monkeypatch):
         assert opened(tmp_path / "journal").restore(0)[0] == step
 
 
+def test_a_file_that_is_deleted_while_it_is_written_is_made_again(tmp_path):
+    said = []
+    one = opened(tmp_path / "checkpoints" / "journal", said=said)
+    one.write(1, words(1))
+    (tmp_path / "checkpoints" / "journal").unlink()
+    (tmp_path / "checkpoints").rmdir()
+    for step in (2, 3):
+        one.write(step, words(step))
+    assert opened(tmp_path / "checkpoints" / "journal").restore(0)[0] == 3 and len(said) == 1
+
+
 def test_a_full_disk_is_said_once(tmp_path, monkeypatch):
     path, said = tmp_path / "journal", []
     one, full = opened(path, said=said), [True]
