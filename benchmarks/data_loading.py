@@ -64,13 +64,17 @@ def rate(batches, n_batches, warm=2):
 
 
 def ours(files, size, threads):
-    examples = data.Examples({"image_index": np.arange(len(files))}, data.Resized(Decoded(files), size, 0), [])
+    examples = data.Examples(
+        {"image_index": np.arange(len(files))}, data.Resized(Decoded(files), size, cache_bytes=0), []
+    )
     return data.batches(examples, BATCH, seed=0, augment="blip", threads=threads)
 
 
 def in_processes(files, size, workers):
     """Our batches made by grain's worker processes."""
-    examples = data.Examples({"image_index": np.arange(len(files))}, data.Resized(Decoded(files), size, 0), [])
+    examples = data.Examples(
+        {"image_index": np.arange(len(files))}, data.Resized(Decoded(files), size, cache_bytes=0), []
+    )
     order = grain.MapDataset.range(len(files)).seed(0).shuffle().repeat().batch(BATCH)
     made = order.seed(1).random_map(lambda indices, rng: data.gather(examples, indices, ("blip", rng))["image"])
     stream = made.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
@@ -81,7 +85,7 @@ class TorchData:
     """A map-style dataset of the same work."""
 
     def __init__(self, files, size):
-        self.resized = data.Resized(Decoded(files), size, 0)
+        self.resized = data.Resized(Decoded(files), size, cache_bytes=0)
 
     def __len__(self):
         return 1 << 20

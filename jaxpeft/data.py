@@ -56,18 +56,23 @@ def subset(split: Split, *, seed: int, fraction: float = 1.0, n_images: int | No
 class Resized(Sequence):
     """Pictures at the model's square size; up to `cache_bytes` of them are kept in memory after first use."""
 
-    def __init__(self, source: Sequence, size: int, cache_bytes: int = 1 << 30):
-        self.source, self._size, self._cache_bytes = source, size, cache_bytes
+    def __init__(self, source: Sequence, size: int, resample: int = images.BICUBIC, cache_bytes: int = 1 << 30):
+        self.source, self._size, self._resample, self._cache_bytes = source, size, resample, cache_bytes
         self._room = cache_bytes // (size * size * 3)
         self._kept: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, source: Sequence, model) -> "Resized":
+        """Pictures as `model` takes them."""
+        return cls(source, model.config.image_size, model.config.image_resample)
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, i):
         if i not in self._kept:
-            image_YXC = images.resize(self.source[i], self._size)
+            image_YXC = images.resize(self.source[i], self._size, self._resample)
             with self._lock:
                 if len(self._kept) >= self._room:
                     return image_YXC
@@ -76,11 +81,11 @@ class Resized(Sequence):
 
     def __reduce__(self):
         """Without what is kept, and without its lock: for worker processes."""
-        return Resized, (self.source, self._size, self._cache_bytes)
+        return Resized, (self.source, self._size, self._resample, self._cache_bytes)
 
     def augmented(self, i, kind: str, rng) -> np.ndarray:
         """A random crop of picture `i` at its native size, resized; one state of `rng` gives one result."""
-        image_YXC = images.augment(self.source[i], rng, size=self._size, flip=kind != "crop")
+        image_YXC = images.augment(self.source[i], rng, size=self._size, flip=kind != "crop", resample=self._resample)
         return randaugment(image_YXC, rng) if kind == "blip" else image_YXC
 
 

@@ -30,9 +30,12 @@ def _step(model, variables, token_B, cache, context_mask_BS):
     return model.apply(variables, token_B, cache, context_mask_BS, method="decode_step")
 
 
-def _log_probs(logits, t, min_length, eos_id):
-    """log softmax with the end token forbidden while fewer than `min_length` tokens stand."""
+def _log_probs(model, logits, t, min_length, eos_id):
+    """log softmax, with the end token forbidden while fewer than `min_length` tokens stand, and always the rows that no
+    token belongs to: matrices are padded to a multiple of 64 or so."""
     log_probs = jax.nn.log_softmax(logits, axis=-1)
+    n_tokens = len(model.tokenizer or ()) or logits.shape[-1]
+    log_probs = log_probs.at[..., n_tokens:].add(_LOW)
     return log_probs.at[..., eos_id].add(jnp.where(t < min_length, _LOW, 0.0))
 
 
@@ -49,7 +52,7 @@ def greedy(model, variables: Tree, context_BSD, context_mask_BS, prompt_BT, *, l
         return (state["t"] < length) & ~jnp.all(state["done"])
 
     def write(state):
-        log_probs_BV = _log_probs(state["logits"], state["t"], min_length, eos_id)
+        log_probs_BV = _log_probs(model, state["logits"], state["t"], min_length, eos_id)
         token_B = jnp.argmax(log_probs_BV, axis=-1).astype(jnp.int32)
         gain_B = jnp.take_along_axis(log_probs_BV, token_B[:, None], axis=-1)[:, 0]
         token_B = jnp.where(state["done"], pad_id, token_B)
@@ -100,7 +103,7 @@ def beam_search(
 
     def write(state):
         t = state["t"]
-        log_probs = _log_probs(state["logits"], t, min_length, eos_id)
+        log_probs = _log_probs(model, state["logits"], t, min_length, eos_id)
         total = (log_probs.reshape(n_rows, beams, -1) + state["score"][..., None]).reshape(n_rows, -1)
         score, flat = jax.lax.top_k(total, 2 * beams)  # enough to keep `beams` alive when `beams` of them end
         source, token = flat // log_probs.shape[-1], (flat % log_probs.shape[-1]).astype(jnp.int32)

@@ -209,7 +209,7 @@ def generate(
         }
         for i, q in enumerate(questions)
     ]
-    split = Split("generate", Resized(pictures, model.config.image_size), rows)
+    split = Split("generate", Resized.of(pictures, model), rows)
     cases = task.cases(split, model.tokenizer)
     if adapter_ids is not None:
         ids, n_trees = np.asarray(adapter_ids, np.int32), {x.shape[0] for x in jax.tree.leaves(variables["peft"])}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxpeft import budget, tree, untrusted
+from jaxpeft import budget, images, text, tree, untrusted
 from jaxpeft.models import blip_port
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.text import Tokenizer
@@ -44,24 +44,28 @@ def read(path, *, question_encoder=None, image_size=None, **runtime) -> tuple[Bl
         config, params, report = blip_port.read_directory(
             directory, image_size=image_size, question_encoder=question_encoder
         )
+        config = _with_processor(config, directory, image_size)
     else:
         raise _missing(path)
-    return Blip(dataclasses.replace(config, **runtime), _tokenizer(directory, config)), params, report
+    config, tokenizer = _with_tokenizer(config, directory, report.get("defaults", {}))
+    return Blip(dataclasses.replace(config, **runtime), tokenizer), params, report
 
 
 def abstract(path, *, question_encoder: bool = False, image_size: int | None = None, **runtime) -> Blip:
     """The model of `load` from manifest.json or config.json alone, for planning: weights need not be there."""
     _check_runtime(runtime)
-    directory = _directory(path)
+    directory, defaults = _directory(path), {}
     if (directory / "manifest.json").exists():
         _, config = _manifest(directory)
     elif (directory / "config.json").exists():
-        config, _ = blip_port.read_config(directory / "config.json", question_encoder)
+        config, defaults = blip_port.read_config(directory / "config.json", question_encoder)
+        config = _with_processor(config, directory, image_size)
     else:
         raise _missing(path)
     size = {} if image_size is None else {"image_size": image_size}
-    tokenizer = _tokenizer(directory, config)
-    return Blip(dataclasses.replace(config, question_encoder=question_encoder, **size, **runtime), tokenizer)
+    config = dataclasses.replace(config, question_encoder=question_encoder, **size)
+    config, tokenizer = _with_tokenizer(config, directory, defaults)
+    return Blip(dataclasses.replace(config, **runtime), tokenizer)
 
 
 def _check_runtime(runtime: dict) -> None:
@@ -81,12 +85,37 @@ def _missing(path) -> ValueError:
     )
 
 
-def _tokenizer(directory: Path, config: BlipConfig) -> Tokenizer | None:
-    vocabulary = [name for name in ("vocab.txt", "tokenizer.json") if (directory / name).exists()]
-    tokenizer = Tokenizer.from_file(directory) if vocabulary else None
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+def _with_processor(config: BlipConfig, directory: Path, image_size: int | None) -> BlipConfig:
+    """The configuration with what the directory's image processor does to pictures."""
+    said = images.processor_settings(directory)
+    size = said.pop("image_size", config.image_size)
+    if image_size is None and size != config.image_size:
+        raise ValueError(
+            f"{directory}: the image processor makes pictures of {size} pixels and config.json says {config.image_size}; "
+            f"choose one with image_size={size} (--config.model.image_size={size}), which resizes the position embedding"
+        )
+    return dataclasses.replace(config, **said)
+
+
+def _with_tokenizer(config: BlipConfig, directory: Path, defaults: dict) -> tuple[BlipConfig, Tokenizer | None]:
+    """The directory's tokenizer, and the configuration with its special ids where config.json does not have them
+    (`defaults`). Raises ValueError where the two contradict each other."""
+    if not any((directory / name).exists() for name in text.FILES):
+        return config, None
+    tokenizer = Tokenizer.from_file(directory)
+    spare = 0 if config.question_encoder else 1  # a captioning model never reads [ENC], which may be without a row
+    if len(tokenizer) - spare * (tokenizer.enc_id == len(tokenizer) - 1) > config.vocab_size:
         raise ValueError(f"{directory}: {len(tokenizer)} words for a vocabulary matrix of {config.vocab_size} rows")
-    return tokenizer
+    ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")}
+    absent = {field for field, section, key, _ in blip_port.CONFIG if f"{section}.{key}" in defaults}
+    for field in blip_port.used_ids(vars(config)):
+        if field not in absent and getattr(config, field) != ids[field]:
+            token = tokenizer.vocabulary[ids[field]]
+            raise ValueError(
+                f"{directory}: the configuration says {field} {getattr(config, field)}, and {token} is number {ids[field]} of "
+                f"the tokenizer; put the tokenizer that the weights were trained with beside them"
+            )
+    return dataclasses.replace(config, **ids), tokenizer
 
 
 def _read_ours(directory: Path, question_encoder, image_size):
@@ -134,7 +163,8 @@ def save(directory, model: Blip, params: Tree, *, aliases: dict[str, str], dtype
     config = {k: v for k, v in dataclasses.asdict(model.config).items() if k not in RUNTIME}
     stored = {name: np.asarray(x, dtype).astype(np.float32) for name, x in flat.items()}
     manifest = {"config": config, "aliases": aliases, "digest": tree.digest(stored), **facts}
-    (directory / "vocab.txt").write_text("\n".join(model.tokenizer.vocabulary) + "\n")
+    for name, content in model.tokenizer.files().items():
+        (directory / name).write_text(content)
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return directory
 
@@ -147,14 +177,16 @@ def extend_vocabulary(model: Blip, params: Tree, words, seed: int) -> tuple[Blip
     tokenizer, new = model.tokenizer.extended(words)
     if not new:
         return model, params, []
-    config = dataclasses.replace(model.config, vocab_size=len(tokenizer))
+    config = dataclasses.replace(model.config, vocab_size=max(len(tokenizer), model.config.vocab_size))
     rng = np.random.Generator(np.random.Philox(key=seed))
     flat = tree.flatten(params)
     for name in flat:
-        if name.endswith(("embed/word", "head/bias")):
-            room = (config.vocab_size - flat[name].shape[0], *flat[name].shape[1:])
-            rows = rng.normal(0, 0.02, room) if name.endswith("word") else np.zeros(room)
-            flat[name] = jnp.concatenate([flat[name], jnp.asarray(rows, jnp.float32)])
+        if name.endswith(("embed/word", "head/bias", "head/vocabulary/kernel")):
+            old = flat[name].T if name.endswith("kernel") else flat[name]
+            room = (config.vocab_size - old.shape[0], *old.shape[1:])
+            rows = np.zeros(room) if name.endswith("bias") else rng.normal(0, 0.02, room)
+            new_rows = jnp.concatenate([old, jnp.asarray(rows, jnp.float32)])
+            flat[name] = new_rows.T if name.endswith("kernel") else new_rows
     return (
         Blip(config, tokenizer),
         tree.unflatten(budget.abstract_params(Blip(config)), flat, "extended vocabulary"),

@@ -12,8 +12,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from jaxpeft import untrusted
+
 MEAN_C = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # the CLIP constants, which BLIP keeps
 STD_C = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+BICUBIC = int(Image.Resampling.BICUBIC)
+FILTERS = tuple(int(one) for one in Image.Resampling)
 
 # not EPS or PS, for which Pillow starts another program on what the file says, nor formats that pictures do not come in
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "DIB", "PCX")
@@ -89,10 +94,10 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
-def resize(image_YXC, size):
-    """uint8 image_YXC -> uint8 (size, size, 3): Pillow's antialiased bicubic, aspect ratio not kept (BLIP's choice)."""
+def resize(image_YXC, size, resample=BICUBIC):
+    """uint8 image_YXC -> uint8 (size, size, 3), antialiased by Pillow's filter `resample`; aspect ratio not kept."""
     _check_pixels(image_YXC)
-    return np.array(Image.fromarray(image_YXC).resize((size, size), Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(image_YXC).resize((size, size), Image.Resampling(resample)))
 
 
 def normalise(image_YXC):
@@ -100,7 +105,81 @@ def normalise(image_YXC):
     return (np.asarray(image_YXC).astype(np.float32) / 255 - MEAN_C) / STD_C
 
 
-def augment(image_YXC, rng, scale=(0.5, 1.0), size=None, flip=True):
+def per_channel(name, values) -> tuple[float, float, float]:
+    """A mean or standard deviation of pixels in [0, 1] as three floats. Raises ValueError for anything else."""
+    try:
+        one = tuple(float(np.float32(value)) for value in values)  # as they are used
+    except (TypeError, ValueError):
+        one = ()
+    if len(one) != 3 or not all(math.isfinite(x) for x in one) or (name.endswith("std") and min(one) <= 0):
+        raise ValueError(
+            f"{name} is {values!r:.80}; expected three numbers{', above 0' if name.endswith('std') else ''}"
+        )
+    return one
+
+
+def processor_settings(directory) -> dict:
+    """What the image processor files of a Hugging Face directory say, as {'image_size', 'image_mean', 'image_std',
+    'image_resample'}; {} where there are none.
+
+    Raises ValueError, naming file and key, for what is not a square resize and one affine map per channel.
+    """
+    said = {}
+    for path in (Path(directory) / "preprocessor_config.json", Path(directory) / "processor_config.json"):
+        if not path.is_file():
+            continue
+        raw = untrusted.read_json(path)
+        raw = raw if path.name.startswith("pre") else raw.get("image_processor")
+        if not raw:
+            continue
+        with untrusted.reading(path, "is not an image processor's"):
+            mine = _processor(path, raw)
+        if said and said != mine:
+            raise ValueError(
+                f"{path} contradicts preprocessor_config.json beside it: {mine}, {said}; delete the wrong one"
+            )
+        said = mine
+    return said
+
+
+# the keys of an image processor that are read, and those that say nothing of the pixels
+_READ = {"size", "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+         "do_center_crop", "crop_size", "do_pad", "pad_size", "do_convert_rgb"}  # fmt: skip
+_HARMLESS = {"image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map",
+             "data_format", "input_data_format", "return_tensors", "device", "disable_grouping", "default_to_square",
+             "size_divisor"}  # fmt: skip
+
+
+def _processor(path, raw):
+    for key, neutral in {"do_resize": True, "do_center_crop": False, "do_pad": False, "do_convert_rgb": True}.items():
+        if raw.get(key, neutral) not in (neutral, None):
+            raise ValueError(
+                f"{path}: {key} is {raw[key]!r}, which is unsupported; pictures are made square by resizing"
+            )
+    if unknown := sorted(key for key in raw.keys() - _READ - _HARMLESS if raw[key] not in (None, False)):
+        raise ValueError(f"{path}: {', '.join(unknown)} is unsupported; remove it if pictures do not depend on it")
+    said, size = {}, raw.get("size")
+    if size is not None:
+        sides = {size} if isinstance(size, int) else set(size.values()) if set(size) == {"height", "width"} else set()
+        if len(sides) != 1 or not isinstance(next(iter(sides)), int):
+            raise ValueError(f"{path}: size is {size!r}; only square pictures, height and width, are supported")
+        said["image_size"] = sides.pop()
+    scale = raw.get("rescale_factor", 1 / 255) if raw.get("do_rescale", True) else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1:
+        raise ValueError(f"{path}: rescale_factor is {scale!r}; expected a number in (0, 1]")
+    mean_C, std_C = (0.0,) * 3, (1.0,) * 3
+    if raw.get("do_normalize", True):
+        mean_C = per_channel(f"{path}: image_mean", raw.get("image_mean", MEAN_C.tolist()))
+        std_C = per_channel(f"{path}: image_std", raw.get("image_std", STD_C.tolist()))
+    if scale != 1 / 255:  # (scale p - mean) / std in terms of p / 255
+        mean_C, std_C = (tuple(x / (255 * scale) for x in values) for values in (mean_C, std_C))
+    resample = raw.get("resample", BICUBIC)
+    if isinstance(resample, bool) or resample not in FILTERS:
+        raise ValueError(f"{path}: resample is {resample!r}; Pillow's filters are {FILTERS}")
+    return said | {"image_mean": mean_C, "image_std": std_C, "image_resample": resample}
+
+
+def augment(image_YXC, rng, scale=(0.5, 1.0), size=None, flip=True, resample=BICUBIC):
     """A random crop of `scale` of the area with ratio 3/4..4/3; with `flip`, mirrored half of the time; uint8.
 
     With `size` the crop is resized as `resize` does (BLIP's training transform without RandAugment); without, it keeps
@@ -112,7 +191,7 @@ def augment(image_YXC, rng, scale=(0.5, 1.0), size=None, flip=True):
     if flip and rng.random() < 0.5:
         crop_YXC = crop_YXC[:, ::-1]
     crop_YXC = np.ascontiguousarray(crop_YXC)
-    return crop_YXC if size is None else resize(crop_YXC, size)
+    return crop_YXC if size is None else resize(crop_YXC, size, resample)
 
 
 def _crop_box(rows, columns, rng, scale):

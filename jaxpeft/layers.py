@@ -32,11 +32,12 @@ class Dense(nn.Module):
 
     features: int
     dtype: str = "float32"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         return sites.linear(self, x.astype(self.dtype), kernel, bias)
 
 

@@ -93,13 +93,12 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     del params
 
     # examples; image features once per picture where nothing that is tuned can change them
-    size = model.config.image_size
     examples = task.examples(train, model.tokenizer)
     looked_at = held_out | {"train": train}
     if features_in:  # features of the whole split, so that every subset shares them and the step's program
         looked_at["train"] = splits["train"]
         examples.arrays["image_index"] = chosen_images[examples.arrays["image_index"]].astype(np.int32)
-    pictures = {name: data.Resized(split.images, size) for name, split in looked_at.items()}
+    pictures = {name: data.Resized.of(split.images, model) for name, split in looked_at.items()}
     examples = dataclasses.replace(examples, images=pictures["train"])
     cached, why = can_cache(config, mask, model, sum(map(len, pictures.values())))
     log(f"image features {'computed once per picture' if cached else 'computed every step'}: {why}")
@@ -298,7 +297,7 @@ def setup_model(config, task: tasks.Task, train: datasets.Split, log):
         model, params, new = hub.extend_vocabulary(model, params, sorted(set(unknown)), config.seed)
         log(f"vocabulary: {len(new)} words are new to the base; their rows start random, so the embedding is tuned")
         if not any(isinstance(one, methods.Full) for one in chosen):
-            chosen = (*chosen, Selective(leaves=r"^params/text_.*/(embed/word|head/bias)$"))
+            chosen = (*chosen, Selective(leaves=r"^params/text_.*/(embed/word|head/bias|head/vocabulary/kernel)$"))
     elif unknown:
         log(f"vocabulary: {len(unknown)} words of the training texts are unknown to the base and read as [UNK]")
     facts = {"base": str(config.base), "init": config.init, "report": report}
@@ -446,7 +445,7 @@ def forgetting(config, model, base: Tree, tuned: Tree, features) -> dict:
     task = tasks.build("captioning")
     model = type(model)(dataclasses.replace(model.config, question_encoder=False), model.tokenizer)
     examples = task.examples(split, model.tokenizer)
-    examples = dataclasses.replace(examples, images=data.Resized(split.images, model.config.image_size))
+    examples = dataclasses.replace(examples, images=data.Resized.of(split.images, model))
     options = {"features": features, "batch_size": config.eval.batch_size}
     scores = {
         label: evals.nll(model, variables, task, examples, **options)

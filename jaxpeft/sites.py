@@ -337,9 +337,11 @@ def merge_at(table: Iterable[Site], model: nn.Module, variables: Tree) -> Tree:
             if site.kind not in ("linear", "norm"):
                 raise ValueError(f"{bound.method.name} acts on {site.kind} at {site.path} and cannot be merged exactly")
             if site.path in tied:
-                if isinstance(bound.method, Head):  # it knows the reason better
-                    bound.method.merge(bound.theta, {})
-                raise ValueError(f"{bound.method.name}: {site.path} is tied to {tied[site.path]}; merging changes both")
+                advice = "; tune with head='transform' to merge" if isinstance(bound.method, Head) else ""
+                raise ValueError(
+                    f"{bound.method.name}: the plain model has one matrix for {site.path} and {tied[site.path]}, and the "
+                    f"tuned one is untied from the word embedding, so it cannot be merged{advice}"
+                )
         inner = [bound for bound in bounds if not bound.method.on_input(site)]
         outer = [bound for bound in bounds if bound.method.on_input(site)]
         for bound in [*inner, *reversed(outer)]:

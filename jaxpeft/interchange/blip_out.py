@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxpeft import images, results, sites
+from jaxpeft import results, sites, text
 from jaxpeft.models import blip_port
 from jaxpeft.tree import Tree
 
-FILES = ("model.safetensors", "config.json", "generation_config.json", "vocab.txt", "tokenizer_config.json",
+FILES = ("model.safetensors", "config.json", "generation_config.json", *text.FILES, "tokenizer_config.json",
          "preprocessor_config.json", "README.md")  # fmt: skip
 
 
@@ -37,12 +37,13 @@ def export_blip(model, variables: Tree, directory, card: str = "") -> Path:
         size = model.config.image_size
         files["preprocessor_config.json"] = {
             "image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor", "do_convert_rgb": True,
-            "do_resize": True, "size": {"height": size, "width": size}, "resample": 3, "do_rescale": True,
-            "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(map(float, images.MEAN_C)),
-            "image_std": list(map(float, images.STD_C)),
+            "do_resize": True, "size": {"height": size, "width": size}, "resample": model.config.image_resample,
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": list(model.config.image_mean), "image_std": list(model.config.image_std),
         }  # fmt: skip
         files["tokenizer_config.json"] = {
             "tokenizer_class": "BertTokenizer", "processor_class": "BlipProcessor", "do_lower_case": True,
+            "strip_accents": model.tokenizer.strip_accents, "tokenize_chinese_chars": model.tokenizer.split_chinese,
             "model_max_length": model.config.max_positions, "pad_token": "[PAD]", "unk_token": "[UNK]",
             "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "bos_token": "[DEC]",
             "additional_special_tokens": ["[ENC]"], "model_input_names": ["input_ids", "attention_mask"],
@@ -54,7 +55,8 @@ def export_blip(model, variables: Tree, directory, card: str = "") -> Path:
     for name, value in files.items():
         results.write_text(directory / name, json.dumps(value, indent=2, sort_keys=True) + "\n")
     if model.tokenizer is not None:
-        results.write_text(directory / "vocab.txt", "\n".join(model.tokenizer.vocabulary) + "\n")
+        for name, content in model.tokenizer.files().items():
+            results.write_text(directory / name, content)
     if card:
         results.write_text(directory / "README.md", card)
     return directory

@@ -4,7 +4,7 @@ BitFit (Zaken et al. 2021, arXiv 2106.10199) trains every bias, LayerNorms' incl
 scale and bias of each. Their `where` narrows the choice to a tower or stack.
 
 BLIP's head is a dense layer, GELU and LayerNorm ("transform"), then the vocabulary matrix, tied to the word embedding,
-and a free bias. `Head('transform')` trains transform and bias and leaves the tied matrix alone; `Head('untied')` also
+and a free bias. `Head(matrix='transform')` trains transform and bias and leaves the matrix alone; 'untied' also
 gives the head a vocabulary matrix of its own, initialised as a copy (V * D leaves: usually far more than the method
 beside it, so it is counted as stored and trained).
 """
@@ -70,7 +70,7 @@ class Head(Method):
     where: str = r"^text_decoder/head/vocabulary$"
     matrix: str = "transform"  # 'transform' or 'untied'
     name: ClassVar[str] = "head"
-    train: ClassVar[str] = r"^params/text_decoder/head/"
+    train: ClassVar[str] = r"^params/text_decoder/head/(?!vocabulary/)"
     first: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -90,7 +90,5 @@ class Head(Method):
         return matmul(x, theta["matrix"].T.astype(x.dtype))
 
     def merge(self, theta, base) -> Theta:
-        raise ValueError(
-            "head: the tuned vocabulary matrix is untied from the word embedding and the plain model has one matrix "
-            "for both, so it cannot be merged; tune with head='transform' to merge"
-        )
+        """Where the base has a vocabulary matrix of its own; `sites.merge` refuses a tied one."""
+        return base | {"kernel": theta["matrix"].T}

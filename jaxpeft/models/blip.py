@@ -71,13 +71,24 @@ class BlipConfig:
     bos_id: int = 30522  # [DEC], the first token of what the decoder writes
     enc_id: int = 30523  # [ENC], the first token of a question
     question_encoder: bool = False
+    untied_head: bool = (
+        False  # the vocabulary matrix is a leaf of its own, as transformers 4.40 made it when tuned whole
+    )
+    image_mean: tuple = tuple(images.MEAN_C.tolist())  # per channel of pixels in [0, 1]: CLIP's, which BLIP keeps
+    image_std: tuple = tuple(images.STD_C.tolist())
+    image_resample: int = images.BICUBIC  # Pillow's number of the filter that makes pictures square
     dropout: float = 0.0
     dtype: str = "float32"
     remat: str = "none"  # what the backward pass computes again: 'full', all of a layer; 'dots', all but products
 
     def __post_init__(self):
+        for name in ("image_mean", "image_std"):
+            object.__setattr__(self, name, images.per_channel(name, getattr(self, name)))
+        if self.image_resample not in images.FILTERS:
+            raise ValueError(f"image_resample is {self.image_resample!r}; Pillow's filters are {images.FILTERS}")
         for name, kind in type(self).__annotations__.items():
-            value, least, most = getattr(self, name), 0 if name.endswith("_id") else 1, MOST.get(name, 1 << 20)
+            value, most = getattr(self, name), MOST.get(name, 1 << 20)
+            least = 0 if name.endswith(("_id", "_resample")) else 1
             if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (
                 kind is bool
             ):
@@ -243,7 +254,7 @@ class Embed(nn.Module):
 
 
 class Head(nn.Module):
-    """States to logits (float32): dense, GELU, LayerNorm, the tied vocabulary matrix and a free bias."""
+    """States to logits (float32): dense, GELU, LayerNorm, the vocabulary matrix (tied, or its own) and a free bias."""
 
     config: BlipConfig
 
@@ -253,7 +264,11 @@ class Head(nn.Module):
         h_BTD = nn.gelu(Dense(c.text_width, c.dtype, name="dense")(x_BTD), approximate=False)
         h_BTD = LayerNorm(epsilon=c.text_eps, dtype=c.dtype, name="norm")(h_BTD)
         bias_V = self.param("bias", nn.initializers.zeros, (c.vocab_size,))
-        return TiedDense(c.dtype, name="vocabulary")(h_BTD, word_VD).astype(jnp.float32) + bias_V[None, None]
+        if c.untied_head:
+            logits_BTV = Dense(c.vocab_size, c.dtype, use_bias=False, name="vocabulary")(h_BTD)
+        else:
+            logits_BTV = TiedDense(c.dtype, name="vocabulary")(h_BTD, word_VD)
+        return logits_BTV.astype(jnp.float32) + bias_V[None, None]
 
 
 class TextStack(nn.Module):
@@ -324,8 +339,12 @@ class Blip(sites.Adaptable):
 
     config: BlipConfig
     tokenizer: Tokenizer | None = None  # the words that go with `config.vocab_size`; None when the checkpoint has none
-    tied: ClassVar[dict[str, str]] = {"text_decoder/head/vocabulary": "text_decoder/embed/word"}
     sharding: ClassVar = SHARDING
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Path of a linear without a kernel of its own -> the leaf that it reads, transposed."""
+        return {} if self.config.untied_head else {"text_decoder/head/vocabulary": "text_decoder/embed/word"}
 
     def setup(self):
         self.vision = Vision(self.config)
@@ -336,7 +355,8 @@ class Blip(sites.Adaptable):
     def encode_image(self, image_BYXC):
         """uint8 pictures, or floats already normalised -> image tokens (B, 1 + P, vision_width)."""
         if image_BYXC.dtype == jnp.uint8:
-            mean_C, std_C = (jnp.asarray(c)[None, None, None] for c in (images.MEAN_C, images.STD_C))
+            c = self.config
+            mean_C, std_C = (jnp.asarray(x, jnp.float32)[None, None, None] for x in (c.image_mean, c.image_std))
             image_BYXC = (image_BYXC.astype(jnp.float32) / 255 - mean_C) / std_C
         return self.vision(image_BYXC)
 

@@ -19,7 +19,8 @@ from jaxpeft import images, tree, untrusted
 from jaxpeft.models.blip import BlipConfig
 from jaxpeft.torch_files import load_pickle
 
-# (kind, reference name, our path, reference kernel shape), {} stands for the layer. Sizes: D width, 3D fused, F MLP,
+# (kind, reference name, our path, reference kernel shape), {} stands for the layer; a matrix is a dense without bias.
+# Sizes: D width, 3D fused, F MLP,
 # C width of the cross-attention's context, P image positions, p patch size, V vocabulary, T text positions.
 VISION = (
     ("leaf", "embeddings.class_embedding", "class_embedding", "1 1 D"),
@@ -56,6 +57,7 @@ HEAD = (
     ("norm", "cls.predictions.transform.LayerNorm", "head/norm", "D"),
     ("leaf", "cls.predictions.bias", "head/bias", "V"),
 )
+UNTIED = ("matrix", "cls.predictions.decoder", "head/vocabulary", "V D")  # where it is not the word embedding
 TIED = {  # a second name of a tensor -> the name that is kept
     "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
@@ -128,7 +130,7 @@ def table(config: BlipConfig) -> list[Row]:
     answer = text | {"C": c.text_width if c.question_encoder else c.vision_width}
     rows = _rows(VISION, "vision_model.", "vision/", vision, c.vision_layers)
     rows += _rows(TEXT, "text_decoder.bert.", "text_decoder/", answer, c.text_layers)
-    rows += _rows(HEAD, "text_decoder.", "text_decoder/", answer, 0)
+    rows += _rows((*HEAD, UNTIED) if c.untied_head else HEAD, "text_decoder.", "text_decoder/", answer, 0)
     if c.question_encoder:
         rows += _rows(TEXT, "text_encoder.", "text_encoder/", text, c.text_layers)
     return rows
@@ -147,7 +149,8 @@ def _rows(lines, reference_prefix, our_prefix, sizes, n_layers):
         parts = [f"{ours}/{part}" for part in ("query", "key", "value")] if kind == "qkv" else [ours]
         weight, how = {"norm": ("scale", "leaf"), "conv": ("kernel", "conv")}.get(kind, ("kernel", "kernel"))
         rows.append(Row(f"{reference}.weight", tuple(f"{part}/{weight}" for part in parts), how, shape, layers))
-        rows.append(Row(f"{reference}.bias", tuple(f"{part}/bias" for part in parts), "leaf", shape[:1], layers))
+        if kind != "matrix":
+            rows.append(Row(f"{reference}.bias", tuple(f"{part}/bias" for part in parts), "leaf", shape[:1], layers))
     return rows
 
 
@@ -156,7 +159,7 @@ def from_hf(tensors: dict[str, np.ndarray], config: BlipConfig, source: str = "c
 
     Raises one ValueError with the keys that nothing reads, the leaves that nothing fills and the shapes that differ.
     """
-    tensors = _canonical(tensors, source)
+    tensors = _canonical(tensors, source, config.untied_head)
     rows = table(config)
     expected = {name: np.broadcast_to(np.int8(0), row.shape) for row in rows for name in row.names()}
     tree.check_same(expected, tensors, f"{source} (unexpected: keys that nothing reads; missing: leaves left unfilled)")
@@ -187,12 +190,13 @@ def hf_config(config: BlipConfig) -> dict:
     for field, section, key, _ in CONFIG:
         sections[section][key] = getattr(config, field)
     sections["vision_config"] |= {"hidden_act": "gelu", "attention_dropout": 0.0}
+    tied = not config.untied_head
     sections["text_config"] |= {
         "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "is_decoder": True,
-        "encoder_hidden_size": config.vision_width, "eos_token_id": config.sep_id, "tie_word_embeddings": True,
+        "encoder_hidden_size": config.vision_width, "eos_token_id": config.sep_id, "tie_word_embeddings": tied,
     }  # fmt: skip
     kind = "BlipForQuestionAnswering" if config.question_encoder else "BlipForConditionalGeneration"
-    facts = {"architectures": [kind], "model_type": "blip", "dtype": "float32", "tie_word_embeddings": True}
+    facts = {"architectures": [kind], "model_type": "blip", "dtype": "float32", "tie_word_embeddings": tied}
     return facts | {"label_smoothing": 0.0} | sections
 
 
@@ -203,8 +207,8 @@ def _put(params, path, leaf):
     params[last] = leaf
 
 
-def _canonical(tensors, source):
-    """transformers' names, without buffers and second names of tied tensors (which must equal the first)."""
+def _renamed(tensors, source) -> dict:
+    """Tensors by transformers' names, without buffers."""
     renamed = {}
     for name, x in tensors.items():
         for pattern, new in RENAMES:
@@ -213,12 +217,25 @@ def _canonical(tensors, source):
             raise ValueError(f"{source}: two keys mean {name}; keep one of them")
         if not name.endswith("embeddings.position_ids"):
             renamed[name] = x
+    return renamed
+
+
+def has_untied_head(tensors, source) -> bool:
+    """Whether the head's vocabulary matrix is another one than the word embedding."""
+    second, first = next(iter(TIED.items()))
+    tensors = _renamed(tensors, source)
+    return {second, first} <= tensors.keys() and not np.array_equal(tensors[second], tensors[first])
+
+
+def _canonical(tensors, source, untied: bool):
+    """`_renamed` without second names of tied tensors, which must equal the first."""
+    renamed = _renamed(tensors, source)
     for second, first in TIED.items():
-        if second in renamed:
+        if second in renamed and not (untied and second.endswith("weight")):
             x = renamed.pop(second)
             if not np.array_equal(renamed.setdefault(first, x), x):
                 raise ValueError(
-                    f"{source}: {second} differs from {first}, to which it is tied; untied heads are not BLIP"
+                    f"{source}: {second} differs from {first}, to which it is tied; this model has one of them"
                 )
     return renamed
 
@@ -235,6 +252,7 @@ def read_directory(path, *, image_size: int | None = None, question_encoder: boo
     tensors, files = _read_weights(path)
     has_encoder = any(name.startswith("text_encoder.") for name in tensors)
     config, defaults = read_config(path / "config.json", has_encoder)
+    config = dataclasses.replace(config, untied_head=has_untied_head(tensors, str(path / files[0])))
     if has_encoder and question_encoder is False:
         raise ValueError(f"{path}: the decoder of a VQA checkpoint reads question states; take a captioning checkpoint")
     params = from_hf(tensors, config, str(path / files[0]))
@@ -321,7 +339,8 @@ def _read_config(path, question_encoder):
             )
         fields[field] = value
     for field, section, key, _ in CONFIG:
-        if field.endswith("_id") and fields[field] >= fields["vocab_size"]:
+        known = f"{section}.{key}" not in defaults  # else the tokenizer says it
+        if field.endswith("_id") and known and fields[field] >= fields["vocab_size"] and field in used_ids(fields):
             raise ValueError(
                 f"{path}: {section}.{key} {fields[field]} is outside the vocabulary of {fields['vocab_size']}"
             )
@@ -329,6 +348,11 @@ def _read_config(path, question_encoder):
         return BlipConfig(**fields), defaults
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def used_ids(fields: dict) -> tuple[str, ...]:
+    """The special ids that a model of this configuration reads or writes."""
+    return ("pad_id", "sep_id", "bos_id", *(("enc_id",) if fields["question_encoder"] else ()))
 
 
 def _read_weights(directory) -> tuple[dict, list[str]]:
