@@ -12,8 +12,9 @@ smoothing 0.1, random crop of half the area or more, flip, RandAugment(2, 5); ea
 people who gave it, Visual Genome's by 0.2; answers by rank: the first token picks 128 of a closed list, the whole loss decides.
 
 Other than published: the cosine falls every step, not every epoch; the list is the 3,128 most frequent training answers unless
-`answer_list=FILE` names BLIP's own; no stochastic depth (0.1) in the image encoder; Visual Genome's pictures that are COCO's
-val or test are left out; a PEFT method has no published rate: `lr` is ours and not tuned.
+`answer_list=FILE` names BLIP's own; an answer that is cut at 10 tokens is trained without an end token; no stochastic depth
+(0.1) in the image encoder; Visual Genome's pictures that are COCO's val or test are left out; a PEFT method has no published
+rate: `lr` is ours and not tuned.
 """
 
 from configs import common
@@ -35,7 +36,14 @@ def get_config(arg=""):
     c.data.name, c.data.augment = "vqav2", "blip"
     c.data.data_dir = a.data_dir
     c.data.protocol, c.data.visual_genome, c.data.train_parts = a.protocol, a.visual_genome, ("train", "val")
-    c.task_options = {"smoothing": 0.1, "inference": a.inference, "answer_list": a.answer_list}
+    c.task_options.update(
+        smoothing=0.1,
+        inference=a.inference,
+        answer_list=a.answer_list,
+        variant="official2021",
+        max_question=35,
+        length=10,
+    )
     n = N_QUESTIONS[a.protocol] + (N_QUESTIONS["visual_genome"] if a.visual_genome else 0)
     common.blip_recipe(c, a, n, LR.get(a.method, 2e-4))
     c.eval.splits = ("test",) if a.protocol == "karpathy" else ("test_dev", "test")

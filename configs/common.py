@@ -3,10 +3,15 @@
 Every key can also be set alone: `--config.optim.lr=1e-3`. Unknown keys and arguments are errors.
 """
 
+import dataclasses
+
 import ml_collections
 from ml_collections import config_dict
 
-from jaxpeft import methods
+from jaxpeft import methods, tasks
+
+# texts of scenes: the longest captions have 40 words; one length for all subsets is one compiled program
+SCENES_LIMITS = {"captioning": {"max_tokens": 48, "length": 48}, "vqa": {"max_question": 35, "length": 10}}
 
 
 def parse_arg(arg: str, **defaults) -> ml_collections.ConfigDict:
@@ -34,9 +39,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c = ml_collections.ConfigDict()
     c.name = config_dict.placeholder(str)  # of the point in its result; made up from the settings where None
     c.task = task
-    c.task_options = ml_collections.ConfigDict()
-    if task == "captioning":
-        c.task_options.update({"max_tokens": 48, "length": 48})  # the longest captions of scenes have 40 words
+    c.task_options = task_options(task, **SCENES_LIMITS.get(task, {}))
     c.base = "tiny"  # the shipped checkpoint, or a directory: ours or a Hugging Face BLIP
     c.init = "base"  # 'scratch': the same architecture with random weights, as a control
     c.seed = 0
@@ -107,6 +110,14 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     return c
 
 
+def task_options(task: str, **changes) -> ml_collections.ConfigDict:
+    """Every option of a task with its default or what is given here, so that each can be set on the command line."""
+    if task not in tasks.TASKS:
+        raise ValueError(f"unknown task {task!r}; choose one of {', '.join(tasks.TASKS)}")
+    fields = {field.name: field.default for field in dataclasses.fields(tasks.TASKS[task])}
+    return ml_collections.ConfigDict(fields | changes)
+
+
 def blip_recipe(c: ml_collections.ConfigDict, a, n_examples: int, lr: float) -> None:
     """What BLIP's two published fine-tunings share; `a` are a recipe's arguments, `n_examples` an epoch's."""
     c.model.image_size, c.model.dtype, c.model.dropout = a.image_size, a.dtype, 0.1
@@ -120,7 +131,7 @@ def blip_recipe(c: ml_collections.ConfigDict, a, n_examples: int, lr: float) -> 
 def folder(c: ml_collections.ConfigDict, root: str) -> ml_collections.ConfigDict:
     """Point a config at a directory of your own pictures (see jaxpeft/datasets/folder.py for the file formats)."""
     c.data.name = "folder"
-    c.task_options = ml_collections.ConfigDict()
+    c.task_options = task_options(c.task)  # limits of 0: as long as the longest text
     c.data.root = root
     c.data.annotations = config_dict.placeholder(object)
     c.data.questions = config_dict.placeholder(object)

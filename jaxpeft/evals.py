@@ -15,7 +15,7 @@ from jaxpeft import decode, sharding, tasks, tree
 from jaxpeft.data import Examples, Resized, one_pass, pad_tokens
 from jaxpeft.datasets import Split
 from jaxpeft.images import decode as decode_image
-from jaxpeft.tasks.base import Task
+from jaxpeft.tasks.base import Task, ended
 from jaxpeft.tree import Tree
 
 
@@ -98,7 +98,7 @@ def ranked(
     model, variables: Tree, task: Task, cases: Examples, *, features=None, batch_size: int = 64, beams: int = 1
 ) -> list[list[dict]]:
     """Per case the `beams` best texts as {'text', 'score'}, best first; different tokens may read the same."""
-    tokenizer = model.tokenizer
+    tokenizer, task = model.tokenizer, task.limited((), model.config.max_positions)
     prompt = np.array(task.prompt_ids(tokenizer), np.int32)
     written = []
     for batch, n_real in passes(variables, _without_images(cases, features), batch_size):
@@ -113,8 +113,8 @@ def ranked(
 
 @_on_its_devices
 def _best_of(model, variables, task, cases, candidates, features, batch_size):
-    tokenizer = model.tokenizer
-    ids = [[*task.prompt_ids(tokenizer), *tokenizer.encode(text, task.length)[1:]] for text in candidates]
+    tokenizer, prompt = model.tokenizer, task.prompt_ids(model.tokenizer)
+    ids = [ended(prompt + tokenizer.pieces(text), task.length, tokenizer.sep_id) for text in candidates]
     answers_AT, found = pad_tokens(ids, tokenizer.pad_id), []
     for batch, n_real in passes(variables, _without_images(cases, features), batch_size):
         context_BSD, mask_BS = contexts(model, variables, with_features(batch, features))
@@ -169,6 +169,19 @@ def _without_images(examples: Examples, features) -> Examples:
     return examples if features is None else Examples(examples.arrays, None, examples.rows)
 
 
+def reading(task: Task, split: Split, model) -> Task:
+    """The task with room for the questions of a split, whatever it was tuned with. Raises ValueError for one that the model
+    cannot read to its end."""
+    if not hasattr(task, "max_question"):
+        return task
+    lengths, positions = task.lengths(split, model.tokenizer), model.config.max_positions
+    if (longest := int(lengths["max_question"].max())) > positions:
+        raise ValueError(
+            f"a question of {longest} tokens is longer than the {positions} that the model reads; shorten it"
+        )
+    return dataclasses.replace(task, max_question=longest)
+
+
 def generate(
     model,
     variables: Tree,
@@ -210,6 +223,7 @@ def generate(
         for i, q in enumerate(questions)
     ]
     split = Split("generate", Resized.of(pictures, model), rows)
+    task = reading(task, split, model)
     cases = task.cases(split, model.tokenizer)
     if adapter_ids is not None:
         ids, n_trees = np.asarray(adapter_ids, np.int32), {x.shape[0] for x in jax.tree.leaves(variables["peft"])}

@@ -13,7 +13,11 @@ from jaxpeft import interchange, point, results, untrusted
 LABELS = {"captioning": "image-to-text", "vqa": "visual-question-answering"}
 CLASSES = {"captioning": "BlipForConditionalGeneration", "vqa": "BlipForQuestionAnswering"}
 
-TOKENIZERS = {"approximate": "an approximation of the PTB tokeniser", "ptb": "the PTB tokeniser"}
+TOKENIZERS = {
+    "basic": "splitting at spaces and punctuation, without case and accents",
+    "approximate": "an approximation of the PTB tokeniser",
+    "ptb": "the PTB tokeniser",
+}
 
 
 def model_card(workdir: str | Path, adapter: bool = False) -> str:
@@ -60,7 +64,11 @@ def model_card(workdir: str | Path, adapter: bool = False) -> str:
         lines.append(f"| command | `{result['command']}` |")
     lines += ["", "## Scores", ""]
     for split, one in scores.items():
-        rows = one["blind"] | {"base": one.get("base"), "tuned": one["tuned"]}
+        rows = one["blind"] | {
+            "perfect_writer": one.get("perfect_writer"),
+            "base": one.get("base"),
+            "tuned": one["tuned"],
+        }
         names = [key for key, value in one["tuned"].items() if isinstance(value, float)]
         lines += [f"{split}, n = {one['n']}", "", f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
         for label, row in rows.items():

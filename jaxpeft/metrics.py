@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from jaxpeft.text import is_mark, normal_form
+
 N_MAX = 4  # both CIDEr-D and BLEU use 1- to 4-grams
 
 Predictions = Mapping[str, str]
@@ -193,6 +195,11 @@ def tokenize(caption: str) -> str:
     return " ".join(words)
 
 
+def plain_words(caption: str) -> str:
+    """The words of a caption in `text.normal_form`, without punctuation: for captions of one's own, in any language."""
+    return " ".join(word for word in normal_form(caption).split() if not (len(word) == 1 and is_mark(word)))
+
+
 def captions_report(
     predictions: Predictions, references: References, tokenizer: Callable[[str], str] = tokenize
 ) -> dict[str, float]:
@@ -207,7 +214,8 @@ def captions_report(
 
 # --------------------------------------------------------------------------------------------------- VQA
 
-VQA_VARIANTS = ("official2021", "legacy")
+PUBLISHED_VARIANTS = ("official2021", "legacy")  # of VQA v2
+VQA_VARIANTS = ("basic", *PUBLISHED_VARIANTS)
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")  # the published look-behind for a digit is mistyped and never fires
@@ -235,8 +243,12 @@ _REPAIRS["somebody'd"] = "somebodyd"
 def vqa_accuracy(prediction: str, answers: Sequence[str], variant: str = "official2021") -> float:
     """Mean over leave-one-out sets of min(1, matches among the other answers / 3), arXiv:1612.00837.
 
-    With ten answers, 0, 1, 2, 3, 4+ equal ones give 0, .3, .6, .9, 1. Strings are compared after clean-up, and
-    published numbers come from two scorers that clean up differently; both leave unanimous answers alone:
+    With ten answers, 0, 1, 2, 3, 4+ equal ones give 0, .3, .6, .9, 1. Of n < 4 answers only n - 1 can match: they are
+    divided by that; one answer is an exact match. So a unanimous answer scores 1 for every n, in any order.
+
+    Strings are compared after clean-up:
+      basic: both sides in `text.normal_form`, which knows no vocabulary and no language: for one's own data.
+    Published numbers of VQA v2 come from two scorers that clean up differently; both leave unanimous answers alone:
       official2021: the VQA server's since March 2021. Prediction and answers both get punctuation, case, number words,
         articles and contractions normalised; with unanimous answers neither does, so "Yes" does not match ten times
         "yes": lower-case the model's output.
@@ -246,8 +258,11 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], variant: str = "offici
     """
     if variant not in VQA_VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(VQA_VARIANTS)}")
-    if isinstance(answers, str) or len(answers) < 4:
-        raise ValueError(f"answers is {answers!r}; give ten (below four nothing scores 1), repeating what is agreed")
+    if isinstance(answers, str) or not answers:
+        raise ValueError(f"answers is {answers!r}; give a list of one or more")
+    if variant == "basic":
+        prediction, answers = normal_form(prediction), [normal_form(answer) for answer in answers]
+        return _leave_one_out(sum(answer == prediction != "" for answer in answers), len(answers))
     prediction = _strip(prediction)
     if variant == "official2021":
         answers = [_strip(answer) for answer in answers]
@@ -257,8 +272,15 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], variant: str = "offici
         prediction = normalize_answer(prediction)
         if len(set(answers)) > 1:
             answers = [_drop_punctuation(answer) for answer in answers]
-    count, total = sum(answer == prediction for answer in answers), len(answers)
-    return (count * min(1, (count - 1) / 3) + (total - count) * min(1, count / 3)) / total
+    return _leave_one_out(sum(answer == prediction for answer in answers), len(answers))
+
+
+def _leave_one_out(count: int, total: int) -> float:
+    """`count` of `total` answers are the prediction: each is left out once, and the others are counted."""
+    if total == 1:
+        return float(count)
+    enough = min(3, total - 1)
+    return (count * min(1, (count - 1) / enough) + (total - count) * min(1, count / enough)) / total
 
 
 def normalize_answer(text: str) -> str:

@@ -74,13 +74,15 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     train, chosen_images = data.subset(splits["train"], seed=c.subset_seed, fraction=c.fraction, n_images=c.n_images)
     held_out = {name: split for name, split in splits.items() if name != "train"}
 
-    candidates = task.candidates(train)
-
     # model, methods, split
     model, params, chosen, facts = setup_model(config, task, train, log)
     variables = sites.attach(model, params, chosen, jax.random.key(config.seed))
     mask = sites.trainable(chosen, variables)
     counts = sites.counts(variables, mask)
+    task, texts = with_limits(task, model, chosen, {"train": train, **held_out}, log)
+    candidates = task.candidates(train, model.tokenizer)
+    cases = {name: task.cases(held_out[name], model.tokenizer) for name in config.eval.splits}
+    yardsticks = {name: yardstick(task, train, name, some, model.tokenizer, log) for name, some in cases.items()}
     log(" + ".join(map(str, chosen)))
     log(sites.describe(variables, mask, leaves=False))
     digests = {"base": tree.digest(params)}
@@ -169,8 +171,9 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     for name in config.eval.splits:
         split = held_out[name]
         metrics[name], more = evaluate(
-            config, model, task, versions, train, split, pictures[name], features[name], prepare, candidates
+            config, model, task, versions, split, cases[name], pictures[name], features[name], prepare, candidates
         )
+        metrics[name] |= yardsticks[name]
         rows += more
         upload = task.upload(more, [row["tuned"] for row in more])
         if upload is not None and first:
@@ -199,6 +202,8 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
         "memory": results.memory(),
         "digests": digests,
         "model": facts,
+        "task_options": dataclasses.asdict(task),
+        "texts": texts,
         "data_report": train.report,
         "machine": results.machine(),
         "versions": results.versions(),
@@ -239,10 +244,10 @@ def load_run(workdir: str | Path):
 
 def _load_run(workdir):
     config = ml_collections.ConfigDict(untrusted.read_json(workdir / "config.json"))
-    words = untrusted.read_json(workdir / "result.json", MOST_RESULT)["model"]["new_words"]
-    task = tasks.build(config.task, **config.task_options)
+    result = untrusted.read_json(workdir / "result.json", MOST_RESULT)
+    task = tasks.build(config.task, **result.get("task_options", tasks.IN_0_1[config.task] | dict(config.task_options)))
     model, params, _ = _base(config, task)
-    model, params, _ = hub.extend_vocabulary(model, params, words, config.seed)
+    model, params, _ = hub.extend_vocabulary(model, params, result["model"]["new_words"], config.seed)
     variables, chosen = load_tuned(model, params, untrusted.kept_in(workdir / "tuned"))
     return model, variables, chosen, task
 
@@ -302,6 +307,63 @@ def setup_model(config, task: tasks.Task, train: datasets.Split, log):
         log(f"vocabulary: {len(unknown)} words of the training texts are unknown to the base and read as [UNK]")
     facts = {"base": str(config.base), "init": config.init, "report": report}
     return model, params, chosen, facts | {"unknown_words": len(unknown), "new_words": list(new)}
+
+
+def with_limits(task: tasks.Task, model, chosen, splits: dict[str, datasets.Split], log) -> tuple[tasks.Task, dict]:
+    """(the task with limits that fit the data and the base, {split: {limit: what it cuts}}); cuts are said."""
+    shifts = [sum(one.shift(site) for one in chosen if one.selects(site)) for site in sites.sites(model)]
+    lengths = {name: task.lengths(split, model.tokenizer) for name, split in splits.items()}
+    task = task.limited(lengths.values(), model.config.max_positions - max(shifts, default=0))
+    texts = {name: task.cuts(one) for name, one in lengths.items()}
+    log("texts: " + ", ".join(f"{name} {one['limit']}" for name, one in texts["train"].items() if one["limit"]))
+    for name, cuts in texts.items():
+        for limit, one in cuts.items():
+            if one["cut"]:
+                log(
+                    f"warning: {name}: {one['cut']:,} of {one['of']:,} texts are longer than task_options.{limit}="
+                    f"{one['limit']} and are cut; the longest has {one['longest']:,}"
+                )
+    long, usual = max(
+        (
+            (int(n.max()), int(np.percentile(n, 99)))
+            for name, n in lengths["train"].items()
+            if name in task.limits and n.size
+        ),
+        default=(0, 0),
+    )
+    if long > max(2 * usual, 32):
+        log(
+            f"warning: the longest training text has {long} tokens and 99 of 100 have at most {usual}; every batch is as long "
+            f"as the longest: a limit in task_options makes steps faster"
+        )
+    return task, texts
+
+
+def yardstick(task: tasks.Task, train, name: str, cases: data.Examples, tokenizer, log) -> dict:
+    """{'blind', 'perfect_writer'} of a split, said before training: what needs no picture scores, and what this vocabulary
+    lets one score at most. {'blind': {}} where there are no answers to score with. Raises ValueError for ids that repeat."""
+    tasks.check_ids(cases, task.id_key, name)
+    if not scored(cases):
+        return {"blind": {}}
+    blind, writer = task.blind(train, cases.rows), task.perfect_writer(cases.rows, tokenizer)
+    metric = task.main_metric
+    best = max(blind, key=lambda label: blind[label][metric])
+    log(
+        f"{name}, {metric}: {results.LABELS.get(best, best)} {blind[best][metric]:.3f}; perfect writer {writer[metric]:.3f} "
+        f"({writer['out_of_reach']:,} of {writer['truths']:,} right texts are out of reach)"
+    )
+    if writer["out_of_reach"] and writer[metric] < 0.95 * writer["unhindered"]:
+        shown = ", ".join(f"{text!r} becomes {written!r}" for text, written in writer["examples"])
+        log(
+            f"warning: {name}: nothing that this base can write scores more than {writer[metric]:.3f} {metric} (the right "
+            f"texts as they are: {writer['unhindered']:.3f}): its vocabulary or task_options.length loses part of them: {shown}"
+        )
+    return {"blind": blind, "perfect_writer": writer}
+
+
+def scored(cases: data.Examples) -> bool:
+    """Whether every case has a right answer: a test set for a server has none."""
+    return all(row.get("answers", True) for row in cases.rows)
 
 
 def abstract_model(config):
@@ -391,15 +453,15 @@ def can_cache_questions(config, mask, model, examples, images_cached: bool) -> t
 
 
 def evaluate(
-    config, model, task, versions: dict[str, Tree], train, split, pictures, features, prepare, candidates=None
+    config, model, task, versions: dict[str, Tree], split, cases, pictures, features, prepare, candidates=None
 ):
-    """Scores of each version of the model and of blind guesses on one split, and a row per case.
+    """Scores of each version of the model on one split, and a row per case.
 
     A split whose cases have no answers, as a test set for a server, is predicted and not scored.
     """
-    cases = prepare(split.name, dataclasses.replace(task.cases(split, model.tokenizer), images=pictures))
-    known = all(row.get("answers", True) for row in cases.rows)
-    scores = {"n": len(cases), "blind": task.blind(train, cases.rows) if known else {}, "scored": known}
+    cases = prepare(split.name, dataclasses.replace(cases, images=pictures))
+    known = scored(cases)
+    scores = {"n": len(cases), "scored": known}
     if known:
         examples = prepare(split.name, dataclasses.replace(task.examples(split, model.tokenizer), images=pictures))
     rows = [{"split": split.name, **row} for row in cases.rows]
@@ -442,7 +504,7 @@ def forgetting(config, model, base: Tree, tuned: Tree, features) -> dict:
     settings = dict(config.data.items()) | {"captions": "web", "types": ()}
     split = datasets.load(ml_collections.ConfigDict(settings), ["test"])["test"]
     split = dataclasses.replace(split, rows=[row | {"captions": row["captions"][:1]} for row in split.rows])
-    task = tasks.build("captioning")
+    task = tasks.build("captioning", max_tokens=40)
     model = type(model)(dataclasses.replace(model.config, question_encoder=False), model.tokenizer)
     examples = task.examples(split, model.tokenizer)
     examples = dataclasses.replace(examples, images=data.Resized.of(split.images, model))

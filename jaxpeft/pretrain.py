@@ -28,7 +28,7 @@ from jaxpeft.data import pad_tokens
 from jaxpeft.datasets import scenes
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.ops import matmul
-from jaxpeft.tasks.base import teacher_forced
+from jaxpeft.tasks.base import ended, teacher_forced
 from jaxpeft.tasks.captioning import Captioning
 from jaxpeft.text import Tokenizer
 from jaxpeft.tree import Tree
@@ -39,6 +39,7 @@ ALIASES = {f"text_encoder/{part}": f"text_decoder/{part}" for part in ("embed",)
 }
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 TEXT_LENGTH = 28  # tokens of a pre-training text, specials included
+TASK = Captioning(max_tokens=40, length=40, variant="coco")  # what the held-out scores in the manifest were made with
 
 
 def shared(params: Tree) -> Tree:
@@ -147,13 +148,14 @@ def nearest_other(captions: list[str]) -> list[str]:
 
 def caption_batch(tokenizer: Tokenizer, stage: str, n_texts: int, indices, rng: np.random.Generator) -> dict:
     """Pictures, `n_texts` web captions each and, for matching, (own, edited, nearest other) texts."""
-    prompt = Captioning().prompt_ids(tokenizer)
+    prompt = TASK.prompt_ids(tokenizer)
     indices = [int(i) for i in indices]
     captions = [scenes.web_captions("pretrain", i, n_texts) for i in indices]
-    prefix = Captioning.prompt + " "
+    prefix = TASK.prompt + " "
     bodies = [[text.removeprefix(prefix) for text in group] for group in captions]
-    room = TEXT_LENGTH - len(prompt) + 1
-    ids = [[prompt + tokenizer.encode(text, room)[1:] for text in group] for group in bodies]
+    ids = [
+        [ended(prompt + tokenizer.pieces(text), TEXT_LENGTH, tokenizer.sep_id) for text in group] for group in bodies
+    ]
     batch = teacher_forced(ids, [[1.0] * n_texts] * len(ids), len(prompt), tokenizer.pad_id)
     short = TEXT_LENGTH - 1 - batch["tokens"].shape[-1]  # one shape for every batch
     batch = {name: np.pad(x, ((0, 0), (0, 0), (0, short))) for name, x in batch.items()}
@@ -240,7 +242,7 @@ def run(config, workdir, log=print) -> dict:
 
 def zero_shot(model: Blip, params: Tree, config) -> dict:
     """Held-out pictures: CIDEr-D and nats per token against web captions (as trained) and against human ones."""
-    task, scores = Captioning(), {}
+    task, scores = TASK, {}
     half = jax.tree.map(lambda x: jnp.asarray(np.float16(x), jnp.float32), shared(params))  # what is stored
     model = Blip(dataclasses.replace(model.config, question_encoder=False), model.tokenizer)
     variables = {"params": {name: half[name] for name in ("vision", "text_decoder")}}

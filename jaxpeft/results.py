@@ -128,9 +128,16 @@ def table(result: dict) -> str:
             ]
             continue
         rows = [(label, score) for label, score in scores["blind"].items()]
+        rows += [("perfect_writer", scores["perfect_writer"])] if "perfect_writer" in scores else []
         rows += [(label, scores[label]) for label in ("base", "tuned") if label in scores]
         kinds = sorted({kind for _, score in rows for kind in score.get("by_type", {})})
-        header = ["", name, *kinds, *(["nll"] if any("nll" in score for _, score in rows) else [])]
+        kinds = [] if kinds == [""] else kinds  # questions without types
+        header = [
+            "",
+            name,
+            *(kind or "(no type)" for kind in kinds),
+            *(["nll"] if any("nll" in score for _, score in rows) else []),
+        ]
         body = []
         for label, score in rows:
             cells = [f"{score[name]:.3f}", *(f"{score['by_type'][kind]['accuracy']:.3f}" for kind in kinds)]
@@ -152,6 +159,7 @@ LABELS = {
     "majority": "blind: majority",
     "question_only": "blind: question only",
     "constant_caption": "blind: one caption",
+    "perfect_writer": "perfect writer",
     "base": "frozen base",
     "tuned": "tuned",
 }

@@ -1,4 +1,5 @@
 import collections
+import functools
 import json
 import shutil
 
@@ -262,7 +263,7 @@ def test_the_vqa_recipe_and_its_uploads(base, home, tree, tmp_path):
     )
     task = build("vqa", **config.task_options)
     train = load(home, "vqav2", ["train"], visual_genome=True)["train"]
-    assert {row["answer"] for row in upload} <= set(task.candidates(train))
+    assert {row["answer"] for row in upload} <= set(task.candidates(train, None))
 
 
 def test_answers_for_the_server_are_written_and_not_scored(base, home, tree, tmp_path):
@@ -320,17 +321,18 @@ def test_the_closed_list_is_the_most_frequent_first(tmp_path):
         return datasets.Split("train", [], [{"image_id": "1", "captions": [], "questions": questions}])
 
     train = split(["b"] * 10, ["b"] * 6 + ["c"] * 4, ["d"] * 10, ["a"] * 10)
-    assert build("vqa", inference="rank").candidates(train) == ["b", "a", "d"]
-    assert build("vqa", inference="rank", n_answers=1).candidates(train) == ["b"]
-    assert build("vqa").candidates(train) is None
+    ranked = functools.partial(build, "vqa", inference="rank", variant="official2021")
+    assert ranked().candidates(train, None) == ["b", "a", "d"]
+    assert ranked(n_answers=1).candidates(train, None) == ["b"]
+    assert build("vqa", variant="official2021").candidates(train, None) is None
     path = tmp_path / "answers.json"
     path.write_text('["yes", "no"]')
-    assert build("vqa", inference="rank", answer_list=str(path)).candidates(train) == ["yes", "no"]
+    assert ranked(answer_list=str(path)).candidates(train, None) == ["yes", "no"]
     with pytest.raises(ValueError, match="nowhere.json"):
-        build("vqa", inference="rank", answer_list=str(tmp_path / "nowhere.json")).candidates(train)
+        ranked(answer_list=str(tmp_path / "nowhere.json")).candidates(train, None)
     path.write_text("{}")
     with pytest.raises(ValueError, match="expected a JSON list"):
-        build("vqa", inference="rank", answer_list=str(path)).candidates(train)
+        ranked(answer_list=str(path)).candidates(train, None)
     with pytest.raises(ValueError, match="inference"):
         build("vqa", inference="guess")
 

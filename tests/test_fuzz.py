@@ -226,7 +226,7 @@ def test_annotations_and_a_run_cannot_link_elsewhere(tmp_path, home, readers):
         (tmp_path / name).write_text('["a"]')
         (tmp_path / "a" / name).symlink_to(tmp_path / name)
     with pytest.raises(ValueError, match=r"answers\.json is a link"):
-        Vqa(inference="rank", answer_list=str(tmp_path / "a" / "answers.json")).candidates(None)
+        Vqa(inference="rank", answer_list=str(tmp_path / "a" / "answers.json")).candidates(None, None)
     with pytest.raises(ValueError, match=r"coco\.json is a link"):
         prepare._read(tmp_path / "a" / "coco.json", None)
     shutil.move(run / "tuned", tmp_path / "tuned")

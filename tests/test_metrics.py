@@ -171,7 +171,7 @@ def test_contractions_equal_the_published_table():
     assert make.digest(map(metrics.normalize_answer, WORDS)) == EXPECTED["contractions"]["outputs"]
 
 
-@pytest.mark.parametrize("variant", metrics.VQA_VARIANTS)
+@pytest.mark.parametrize("variant", metrics.PUBLISHED_VARIANTS)
 def test_vqa_accuracy_equals_golden(variant):
     sets = [make.vqa_set(seed, WORDS) for seed in range(make.VQA_SETS)]
     assert make.digest(json.dumps(each) for each in sets) == EXPECTED["vqa"]["sets"], "the generator changed"
@@ -204,7 +204,7 @@ def test_vqa_accuracy_by_number_of_matching_answers(count, variant):
     ],
 )
 def test_vqa_unanimity_rule_and_variants(prediction, answers, official, legacy):
-    scores = [metrics.vqa_accuracy(prediction, answers, variant) for variant in metrics.VQA_VARIANTS]
+    scores = [metrics.vqa_accuracy(prediction, answers, variant) for variant in metrics.PUBLISHED_VARIANTS]
     assert scores == [official, legacy]
 
 
@@ -242,5 +242,73 @@ def test_vqa_bad_input_is_named():
         metrics.vqa_accuracy("red", ["red"] * 10, "v2")
     with pytest.raises(ValueError, match="answers is 'red'"):
         metrics.vqa_accuracy("red", "red")
-    with pytest.raises(ValueError, match=r"answers is \['red'\]"):
-        metrics.vqa_accuracy("red", ["red"])
+    with pytest.raises(ValueError, match=r"answers is \[\]"):
+        metrics.vqa_accuracy("red", [], "basic")
+
+
+@pytest.mark.parametrize("variant", metrics.VQA_VARIANTS)
+@pytest.mark.parametrize("n", range(1, 13))
+def test_few_answers_score_alike_in_any_order_and_agreement_scores_one(variant, n):
+    """Leave-one-out, written out, over every number of matches; ten are the published score."""
+    assert metrics.vqa_accuracy("x", ["x"] * n, variant) == 1
+    assert metrics.vqa_accuracy("x", ["y"] * n, variant) == 0
+    for k in range(n + 1):
+        answers = ["x"] * k + ["y"] * (n - k)
+        left_out = (
+            [sum(a == "x" for a in answers[:i] + answers[i + 1 :]) / min(3, n - 1) for i in range(n)] if n > 1 else [k]
+        )
+        expected = np.mean([min(1, one) for one in left_out])
+        orders = [answers, answers[::-1], answers[n // 2 :] + answers[: n // 2]]
+        assert [metrics.vqa_accuracy("x", one, variant) for one in orders] == pytest.approx([expected] * 3, abs=1e-12)
+    three = [metrics.vqa_accuracy("y", one, variant) for one in (["x", "y", "y", "y"], ["y", "y", "y", "x"])]
+    assert three == [0.75, 0.75]
+
+
+@pytest.mark.parametrize(
+    "text, form",
+    [
+        ("Red", "red"),
+        ("t-shirt", "t - shirt"),
+        ("T - Shirt", "t - shirt"),
+        ("3.5", "3 . 5"),
+        ("Caf\u00e9", "cafe"),
+        ("cafe\u0301", "cafe"),
+        ("\uff32\uff45\uff44", "red"),  # full width
+        ("STRASSE", "strasse"),
+        ("Stra\u00dfe", "strasse"),
+        ("\u0130stanbul", "istanbul"),
+        ("\u4e00\u53ea\u732b", "\u4e00 \u53ea \u732b"),  # Chinese: a word each
+        ("\u304c", "\u304c"),  # Japanese ga is not ka
+        ("\u092e\u0947\u0932", "\u092e\u0947\u0932"),  # Hindi keeps its vowels
+        ("\u0e21\u0e49\u0e32", "\u0e21\u0e49\u0e32"),  # Thai keeps its tones: horse, not come
+        ("\ud55c\uad6d\uc5b4", "\ud55c\uad6d\uc5b4"),  # Korean stays composed
+        ("\u2764\ufe0f zero\u200bwidth", "\u2764 zerowidth"),
+        (" two\twords\n", "two words"),
+        ("\u0418\u0306\u043e\u0434", "\u0438\u043e\u0434"),  # as uncased BERT writes it
+        ("", ""),
+    ],
+)
+def test_the_normal_form_of_own_texts(text, form):
+    assert metrics.normal_form(text) == form == metrics.normal_form(form)
+
+
+def test_different_words_stay_different_in_the_normal_form():
+    words = [
+        "\u304b",
+        "\u304c",
+        "\u092e\u0947\u0932",
+        "\u092e\u0932",
+        "\u0e21\u0e32",
+        "\u0e21\u0e49\u0e32",
+        "red",
+        "read",
+        "3.5",
+        "35",
+    ]
+    assert len({metrics.normal_form(word) for word in words}) == len(words)
+    assert metrics.vqa_accuracy("", ["\u200b"], "basic") == 0  # nothing written is never right
+
+
+def test_own_captions_are_read_without_case_accents_and_punctuation():
+    assert metrics.plain_words("A man's T-shirt, caf\u00e9: $5!") == "a man s t shirt cafe 5"
+    assert metrics.plain_words("\u4e00\u53ea\u732b\u3002") == "\u4e00 \u53ea \u732b"

@@ -98,11 +98,32 @@ def parse(annotations, root, questions=None):
         raise ValueError(f"root {str(root)!r} is not a directory; give the directory that holds the images")
     problems, files, rows = Problems(), Files(root), {}
     for split, path, asked in _sources(annotations, questions, root):
-        ids, question_ids = {}, set()  # ids are unique within a file: exporters start every split at 1
+        ids, question_ids = {}, set()  # ids are unique within a file: exporters start every file at 1
         for record in records(path, asked, problems):
             if file := files.find(record, problems):
                 _merge(record, file, split, rows, ids, question_ids, problems)
-    return [row for row in rows.values() if row["captions"] or row["questions"]], problems
+    found = [row for row in rows.values() if row["captions"] or row["questions"]]
+    _tell_apart(found)
+    return found, problems
+
+
+def _tell_apart(rows) -> None:
+    """Ids of several files that one split is made of: where one repeats, the later image is called by its file, and the later
+    question by its image and its own id."""
+    taken = {"image_id": set(), "question_id": set()}
+
+    def own(key, split, value, other):
+        name, n = value, 1
+        while (split, name) in taken[key]:
+            name, n = other if n == 1 else f"{other}-{n}", n + 1
+        taken[key].add((split, name))
+        return name
+
+    for row in rows:
+        row["image_id"] = own("image_id", row["split"], row["image_id"], row["file"])
+        for q in row["questions"]:
+            other = f"{row['image_id']}-{q['question_id']}"
+            q["question_id"] = own("question_id", row["split"], q["question_id"], other)
 
 
 def _sources(annotations, questions, root):

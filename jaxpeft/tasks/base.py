@@ -1,7 +1,9 @@
 """What a task is: examples from a split, a loss over a batch, a prompt to answer from, and a score over strings."""
 
 import abc
+import collections
 import dataclasses
+from collections.abc import Iterable
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -21,6 +23,9 @@ class Task(abc.ABC):
     name: ClassVar[str] = ""
     question_encoder: ClassVar[bool] = False  # whether the model needs one
     main_metric: ClassVar[str] = ""  # the metric that tables and studies show
+    id_key: ClassVar[str] = ""  # of the rows of `cases`: what tells them apart
+    # fields that limit a text's tokens, where 0 means as many as the longest text has -> their value where there is no text
+    limits: ClassVar[dict[str, int]] = {}
 
     @abc.abstractmethod
     def examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
@@ -39,6 +44,18 @@ class Task(abc.ABC):
         """What the decoder is given before it writes: [DEC], and the prompt's words."""
 
     @abc.abstractmethod
+    def lengths(self, split: Split, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+        """Field that limits texts -> how much of it each text of the split takes, prompt and special tokens included."""
+
+    @abc.abstractmethod
+    def truths(self, row: dict) -> list[str]:
+        """What is right for a case."""
+
+    @abc.abstractmethod
+    def form(self, text: str) -> str:
+        """How the score reads a text: texts of one form are equal to it."""
+
+    @abc.abstractmethod
     def score(self, rows: list[dict], predictions: list[str]) -> dict:
         """Metrics of a whole split; `rows` are those of `cases`."""
 
@@ -54,7 +71,7 @@ class Task(abc.ABC):
         """What the evaluation server of the task takes, or None where the ids are not numbers, as theirs are."""
         return None
 
-    def candidates(self, train: Split) -> list[str] | None:
+    def candidates(self, train: Split, tokenizer: Tokenizer) -> list[str] | None:
         """The closed list that answers are chosen from, or None where the decoder writes freely."""
         return None
 
@@ -69,12 +86,88 @@ class Task(abc.ABC):
         nll_BAT = losses.token_nll(model.apply(variables, batch), batch["targets"]) * scored_BAT
         return nll_BAT.sum(axis=(1, 2)), scored_BAT.sum(axis=(1, 2))
 
+    def limited(self, lengths: Iterable[dict[str, np.ndarray]], positions: int) -> "Task":
+        """The task with every limit that is 0 set to what the longest text takes, at most the model's `positions`.
+
+        Raises ValueError for a limit that is above them.
+        """
+        lengths, chosen = list(lengths), {}
+        for field, default in self.limits.items():
+            asked = getattr(self, field)
+            if not 0 <= asked <= positions:
+                raise ValueError(
+                    f"task_options.{field} is {asked}; the base reads 0 to {positions} tokens (0: as many as the longest text)"
+                )
+            longest = max((int(one[field].max()) for one in lengths if one[field].size), default=default)
+            chosen[field] = asked or min(longest, positions)
+        return dataclasses.replace(self, **chosen)
+
+    def cuts(self, lengths: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
+        """Limit -> {'limit', 'longest', 'cut': how many texts are longer, 'of': how many there are}; a limit of 0 is none."""
+        found = {}
+        for field, n in lengths.items():
+            limit = getattr(self, field)
+            cut = int((n > limit).sum()) if limit else 0
+            found[field] = {"limit": limit, "longest": int(n.max(initial=0)), "cut": cut, "of": int(n.size)}
+        return found
+
+    def writable(self, text: str, tokenizer: Tokenizer) -> str:
+        """What comes out where the decoder writes `text` as well as this vocabulary and `length` let it."""
+        room = getattr(self, "length", 0) - len(self.prompt_ids(tokenizer))
+        return tokenizer.decode(tokenizer.pieces(text)[: room if room > 0 else None])
+
+    def reachable(self, text: str, tokenizer: Tokenizer) -> bool:
+        """Whether the decoder can write `text` so that the score takes it for `text`."""
+        return self.form(self.writable(text, tokenizer)) == self.form(text) != ""
+
+    def perfect_writer(self, rows: list[dict], tokenizer: Tokenizer) -> dict:
+        """The score of writing a right text for every case as well as the vocabulary lets one: the ceiling of this base.
+
+        With 'truths' and 'out_of_reach', the number of right texts and of those that cannot be written; where there are
+        some, 'unhindered' (the main metric of the right texts as they are) and 'examples', pairs of both.
+        """
+        groups = [list(dict.fromkeys(self.truths(row))) for row in rows]
+        written = {text: self.writable(text, tokenizer) for group in groups for text in group}
+
+        def best(write):
+            """Of each case the text that scores best; of the ten most frequent, as data sets with more are rare."""
+            tried = [
+                [write(group[min(k, len(group) - 1)]) for group in groups]
+                for k in range(min(10, max(map(len, groups))))
+            ]
+            which = np.argmax([self.each(rows, texts) for texts in tried], axis=0)
+            return [tried[k][i] for i, k in enumerate(which)]
+
+        lost = [text for group in groups for text in group if self.form(written[text]) != self.form(text)]
+        found = self.score(rows, best(written.__getitem__))
+        found |= {"truths": sum(map(len, groups)), "out_of_reach": len(lost)}
+        if lost:
+            common = [text for text, _ in collections.Counter(lost).most_common(3)]
+            found["unhindered"] = self.score(rows, best(str))[self.main_metric]
+            found["examples"] = [[text, written[text]] for text in common]
+        return found
+
+
+def check_ids(cases: Examples, key: str, name: str) -> None:
+    """Raise ValueError where two cases of a split have one id: one of them would not be scored."""
+    seen = set()
+    for row in cases.rows:
+        if row[key] in seen:
+            raise ValueError(f"split {name!r}: {key} {row[key]!r} occurs twice; every case of a split needs its own")
+        seen.add(row[key])
+
+
+def ended(ids: list[int], room: int, end: int) -> list[int]:
+    """`ids` and the end token where there is room (0: any) for both; else what fits, without it: nobody should learn to
+    stop where a text was cut."""
+    return [*ids, end] if not room or len(ids) < room else ids[:room]
+
 
 def teacher_forced(texts: list[list[list[int]]], weights: list[list[float]], n_prompt: int, pad_id: int) -> dict:
     """Token ids per example and text -> inputs, shifted targets, and weights (0 on the prompt and on padding).
 
-    `texts[i][a]` starts with the first decoder token and ends with the end token; examples with fewer texts than the
-    most are filled up with texts of weight 0.
+    `texts[i][a]` starts with the first decoder token and ends with the end token, unless it was cut; examples with
+    fewer texts than the most are filled up with texts of weight 0.
     """
     most, blank = max(map(len, texts)), [pad_id, pad_id]
     flat = [text for group in texts for text in [*group, *[blank] * (most - len(group))]]

@@ -10,57 +10,88 @@ from typing import ClassVar
 import numpy as np
 
 from jaxpeft import java, metrics
-from jaxpeft.data import Examples
+from jaxpeft.data import Examples, most_common
 from jaxpeft.datasets import Split
-from jaxpeft.tasks.base import Task, teacher_forced
+from jaxpeft.tasks.base import Task, ended, teacher_forced
 from jaxpeft.text import Tokenizer, clean_caption
+
+# how captions are read for scoring: 'basic' for one's own, in any language; 'coco' as published COCO numbers are
+VARIANTS = {"basic": metrics.plain_words, "coco": metrics.tokenize}
 
 
 @dataclasses.dataclass(frozen=True)
 class Captioning(Task):
     prompt: str = "a picture of"
-    max_tokens: int = 40  # of a training caption, prompt and specials included; longer ones are cut
-    max_words: int = 50
-    length: int = 40  # decoding: most tokens written, prompt included
+    max_tokens: int = 0  # of a training caption, prompt and end token included; longer ones are cut; 0: the longest
+    max_words: int = 0  # of a training caption; longer ones are cut; 0: any number
+    length: int = 0  # decoding: most tokens written, prompt included; 0: the longest caption's
     min_length: int = 5
-    java: bool = False  # score as published numbers are: PTB tokens and METEOR through Java, where it is installed
+    variant: str = "basic"  # a key of VARIANTS
+    java: bool = False  # variant 'coco' with PTB tokens and METEOR through Java, where it is installed
     name: ClassVar[str] = "captioning"
     main_metric: ClassVar[str] = "cider_d"
+    id_key: ClassVar[str] = "image_id"
+    limits: ClassVar[dict[str, int]] = {"max_tokens": 40, "length": 40}
+
+    def __post_init__(self):
+        if self.variant not in VARIANTS:
+            raise ValueError(f"task_options.variant is {self.variant!r}; choose one of {', '.join(VARIANTS)}")
+        if self.java and self.variant != "coco":
+            raise ValueError("task_options.java scores captions as COCO's are; set task_options.variant='coco' too")
 
     def prompt_ids(self, tokenizer: Tokenizer) -> list[int]:
         """[DEC] and the prompt's words."""
-        return [tokenizer.bos_id, *tokenizer.encode(self.prompt, self.max_tokens)[1:-1]]
+        return [tokenizer.bos_id, *tokenizer.pieces(self.prompt)]
+
+    def clean(self, text: str) -> str:
+        """A training caption."""
+        return clean_caption(text, self.max_words or 10**6)
 
     def texts(self, split: Split) -> list[str]:
-        return [self.prompt, *(clean_caption(text, self.max_words) for row in split.rows for text in row["captions"])]
+        return [self.prompt, *(self.clean(text) for row in split.rows for text in row["captions"])]
+
+    def lengths(self, split: Split, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+        around = len(self.prompt_ids(tokenizer)) + 1
+        captions = [text for row in split.rows for text in row["captions"]]
+        n_tokens = np.array([around + len(tokenizer.pieces(self.clean(text))) for text in captions], np.int64)
+        n_words = np.array([len(clean_caption(text, 10**6).split()) for text in captions], np.int64)
+        return {"max_tokens": n_tokens, "length": n_tokens, "max_words": n_words}
 
     def examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
         prompt = self.prompt_ids(tokenizer)
         pairs = [(i, text) for i, row in enumerate(split.rows) for text in row["captions"]]
         if not pairs:
             raise ValueError(f"split {split.name!r} has no captions; the captioning task needs some")
-        room = self.max_tokens - len(prompt) + 1
-        ids = [[prompt + tokenizer.encode(clean_caption(text, self.max_words), room)[1:]] for _, text in pairs]
+        ids = [
+            [ended(prompt + tokenizer.pieces(self.clean(text)), self.max_tokens, tokenizer.sep_id)] for _, text in pairs
+        ]
         arrays = teacher_forced(ids, [[1.0]] * len(ids), len(prompt), tokenizer.pad_id)
         arrays["image_index"] = np.array([i for i, _ in pairs], np.int32)
         return Examples(arrays, split.images, [{"image_id": split.rows[i]["image_id"]} for i, _ in pairs])
 
     def cases(self, split: Split, tokenizer: Tokenizer) -> Examples:
         indices = [i for i, row in enumerate(split.rows) if row["captions"]]
+        read = str if self.variant == "basic" else (lambda text: clean_caption(text, 10**6))
         rows = [
-            {
-                "image_id": split.rows[i]["image_id"],
-                "references": [clean_caption(t, 10**6) for t in split.rows[i]["captions"]],
-            }
+            {"image_id": split.rows[i]["image_id"], "references": [read(t) for t in split.rows[i]["captions"]]}
             for i in indices
         ]
         return Examples({"image_index": np.array(indices, np.int32)}, split.images, rows)
 
+    def truths(self, row: dict) -> list[str]:
+        return row["references"]
+
+    def form(self, text: str) -> str:
+        return VARIANTS[self.variant](text)
+
     def score(self, rows: list[dict], predictions: list[str]) -> dict:
         """Metrics of a whole split: CIDEr-D's document frequencies come from the references given here."""
         ours = {row["image_id"]: text for row, text in zip(rows, predictions, strict=True)}
-        report = java.captions_report if self.java else metrics.captions_report
-        return report(ours, {row["image_id"]: row["references"] for row in rows})
+        truths = {row["image_id"]: row["references"] for row in rows}
+        if self.java:
+            return java.captions_report(ours, truths)
+        said = {"tokenizer": "basic"} if self.variant == "basic" else {}
+        return metrics.captions_report(ours, truths, VARIANTS[self.variant]) | said
 
     def upload(self, rows: list[dict], predictions: list[str]) -> list[dict] | None:
         """COCO's result format: [{'image_id': int, 'caption': str}]."""
@@ -71,14 +102,11 @@ class Captioning(Task):
         ]
 
     def each(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
-        ours = {row["image_id"]: metrics.tokenize(text) for row, text in zip(rows, predictions, strict=True)}
-        return metrics.cider_d(ours, {row["image_id"]: list(map(metrics.tokenize, row["references"])) for row in rows})[
-            1
-        ]
+        read = VARIANTS[self.variant]
+        ours = {row["image_id"]: read(text) for row, text in zip(rows, predictions, strict=True)}
+        return metrics.cider_d(ours, {row["image_id"]: list(map(read, row["references"])) for row in rows})[1]
 
     def blind(self, train: Split, rows: list[dict]) -> dict:
         """What needs no picture: the most frequent training caption for every image."""
-        from jaxpeft.data import most_common
-
-        constant = most_common(clean_caption(text, self.max_words) for row in train.rows for text in row["captions"])
+        constant = most_common(self.clean(text) for row in train.rows for text in row["captions"])
         return {"constant_caption": self.score(rows, [constant] * len(rows))}

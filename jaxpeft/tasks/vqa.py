@@ -2,7 +2,7 @@
 
 The question encoder reads [ENC] <question> [SEP] and the picture; the decoder reads [DEC] <answer> [SEP] and the
 question states. Loss: per answer the sum over its tokens, weighted by the share of annotators who gave it, summed, and
-divided by the number of questions. Score: VQA accuracy (official 2021 clean-up unless said otherwise).
+divided by the number of questions. Score: VQA accuracy; how texts are compared is `variant` (metrics.vqa_accuracy).
 """
 
 import collections
@@ -16,24 +16,17 @@ import numpy as np
 from jaxpeft import metrics, untrusted
 from jaxpeft.data import Examples, most_common, pad_tokens
 from jaxpeft.datasets import Split
-from jaxpeft.tasks.base import Task, teacher_forced
+from jaxpeft.tasks.base import Task, ended, teacher_forced
 from jaxpeft.text import Tokenizer, clean_question
-
-N_ANSWERS = 10  # what the VQA score is defined on
-
-
-def ten_answers(answers: list[str]) -> list[str]:
-    """The official score needs ten answers; data with fewer has them repeated in turn (one answer: exact match)."""
-    return answers if len(answers) >= N_ANSWERS else (answers * N_ANSWERS)[:N_ANSWERS]
 
 
 @dataclasses.dataclass(frozen=True)
 class Vqa(Task):
-    max_question: int = 35  # tokens, specials included
+    max_question: int = 0  # tokens, specials included; longer ones lose their end; 0: the longest
     max_answers: int = 10  # distinct answers trained per question, the most frequent first
-    length: int = 10  # decoding: most tokens written, [DEC] included
+    length: int = 0  # most tokens of an answer, [DEC] and [SEP] included, trained and written; 0: the longest
     min_length: int = 0
-    variant: str = "official2021"
+    variant: str = "basic"  # 'official2021' or 'legacy' for numbers to set beside published ones of VQA v2
     inference: str = "generate"  # 'rank': the best of a closed list of answers, as BLIP's VQA v2 results are made
     answer_list: str = (
         ""  # of 'rank': a JSON file with a list of answers; '' for the `n_answers` most frequent in training
@@ -43,6 +36,8 @@ class Vqa(Task):
     name: ClassVar[str] = "vqa"
     question_encoder: ClassVar[bool] = True
     main_metric: ClassVar[str] = "accuracy"
+    id_key: ClassVar[str] = "question_id"
+    limits: ClassVar[dict[str, int]] = {"max_question": 35, "length": 10}
 
     def prompt_ids(self, tokenizer: Tokenizer) -> list[int]:
         """[DEC] alone."""
@@ -53,11 +48,31 @@ class Vqa(Task):
             t for row in split.rows for q in row["questions"] for t in (clean_question(q["question"]), *q["answers"])
         ]
 
+    def lengths(self, split: Split, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+        asked = [q for row in split.rows for q in row["questions"]]
+        questions = [2 + len(tokenizer.pieces(clean_question(q["question"]))) for q in asked]
+        answers = [2 + len(tokenizer.pieces(answer)) for q in asked for answer in dict.fromkeys(q["answers"])]
+        different = [len(set(q["answers"])) for q in asked]
+        found = {"max_question": questions, "length": answers, "max_answers": different}
+        return {field: np.array(n, np.int64) for field, n in found.items()}
+
+    def truths(self, row: dict) -> list[str]:
+        """The most frequent first."""
+        return [answer for answer, _ in collections.Counter(row["answers"]).most_common()]
+
+    def form(self, text: str) -> str:
+        return metrics.normal_form(text) if self.variant == "basic" else metrics.normalize_answer(text)
+
+    def _guess(self, answer: str) -> str:
+        """Under which form an answer is counted where blind guesses and lists of answers are made."""
+        return self.form(answer) if self.variant == "basic" else answer
+
     def _questions(self, split: Split, tokenizer: Tokenizer):
         found = [(i, q) for i, row in enumerate(split.rows) for q in row["questions"]]
         if not found:
             raise ValueError(f"split {split.name!r} has no questions; the vqa task needs some")
-        ids = [tokenizer.encode(clean_question(q["question"]), self.max_question) for _, q in found]
+        # the encoder's frame, [ENC] ... [SEP], stays whole where a question is cut
+        ids = [tokenizer.encode(clean_question(q["question"]), self.max_question or None) for _, q in found]
         arrays = {
             "image_index": np.array([i for i, _ in found], np.int32),
             "question": pad_tokens([[tokenizer.enc_id, *one[1:]] for one in ids], tokenizer.pad_id),
@@ -70,7 +85,8 @@ class Vqa(Task):
         for _, q in found:
             counts = collections.Counter(q["answers"])
             kept = sorted(counts, key=lambda a: (-counts[a], a))[: self.max_answers]
-            answers.append([[tokenizer.bos_id, *tokenizer.encode(a, self.length)[1:]] for a in kept])
+            ids = ([tokenizer.bos_id, *tokenizer.pieces(a)] for a in kept)
+            answers.append([ended(one, self.length, tokenizer.sep_id) for one in ids])
             weights.append([q.get("weight", 1.0) * counts[a] / len(q["answers"]) for a in kept])
         arrays |= teacher_forced(answers, weights, 1, tokenizer.pad_id)
         return Examples(arrays, split.images, [{"question_id": q["question_id"]} for _, q in found])
@@ -79,7 +95,7 @@ class Vqa(Task):
         found, arrays = self._questions(split, tokenizer)
         rows = [
             {key: q[key] for key in ("question_id", "question", "type")}
-            | {"image_id": split.rows[i]["image_id"], "answers": ten_answers(q["answers"]) if q["answers"] else []}
+            | {"image_id": split.rows[i]["image_id"], "answers": q["answers"]}
             for i, q in found
         ]
         return Examples(arrays, split.images, rows)
@@ -92,11 +108,16 @@ class Vqa(Task):
     def __post_init__(self):
         if self.inference not in ("generate", "rank"):
             raise ValueError(f"task_options.inference is {self.inference!r}; choose 'generate' or 'rank'")
+        if self.variant not in metrics.VQA_VARIANTS:
+            raise ValueError(
+                f"task_options.variant is {self.variant!r}; choose one of {', '.join(metrics.VQA_VARIANTS)}"
+            )
 
-    def candidates(self, train: Split) -> list[str] | None:
+    def candidates(self, train: Split, tokenizer: Tokenizer) -> list[str] | None:
         """Of inference 'rank': the answers of `answer_list`, or the most frequent of training, ties in order of the alphabet.
 
-        An answer counts once for each question whose most frequent answer it is.
+        An answer counts once for each question whose most frequent answer it is. Variant 'basic' takes one of equal answers
+        and leaves out those that the decoder could not write: to the model two unknown words are one.
         """
         if self.inference != "rank":
             return None
@@ -107,9 +128,23 @@ class Vqa(Task):
                 raise ValueError(f"task_options.answer_list {self.answer_list}: {error}; give a JSON list") from error
             if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a for a in answers):
                 raise ValueError(f"task_options.answer_list {self.answer_list}: expected a JSON list of texts")
+            return self._told_apart(answers, tokenizer)
+        asked = (q for row in train.rows for q in row["questions"])
+        counts = collections.Counter(most_common(map(self._guess, q["answers"])) for q in asked)
+        return self._told_apart(sorted(counts, key=lambda a: (-counts[a], a)), tokenizer)[: self.n_answers]
+
+    def _told_apart(self, answers: list[str], tokenizer: Tokenizer) -> list[str]:
+        if self.variant != "basic":
             return answers
-        counts = collections.Counter(most_common(q["answers"]) for row in train.rows for q in row["questions"])
-        return sorted(counts, key=lambda a: (-counts[a], a))[: self.n_answers]
+        first: dict[str, str] = {}
+        for answer in answers:
+            if self.reachable(answer, tokenizer):
+                first.setdefault(self.form(answer), answer)
+        if not first:
+            raise ValueError(
+                f"none of {len(answers)} answers, such as {answers[0]!r}, can be written with this vocabulary"
+            )
+        return list(first.values())
 
     def upload(self, rows: list[dict], predictions: list[str]) -> list[dict] | None:
         """The VQA server's result format: [{'question_id': int, 'answer': str}]."""
@@ -133,7 +168,7 @@ class Vqa(Task):
         by_type, by_question = collections.defaultdict(list), collections.defaultdict(list)
         for row in train.rows:
             for q in row["questions"]:
-                answer = most_common(q["answers"])
+                answer = most_common(map(self._guess, q["answers"]))
                 by_type[q["type"]].append(answer)
                 by_question[q["question"]].append(answer)
         anything = most_common(a for group in by_type.values() for a in group)
