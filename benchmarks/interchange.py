@@ -37,6 +37,8 @@ CASES = {
     "LoRA, fused ViT qkv too": (jp.LoRA(where=BOTH, rank=2, alpha=5.0), "caption"),
     "LoRA, VQA": (jp.LoRA(where=BOTH, rank=2), "vqa"),
     "LoRA, every linear but the tied one": (jp.LoRA(where=r"blocks/|head/dense$", rank=2), "caption"),
+    "LoRA, every linear, the tied one too": (jp.LoRA(where=r"blocks/|head/(dense|vocabulary)$", rank=2), "caption"),
+    "DoRA, the tied head": (jp.DoRA(where=r"head/(dense|vocabulary)$", rank=2), "caption"),
     "LoRA, one layer": (Scoped(method=jp.LoRA(rank=2), layers=(1,)), "caption"),
     "LoRA + head": ((jp.LoRA(rank=2), Head()), "caption"),
     "LoRA + untied head": ((jp.LoRA(rank=2), Head(matrix="untied")), "caption"),

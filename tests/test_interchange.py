@@ -172,7 +172,7 @@ def test_layers_and_heads_survive_the_way_there_and_back(tmp_path):
         (jp.VeRA(where="vision.*query$", rank=2), "fused matrix"),
         (jp.OFT(where="vision.*query$", block=2), "fused matrix"),
         ((jp.LoRA(rank=2), jp.IA3()), "one PEFT directory holds one type"),
-        (jp.LoRA(where="head/vocabulary$", rank=2), "tied"),
+        (jp.IA3(where="head/vocabulary$"), "it scales the bias too over there"),
         (jp.LoRA(where="vision/patch$", rank=2), "convolution"),
         (jp.BitFit(), "bitfit has no PEFT type"),
     ],
@@ -239,8 +239,28 @@ def test_tensors_that_do_not_fit_are_listed(exported, change, message):
     "values, message",
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not read; known: LORA, IA3"),
-        ({"peft_type": "OFT", "use_cayley_neumann": True}, "truncated series"),
+        (
+            {
+                "peft_type": "OFT",
+                "use_cayley_neumann": True,
+                "init_lora_weights": None,
+                "lora_alpha": None,
+                "lora_dropout": None,
+            },
+            "truncated series",
+        ),
         ({"bias": "all"}, "bias='all' is not read"),
+        ({"a_field_of_a_later_peft": 3}, "a_field_of_a_later_peft=3 is not read"),
+        (
+            {"velora_config": {"scale": 2}, "use_bdlora": {"n": 1}},
+            "use_bdlora={'n': 1}, velora_config={'scale': 2} is not read",
+        ),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        *(
+            ({"init_lora_weights": start}, f"init_lora_weights='{start}' changed the base weights")
+            for start in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "what_comes_next")
+        ),
         ({"modules_to_save": ["decoder"]}, "only .*cls.* the head"),
     ],
 )
@@ -251,6 +271,65 @@ def test_configurations_that_would_be_read_wrongly_are_refused(exported, values,
         jp.import_peft(*base(), exported)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"init_lora_weights": start} for start in (False, "gaussian", "eva", "orthogonal")]
+    + [{"a_field_of_a_later_peft": off} for off in (None, False, {}, [])]
+    + [
+        {
+            "exclude_modules": ["key"],
+            "layers_to_transform": [0, 1],
+            "task_type": "CAUSAL_LM",
+            "eva_config": {"rho": 2.0},
+        }
+    ],
+)
+def test_what_changes_nothing_is_read(exported, values):
+    strip(exported)
+    before, _ = jp.import_peft(*base(), exported)
+    spoil_config(exported, **values)
+    after, _ = jp.import_peft(*base(), exported)
+    assert tree.digest(before) == tree.digest(after)
+
+
+def test_a_pickle_says_how_to_convert_it(exported):
+    (exported / "adapter_model.safetensors").rename(exported / "adapter_model.bin")
+    with pytest.raises(
+        ValueError, match="holds adapter_model.bin, a pickle; save it as adapter_model.safetensors.*save_pretrained"
+    ):
+        jp.import_peft(*base(), exported)
+
+
+def test_live_inits_of_peft_are_exact_or_refused(tmp_path):
+    """Adapters that the installed PEFT makes in each of its ways to begin: the same logits, or an error that names the field."""
+    peft = pytest.importorskip("peft", reason="compares with the installed PEFT: pip install -e .[golden]")
+    torch = pytest.importorskip("torch", reason="as above")
+    transformers = pytest.importorskip("transformers", reason="as above")
+    model, params = base()
+    tokens = torch.tensor(numbers()["tokens"][:, 0]).long()
+    image = torch.tensor(numbers()["image"]).permute(0, 3, 1, 2)
+    read = {}
+    for start in (True, False, "gaussian", "orthogonal", "pissa", "olora"):
+        whole = transformers.BlipForConditionalGeneration.from_pretrained(GOLDEN / "blip_caption_tiny").eval()
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], init_lora_weights=start)
+        there = peft.get_peft_model(whole, config).eval()
+        for parameter in there.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+        there.save_pretrained(tmp_path / str(start))
+        with torch.no_grad():
+            context = whole.vision_model(image)[0]
+            mask = torch.ones_like(tokens)
+            out = whole.text_decoder(input_ids=tokens, attention_mask=mask, encoder_hidden_states=context)
+        try:
+            variables, _ = jp.import_peft(model, params, tmp_path / str(start))
+        except ValueError as error:
+            assert f"init_lora_weights={start!r}" in str(error)
+            continue
+        read[start] = float(np.abs(logits(variables) - out.logits.numpy()).max())
+    assert list(read) == [True, False, "gaussian", "orthogonal"] and max(read.values()) < 5e-5
+
+
 def test_live_against_peft(tmp_path):
     """The script that compares everything with the installed PEFT, on two of its cases."""
     pytest.importorskip("peft", reason="compares with the installed PEFT: pip install -e .[golden]")
@@ -258,6 +337,6 @@ def test_live_against_peft(tmp_path):
     import sys
 
     script = Path(__file__).parents[1] / "benchmarks" / "interchange.py"
-    for case in ("LoRA, fused ViT qkv too", "Prefix"):
+    for case in ("LoRA, fused ViT qkv too", "LoRA, every linear, the tied one too", "Prefix"):
         done = subprocess.run([sys.executable, script, "--only", case], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import sites, tree, untrusted
-from jaxpeft.interchange.places import CONFIG, HEAD, HEAD_KEYS, PREFIX, WEIGHTS, places
+from jaxpeft.interchange.places import CONFIG, HEAD, HEAD_KEYS, PREFIX, VOCABULARY, WEIGHTS, places, vocabulary_matrix
 from jaxpeft.interchange.tuned import check_base, read, sha
 from jaxpeft.methods import IA3, OFT, DoRA, Head, LayerNorms, LoRA, Method, Prefix, Prompt, Scoped, VeRA
 from jaxpeft.tree import Tree
@@ -28,6 +28,11 @@ def import_peft(model, params: Tree, directory) -> tuple[Tree, tuple[Method, ...
 
 
 def _import_peft(model, params, directory):
+    if (directory / "adapter_model.bin").exists() and not (directory / WEIGHTS).exists():
+        raise ValueError(
+            f"{directory} holds adapter_model.bin, a pickle; save it as {WEIGHTS}: in PyTorch, "
+            "PeftModel.from_pretrained(base, directory).save_pretrained(directory)"
+        )
     config, arrays, metadata = read(directory, CONFIG, WEIGHTS)
     kind = config.get("peft_type")
     if kind not in _IMPORT:
@@ -37,6 +42,7 @@ def _import_peft(model, params, directory):
         raise ValueError(
             f"{directory / CONFIG} was changed after it was written ({WEIGHTS} knows another one); restore it"
         )
+    _check_fields(config, kind, str(directory / CONFIG))
     arrays = {name.replace(".default.", "."): np.asarray(x, np.float32) for name, x in arrays.items()}
     reader = _Reader(model, arrays, str(directory / WEIGHTS))
     head, params = _take_head(reader, config, params)
@@ -54,6 +60,52 @@ def _import_peft(model, params, directory):
     if facts:
         check_base(variables, many, facts["frozen"], directory)
     return variables, many
+
+
+# Fields of PEFT's configurations that say nothing of what a saved adapter computes: where it came from, which modules it was
+# put on (the tensors' names say that), how it was initialised and trained ...
+_HARMLESS = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "runtime_config",
+}  # fmt: skip
+# ... and those of each type that are that, or that its reader reads
+_READ = {
+    "LORA": {
+        "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+        "eva_config", "megatron_core", "qalora_group_size",
+    },
+    "IA3": {"feedforward_modules", "init_ia3_weights"},
+    "LN_TUNING": set(),
+    "VERA": {"r", "d_initial", "vera_dropout", "projection_prng_key", "save_projection", "init_weights"},
+    "OFT": {
+        "r", "oft_block_size", "module_dropout", "eps", "num_cayley_neumann_terms", "init_weights", "use_cayley_neumann",
+    },
+    "PROMPT_TUNING": {
+        "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules",
+        "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+    },
+    "PREFIX_TUNING": {
+        "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules",
+        "encoder_hidden_size", "prefix_projection", "init_weights",
+    },
+}  # fmt: skip
+_NEUTRAL = (None, False, "none", {}, [])
+# of LoRA: those that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it when they begin
+_KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+def _check_fields(config: dict, kind: str, source: str) -> None:
+    """Raise ValueError for every field that is set and not known here: a later PEFT's, for one."""
+    known = _HARMLESS | _READ[kind]
+    if unread := sorted(name for name in config if name not in known and config[name] not in _NEUTRAL):
+        said = ", ".join(f"{name}={config[name]!r:.80}" for name in unread)
+        raise ValueError(f"{source}: {said} is not read, and the adapter may compute something else with it")
+    start = config.get("init_lora_weights", True)
+    if kind == "LORA" and start not in _KEEPS_BASE:
+        raise ValueError(
+            f"{source}: init_lora_weights={start!r} changed the base weights when tuning began, and the file does not hold "
+            f"them; save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...) in PEFT"
+        )
 
 
 class _Reader:
@@ -114,7 +166,7 @@ def _take_head(reader, config, params):
     if not np.array_equal(reader.take(PREFIX + HEAD + "decoder.bias"), np.asarray(flat["text_decoder/head/bias"])):
         raise ValueError(f"{reader.source}: the head has two different vocabulary biases")
     params = tree.unflatten(params, flat, reader.source)
-    if np.array_equal(matrix, np.asarray(flat["text_decoder/embed/word"])):
+    if np.array_equal(matrix, vocabulary_matrix(flat)):
         return (Head(),), params
     reader.matrix = matrix
     return (Head(matrix="untied"),), params
@@ -142,11 +194,6 @@ def _group(found: dict[str, dict[int, dict]], make, fill, model):
 
 
 def _import_lora(reader, config, params):
-    for key in ("use_qalora", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters"):
-        if config.get(key):
-            raise ValueError(f"{reader.source}: {key} is not read")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{reader.source}: bias={config['bias']!r} is not read")
     dora, found = bool(config.get("use_dora")), {}
     for name in reader.modules("lora_A.weight"):
         a = reader.take(f"{PREFIX}{name}.lora_A.weight")
@@ -211,6 +258,10 @@ def _import_ia3(reader, config, params):
         size = parts[0][2][0] if is_input else sum(shape[1] for *_, shape in parts)
         if vector.shape != ((1, size) if is_input else (size, 1)) or (is_input and len(parts) > 1):
             raise ValueError(f"{reader.source}: {name}.ia3_l has shape {vector.shape}, which does not fit")
+        if parts[0][0] == VOCABULARY and not is_input:
+            raise ValueError(
+                f"{reader.source}: {name}.ia3_l scales the vocabulary's bias there and not here; it is not read"
+            )
         for path, layer, (_, n_out) in parts:
             one = {"l_in": vector[0]} if is_input else {"l": vector[start : start + n_out, 0]}
             found.setdefault(path, {})[layer] = one | {"fields": {"feedforward": "" if is_input else "(?!)"}}
@@ -257,9 +308,6 @@ def _import_oft(reader, config, params):
             f"{reader.source}: use_cayley_neumann=True is a truncated series of the inverse rotation, which is not read; "
             "train with use_cayley_neumann=False"
         )
-    for key in ("coft", "block_share"):
-        if config.get(key):
-            raise ValueError(f"{reader.source}: {key} is not read")
     found = {}
     for name in reader.modules("oft_R.weight"):
         q = reader.take(f"{PREFIX}{name}.oft_R.weight")

@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from jaxpeft import sites, tree
-from jaxpeft.interchange.places import CONFIG, HEAD, HEAD_KEYS, PREFIX, WEIGHTS, inner_of, places
+from jaxpeft.interchange.places import (
+    CONFIG,
+    HEAD,
+    HEAD_KEYS,
+    PREFIX,
+    VOCABULARY,
+    WEIGHTS,
+    inner_of,
+    places,
+    vocabulary_matrix,
+)
 from jaxpeft.interchange.tuned import Methods, frozen_digest, sha, write
 from jaxpeft.methods import IA3, OFT, DoRA, Head, LayerNorms, LoRA, Method, PiSSA, Prefix, Prompt, Scoped, VeRA
 from jaxpeft.tree import Tree
@@ -76,8 +86,8 @@ def _type_of(method: Method) -> str:
 def _head_arrays(acting) -> dict:
     """The head whole: PEFT wraps the module `cls`, whose copy of the vocabulary matrix is then its own."""
     flat = tree.flatten(acting["params"]["text_decoder"])
-    bound = sites.at(acting.get("peft", {}), sites.Site("text_decoder/head/vocabulary", "linear", ()))
-    matrix = bound[0].theta["matrix"] if bound else flat["embed/word"]
+    bound = sites.at(acting.get("peft", {}), sites.Site(VOCABULARY, "linear", ()))
+    matrix = bound[0].theta["matrix"] if bound else vocabulary_matrix(tree.flatten(acting["params"]))
     arrays = {key: flat[leaf].T if turn else flat[leaf] for key, (leaf, turn) in HEAD_KEYS.items()}
     arrays |= {"decoder.weight": matrix, "decoder.bias": flat["head/bias"]}
     return {PREFIX + HEAD + key: np.asarray(x) for key, x in arrays.items()}
@@ -90,8 +100,10 @@ def _bounds(model, acting, methods) -> dict[str, dict[int, list]]:
         for bound in sites.at(acting.get("peft", {}), site):
             if bound.method not in methods:
                 continue
-            if site.path not in where:
-                raise ValueError(f"{bound.method.name}: {site.path} is tied and has no module of its own over there")
+            if site.path == VOCABULARY and isinstance(bound.method, IA3):
+                raise ValueError(
+                    f"{bound.method.name}: at {site.path} it scales the bias too over there; use save_tuned"
+                )
             place = where[site.path]
             if place.parts == 1 and place.module.endswith("patch_embedding"):
                 raise ValueError(f"{bound.method.name}: {site.path} is a convolution over there; use save_tuned")
@@ -108,7 +120,8 @@ def _whole(model, params, name, leaf) -> list[np.ndarray]:
     flat, found = tree.flatten(params), {}
     for path, place in places(model.config).items():
         if name in place.names():
-            x = np.asarray(flat[f"{path}/{leaf}"])
+            tied = path == VOCABULARY and leaf == "kernel"
+            x = vocabulary_matrix(flat).T if tied else np.asarray(flat[f"{path}/{leaf}"])
             found[place.part] = x if place.layers is None else x[place.names().index(name)]
     return [found[part] for part in sorted(found)]
 

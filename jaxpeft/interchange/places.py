@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import numpy as np
+
 from jaxpeft.methods import Method, Scoped
 from jaxpeft.models import blip_port
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEAD = "text_decoder.cls.predictions."
+VOCABULARY = "text_decoder/head/vocabulary"
 HEAD_KEYS = {  # under HEAD -> our leaf, transposed?
     "transform.dense.weight": ("head/dense/kernel", True),
     "transform.dense.bias": ("head/dense/bias", False),
@@ -31,14 +34,21 @@ class Place:
 
 
 def places(config) -> dict[str, Place]:
-    """Our module path -> Place, for every module with a weight."""
+    """Our module path -> Place, for every module with a weight, and the head's vocabulary, tied or not."""
     found = {}
     for row in blip_port.table(config):
         if row.reference.endswith(".weight") and not row.leaves[0].endswith(("embed/word", "embed/position")):
             for part, leaf in enumerate(row.leaves):
                 path = leaf.rsplit("/", 1)[0]
                 found[path] = Place(row.reference.removesuffix(".weight"), part, len(row.leaves), row.layers or None)
-    return found
+    # a module of its own there, which an adapter may wrap, though its weight is the word embedding
+    return found | {VOCABULARY: Place(f"{HEAD}decoder", 0, 1, None)}
+
+
+def vocabulary_matrix(flat) -> np.ndarray:
+    """The head's vocabulary matrix (V, D) in flat params: its own, or the word embedding that it is tied to."""
+    own = flat.get(f"{VOCABULARY}/kernel")
+    return np.asarray(flat["text_decoder/embed/word"] if own is None else own.T)
 
 
 def inner_of(method: Method) -> Method:

@@ -28,6 +28,7 @@ from jaxpeft import hub  # noqa: E402
 
 NAMES = {
     "lora": "LoRA, fused ViT qkv too",
+    "all_linear": "LoRA, every linear, the tied one too",
     "rslora": "rsLoRA",
     "dora": "DoRA",
     "ia3": "IA3",
