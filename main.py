@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxpeft import cluster, host, point, preflight, pretrain, report, stop, study, train
+from jaxpeft import cluster, host, point, preflight, pretrain, report, stop, study
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(arg), as file.py or file.py:key=value,..."
@@ -45,22 +45,7 @@ def main(argv):
     host.keep_freed_memory()
     host.keep_compiled_programs()
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
-
-    try:
-        with stop.handled():
-            _run(CONFIG.value)
-    except (ValueError, train.NonFinite, KeyboardInterrupt) as error:  # the message is for the user
-        _exit(error)
-    except OSError as error:
-        if not stop.is_transient(error):
-            raise
-        _exit(error)
-
-
-def _exit(error):
-    if text := stop.message(error):
-        print(f"error: {text}" if not isinstance(error, KeyboardInterrupt) else text, file=sys.stderr)
-    sys.exit(stop.exit_code(error))
+    _run(CONFIG.value)
 
 
 def _run(config):
@@ -91,4 +76,4 @@ def _study(config, workdir):
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    stop.program(functools.partial(app.run, main))

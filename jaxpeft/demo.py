@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxpeft import evals, host, hub, images, point, untrusted
+from jaxpeft import evals, host, hub, images, point, stop, untrusted
 from jaxpeft.tasks.base import Task
 from jaxpeft.tree import Tree
 
@@ -159,4 +159,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stop.program(main)

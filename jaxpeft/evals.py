@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import decode, sharding, tasks, tree
+from jaxpeft import decode, sharding, stop, tasks, tree
 from jaxpeft.data import Examples, Resized, one_pass, pad_tokens
 from jaxpeft.datasets import Split
 from jaxpeft.images import decode as decode_image
@@ -47,10 +47,13 @@ def passes(variables: Tree, examples: Examples, batch_size: int):
     not divide are made larger."""
     on = sharding.mesh_of(variables)
     if on is None:
-        yield from one_pass(examples, batch_size)
+        for one in one_pass(examples, batch_size):
+            stop.check()
+            yield one
         return
     n = -(-batch_size // sharding.n_batch(on)) * sharding.n_batch(on)
     for batch, n_real in one_pass(examples, n, sharding.rows(n, on)):
+        stop.check()
         yield sharding.shard_batch(batch, on, n), n_real
 
 

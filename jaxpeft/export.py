@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from jaxpeft import interchange, point, results, untrusted
+from jaxpeft import interchange, point, results, stop, untrusted
 
 LABELS = {"captioning": "image-to-text", "vqa": "visual-question-answering"}
 CLASSES = {"captioning": "BlipForConditionalGeneration", "vqa": "BlipForQuestionAnswering"}
@@ -133,4 +133,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stop.program(main)

@@ -1,8 +1,7 @@
 """`python -m jaxpeft.generate`: see jaxpeft/use.py. Kept apart because `jaxpeft.generate` is the function."""
 
-import sys
-
+from jaxpeft import stop
 from jaxpeft.use import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stop.program(main)

@@ -298,9 +298,17 @@ def base_of(model: nn.Module, flat: dict, site: Site) -> dict:
 def trainable(method: Method | Iterable[Method], variables: Tree) -> Mask:
     """True for the leaves that training moves: the methods' own (less their fixed ones) and the base leaves they name.
 
-    Raises ValueError when a method's `train` names no base leaf, and when nothing at all is trained.
+    Leaves of other methods in the tree stay as they are. Raises ValueError for a method that the tree does not carry, when a
+    method's `train` names no base leaf, and when nothing at all is trained.
     """
     methods = as_methods(method)
+    bounds = [one for one in jax.tree.leaves(variables.get("peft", {}), is_leaf=is_bound) if is_bound(one)]
+    carried = dict.fromkeys(bound.method for bound in bounds)
+    for one in methods:
+        if one.kinds and one not in carried:
+            raise ValueError(
+                f"the tree does not carry {one}; it carries {' + '.join(map(str, carried)) or 'no method'}"
+            )
     base = [name for name in tree.flatten(variables) if name.startswith("params/")]
     for one in methods:
         if one.train and not any(one.trains(name) for name in base):
@@ -309,13 +317,16 @@ def trainable(method: Method | Iterable[Method], variables: Tree) -> Mask:
                 f"nearest: {', '.join(tree.nearest(one.train, base))}"
             )
 
-    def moves(path, leaf):
-        name = tree.path_name(path)
-        if name.startswith("params/"):
-            return any(one.trains(name) for one in methods)
-        return not any(name.endswith(f"/{one.name}/{fixed}") for one in methods for fixed in one.fixed)
+    def own(bound):
+        on = bound.method in methods
+        return dataclasses.replace(bound, theta={name: on and name not in bound.method.fixed for name in bound.theta})
 
-    mask = jax.tree_util.tree_map_with_path(moves, variables)
+    def moves(path, leaf):
+        return any(one.trains(f"params/{tree.path_name(path)}") for one in methods)
+
+    mask = dict(variables) | {"params": jax.tree_util.tree_map_with_path(moves, variables["params"])}
+    if "peft" in variables:
+        mask["peft"] = jax.tree.map(own, variables["peft"], is_leaf=is_bound)
     if not any(jax.tree.leaves(mask)):
         raise ValueError(f"{', '.join(one.name for one in methods) or 'no method'}: nothing would be trained")
     return mask

@@ -3,18 +3,26 @@
 A training loop says that it looks (`with stop.polled()`), and then the first signal only sets `asked()`: the loop ends at
 the next step with everything saved. Elsewhere (loading, compiling, evaluation) the signal raises `Stopped` as soon as
 Python runs again, and the checkpoint being written is finished on the way out. A second Ctrl-C raises at once.
+
+A program is `stop.program(main)`: after a signal it ends without the interpreter's own shutdown, in which jaxlib 0.10 crashes
+(a segmentation fault, status 139) when the signal came while XLA compiled for the CPU.
 """
 
 import contextlib
 import errno
+import logging
 import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
+from typing import NoReturn
 
 RESTARTABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from here
 INTERRUPTED = 130  # by Ctrl-C; the same command goes on too
 FATAL = 1  # something must be changed first
 _TRANSIENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # libraries tell these in errors of their own, by the system's words
 
 
 class Stopped(KeyboardInterrupt):
@@ -38,7 +46,7 @@ def _handle(number, frame):
     global _asked
     again, _asked = _asked is not None, number
     if not _polls or (again and number == signal.SIGINT):
-        raise Stopped(signal.Signals(number).name, number)
+        raise Stopped(f"stopped by {signal.Signals(number).name}", number)
 
 
 @contextlib.contextmanager
@@ -58,6 +66,43 @@ def handled():
             signal.signal(number, handler)
 
 
+def check() -> None:
+    """Raise `Stopped` where a stop was asked for and nobody polls: the handler's own exception is lost when it comes while
+    Python frees an object."""
+    if _asked is not None and not _polls:
+        raise Stopped(f"stopped by {signal.Signals(_asked).name}", _asked)
+
+
+def program(main: Callable[[], int | None]) -> NoReturn:
+    """Be the program `main`: what it returns is the exit status; a stop, an error that is for the user, and one of the machine
+    are one line and the status of `exit_code`."""
+    try:
+        with handled():
+            status = main()
+    except (ValueError, FloatingPointError, KeyboardInterrupt) as error:
+        _end(error)
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        _end(error)
+    sys.exit(status)
+
+
+def _end(error: BaseException) -> NoReturn:
+    if text := message(error):
+        print(text if isinstance(error, KeyboardInterrupt) else f"error: {text}", file=sys.stderr)
+    if not isinstance(error, KeyboardInterrupt):
+        sys.exit(exit_code(error))
+    distributed = sys.modules.get("jax") and sys.modules["jax"].distributed
+    if distributed and distributed.is_initialized():  # the other hosts would wait for this one
+        distributed.shutdown()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe
+            stream.flush()
+    os._exit(exit_code(error))
+
+
 @contextlib.contextmanager
 def polled():
     """Inside, the caller looks at `asked()` between steps."""
@@ -70,9 +115,24 @@ def polled():
             _polls -= 1
 
 
+def _machine_error(error: BaseException | None) -> int | None:
+    """The number of the system's error that `error` is or comes from, where that may be gone later."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _TRANSIENT:
+            return error.errno
+        if not isinstance(error, OSError):
+            for number in _DISK:
+                if os.strerror(number) in str(error):
+                    return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether an error is of the machine and may be gone later: a full or unreachable disk, too many open files."""
-    return isinstance(error, OSError) and error.errno in _TRANSIENT
+    return _machine_error(error) is not None
 
 
 def exit_code(error: BaseException) -> int:
@@ -86,7 +146,8 @@ def exit_code(error: BaseException) -> int:
 
 def message(error: BaseException) -> str:
     """One line for the user: what happened and what to do."""
-    if is_transient(error):
-        where = f" ({error.filename})" if error.filename else ""
-        return f"{os.strerror(error.errno)}{where}: make room or mend it; the same command goes on from the last checkpoint"
-    return str(error)
+    if isinstance(error, KeyboardInterrupt) or not is_transient(error):
+        return str(error)
+    where = f" ({error.filename})" if getattr(error, "filename", None) else ""
+    what = os.strerror(_machine_error(error))
+    return f"{what}{where}: make room or mend it; the same command goes on from the last checkpoint"

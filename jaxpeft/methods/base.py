@@ -10,7 +10,10 @@ what acts, once per forward and outside the scan over layers.
 """
 
 import dataclasses
+import numbers
 import re
+import types
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -66,6 +69,21 @@ class Method:
     expands: ClassVar[bool] = False  # whether `expand` must run before the leaves can act
     first: ClassVar[bool] = False  # must be the first to change a linear's output (it reads the base kernel)
     size_field: ClassVar[str] = ""  # the field that a parameter budget is spent on
+
+    def __new__(cls, *args, **fields):
+        """Raises TypeError for fields without a name (`LoRA(16)` would set `where`) and of another type than declared."""
+        mine = {field.name: field.type for field in dataclasses.fields(cls)}
+        if args:
+            name = next((one for one in (cls.size_field, *mine) if one and one in mine), "where")
+            raise TypeError(
+                f"{cls.__name__} takes named fields: {cls.__name__}({name}={args[0]!r}); it has {', '.join(mine)}"
+            )
+        for name, value in fields.items():
+            if name in mine and not _takes(mine[name], value):
+                raise TypeError(
+                    f"{cls.__name__}: {name} is {value!r}; expected {getattr(mine[name], '__name__', mine[name])}"
+                )
+        return super().__new__(cls)
 
     # where it acts and what it trains
     def selects(self, site: Site) -> bool:
@@ -156,6 +174,16 @@ class Method:
     def merge(self, theta: Theta, base: Theta) -> Theta:
         """The base leaves of one layer with this method folded in; raises where that is not exact."""
         raise ValueError(f"{self.name} cannot be merged into the base exactly; export the tuned tree instead")
+
+
+def _takes(kind, value) -> bool:
+    """Whether a field that is declared as `kind` takes a value: float a whole number too, no number a bool."""
+    if isinstance(kind, types.UnionType):
+        return any(_takes(one, value) for one in typing.get_args(kind))
+    kind = typing.get_origin(kind) or kind
+    if kind in (int, float):
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    return isinstance(kind, str) or isinstance(value, (tuple, list) if kind is tuple else kind)
 
 
 def kaiming(rng, shape, n_in: int):
