@@ -8,6 +8,7 @@ stored. Writing goes on beside training. Orbax restores a step with flipped bits
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxpeft import sharding, tree
+from jaxpeft import sharding, stop, tree
 from jaxpeft.tree import Tree
 
 WHOLE = "whole"  # the array that holds every leaf which is not split over devices (`tree.pack`)
@@ -80,12 +81,20 @@ def _of_manifest(manifest: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs a save that fails four times, with tracebacks; here it is one line."""
+    return "orbax" not in record.pathname or record.levelno < logging.WARNING
+
+
 class Checkpoints:
-    """Steps under one directory, the newest `keep` of them. `log` hears of damaged steps and of those not written."""
+    """Steps under one directory, the newest `keep` of them. `log` hears of damaged steps, and once of steps that cannot be
+    written until one can be again."""
 
     def __init__(self, directory: str | Path, keep: int = 2, log=print):
         self._directory, self._keep, self._log = Path(directory).absolute(), keep, log
         self._saving: int | None = None  # the step that is being written
+        self._failing = False
+        logging.getLogger("absl").addFilter(_not_orbax)
         self._open()
 
     def _open(self):
@@ -130,7 +139,7 @@ class Checkpoints:
         except Exception as error:  # of the background thread: whatever made it fail
             self._failed(error)
             return False
-        self._saving = None
+        self._saving, self._failing = None, False
         return True
 
     def _failed(self, error: Exception) -> None:
@@ -142,7 +151,10 @@ class Checkpoints:
         self._open()  # the old one counts the failed step as written
         good = self._manager.latest_step()
         rest = "no step is stored yet" if good is None else f"step {good} is kept"
-        self._log(f"checkpoint {step} could not be written ({type(error).__name__}: {str(error)[:200]}); {rest}")
+        said = stop.reason(error) or f"{type(error).__name__}: {str(error)[:200]}"
+        if not self._failing:
+            self._log(f"checkpoint {step} could not be written ({said}); {rest}, training goes on")
+        self._failing = True
 
     def restore(self, like: Tree, manifest: dict, accept: bool = False) -> tuple[int, Tree] | None:
         """(step, state as numpy arrays in the structure of `like`) of the newest good step; None when there is none.

@@ -11,9 +11,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
-from jaxpeft import budget, images, text, tree, untrusted
+from jaxpeft import budget, images, results, text, tree, untrusted
 from jaxpeft.models import blip_port
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.text import Tokenizer
@@ -151,22 +150,21 @@ def scratch(config: BlipConfig, tokenizer: Tokenizer, seed: int) -> tuple[Blip, 
 
 def save(directory, model: Blip, params: Tree, *, aliases: dict[str, str], dtype: str = "float16", **facts) -> Path:
     """Write a checkpoint directory of ours; leaves under an alias are dropped (they equal their source's)."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     flat = tree.flatten(params)
     for copy, source in aliases.items():
         for name in [name for name in flat if name.startswith(copy + "/")]:
             if not np.array_equal(flat[name], flat[source + name[len(copy) :]]):
                 raise ValueError(f"{name} differs from {source}'s, which the alias says it equals")
             del flat[name]
-    save_file({name: np.asarray(x, dtype) for name, x in flat.items()}, directory / "model.safetensors")
     config = {k: v for k, v in dataclasses.asdict(model.config).items() if k not in RUNTIME}
     stored = {name: np.asarray(x, dtype).astype(np.float32) for name, x in flat.items()}
     manifest = {"config": config, "aliases": aliases, "digest": tree.digest(stored), **facts}
-    for name, content in model.tokenizer.files().items():
-        (directory / name).write_text(content)
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    return directory
+    with results.whole_directory(directory, (*text.FILES, "model.safetensors", "manifest.json")) as new:
+        results.write_tensors(new / "model.safetensors", {name: np.asarray(x, dtype) for name, x in flat.items()})
+        for name, content in model.tokenizer.files().items():
+            results.write_text(new / name, content)
+        results.write_text(new / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    return Path(directory)
 
 
 def extend_vocabulary(model: Blip, params: Tree, words, seed: int) -> tuple[Blip, Tree, list[str]]:

@@ -1,15 +1,23 @@
 """What a run leaves behind: files written atomically, a table on the terminal, and a gallery of test pictures."""
 
+import contextlib
+import glob
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
+import shutil
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -31,6 +39,48 @@ def write_json(path: Path, value) -> None:
 def write_jsonl(path: Path, rows) -> None:
     """One JSON value a line, atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_tensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file. Its library tells errors of the system in a class of its own; here they are OSErrors."""
+    try:
+        save_file(arrays, path, metadata)
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def whole_directory(directory: str | Path, own: Iterable[str]):
+    """Write a directory so that it is there whole or not at all: inside, files go into a sibling, which then takes its place.
+
+    Raises ValueError where the directory holds other files than `own`, the names that this writer gives. What killed writers
+    left beside it is deleted.
+    """
+    directory = Path(directory)
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise ValueError(f"{directory} is no directory; choose a new one")
+    if directory.exists() and (other := sorted({path.name for path in directory.iterdir()} - set(own))):
+        raise ValueError(f"{directory} holds other files ({', '.join(other[:3])}); choose a new directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (directory.with_name(f".{directory.name}.jaxpeft-{kind}-{os.getpid()}") for kind in ("new", "old"))
+    for left in directory.parent.glob(f".{glob.escape(directory.name)}.jaxpeft-*"):
+        if "-old-" in left.name and not directory.exists():  # killed between the two renames below
+            os.rename(left, directory)
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        new.mkdir()
+        yield new
+        if directory.exists():
+            os.rename(directory, old)
+        os.rename(new, directory)
+    except BaseException:
+        if old.exists() and not directory.exists():
+            os.rename(old, directory)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class Metrics:

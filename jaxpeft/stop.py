@@ -10,6 +10,7 @@ A program is `stop.program(main)`: after a signal it ends without the interprete
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import signal
@@ -49,6 +50,17 @@ def _handle(number, frame):
         raise Stopped(f"stopped by {signal.Signals(number).name}", number)
 
 
+def _lost(hook, unraisable) -> None:
+    """Python drops what is raised while it frees objects, as it does in JAX's hook of the garbage collector: ask again."""
+    if not isinstance(error := unraisable.exc_value, Stopped):
+        hook(unraisable)
+        return
+    number = signal.SIGINT if error.code == INTERRUPTED else signal.SIGTERM
+    again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
+
+
 @contextlib.contextmanager
 def handled():
     """Inside, SIGINT and SIGTERM are ours; nested uses and other threads than the main one change nothing."""
@@ -58,17 +70,18 @@ def handled():
         yield
         return
     before = {number: signal.signal(number, _handle) for number in numbers}
-    _asked = None
+    _asked, hook = None, sys.unraisablehook
+    sys.unraisablehook = functools.partial(_lost, hook)
     try:
         yield
     finally:
+        _asked, sys.unraisablehook = None, hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def check() -> None:
-    """Raise `Stopped` where a stop was asked for and nobody polls: the handler's own exception is lost when it comes while
-    Python frees an object."""
+    """Raise `Stopped` where a stop was asked for and nobody polls, should the handler's own exception have been lost."""
     if _asked is not None and not _polls:
         raise Stopped(f"stopped by {signal.Signals(_asked).name}", _asked)
 
@@ -135,6 +148,12 @@ def is_transient(error: BaseException) -> bool:
     return _machine_error(error) is not None
 
 
+def reason(error: BaseException) -> str:
+    """What the system says of an error of the machine, '' for any other: 'No space left on device'."""
+    number = _machine_error(error)
+    return "" if number is None else os.strerror(number)
+
+
 def exit_code(error: BaseException) -> int:
     """What a process that ends with `error` should return."""
     if isinstance(error, Stopped):
@@ -149,5 +168,4 @@ def message(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt) or not is_transient(error):
         return str(error)
     where = f" ({error.filename})" if getattr(error, "filename", None) else ""
-    what = os.strerror(_machine_error(error))
-    return f"{what}{where}: make room or mend it; the same command goes on from the last checkpoint"
+    return f"{reason(error)}{where}: make room or mend it; the same command goes on from the last checkpoint"

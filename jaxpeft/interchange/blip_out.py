@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from jaxpeft import results, sites, text
 from jaxpeft.models import blip_port
@@ -28,8 +27,6 @@ def export_blip(model, variables: Tree, directory, card: str = "") -> Path:
     without a tokenizer gets no tokenizer files.
     """
     directory = Path(directory)
-    if directory.exists() and {path.name for path in directory.iterdir()} - set(FILES):
-        raise ValueError(f"{directory} holds other files; choose a new directory")
     params = sites.merge(model, variables) if "peft" in variables else variables["params"]
     tensors = {name: np.asarray(x, np.float32) for name, x in blip_port.to_hf(params, model.config).items()}
     files = {"config.json": blip_port.hf_config(model.config), "generation_config.json": _generation(model.config)}
@@ -48,17 +45,13 @@ def export_blip(model, variables: Tree, directory, card: str = "") -> Path:
             "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "bos_token": "[DEC]",
             "additional_special_tokens": ["[ENC]"], "model_input_names": ["input_ids", "attention_mask"],
         }  # fmt: skip
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / ".model.safetensors"
-    save_file(tensors, temporary, {"format": "pt"})
-    temporary.rename(directory / "model.safetensors")
-    for name, value in files.items():
-        results.write_text(directory / name, json.dumps(value, indent=2, sort_keys=True) + "\n")
-    if model.tokenizer is not None:
-        for name, content in model.tokenizer.files().items():
-            results.write_text(directory / name, content)
-    if card:
-        results.write_text(directory / "README.md", card)
+    texts = {name: json.dumps(value, indent=2, sort_keys=True) + "\n" for name, value in files.items()}
+    texts |= model.tokenizer.files() if model.tokenizer is not None else {}
+    texts |= {"README.md": card} if card else {}
+    with results.whole_directory(directory, (*FILES, ".model.safetensors")) as new:
+        results.write_tensors(new / "model.safetensors", tensors, {"format": "pt"})
+        for name, content in texts.items():
+            results.write_text(new / name, content)
     return directory
 
 

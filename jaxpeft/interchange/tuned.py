@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from jaxpeft import methods as registry
 from jaxpeft import results, sites, tree, untrusted
@@ -124,16 +123,12 @@ def check_base(variables, methods, digest, directory) -> None:
 
 
 def write(directory, config_name, config, weights_name, arrays, metadata) -> Path:
-    """Write a JSON and a safetensors file into a new directory, or one that holds only such a pair."""
-    directory = Path(directory)
-    if directory.exists() and {p.name for p in directory.iterdir()} - {config_name, weights_name}:
-        raise ValueError(f"{directory} holds other files; choose a new directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{weights_name}"
-    save_file(arrays, temporary, metadata)
-    temporary.rename(directory / weights_name)
-    results.write_text(directory / config_name, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return directory
+    """Write a JSON and a safetensors file into a new directory, or one that holds only such a pair, both or neither."""
+    # the last name: what version 0.1 left where it was killed
+    with results.whole_directory(directory, (config_name, weights_name, f".{weights_name}")) as new:
+        results.write_tensors(new / weights_name, arrays, metadata)
+        results.write_text(new / config_name, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return Path(directory)
 
 
 def read(directory: Path, config_name: str, weights_name: str):

@@ -15,7 +15,7 @@ import pytest
 from tiny import config_of
 
 from configs.studies import tiny as tiny_study
-from jaxpeft import evals, features, locks, point, stop, study, train
+from jaxpeft import evals, features, locks, point, results, stop, study, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,6 +123,113 @@ def test_sigterm_of_a_run(base, tmp_path, fault, monkeypatch, undisturbed, momen
         )  # nothing is trained again
     assert undisturbed == tuple((tmp_path / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl"))
     fault.tried("exit code 75; no step is done again")
+
+
+KILLED_AT = """
+import os, signal, sys
+sys.path[:0] = [sys.argv[3]]
+import conftest  # devices and options of the tests' own process: other programs round otherwise
+from tiny import config_of
+from jaxpeft import point, results
+name, real = sys.argv[4], results.write_text
+
+def write_text(path, text):
+    if path.name == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, text)
+
+tensors = results.write_tensors
+
+def write_tensors(path, *rest):
+    if path.name == name:
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    tensors(path, *rest)
+
+results.write_text, results.write_tensors = write_text, write_tensors
+point.run(config_of(sys.argv[1]), sys.argv[2], lambda *_: None)
+"""
+
+
+@pytest.mark.parametrize("name", ["tuned.safetensors", "manifest.json"])
+def test_sigkill_while_the_result_is_written(base, tmp_path, fault, undisturbed, name):
+    """SIGKILL while what was tuned is written."""
+    workdir = tmp_path / "run"
+    child = program(KILLED_AT, base, workdir, ROOT / "tests", name)
+    assert child.wait(timeout=300) == -signal.SIGKILL
+    child.stdout.close()
+    left = {path.name for path in workdir.iterdir()}
+    assert "tuned" not in left and any(one.startswith(".tuned.jaxpeft-new-") for one in left)
+    said = []
+    fault.timed(point.run, config_of(base), workdir, said.append)
+    assert "resumed from step 6" in said and not any("compiled" in line for line in said)  # nothing is trained again
+    assert undisturbed == tuple((workdir / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl"))
+    assert {path.name for path in (workdir / "tuned").iterdir()} == {"tuned.safetensors", "manifest.json"}
+    assert not [path for path in workdir.iterdir() if path.name.startswith(".tuned")]
+    point.load_run(workdir)
+    fault.tried("written again whole; no step is done again, nothing is left beside it")
+
+
+def test_what_an_older_version_left_half_written(base, tmp_path, fault):
+    """A half-written tuned/ of version 0.1."""
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / ".tuned.safetensors").write_bytes(b"half")
+    fault.timed(point.run, config_of(base), tmp_path, quiet)
+    point.load_run(tmp_path)
+    fault.tried("replaced")
+
+
+def test_a_full_disk_while_the_result_is_written(base, tmp_path, fault, monkeypatch, undisturbed):
+    """The disk is full while what was tuned is written."""
+    from safetensors import SafetensorError
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(results, "save_file", full)
+    with pytest.raises(OSError) as caught:
+        point.run(config_of(base), tmp_path, quiet)
+    assert stop.exit_code(caught.value) == 75 and "No space left on device (" in stop.message(caught.value)
+    assert not (tmp_path / "tuned").exists() and not (tmp_path / "result.json").exists()
+    monkeypatch.undo()
+    fault.timed(point.run, config_of(base), tmp_path, quiet)
+    assert undisturbed == tuple((tmp_path / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl"))
+    fault.tried("one line, status 75; the same command ends it")
+
+
+def test_a_directory_is_there_whole_or_not_at_all(tmp_path, fault):
+    """Errors and kills at every moment of writing a directory."""
+    out = tmp_path / "out"
+
+    def write(text, fail=False):
+        with results.whole_directory(out, ("a", "b")) as new:
+            (new / "a").write_text(text)
+            if fail:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            (new / "b").write_text(text)
+
+    def holds(text):
+        return {path.name: path.read_text() for path in out.iterdir()} == dict.fromkeys("ab", text)
+
+    with pytest.raises(OSError, match="No space"):
+        write("first", fail=True)
+    assert not list(tmp_path.iterdir())
+    write("first")
+    with pytest.raises(OSError, match="No space"):
+        write("second", fail=True)
+    assert holds("first")
+    os.rename(out, tmp_path / ".out.jaxpeft-old-1")  # killed between the two renames
+    (tmp_path / ".out.jaxpeft-new-1").mkdir()
+    with pytest.raises(OSError, match="No space"):
+        write("third", fail=True)
+    assert holds("first")
+    (tmp_path / ".out.mine").mkdir()  # somebody else's
+    write("fourth")
+    assert holds("fourth") and sorted(path.name for path in tmp_path.iterdir()) == [".out.mine", "out"]
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds other files \(notes.txt\)"):
+        write("fifth")
+    fault.tried("the old one or the new one, whole; leftovers are cleared, other files are not touched")
 
 
 def test_changed_data(base, tmp_path, fault):

@@ -107,3 +107,18 @@ def test_sigterm_while_xla_compiles(tmp_path, fault, name):
             break
     assert inside, f"{function} was compiled before the signal came"
     fault.tried(f"status {stop.RESTARTABLE}, one line: 'stopped by SIGTERM'", seconds=took)
+
+
+def test_a_stop_that_comes_while_an_object_is_freed(fault):
+    """SIGTERM in a destructor, whose exceptions Python drops."""
+
+    class Freed:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(stop.Stopped, match="stopped by SIGTERM") as caught, stop.handled():
+        Freed()
+        for _ in range(200):
+            time.sleep(0.01)
+    assert stop.exit_code(caught.value) == stop.RESTARTABLE
+    fault.tried("asked again a moment later")
