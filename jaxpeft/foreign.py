@@ -6,23 +6,26 @@
 
 What can be seen is what Flax calls: Dense and DenseGeneral (so, MultiHeadDotProductAttention) are linears, LayerNorm
 and RMSNorm are norms, and every module whose output is shaped as its first input is a sublayer that `where` may select.
+A subclass of Dense is a linear where it calls Dense's own product, and the method acts on that product.
 So methods on linears, norms and sublayers work, and those that train base leaves in place. Prefix, prompt and VPT need
-to know where keys and sequences are, and are refused. Raw `self.param` products, Conv and tied `Embed.attend` are
-invisible.
+to know where keys and sequences are, and are refused. Products of raw `self.param`, Conv and tied `Embed.attend` are out
+of reach; a `where` that matches only such is an error that names them. NNX modules are refused.
 
-Interception has traps; each is an error here. A scan that does not carry the `peft` collection, or not along axis 0
+Interception has traps; each is an error here. A scan or vmap that does not carry the `peft` collection, or not along axis 0
 (write `variable_axes={True: 0}`). A module under `nn.jit` that was compiled before and answers from Flax's cache. A
 site that an `apply` never reached. `apply` enters the interceptor itself, so it works in any thread, and a function
 jitted around it cannot be stale.
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import nnx
 
 from jaxpeft import sites, tree
 from jaxpeft.methods import Method, Site
@@ -52,12 +55,21 @@ class Bridge:
 
         Raises ValueError where a scan hides modules or stacks them along another axis than 0.
         """
+        return self._sites(model, args, kwargs)[0]
+
+    def _sites(self, model, args, kwargs):
+        """(sites, {path: class name} of every module that was called)"""
+        if not isinstance(model, nn.Module):
+            what = "a flax.nnx module" if isinstance(model, nnx.Module) else "no flax.linen module"
+            raise ValueError(f"{type(model).__name__} is {what}; methods can be put on flax.linen modules only")
         seen: dict[tuple[str, str], tuple[int, ...]] = {}
+        called: dict[str, str] = {}
 
         def record(call, call_args, call_kwargs, context):
             y = call(*call_args, **call_kwargs)
-            for kind, shape in _kinds(context, call_args, y):
-                module = context.module
+            module = context.module
+            called.setdefault("/".join(module.path), type(module).__name__)
+            for kind, shape in _kinds(context, _first(context, call_args, call_kwargs), y):
                 seen["/".join(module.path), kind] = shape
                 if module.is_mutable_collection("peft"):
                     module.put_variable("peft", Site.key(kind), jnp.zeros(shape))
@@ -73,32 +85,33 @@ class Bridge:
             found = recorded.get(f"{path}/{Site.key(kind)}")
             if found is None:
                 raise ValueError(
-                    f"{path} lies in a scan that does not carry the collection 'peft', so methods could not act there; "
-                    "write nn.scan(..., variable_axes={True: 0}, split_rngs={True: True})"
+                    f"{path} lies in a scan or vmap that does not carry the collection 'peft', so methods could not act there; "
+                    "write variable_axes={True: 0}, split_rngs={True: True} there ({True: None} where parameters are shared)"
                 )
             stacked = len(found.shape) - len(shape)
             if found.shape[stacked:] != shape or stacked > 1:
                 raise ValueError(
-                    f"{path} is stacked as {found.shape} for a {kind} of shape {shape}; only one scan along axis 0 is "
-                    "supported: variable_axes={'peft': 0} or {True: 0}"
+                    f"{path} is stacked as {found.shape} for a {kind} of shape {shape}; only one scan along axis 0 (or "
+                    "vmap) is supported: variable_axes={'peft': 0} or {True: 0}"
                 )
             table.append(Site(path, kind, shape, found.shape[0] if stacked else None))
-        return tuple(table)
+        return tuple(table), called
 
     def attach(self, model: nn.Module, params: Tree, rng: jax.Array, *args, **kwargs) -> Tree:
         """{'params': the same params, 'peft': own leaves}; `args` are what the model is called with (shapes matter).
 
         Raises ValueError when a method matches nothing (with the nearest paths), as `sites.attach` does.
         """
-        flat, table = tree.flatten(params), self.sites(model, *args, **kwargs)
+        flat, (table, called) = tree.flatten(params), self._sites(model, args, kwargs)
         try:
             peft = sites.bind(table, lambda site: sites.base_of(model, flat, site), self.methods, rng)
         except ValueError as error:
-            owned = {f"{site.path}/kernel" for site in table}
-            hidden = [name for name in flat if name.endswith("kernel") and name not in owned]
+            owned = {f"{site.path}/{leaf}" for site in table for leaf in ("kernel", "bias", "scale")}
+            hidden = [name for name in flat if name not in owned and flat[name].ndim > 1]
             if not hidden or "matches none" not in str(error):
                 raise
-            raise ValueError(f"{error}; kernels that no visible Dense owns: {', '.join(hidden[:5])}") from error
+            some = ", ".join(f"{name} ({called.get(name.rpartition('/')[0], 'not called')})" for name in hidden[:5])
+            raise ValueError(f"{error}; parameters that no visible Dense owns, so out of reach: {some}") from error
         variables = {"params": params, "peft": peft}
         sites.trainable(self.methods, variables)
         return variables
@@ -114,26 +127,34 @@ class Bridge:
             for b in jax.tree.leaves(variables.get("peft", {}), is_leaf=sites.is_bound)
             if sites.is_bound(b)
         }
-        reached = set()
+        reached, active = set(), []
 
         def act(call, call_args, call_kwargs, context):
             module = context.module
-            if context.method_name != "__call__" or not module.has_variable("peft", Site.key("linear")):
-                y = call(*call_args, **call_kwargs)
-            else:
-                bounds = module.get_variable("peft", Site.key("linear"))
-                reached.add(f"{'/'.join(module.path)} (linear)")
-                y = _linear(bounds, module, call, call_args, call_kwargs)
-            if context.method_name == "__call__":
+            if context.method_name != "__call__":
+                return call(*call_args, **call_kwargs)
+            path, again = "/".join(module.path), module.path in active  # by super().__call__
+            active.append(module.path)
+            try:
+                x = _first(context, call_args, call_kwargs)
+                if _own_call(context, LINEARS) and module.has_variable("peft", Site.key("linear")):
+                    reached.add(f"{path} (linear)")
+                    bounds = module.get_variable("peft", Site.key("linear"))
+                    y = _linear(bounds, module, x, lambda new: _with_first(context, call, call_args, call_kwargs, new))
+                else:
+                    y = call(*call_args, **call_kwargs)
                 for kind in ("norm", "sublayer"):
+                    if again if kind == "sublayer" else not _own_call(context, NORMS):
+                        continue
                     for one in module.get_variable("peft", Site.key(kind), ()):
-                        reached.add(f"{'/'.join(module.path)} ({kind})")
+                        reached.add(f"{path} ({kind})")
                         if kind == "norm":
                             y = one.method.norm(one.theta, y)
                         else:
-                            x = call_args[0]
                             y = one.method.sublayer(one.theta, x, y, x.__add__)
-            return y
+                return y
+            finally:
+                active.pop()
 
         with nn.intercept_methods(act):
             result = model.apply(variables, *args, **kwargs)
@@ -150,21 +171,48 @@ class Bridge:
         return sites.merge_at(self.sites(model, *args, **kwargs), model, variables)
 
 
-def _kinds(context, args, y):
-    """(kind, shape) of the sites at a call that just returned y."""
+LINEARS, NORMS = (nn.Dense, nn.DenseGeneral), (nn.LayerNorm, nn.RMSNorm)
+
+
+def _own_call(context, classes) -> bool:
+    """Whether the method that runs is the `__call__` that one of these classes itself defines: a subclass that calls it by
+    `super()` is intercepted twice, and a subclass with another product never comes here."""
+    function = context.orig_method.func
+    return any(
+        (function.__module__, function.__qualname__) == (c.__module__, f"{c.__name__}.__call__") for c in classes
+    )
+
+
+def _first_name(context) -> str:
+    return list(inspect.signature(context.orig_method.func).parameters)[1]  # after self
+
+
+def _first(context, args, kwargs):
+    """What a module is called on, by position or by name; None where it takes nothing."""
+    if args or not kwargs:
+        return args[0] if args else None
+    return kwargs.get(_first_name(context))
+
+
+def _with_first(context, call, args, kwargs, x):
+    """The call with `x` in place of what it was called on."""
+    return call(x, *args[1:], **kwargs) if args else call(**kwargs | {_first_name(context): x})
+
+
+def _kinds(context, x, y):
+    """(kind, shape) of the sites at a call on x that just returned y."""
     module = context.module
-    if context.method_name != "__call__" or not args or not hasattr(y, "shape") or not hasattr(args[0], "shape"):
+    if context.method_name != "__call__" or not hasattr(y, "shape") or not hasattr(x, "shape"):
         return
-    x = args[0]
-    if isinstance(module, nn.Dense | nn.DenseGeneral):
+    if _own_call(context, LINEARS):
         if x.ndim == 0 or getattr(module, "batch_dims", ()) or not _trailing(module, x):
             return
         kernel = module.get_variable("params", "kernel")
         n_out = math.prod(kernel.shape[kernel.ndim - (y.ndim - (x.ndim - _n_axes(module))) :])
         yield "linear", (kernel.size // n_out, n_out)
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+    elif _own_call(context, NORMS):
         yield "norm", y.shape[-1:]
-    elif x.shape == y.shape and x.ndim >= 2 and module.path:
+    elif not isinstance(module, (*LINEARS, *NORMS)) and x.shape == y.shape and x.ndim >= 2 and module.path:
         yield "sublayer", y.shape[-1:]
 
 
@@ -180,14 +228,13 @@ def _trailing(module, x) -> bool:
     return axes == list(range(x.ndim - len(axes), x.ndim))
 
 
-def _linear(bounds, module, call, args, kwargs):
-    """The linear with its axes flattened to (..., in) -> (..., out) for the methods, and back."""
-    x, *rest = args
+def _linear(bounds, module, x, call):
+    """The linear with its axes flattened to (..., in) -> (..., out) for the methods, and back. `call(x)` computes it."""
     lead = x.shape[: x.ndim - _n_axes(module)]
     shapes = {}
 
     def product(flat_x):
-        y = call(flat_x.reshape(x.shape), *rest, **kwargs)
+        y = call(flat_x.reshape(x.shape))
         shapes["y"] = y.shape
         return y.reshape(*lead, -1)
 

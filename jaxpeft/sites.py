@@ -18,6 +18,7 @@ prefixes or prompts the later one stands further in front.
 
 import dataclasses
 import functools
+import re
 import zlib
 from collections.abc import Iterable
 
@@ -253,6 +254,10 @@ def bind(table: Iterable[Site], base, method: Method | Iterable[Method], rng: ja
         hits = [site for site in table if one.selects(site)]
         if one.kinds and not hits:
             known = [site.path for site in table if site.kind in one.kinds]
+            if (near := [path for path in known if re.search(one.where, path)]) and one.acts_at:
+                raise ValueError(
+                    f"{one.name}: where={one.where!r} matches {', '.join(near[:5])}; but it acts at {one.acts_at} only"
+                )
             raise ValueError(
                 f"{one.name}: where={one.where!r} matches none of the {len(known)} {'/'.join(one.kinds)} sites; "
                 f"nearest: {', '.join(tree.nearest(one.where, known))}"
@@ -341,9 +346,10 @@ def merge_at(table: Iterable[Site], model: nn.Module, variables: Tree) -> Tree:
     """`merge` for a given table of sites."""
     variables = expand(variables)
     flat, peft = dict(tree.flatten(variables["params"])), variables.get("peft", {})
-    tied = getattr(model, "tied", {})
+    tied, left = getattr(model, "tied", {}), _bound_sites(peft)
     for site in table:
         bounds = at(peft, site)
+        left.pop((site.path, site.kind), None)
         for bound in bounds:
             if site.kind not in ("linear", "norm"):
                 raise ValueError(f"{bound.method.name} acts on {site.kind} at {site.path} and cannot be merged exactly")
@@ -360,7 +366,19 @@ def merge_at(table: Iterable[Site], model: nn.Module, variables: Tree) -> Tree:
             new = fold_one(bound.theta, base_of(model, flat, site))
             kept = {f"{site.path}/{k}": x for k, x in new.items() if x is not None}
             flat |= {name: x.reshape(flat[name].shape) for name, x in kept.items()}
+    if left:
+        some = ", ".join(f"{method.name} at {path} ({kind})" for (path, kind), method in list(left.items())[:5])
+        raise ValueError(
+            f"{len(left)} sites that methods are bound to were not found in the model: {some}. A module under nn.jit that ran "
+            "before answers from Flax's cache and hides its sites: take nn.jit away to merge, or call jax.clear_caches() before"
+        )
     return tree.unflatten(variables["params"], flat, "merged params")
+
+
+def _bound_sites(peft: Tree) -> dict[tuple[str, str], Method]:
+    """(path, kind) -> the last method there, of every site that has one."""
+    bounds = (one for one in jax.tree.leaves(peft, is_leaf=is_bound) if is_bound(one))
+    return {(bound.site.path, bound.site.kind): bound.method for bound in bounds}
 
 
 def at(peft: Tree, site: Site) -> tuple[Bound, ...]:

@@ -258,3 +258,176 @@ def test_a_vision_transformer_of_another_package():
         tuned = bridge.apply(model, variables, x, t, text)
         assert np.abs(tuned - plain).max() > 1e-3
         np.testing.assert_allclose(merged, tuned, atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- subclasses, keywords, what cannot be seen
+
+
+class Doubled(nn.Dense):
+    """A subclass around Dense's own product."""
+
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+class Normalised(nn.Dense):
+    """A subclass with a product of its own."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (inputs.shape[-1], self.features))
+        return inputs @ (kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True))
+
+
+class One(nn.Module):
+    """A layer called `layer`, in one of many ways."""
+
+    make: object
+    call: object = lambda layer, x: layer(x)
+
+    @nn.compact
+    def __call__(self, x):
+        return self.call(self.make(name="layer"), x)
+
+
+def bound(model, method=None, x=X):
+    params = model.init(jax.random.key(0), x)["params"]
+    bridge = jp.intercept(method or jp.LoRA(where="layer$", rank=2))
+    return params, bridge, moved(bridge.attach(model, params, jax.random.key(1), x))
+
+
+@pytest.mark.parametrize(
+    "model, factor",
+    [
+        (One(lambda name: Doubled(5, name=name)), 2),
+        (One(lambda name: nn.Dense(5, name=name), lambda layer, x: layer(inputs=x)), 1),
+        (One(lambda name: nn.DenseGeneral((5,), name=name), lambda layer, x: layer(inputs=x)), 1),
+    ],
+    ids=["subclass", "keyword", "general keyword"],
+)
+def test_a_linear_gets_its_method_once_however_it_is_made_and_called(model, factor):
+    params, bridge, variables = bound(model)
+    (one,) = variables["peft"]["layer"]["@linear"]
+    expected = model.apply({"params": params}, X) + factor * 2.0 * X @ one.theta["a"] @ one.theta["b"]
+    np.testing.assert_allclose(bridge.apply(model, variables, X), expected, atol=1e-5, rtol=1e-4)
+    merged = model.apply({"params": bridge.merge(model, variables, X)}, X)
+    np.testing.assert_allclose(merged, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_sublayer_and_a_norm_get_their_method_once():
+    class Louder(Mlp):
+        @nn.compact
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    class Shifted(nn.LayerNorm):
+        def __call__(self, x):
+            return super().__call__(x) + 1
+
+    model = One(lambda name: Louder(name=name))
+    params, bridge, variables = bound(model, jp.ParallelAdapter(where="layer$", bottleneck=2, scale=1.0))
+    (one,) = variables["peft"]["layer"]["@sublayer"]
+    t, plain = one.theta, model.apply({"params": params}, X)
+    adapter = nn.relu(X @ t["down"] + t["down_bias"][None, None]) @ t["up"] + t["up_bias"][None, None]
+    np.testing.assert_allclose(bridge.apply(model, variables, X), plain + adapter, atol=1e-5, rtol=1e-4)
+    model = One(lambda name: Shifted(name=name))
+    params, bridge, variables = bound(model, jp.SSF(where="layer$"))
+    merged = model.apply({"params": bridge.merge(model, variables, X)}, X)
+    np.testing.assert_allclose(bridge.apply(model, variables, X), merged, atol=1e-5, rtol=1e-4)
+
+
+def test_merging_names_what_it_cannot_find():
+    """A module under nn.jit answers from Flax's cache the second time, without its sites: they were dropped without a word."""
+    jitted = nn.jit(Mlp)
+
+    class Jitted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(D, name="out")(jitted(name="mlp")(x))
+
+    model = Jitted()
+    _, bridge, variables = bound(model, jp.LoRA(where="mlp/up$|out$", rank=2))
+    with pytest.raises(
+        ValueError, match=r"1 sites that methods are bound to were not found .*: lora at mlp/up \(linear\)"
+    ):
+        bridge.merge(model, variables, X)
+
+
+def test_foreign_names_of_sublayers_take_serial_adapters():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = x + nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=D)(x)
+            return x + Mlp(name="FeedForward_3")(x)
+
+    model = Block()
+    for placement, expected in (
+        ("houlsby", {"MultiHeadDotProductAttention_0", "FeedForward_3"}),
+        ("pfeiffer", {"FeedForward_3"}),
+    ):
+        method = jp.SerialAdapter(where="", bottleneck=2, placement=placement)
+        params, bridge, variables = bound(model, method)
+        assert set(variables["peft"]) == expected
+        plain = model.apply({"params": params}, X)
+        assert np.abs(bridge.apply(model, variables, X) - plain).max() > 1e-2
+
+
+def test_an_adapter_that_finds_no_sublayer_says_what_it_looks_for():
+    model = One(lambda name: Mlp(name=name))
+    message = "where='layer' matches layer; but it acts at sublayers called attention or mlp .placement='houlsby'. only"
+    with pytest.raises(ValueError, match=message):
+        bound(model, jp.SerialAdapter(where="layer", bottleneck=2))
+
+
+class Raw(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("w", nn.initializers.ones, (x.shape[-1], D))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda name: nn.Conv(5, (3,), name=name), r"out of reach: layer/kernel \(Conv\)"),
+        (lambda name: Raw(name=name), r"out of reach: layer/w \(Raw\)"),
+        (lambda name: Normalised(5, name=name), r"out of reach: layer/kernel \(Normalised\)"),
+    ],
+    ids=["conv", "raw parameter", "own product"],
+)
+def test_what_is_out_of_reach_is_named_with_its_class(make, message):
+    with pytest.raises(ValueError, match="where='layer.' matches none of the 0 linear sites.*" + message):
+        bound(One(make))
+
+
+def test_nnx_modules_and_other_things_are_refused():
+    from flax import nnx
+
+    bridge = jp.intercept(jp.LoRA(where="", rank=2))
+    with pytest.raises(ValueError, match="Linear is a flax.nnx module; methods can be put on flax.linen modules only"):
+        bridge.attach(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), {}, jax.random.key(0), X)
+    with pytest.raises(ValueError, match="function is no flax.linen module"):
+        bridge.attach(lambda x: x, {}, jax.random.key(0), X)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_vmap_carries_the_collection_or_is_an_error(shared):
+    """nn.vmap over two copies: a leaf each, or one for both."""
+
+    class Both(nn.Module):
+        axes: object
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.vmap(Mlp, variable_axes=dict(self.axes), split_rngs={"params": not shared})(name="layer")(x)
+
+    axis = None if shared else 0
+    model, hidden = Both(((True, axis),)), Both((("params", axis),))
+    params, bridge, variables = bound(model, jp.LoRA(where="up$", rank=2))
+    plain = model.apply({"params": params}, X)
+    adapted = bridge.apply(model, variables, X)
+    assert np.abs(adapted - plain).max() > 1e-2
+    np.testing.assert_allclose(
+        model.apply({"params": bridge.merge(model, variables, X)}, X), adapted, atol=1e-5, rtol=1e-4
+    )
+    with pytest.raises(ValueError, match="layer/up lies in a scan or vmap that does not carry the collection 'peft'"):
+        jp.intercept(jp.LoRA(where="up$", rank=2)).attach(hidden, params, jax.random.key(1), X)

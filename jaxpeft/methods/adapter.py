@@ -31,7 +31,12 @@ ACTIVATIONS = {
     "swish": nn.swish,
     "linear": lambda x: x,
 }
-PLACEMENTS = {"houlsby": r"(attention|mlp)$", "pfeiffer": r"mlp$"}
+# sublayers by the last name of their path, here and in other models: self_attention, MultiHeadDotProductAttention_0, MlpBlock
+_MLP = r"(mlp|ffn|feed_?forward)"
+PLACEMENTS = {
+    placement: rf"(?i)({kinds})(_?(block|layer))?(_?\d+)?$"
+    for placement, kinds in {"houlsby": rf"attention|attn|{_MLP}", "pfeiffer": _MLP}.items()
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +85,11 @@ class SerialAdapter(_Bottleneck):
 
     def selects(self, site):
         return super().selects(site) and re.search(PLACEMENTS[self.placement], site.path) is not None
+
+    @property
+    def acts_at(self):
+        called = "attention or mlp" if self.placement == "houlsby" else "mlp"
+        return f"sublayers called {called} (placement={self.placement!r})"
 
     def sublayer(self, theta, x_BTD, y_BTD, stream):
         reads_BTD = stream(y_BTD) if self.placement == "pfeiffer" else y_BTD

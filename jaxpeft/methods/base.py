@@ -68,6 +68,7 @@ class Method:
     fixed: ClassVar[tuple[str, ...]] = ()  # own leaves that are stored but not trained
     expands: ClassVar[bool] = False  # whether `expand` must run before the leaves can act
     first: ClassVar[bool] = False  # must be the first to change a linear's output (it reads the base kernel)
+    acts_at: ClassVar[str] = ""  # for messages: what `selects` asks of a site beside kind and `where`
     size_field: ClassVar[str] = ""  # the field that a parameter budget is spent on
 
     def __new__(cls, *args, **fields):

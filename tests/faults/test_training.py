@@ -201,7 +201,7 @@ def raise_at(moment, number=signal.SIGTERM, times=1):
     return change
 
 
-@pytest.mark.parametrize("moment", ["warm-up", "compile", "step", "save", "validation of the loop"])
+@pytest.mark.parametrize("moment", ["warm-up", "tracing", "step", "save", "validation of the loop"])
 def test_sigterm(tmp_path, whole, fault, monkeypatch, moment):
     """SIGTERM."""
     options, steps_done = {}, 0
@@ -209,10 +209,10 @@ def test_sigterm(tmp_path, whole, fault, monkeypatch, moment):
         options["change"] = raise_at(1)
     elif moment == "step":
         options["change"], steps_done = raise_at(6), 5
-    elif moment == "compile":
+    elif moment == "tracing":
 
         def step_fn(*args, **kwargs):
-            signal.raise_signal(signal.SIGTERM)  # while it is traced
+            signal.raise_signal(signal.SIGTERM)  # real compilations are in test_stops.py
 
         options["step_fn"] = step_fn
     elif moment == "save":
