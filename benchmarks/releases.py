@@ -33,9 +33,11 @@ def make(directory: Path):
         batch["tokens"], batch["question"] = rng.integers(7, 70, (3, 1, 6)), rng.integers(7, 70, (3, 5))
         logits = np.asarray(model.apply(variables, batch))[:, 0]
         plain = np.asarray(model.apply({"params": params}, batch))[:, 0]
+        short = batch | {"question": np.where(np.arange(5) < np.array([[5], [4], [2]]), batch["question"], 0)}
+        padded = np.asarray(model.apply(variables, short))[:, 0]
         pixels = images.normalise(batch["image"]).transpose(0, 3, 1, 2)
         np.savez(directory / f"{task}.npz", pixels=pixels, tokens=batch["tokens"][:, 0], question=batch["question"],
-                 logits=logits, plain=plain)  # fmt: skip
+                 logits=logits, plain=plain, short=short["question"], padded=padded)  # fmt: skip
 
 
 def check(directory: Path):
@@ -63,6 +65,17 @@ def check(directory: Path):
                     torch.from_numpy(kept["tokens"]), encoder_hidden_states=states
                 ).logits.numpy()
             print(f"  {label}: largest difference of a logit {np.abs(logits - kept['logits']).max():.1e}")
+            if task == "vqa":  # questions of different lengths: the decoder must not look at their padding
+                with torch.no_grad():
+                    asked, states = (
+                        torch.from_numpy(kept["short"]),
+                        model.vision_model(torch.from_numpy(kept["pixels"])),
+                    )
+                    options = {"encoder_hidden_states": states.last_hidden_state, "attention_mask": (asked != 0).long()}
+                    states = model.text_encoder(asked, **options).last_hidden_state
+                    options = {"encoder_hidden_states": states, "encoder_attention_mask": (asked != 0).long()}
+                    logits = model.text_decoder(torch.from_numpy(kept["tokens"]), **options).logits.numpy()
+                print(f"  {label}, padded questions: {np.abs(logits - kept['padded']).max():.1e}")
         processor = transformers.BlipProcessor.from_pretrained(directory / f"{task}_merged")
         print(f"  processor loads: {type(processor).__name__}, {type(processor.tokenizer).__name__}")
 

@@ -128,6 +128,16 @@ def blip_recipe(c: ml_collections.ConfigDict, a, n_examples: int, lr: float) -> 
     c.checkpoint_every, c.eval.batch_size, c.eval.base = 1000, 32, False
 
 
+def annotations(a) -> "str | dict[str, str]":
+    """What `annotations=FILE` or `train=FILE,val=FILE,test=FILE` name. Raises ValueError for both, or neither."""
+    by_split = {name: a[name] for name in ("train", "val", "test") if a[name]}
+    if bool(a.annotations) == bool(by_split):
+        raise ValueError("give annotations=FILE, or a file for each split: train=FILE,test=FILE (and val=FILE)")
+    if by_split and "train" not in by_split:
+        raise ValueError(f"files for {', '.join(by_split)} but none for train; give train=FILE too")
+    return a.annotations or by_split
+
+
 def folder(c: ml_collections.ConfigDict, root: str) -> ml_collections.ConfigDict:
     """Point a config at a directory of your own pictures (see jaxpeft/datasets/folder.py for the file formats)."""
     c.data.name = "folder"

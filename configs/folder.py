@@ -2,10 +2,16 @@
 
     python main.py --config=configs/folder.py:root=pics,annotations=captions.csv,base=blip-base --workdir=runs/mine
     python main.py --config=configs/folder.py:task=vqa,root=pics,annotations=qa.jsonl --workdir=runs/mine_vqa
+    python main.py --config=configs/folder.py:root=pics,train=train.csv,test=test.csv,base=blip-base --workdir=runs/mine
 
 `annotations` is looked up below `root` first: a CSV or JSONL with `image, caption` or `image, question, answer`, COCO
 captions JSON, Karpathy's dataset_coco.json, BLIP's list of rows, or VQA v2 annotations with
---config.data.questions=FILE. Pictures are split by a hash of their id unless the file names splits.
+--config.data.questions=FILE. Pictures are split by a hash of their id, unless the file names splits or there is a file for
+each: train=, val=, test=.
+Texts are as long as they are: the longest decides, up to what the base reads; --config.task_options.max_tokens=40 (captions),
+.length=10 (answers) or .max_question=35 cut them, and every cut is counted. Answers and captions are compared without case,
+accents and the spacing of punctuation; --config.task_options.variant=official2021 scores answers as VQA v2's server does, =coco
+captions as COCO's.
 `base` is a directory with a Hugging Face BLIP (config.json, model.safetensors, vocab.txt) or, for a quick try, 'tiny'.
 --config.data.on_error=skip drops rows that are broken and counts them in result.json.
 """
@@ -18,6 +24,9 @@ def get_config(arg=""):
         arg,
         root="",
         annotations="",
+        train="",
+        val="",
+        test="",
         task="captioning",
         base="tiny",
         method="lora",
@@ -26,10 +35,11 @@ def get_config(arg=""):
         steps=0,
         seed=0,
     )
-    if not (a.root and a.annotations):
+    if not a.root:
         raise ValueError("configs/folder.py needs root=DIRECTORY and annotations=FILE")
+    files = common.annotations(a)
     c = common.folder(common.get_config(a.task, a.method, a.size, a.head), a.root)
-    c.base, c.seed, c.data.annotations = a.base, a.seed, a.annotations
+    c.base, c.seed, c.data.annotations = a.base, a.seed, files
     c.steps = a.steps or 1000
     c.optim.lr = {"full": 1e-5 if a.base != "tiny" else 5e-4}.get(a.method, 1e-3)
     c.batch_size = 32 if a.base == "tiny" else 8

@@ -95,9 +95,14 @@ def model_card(workdir: str | Path, adapter: bool = False) -> str:
     else:
         lines += ['processor = BlipProcessor.from_pretrained("DIRECTORY")',
                   f'model = {CLASSES[task]}.from_pretrained("DIRECTORY")']  # fmt: skip
+    lines += ["```", ""]
+    if task == "vqa":
+        lines += [
+            "Ask questions of one length at a time, or one by one: transformers attends to the padding of questions "
+            "(`generate` in every release tried; from 4.54 on the decoder too), so answers in a padded batch may differ.",
+            "",
+        ]
     lines += [
-        "```",
-        "",
         "The licences of the base model and of the pictures apply; this file does not know them. "
         "Not evaluated for any use beyond the scores above.",
         "",

@@ -7,6 +7,7 @@ the batch is made, so that a cache and the copy to the device are four times sma
 import functools
 import io
 import math
+import mimetypes
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,23 @@ def _formats():
     """Those of FORMATS that this Pillow was built with."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def endings() -> frozenset[str]:
+    """The endings of file names, as '.jpg', of what `decode` reads."""
+    return frozenset(end for end, name in Image.registered_extensions().items() if name in _formats())
+
+
+# pictures that `decode` does not read, beside those that the system's table of endings knows
+_OTHER = frozenset(".svg .svgz .heic .heif .jxl .psd .ai .eps .ps .dng .raw .cr2 .cr3 .nef .arw .orf .rw2 .raf".split())
+
+
+def is_unread(name: str) -> bool:
+    """Whether a file name is that of a picture of a kind that is not read."""
+    end = Path(name).suffix.lower()
+    known = end in _OTHER or (mimetypes.guess_type(name)[0] or "").startswith("image/")
+    return known and end not in endings()
 
 
 def _check_area(image):

@@ -304,9 +304,14 @@ def setup_model(config, task: tasks.Task, train: datasets.Split, log):
         if not any(isinstance(one, methods.Full) for one in chosen):
             chosen = (*chosen, Selective(leaves=r"^params/text_.*/(embed/word|head/bias|head/vocabulary/kernel)$"))
     elif unknown:
-        log(f"vocabulary: {len(unknown)} words of the training texts are unknown to the base and read as [UNK]")
+        shown = ", ".join(map(repr, sorted(set(unknown))[:5]))
+        log(
+            f"warning: {len(set(unknown)):,} different words of the training texts ({len(unknown):,} in all) are unknown to "
+            f"the base and read as [UNK]: {shown}"
+        )
     facts = {"base": str(config.base), "init": config.init, "report": report}
-    return model, params, chosen, facts | {"unknown_words": len(unknown), "new_words": list(new)}
+    left = 0 if new else len(set(unknown))  # different words that the model that is tuned reads as [UNK]
+    return model, params, chosen, facts | {"unknown_words": left, "new_words": list(new)}
 
 
 def with_limits(task: tasks.Task, model, chosen, splits: dict[str, datasets.Split], log) -> tuple[tasks.Task, dict]:

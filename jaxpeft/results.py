@@ -11,6 +11,7 @@ import resource
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -231,19 +232,30 @@ def gallery(path: Path, cases: list[dict], columns: int = 4) -> None:
 
     A case is {'image': uint8 image_YXC, 'lines': [(label, text), ...]}.
     """
+    from matplotlib import font_manager
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    columns = min(columns, len(cases))
     rows = -(-len(cases) // columns)
-    figure = Figure(figsize=(3.4 * columns, 3.6 * rows), layout="constrained")
+    titles = ["\n".join(_filled(f"{label}: {said}") for label, said in case["lines"]) for case in cases]
+    most_lines = max(title.count("\n") + 1 for title in titles)
+    figure = Figure(figsize=(3.4 * columns, (2.7 + 0.14 * most_lines) * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for case, axes in zip(cases, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
+    # letters that DejaVu lacks come from what is installed of Noto
+    others = sorted(name for name in font_manager.get_font_names() if name.startswith("Noto Sans"))
+    fonts = ["DejaVu Sans Mono", "DejaVu Sans", *others]
+    for case, title, axes in zip(cases, titles, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
         axes.imshow(case["image"], interpolation="nearest")
-        text = "\n".join(
-            textwrap.fill(f"{label}: {said}", 40, subsequent_indent="   ") for label, said in case["lines"]
-        )
-        axes.set_title(text, fontsize=7.5, loc="left", family="DejaVu Sans Mono")
+        axes.set_title(title, fontsize=7.5, loc="left", family=fonts, parse_math=False)  # "$5 or $6" is no formula
         axes.set_anchor("SW")  # a picture that long text makes small stays under its text
     for axes in figure.axes:
         axes.set_axis_off()
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # no font here has it: a box is drawn
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def _filled(text: str) -> str:
+    """At most six lines of 40 characters."""
+    return textwrap.fill(text, 40, subsequent_indent="   ", max_lines=6, placeholder=" ...")

@@ -278,6 +278,8 @@ def _read_directory(directory: pathlib.Path) -> Tokenizer:
     for path, tokens in later:
         with untrusted.reading(path, "holds no added tokens"):
             for i, spec in tokens.items():
+                if not str(i).isdecimal():
+                    raise ValueError(f"{path}: an added token has the id {i!r}; expected a whole number")
                 _add(int(i), {"content": spec} if isinstance(spec, str) else spec, trained, added, path)
     with untrusted.reading(source, "is no BERT vocabulary"):
         return _with_blip_tokens(trained, added, options, source)

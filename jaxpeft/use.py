@@ -50,13 +50,16 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if min(args.beams, args.top, args.batch) < 1:
         parser.error("--beams, --top and --batch are at least 1")
-    paths = list(args.image)
+    paths, unread = list(args.image), []
     if args.folder:
         if not args.folder.is_dir():
             parser.error(f"--folder {args.folder} is not a directory")
-        paths += [args.folder / name for name in Files(args.folder).all()]
+        files = Files(args.folder)
+        paths += [args.folder / name for name in files.all()]
+        unread = [f"{args.folder / name}: pictures of this kind are not read" for name in files.unread()]
     if not paths:
-        parser.error("no pictures: give --image or a --folder that holds some")
+        some = f"; {len(unread)} are of kinds that are not read, such as {unread[0].split(': ')[0]}" if unread else ""
+        parser.error(f"no pictures: give --image or a --folder that holds some{some}")
     if args.out and not args.out.absolute().parent.is_dir():
         parser.error(f"--out {args.out}: its directory does not exist")
     host.keep_freed_memory()
@@ -67,7 +70,7 @@ def main(argv=None) -> int:
         else:
             model, params = hub.load(args.base, question_encoder=args.question is not None)
             variables, task = {"params": params}, None
-        bad = _write(args, model, variables, task, paths)
+        bad = unread + _write(args, model, variables, task, paths)
     except ValueError as error:
         sys.exit(f"error: {error}")
     for line in bad:

@@ -10,9 +10,10 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file, save_file
 
-from jaxpeft import images, tree
+from jaxpeft import hub, images, tree
 from jaxpeft.models import blip_port
 from jaxpeft.models.blip import Blip, BlipConfig
 
@@ -311,3 +312,97 @@ def test_a_captioning_checkpoint_starts_a_vqa_model(tmp_path, copy):
 def test_unequal_widths_cannot_start_a_vqa_model():
     with pytest.raises(ValueError, match=r"cross_attention/\{key,value\}/kernel .* width 48 .* width 32"):
         blip_port.read_directory(CAPTION, question_encoder=True)
+
+
+# ------------------------------------------------------------------------------------------- what real directories hold
+def untied(copy, directory=CAPTION, seed=0):
+    """A directory whose vocabulary matrix is another one than its word embedding, as a BLIP tuned whole leaves it."""
+    new, rng = copy(directory), np.random.default_rng(seed)
+    tensors = tensors_of(directory)
+    second, first = next(iter(blip_port.TIED.items()))
+    tensors[second] = tensors[first] + rng.normal(0, 0.3, tensors[first].shape).astype(np.float32)
+    tensors["text_decoder.cls.predictions.decoder.bias"] = tensors["text_decoder.cls.predictions.bias"]
+    save_file(tensors, new / "model.safetensors")
+    return new, tensors
+
+
+@BOTH
+def test_an_untied_head_is_a_leaf_of_its_own(copy, directory):
+    path, tensors = untied(copy, directory)
+    config, params, _ = blip_port.read_directory(path)
+    second, first = next(iter(blip_port.TIED.items()))
+    assert config.untied_head
+    np.testing.assert_array_equal(params["text_decoder"]["head"]["vocabulary"]["kernel"], tensors[second].T)
+    np.testing.assert_array_equal(params["text_decoder"]["embed"]["word"], tensors[first])
+    tree.check_same(tree.flatten(shapes(config)), tree.flatten(params), "params")
+    kept = {name: x for name, x in tensors.items() if name != "text_decoder.cls.predictions.decoder.bias"}
+    assert_same(blip_port.to_hf(jax.tree.map(np.asarray, params), config), kept)
+    assert blip_port.hf_config(config)["tie_word_embeddings"] is False
+
+
+def test_live_untied_heads_compute_what_transformers_computes(copy, tmp_path):
+    torch = pytest.importorskip("torch", reason="compares with the installed transformers: pip install -e .[golden]")
+    transformers = pytest.importorskip("transformers", reason="as above")
+    import jaxpeft as jp
+
+    path, tensors = untied(copy)
+    model, params = jp.load(path)
+    rng = np.random.default_rng(0)
+    tokens_BT = rng.integers(5, 90, (2, 5)).astype(np.int32)
+    image_BYXC = rng.normal(size=(2, 40, 40, 3)).astype(np.float32)
+    ours = np.asarray(model.apply({"params": params}, {"image": image_BYXC, "tokens": tokens_BT[:, None]})[:, 0])
+    # transformers 5.23 ties by config.json, and 4.40 wrote files without that key: both matrices are set by hand here
+    there = transformers.BlipForConditionalGeneration.from_pretrained(CAPTION).eval()
+    decoder = there.text_decoder.cls.predictions.decoder
+    decoder.weight = torch.nn.Parameter(torch.tensor(tensors["text_decoder.cls.predictions.decoder.weight"]))
+
+    def logits(there):
+        with torch.no_grad():
+            states = there.vision_model(torch.tensor(image_BYXC).permute(0, 3, 1, 2))[0]
+            return there.text_decoder(torch.tensor(tokens_BT).long(), encoder_hidden_states=states).logits.numpy()
+
+    np.testing.assert_allclose(logits(there), ours, atol=5e-5)
+    jp.export_blip(model, {"params": params}, tmp_path / "out")
+    again = transformers.BlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    np.testing.assert_allclose(logits(again), ours, atol=5e-5)
+
+
+def test_methods_on_an_untied_head(copy):
+    """LoRA on the vocabulary merges there, as it is nobody else's; head='transform' leaves the matrix alone."""
+    import jaxpeft as jp
+
+    path, _ = untied(copy)
+    model, params = jp.load(path)
+    batch = {"image": np.zeros((1, 40, 40, 3), np.uint8), "tokens": np.full((1, 1, 3), 7, np.int32)}
+    for method in (jp.LoRA(where="head/vocabulary$", rank=2), jp.Head(matrix="untied")):
+        variables = jp.attach(model, params, method, jax.random.key(0))
+        mask = jp.trainable(method, variables)
+        moved = jax.tree.map(lambda x, on: x + 0.1 * on, variables, mask)
+        merged = jp.merge(model, moved)
+        np.testing.assert_allclose(
+            model.apply({"params": merged}, batch), model.apply(moved, batch), atol=1e-4, rtol=1e-4
+        )
+    mask = tree.flatten(jp.trainable(jp.Head(), {"params": params}))
+    assert not mask["params/text_decoder/head/vocabulary/kernel"] and mask["params/text_decoder/head/dense/kernel"]
+
+
+def test_words_are_added_to_an_untied_head_too():
+    model, params = tiny.model(untied_head=True), dict(tiny.params())
+    kernel = np.random.default_rng(0).normal(size=(12, len(tiny.TOKENIZER))).astype(np.float32)
+    decoder = params["text_decoder"] | {"head": params["text_decoder"]["head"] | {"vocabulary": {"kernel": kernel}}}
+    wider, more, new = hub.extend_vocabulary(model, params | {"text_decoder": decoder}, ["zebra"], seed=0)
+    assert new == ("zebra",) and more["text_decoder"]["head"]["vocabulary"]["kernel"].shape == (
+        12,
+        len(tiny.TOKENIZER) + 1,
+    )
+    before = model.apply({"params": params | {"text_decoder": decoder}}, tiny.batch())
+    np.testing.assert_allclose(wider.apply({"params": more}, tiny.batch())[..., :-1], before, atol=1e-6)
+
+
+def test_a_small_vocabulary_needs_only_the_special_tokens_it_uses(copy):
+    """transformers has no key for [ENC], and its class default, 30523, is outside a small vocabulary: captioning never reads it."""
+    directory = copy(CAPTION, {"text_config.enc_token_id": None, "text_config.cls_token_id": None})
+    config, _, _ = blip_port.read_directory(directory)
+    assert config.enc_id == 30523 and not config.question_encoder
+    with pytest.raises(ValueError, match="text_config.enc_token_id 30523 is outside the vocabulary of 97"):
+        blip_port.read_directory(copy(VQA, {"text_config.enc_token_id": 30523}))

@@ -1,6 +1,7 @@
 """Data sets, by the name that configs use: each module has `load(config, splits) -> {split: Split}`."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 
@@ -33,6 +34,13 @@ class _Subset(Sequence):
 
     def __getitem__(self, i):
         return self._images[self._indices[i]]
+
+
+def progress_bars() -> None:
+    """Let TFDS draw its bars on a terminal only: in a log they are control characters."""
+    import tensorflow_datasets as tfds
+
+    (tfds.enable_progress_bar if sys.stderr.isatty() else tfds.disable_progress_bar)()
 
 
 def load(config, splits: Sequence[str]) -> dict[str, Split]:

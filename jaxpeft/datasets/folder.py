@@ -35,7 +35,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from jaxpeft import images
-from jaxpeft.datasets import Split
+from jaxpeft.datasets import Split, progress_bars
 from jaxpeft.datasets.folder_formats import SPLITS, Problems, records, split_name
 
 _DEFAULTS = {"root": None, "annotations": None, "questions": None, "on_error": "raise", "val_fraction": 0.1,
@@ -191,14 +191,16 @@ class Files:
     A path must not leave the directory by '..' or from '/'; links in it are the owner's choice and are followed.
     """
 
-    _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-
     def __init__(self, root):
         self.root, self._found, self._indexed = Path(root), {}, None
 
     def all(self):
         """Every image file, as a path relative to the root, in order."""
         return sorted(path for paths in self._index[0].values() for path in paths)
+
+    def unread(self):
+        """Pictures of kinds that are not read, such as .svg, as paths relative to the root, in order."""
+        return sorted(self._index[2])
 
     def find(self, record, problems):
         """The record's file as a path relative to the root, or None after a note (one per image, not per record)."""
@@ -229,9 +231,10 @@ class Files:
 
     @property
     def _index(self):
-        """({file name: paths}, {end of the stem: paths}): COCO_val2014_000000000042.jpg ends in '42'."""
+        """({file name: paths}, {end of the stem: paths}, paths of pictures that are not read): COCO_val2014_000000000042.jpg
+        ends in '42'."""
         if self._indexed is None:
-            names, ends, seen = {}, {}, set()
+            names, ends, unread, seen = {}, {}, [], set()
             for directory, below, files in os.walk(self.root, followlinks=True):
                 real = os.path.realpath(directory)
                 below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
@@ -239,12 +242,14 @@ class Files:
                 seen.add(real)
                 for name in files:
                     stem, suffix = os.path.splitext(name)
-                    if suffix.lower() in self._SUFFIXES:
-                        path = os.path.relpath(os.path.join(directory, name), self.root).replace(os.sep, "/")
+                    path = os.path.relpath(os.path.join(directory, name), self.root).replace(os.sep, "/")
+                    if images.is_unread(name):
+                        unread.append(path)
+                    elif suffix.lower() in images.endings():
                         names.setdefault(name, []).append(path)
                         for end in _ends(stem):
                             ends.setdefault(end, []).append(path)
-            self._indexed = names, ends
+            self._indexed = names, ends, unread
         return self._indexed
 
 
@@ -324,6 +329,7 @@ def _prepare(rows, problems, options):
             what, fix = "some rows are wrong", "\nRepair them, or set on_error='skip' to leave them out and count them."
         raise ValueError(f"data of {str(root)!r}: {what}; nothing was written.\n{problems}{fix}")
     builder = FolderData(rows, root, problems.report(), data_dir=home, file_format="array_record")
+    progress_bars()
     try:
         # no question to the public bucket here either, see Info
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))

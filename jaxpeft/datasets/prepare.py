@@ -22,7 +22,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from jaxpeft import untrusted
-from jaxpeft.datasets import coco
+from jaxpeft.datasets import coco, progress_bars
 
 _COCO, _VQA = "images.cocodataset.org/zips", "s3.amazonaws.com/cvmlp/vqa/mscoco/vqa"
 _VG = "homes.cs.washington.edu/~ranjay/visualgenome/api.html (version 1.2)"
@@ -117,6 +117,7 @@ def prepare(name: str, root, out=None, *, visual_genome=False, test=True, worker
                 )
             log(f"{kind}: prepared before")
             continue
+        progress_bars()
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
         sizes = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
         left_out = builder.info.metadata["left_out"]

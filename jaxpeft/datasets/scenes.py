@@ -34,6 +34,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 
 from jaxpeft import host
+from jaxpeft.datasets import progress_bars
 from jaxpeft.datasets.scenes_text import (  # noqa: F401  (the public names of the data set in one place)
     ANSWERS,
     TYPES,
@@ -239,6 +240,7 @@ def prepare_tfds(config, data_dir):
     seed = _as_dict(config).get("seed", 0)
     name = "-".join(map(str, ("seed", seed, *sizes.values())))
     builder = Scenes(config=ScenesConfig(name=name, seed=seed, **sizes), data_dir=data_dir, file_format="array_record")
+    progress_bars()
     builder.download_and_prepare()
     return str(builder.data_path)
 

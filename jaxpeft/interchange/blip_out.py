@@ -3,8 +3,12 @@
     transformers.BlipForConditionalGeneration.from_pretrained(directory)    captioning
     transformers.BlipForQuestionAnswering.from_pretrained(directory)        VQA
 
-Every bound method is folded into the weights, which is exact or refused (`merge`). Transformers' `generate` of a VQA
-model attends to padded question tokens (5.23): ask questions of one length at a time, or pass them unpadded.
+Every bound method is folded into the weights, which is exact or refused (`merge`). The head's vocabulary matrix is written
+twice, as the word embedding too: transformers before 4.57 does not tie them when it loads, and would leave it random.
+
+Of a VQA model transformers attends to the padding of questions: `generate` in every release tried, and from 4.54 on (tried:
+4.54.1, 4.57.6, 5.23.0, 5.24.0) the decoder too, whatever mask it is given; 4.53.3 is right. Ask questions of one length at a
+time, or one by one, and all releases agree.
 """
 
 import json
@@ -29,6 +33,7 @@ def export_blip(model, variables: Tree, directory, card: str = "") -> Path:
     directory = Path(directory)
     params = sites.merge(model, variables) if "peft" in variables else variables["params"]
     tensors = {name: np.asarray(x, np.float32) for name, x in blip_port.to_hf(params, model.config).items()}
+    tensors |= {second: tensors[first] for second, first in blip_port.TIED.items() if second not in tensors}
     files = {"config.json": blip_port.hf_config(model.config), "generation_config.json": _generation(model.config)}
     if model.tokenizer is not None:
         size = model.config.image_size
