@@ -400,7 +400,7 @@ def test_words_are_added_to_an_untied_head_too():
 
 
 def test_a_small_vocabulary_needs_only_the_special_tokens_it_uses(copy):
-    """transformers has no key for [ENC], and its class default, 30523, is outside a small vocabulary: captioning never reads it."""
+    """transformers has no key for [ENC]; its class default is outside a small vocabulary, and captioning never reads it."""
     directory = copy(CAPTION, {"text_config.enc_token_id": None, "text_config.cls_token_id": None})
     config, _, _ = blip_port.read_directory(directory)
     assert config.enc_id == 30523 and not config.question_encoder

@@ -202,3 +202,51 @@ def test_merge_into_a_tied_matrix_is_refused():
     variables = jp.attach(tiny.model(), tiny.params(), LoRA(where="head/vocabulary$"), jax.random.key(0))
     with pytest.raises(ValueError, match="one matrix for text_decoder/head/vocabulary and text_decoder/embed/word"):
         jp.merge(tiny.model(), variables)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: jp.LoRA(16), r"LoRA takes named fields: LoRA\(rank=16\); it has where, rank"),
+        (lambda: jp.Prompt(8), r"Prompt\(length=8\)"),
+        (lambda: jp.SerialAdapter(32, 2.0), r"SerialAdapter\(bottleneck=32\)"),
+        (lambda: jp.LoRA(rank="8"), "LoRA: rank is '8'; expected int"),
+        (lambda: jp.LoRA(rank=4.0), "LoRA: rank is 4.0; expected int"),
+        (lambda: jp.LoRA(rank=True), "LoRA: rank is True; expected int"),
+        (lambda: jp.LoRA(where=16), "LoRA: where is 16; expected str"),
+        (lambda: jp.SerialAdapter(scale="2"), "SerialAdapter: scale is '2'; expected float"),
+        (lambda: jp.LoRA(rank_stabilized=1), "rank_stabilized is 1; expected bool"),
+        (lambda: jp.Scoped(method=jp.LoRA(), layers=1), r"layers is 1; expected tuple"),
+    ],
+)
+def test_fields_are_named_and_of_their_type(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_whole_numbers_and_numpys_are_taken():
+    assert jp.LoRA(alpha=16, rank=np.int64(4)).rank == 4 and jp.SerialAdapter(scale=2).scale == 2
+
+
+def test_a_mask_is_of_methods_that_the_tree_carries():
+    """PiSSA's starting factors are fixed; LoRA's rule would have trained them."""
+    model, params = tiny.model(), tiny.params()
+    pissa = jp.PiSSA(rank=2)
+    variables = jp.attach(model, params, pissa, jax.random.key(0))
+    for other in (jp.LoRA(rank=2), jp.VeRA(), jp.PiSSA(rank=3), (pissa, jp.LoRA(rank=2))):
+        with pytest.raises(ValueError, match=r"the tree does not carry \w+\(.*; it carries PiSSA"):
+            jp.trainable(other, variables)
+    with pytest.raises(ValueError, match="it carries no method"):
+        jp.trainable(jp.LoRA(), {"params": params})
+    on = [name for name, moves in tree.flatten(jp.trainable(pissa, variables)).items() if moves]
+    assert on and not any(name.endswith(("/a0", "/b0")) for name in on)
+
+
+def test_leaves_of_other_methods_in_the_tree_stay():
+    model, params = tiny.model(), tiny.params()
+    both = (jp.LoRA(rank=2), jp.IA3())
+    variables = jp.attach(model, params, both, jax.random.key(0))
+    mask = tree.flatten(jp.trainable(both[1], variables))
+    assert {name.split("/")[-2] for name, on in mask.items() if on} == {"ia3"}
+    biases = tree.flatten(jp.trainable(jp.BitFit(), variables))
+    assert not any(on for name, on in biases.items() if name.startswith("peft/"))

@@ -418,7 +418,11 @@ def test_unknown_words_extend_the_vocabulary_and_are_tuned(base, tmp_path):
     mask = tree.flatten(sites.trainable(chosen, variables))
     assert mask["params/text_encoder/embed/word"] and mask["params/text_decoder/head/bias"]
     c.model.extend_vocabulary = False
-    assert point.setup_model(c, TASK, split, quiet)[3]["new_words"] == []
+    assert facts["unknown_words"] == 0  # none is left after the extension
+    said = []
+    facts = point.setup_model(c, TASK, split, said.append)[3]
+    assert (facts["new_words"], facts["unknown_words"]) == ([], 1)
+    assert "warning: 1 different words of the training texts (1 in all) are unknown to the base" in said[-1]
 
 
 # the array store's own event loop complains when it is collected after a read that failed

@@ -14,12 +14,14 @@ import pytest
 import tiny
 import uvicorn
 from PIL import Image
+from safetensors.numpy import load_file
 from tiny import config_of
 
 import jaxpeft as jp
 from jaxpeft import demo, evals, export, hub, images, point, sites, tree, use
 from jaxpeft.datasets import scenes
 from jaxpeft.methods import Head
+from jaxpeft.models import blip_port
 
 
 def quiet(*_):
@@ -100,6 +102,26 @@ def test_a_folder_from_the_command_line(run, folder, tmp_path, capsys):
     assert f"{folder / '0.png'}: " in capsys.readouterr().out
 
 
+def test_every_picture_is_captioned_or_said(run, folder, tmp_path, capsys):
+    """Whatever ending a picture has that can be read, in any case; those that cannot are named, with status 1."""
+    picture, names = Image.open(folder / "0.png"), ("a.JFIF", "b.jpe", "c.tga", "d.PPM", "e.ico")
+    for name in names:
+        picture.save(tmp_path / name, {".jfif": "JPEG", ".jpe": "JPEG"}.get((tmp_path / name).suffix.lower()))
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "f.svg").write_text("<svg/>")
+    (tmp_path / "g.heic").write_bytes(b"ftypheic")
+    assert use.main(["--workdir", str(run[0]), "--folder", str(tmp_path), "--beams", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert [line.split(":")[0] for line in out.splitlines()] == [str(tmp_path / name) for name in names]
+    said = [f"left out: {tmp_path / n}: pictures of this kind are not read" for n in ("f.svg", "g.heic")]
+    assert err.splitlines() == said
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "h.svg").write_text("<svg/>")
+    with pytest.raises(SystemExit):
+        use.main(["--workdir", str(run[0]), "--folder", str(tmp_path / "only")])
+    assert "1 are of kinds that are not read, such as" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -136,6 +158,9 @@ def test_a_merged_directory_reads_back_exactly(tmp_path, task):
     assert again.config == model.config and again.tokenizer == model.tokenizer
     expected = tree.flatten(jp.merge(model, variables))
     assert all(np.array_equal(leaf, expected[name]) for name, leaf in tree.flatten(params).items())
+    # releases of transformers before 4.57 do not tie the two, and would leave the head's matrix random
+    stored, (second, first) = load_file(tmp_path / "out" / "model.safetensors"), next(iter(blip_port.TIED.items()))
+    np.testing.assert_array_equal(stored[second], stored[first])
     assert (tmp_path / "out" / "README.md").read_text() == "# a model\n"
     (tmp_path / "out" / "mine.txt").write_text("keep me")
     with pytest.raises(ValueError, match="holds other files"):
@@ -172,6 +197,7 @@ def test_an_adapter_is_exported_with_its_card(base, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json", "README.md"}
     card = (tmp_path / "adapter/README.md").read_text()
     assert "library_name: peft" in card and "BlipForQuestionAnswering" in card
+    assert "transformers attends to the padding of questions" in card and "| perfect writer |" in card
     assert "| command | `python main.py --config=mine.py` |" in card
     assert export.main(["--workdir", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x")]) == 1
     assert "holds no finished run" in capsys.readouterr().err and not (tmp_path / "x").exists()

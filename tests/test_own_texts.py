@@ -1,0 +1,178 @@
+"""Runs on one's own pictures, texts as people write them: what is right scores right, cuts and ceilings are said first."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import config_of
+
+import jaxpeft as jp
+from configs import common, folder, point
+from jaxpeft import evals, results
+from jaxpeft import point as runs
+
+COLOURS = {"Red": (220, 30, 30), "Blue T-shirt": (30, 30, 220), "Caf\u00e9 3.5": (30, 180, 30)}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Plain pictures in three colours, with answers and captions that no uncased vocabulary can write as they are."""
+    path = tmp_path_factory.mktemp("own")
+    rows = []
+    for i in range(36):
+        name = list(COLOURS)[i % 3]
+        Image.fromarray(np.full((40, 50, 3), COLOURS[name], np.uint8)).save(path / f"{i}.png")
+        rows.append((f"{i}.png", "What is THIS?", name))
+    asked = [("image", "question", "answer")]
+    tables = {
+        "qa": asked + rows,
+        "train": asked + rows[:24],
+        "test": asked + rows[24:],
+        "captions": [("image", "caption"), *((row[0], f"A well-known thing: {row[2]}!") for row in rows)],
+    }
+    for file, lines in tables.items():
+        with (path / f"{file}.csv").open("w", newline="", encoding="utf-8") as out:
+            csv.writer(out).writerows(lines)
+    return path
+
+
+def config(root, base, tmp_path, task="vqa", **changes):
+    """A short run that memorises three colours."""
+    file = {"vqa": "qa", "captioning": "captions"}[task]
+    c = folder.get_config(f"root={root},annotations={file}.csv,task={task},base={base},steps=60")
+    c.data.data_dir, c.data.val_fraction, c.data.test_fraction = str(tmp_path / "copy"), 0.0, 0.3
+    c.method = common.get_config(task, "full").method
+    c.optim.lr, c.size, c.batch_size, c.eval.batch_size, c.eval.base = 3e-3, 0, 16, 8, False
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+def before_training(said):
+    return said[: next(i for i, line in enumerate(said) if "compiled" in line)]
+
+
+@pytest.mark.parametrize("inference", ["generate", "rank"])
+def test_a_right_answer_of_own_data_scores_one(root, base, tmp_path, inference):
+    said = []
+    c = config(root, base, tmp_path, **{"task_options.inference": inference})
+    result = jp.run(c, tmp_path / "run", said.append)
+    test = result["metrics"]["test"]
+    assert test["tuned"]["nll"] < 0.1 and test["tuned"]["accuracy"] == 1.0 and test["tuned"]["variant"] == "basic"
+    assert test["perfect_writer"]["accuracy"] == 1.0 and test["perfect_writer"]["out_of_reach"] == 0
+    # 'caf\u00e9 3.5' is four words: with [DEC] and [SEP] six
+    assert result["task_options"]["length"] == 6 and result["texts"]["train"]["length"]["cut"] == 0
+    assert any("perfect writer 1.000 (0 of" in line for line in before_training(said))
+    table = results.table(result)
+    assert (
+        table.splitlines()[1].split() == ["accuracy", "nll"] and "perfect writer" in table
+    )  # no column without a heading
+    _, _, _, task = jp.load_run(tmp_path / "run")
+    assert (task.length, task.max_question) == (6, result["task_options"]["max_question"])
+
+
+def test_captions_of_own_data_reach_ten(root, base, tmp_path):
+    result = jp.run(config(root, base, tmp_path, "captioning"), tmp_path / "run", lambda _: None)
+    test = result["metrics"]["test"]
+    assert test["perfect_writer"]["cider_d"] == pytest.approx(10) and test["perfect_writer"]["out_of_reach"] == 0
+    assert test["tuned"]["cider_d"] == pytest.approx(10) and test["tuned"]["tokenizer"] == "basic"
+
+
+def test_a_low_ceiling_and_cuts_are_said_before_training(root, base, tmp_path):
+    changes = {"model.extend_vocabulary": False, "steps": 1, "task_options.length": 4, "task_options.max_question": 4}
+    said = []
+    result = jp.run(config(root, base, tmp_path, **changes), tmp_path / "run", said.append)
+    writer, first = result["metrics"]["test"]["perfect_writer"], before_training(said)
+    assert 0 < writer["out_of_reach"] <= writer["truths"] and writer["accuracy"] < writer["unhindered"] == 1
+    assert any(
+        "warning: test: nothing that this base can write scores more than" in x and "becomes" in x for x in first
+    )
+    assert any("warning: train: " in x and "task_options.length=4 and are cut; the longest has 6" in x for x in first)
+    assert result["texts"]["test"]["max_question"]["cut"] > 0 and result["model"]["unknown_words"] > 0
+
+
+def test_a_file_for_each_split(root, base, tmp_path):
+    c = folder.get_config(f"root={root},train=train.csv,test=test.csv,task=vqa,base={base},steps=1")
+    c.data.data_dir = str(tmp_path / "copy")
+    result = jp.run(c, tmp_path / "run", lambda _: None)
+    assert (result["n_train_images"], result["metrics"]["test"]["n"]) == (24, 12)
+    for arg, message in (
+        (f"root={root},test=test.csv", "files for test but none for train"),
+        (f"root={root}", "give annotations=FILE, or a file for each split"),
+        (f"root={root},annotations=qa.csv,train=train.csv", "give annotations=FILE, or a file for each split"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            folder.get_config(arg)
+
+
+def test_two_files_of_one_split_may_both_begin_at_one(root, base, tmp_path):
+    """COCO files for val and validation, which are one split: both have images 1, 2, ..."""
+    files = {}
+    for name, first in (("train", 0), ("val", 12), ("validation", 24)):
+        images = [{"id": i + 1, "file_name": f"{first + i}.png"} for i in range(12)]
+        said = [{"id": i + 1, "image_id": i + 1, "caption": f"thing {i % 3}"} for i in range(12)]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"images": images, "annotations": said}))
+        files[name] = str(tmp_path / f"{name}.json")
+    c = folder.get_config(f"root={root},annotations=x,base={base},steps=1")
+    c.data.annotations, c.data.data_dir, c.eval.splits = files, str(tmp_path / "copy"), ("val",)
+    result = jp.run(c, tmp_path / "run", lambda _: None)
+    assert result["metrics"]["val"]["n"] == 24 == len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines())
+
+
+def test_ids_that_repeat_are_said_before_training(base, tmp_path, monkeypatch):
+    load = runs.datasets.load
+
+    def twice(*args):
+        splits = load(*args)
+        splits["test"].rows[1] = splits["test"].rows[1] | {"questions": splits["test"].rows[0]["questions"]}
+        return splits
+
+    monkeypatch.setattr(runs.datasets, "load", twice)
+    said = []
+    with pytest.raises(ValueError, match="split 'test': question_id .* occurs twice"):
+        jp.run(config_of(base), tmp_path, said.append)
+    assert not any("compiled" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: folder.get_config("root=x,annotations=y"), lambda: point.get_config("task=vqa")]
+)
+def test_every_option_of_a_task_can_be_set_on_the_command_line(make):
+    c = make()
+    limit = {"captioning": "max_tokens", "vqa": "max_question"}[c.task]
+    assert {"smoothing", "length", "min_length", "variant", limit} <= set(c.task_options)
+    with pytest.raises(ValueError, match="unknown task 'ocr'"):
+        common.task_options("ocr")
+
+
+def test_a_run_of_version_0_1_is_loaded_with_the_limits_it_had(root, base, tmp_path):
+    jp.run(config(root, base, tmp_path, **{"steps": 1}), tmp_path / "run", lambda _: None)
+    result, written = tmp_path / "run" / "result.json", json.loads((tmp_path / "run" / "config.json").read_text())
+    value = json.loads(result.read_text())
+    del value["task_options"]
+    result.write_text(json.dumps(value))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(written | {"task_options": {}}))
+    model, variables, _, task = jp.load_run(tmp_path / "run")
+    assert (task.length, task.max_question, task.variant) == (10, 35, "official2021")
+    assert len(evals.generate(model, variables, [np.zeros((9, 9, 3), np.uint8)], "what is this", task=task)) == 1
+
+
+TEXTS = ["a", "word " * 80, "costs $5 or $6 and \\frac{", "\u4e00\u53ea\u732b \U0001f600 \u0939\u093f", "x" * 300]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("shape", [(40, 50, 3), (300, 9, 3), (1, 1, 3)])
+def test_galleries_of_any_number_and_text_do_not_warn(tmp_path, n, shape):
+    lines = list(zip(("Q", "truth", "before", "after", "more"), TEXTS, strict=True))
+    results.gallery(
+        tmp_path / "g.png", [{"image": np.zeros(shape, np.uint8), "lines": lines[: i + 1]} for i in range(n)]
+    )
+    with Image.open(tmp_path / "g.png") as picture:
+        assert picture.width < 2000 and picture.height < 2000
+
+
+def test_preparing_data_writes_no_control_characters_into_a_log(root, base, tmp_path, capfd):
+    jp.run(config(root, base, tmp_path, **{"steps": 1}), tmp_path / "run", print)
+    out, err = capfd.readouterr()
+    assert "\x1b" not in out + err and "Generating" not in err and "Shuffling" not in err
