@@ -43,8 +43,7 @@ def config(root, base, tmp_path, task="vqa", **changes):
     file = {"vqa": "qa", "captioning": "captions"}[task]
     c = folder.get_config(f"root={root},annotations={file}.csv,task={task},base={base},steps=60")
     c.data.data_dir, c.data.val_fraction, c.data.test_fraction = str(tmp_path / "copy"), 0.0, 0.3
-    c.method = common.get_config(task, "full").method
-    c.optim.lr, c.size, c.batch_size, c.eval.batch_size, c.eval.base = 3e-3, 0, 16, 8, False
+    c.optim.lr, c.batch_size, c.eval.batch_size, c.eval.base = 5e-3, 16, 8, False
     c.update_from_flattened_dict(changes)
     return c
 
@@ -54,12 +53,12 @@ def before_training(said):
 
 
 @pytest.mark.parametrize("inference", ["generate", "rank"])
-def test_a_right_answer_of_own_data_scores_one(root, base, tmp_path, inference):
+def test_a_right_answer_of_own_data_scores_one(root, tmp_path, inference):
     said = []
-    c = config(root, base, tmp_path, **{"task_options.inference": inference})
+    c = config(root, "tiny", tmp_path, **{"task_options.inference": inference})
     result = jp.run(c, tmp_path / "run", said.append)
     test = result["metrics"]["test"]
-    assert test["tuned"]["nll"] < 0.1 and test["tuned"]["accuracy"] == 1.0 and test["tuned"]["variant"] == "basic"
+    assert test["tuned"]["nll"] < 0.2 and test["tuned"]["accuracy"] == 1.0 and test["tuned"]["variant"] == "basic"
     assert test["perfect_writer"]["accuracy"] == 1.0 and test["perfect_writer"]["out_of_reach"] == 0
     # 'caf\u00e9 3.5' is four words: with [DEC] and [SEP] six
     assert result["task_options"]["length"] == 6 and result["texts"]["train"]["length"]["cut"] == 0
@@ -72,8 +71,8 @@ def test_a_right_answer_of_own_data_scores_one(root, base, tmp_path, inference):
     assert (task.length, task.max_question) == (6, result["task_options"]["max_question"])
 
 
-def test_captions_of_own_data_reach_ten(root, base, tmp_path):
-    result = jp.run(config(root, base, tmp_path, "captioning"), tmp_path / "run", lambda _: None)
+def test_captions_of_own_data_reach_ten(root, tmp_path):
+    result = jp.run(config(root, "tiny", tmp_path, "captioning"), tmp_path / "run", lambda _: None)
     test = result["metrics"]["test"]
     assert test["perfect_writer"]["cider_d"] == pytest.approx(10) and test["perfect_writer"]["out_of_reach"] == 0
     assert test["tuned"]["cider_d"] == pytest.approx(10) and test["tuned"]["tokenizer"] == "basic"
