@@ -36,7 +36,7 @@ def get_config(arg=""):
         seed=0,
     )
     if not a.root:
-        raise ValueError("configs/folder.py needs root=DIRECTORY and annotations=FILE")
+        raise ValueError("configs/folder.py needs root=DIRECTORY")
     files = common.annotations(a)
     c = common.folder(common.get_config(a.task, a.method, a.size, a.head), a.root)
     c.base, c.seed, c.data.annotations = a.base, a.seed, files

@@ -83,7 +83,7 @@ def _of_manifest(manifest: dict) -> str:
 
 def _not_orbax(record: logging.LogRecord) -> bool:
     """Orbax logs a save that fails four times, with tracebacks; here it is one line."""
-    return "orbax" not in record.pathname or record.levelno < logging.WARNING
+    return os.path.join("orbax", "checkpoint") not in record.pathname or record.levelno < logging.WARNING
 
 
 class Checkpoints:
@@ -153,7 +153,7 @@ class Checkpoints:
         rest = "no step is stored yet" if good is None else f"step {good} is kept"
         said = stop.reason(error) or f"{type(error).__name__}: {str(error)[:200]}"
         if not self._failing:
-            self._log(f"checkpoint {step} could not be written ({said}); {rest}, training goes on")
+            self._log(f"checkpoint {step} could not be written ({said}); {rest}")
         self._failing = True
 
     def restore(self, like: Tree, manifest: dict, accept: bool = False) -> tuple[int, Tree] | None:

@@ -101,12 +101,13 @@ def ranked(
     model, variables: Tree, task: Task, cases: Examples, *, features=None, batch_size: int = 64, beams: int = 1
 ) -> list[list[dict]]:
     """Per case the `beams` best texts as {'text', 'score'}, best first; different tokens may read the same."""
-    tokenizer, task = model.tokenizer, task.limited((), model.config.max_positions)
+    tokenizer, positions = model.tokenizer, model.config.max_positions
+    length = task.length or min(task.limits["length"], positions)
     prompt = np.array(task.prompt_ids(tokenizer), np.int32)
     written = []
     for batch, n_real in passes(variables, _without_images(cases, features), batch_size):
         write = _write_mixed if "adapter" in batch else _write
-        search = {"length": task.length, "min_length": task.min_length, "beams": beams}
+        search = {"length": length, "min_length": task.min_length, "beams": beams}
         tokens_BKT, score_BK = write(model, variables, with_features(batch, features), prompt, **search)
         for tokens_KT, score_K in zip(tree.fetch(tokens_BKT)[:n_real].tolist(), tree.fetch(score_BK), strict=False):
             texts = [tokenizer.decode(tokens[len(prompt) :]) for tokens in tokens_KT]

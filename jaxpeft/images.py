@@ -169,7 +169,8 @@ _HARMLESS = {"image_processor_type", "feature_extractor_type", "processor_class"
 
 
 def _processor(path, raw):
-    for key, neutral in {"do_resize": True, "do_center_crop": False, "do_pad": False, "do_convert_rgb": True}.items():
+    # do_pad, which published BLIPs have on, does nothing to pictures of one size
+    for key, neutral in {"do_resize": True, "do_center_crop": False, "pad_size": None, "do_convert_rgb": True}.items():
         if raw.get(key, neutral) not in (neutral, None):
             raise ValueError(
                 f"{path}: {key} is {raw[key]!r}, which is unsupported; pictures are made square by resizing"

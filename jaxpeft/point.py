@@ -318,14 +318,14 @@ def with_limits(task: tasks.Task, model, chosen, splits: dict[str, datasets.Spli
     """(the task with limits that fit the data and the base, {split: {limit: what it cuts}}); cuts are said."""
     shifts = [sum(one.shift(site) for one in chosen if one.selects(site)) for site in sites.sites(model)]
     lengths = {name: task.lengths(split, model.tokenizer) for name, split in splits.items()}
-    task = task.limited(lengths.values(), model.config.max_positions - max(shifts, default=0))
+    task = task.limited(lengths.values(), model.config.max_positions - max(shifts, default=0), model.tokenizer)
     texts = {name: task.cuts(one) for name, one in lengths.items()}
     log("texts: " + ", ".join(f"{name} {one['limit']}" for name, one in texts["train"].items() if one["limit"]))
     for name, cuts in texts.items():
         for limit, one in cuts.items():
-            if one["cut"]:
+            if one["cut"] and not (name == "train" and limit in task.only_written):
                 log(
-                    f"warning: {name}: {one['cut']:,} of {one['of']:,} texts are longer than task_options.{limit}="
+                    f"warning: {name}: {one['cut']:,} of {one['of']:,} {task.of[limit]} are longer than task_options.{limit}="
                     f"{one['limit']} and are cut; the longest has {one['longest']:,}"
                 )
     long, usual = max(
@@ -347,6 +347,8 @@ def with_limits(task: tasks.Task, model, chosen, splits: dict[str, datasets.Spli
 def yardstick(task: tasks.Task, train, name: str, cases: data.Examples, tokenizer, log) -> dict:
     """{'blind', 'perfect_writer'} of a split, said before training: what needs no picture scores, and what this vocabulary
     lets one score at most. {'blind': {}} where there are no answers to score with. Raises ValueError for ids that repeat."""
+    if not len(cases):
+        raise ValueError(f"split {name!r} has nothing to score: no {' and no '.join(sorted(set(task.of.values())))}")
     tasks.check_ids(cases, task.id_key, name)
     if not scored(cases):
         return {"blind": {}}
@@ -357,11 +359,11 @@ def yardstick(task: tasks.Task, train, name: str, cases: data.Examples, tokenize
         f"{name}, {metric}: {results.LABELS.get(best, best)} {blind[best][metric]:.3f}; perfect writer {writer[metric]:.3f} "
         f"({writer['out_of_reach']:,} of {writer['truths']:,} right texts are out of reach)"
     )
-    if writer["out_of_reach"] and writer[metric] < 0.95 * writer["unhindered"]:
-        shown = ", ".join(f"{text!r} becomes {written!r}" for text, written in writer["examples"])
+    if writer[metric] < 0.95 * writer["unhindered"]:
+        shown = "".join(f"; {text!r} becomes {written!r}" for text, written in writer["examples"])
         log(
-            f"warning: {name}: nothing that this base can write scores more than {writer[metric]:.3f} {metric} (the right "
-            f"texts as they are: {writer['unhindered']:.3f}): its vocabulary or task_options.length loses part of them: {shown}"
+            f"warning: {name}: the right texts as this base can write them score {writer[metric]:.3f} {metric}, as they are "
+            f"{writer['unhindered']:.3f}: its vocabulary or task_options.length loses part of them{shown}"
         )
     return {"blind": blind, "perfect_writer": writer}
 

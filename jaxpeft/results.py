@@ -59,29 +59,54 @@ def whole_directory(directory: str | Path, own: Iterable[str]):
     Raises ValueError where the directory holds other files than `own`, the names that this writer gives. What killed writers
     left beside it is deleted.
     """
-    directory = Path(directory)
+    directory = Path(directory).absolute()
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
-        raise ValueError(f"{directory} is no directory; choose a new one")
-    if directory.exists() and (other := sorted({path.name for path in directory.iterdir()} - set(own))):
-        raise ValueError(f"{directory} holds other files ({', '.join(other[:3])}); choose a new directory")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (directory.with_name(f".{directory.name}.jaxpeft-{kind}-{os.getpid()}") for kind in ("new", "old"))
-    for left in directory.parent.glob(f".{glob.escape(directory.name)}.jaxpeft-*"):
-        if "-old-" in left.name and not directory.exists():  # killed between the two renames below
+        raise ValueError(f"{directory} is a link or a file; choose a new directory")
+    mine = f".{directory.name}.jaxpeft-"
+    # a mount point cannot be renamed, nor anything in a directory that is not ours: then files are moved one by one
+    inside = directory.exists() and (os.path.ismount(directory) or not os.access(directory.parent, os.W_OK))
+    home = directory if inside else directory.parent
+    if directory.exists():
+        names = {path.name for path in directory.iterdir() if not path.name.startswith(mine)}
+        if other := sorted(names - set(own)):
+            raise ValueError(f"{directory} holds other files ({', '.join(other[:3])}); choose a new directory")
+    home.mkdir(parents=True, exist_ok=True)
+    new, old = (home / f"{mine}{kind}-{os.getpid()}" for kind in ("new", "old"))
+    for left in home.glob(f"{glob.escape(mine)}*"):
+        pid = left.name.rpartition("-")[2]
+        if pid.isdecimal() and int(pid) != os.getpid() and _lives(int(pid)):
+            continue  # another process is writing
+        if left.name.startswith(f"{mine}old-") and not directory.exists():  # killed between the two renames below
             os.rename(left, directory)
         shutil.rmtree(left, ignore_errors=True)
     try:
         new.mkdir()
         yield new
-        if directory.exists():
-            os.rename(directory, old)
-        os.rename(new, directory)
+        if inside:
+            for path in sorted(new.iterdir()):
+                os.replace(path, directory / path.name)
+        else:
+            if directory.exists():
+                os.rename(directory, old)
+            os.rename(new, directory)
     except BaseException:
         if old.exists() and not directory.exists():
             os.rename(old, directory)
-        shutil.rmtree(new, ignore_errors=True)
         raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process of this host has this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 class Metrics:

@@ -329,7 +329,8 @@ def trainable(method: Method | Iterable[Method], variables: Tree) -> Mask:
     def moves(path, leaf):
         return any(one.trains(f"params/{tree.path_name(path)}") for one in methods)
 
-    mask = dict(variables) | {"params": jax.tree_util.tree_map_with_path(moves, variables["params"])}
+    mask = jax.tree.map(lambda _: False, dict(variables))  # batch statistics of foreign models, for one, stay
+    mask["params"] = jax.tree_util.tree_map_with_path(moves, variables["params"])
     if "peft" in variables:
         mask["peft"] = jax.tree.map(own, variables["peft"], is_leaf=is_bound)
     if not any(jax.tree.leaves(mask)):

@@ -8,10 +8,10 @@ A program is `stop.program(main)`: after a signal it ends without the interprete
 (a segmentation fault, status 139) when the signal came while XLA compiled for the CPU.
 """
 
+import atexit
 import contextlib
 import errno
 import functools
-import logging
 import os
 import signal
 import sys
@@ -106,10 +106,7 @@ def _end(error: BaseException) -> NoReturn:
         print(text if isinstance(error, KeyboardInterrupt) else f"error: {text}", file=sys.stderr)
     if not isinstance(error, KeyboardInterrupt):
         sys.exit(exit_code(error))
-    distributed = sys.modules.get("jax") and sys.modules["jax"].distributed
-    if distributed and distributed.is_initialized():  # the other hosts would wait for this one
-        distributed.shutdown()
-    logging.shutdown()
+    atexit._run_exitfuncs()  # of JAX for several hosts, Ray, logging, temporary files: all but the interpreter's own end
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a closed pipe
             stream.flush()
@@ -139,7 +136,7 @@ def _machine_error(error: BaseException | None) -> int | None:
             for number in _DISK:
                 if os.strerror(number) in str(error):
                     return number
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 
@@ -167,5 +164,8 @@ def message(error: BaseException) -> str:
     """One line for the user: what happened and what to do."""
     if isinstance(error, KeyboardInterrupt) or not is_transient(error):
         return str(error)
-    where = f" ({error.filename})" if getattr(error, "filename", None) else ""
-    return f"{reason(error)}{where}: make room or mend it; the same command goes on from the last checkpoint"
+    if isinstance(error, OSError):
+        what = f"{reason(error)} ({error.filename})" if error.filename else reason(error)
+    else:
+        what = f"{str(error)[:500]} ({reason(error)})"
+    return f"{what}: free some space or repair the disk, then run the same command again"

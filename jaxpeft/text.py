@@ -157,6 +157,15 @@ class Tokenizer:
 
     def pieces(self, text: str) -> list[int]:
         """The ids of a text alone, nothing in front or behind."""
+        return list(self._pieces(text))
+
+    @functools.cached_property
+    def _pieces(self):
+        return functools.lru_cache(maxsize=1 << 17)(
+            self._tokenized
+        )  # questions repeat, and every text is asked for twice
+
+    def _tokenized(self, text: str) -> list[int]:
         with _library_errors(f"the text {text!r:.80} cannot be tokenised"):
             return self.library.encode(text, add_special_tokens=False).ids
 
@@ -183,9 +192,11 @@ class Tokenizer:
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of `text`, with repeats, that become [UNK]."""
-        if self.unk_id not in self.pieces(text):
+        if self.covers(text):
             return []
-        return [word for word in self.words(text) if self.unk_id in self.pieces(word)]
+        found = self.library.encode(text, add_special_tokens=False)
+        lost = (text[a:b] for i, (a, b) in zip(found.ids, found.offsets, strict=True) if i == self.unk_id)
+        return [word for part in lost for word in self.words(part)]
 
     def covers(self, text: str) -> bool:
         """Whether no word of `text` is lost."""
@@ -371,13 +382,15 @@ _CJK = (
 )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1 << 16)  # answers repeat
 def normal_form(text: str) -> str:
     """`text` as texts of one's own data are compared: words and marks with single spaces, whatever wrote them.
 
     Unicode NFKC, case folded, without accents, invisible characters dropped, every punctuation mark and CJK ideograph
     apart: BERT's basic split, so that what an uncased tokenizer writes ("t - shirt", "cafe") equals what it was given
-    ("T-shirt", "Café"). It knows no vocabulary: runs with different tokenizers are scored alike. Unlike BERT's, it keeps
-    marks that make another word in their script: Japanese が, Hindi मेल, Thai ม้า.
+    ("T-shirt", "Café"). It knows no vocabulary: runs with different tokenizers are scored alike. Letters of the Latin, Greek
+    and Cyrillic scripts lose their marks, as in BERT's (й and the tones of Vietnamese too); marks of other scripts, which
+    make another word, stay: Japanese が, Hindi मेल, Thai ม้า.
     """
     text = unicodedata.normalize("NFKC", text).casefold()
     text = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))

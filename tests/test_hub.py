@@ -195,6 +195,8 @@ BLIP_PROCESSOR = {
 
 def test_the_image_processor_of_a_base_is_followed(tmp_path):
     plain = hub.load(hf(tmp_path / "plain"))[0]
+    published = BLIP_PROCESSOR | {"do_pad": True, "size_divisor": 32, "processor_class": "BlipProcessor"}
+    assert hub.load(hf(tmp_path / "published", preprocessor_config=published))[0] == plain
     assert hub.load(hf(tmp_path / "same", preprocessor_config=BLIP_PROCESSOR))[0] == plain
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
     model, params = hub.load(hf(tmp_path / "half", preprocessor_config=BLIP_PROCESSOR | half))
@@ -220,7 +222,10 @@ def test_the_image_processor_of_a_base_is_followed(tmp_path):
     [
         ({"do_center_crop": True}, "do_center_crop is True, which is unsupported"),
         ({"do_resize": False}, "do_resize is False"),
-        ({"do_pad": True}, "do_pad is True"),
+        (
+            {"do_pad": True, "pad_size": {"height": 48, "width": 48}},
+            "pad_size is {'height': 48, 'width': 48}, which is unsup",
+        ),
         ({"size": {"shortest_edge": 40}}, "size is {'shortest_edge': 40}; only square pictures"),
         ({"size": {"height": 40, "width": 48}}, "only square pictures"),
         (

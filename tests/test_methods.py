@@ -1,7 +1,9 @@
 """One table of methods, properties over all its rows; then what single methods promise."""
 
+import dataclasses
 import functools
 import re
+from typing import Literal, Optional
 
 import jax
 import jax.numpy as jnp
@@ -226,6 +228,25 @@ def test_fields_are_named_and_of_their_type(make, message):
 
 def test_whole_numbers_and_numpys_are_taken():
     assert jp.LoRA(alpha=16, rank=np.int64(4)).rank == 4 and jp.SerialAdapter(scale=2).scale == 2
+
+
+def test_a_methods_own_fields_may_be_of_any_kind():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(LoRA):
+        kind: Literal["a", "b"] = "a"
+        depth: Optional[int] = None  # noqa: UP045  as many people write it
+        later: "int" = 3
+
+    assert Mine(kind="b", depth=2, later=4).depth == 2 and Mine(depth=None).depth is None
+    with pytest.raises(TypeError, match="kind is 'c'"):
+        Mine(kind="c")
+
+
+def test_other_collections_are_not_trained():
+    variables = jp.attach(tiny.model(), tiny.params(), LoRA(), jax.random.key(0)) | {
+        "batch_stats": {"mean": jnp.ones(3)}
+    }
+    assert jp.trainable(LoRA(), variables)["batch_stats"] == {"mean": False}
 
 
 def test_a_mask_is_of_methods_that_the_tree_carries():

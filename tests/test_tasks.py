@@ -212,18 +212,25 @@ def test_limits_are_the_longest_texts_up_to_the_positions():
     captioning, vqa = tasks.build("captioning"), tasks.build("vqa")
     lengths = captioning.lengths(SPLIT, TOKENIZER)
     assert lengths["max_tokens"].tolist() == [8, 6, 7]  # [DEC] a picture of ... [SEP]
-    assert captioning.limited([lengths], 16).length == 8 and captioning.limited([lengths], 6).length == 6
-    assert captioning.limited([], 100).length == 40  # nothing to measure
-    asked = vqa.limited([vqa.lengths(SPLIT, TOKENIZER)], 64)
+    assert (
+        captioning.limited([lengths], 16, TOKENIZER).length == 8
+        and captioning.limited([lengths], 6, TOKENIZER).length == 6
+    )
+    assert captioning.limited([], 100, TOKENIZER).length == 40  # nothing to measure
+    asked = vqa.limited([vqa.lengths(SPLIT, TOKENIZER)], 64, TOKENIZER)
     assert (asked.max_question, asked.length) == (6, 4)
-    cut = captioning.limited([lengths], 6).cuts(lengths)
+    cut = captioning.limited([lengths], 6, TOKENIZER).cuts(lengths)
     assert cut["max_tokens"] == {"limit": 6, "longest": 8, "cut": 2, "of": 3} and cut["max_words"]["cut"] == 0
     words = tasks.build("captioning", max_words=2)
     assert words.cuts(words.lengths(SPLIT, TOKENIZER))["max_words"] == {"limit": 2, "longest": 3, "cut": 1, "of": 3}
-    with pytest.raises(ValueError, match="task_options.length is 70; the base reads 0 to 64 tokens"):
-        tasks.build("vqa", length=70).limited([], 64)
-    with pytest.raises(ValueError, match="max_tokens is -1"):
-        tasks.build("captioning", max_tokens=-1).limited([], 64)
+    for task, field, value, allowed in (
+        ("vqa", "length", 70, "2 to 64"), ("vqa", "length", 1, "2 to 64"), ("vqa", "max_question", 2, "3 to 64"),
+        ("captioning", "max_tokens", -1, "5 to 64"), ("captioning", "length", 4, "5 to 64"),
+    ):  # fmt: skip
+        with pytest.raises(
+            ValueError, match=f"task_options.{field} is {value}; with this base and prompt it must be {allowed}"
+        ):
+            tasks.build(task, **{field: value}).limited([], 64, TOKENIZER)
 
 
 def test_a_cut_text_does_not_end_with_the_end_token():
@@ -241,6 +248,15 @@ def test_a_cut_text_does_not_end_with_the_end_token():
     # the question encoder's frame stays whole
     cut = tasks.build("vqa", max_question=4).cases(SPLIT, TOKENIZER).arrays["question"]
     assert cut[0].tolist() == [IDS[w] for w in ("[ENC]", "is", "it", "[SEP]")]
+
+
+@pytest.mark.parametrize("inference, accuracy", [("generate", 0.5), ("rank", 1.0)])
+def test_published_scores_have_the_ceiling_of_how_answers_are_made(inference, accuracy):
+    """The official scorer compares unanimous answers as they are: "t - shirt" is wrong, and a ranked list has "t-shirt"."""
+    task = tasks.build("vqa", variant="official2021", inference=inference)
+    rows = task.cases(_answers(["t-shirt"] * 10, ["red"] * 10), WORDS).rows
+    found = task.perfect_writer(rows, WORDS)
+    assert (found["accuracy"], found["unhindered"]) == (accuracy, 1.0)
 
 
 def test_the_ceiling_counts_what_the_limit_cuts():

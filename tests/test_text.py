@@ -206,6 +206,7 @@ def test_added_words_are_read_beside_vocab_txt(tmp_path):
     assert both.decode([5, 12, 13]) == "a zebra yak" and both.covers("a zebra")
     simple = text.Tokenizer.from_file(directory(tmp_path / "simple", added_tokens=ADDED["added_tokens"]))
     assert simple.pieces("zebra") == [12] and len(simple) == 13
+    assert both.unknown_words("a Zebra ate yaks") == ["ate", "yaks"]
     more, new = both.extended(["gnu", "zebra"])
     assert new == ("gnu",) and more.pieces("a gnu zebra") == [5, 14, 12]
 

@@ -40,7 +40,7 @@ from jaxpeft.datasets.folder_formats import SPLITS, Problems, records, split_nam
 
 _DEFAULTS = {"root": None, "annotations": None, "questions": None, "on_error": "raise", "val_fraction": 0.1,
              "test_fraction": 0.1, "seed": 0, "data_dir": None}  # fmt: skip
-_VERSION = "1"  # part of the digest: raise it when parsing or the stored form changes
+_VERSION = "2"  # part of the digest: raise it when parsing or the stored form changes
 
 
 def load(config, splits):

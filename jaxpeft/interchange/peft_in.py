@@ -99,7 +99,7 @@ def _check_fields(config: dict, kind: str, source: str) -> None:
     known = _HARMLESS | _READ[kind]
     if unread := sorted(name for name in config if name not in known and config[name] not in _NEUTRAL):
         said = ", ".join(f"{name}={config[name]!r:.80}" for name in unread)
-        raise ValueError(f"{source}: {said} is not read, and the adapter may compute something else with it")
+        raise ValueError(f"{source}: {said} is not read; it may change what the adapter computes")
     start = config.get("init_lora_weights", True)
     if kind == "LORA" and start not in _KEEPS_BASE:
         raise ValueError(

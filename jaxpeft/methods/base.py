@@ -179,12 +179,15 @@ class Method:
 
 def _takes(kind, value) -> bool:
     """Whether a field that is declared as `kind` takes a value: float a whole number too, no number a bool."""
-    if isinstance(kind, types.UnionType):
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
         return any(_takes(one, value) for one in typing.get_args(kind))
-    kind = typing.get_origin(kind) or kind
+    if origin is typing.Literal:
+        return value in typing.get_args(kind)
+    kind = origin or kind
     if kind in (int, float):
         return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
-    return isinstance(kind, str) or isinstance(value, (tuple, list) if kind is tuple else kind)
+    return not isinstance(kind, type) or isinstance(value, (tuple, list) if kind is tuple else kind)
 
 
 def kaiming(rng, shape, n_in: int):

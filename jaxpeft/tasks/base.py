@@ -26,6 +26,8 @@ class Task(abc.ABC):
     id_key: ClassVar[str] = ""  # of the rows of `cases`: what tells them apart
     # fields that limit a text's tokens, where 0 means as many as the longest text has -> their value where there is no text
     limits: ClassVar[dict[str, int]] = {}
+    of: ClassVar[dict[str, str]] = {}  # limit -> what it cuts, for messages
+    only_written: ClassVar[tuple[str, ...]] = ()  # limits that do not touch training texts
 
     @abc.abstractmethod
     def examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
@@ -46,6 +48,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def lengths(self, split: Split, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
         """Field that limits texts -> how much of it each text of the split takes, prompt and special tokens included."""
+
+    @abc.abstractmethod
+    def least(self, tokenizer: Tokenizer) -> dict[str, int]:
+        """Limit -> its smallest sensible value, with which one token of a text is left."""
 
     @abc.abstractmethod
     def truths(self, row: dict) -> list[str]:
@@ -86,17 +92,18 @@ class Task(abc.ABC):
         nll_BAT = losses.token_nll(model.apply(variables, batch), batch["targets"]) * scored_BAT
         return nll_BAT.sum(axis=(1, 2)), scored_BAT.sum(axis=(1, 2))
 
-    def limited(self, lengths: Iterable[dict[str, np.ndarray]], positions: int) -> "Task":
+    def limited(self, lengths: Iterable[dict[str, np.ndarray]], positions: int, tokenizer: Tokenizer) -> "Task":
         """The task with every limit that is 0 set to what the longest text takes, at most the model's `positions`.
 
-        Raises ValueError for a limit that is above them.
+        Raises ValueError for a limit above them, or one that leaves nothing of a text.
         """
-        lengths, chosen = list(lengths), {}
+        lengths, chosen, least = list(lengths), {}, self.least(tokenizer)
         for field, default in self.limits.items():
             asked = getattr(self, field)
-            if not 0 <= asked <= positions:
+            if asked and not least[field] <= asked <= positions:
                 raise ValueError(
-                    f"task_options.{field} is {asked}; the base reads 0 to {positions} tokens (0: as many as the longest text)"
+                    f"task_options.{field} is {asked}; with this base and prompt it must be {least[field]} to {positions}, or "
+                    f"0 for as many tokens as the longest text has"
                 )
             longest = max((int(one[field].max()) for one in lengths if one[field].size), default=default)
             chosen[field] = asked or min(longest, positions)
@@ -113,18 +120,19 @@ class Task(abc.ABC):
 
     def writable(self, text: str, tokenizer: Tokenizer) -> str:
         """What comes out where the decoder writes `text` as well as this vocabulary and `length` let it."""
-        room = getattr(self, "length", 0) - len(self.prompt_ids(tokenizer))
-        return tokenizer.decode(tokenizer.pieces(text)[: room if room > 0 else None])
+        length = getattr(self, "length", 0)
+        room = max(0, length - len(self.prompt_ids(tokenizer))) if length else None
+        return tokenizer.decode(tokenizer.pieces(text)[:room])
 
     def reachable(self, text: str, tokenizer: Tokenizer) -> bool:
         """Whether the decoder can write `text` so that the score takes it for `text`."""
         return self.form(self.writable(text, tokenizer)) == self.form(text) != ""
 
     def perfect_writer(self, rows: list[dict], tokenizer: Tokenizer) -> dict:
-        """The score of writing a right text for every case as well as the vocabulary lets one: the ceiling of this base.
+        """The score of the best right text of every case as this vocabulary writes it: what the base can be expected to reach.
 
-        With 'truths' and 'out_of_reach', the number of right texts and of those that cannot be written; where there are
-        some, 'unhindered' (the main metric of the right texts as they are) and 'examples', pairs of both.
+        With 'unhindered' (the main metric of the right texts as they are), 'truths' and 'out_of_reach' (the number of right
+        texts, and of those that cannot be written), and 'examples' of these, pairs of the text and what is written.
         """
         groups = [list(dict.fromkeys(self.truths(row))) for row in rows]
         written = {text: self.writable(text, tokenizer) for group in groups for text in group}
@@ -140,12 +148,9 @@ class Task(abc.ABC):
 
         lost = [text for group in groups for text in group if self.form(written[text]) != self.form(text)]
         found = self.score(rows, best(written.__getitem__))
+        found["unhindered"] = self.score(rows, best(str))[self.main_metric]
         found |= {"truths": sum(map(len, groups)), "out_of_reach": len(lost)}
-        if lost:
-            common = [text for text, _ in collections.Counter(lost).most_common(3)]
-            found["unhindered"] = self.score(rows, best(str))[self.main_metric]
-            found["examples"] = [[text, written[text]] for text in common]
-        return found
+        return found | {"examples": [[text, written[text]] for text, _ in collections.Counter(lost).most_common(3)]}
 
 
 def check_ids(cases: Examples, key: str, name: str) -> None:

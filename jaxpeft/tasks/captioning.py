@@ -32,6 +32,8 @@ class Captioning(Task):
     main_metric: ClassVar[str] = "cider_d"
     id_key: ClassVar[str] = "image_id"
     limits: ClassVar[dict[str, int]] = {"max_tokens": 40, "length": 40}
+    of: ClassVar[dict[str, str]] = {"max_tokens": "captions", "length": "captions", "max_words": "captions"}
+    only_written: ClassVar[tuple[str, ...]] = ("length",)
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
@@ -56,6 +58,9 @@ class Captioning(Task):
         n_tokens = np.array([around + len(tokenizer.pieces(self.clean(text))) for text in captions], np.int64)
         n_words = np.array([len(clean_caption(text, 10**6).split()) for text in captions], np.int64)
         return {"max_tokens": n_tokens, "length": n_tokens, "max_words": n_words}
+
+    def least(self, tokenizer: Tokenizer) -> dict[str, int]:
+        return dict.fromkeys(self.limits, len(self.prompt_ids(tokenizer)) + 1)
 
     def examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
         prompt = self.prompt_ids(tokenizer)

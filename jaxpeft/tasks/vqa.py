@@ -38,6 +38,7 @@ class Vqa(Task):
     main_metric: ClassVar[str] = "accuracy"
     id_key: ClassVar[str] = "question_id"
     limits: ClassVar[dict[str, int]] = {"max_question": 35, "length": 10}
+    of: ClassVar[dict[str, str]] = {"max_question": "questions", "length": "answers", "max_answers": "lists of answers"}
 
     def prompt_ids(self, tokenizer: Tokenizer) -> list[int]:
         """[DEC] alone."""
@@ -55,6 +56,13 @@ class Vqa(Task):
         different = [len(set(q["answers"])) for q in asked]
         found = {"max_question": questions, "length": answers, "max_answers": different}
         return {field: np.array(n, np.int64) for field, n in found.items()}
+
+    def least(self, tokenizer: Tokenizer) -> dict[str, int]:
+        return {"max_question": 3, "length": len(self.prompt_ids(tokenizer)) + 1}
+
+    def writable(self, text: str, tokenizer: Tokenizer) -> str:
+        """Ranked answers come as the list has them; of 'basic' the list holds what can be written."""
+        return text if self.inference == "rank" and self.variant != "basic" else super().writable(text, tokenizer)
 
     def truths(self, row: dict) -> list[str]:
         """The most frequent first."""

@@ -218,18 +218,66 @@ def test_a_directory_is_there_whole_or_not_at_all(tmp_path, fault):
     with pytest.raises(OSError, match="No space"):
         write("second", fail=True)
     assert holds("first")
-    os.rename(out, tmp_path / ".out.jaxpeft-old-1")  # killed between the two renames
-    (tmp_path / ".out.jaxpeft-new-1").mkdir()
+    os.rename(out, tmp_path / ".out.jaxpeft-old-9999999")  # killed between the two renames
+    (tmp_path / ".out.jaxpeft-new-9999999").mkdir()
     with pytest.raises(OSError, match="No space"):
         write("third", fail=True)
     assert holds("first")
     (tmp_path / ".out.mine").mkdir()  # somebody else's
     write("fourth")
     assert holds("fourth") and sorted(path.name for path in tmp_path.iterdir()) == [".out.mine", "out"]
+    alive = tmp_path / f".out.jaxpeft-new-{os.getppid()}"
+    alive.mkdir()  # of a process that lives: it is writing now
+    write("fifth")
+    assert alive.exists() and holds("fifth")
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds other files \(notes.txt\)"):
-        write("fifth")
+        write("sixth")
     fault.tried("the old one or the new one, whole; leftovers are cleared, other files are not touched")
+
+
+def test_a_mounted_directory_is_written_into(tmp_path, fault):
+    """An export into a mount point, which cannot be renamed."""
+    out = tmp_path / "out"
+    out.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", out], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        for text in ("first", "second"):
+            with results.whole_directory(out, ("a",)) as new:
+                (new / "a").write_text(text)
+            assert [path.name for path in out.iterdir()] == ["a"] and (out / "a").read_text() == text
+    finally:
+        subprocess.run(["umount", "-l", out], check=True)
+    fault.tried("each file replaces the old one")
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (OSError(errno.ENOSPC, "x", "a.bin"), 75, "No space left on device (a.bin): free some space"),
+        (
+            ValueError("RESOURCE_EXHAUSTED: No space left on device [28]"),
+            75,
+            "No space left on device [28] (No space left",
+        ),
+        (ValueError("rank is 0"), 1, "rank is 0"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_of_the_machine_are_told_from_others(error, code, said):
+    assert stop.exit_code(error) == code and said in stop.message(error)
+
+
+def test_an_error_that_took_the_place_of_one_of_the_machine_is_the_users():
+    """`raise ... from None` says that what came before does not matter."""
+    try:
+        try:
+            raise OSError(errno.EMFILE, "too many")
+        except OSError:
+            raise ValueError("bad config") from None
+    except ValueError as error:
+        assert stop.exit_code(error) == 1 and stop.message(error) == "bad config"
 
 
 def test_changed_data(base, tmp_path, fault):

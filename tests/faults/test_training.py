@@ -364,7 +364,7 @@ def test_full_disk(small_disk, whole, fault):
     after = toy.fit(workdir, log=said.append, change=fill)
     np.testing.assert_array_equal(after, whole[0])
     (line,) = [line for line in said if "could not be written" in line]
-    assert line == "checkpoint 8 could not be written (No space left on device); step 4 is kept, training goes on"
+    assert line == "checkpoint 8 could not be written (No space left on device); step 4 is kept"
     step, _ = same_end(workdir, whole, fault)
     assert step == 12
     fault.tried("training goes on, 'checkpoint 8 could not be written ... step 4 is kept'; step 12 written later")
