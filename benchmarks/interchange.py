@@ -153,7 +153,7 @@ def other_way(name, cls, base_dir, directory, model, params, batch) -> float:
     torch.manual_seed(1)
     tuned = peft.get_peft_model(plain, config).eval()
     for parameter_name, parameter in tuned.named_parameters():
-        if parameter.requires_grad and ".cls." not in parameter_name:
+        if parameter.requires_grad and "modules_to_save" not in parameter_name:
             parameter.data += 0.1 * torch.randn_like(parameter)
     tuned.save_pretrained(directory.with_name("theirs"))
     back, _ = jp.import_peft(model, params, directory.with_name("theirs"))
