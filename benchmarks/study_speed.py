@@ -102,12 +102,12 @@ def lanes(config, workdir: Path) -> None:
             state, _ = step(state, frozen, features["train"], next(batches))
         for i, run in enumerate(runs):
             versions = {"tuned": tree.join(jax.tree.map(lambda x, i=i: x[i], state.tuned), frozen)}
-            metrics = {
-                name: point.evaluate(
-                    c, model, task, versions, split, splits[name], pictures[name], features[name], lambda _, x: x
-                )[0]
-                for name in c.eval.splits
-            }
+            metrics = {}
+            for name in c.eval.splits:
+                cases = task.cases(splits[name], model.tokenizer)
+                looked_at = (splits[name], cases, pictures[name], features[name])
+                metrics[name], _ = point.evaluate(c, model, task, versions, *looked_at, lambda _, x: x)
+                metrics[name] |= point.yardstick(task, split, name, cases, model.tokenizer, lambda *_: None)
             rows.append({"id": run.id, "metrics": metrics})
     results.write_jsonl(workdir / "results.jsonl", rows)
 
