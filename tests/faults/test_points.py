@@ -175,7 +175,8 @@ def test_what_an_older_version_left_half_written(base, tmp_path, fault):
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / ".tuned.safetensors").write_bytes(b"half")
     fault.timed(point.run, config_of(base), tmp_path, quiet)
-    point.load_run(tmp_path)
+    assert {path.name for path in (tmp_path / "tuned").iterdir()} == {"tuned.safetensors", "manifest.json"}
+    point.load_run(tmp_path)  # every leaf is compared with its digest
     fault.tried("replaced")
 
 
