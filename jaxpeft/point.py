@@ -325,8 +325,8 @@ def with_limits(task: tasks.Task, model, chosen, splits: dict[str, datasets.Spli
         for limit, one in cuts.items():
             if one["cut"] and not (name == "train" and limit in task.only_written):
                 log(
-                    f"warning: {name}: {one['cut']:,} of {one['of']:,} {task.of[limit]} are longer than task_options.{limit}="
-                    f"{one['limit']} and are cut; the longest has {one['longest']:,}"
+                    f"warning: {name}: {one['cut']:,} of {one['of']:,} {task.limited_texts[limit]} are longer than "
+                    f"task_options.{limit}={one['limit']} and are cut; the longest has {one['longest']:,}"
                 )
     long, usual = max(
         (
@@ -348,7 +348,9 @@ def yardstick(task: tasks.Task, train, name: str, cases: data.Examples, tokenize
     """{'blind', 'perfect_writer'} of a split, said before training: what needs no picture scores, and what this vocabulary
     lets one score at most. {'blind': {}} where there are no answers to score with. Raises ValueError for ids that repeat."""
     if not len(cases):
-        raise ValueError(f"split {name!r} has nothing to score: no {' and no '.join(sorted(set(task.of.values())))}")
+        raise ValueError(
+            f"split {name!r} has nothing to score: no {' and no '.join(sorted(set(task.limited_texts.values())))}"
+        )
     tasks.check_ids(cases, task.id_key, name)
     if not scored(cases):
         return {"blind": {}}

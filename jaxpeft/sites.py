@@ -357,8 +357,8 @@ def merge_at(table: Iterable[Site], model: nn.Module, variables: Tree) -> Tree:
             if site.path in tied:
                 advice = "; tune with head='transform' to merge" if isinstance(bound.method, Head) else ""
                 raise ValueError(
-                    f"{bound.method.name}: the plain model has one matrix for {site.path} and {tied[site.path]}, and the "
-                    f"tuned one is untied from the word embedding, so it cannot be merged{advice}"
+                    f"{bound.method.name}: {site.path} and {tied[site.path]} are one matrix in the plain model, so what was "
+                    f"tuned for the first alone cannot be merged{advice}"
                 )
         inner = [bound for bound in bounds if not bound.method.on_input(site)]
         outer = [bound for bound in bounds if bound.method.on_input(site)]

@@ -161,9 +161,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _pieces(self):
-        return functools.lru_cache(maxsize=1 << 17)(
-            self._tokenized
-        )  # questions repeat, and every text is asked for twice
+        # questions repeat, and every text is asked for twice
+        return functools.lru_cache(maxsize=1 << 17)(self._tokenized)
 
     def _tokenized(self, text: str) -> list[int]:
         with _library_errors(f"the text {text!r:.80} cannot be tokenised"):

@@ -204,7 +204,7 @@ def test_an_adapter_is_exported_with_its_card(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "method, reason", [(jp.Prefix(length=2), "cannot be merged"), (Head(matrix="untied"), "untied from the word")]
+    "method, reason", [(jp.Prefix(length=2), "cannot be merged"), (Head(matrix="untied"), "are one matrix in")]
 )
 def test_what_is_not_exact_is_refused_before_anything_is_written(tmp_path, method, reason):
     with pytest.raises(ValueError, match=reason):

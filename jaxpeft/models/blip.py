@@ -71,9 +71,7 @@ class BlipConfig:
     bos_id: int = 30522  # [DEC], the first token of what the decoder writes
     enc_id: int = 30523  # [ENC], the first token of a question
     question_encoder: bool = False
-    untied_head: bool = (
-        False  # the vocabulary matrix is a leaf of its own, as transformers 4.40 made it when tuned whole
-    )
+    untied_head: bool = False  # a vocabulary matrix of its own, as BLIPs have that transformers 4.40 tuned whole
     image_mean: tuple = tuple(images.MEAN_C.tolist())  # per channel of pixels in [0, 1]: CLIP's, which BLIP keeps
     image_std: tuple = tuple(images.STD_C.tolist())
     image_resample: int = images.BICUBIC  # Pillow's number of the filter that makes pictures square

@@ -26,7 +26,7 @@ class Task(abc.ABC):
     id_key: ClassVar[str] = ""  # of the rows of `cases`: what tells them apart
     # fields that limit a text's tokens, where 0 means as many as the longest text has -> their value where there is no text
     limits: ClassVar[dict[str, int]] = {}
-    of: ClassVar[dict[str, str]] = {}  # limit -> what it cuts, for messages
+    limited_texts: ClassVar[dict[str, str]] = {}  # limit -> what it cuts, for messages
     only_written: ClassVar[tuple[str, ...]] = ()  # limits that do not touch training texts
 
     @abc.abstractmethod

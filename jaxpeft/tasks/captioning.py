@@ -32,7 +32,7 @@ class Captioning(Task):
     main_metric: ClassVar[str] = "cider_d"
     id_key: ClassVar[str] = "image_id"
     limits: ClassVar[dict[str, int]] = {"max_tokens": 40, "length": 40}
-    of: ClassVar[dict[str, str]] = {"max_tokens": "captions", "length": "captions", "max_words": "captions"}
+    limited_texts: ClassVar[dict[str, str]] = {"max_tokens": "captions", "length": "captions", "max_words": "captions"}
     only_written: ClassVar[tuple[str, ...]] = ("length",)
 
     def __post_init__(self):

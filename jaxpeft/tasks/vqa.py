@@ -38,7 +38,11 @@ class Vqa(Task):
     main_metric: ClassVar[str] = "accuracy"
     id_key: ClassVar[str] = "question_id"
     limits: ClassVar[dict[str, int]] = {"max_question": 35, "length": 10}
-    of: ClassVar[dict[str, str]] = {"max_question": "questions", "length": "answers", "max_answers": "lists of answers"}
+    limited_texts: ClassVar[dict[str, str]] = {
+        "max_question": "questions",
+        "length": "answers",
+        "max_answers": "lists of answers",
+    }
 
     def prompt_ids(self, tokenizer: Tokenizer) -> list[int]:
         """[DEC] alone."""
