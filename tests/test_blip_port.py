@@ -399,9 +399,10 @@ def test_words_are_added_to_an_untied_head_too():
     np.testing.assert_allclose(wider.apply({"params": more}, tiny.batch())[..., :-1], before, atol=1e-6)
 
 
-def test_a_small_vocabulary_needs_only_the_special_tokens_it_uses(copy):
+@pytest.mark.parametrize("said", [None, 30523])
+def test_a_small_vocabulary_needs_only_the_special_tokens_it_uses(copy, said):
     """transformers has no key for [ENC]; its class default is outside a small vocabulary, and captioning never reads it."""
-    directory = copy(CAPTION, {"text_config.enc_token_id": None, "text_config.cls_token_id": None})
+    directory = copy(CAPTION, {"text_config.enc_token_id": said, "text_config.cls_token_id": None})
     config, _, _ = blip_port.read_directory(directory)
     assert config.enc_id == 30523 and not config.question_encoder
     with pytest.raises(ValueError, match="text_config.enc_token_id 30523 is outside the vocabulary of 97"):
