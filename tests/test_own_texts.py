@@ -157,7 +157,7 @@ def test_a_run_of_version_0_1_is_loaded_with_the_limits_it_had(root, base, tmp_p
     assert len(evals.generate(model, variables, [np.zeros((9, 9, 3), np.uint8)], "what is this", task=task)) == 1
 
 
-TEXTS = ["a", "word " * 80, "from $5 \\frac{ to $6", "\u4e00\u53ea\u732b \U0001f600 \u0939\u093f", "x" * 300]
+TEXTS = ["a", "word " * 2000, "from $5 \\frac{ to $6", "\u4e00\u53ea\u732b \U0001f600 \u0939\u093f", "x" * 300]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
