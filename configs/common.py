@@ -76,7 +76,8 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.mesh = ml_collections.ConfigDict({"data": 0, "fsdp": 1, "tensor": 1})  # devices; data 0: what the others leave
     c.batch_size = 32
     c.accumulate = 1  # microbatches per step
-    c.steps = 1200
+    c.steps = 1200  # 0: as many as `epochs` passes over the training examples take, at least 100
+    c.epochs = 0.0
     c.optim = ml_collections.ConfigDict()
     c.optim.lr = 3e-3
     c.optim.schedule = "cosine"
@@ -91,9 +92,10 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.stop = ml_collections.ConfigDict()  # schedule 'plateau': optim.cooldown follows when validation stops improving
     c.stop.split = "val"
     c.stop.examples = 512  # of that split, in each validation
-    c.stop.every = 100  # steps between validations
+    c.stop.every = 100  # steps between validations; 0: as many as make 40 validations in all
     c.stop.patience = 3  # validations without progress
     c.stop.min_gain = 0.005  # share of the loss that counts as progress
+    c.stop.images_must_matter = False  # keep step 0 where the best step likes its texts as much beside other pictures
 
     c.log_every = 20
     c.checkpoint_every = 500
@@ -105,6 +107,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.eval.batch_size = 128
     c.eval.beams = 1
     c.eval.base = True  # score the frozen base too
+    c.eval.text_only = False  # and what was tuned beside grey pictures
     c.eval.gallery = True
     c.eval.forgetting = False  # scenes: how much likelier or not web captions of test pictures became
     return c

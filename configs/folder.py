@@ -40,7 +40,10 @@ def get_config(arg=""):
     files = common.annotations(a)
     c = common.folder(common.get_config(a.task, a.method, a.size, a.head), a.root)
     c.base, c.seed, c.data.annotations = a.base, a.seed, files
-    c.steps = a.steps or 1000
+    # as long as validation falls, at most 30 epochs; the best step is kept, or step 0 where nothing was learned from pictures
+    c.steps, c.epochs, c.optim.schedule = a.steps, 30.0, "plateau"
+    c.stop.every, c.stop.patience, c.stop.images_must_matter = 0, 5, True
+    c.eval.text_only = True
     c.optim.lr = {"full": 1e-5 if a.base != "tiny" else 5e-4}.get(a.method, 1e-3)
     c.batch_size = 32 if a.base == "tiny" else 8
     c.eval.batch_size = c.batch_size

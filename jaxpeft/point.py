@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 import time
 from pathlib import Path
@@ -27,6 +28,9 @@ from jaxpeft.train import JOURNAL, fit, train_step
 from jaxpeft.tree import Tree
 
 MOST_RESULT = 1 << 30  # bytes of a result.json
+LEAST_STEPS = 100  # where epochs decide: a few pictures are seen often, and the best step is kept
+VALIDATIONS = 40  # where stop.every is 0
+FEW = 100  # pictures of a test split, below which its scores are said to be uncertain
 
 
 def run(
@@ -125,6 +129,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
         return feature_tables.with_questions(model, variables, split, examples, features[name], features_in, limit, log)
 
     examples = prepare("train", examples)
+    plan = scheduled(config, len(examples))
 
     # training
     first = sharding.is_first()
@@ -146,9 +151,14 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
 
     validate = None
     if until_plateau:
-        validate = validation(config, model, task, held_out, pictures, features, frozen, prepare)
+        sample = validation_sample(config, task, model, held_out, pictures)
+        validate = validation(config, model, task, sample, features, frozen, prepare)
+        log(
+            f"at most {plan.steps:,} steps of {plan.batch_size} of {len(examples):,} training examples; validation on "
+            f"{len(sample):,} examples of {plan.stop.split} every {plan.stop.every} steps, the best step is kept"
+        )
     state, timing = fit(
-        config,
+        plan,
         workdir,
         step,
         tuned,
@@ -164,7 +174,18 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
 
     # evaluation
     started = time.perf_counter()
-    versions = {"tuned": tree.join(state.tuned, frozen)}
+    best, validated = state.tuned, None
+    if until_plateau:
+        worth = evals.worth_of_images(
+            model, tree.join(best, frozen), task, sample, features=features[config.stop.split],
+            batch_size=config.eval.batch_size,
+        )  # fmt: skip
+        validated = results.validation(workdir, config.stop.split, timing, worth)
+        if why := why_step_0(config, validated):
+            best = tuned
+            validated |= {"kept_step": 0, "kept": validated["first"]}
+            log(f"step 0, the base before tuning, is kept: {why}")
+    versions = {"tuned": tree.join(best, frozen)}
     if config.eval.base:
         versions = {"base": base} | versions
     metrics, rows = {}, []
@@ -173,7 +194,13 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
         metrics[name], more = evaluate(
             config, model, task, versions, split, cases[name], pictures[name], features[name], prepare, candidates
         )
-        metrics[name] |= yardsticks[name]
+        blind, guess = yardsticks[name]
+        metrics[name] |= blind
+        if guess is not None:
+            for row, text, value in zip(more, guess, task.each(cases[name].rows, guess), strict=True):
+                row["blind"], row[f"blind_{task.main_metric}"] = text, round(float(value), 6)
+            others = [one for one in ("blind", "text_only", "base") if one in more[0]]
+            metrics[name]["intervals"] = evals.intervals(more, task.main_metric, "tuned", others)
         rows += more
         upload = task.upload(more, [row["tuned"] for row in more])
         if upload is not None and first:
@@ -197,6 +224,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
         "counts": counts,
         "main_metric": task.main_metric,
         "metrics": metrics,
+        "validation": validated,
         "forgetting": forgot,
         "timing": timing,
         "memory": results.memory(),
@@ -209,7 +237,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
         "versions": results.versions(),
         "status": "done",
     } | ({"command": command} if command else {})
-    whole = tree.join(jax.tree.map(tree.fetch, state.tuned), tree.split(originals, mask)[1])
+    whole = tree.join(jax.tree.map(tree.fetch, best), tree.split(originals, mask)[1])
     if not first:
         return result
     results.write_jsonl(workdir / "predictions.jsonl", rows)
@@ -344,18 +372,19 @@ def with_limits(task: tasks.Task, model, chosen, splits: dict[str, datasets.Spli
     return task, texts
 
 
-def yardstick(task: tasks.Task, train, name: str, cases: data.Examples, tokenizer, log) -> dict:
-    """{'blind', 'perfect_writer'} of a split, said before training: what needs no picture scores, and what this vocabulary
-    lets one score at most. {'blind': {}} where there are no answers to score with. Raises ValueError for ids that repeat."""
+def yardstick(task: tasks.Task, train, name: str, cases: data.Examples, tokenizer, log) -> tuple[dict, list[str] | None]:
+    """({'blind', 'perfect_writer'}, the best blind guess per case) of a split, said before training: what needs no picture
+    scores, and what this vocabulary lets one score at most. ({'blind': {}}, None) where there are no answers to score with.
+    Raises ValueError for ids that repeat."""
     if not len(cases):
         raise ValueError(
             f"split {name!r} has nothing to score: no {' and no '.join(sorted(set(task.limited_texts.values())))}"
         )
     tasks.check_ids(cases, task.id_key, name)
     if not scored(cases):
-        return {"blind": {}}
-    blind, writer = task.blind(train, cases.rows), task.perfect_writer(cases.rows, tokenizer)
-    metric = task.main_metric
+        return {"blind": {}}, None
+    guesses, writer = task.guesses(train, cases.rows), task.perfect_writer(cases.rows, tokenizer)
+    blind, metric = {label: task.score(cases.rows, texts) for label, texts in guesses.items()}, task.main_metric
     best = max(blind, key=lambda label: blind[label][metric])
     log(
         f"{name}, {metric}: {results.LABELS.get(best, best)} {blind[best][metric]:.3f}; perfect writer {writer[metric]:.3f} "
@@ -367,7 +396,24 @@ def yardstick(task: tasks.Task, train, name: str, cases: data.Examples, tokenize
             f"warning: {name}: the right texts as this base can write them score {writer[metric]:.3f} {metric}, as they are "
             f"{writer['unhindered']:.3f}: its vocabulary or task_options.length loses part of them{shown}"
         )
-    return {"blind": blind, "perfect_writer": writer}
+    n = len({row["image_id"] for row in cases.rows})
+    if n < FEW:
+        log(
+            f"warning: {name} has {n} pictures, too few to tell small differences: look at the intervals in the table (with an "
+            f"accuracy of 50 %, +-{100 * 1.96 * 0.5 / math.sqrt(n):.0f} points), or set more aside: data.test_fraction"
+        )
+    return {"blind": blind, "perfect_writer": writer}, guesses[best]
+
+
+def scheduled(config, n_examples: int) -> ml_collections.ConfigDict:
+    """The config with numbers where they follow from the data: `steps` from `epochs`, `stop.every` from the steps."""
+    c = config.copy_and_resolve_references()
+    if not c.steps:
+        if not c.get("epochs", 0) > 0:
+            raise ValueError(f"steps is 0 and epochs is {c.get('epochs', 0)}; one of the two must be above 0")
+        c.steps = max(LEAST_STEPS, math.ceil(c.epochs * n_examples / c.batch_size))
+    c.stop.every = c.stop.every or max(1, round(c.steps / VALIDATIONS))
+    return c
 
 
 def scored(cases: data.Examples) -> bool:
@@ -468,23 +514,28 @@ def evaluate(
 
     A split whose cases have no answers, as a test set for a server, is predicted and not scored.
     """
+    blank = dataclasses.replace(cases, arrays=cases.arrays | {"image_index": np.zeros(len(cases), np.int32)})
     cases = prepare(split.name, dataclasses.replace(cases, images=pictures))
     known = scored(cases)
     scores = {"n": len(cases), "scored": known}
+    options = {"features": features, "batch_size": config.eval.batch_size}
     if known:
         examples = prepare(split.name, dataclasses.replace(task.examples(split, model.tokenizer), images=pictures))
     rows = [{"split": split.name, **row} for row in cases.rows]
-    for label, variables in versions.items():
-        options = {"features": features, "batch_size": config.eval.batch_size}
+    looks = [(label, variables, cases, options) for label, variables in versions.items()]
+    if config.eval.get("text_only", False) and known:
+        grey = {"features": _grey(model, versions["tuned"]), "batch_size": config.eval.batch_size}
+        looks.insert(-1, ("text_only", versions["tuned"], blank, grey))
+    for label, variables, shown, options in looks:
         written = evals.predict(
-            model, variables, task, cases, beams=config.eval.beams, candidates=candidates, **options
+            model, variables, task, shown, beams=config.eval.beams, candidates=candidates, **options
         )
         if not known:
             for row, one in zip(rows, written, strict=True):
                 row[label], row[f"{label}_score"] = one["text"], round(one["score"], 4)
             continue
         scores[label] = task.score(cases.rows, [one["text"] for one in written])
-        if not (config.optim.schedule == "plateau" and split.name == config.stop.split):  # measured in training
+        if label != "text_only" and not (config.optim.schedule == "plateau" and split.name == config.stop.split):  # measured in training
             scores[label]["nll"] = evals.nll(model, variables, task, examples, **options)
         each = task.each(cases.rows, [one["text"] for one in written])
         for row, one, value in zip(rows, written, each, strict=True):
@@ -493,15 +544,43 @@ def evaluate(
     return scores, rows
 
 
-def validation(config, model, task, held_out, pictures, features, frozen, prepare):
-    """tuned -> nats per token of at most config.stop.examples references of config.stop.split, spread over it."""
-    split = config.stop.split
-    examples = task.examples(held_out[split], model.tokenizer)
+def _grey(model, variables) -> jax.Array:
+    """Image tokens of one picture of the mean colour, on every device that `variables` are on."""
+    size = model.config.image_size
+    picture_1YXC = np.broadcast_to(np.float32(model.config.image_mean) * 255, (1, size, size, 3)).astype(np.uint8)
+    tokens_1PD = evals.image_features(model, variables, picture_1YXC, batch_size=1)
+    on = sharding.mesh_of(variables)
+    return jnp.asarray(tokens_1PD) if on is None else sharding.replicate(tokens_1PD, on)
+
+
+def validation_sample(config, task, model, held_out, pictures) -> data.Examples:
+    """At most config.stop.examples examples of config.stop.split, spread over it."""
+    examples = task.examples(held_out[config.stop.split], model.tokenizer)
     some = np.unique(np.linspace(0, len(examples) - 1, min(config.stop.examples, len(examples))).astype(int))
     arrays = {name: array[some] for name, array in examples.arrays.items()}
-    examples = prepare(split, dataclasses.replace(examples, arrays=arrays, images=pictures[split]))
-    options = {"features": features[split], "batch_size": config.eval.batch_size}
+    return dataclasses.replace(examples, arrays=arrays, images=pictures[config.stop.split])
+
+
+def validation(config, model, task, sample, features, frozen, prepare):
+    """tuned -> nats per token of the references of `sample`."""
+    examples = prepare(config.stop.split, sample)
+    options = {"features": features[config.stop.split], "batch_size": config.eval.batch_size}
     return lambda tuned: evals.nll(model, tree.join(tuned, frozen), task, examples, **options)
+
+
+def why_step_0(config, validated: dict) -> str:
+    """Why what was tuned is of no use, and the base as it was is kept; '' where it is of use or that cannot be told."""
+    worth, step = validated["images"], validated["kept_step"]
+    if step == 0:
+        return "validation never fell below its loss; a lower optim.lr may help, or these texts need no tuning"
+    if not config.stop.get("images_must_matter", False) or worth is None or worth["least"] > 0:
+        return ""
+    return (
+        f"at the best step, {step}, validation texts are as likely beside other pictures as beside their own ("
+        f"{worth['gain']:+.3f} nats a text, lower bound {worth['least']:+.3f}, {worth['n']} pictures), so what was learned are "
+        f"the texts and not what the pictures show. Do texts and pictures belong together? "
+        f"--config.stop.images_must_matter=False --accept_changes keeps step {step} all the same"
+    )
 
 
 def forgetting(config, model, base: Tree, tuned: Tree, features) -> dict:

@@ -106,7 +106,7 @@ def step_in_shapes(c, model, batch_size: int | None = None, n_pictures: int | No
     batch = data.gather(examples, np.zeros(1, np.int64))
     batch = {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     tuned, frozen = tree.split(variables, mask)
-    tx = optim.optimizer(c.optim, tuned, c.steps)
+    tx = optim.optimizer(c.optim, tuned, point.scheduled(c, len(examples)).steps)
     best = c.optim.schedule == "plateau"
     state = jax.eval_shape(functools.partial(train.start, tx=tx, seed=0, best=best), tuned)
     shape = (n_all if n_pictures is None else n_pictures, 1 + model.config.n_patches, model.config.vision_width)

@@ -122,7 +122,8 @@ class Metrics:
         if jax.process_index() > 0:
             return
         if self._path.exists():  # a killed run may have logged steps that it never saved: they will be logged again
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start]
+            lines = self._path.read_text().splitlines() if start else []
+            kept = [line for line in lines if _step_of(line) <= start]
             write_text(self._path, "".join(line + "\n" for line in kept))
             self._size = self._path.stat().st_size
         try:
@@ -192,6 +193,49 @@ def memory() -> dict:
     return {"host_peak_bytes": peak, "device_peak_bytes": device.get("peak_bytes_in_use")}
 
 
+def validation(workdir: Path, split: str, timing: dict, worth: dict | None) -> dict:
+    """What validation said of a run: the loss at the first, the kept and the last step, as metrics.jsonl has it.
+
+    `timing` is that of `train.fit`, `worth` what `evals.worth_of_images` found at the kept step.
+    """
+    rows = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
+    curve = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+    (_, first), (last_step, last) = (curve[0], curve[-1]) if curve else ((0, None), (timing["steps"], None))
+    said = {"split": split, "first": first, "kept_step": timing["kept_step"], "kept": timing["validation_loss"]}
+    return said | {"last_step": last_step, "last": last, "stopped": timing["stopped"], "images": worth}
+
+
+def _validation(said: dict) -> list[str]:
+    """The lines of `table` about validation."""
+    if said["first"] is None:
+        return []
+    ended = "stopped early" if said["stopped"] == "plateau" else "all steps were done"
+    lines = [
+        f"{said['split']}: nll {said['first']:.3f} at step 0, {said['kept']:.3f} at step {said['kept_step']:,} (kept), "
+        f"{said['last']:.3f} at step {said['last_step']:,}, the last: {ended}"
+    ]
+    if worth := said["images"]:
+        lines.append(
+            f"{said['split']}: a text is {worth['gain']:.3f} nats likelier beside its own picture than beside another (at least "
+            f"{worth['least']:.3f}, {worth['n']} pictures)"
+        )
+    return lines
+
+
+def _differences(split: str, scores: dict, metric: str) -> str:
+    """The line of `table` about intervals."""
+    known = scores["intervals"]
+    blind = max(scores["blind"], key=lambda label: scores["blind"][label][metric])
+    names = {"blind": LABELS.get(blind, blind), "text_only": LABELS["text_only"], "base": LABELS["base"]}
+    value, low, high = known["tuned"]
+    parts = [f"tuned {value:.3f} [{low:.3f}, {high:.3f}]"]
+    for other, name in names.items():
+        if found := known.get(f"tuned - {other}"):
+            value, low, high = found
+            parts.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}] over {name}")
+    return f"{split}, {metric}, 95 % intervals over pictures: " + "; ".join(parts)
+
+
 def table(result: dict) -> str:
     """The closing table of a run: blind baselines, the frozen base and the tuned model, on each evaluated split."""
     name, counts, timing = result["main_metric"], result["counts"], result["timing"]
@@ -205,7 +249,7 @@ def table(result: dict) -> str:
             continue
         rows = [(label, score) for label, score in scores["blind"].items()]
         rows += [("perfect_writer", scores["perfect_writer"])] if "perfect_writer" in scores else []
-        rows += [(label, scores[label]) for label in ("base", "tuned") if label in scores]
+        rows += [(label, scores[label]) for label in ("base", "text_only", "tuned") if label in scores]
         kinds = sorted({kind for _, score in rows for kind in score.get("by_type", {})})
         kinds = [] if kinds == [""] else kinds  # questions without types
         header = [
@@ -219,7 +263,11 @@ def table(result: dict) -> str:
             cells = [f"{score[name]:.3f}", *(f"{score['by_type'][kind]['accuracy']:.3f}" for kind in kinds)]
             cells += [f"{score['nll']:.3f}" if "nll" in score else "-"] if header[-1] == "nll" else []
             body.append([LABELS.get(label, label), *cells])
-        lines += [f"{split} (n = {scores['n']})", *_aligned([header, *body]), ""]
+        lines += [f"{split} (n = {scores['n']})", *_aligned([header, *body])]
+        lines += [_differences(split, scores, name)] if "intervals" in scores else []
+        lines.append("")
+    if result.get("validation"):
+        lines += [*_validation(result["validation"]), ""]
     share = 100 * counts["tuned"] / counts["total"]
     lines.append(
         f"tuned {counts['tuned']:,} of {counts['total']:,} base parameters ({share:.2f} %), stored {counts['stored']:,}"
@@ -235,8 +283,10 @@ LABELS = {
     "majority": "blind: majority",
     "question_only": "blind: question only",
     "constant_caption": "blind: one caption",
+    "best_caption": "blind: best caption",
     "perfect_writer": "perfect writer",
     "base": "frozen base",
+    "text_only": "tuned, no picture",
     "tuned": "tuned",
 }
 

@@ -30,6 +30,7 @@ class Best(NamedTuple):
     """The tuned half with the lowest validation loss so far, for runs that stop when it no longer falls."""
 
     loss: jax.Array
+    step: jax.Array
     tuned: Tree
     mark: jax.Array  # the loss that counts as progress when undercut by stop.min_gain
     since: jax.Array  # validations since then
@@ -107,7 +108,9 @@ def start(tuned: Tree, *, tx, seed: int, best: bool) -> TrainState:
 
     Of copies: outputs that are inputs would be donated to the step, and the caller keeps reading its tuned tree.
     """
-    kept = Best(jnp.float32(jnp.inf), _copy(tuned), jnp.float32(jnp.inf), jnp.int32(0), jnp.bool_(False))
+    kept = Best(
+        jnp.float32(jnp.inf), jnp.int32(0), _copy(tuned), jnp.float32(jnp.inf), jnp.int32(0), jnp.bool_(False)
+    )
     rest = {"seed": jnp.uint32(seed), "best": kept if best else None, "ok": jnp.bool_(True)}
     return TrainState(jnp.int32(0), _copy(tuned), tx.init(tuned), **rest)
 
@@ -133,9 +136,9 @@ def fit(
     of step n are read while step n + 1 runs, so the device never waits for the log.
 
     With `validate(tuned) -> loss` the schedule is 'plateau' and config.steps a cap: when the loss has not fallen by
-    config.stop.min_gain (a share of it) in config.stop.patience validations, one every config.stop.every steps, the
-    rate decays to zero over optim.cooldown of the steps done, and the tuned half with the lowest loss is returned.
-    timing['stopped'] says 'plateau' or 'cap'.
+    config.stop.min_gain (a share of it) in config.stop.patience validations, one before the first step and then one every
+    config.stop.every steps, the rate decays to zero over optim.cooldown of the steps done, and the tuned half with the
+    lowest loss is returned. timing['stopped'] says 'plateau' or 'cap', timing['kept_step'] which step is returned.
 
     What ends training early (a signal, an error, a loss that is not finite) leaves the last good step stored; after a
     SIGKILL at most one step is done again, where the state has no more than config.journal_mb. Raises ValueError where a
@@ -211,7 +214,8 @@ def _chosen(state: TrainState, timing: dict):
     if state.best is None:
         return state, timing
     stopped = "plateau" if state.best.stopped else "cap"
-    timing |= {"steps": int(state.step), "stopped": stopped, "validation_loss": float(state.best.loss)}
+    timing |= {"steps": int(state.step), "stopped": stopped, "kept_step": int(state.best.step)}
+    timing |= {"validation_loss": float(state.best.loss)}
     return state._replace(tuned=state.best.tuned), timing
 
 
@@ -226,8 +230,9 @@ def _validated(config, state: TrainState, loss: float) -> TrainState:
     if best.since >= config.stop.patience and step < s.decay_from:
         s = s._replace(decay_from=step, n_steps=min(step + max(1, round(config.optim.cooldown * step)), s.n_steps))
         best = best._replace(stopped=True)
-    tuned = _copy(state.tuned) if loss < best.loss else state.best.tuned
-    best = best._replace(loss=min(loss, best.loss))
+    tuned = state.best.tuned
+    if loss < best.loss:
+        tuned, best = _copy(state.tuned), best._replace(loss=loss, step=step)
     # same types and places as before: the compiled step takes no others
     old = (state.opt[-1], state.best._replace(tuned=None))
     new = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), (s, best), old)
@@ -248,6 +253,7 @@ class _Loop:
         # (step, metrics, whether a host was asked to stop, state as words or None), dispatched and not yet looked at
         self._pending = []
         self._stored = self._start
+        self._last_validation = {}  # for the bar
 
     def _settle(self, keep: int = 0) -> bool:
         """Wait for pending steps but the newest `keep`, check and log them -> whether all hosts know now that they stop."""
@@ -258,7 +264,7 @@ class _Loop:
             check_finite(step, metrics, self._names)
             if step % self._config.log_every == 0 or step == self._last_step:
                 self._writer.write(step, loss=float(metrics["loss"]), grad_norm=float(metrics["grad_norm"]))
-            self._bar.update(step, loss=float(metrics["loss"]))
+            self._bar.update(step, loss=float(metrics["loss"]), **self._last_validation)
             if words is not None:
                 self._journal.write(step, words)
             stopping |= bool(asked)
@@ -285,6 +291,8 @@ class _Loop:
 
     def _run(self, step_fn, frozen, features, batch, stream, validate) -> collections.deque[float]:
         config, durations, step = self._config, collections.deque(maxlen=1000), self._start
+        if validate is not None and step == 0:
+            self._validate(step, validate)
         last = time.perf_counter()
         while step < self._last_step:
             step += 1
@@ -299,8 +307,7 @@ class _Loop:
             last = time.perf_counter()
             if validated:
                 stopping |= self._settle()
-                self.state = _validated(config, self.state, loss := validate(self.state.tuned))
-                self._writer.write(step, validation_loss=loss)
+                self._validate(step, validate)
                 if self._journal:
                     self._journal.write(step, self._words())
                 self._bar.n_steps = self._last_step = _last_step(config, self.state)
@@ -317,6 +324,12 @@ class _Loop:
                 self._log(f"\nstopped at step {step}, {said}")
                 raise stop.Stopped("stopped", stop.asked() or signal.SIGTERM)
         return durations
+
+    def _validate(self, step: int, validate) -> None:
+        loss = validate(self.state.tuned)
+        self.state = _validated(self._config, self.state, loss)
+        self._writer.write(step, validation_loss=loss)
+        self._last_validation = {"val": loss}
 
     def _rescue(self, error: Exception) -> None:
         """After an error: store the last good state. Not with several hosts, as the others may be in another place."""

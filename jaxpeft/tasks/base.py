@@ -70,8 +70,12 @@ class Task(abc.ABC):
         """The main metric of every case; its mean is the split's."""
 
     @abc.abstractmethod
-    def blind(self, train: Split, rows: list[dict]) -> dict:
-        """Scores of guesses that look at no picture, by name."""
+    def guesses(self, train: Split, rows: list[dict]) -> dict[str, list[str]]:
+        """What may be said of every case without looking at its picture, by the name of the way to guess."""
+
+    def blind(self, train: Split, rows: list[dict]) -> dict[str, dict]:
+        """The scores of `guesses`."""
+        return {name: self.score(rows, texts) for name, texts in self.guesses(train, rows).items()}
 
     def upload(self, rows: list[dict], predictions: list[str]) -> list[dict] | None:
         """What the evaluation server of the task takes, or None where the ids are not numbers, as theirs are."""

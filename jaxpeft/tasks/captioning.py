@@ -4,13 +4,14 @@ The decoder reads [DEC] a picture of <caption> [SEP]; the prompt is given and no
 caption tokens. One training example per reference caption. Scores: CIDEr-D, BLEU-1..4, ROUGE-L over all references.
 """
 
+import collections
 import dataclasses
 from typing import ClassVar
 
 import numpy as np
 
 from jaxpeft import java, metrics
-from jaxpeft.data import Examples, most_common
+from jaxpeft.data import Examples
 from jaxpeft.datasets import Split
 from jaxpeft.tasks.base import Task, ended, teacher_forced
 from jaxpeft.text import Tokenizer, clean_caption
@@ -111,7 +112,15 @@ class Captioning(Task):
         ours = {row["image_id"]: read(text) for row, text in zip(rows, predictions, strict=True)}
         return metrics.cider_d(ours, {row["image_id"]: list(map(read, row["references"])) for row in rows})[1]
 
-    def blind(self, train: Split, rows: list[dict]) -> dict:
-        """What needs no picture: the most frequent training caption for every image."""
-        constant = most_common(self.clean(text) for row in train.rows for text in row["captions"])
-        return {"constant_caption": self.score(rows, [constant] * len(rows))}
+    def guesses(self, train: Split, rows: list[dict]) -> dict[str, list[str]]:
+        """One training caption for every picture: the most frequent, and the one that fits training pictures best.
+
+        The latter is the best of at most 50 captions (the most frequent) on at most 200 pictures (spread over the split).
+        """
+        counts = collections.Counter(self.clean(text) for row in train.rows for text in row["captions"])
+        tried = sorted(counts, key=lambda text: (-counts[text], text))[:50]
+        described = [row for row in train.rows if row["captions"]]
+        some = np.unique(np.linspace(0, len(described) - 1, min(200, len(described))).astype(int))
+        known = [{"image_id": str(i), "references": described[i]["captions"]} for i in some]
+        best = max(tried, key=lambda text: self.each(known, [text] * len(known)).mean())
+        return {"constant_caption": [tried[0]] * len(rows), "best_caption": [best] * len(rows)}

@@ -175,8 +175,8 @@ class Vqa(Task):
         pairs = zip(rows, predictions, strict=True)
         return np.array([metrics.vqa_accuracy(text, row["answers"], self.variant) for row, text in pairs])
 
-    def blind(self, train: Split, rows: list[dict]) -> dict:
-        """What needs no picture: the most frequent answer of the question's type, and of the question's own words."""
+    def guesses(self, train: Split, rows: list[dict]) -> dict[str, list[str]]:
+        """The most frequent answer of the question's type, and of the question's own words."""
         by_type, by_question = collections.defaultdict(list), collections.defaultdict(list)
         for row in train.rows:
             for q in row["questions"]:
@@ -188,4 +188,4 @@ class Vqa(Task):
         known = {question: most_common(group) for question, group in by_question.items()}
         of_type = [majority.get(row["type"], anything) for row in rows]
         of_words = [known.get(row["question"], guess) for row, guess in zip(rows, of_type, strict=True)]
-        return {"majority": self.score(rows, of_type), "question_only": self.score(rows, of_words)}
+        return {"majority": of_type, "question_only": of_words}
