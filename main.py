@@ -1,6 +1,9 @@
 """The program: `python main.py --config=configs/quickstart.py --workdir=DIR`. Everything it does is in `jaxpeft`."""
 
+import contextlib
 import functools
+import os
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -8,7 +11,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxpeft import cluster, host, point, preflight, pretrain, report, stop, study
+from jaxpeft import cluster, host, point, preflight, pretrain, registry, report, stop, study, tree
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(arg), as file.py or file.py:key=value,..."
@@ -36,6 +39,9 @@ PREFLIGHT = flags.DEFINE_bool(
 DEVICES = flags.DEFINE_integer("devices", 0, "With --preflight: plan for so many virtual CPU devices.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "With --preflight: plan for a TPU slice, as v5e:2x4 (needs libtpu).")
 CHIP = flags.DEFINE_string("chip", None, "With --preflight: a100, h100, v5e, ... or 'TFLOP/s,GB/s,GB' of a device.")
+IMPORTS = flags.DEFINE_list(
+    "imports", [], "Modules, or .py files, with methods, tasks, data sets, optimizers or metrics of your own."
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Of a study: print what would run and its estimated cost.")
 
 
@@ -74,6 +80,42 @@ def _study(config, workdir):
     print(report.write(workdir))
 
 
+def _parsed(argv):
+    """absl's flags, with every mistake as one line. Raises ValueError."""
+    try:
+        rest = flags.FLAGS(argv)
+        "levels" in CONFIG.value  # noqa: B015  a file that cannot be read is told at the first look
+        return rest
+    except (flags.Error, LookupError, AttributeError, TypeError, OSError) as error:
+        raise ValueError(_mistake(argv, error)) from error
+
+
+def _mistake(argv, error: Exception) -> str:
+    """What is wrong with a command line that absl refuses: a key that the config lacks, or what get_config itself said."""
+    if file := next((word.partition("=")[2] for word in argv if word.lstrip("-").startswith("config=")), ""):
+        path, _, arg = file.partition(":")
+        if not os.path.isfile(path):
+            return f"--config={path}: there is no such file"
+    known = []
+    with contextlib.suppress(Exception):  # where get_config itself fails, its own error is told below
+        config = runpy.run_path(path)["get_config"](arg)
+        known = [name.replace("/", ".") for name in tree.flatten(config.to_dict())]
+    for key in (word.lstrip("-").partition("=")[0].removeprefix("config.") for word in argv if "config." in word):
+        if known and key not in known:
+            section = key.rpartition(".")[0] or key
+            beside = ", ".join(name for name in sorted(known) if name.startswith(f"{section}."))
+            there = f"; {section} has {beside}" if beside else ""
+            return f"--config.{key}: no such key{registry.did_you_mean(key, known)}{there}"
+    while "\n" in str(error) and (error.__cause__ or error.__context__):  # absl's texts hold whole tracebacks
+        error = error.__cause__ or error.__context__
+    return str(error)
+
+
+def _program():
+    registry.load(registry.from_argv(sys.argv))  # a config file may name what they add
+    app.run(main, flags_parser=_parsed)
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    stop.program(functools.partial(app.run, main))
+    stop.program(_program)

@@ -9,6 +9,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from jaxpeft import methods, tasks
+from jaxpeft.registry import did_you_mean
 
 # texts of scenes: the longest captions have 40 words; one length for all subsets is one compiled program
 SCENES_LIMITS = {"captioning": {"max_tokens": 48, "length": 48}, "vqa": {"max_question": 35, "length": 10}}
@@ -20,7 +21,9 @@ def parse_arg(arg: str, **defaults) -> ml_collections.ConfigDict:
     for part in filter(None, (arg or "").split(",")):
         key, _, text = part.partition("=")
         if key not in defaults:
-            raise ValueError(f"unknown config argument {key!r}; choose from {', '.join(defaults)}")
+            raise ValueError(
+                f"unknown config argument {key!r}{did_you_mean(key, defaults)}; choose from {', '.join(defaults)}"
+            )
         kind = type(defaults[key])
         if kind is bool:
             if text.lower() not in ("", "true", "false", "1", "0"):
@@ -57,7 +60,9 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.model.frozen_dtype = "float32"  # of frozen matrices in memory; 'bfloat16' halves them
     c.model.remat = "none"  # 'full' or 'dots': what the backward pass computes again, to hold less
     c.model.dropout = 0.0
-    c.model.extend_vocabulary = True  # add whole words that the base lacks (and tune the word embedding)
+    c.model.extend_vocabulary = (
+        True  # add words that a base without word pieces lacks (the tiny one), and tune their rows
+    )
 
     c.data = ml_collections.ConfigDict()
     c.data.name = "scenes"
@@ -79,6 +84,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.steps = 1200  # 0: as many as `epochs` passes over the training examples take, at least 100
     c.epochs = 0.0
     c.optim = ml_collections.ConfigDict()
+    c.optim.name = "adamw"  # a key of jaxpeft.optim.OPTIMIZERS: adafactor, lion, muon, sgd
     c.optim.lr = 3e-3
     c.optim.schedule = "cosine"
     c.optim.warmup = 0.06
@@ -115,9 +121,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
 
 def task_options(task: str, **changes) -> ml_collections.ConfigDict:
     """Every option of a task with its default or what is given here, so that each can be set on the command line."""
-    if task not in tasks.TASKS:
-        raise ValueError(f"unknown task {task!r}; choose one of {', '.join(tasks.TASKS)}")
-    fields = {field.name: field.default for field in dataclasses.fields(tasks.TASKS[task])}
+    fields = {field.name: field.default for field in dataclasses.fields(tasks.TASKS.find(task))}
     return ml_collections.ConfigDict(fields | changes)
 
 
@@ -131,14 +135,19 @@ def blip_recipe(c: ml_collections.ConfigDict, a, n_examples: int, lr: float) -> 
     c.checkpoint_every, c.eval.batch_size, c.eval.base = 1000, 32, False
 
 
-def annotations(a) -> "str | dict[str, str]":
-    """What `annotations=FILE` or `train=FILE,val=FILE,test=FILE` name. Raises ValueError for both, or neither."""
+def annotations(a) -> "str | dict[str, str] | None":
+    """What `annotations=FILE` or `train=FILE,val=FILE,test=FILE` name; None for neither: the root is searched for texts.
+
+    Raises ValueError for both, and for files of other splits without one for train.
+    """
     by_split = {name: a[name] for name in ("train", "val", "test") if a[name]}
-    if bool(a.annotations) == bool(by_split):
-        raise ValueError("give annotations=FILE, or a file for each split: train=FILE,test=FILE (and val=FILE)")
+    if a.annotations and by_split:
+        raise ValueError(
+            "give annotations=FILE or a file for each split, train=FILE,test=FILE (and val=FILE), not both"
+        )
     if by_split and "train" not in by_split:
         raise ValueError(f"files for {', '.join(by_split)} but none for train; give train=FILE too")
-    return a.annotations or by_split
+    return a.annotations or by_split or None
 
 
 def folder(c: ml_collections.ConfigDict, root: str) -> ml_collections.ConfigDict:

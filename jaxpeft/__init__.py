@@ -15,6 +15,8 @@ The map, in the order in which data flow:
     tuned, frozen = jp.split(variables, jp.trainable(method, variables))
 """
 
+from importlib.metadata import version as _version
+
 from jaxpeft.budget import solve_size
 from jaxpeft.evals import generate
 from jaxpeft.foreign import intercept
@@ -26,6 +28,7 @@ from jaxpeft.point import load_run, run
 from jaxpeft.sites import attach, counts, describe, expand, fold, merge, stack, trainable
 from jaxpeft.tree import join, split
 
+__version__ = _version("jaxpeft")
 __all__ = [
     *_methods, "attach", "counts", "describe", "expand", "export_blip", "export_peft", "fold", "generate", "import_peft",
     "intercept", "join", "load", "load_run", "load_tuned", "merge", "run", "save_tuned", "solve_size", "split", "stack",

@@ -1,21 +1,28 @@
-"""A local page: drop a picture, caption it or ask about it, and compare tuned runs with the frozen base.
+"""A local page: drop a picture, caption it or ask about it, and compare tuned runs with their frozen base.
 
     pip install 'jaxpeft[demo]'
     python -m jaxpeft.demo --workdir runs/mine runs/other        # then open the address that it prints
+
+Loading and compiling the models takes a minute; the address is printed when the page answers.
 
 The page listens on this machine only and keeps no picture. `app` is an ordinary ASGI application.
 """
 
 import argparse
 import dataclasses
+import errno
+import functools
+import os
+import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from jaxpeft import evals, host, hub, images, point, stop, untrusted
+from jaxpeft import evals, host, hub, images, point, registry, stop, untrusted
 from jaxpeft.tasks.base import Task
 from jaxpeft.tree import Tree
 
@@ -32,6 +39,7 @@ class Writer:
     model: hub.Blip
     variables: Tree
     task: Task | None
+    group: int  # a frozen base and the runs tuned from it have the same one, and the page puts them side by side
 
     @property
     def asks(self) -> bool:
@@ -39,36 +47,73 @@ class Writer:
         return self.model.config.question_encoder
 
 
-def load(workdirs: list[str], bases: list[str] = ()) -> list[Writer]:
-    """The frozen base of every run, once, then the runs, then other checkpoints. Raises ValueError naming what is wrong."""
-    frozen, tuned = {}, []
-    for workdir in workdirs:
-        model, variables, _, task = point.load_run(workdir)
-        tuned.append(Writer(Path(workdir).name, model, variables, task))
-        base = untrusted.read_json(Path(workdir) / "config.json")["base"]
-        if (base, task.name) not in frozen:
-            plain, params = hub.load(base, question_encoder=task.question_encoder)
-            frozen[base, task.name] = Writer(f"{Path(base).name}, frozen", plain, {"params": params}, task)
-    others = [Writer(Path(base).name, *_plain(base), None) for base in bases]
-    return [*frozen.values(), *tuned, *others]
+def load(workdirs: list[str], bases: list[str] = (), log=print, imports: Iterable[str] = ()) -> list[Writer]:
+    """Each frozen base and right after it the runs tuned from it, then other checkpoints.
+
+    Raises ValueError naming what is wrong; for a workdir that is no finished run before anything is loaded.
+    """
+    given = {os.path.abspath(workdir): workdir for workdir in workdirs}  # a run that is named twice is one run
+    groups = {}
+    for path, workdir in given.items():
+        groups.setdefault(_base_of(Path(workdir)), []).append(path)
+    run_names, base_names = tails(given), tails([*(base for base, *_ in groups), *bases])
+
+    writers = []
+    for group, ((base, size, _), paths) in enumerate(groups.items()):
+        tuned = []
+        for path in paths:
+            log(f"loading {given[path]} ...")
+            model, variables, _, task = point.load_run(given[path], imports)
+            tuned.append(Writer(run_names[path], model, variables, task, group))
+        log(f"loading {base}, the frozen base of {', '.join(given[path] for path in paths)} ...")
+        model, params = hub.load(base, question_encoder=task.question_encoder, image_size=size)
+        name = f"{base_names[base]}, frozen" + (f", {size} pixels" if size else "")
+        writers += [Writer(name, model, {"params": params}, task, group), *tuned]
+    for group, base in enumerate(bases, len(groups)):
+        log(f"loading {base} ...")
+        model, params = hub.load(base)
+        writers.append(Writer(base_names[base], model, {"params": params}, None, group))
+    return writers
 
 
-def _plain(base):
-    model, params = hub.load(base)
-    return model, {"params": params}
+def _base_of(workdir: Path) -> tuple[str, int | None, str]:
+    """(base, picture size, task) of a finished run: runs for which they are equal share a frozen base."""
+    for name in ("result.json", "config.json"):
+        if not (workdir / name).exists():
+            raise ValueError(
+                f"--workdir {workdir} holds no finished run: {name} is missing; run main.py on it to the end, or leave it "
+                f"out"
+            )
+    with untrusted.reading(workdir, "holds no run of ours"):
+        settings = untrusted.read_json(workdir / "config.json")
+        base = point.pinned_base(settings, untrusted.read_json(workdir / "result.json", point.MOST_RESULT))
+        size = settings.get("model", {}).get("image_size")
+        return base, size and int(size), str(settings["task"])
 
 
-def warm(writers: list[Writer], top: int = 3) -> None:
+def tails(paths: Iterable[str]) -> dict[str, str]:
+    """Path -> the shortest end of it that no other one has: of /a/mine, /b/mine and /b/new a/mine, b/mine and new."""
+    parts = {path: Path(path).parts for path in paths}
+    found = {}
+    for path, mine in parts.items():
+        ends = (mine[-n:] for n in range(1, len(mine) + 1))
+        own = (end for end in ends if sum(other[-len(end) :] == end for other in parts.values()) == 1)
+        found[path] = str(Path(*next(own, mine)))
+    return found
+
+
+def warm(writers: list[Writer], top: int = 3, log=print) -> None:
     """Compile what the first pictures will need."""
     blank = np.zeros((64, 64, 3), np.uint8)
     for one in writers:
+        log(f"compiling {one.name} ...")
         evals.generate(
             one.model, one.variables, [blank], "-" if one.asks else None, batch_size=1, task=one.task, top=top
         )
 
 
 def answers(writers: list[Writer], data: bytes, question: str, top: int = 3) -> list[dict]:
-    """Per writer that fits (with a question those that answer, else those that caption): name, texts, seconds."""
+    """Name, group, texts and seconds of each writer that fits: with a question those that answer, else the others."""
     picture, rows = images.decode(data, name="that was sent"), []
     for one in writers:
         if one.asks == bool(question):
@@ -76,7 +121,8 @@ def answers(writers: list[Writer], data: bytes, question: str, top: int = 3) -> 
             (texts,) = evals.generate(
                 one.model, one.variables, [picture], question or None, batch_size=1, task=one.task, top=top
             )
-            rows.append({"name": one.name, "texts": texts, "seconds": time.perf_counter() - began})
+            seconds = time.perf_counter() - began
+            rows.append({"name": one.name, "group": one.group, "texts": texts, "seconds": seconds})
     return rows
 
 
@@ -102,7 +148,8 @@ def app(writers: list[Writer]):
         return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
     async def offered(request):
-        return JSONResponse([{"name": one.name, "asks": one.asks} for one in writers])
+        found = [{"name": one.name, "asks": one.asks} for one in writers]
+        return JSONResponse({"writers": found, "most_bytes": MOST_BYTES})
 
     async def write(request):
         if not _is_ours(request):
@@ -132,6 +179,20 @@ def _is_ours(request) -> bool:
     return origin is None or origin == f"http://{request.headers.get('host', '')}"
 
 
+def listen(port: int) -> socket.socket:
+    """A socket that listens on `port` of this machine's own address; 0 is any free port. Raises ValueError."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port is {port}; it is 0 (any free port) to 65535")
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            why = "is in use, maybe by another demo: stop that program"
+        else:
+            why = f"cannot be used ({os.strerror(error.errno)}): take one that you may use"
+        raise ValueError(f"port {port} {why}, or give another port with --port (0: any free one)") from None
+
+
 def main(argv=None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -139,7 +200,8 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--workdir", nargs="+", default=[], help="finished runs; their frozen bases come with them")
     parser.add_argument("--base", nargs="+", default=[], help="checkpoints with nothing tuned")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=int, default=7860, help="0: any free one")
+    registry.add_argument(parser)
     args = parser.parse_args(argv)
     if not args.workdir and not args.base:
         parser.error("give --workdir or --base")
@@ -149,13 +211,19 @@ def main(argv=None) -> None:
         sys.exit("error: the page needs the extra `demo`: pip install 'jaxpeft[demo]'")
     host.keep_freed_memory()
     host.keep_compiled_programs()
+    log = functools.partial(print, flush=True)  # seen at once, also in a file or a pipe
     try:
-        writers = load(args.workdir, args.base)
+        sock = listen(args.port)  # first: a port that is in use is said before a minute of loading
     except ValueError as error:
         sys.exit(f"error: {error}")
-    warm(writers)
-    print(f"open http://127.0.0.1:{args.port}")
-    uvicorn.run(app(writers), host="127.0.0.1", port=args.port, log_level="warning")
+    with sock:
+        try:
+            writers = load(args.workdir, args.base, log, args.imports)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        warm(writers, log=log)
+        log(f"open http://127.0.0.1:{sock.getsockname()[1]}")  # the port listens already, and nothing is left to load
+        uvicorn.Server(uvicorn.Config(app(writers), log_level="warning")).run(sockets=[sock])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ every case counts exactly once. The variables carry their methods, so base and t
 import dataclasses
 import functools
 from collections.abc import Iterable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +177,9 @@ def nll(model, variables: Tree, task: Task, examples: Examples, **options) -> fl
     return float(total / count)
 
 
-def worth_of_images(model, variables: Tree, task: Task, examples: Examples, *, swaps: int = 4, **options) -> dict | None:
+def worth_of_images(
+    model, variables: Tree, task: Task, examples: Examples, *, swaps: int = 4, **options
+) -> dict | None:
     """By how many nats an example is likelier with its own picture than with that of another: {'gain', 'least', 'n'}.
 
     The mean over the n pictures; 'least' is the lower end of its one-sided 95 % interval (Student's t over pictures, as
@@ -249,7 +252,8 @@ def generate(
     adapter_ids=None,
     top: int | None = None,
 ):
-    """Text for pictures: a caption each, or with `prompts` (one question per picture, or one for all) an answer each.
+    """Text for pictures: a caption each, or with `prompts` (one question per picture, or one for all) an answer each. One
+    picture alone, an array or a path, is a list of one.
 
     With `top` a list of at most that many {'text', 'score'} each, best first; searched with at least so many beams.
 
@@ -265,6 +269,7 @@ def generate(
     if asks != (prompts is not None):
         raise ValueError(f"this model {'answers questions: give prompts' if asks else 'captions: give no prompts'}")
     task = task or tasks.build("vqa" if asks else "captioning")
+    images = [images] if isinstance(images, str | Path) or getattr(images, "ndim", 4) == 3 else images
     pictures = [picture if isinstance(picture, np.ndarray) else decode_image(picture) for picture in images]
     questions = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts or [""] * len(pictures))
     if len(questions) != len(pictures):

@@ -1,17 +1,21 @@
-"""A tuned run as files for transformers and PEFT, with a model card.
+"""A tuned run as files for transformers and PEFT, with a model card whose code runs as it stands.
 
 python -m jaxpeft.export --workdir runs/mine --out merged                  BLIP with the method folded in: no adapter needed
 python -m jaxpeft.export --workdir runs/mine --out adapter --format peft   an adapter for PeftModel.from_pretrained
+
+An adapter of a base that is no Hugging Face checkpoint ('tiny'), or to which words were added, comes with it: adapter/base.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from jaxpeft import interchange, point, results, stop, untrusted
+from jaxpeft import hub, interchange, point, registry, results, stop, untrusted
+from jaxpeft.methods import Prefix, Prompt
 
-LABELS = {"captioning": "image-to-text", "vqa": "visual-question-answering"}
-CLASSES = {"captioning": "BlipForConditionalGeneration", "vqa": "BlipForQuestionAnswering"}
+# by whether the task asks questions
+LABELS = {False: "image-to-text", True: "visual-question-answering"}
+CLASSES = {False: "BlipForConditionalGeneration", True: "BlipForQuestionAnswering"}
 
 TOKENIZERS = {
     "basic": "splitting at spaces and punctuation, without case and accents",
@@ -20,12 +24,13 @@ TOKENIZERS = {
 }
 
 
-def model_card(workdir: str | Path, adapter: bool = False) -> str:
-    """README.md of what a finished run tuned: data, method, counts, scores and how they were made, from its own files."""
+def model_card(workdir: str | Path, out: str | Path, asks: bool, code: list[str], adapter: bool = False) -> str:
+    """README.md of what a finished run tuned: data, method, counts, scores and how they were made, from its own files; and
+    `code` to use what lies in `out`."""
     config = untrusted.read_json(Path(workdir) / "config.json")
     result = untrusted.read_json(Path(workdir) / "result.json", point.MOST_RESULT)
     task, counts, data, model = result["task"], result["counts"], config["data"], result["model"]
-    base = Path(model["base"]).name
+    base = model["report"]["source"] if model.get("report", {}).get("revision") else Path(model["base"]).name
     method = result["method"] + (f", size {result['size']}" if result["size"] else "")
     method += "" if result["head"] == "none" else f", with the decoder head ({result['head']})"
     source = Path(data["root"]).name if data.get("root") else data["name"]
@@ -34,7 +39,7 @@ def model_card(workdir: str | Path, adapter: bool = False) -> str:
     header = [
         "---",
         f"library_name: {'peft' if adapter else 'transformers'}",
-        f"pipeline_tag: {LABELS[task]}",
+        f"pipeline_tag: {LABELS[asks]}",
         f"base_model: {base}",
         f"tags: [blip, jaxpeft, {result['method']}]",
         "---",
@@ -86,17 +91,13 @@ def model_card(workdir: str | Path, adapter: bool = False) -> str:
         "## Use",
         "",
         "```python",
-        f"from transformers import BlipProcessor, {CLASSES[task]}",
+        *code,
+        "```",
+        "",
+        f"`{out}` is where these files were written; `picture.jpg` is yours.",
         "",
     ]
-    if adapter:
-        lines += ["from peft import PeftModel", "", f'base = {CLASSES[task]}.from_pretrained("{base}")',
-                  'model = PeftModel.from_pretrained(base, "DIRECTORY")']  # fmt: skip
-    else:
-        lines += ['processor = BlipProcessor.from_pretrained("DIRECTORY")',
-                  f'model = {CLASSES[task]}.from_pretrained("DIRECTORY")']  # fmt: skip
-    lines += ["```", ""]
-    if task == "vqa":
+    if asks:
         lines += [
             "Ask questions of one length at a time, or one by one: transformers attends to the padding of questions "
             "(`generate` in every release tried; from 4.54 on the decoder too), so answers in a padded batch may differ.",
@@ -110,6 +111,43 @@ def model_card(workdir: str | Path, adapter: bool = False) -> str:
     return "\n".join(header + lines)
 
 
+def code(model, task, out: str | Path, base: str = "", methods=(), beams: int = 1) -> list[str]:
+    """Lines of Python that write the text of a picture with transformers: of the merged model in `out`, or, with `base`, of
+    that with the PEFT adapter in `out`."""
+    kind, where, settings = (
+        CLASSES[task.question_encoder],
+        base or str(out),
+        interchange.generation(model, task, beams)[0],
+    )
+    in_decoder = any(isinstance(one, Prompt | Prefix) for one in methods)
+    lines = [
+        "import torch",
+        "from PIL import Image, ImageOps",
+        *(["from peft import PeftModel"] if base else []),
+        f"from transformers import {kind}, BlipProcessor",
+        "",
+        f'processor = BlipProcessor.from_pretrained("{where}")',
+        f'model = {kind}.from_pretrained("{where}")',
+    ]
+    if base and in_decoder:
+        lines.append(f'model.text_decoder = PeftModel.from_pretrained(model.text_decoder, "{out}")')
+    elif base:
+        lines.append(f'model = PeftModel.from_pretrained(model, "{out}")')
+    text = getattr(task, "prompt", "what is in the picture")
+    said = ", ".join(f"{name}={value}" for name, value in settings.items())
+    return [
+        *lines,
+        "model.eval()",
+        "",
+        'image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")',
+        f'inputs = processor(images=image, text="{text}", return_tensors="pt")',
+        "with torch.inference_mode():",
+        f"    ids = model.generate(**inputs, {said})",
+        "text = processor.decode(ids[0], skip_special_tokens=True)",
+        "print(text)" if task.question_encoder else f'print(text.removeprefix("{text}").strip())',
+    ]
+
+
 def main(argv=None) -> int:
     """The command line -> exit status; mistakes are one line."""
     parser = argparse.ArgumentParser(
@@ -118,17 +156,29 @@ def main(argv=None) -> int:
     parser.add_argument("--workdir", required=True, help="of a finished run")
     parser.add_argument("--out", required=True, type=Path, help="a new directory")
     parser.add_argument("--format", choices=("blip", "peft"), default="blip")
+    registry.add_argument(parser)
     args = parser.parse_args(argv)
     try:
         if args.out.exists() and any(args.out.iterdir()):
             raise ValueError(f"{args.out} is not empty; choose a new directory")
-        model, variables, chosen, _ = point.load_run(args.workdir)
-        card = model_card(args.workdir, adapter=args.format == "peft")
-        if args.format == "blip":
-            interchange.export_blip(model, variables, args.out, card=card)
+        model, variables, chosen, task = point.load_run(args.workdir, args.imports)
+        config = untrusted.read_json(Path(args.workdir) / "config.json")
+        base = point.pinned_base(config, untrusted.read_json(Path(args.workdir) / "result.json", point.MOST_RESULT))
+        beams, adapter = config["eval"]["beams"], args.format == "peft"
+        with_base = bool(model.config.new_words) or hub.is_ours(base)
+        name, _, revision = base.partition("@")
+        where = f"{args.out}/base" if with_base else name
+        lines = code(model, task, args.out, where if adapter else "", chosen, beams)
+        facts = {
+            "card": model_card(args.workdir, args.out, task.question_encoder, lines, adapter),
+            "task": task,
+            "beams": beams,
+        }
+        if adapter:
+            facts |= {"base": name, "revision": revision, "with_base": with_base}
+            interchange.export_peft(model, variables, chosen, args.out, **facts)
         else:
-            interchange.export_peft(model, variables, chosen, args.out)
-            results.write_text(args.out / "README.md", card)
+            interchange.export_blip(model, variables, args.out, **facts)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

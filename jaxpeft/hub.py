@@ -1,4 +1,4 @@
-"""Base checkpoints in and out: our own directories and Hugging Face BLIP directories.
+"""Base checkpoints in and out: our own directories, Hugging Face BLIP directories, and repositories of the Hugging Face hub.
 
 Ours: manifest.json (model config, digest, where it came from, held-out scores), model.safetensors (leaves by name) and
 vocab.txt. `aliases` in the manifest name subtrees that share another's leaves and are not stored twice.
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import budget, images, results, text, tree, untrusted
+from jaxpeft import budget, downloads, images, results, text, tree, untrusted
 from jaxpeft.models import blip_port
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.text import Tokenizer
@@ -22,21 +22,36 @@ ASSETS = Path(__file__).parent / "assets"
 RUNTIME = ("dtype", "remat", "dropout")  # config fields that a user may set on any checkpoint
 
 
-def load(path: str | Path = "tiny", *, question_encoder: bool | None = None, image_size: int | None = None, **runtime):
-    """(model, params) of a checkpoint: 'tiny' (shipped), a directory of ours, or a Hugging Face BLIP directory.
+def load(
+    path: str | Path = "tiny",
+    *,
+    question_encoder: bool | None = None,
+    image_size: int | None = None,
+    revision: str | None = None,
+    **runtime,
+):
+    """(model, params) of a checkpoint: 'tiny' (shipped), a directory of ours, a Hugging Face BLIP directory, or a repository
+    of the Hugging Face hub as 'owner/name' or 'owner/name@revision'. A directory of that name comes first.
 
     `question_encoder`: True for VQA (from a captioning checkpoint the encoder starts from the decoder's layers), False
-    for captioning, None for what the checkpoint holds. `image_size` resizes the position embedding. `runtime`: dtype,
-    remat, dropout. Raises ValueError naming file and key for anything missing, unread or misshaped.
+    for captioning, None for what the checkpoint holds. `image_size` resizes the position embedding. `revision`: a commit,
+    branch or tag of a repository, None for its default branch; with a full commit that is in the cache nothing is asked of
+    the hub, and with HF_HUB_OFFLINE=1 it is never asked. `runtime`: dtype, remat, dropout.
+
+    Raises ValueError naming file and key for anything missing, unread or misshaped; naming the repository for what cannot
+    be downloaded; and where `revision` is given with a directory, or differs from the one in `path`.
     """
-    model, params, _ = read(path, question_encoder=question_encoder, image_size=image_size, **runtime)
+    model, params, _ = read(
+        path, question_encoder=question_encoder, image_size=image_size, revision=revision, **runtime
+    )
     return model, params
 
 
-def read(path, *, question_encoder=None, image_size=None, **runtime) -> tuple[Blip, Tree, dict]:
-    """`load` and a report of where each part came from."""
+def read(path, *, question_encoder=None, image_size=None, revision=None, **runtime) -> tuple[Blip, Tree, dict]:
+    """`load` and a report of where each part came from. For a repository of the hub `source` is its name and `revision` the
+    full commit that was read: given as `revision`, the same files are read again."""
     _check_runtime(runtime)
-    directory = _directory(path)
+    directory, downloaded = _located(path, revision)
     if (directory / "manifest.json").exists():
         config, params, report = _read_ours(directory, question_encoder, image_size)
     elif (directory / "config.json").exists():
@@ -47,13 +62,21 @@ def read(path, *, question_encoder=None, image_size=None, **runtime) -> tuple[Bl
     else:
         raise _missing(path)
     config, tokenizer = _with_tokenizer(config, directory, report.get("defaults", {}))
-    return Blip(dataclasses.replace(config, **runtime), tokenizer), params, report
+    return Blip(dataclasses.replace(config, **runtime), tokenizer), params, report | downloaded
 
 
-def abstract(path, *, question_encoder: bool = False, image_size: int | None = None, **runtime) -> Blip:
-    """The model of `load` from manifest.json or config.json alone, for planning: weights need not be there."""
+def abstract(
+    path,
+    *,
+    question_encoder: bool = False,
+    image_size: int | None = None,
+    revision: str | None = None,
+    **runtime,
+) -> Blip:
+    """The model of `load` from manifest.json or config.json alone, for planning: weights need not be there, and those of a
+    repository are not downloaded."""
     _check_runtime(runtime)
-    directory, defaults = _directory(path), {}
+    (directory, _), defaults = _located(path, revision, weights=False), {}
     if (directory / "manifest.json").exists():
         _, config = _manifest(directory)
     elif (directory / "config.json").exists():
@@ -67,20 +90,48 @@ def abstract(path, *, question_encoder: bool = False, image_size: int | None = N
     return Blip(dataclasses.replace(config, **runtime), tokenizer)
 
 
+def is_ours(path, revision: str | None = None) -> bool:
+    """Whether a checkpoint is in our own format, which transformers does not load."""
+    return (_located(path, revision, weights=False)[0] / "manifest.json").exists()
+
+
 def _check_runtime(runtime: dict) -> None:
     if unknown := set(runtime) - set(RUNTIME):
         raise ValueError(f"unknown model options {sorted(unknown)}; choose from {', '.join(RUNTIME)}")
 
 
-def _directory(path) -> Path:
-    return ASSETS / str(path) if (ASSETS / str(path) / "manifest.json").exists() else Path(path).expanduser()
+def _located(path, revision: str | None, *, weights: bool = True) -> tuple[Path, dict]:
+    """(the checkpoint's directory, what a report says of it beside the rest: source and revision of a repository)."""
+    shipped = ASSETS / str(path)
+    directory = shipped if (shipped / "manifest.json").exists() else Path(path).expanduser()
+    if directory.exists():
+        if revision is not None:
+            raise ValueError(
+                f"revision {revision} was asked for, and {str(path)!r} is on this disk, where there are no revisions; leave "
+                f"the revision out"
+            )
+        return directory, {}
+    repository = downloads.parse(str(path), revision)
+    if repository is None:
+        raise _missing(path)
+    directory, commit = downloads.fetch(*repository, check=_check_settings, weights=weights)
+    return directory, {"source": repository[0], "revision": commit}
+
+
+def _check_settings(directory: Path) -> None:
+    """Raise ValueError unless manifest.json or config.json describes a model that can be read."""
+    if (directory / "manifest.json").exists():
+        _manifest(directory)
+    else:
+        blip_port.read_config(directory / "config.json", False)
 
 
 def _missing(path) -> ValueError:
     shipped = sorted(p.parent.name for p in ASSETS.glob("*/manifest.json"))
     return ValueError(
         f"no checkpoint at {str(path)!r}: a directory with manifest.json (ours) or config.json (Hugging Face) is "
-        f"needed, or one of the shipped names: {', '.join(shipped) or 'none'}"
+        f"needed, or one of the shipped names: {', '.join(shipped) or 'none'}; owner/name or owner/name@revision of the "
+        f"Hugging Face hub works too"
     )
 
 
@@ -167,26 +218,50 @@ def save(directory, model: Blip, params: Tree, *, aliases: dict[str, str], dtype
     return Path(directory)
 
 
-def extend_vocabulary(model: Blip, params: Tree, words, seed: int) -> tuple[Blip, Tree, list[str]]:
-    """The model with whole words added that its vocabulary lacks, and those words; their rows are N(0, 0.02).
+def wider(model: Blip, words) -> tuple[Blip, list[str]]:
+    """The model with whole words added that its vocabulary lacks, and those words; their rows are leaves of their own.
 
-    New rows are random, so whoever adds words must also train the word embedding.
+    Rows that a base's matrix has beyond its own words are dropped.
     """
     tokenizer, new = model.tokenizer.extended(words)
     if not new:
+        return model, []
+    known = min(len(model.tokenizer), model.config.vocab_size)
+    config = dataclasses.replace(model.config, vocab_size=len(tokenizer), new_words=len(tokenizer) - known)
+    return Blip(config, tokenizer), list(new)
+
+
+def extend_vocabulary(model: Blip, params: Tree, words, seed: int) -> tuple[Blip, Tree, list[str]]:
+    """`wider` with parameters: the base's as they are, new rows N(0, 0.02) and new biases 0.
+
+    New rows are random, so whoever adds words must also train them (`methods.NewWords`).
+    """
+    extended, new = wider(model, words)
+    if not new:
         return model, params, []
-    config = dataclasses.replace(model.config, vocab_size=max(len(tokenizer), model.config.vocab_size))
+    n_known = extended.config.vocab_size - extended.config.new_words
     rng = np.random.Generator(np.random.Philox(key=seed))
+    flat = {}
+    for name, leaf in tree.flatten(budget.abstract_params(extended)).items():
+        folder, _, last = name.rpartition("/")
+        if last.startswith("new_"):
+            rows = np.zeros(leaf.shape) if last == "new_bias" else rng.normal(0, 0.02, leaf.shape)
+            flat[name] = jnp.asarray(rows, jnp.float32)
+    for name, leaf in tree.flatten(params).items():
+        if name.endswith(("embed/word", "head/bias")):
+            leaf = leaf[:n_known]
+        flat[name] = leaf[:, :n_known] if name.endswith("head/vocabulary/kernel") else leaf
+    return extended, tree.unflatten(budget.abstract_params(extended), flat, "extended vocabulary"), new
+
+
+def joined(model: Blip, params: Tree) -> tuple[Blip, Tree]:
+    """The model whose added words are words like others: each matrix whole, as other programs have it."""
+    if not model.config.new_words:
+        return model, params
+    whole = Blip(dataclasses.replace(model.config, new_words=0), model.tokenizer)
     flat = tree.flatten(params)
-    for name in flat:
-        if name.endswith(("embed/word", "head/bias", "head/vocabulary/kernel")):
-            old = flat[name].T if name.endswith("kernel") else flat[name]
-            room = (config.vocab_size - old.shape[0], *old.shape[1:])
-            rows = np.zeros(room) if name.endswith("bias") else rng.normal(0, 0.02, room)
-            new_rows = jnp.concatenate([old, jnp.asarray(rows, jnp.float32)])
-            flat[name] = new_rows.T if name.endswith("kernel") else new_rows
-    return (
-        Blip(config, tokenizer),
-        tree.unflatten(budget.abstract_params(Blip(config)), flat, "extended vocabulary"),
-        new,
-    )
+    for name in [name for name in flat if name.rpartition("/")[2].startswith("new_")]:
+        rows, matrix = flat.pop(name), name.replace("new_matrix", "vocabulary/kernel").replace("new_", "")
+        both = [flat[matrix], rows.T if matrix.endswith("kernel") else rows]
+        flat[matrix] = jnp.concatenate(both, axis=int(matrix.endswith("kernel")))
+    return whole, tree.unflatten(budget.abstract_params(whole), flat, "joined vocabulary")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from jaxpeft.registry import Registry
 from jaxpeft.text import is_mark, normal_form
 
 N_MAX = 4  # both CIDEr-D and BLEU use 1- to 4-grams
@@ -318,3 +319,16 @@ def vqa_report(rows: Iterable[Mapping], variant: str = "official2021") -> dict:
     by_type = {kind: {"accuracy": sum(each) / len(each), "n": len(each)} for kind, each in sorted(scores.items())}
     overall = sum(map(sum, scores.values())) / len(seen)
     return {"overall": overall, "by_type": by_type, "n": len(seen), "variant": variant}
+
+
+# ---------------------------------------------------------------------------------------------- any text
+
+
+def exact_match(prediction: str, truths: Sequence[str]) -> float:
+    """1.0 where a text is one of those that are right, up to case, accents and the spacing of punctuation; else 0.0."""
+    return float(normal_form(prediction) in map(normal_form, truths))
+
+
+# what a task can report beside its own metrics (task_options.metrics): a function of a text and of those that are right; a
+# split's is the mean. One of your own: METRICS["mine"] = function (see jaxpeft/registry.py)
+METRICS = Registry("metric", {"exact_match": exact_match})

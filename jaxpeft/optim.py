@@ -1,4 +1,4 @@
-"""The optimizer of the tuned half: schedule, weight decay and clipping from a config.
+"""The optimizer of the tuned half: its rule, schedule, weight decay and clipping from a config.
 
 Everything here sees tuned leaves only (they were split off before `jax.grad`), so clipping cannot count frozen
 gradients and no state is kept for frozen leaves. The masks inside are for what optax masks are good at: groups.
@@ -11,11 +11,56 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from jaxpeft import sites, tree
+from jaxpeft.registry import Registry
 from jaxpeft.tree import Tree
 
 SCHEDULES = ("constant", "cosine", "linear", "plateau")
+
+
+def adamw(config, decays):
+    """Loshchilov and Hutter 2019, arXiv 1711.05101."""
+    return optax.adamw(1.0, config.b1, config.b2, weight_decay=config.decay, mask=decays)
+
+
+def adafactor(config, decays):
+    """Shazeer and Stern 2018, arXiv 1804.04235, without momentum; a step is not scaled by the size of the parameter, as
+    adapters start at zero."""
+    return optax.adafactor(
+        1.0, multiply_by_parameter_scale=False, weight_decay_rate=config.decay or None, weight_decay_mask=decays
+    )
+
+
+def lion(config, decays):
+    """Chen et al. 2023, arXiv 2302.06675. Its b2 is 0.99 there, and its rate a third to a tenth of AdamW's."""
+    return optax.lion(1.0, config.b1, config.b2, weight_decay=config.decay, mask=decays)
+
+
+def sgd(config, decays):
+    """Gradient descent with momentum b1; the decay is decoupled, as AdamW's."""
+    return optax.chain(
+        optax.trace(config.b1), optax.add_decayed_weights(config.decay, decays), optax.scale_by_learning_rate(1.0)
+    )
+
+
+def muon(config, decays):
+    """Jordan 2024: momentum b1, made orthogonal, for matrices (each layer's of a stack); AdamW for the rest."""
+    matrices = optax.contrib.MuonDimensionNumbers
+
+    def dimensions(params):
+        return jax.tree.map(lambda x: matrices(x.ndim - 2, x.ndim - 1) if x.ndim in (2, 3) else None, params)
+
+    return optax.contrib.muon(
+        1.0, beta=config.b1, weight_decay=config.decay, weight_decay_mask=decays, adam_b1=config.b1, adam_b2=config.b2,
+        adam_weight_decay=config.decay, muon_weight_dimension_numbers=dimensions,
+    )  # fmt: skip
+
+
+# optim.name -> a function of config.optim and of the mask of leaves that decay (None: all), which returns an optax
+# transformation with a learning rate of 1. One of your own: OPTIMIZERS["mine"] = function (see jaxpeft/registry.py)
+OPTIMIZERS = Registry("optimizer", {"adamw": adamw, "adafactor": adafactor, "lion": lion, "sgd": sgd, "muon": muon})
 
 
 class Schedule(NamedTuple):
@@ -56,7 +101,8 @@ def schedule(config, n_steps: int) -> Schedule:
 
 
 def optimizer(config, tuned: Tree, n_steps: int) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping; leaves whose name contains `no_decay` (a regular expression) do not decay.
+    """The rule `config.name` with global-norm clipping; leaves whose name contains `no_decay` (a regular expression) do not
+    decay.
 
     A method may give its leaves a multiple of the learning rate (LoRA+): all of the update, decay too, is multiplied.
     The last part of the state is the `Schedule`.
@@ -66,7 +112,7 @@ def optimizer(config, tuned: Tree, n_steps: int) -> optax.GradientTransformation
         jax.tree.map(lambda name: not re.search(config.no_decay, name), tree.names(tuned)) if config.no_decay else None
     )
     steps = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    steps.append(optax.adamw(1.0, config.b1, config.b2, weight_decay=config.decay, mask=decays))
+    steps.append(OPTIMIZERS.find(config.get("name", "adamw"))(config, decays))
     scales = _lr_scales(tuned)
     if any(scale != 1 for scale in jax.tree.leaves(scales)):
         steps.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, scales)))

@@ -6,6 +6,7 @@
 training starts and before anything is written that a corrected rerun would trip over.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -13,6 +14,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -20,14 +22,31 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxpeft import data, datasets, evals, hub, locks, methods, results, sharding, sites, tasks, tree, untrusted
+from jaxpeft import (
+    data,
+    datasets,
+    evals,
+    hub,
+    locks,
+    methods,
+    metrics,
+    optim,
+    registry,
+    results,
+    sharding,
+    sites,
+    tasks,
+    tree,
+    untrusted,
+)  # fmt: skip
 from jaxpeft import features as feature_tables
 from jaxpeft.interchange import load_tuned, save_tuned
-from jaxpeft.methods import Selective
+from jaxpeft.methods import METHODS
 from jaxpeft.train import JOURNAL, fit, train_step
 from jaxpeft.tree import Tree
 
 MOST_RESULT = 1 << 30  # bytes of a result.json
+DTYPES = ("float32", "bfloat16")
 LEAST_STEPS = 100  # where epochs decide: a few pictures are seen often, and the best step is kept
 VALIDATIONS = 40  # where stop.every is 0
 FEW = 100  # pictures of a test split, below which its scores are said to be uncertain
@@ -61,6 +80,7 @@ def run(
 
 def _run(config, workdir: Path, log, features_in, command: str, accept_changes: bool) -> dict:
     began = time.perf_counter()
+    check_config(config)
     check_workdir(config, workdir, accept_changes, log)
     if (workdir / "result.json").exists():
         done = json.loads((workdir / "result.json").read_text())
@@ -188,19 +208,19 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     versions = {"tuned": tree.join(best, frozen)}
     if config.eval.base:
         versions = {"base": base} | versions
-    metrics, rows = {}, []
+    scores, rows = {}, []
     for name in config.eval.splits:
         split = held_out[name]
-        metrics[name], more = evaluate(
+        scores[name], more = evaluate(
             config, model, task, versions, split, cases[name], pictures[name], features[name], prepare, candidates
         )
         blind, guess = yardsticks[name]
-        metrics[name] |= blind
+        scores[name] |= blind
         if guess is not None:
             for row, text, value in zip(more, guess, task.each(cases[name].rows, guess), strict=True):
                 row["blind"], row[f"blind_{task.main_metric}"] = text, round(float(value), 6)
             others = [one for one in ("blind", "text_only", "base") if one in more[0]]
-            metrics[name]["intervals"] = evals.intervals(more, task.main_metric, "tuned", others)
+            scores[name]["intervals"] = evals.intervals(more, task.main_metric, "tuned", others)
         rows += more
         upload = task.upload(more, [row["tuned"] for row in more])
         if upload is not None and first:
@@ -223,7 +243,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
         "seeds": {"seed": config.seed, "subset": config.data.subset_seed},
         "counts": counts,
         "main_metric": task.main_metric,
-        "metrics": metrics,
+        "metrics": scores,
         "validation": validated,
         "forgetting": forgot,
         "timing": timing,
@@ -235,6 +255,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
         "data_report": train.report,
         "machine": results.machine(),
         "versions": results.versions(),
+        "imports": imports_of(config, chosen, task),
         "status": "done",
     } | ({"command": command} if command else {})
     whole = tree.join(jax.tree.map(tree.fetch, best), tree.split(originals, mask)[1])
@@ -254,11 +275,34 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     return result
 
 
-def load_run(workdir: str | Path):
+def check_config(config) -> None:
+    """Raise ValueError for a setting that training or evaluation would refuse, before anything is read."""
+    optim.schedule(config.optim, 1000)
+    optim.OPTIMIZERS.find(config.optim.get("name", "adamw"))
+    data.check_augment(config.data.augment)
+    for name in ("dtype", "frozen_dtype"):
+        if config.model.get(name, "float32") not in DTYPES:
+            raise ValueError(
+                f"model.{name} is {config.model[name]!r}{registry.did_you_mean(config.model[name], DTYPES)}; choose one of "
+                f"{', '.join(DTYPES)}"
+            )
+
+
+def imports_of(config, chosen, task: tasks.Task) -> list[str]:
+    """The modules outside jaxpeft that a run's method, task, data set, optimizer and metrics come from."""
+    entries = [METHODS[config.method.name], *map(type, chosen), type(task), datasets.DATASETS[config.data.name]]
+    entries.append(optim.OPTIMIZERS[config.optim.get("name", "adamw")])
+    return registry.modules_of(entries + [metrics.METRICS[name] for name in task.metrics])
+
+
+def load_run(workdir: str | Path, imports: Iterable[str] = ()):
     """(model, variables, methods, task) of a finished run, for `generate`, `merge` and the exports.
 
-    Raises ValueError where `workdir` holds no finished run, or the base is no longer the one that was tuned.
+    `imports`: modules with the run's own method or task, which are imported first (see jaxpeft/registry.py); nothing that
+    stands in a run directory is ever imported or executed. Raises ValueError where `workdir` holds no finished run, the base
+    is no longer the one that was tuned, or a method or task is unknown, with the modules that the run says it came from.
     """
+    registry.load(imports)
     workdir = Path(workdir)
     if not (workdir / "result.json").exists():
         raise ValueError(f"{workdir} holds no finished run: result.json is missing; run main.py on it to the end")
@@ -267,15 +311,26 @@ def load_run(workdir: str | Path):
             f"{workdir} has no tuned/: an older version, which did not keep it, finished this run; run again"
         )
     with untrusted.reading(workdir, "holds no run of ours"):
-        return _load_run(workdir)
+        config = ml_collections.ConfigDict(untrusted.read_json(workdir / "config.json"))
+        result = untrusted.read_json(workdir / "result.json", MOST_RESULT)
+        try:
+            return _load_run(workdir, config, result)
+        except registry.Unknown as error:
+            names = [name for name in result.get("imports", []) if re.fullmatch(r"[\w.]{1,200}", name)]
+            said = ", ".join(names[:5]) or "no module that it names"
+            raise ValueError(
+                f"{workdir}: {error}. The run was made with code from {said}; if you trust that, import it: "
+                f"--imports={','.join(names[:5]) or 'MODULE'}, in Python jp.load_run(..., imports=[...])"
+            ) from error
 
 
-def _load_run(workdir):
-    config = ml_collections.ConfigDict(untrusted.read_json(workdir / "config.json"))
-    result = untrusted.read_json(workdir / "result.json", MOST_RESULT)
+def _load_run(workdir, config, result):
     task = tasks.build(config.task, **result.get("task_options", tasks.IN_0_1[config.task] | dict(config.task_options)))
+    config.base = pinned_base(config, result)
     model, params, _ = _base(config, task)
     model, params, _ = hub.extend_vocabulary(model, params, result["model"]["new_words"], config.seed)
+    if not result["model"].get("new_rows"):  # tuned by version 0.1, which kept the whole word embedding
+        model, params = hub.joined(model, params)
     variables, chosen = load_tuned(model, params, untrusted.kept_in(workdir / "tuned"))
     return model, variables, chosen, task
 
@@ -317,29 +372,40 @@ def point_id(config) -> str:
 
 def setup_model(config, task: tasks.Task, train: datasets.Split, log):
     """(model, params, methods, facts) of a config: the base, its vocabulary checked against the texts, the methods."""
-    c = config.model
     model, params, report = _base(config, task)
     for group, source in report.get("initialised", {}).items():
         if source != "checkpoint":
             log(f"{group} starts from {source}")
     chosen = methods_of(config)
 
-    unknown = [word for text in task.texts(train) for word in model.tokenizer.unknown_words(text)]
-    new = []
-    if unknown and c.extend_vocabulary:
-        model, params, new = hub.extend_vocabulary(model, params, sorted(set(unknown)), config.seed)
-        log(f"vocabulary: {len(new)} words are new to the base; their rows start random, so the embedding is tuned")
-        if not any(isinstance(one, methods.Full) for one in chosen):
-            chosen = (*chosen, Selective(leaves=r"^params/text_.*/(embed/word|head/bias|head/vocabulary/kernel)$"))
-    elif unknown:
-        shown = ", ".join(map(repr, sorted(set(unknown))[:5]))
+    _, chosen, unknown, new = with_new_words(config, task, model, chosen, train)
+    model, params, _ = hub.extend_vocabulary(model, params, new, config.seed)
+    if new:
+        log(f"vocabulary: {len(new):,} words are new to the base; their rows start random and are tuned")
+    if unknown:
+        shown = ", ".join(map(repr, list(unknown)[:5]))
         log(
-            f"warning: {len(set(unknown)):,} different words of the training texts ({len(unknown):,} in all) are unknown to "
+            f"warning: {len(unknown):,} different words of the training texts ({unknown.total():,} in all) are unknown to "
             f"the base and read as [UNK]: {shown}"
         )
     facts = {"base": str(config.base), "init": config.init, "report": report}
-    left = 0 if new else len(set(unknown))  # different words that the model that is tuned reads as [UNK]
-    return model, params, chosen, facts | {"unknown_words": left, "new_words": list(new)}
+    # new_rows: whether the rows of new words are leaves of their own, as they were not in version 0.1
+    return model, params, chosen, facts | {"unknown_words": len(unknown), "new_words": new, "new_rows": True}
+
+
+def with_new_words(config, task: tasks.Task, model, chosen, train: datasets.Split):
+    """(model, methods, words that stay unknown, words that are added) for the training texts; no parameters are needed.
+
+    Words are added where the vocabulary has no pieces to spell them from: the tiny base's. The methods then train their rows.
+    """
+    found = (word for text in task.texts(train) for word in model.tokenizer.unknown_words(text))
+    unknown = collections.Counter(dict(sorted(collections.Counter(found).items())))
+    if not config.model.extend_vocabulary or model.tokenizer.has_pieces:
+        return model, chosen, unknown, []
+    model, new = hub.wider(model, list(unknown))
+    if new and not any(isinstance(one, methods.Full) for one in chosen):
+        chosen = (*chosen, methods.NewWords())
+    return model, chosen, collections.Counter(), new
 
 
 def with_limits(task: tasks.Task, model, chosen, splits: dict[str, datasets.Split], log) -> tuple[tasks.Task, dict]:
@@ -372,7 +438,9 @@ def with_limits(task: tasks.Task, model, chosen, splits: dict[str, datasets.Spli
     return task, texts
 
 
-def yardstick(task: tasks.Task, train, name: str, cases: data.Examples, tokenizer, log) -> tuple[dict, list[str] | None]:
+def yardstick(
+    task: tasks.Task, train, name: str, cases: data.Examples, tokenizer, log
+) -> tuple[dict, list[str] | None]:
     """({'blind', 'perfect_writer'}, the best blind guess per case) of a split, said before training: what needs no picture
     scores, and what this vocabulary lets one score at most. ({'blind': {}}, None) where there are no answers to score with.
     Raises ValueError for ids that repeat."""
@@ -384,7 +452,7 @@ def yardstick(task: tasks.Task, train, name: str, cases: data.Examples, tokenize
     if not scored(cases):
         return {"blind": {}}, None
     guesses, writer = task.guesses(train, cases.rows), task.perfect_writer(cases.rows, tokenizer)
-    blind, metric = {label: task.score(cases.rows, texts) for label, texts in guesses.items()}, task.main_metric
+    blind, metric = {label: task.scores(cases.rows, texts) for label, texts in guesses.items()}, task.main_metric
     best = max(blind, key=lambda label: blind[label][metric])
     log(
         f"{name}, {metric}: {results.LABELS.get(best, best)} {blind[best][metric]:.3f}; perfect writer {writer[metric]:.3f} "
@@ -433,6 +501,12 @@ def abstract_model(config):
 def _options(config) -> dict:
     c = config.model
     return {"image_size": c.image_size, "dtype": c.dtype, "remat": c.remat, "dropout": c.dropout}
+
+
+def pinned_base(config, result: dict) -> str:
+    """The base of a finished run: of a repository of the hub the very commit that was tuned, as 'owner/name@commit'."""
+    revision = result["model"].get("report", {}).get("revision")
+    return f"{config['base'].partition('@')[0]}@{revision}" if revision else str(config["base"])
 
 
 def _base(config, task: tasks.Task):
@@ -534,8 +608,10 @@ def evaluate(
             for row, one in zip(rows, written, strict=True):
                 row[label], row[f"{label}_score"] = one["text"], round(one["score"], 4)
             continue
-        scores[label] = task.score(cases.rows, [one["text"] for one in written])
-        if label != "text_only" and not (config.optim.schedule == "plateau" and split.name == config.stop.split):  # measured in training
+        scores[label] = task.scores(cases.rows, [one["text"] for one in written])
+        if label != "text_only" and not (
+            config.optim.schedule == "plateau" and split.name == config.stop.split
+        ):  # measured in training
             scores[label]["nll"] = evals.nll(model, variables, task, examples, **options)
         each = task.each(cases.rows, [one["text"] for one in written])
         for row, one, value in zip(rows, written, each, strict=True):

@@ -87,6 +87,7 @@ def step_in_shapes(c, model, batch_size: int | None = None, n_pictures: int | No
     split = datasets.load(few, ["train"])["train"]
     if c.data.name != "scenes":
         n_all = len(split.rows)
+    model, chosen, *_ = point.with_new_words(c, task, model, chosen, split)
     task, _ = point.with_limits(task, model, chosen, {"train": split}, lambda *_: None)
     examples = task.examples(split, model.tokenizer)
     variables = budget.abstract_variables(chosen, model)

@@ -216,8 +216,8 @@ def _validation(said: dict) -> list[str]:
     ]
     if worth := said["images"]:
         lines.append(
-            f"{said['split']}: a text is {worth['gain']:.3f} nats likelier beside its own picture than beside another (at least "
-            f"{worth['least']:.3f}, {worth['n']} pictures)"
+            f"{said['split']}: a text is {worth['gain']:.3f} nats likelier beside its own picture than beside another (at "
+            f"least {worth['least']:.3f}, {worth['n']} pictures)"
         )
     return lines
 
@@ -239,6 +239,7 @@ def _differences(split: str, scores: dict, metric: str) -> str:
 def table(result: dict) -> str:
     """The closing table of a run: blind baselines, the frozen base and the tuned model, on each evaluated split."""
     name, counts, timing = result["main_metric"], result["counts"], result["timing"]
+    more = result.get("task_options", {}).get("metrics", ())
     lines = []
     for split, scores in result["metrics"].items():
         if not scores.get("scored", True):
@@ -255,12 +256,14 @@ def table(result: dict) -> str:
         header = [
             "",
             name,
+            *more,
             *(kind or "(no type)" for kind in kinds),
             *(["nll"] if any("nll" in score for _, score in rows) else []),
         ]
         body = []
         for label, score in rows:
-            cells = [f"{score[name]:.3f}", *(f"{score['by_type'][kind]['accuracy']:.3f}" for kind in kinds)]
+            cells = [f"{score[one]:.3f}" for one in (name, *more)]
+            cells += [f"{score['by_type'][kind]['accuracy']:.3f}" for kind in kinds]
             cells += [f"{score['nll']:.3f}" if "nll" in score else "-"] if header[-1] == "nll" else []
             body.append([LABELS.get(label, label), *cells])
         lines += [f"{split} (n = {scores['n']})", *_aligned([header, *body])]

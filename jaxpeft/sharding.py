@@ -75,7 +75,9 @@ def check_batch(batch_size: int, accumulate: int, on: Mesh) -> None:
 def shardings(tree: Tree, rules: Rules, on: Mesh) -> Tree:
     """A NamedSharding for every leaf of variables, of a half of them, or of a training state.
 
-    A dimension that its axis does not divide stays whole. Raises ValueError for array leaves that no rule covers.
+    A dimension that its axis does not divide stays whole, and so do an optimizer's arrays of another rank than the leaf that
+    they are about (Adafactor's factors) or about none (Muon's coefficients). Raises ValueError for array leaves of the model
+    that no rule covers.
     """
     uncovered = []
 
@@ -87,7 +89,7 @@ def shardings(tree: Tree, rules: Rules, on: Mesh) -> Tree:
         return ()
 
     def place(shape, axes) -> NamedSharding:
-        axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
+        axes = (None,) * (len(shape) - len(axes)) + tuple(axes) if len(shape) >= len(axes) else (None,) * len(shape)
         fits = (a if a and n % on.shape[a] == 0 else None for n, a in zip(shape, axes, strict=True))
         return NamedSharding(on, PartitionSpec(*fits))
 
@@ -98,7 +100,7 @@ def shardings(tree: Tree, rules: Rules, on: Mesh) -> Tree:
             return jax.tree.map(lambda x: place(x.shape, axes(x.shape)), node)
         if "params/" in name:
             return place(node.shape, spec(name[name.index("params/") :]))
-        if np.ndim(node):
+        if np.ndim(node) and not name.startswith("opt/"):
             uncovered.append(name)
         return place(np.shape(node), ())
 

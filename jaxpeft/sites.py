@@ -25,6 +25,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.serialization import from_state_dict, register_serialization_state, to_state_dict
 
 from jaxpeft import tree
 from jaxpeft.methods.base import Method, Site, Theta
@@ -54,6 +55,15 @@ class Bound:
     def tree_unflatten(cls, static, children):
         method, site, acts, keys = static
         return cls(method, site, dict(zip(keys, children, strict=True)), acts)
+
+
+def _restored(bound: Bound, state: dict) -> Bound:
+    theta = {name: from_state_dict(x, state[name], name) for name, x in bound.theta.items()}
+    return dataclasses.replace(bound, theta=theta)
+
+
+# flax.serialization then keeps tuned trees too: the arrays, put back into a tree of the same methods
+register_serialization_state(Bound, lambda bound: to_state_dict(bound.theta), _restored)
 
 
 def _bound(module: nn.Module, kind: str, shape: tuple[int, ...]) -> tuple[Bound, ...]:
@@ -287,17 +297,22 @@ def base_of(model: nn.Module, flat: dict, site: Site) -> dict:
     if site.kind == "norm":
         return {name: flat.get(f"{site.path}/{name}") for name in ("scale", "bias")}
     if site.kind == "embed" and f"{site.path}/embed/word" in flat:
-        names = ("word", "norm/scale", "norm/bias")
-        return {name: flat[f"{site.path}/embed/{name}"] for name in names} | {
-            "tokenizer": getattr(model, "tokenizer", None)
-        }
+        words = {"word": _with_new_rows(flat, f"{site.path}/embed/word")}
+        norm = {name: flat[f"{site.path}/embed/{name}"] for name in ("norm/scale", "norm/bias")}
+        return words | norm | {"tokenizer": getattr(model, "tokenizer", None)}
     if site.kind != "linear":
         return {}
     lead = () if site.layers is None else (site.layers,)
     tied = getattr(model, "tied", {}).get(site.path)
-    kernel = flat[tied].T if tied else flat[f"{site.path}/kernel"].reshape(*lead, *site.shape)
+    kernel = _with_new_rows(flat, tied).T if tied else flat[f"{site.path}/kernel"].reshape(*lead, *site.shape)
     bias = flat.get(f"{site.path}/bias")
     return {"kernel": kernel, "bias": None if bias is None else bias.reshape(*lead, site.shape[1])}
+
+
+def _with_new_rows(flat: dict, name: str):
+    """A word embedding, and after it the rows of words that were added to the base."""
+    more = flat.get(re.sub("word$", "new_word", name))
+    return flat[name] if more is None else jnp.concatenate([flat[name], more])
 
 
 def trainable(method: Method | Iterable[Method], variables: Tree) -> Mask:

@@ -18,6 +18,7 @@ import ast
 import collections
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -260,10 +261,7 @@ def dry_run(config, directory: Path) -> str:
     for as many steps as the cap allows; memory without activations). Traces a step per task and arm, compiles none."""
     state = read(config, directory)
     lines, total, speed, traced = [plan(config, state)], 0.0, 0.5 * _flops_per_second(), {}
-    left = collections.Counter(run.cell for run in state.todo)
-    waiting = {cell: len(config.rates) + config.seeds - 1 for cell in cells(config)}
-    for cell in waiting:
-        waiting[cell] -= sum(run.cell == cell for run in state.runs)
+    left = runs_left(config, state)
     rows = [("cell", "runs left", "tuned", "stored", "MB", "s a run", "")]
     for cell in cells(config):
         c = Run(cell, 0, rates(config, cell)[0], config).config
@@ -277,17 +275,14 @@ def dry_run(config, directory: Path) -> str:
             and (run.cell.level, run.cell.arm, run.cell.size) == (cell.level, cell.arm, cell.size)
         ]  # fmt: skip
         seconds = float(np.median(measured)) if measured else c.steps * flops / speed
-        n_left = left[cell] + waiting[cell]
-        total += seconds * n_left
+        total += seconds * left[cell]
         megabytes = (4 * (params + 3 * counts["tuned"] + counts["stored"]) + features) / 1e6
         said = "measured" if measured else "training alone, at most"
-        numbers = (str(n_left), f"{counts['tuned']:,}", f"{counts['stored']:,}", f"{megabytes:.0f}", f"{seconds:.0f}")
-        rows.append((str(cell), *numbers, said))
+        numbers = (f"{counts['tuned']:,}", f"{counts['stored']:,}", f"{megabytes:.0f}", f"{seconds:.0f}")
+        rows.append((str(cell), str(left[cell]), *numbers, said))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines += ["  ".join(value.ljust(w) for value, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.append(
-        f"{sum(left.values()) + sum(waiting.values())} runs left, about {total / 3600:.1f} hours on one worker"
-    )
+    lines.append(f"{left.total()} runs left, about {total / 3600:.1f} hours on one worker")
     return "\n".join(lines)
 
 
@@ -414,6 +409,106 @@ def keep_pictures(config, directory: Path, n: int = 8) -> None:
         os.replace(aside, out)
 
 
+# ---------------------------------------------------------------- how far it is
+
+
+def progress(config, directory: Path, state: State) -> str:
+    """'13 of 48 runs done, ETA about 0:07:10', from what all workers have left in `directory`."""
+    said = [f"{len(state.finished)} of {n_runs(config)} runs done"]
+    if state.given_up:
+        said.append(f"{len(state.given_up)} given up")
+    if not runs_left(config, state):
+        return ", ".join([*said, "none left"])
+    seconds = seconds_left(config, directory, state)
+    eta = "unknown" if seconds is None else f"about {datetime.timedelta(seconds=round(seconds))}"
+    return ", ".join([*said, f"ETA {eta}"])
+
+
+def as_of(run: Run, directory: Path, state: State) -> State:
+    """`state` without what was finished after `run`; all of it where `run` is not finished.
+
+    So of two workers that end at once one says that 12 runs are done, and the other one 13.
+    """
+
+    def written(name):
+        return _written(directory / "points" / name / "result.json")
+
+    if run.id not in state.finished:
+        return state
+    finished = {name: result for name, result in state.finished.items() if written(name) <= written(run.id)}
+    return dataclasses.replace(state, finished=finished, runs=runs(run.study, finished, state.given_up))
+
+
+def runs_left(config, state: State) -> collections.Counter[Cell]:
+    """How many runs each cell still needs; a cell with none is not in it."""
+    left = collections.Counter(run.cell for run in state.todo)
+    undecided = {run.cell for run in state.todo if run.seed == 0}
+    for cell in undecided:  # the runs of the other seeds get their names when the rate is chosen
+        left[cell] += config.seeds - 1
+    return left
+
+
+def seconds_left(config, directory: Path, state: State) -> float | None:
+    """About how long the rest of the study takes; None before the first run since its newest start is finished."""
+    # Each run that is left is expected to take what finished ones like it took (see `_expected`). The sum is divided by
+    # the number of workers that hold a run now. It is never less than the longest run that is left: workers do not share
+    # one. Left out: how far the runs of the other workers are, tries that fail, workers that come or go.
+    measured = _measured(directory, state)
+    if not measured:
+        return None
+    left = runs_left(config, state)
+    seconds = {cell: _expected(cell, measured) for cell in left}
+    in_all = sum(n * seconds[cell] for cell, n in left.items())
+    return max(in_all / _live_workers(directory), max(seconds.values(), default=0.0))
+
+
+def _measured(directory: Path, state: State) -> dict[tuple, list[float]]:
+    """What the runs took that were finished since the newest start of the study: each stands under (), (level,),
+    (level, arm), (level, arm, size) and all of its cell.
+
+    Those of before may come from another machine, or from another number of workers on this one.
+    """
+    # files are compared with files: the clocks of the hosts may differ
+    began, found = _written(directory / "source.json"), collections.defaultdict(list)
+    for run in state.runs:
+        if run.id in state.finished and _written(directory / "points" / run.id / "result.json") >= began:
+            fields = dataclasses.astuple(run.cell)
+            for n in range(len(fields) + 1):
+                found[fields[:n]].append(_seconds(state.finished[run.id]["timing"]))
+    return dict(found)
+
+
+def _written(path: Path) -> int:
+    """When a file was written, in nanoseconds; 0 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _seconds(timing: dict) -> float:
+    """How long a run takes when nothing interrupts it.
+
+    The times of a run that went on from a stored step have only the steps since then: the others are added.
+    """
+    return timing["total_s"] + max(0.0, timing["steps"] * timing["step_s"] - timing["train_s"])
+
+
+def _expected(cell: Cell, measured: dict[tuple, list[float]]) -> float:
+    """The median of the measured runs that are most like those of `cell`: of that cell, or else of its level, arm and
+    size, of its level and arm, of its level, of any."""
+    fields = dataclasses.astuple(cell)
+    alike = next(fields[:n] for n in range(len(fields), -1, -1) if fields[:n] in measured)
+    return float(np.median(measured[alike]))
+
+
+def _live_workers(directory: Path) -> int:
+    """How many workers hold a run now, on any host; at least 1. The claim of one that is gone does not count."""
+    claims = directory / "claims"
+    held = [path.name for path in claims.glob("[!.]*")]
+    return max(1, sum(locks.Claim(claims, name).owner() is not None for name in held))
+
+
 # ---------------------------------------------------------------- running
 
 
@@ -445,8 +540,16 @@ def execute(run: Run, directory: Path, log, keep_checkpoints: bool = False) -> b
     return True
 
 
-def attempt(run: Run, directory: Path, log) -> bool:
-    """Do a run that is not done; False where another process is doing it. Raises ValueError where the code has changed."""
+def attempt(run: Run, directory: Path, log, known: State | None = None) -> bool:
+    """Do a run that is not done; False where another process is doing it. Raises ValueError where the code has changed.
+
+    How far the study is then stands behind what the run says; what `known` has finished is not read again for that.
+    """
+
+    def announce(text):
+        state = as_of(run, directory, read(run.study, directory, known))
+        log(f"{text}; {progress(run.study, directory, state)}")
+
     check_source(directory, run)
     claim = locks.Claim(directory / "claims", run.id)
     if not claim.take():
@@ -455,7 +558,7 @@ def attempt(run: Run, directory: Path, log) -> bool:
         if changed := changes(directory, run):
             set_aside(directory, State({}, {}, {run.id: changed}, []))
         if not (directory / "points" / run.id / "result.json").exists():  # finished since somebody looked
-            execute(run, directory, log, run.study.keep_checkpoints)
+            execute(run, directory, announce, run.study.keep_checkpoints)
         return True
     finally:
         claim.release()
@@ -467,7 +570,7 @@ def work(config, directory: Path, log=print) -> None:
     while True:
         state, busy = read(config, directory, state), 0
         for run in state.todo:
-            if attempt(run, directory, log):
+            if attempt(run, directory, log, state):
                 break
             busy += 1
         else:
@@ -496,6 +599,8 @@ def run(
     set_aside(directory, state)
     results.write_json(directory / "source.json", source())
     results.write_json(directory / "study.json", {"config": point.as_json(config), "command": " ".join(command or [])})
+    if state.todo:
+        log(progress(config, directory, state))
     if elsewhere:
         elsewhere(config, directory, log=log)
     else:

@@ -125,6 +125,11 @@ class Tokenizer:
         more = tuple(AddedWord(word, single_word=True) for word in new) if self.added else ()
         return dataclasses.replace(self, vocabulary=self.vocabulary + new, added=self.added + more), new
 
+    @functools.cached_property
+    def has_pieces(self) -> bool:
+        """Whether words are spelled from pieces, as WordPiece's are; else a word that is not in the vocabulary is [UNK]."""
+        return any(word.startswith("##") for word in self.vocabulary)
+
     def __len__(self):
         return len(self.vocabulary)
 

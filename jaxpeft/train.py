@@ -108,9 +108,7 @@ def start(tuned: Tree, *, tx, seed: int, best: bool) -> TrainState:
 
     Of copies: outputs that are inputs would be donated to the step, and the caller keeps reading its tuned tree.
     """
-    kept = Best(
-        jnp.float32(jnp.inf), jnp.int32(0), _copy(tuned), jnp.float32(jnp.inf), jnp.int32(0), jnp.bool_(False)
-    )
+    kept = Best(jnp.float32(jnp.inf), jnp.int32(0), _copy(tuned), jnp.float32(jnp.inf), jnp.int32(0), jnp.bool_(False))
     rest = {"seed": jnp.uint32(seed), "best": kept if best else None, "ok": jnp.bool_(True)}
     return TrainState(jnp.int32(0), _copy(tuned), tx.init(tuned), **rest)
 

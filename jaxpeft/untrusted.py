@@ -30,13 +30,15 @@ def kept_in(path: Path) -> Path:
     """`path`; raises ValueError where it is a link to something outside of its directory.
 
     A downloaded directory could otherwise have any file of this machine read. Hugging Face's cache keeps its files in a
-    directory 'blobs' beside 'snapshots', with links to them, and those are followed.
+    directory 'blobs' beside 'snapshots', with links to them, and those may link on to blobs/XX that all repositories of the
+    cache share; these links are followed.
     """
     if not path.is_symlink():
         return path
     directory, real = path.parent.resolve(), path.resolve()
-    cache = directory.parent.parent / "blobs" if directory.parent.name == "snapshots" else None
-    if not real.is_relative_to(directory) and real.parent != cache:
+    repository = directory.parent.parent if directory.parent.name == "snapshots" else None
+    stores = (repository / "blobs", repository.parent / "blobs" / real.parent.name) if repository else ()
+    if not real.is_relative_to(directory) and real.parent not in stores:
         raise ValueError(
             f"{path} is a link to {real}, outside of its directory; such links are not followed: copy the file, or name "
             f"the one that it points to"

@@ -9,14 +9,16 @@ per token where beams are more than one). A picture that cannot be read is said 
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxpeft import evals, host, hub, images, point
+from jaxpeft import evals, host, hub, images, point, registry, tasks
 from jaxpeft.datasets.folder import Files
+from jaxpeft.tasks import Task
 
 
 def pictures(paths: list[Path], n: int) -> Iterator[tuple[list[Path], list, list[str]]]:
@@ -43,10 +45,14 @@ def main(argv=None) -> int:
     parser.add_argument("--image", nargs="+", type=Path, default=[])
     parser.add_argument("--folder", type=Path, help="every picture in it and below")
     parser.add_argument("--question", help="for a model that answers questions: the same for every picture")
+    parser.add_argument(
+        "--prompt", help="for a model that captions: what the text begins with, in place of its own prompt"
+    )
     parser.add_argument("--beams", type=int, default=3)
     parser.add_argument("--top", type=int, default=1, help="how many texts a picture, best first")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--out", type=Path, help="a .jsonl file; without it lines are printed")
+    registry.add_argument(parser)
     args = parser.parse_args(argv)
     if min(args.beams, args.top, args.batch) < 1:
         parser.error("--beams, --top and --batch are at least 1")
@@ -56,9 +62,9 @@ def main(argv=None) -> int:
             parser.error(f"--folder {args.folder} is not a directory")
         files = Files(args.folder)
         paths += [args.folder / name for name in files.all()]
-        unread = [f"{args.folder / name}: pictures of this kind are not read" for name in files.unread()]
+        unread = [f"{args.folder / name}: {images.why_unread(name)}" for name in files.unread()]
     if not paths:
-        some = f"; {len(unread)} are of kinds that are not read, such as {unread[0].split(': ')[0]}" if unread else ""
+        some = f"; {len(unread)} are of kinds that are not read, such as {unread[0]}" if unread else ""
         parser.error(f"no pictures: give --image or a --folder that holds some{some}")
     if args.out and not args.out.absolute().parent.is_dir():
         parser.error(f"--out {args.out}: its directory does not exist")
@@ -66,16 +72,27 @@ def main(argv=None) -> int:
     host.keep_compiled_programs()
     try:
         if args.workdir:
-            model, variables, _, task = point.load_run(args.workdir)
+            model, variables, _, task = point.load_run(args.workdir, args.imports)
         else:
             model, params = hub.load(args.base, question_encoder=args.question is not None)
-            variables, task = {"params": params}, None
+            variables, task = {"params": params}, tasks.build("captioning" if args.question is None else "vqa")
+        if args.prompt is not None:
+            task = prompted(task, args.prompt, model.tokenizer)
         bad = unread + _write(args, model, variables, task, paths)
     except ValueError as error:
         sys.exit(f"error: {error}")
     for line in bad:
         print(f"left out: {line}", file=sys.stderr)
     return int(bool(bad))
+
+
+def prompted(task: Task, prompt: str, tokenizer) -> Task:
+    """The task with another prompt. Raises ValueError for one that has none, and for words that the vocabulary lacks."""
+    if not hasattr(task, "prompt"):
+        raise ValueError(f"--prompt is for a model that captions; this one does {task.name}: give --question")
+    if unknown := tokenizer.unknown_words(prompt):
+        raise ValueError(f"--prompt {prompt!r} has words that the model does not know: {', '.join(unknown)}")
+    return dataclasses.replace(task, prompt=prompt)
 
 
 def _write(args, model, variables, task, paths) -> list[str]:

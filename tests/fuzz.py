@@ -227,8 +227,10 @@ def _annotations() -> list[dict[str, bytes]]:
     ]
     table = 'image,caption,split\na.png,a red circle,train\nb.png,"two, of them",val\n'
     lines = "\n".join(json.dumps(row) for row in rows)
-    pictures = {"a.png": b"", "b.png": b""}
-    files = [json.dumps(coco), json.dumps(karpathy), json.dumps(rows), lines, table]
+    hugging_face = 'file_name;text;caption_2\nsub\\a.png;a red circle;\nb.png;two;"two; of them"\n'
+    several = '{"file_name": "a.png", "text_1": "a red circle", "text_2": null, "text_3": ["one", "two"]}\n'
+    pictures = {"a.png": b"", "b.png": b"", "sub/a.png": b""}
+    files = [json.dumps(coco), json.dumps(karpathy), json.dumps(rows), lines, table, hugging_face, several]
     return [pictures | {"annotations": text.encode()} for text in files]
 
 
@@ -293,7 +295,9 @@ def readers(home: Path) -> dict[str, Reader]:
 
 
 def _parsed(directory: Path):
-    """Annotations as a run reads them: rows, or what is wrong with them."""
+    """Annotations as a run reads them: rows, or what is wrong with them; the same as captions beside a picture, too."""
+    shutil.copyfile(directory / "annotations", directory / "a.txt")
+    folder.parse(None, directory)
     rows, problems = folder.parse(str(directory / "annotations"), directory)
     if problems.counts:
         raise ValueError(str(problems))

@@ -391,12 +391,13 @@ def test_words_are_added_to_an_untied_head_too():
     kernel = np.random.default_rng(0).normal(size=(12, len(tiny.TOKENIZER))).astype(np.float32)
     decoder = params["text_decoder"] | {"head": params["text_decoder"]["head"] | {"vocabulary": {"kernel": kernel}}}
     wider, more, new = hub.extend_vocabulary(model, params | {"text_decoder": decoder}, ["zebra"], seed=0)
-    assert new == ("zebra",) and more["text_decoder"]["head"]["vocabulary"]["kernel"].shape == (
-        12,
-        len(tiny.TOKENIZER) + 1,
-    )
+    assert new == ["zebra"] and more["text_decoder"]["head"]["new_matrix"].shape == (1, 12)
     before = model.apply({"params": params | {"text_decoder": decoder}}, tiny.batch())
-    np.testing.assert_allclose(wider.apply({"params": more}, tiny.batch())[..., :-1], before, atol=1e-6)
+    after = wider.apply({"params": more}, tiny.batch())
+    np.testing.assert_allclose(after[..., :-1], before, atol=1e-6)
+    whole, joined = hub.joined(wider, more)
+    assert joined["text_decoder"]["head"]["vocabulary"]["kernel"].shape == (12, len(tiny.TOKENIZER) + 1)
+    np.testing.assert_allclose(whole.apply({"params": joined}, tiny.batch()), after, atol=1e-6)
 
 
 @pytest.mark.parametrize("said", [None, 30523])

@@ -76,12 +76,16 @@ def test_mistakes_are_named(call, message):
 def test_extended_vocabulary_keeps_old_rows_and_answers(saved):
     model, params = hub.load(saved[0])
     wider, more, new = hub.extend_vocabulary(model, params, ["zebra", "w3", "yak"], seed=0)
-    assert new == ("zebra", "yak") and wider.config.vocab_size == model.config.vocab_size + 2
+    assert new == ["zebra", "yak"] and wider.config.vocab_size == model.config.vocab_size + 2
     batch, n = tiny.batch(), model.config.vocab_size
     before = model.apply({"params": params}, batch)
     after = wider.apply({"params": more}, batch)
     np.testing.assert_allclose(after[..., :n], before, atol=1e-6)
-    assert 0 < float(jnp.std(more["text_decoder"]["embed"]["word"][n:])) < 0.05
+    assert more["text_decoder"]["embed"]["new_word"].shape == (2, 12)
+    assert 0 < float(jnp.std(more["text_decoder"]["embed"]["new_word"])) < 0.05
+    whole, joined = hub.joined(wider, more)
+    assert whole.config.new_words == 0 and joined["text_decoder"]["embed"]["word"].shape[0] == n + 2
+    assert jnp.array_equal(whole.apply({"params": joined}, batch), after)
     same, same_params, none = hub.extend_vocabulary(model, params, ["w3"], seed=0)
     assert not none and same is model and same_params is params
 

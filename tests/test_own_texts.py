@@ -44,6 +44,7 @@ def config(root, base, tmp_path, task="vqa", **changes):
     c = folder.get_config(f"root={root},annotations={file}.csv,task={task},base={base},steps=60")
     c.data.data_dir, c.data.val_fraction, c.data.test_fraction = str(tmp_path / "copy"), 0.0, 0.3
     c.optim.lr, c.batch_size, c.eval.batch_size, c.eval.base = 5e-3, 16, 8, False
+    c.optim.schedule = "cosine"  # all steps and no validation
     c.update_from_flattened_dict(changes)
     return c
 

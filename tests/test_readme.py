@@ -161,8 +161,8 @@ def test_every_command_of_the_readme_runs(place, monkeypatch, capsys):
         elif words[:3] == ["python", "-m", "jaxpeft.datasets.prepare"]:
             assert prepare.main([*words[3:], "--out", "prepared", "--any-size", "--workers", "1"]) == 0
         elif words[:3] == ["python", "-m", "jaxpeft.demo"]:
-            monkeypatch.setattr("uvicorn.run", lambda app, **_: ran.append(app))
-            demo.main(words[3:])
+            monkeypatch.setattr("uvicorn.Server.run", lambda server, **_: ran.append(server.config.app))
+            demo.main([*words[3:], "--port", "0"])
             assert callable(ran.pop())
         else:  # what .ci/run does not install is tested where it is used
             assert words[:3] == ["pip", "install", "-e"], command

@@ -53,7 +53,7 @@ def fake_point(config, workdir, log=print, features_in=None):
         for i in range(4)
     ]
     results.write_jsonl(Path(workdir) / "predictions.jsonl", rows)
-    timing = {"steps": 3, "stopped": "plateau", "step_s": 0.1, "compile_s": 1.0, "total_s": 2.0}
+    timing = {"steps": 3, "stopped": "plateau", "step_s": 0.1, "compile_s": 1.0, "train_s": 0.3, "total_s": 2.0}
     result = {"main_metric": metric, "metrics": scores, "timing": timing, "status": "done", "task": task}
     result |= {"counts": {"tuned": 10 * (config.size + 1), "stored": 10 * (config.size + 1), "total": 1000}}
     result |= {"forgetting": {"base": 0.5, "tuned": 0.7, "n": 4}, "lr": config.optim.lr}
@@ -281,6 +281,160 @@ def test_a_dry_run_needs_no_weights_and_counts_every_cell(tmp_path, monkeypatch)
         study.run(config, tmp_path / "none", log=quiet)
     assert all(str(cell) in planned[0] for cell in study.cells(config))
     assert not (tmp_path / "none").exists()
+
+
+# ---------------------------------------------------------------- how far it is
+
+
+def ends(said: list[str]) -> list[str]:
+    """What lines say of the whole study."""
+    return [line.rsplit("; ", 1)[-1] for line in said if " runs done" in line]
+
+
+def test_every_finished_run_says_how_many_are_done_and_what_is_left(config, fake, tmp_path):
+    said = []
+    study.run(config, tmp_path, log=said.append)
+    expected = ["0 of 48 runs done, ETA unknown"]
+    for i in range(1, 48):  # each run says that it took two seconds
+        expected.append(f"{i} of 48 runs done, ETA about 0:{2 * (48 - i) // 60:02d}:{2 * (48 - i) % 60:02d}")
+    assert ends(said) == [*expected, "48 of 48 runs done, none left"]
+    assert [line.split(":")[0] for line in said if ": cider_d " in line or ": accuracy " in line] == fake
+
+
+def test_runs_of_an_earlier_start_are_counted_and_not_timed(config, fake, tmp_path, monkeypatch):
+    """The first ten took 1,000 seconds each, on a slower machine as it were, and the study was stopped."""
+    quick = study.point.run
+
+    def slow(config, workdir, log=print, features_in=None):
+        if len(fake) == 10:
+            raise KeyboardInterrupt
+        result = quick(config, workdir)
+        result["timing"]["total_s"] = 1000.0
+        results.write_json(Path(workdir) / "result.json", result)
+        an_hour_ago = time.time() - 3600
+        os.utime(Path(workdir) / "result.json", (an_hour_ago, an_hour_ago))
+        return result
+
+    monkeypatch.setattr(study.point, "run", slow)
+    with pytest.raises(KeyboardInterrupt):
+        study.run(config, tmp_path, log=quiet)
+    monkeypatch.setattr(study.point, "run", quick)
+    said = []
+    study.run(config, tmp_path, log=said.append)
+    assert ends(said)[:2] == ["10 of 48 runs done, ETA unknown", "11 of 48 runs done, ETA about 0:01:14"]
+
+
+def test_what_other_workers_finish_is_in_every_workers_count(config, fake, tmp_path):
+    """Two workers that both looked when nothing was done, and a third one that looks now."""
+    state, said = study.read(config, tmp_path), []
+    for run in state.todo[:3]:
+        assert study.attempt(run, tmp_path, said.append, state)
+    study.attempt(state.todo[3], tmp_path, said.append)
+    assert [line.split(" runs done")[0] for line in ends(said)] == ["1 of 48", "2 of 48", "3 of 48", "4 of 48"]
+
+
+def test_of_two_workers_that_end_at_once_one_is_the_first(config, fake, tmp_path, monkeypatch):
+    """Another worker's result is there, and newer, before this one looks."""
+    works, state, said = study.point.run, study.read(config, tmp_path), []
+    mine, other = state.todo[:2]
+
+    def run(config, workdir, log=print, features_in=None):
+        where = tmp_path / "points" / other.id
+        where.mkdir(parents=True)
+        results.write_json(where / "depends_on.json", study.depends_on(other.config))
+        fake_point(other.config, where)
+        soon = time.time() + 5
+        os.utime(where / "result.json", (soon, soon))
+        return works(config, workdir)
+
+    monkeypatch.setattr(study.point, "run", run)
+    study.attempt(mine, tmp_path, said.append, state)
+    assert ends(said) == ["1 of 48 runs done, ETA about 0:01:34"]
+    state = study.read(config, tmp_path)
+    found = study.progress(config, tmp_path, study.as_of(other, tmp_path, state))
+    assert found == "2 of 48 runs done, ETA about 0:01:32"
+
+
+def test_the_rest_is_shared_by_the_workers_that_live(config, fake, tmp_path):
+    state, said = study.read(config, tmp_path), []
+    first, second, third, *_ = state.todo
+    study.attempt(first, tmp_path, said.append)
+    others = [Claim(tmp_path / "claims", "another"), Claim(tmp_path / "claims", "one more")]
+    assert all(other.take() for other in others)
+    dead = {"host": Claim(tmp_path, "x")._me["host"], "pid": 2**22 + 1, "started": "1"}
+    (tmp_path / "claims" / "of a killed worker").write_text(json.dumps(dead))
+    study.attempt(second, tmp_path, said.append)
+    for other in others:
+        other.release()
+    study.attempt(third, tmp_path, said.append)
+    # 47 runs of two seconds by one worker, 46 by three, 45 by one
+    assert [line.split("ETA ")[1] for line in ends(said)] == ["about 0:01:34", "about 0:00:31", "about 0:01:30"]
+
+
+def test_no_number_of_workers_makes_the_last_run_shorter(config, fake, tmp_path):
+    state = study.read(config, tmp_path)
+    study.attempt(state.todo[0], tmp_path, quiet)
+    state = study.read(config, tmp_path)
+    state.runs = [state.runs[0], next(run for run in state.runs if run.seed == 0 and run.id not in state.finished)]
+    config.seeds = 1
+    others = [Claim(tmp_path / "claims", f"other {i}") for i in range(3)]
+    assert all(other.take() for other in others)
+    assert study.seconds_left(config, tmp_path, state) == 2.0
+    for other in others:
+        other.release()
+
+
+def test_a_run_is_expected_to_take_what_those_most_like_it_took(config, tmp_path):
+    """A large arm late in the grid is not taken for a small one as soon as any of its kind is finished."""
+    took = {
+        Cell("a", "lora", 2, 64): 10.0,
+        Cell("a", "lora", 2, 256): 30.0,
+        Cell("a", "full", 0, 64): 100.0,
+        Cell("b", "lora", 2, 64): 1000.0,
+    }
+    run = [study.Run(cell, 0, 1.0, config) for cell in took]
+    finished = {
+        one.id: {"timing": {"total_s": took[one.cell], "steps": 0, "step_s": 0.0, "train_s": 0.0}} for one in run
+    }
+    for one in run:
+        (tmp_path / "points" / one.id).mkdir(parents=True)
+        (tmp_path / "points" / one.id / "result.json").touch()
+    measured = study._measured(tmp_path, study.State(finished, {}, {}, run))
+    expected = {
+        Cell("a", "lora", 2, 64): 10.0,  # its cell
+        Cell("a", "lora", 2, 512): 20.0,  # its size: between 10 and 30
+        Cell("a", "lora", 8, 64): 20.0,  # its arm
+        Cell("a", "prefix", 4, 64): 30.0,  # its level: the middle of 10, 30 and 100
+        Cell("c", "lora", 2, 64): 65.0,  # any: between 30 and 100
+    }
+    assert {cell: study._expected(cell, measured) for cell in expected} == expected
+
+
+def test_the_steps_before_an_interruption_count_in_what_a_run_takes():
+    whole = {"total_s": 30.0, "steps": 100, "step_s": 0.2, "train_s": 22.0}  # 20 s of steps, and 2 s of validation
+    assert study._seconds(whole) == 30.0
+    tail = {"total_s": 12.0, "steps": 100, "step_s": 0.2, "train_s": 4.0}  # the same run, its last 20 steps
+    assert study._seconds(tail) == 28.0
+
+
+def test_runs_given_up_are_said_and_leave_nothing_to_wait_for(config, fake, tmp_path, monkeypatch):
+    """Both rates of a cell fail: its other seed has no rate, and never runs."""
+    works = study.point.run
+
+    def fails(config, workdir, log=print, features_in=None):
+        if config.name.startswith("captions_human-head-n64"):
+            raise FloatingPointError("loss is nan")
+        return works(config, workdir)
+
+    monkeypatch.setattr(study.point, "run", fails)
+    said = []
+    study.run(config, tmp_path, log=said.append)
+    found = ends(said)
+    # two rates, three tries each, are the first six lines after the start
+    assert found[1] == "0 of 48 runs done, ETA unknown" and "FloatingPointError" in said[2]
+    assert found[6] == "0 of 48 runs done, 2 given up, ETA unknown"
+    assert found[7] == "1 of 48 runs done, 2 given up, ETA about 0:01:28"  # 48 less the cell's three less this one
+    assert found[-1] == "45 of 48 runs done, 2 given up, none left"
 
 
 # ---------------------------------------------------------------- claims on runs

@@ -303,43 +303,47 @@ def losses(monkeypatch):
 
 def test_training_stops_when_validation_does(base, tmp_path, losses):
     """Falling for 3 steps, then not for 2: at step 5 the decay starts and takes half as long again."""
-    losses += [3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
+    losses += [4.0, 3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
     result = point.run(plateau_of(base), tmp_path, quiet)
     assert not losses
     assert (result["timing"]["steps"], result["timing"]["stopped"]) == (7, "plateau")
     np.testing.assert_allclose(result["timing"]["validation_loss"], 0.9, rtol=1e-6)
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["validation_loss"] for row in logged if "validation_loss" in row] == [3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
+    curve = [(row["step"], row["validation_loss"]) for row in logged if "validation_loss" in row]
+    assert curve == list(enumerate([4.0, 3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]))
+    said = result["validation"]
+    assert (said["first"], said["kept_step"], said["last_step"], said["last"]) == (4.0, 6, 7, 1.2)
+    np.testing.assert_allclose(said["kept"], 0.9, rtol=1e-6)
 
 
 def test_patience_starts_again_with_progress(base, tmp_path, losses):
     """One validation without progress, progress, one without: no two in a row until steps 6 and 7."""
-    losses += [3.0, 3.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    losses += [4.0, 3.0, 3.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     result = point.run(plateau_of(base), tmp_path, quiet)
     assert (result["timing"]["steps"], result["timing"]["stopped"]) == (11, "plateau")  # 7, and half of it rounded
 
 
 def test_a_gain_below_the_least_is_no_progress_and_the_cap_is_said(base, tmp_path, losses):
-    losses += [1.0, 0.999, 0.998, 0.997, 0.996]
+    losses += [1.1, 1.0, 0.999, 0.998, 0.997, 0.996]
     result = point.run(plateau_of(base), tmp_path / "a", quiet)
     assert (result["timing"]["steps"], result["timing"]["stopped"]) == (5, "plateau")  # 3, and half of it rounded
-    losses += [1.0 / n for n in range(1, 21)]
+    losses += [1.0 / n for n in range(1, 22)]
     result = point.run(plateau_of(base), tmp_path / "b", quiet)
     assert (result["timing"]["steps"], result["timing"]["stopped"]) == (20, "cap")
 
 
 def test_the_best_tuned_half_is_kept(base, tmp_path, losses):
     """What is evaluated is the tree of the step with the lowest validation loss, not the last one."""
-    losses += [3.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    losses += [4.0, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0]
     overfit = point.run(plateau_of(base, **{"optim.warmup": 0.0}), tmp_path / "a", quiet)
     assert overfit["timing"]["steps"] == 6
-    losses += [3.0, 1.0]
+    losses += [4.0, 3.0, 1.0]
     short = point.run(plateau_of(base, steps=2, **{"optim.warmup": 0.0, "optim.cooldown": 1e-9}), tmp_path / "b", quiet)
     assert short["metrics"] == overfit["metrics"]
 
 
 def test_a_plateau_resumes_bit_exact(base, tmp_path, losses, monkeypatch):
-    given = [3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
+    given = [4.0, 3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
     losses += given
     whole = point.run(plateau_of(base), tmp_path / "whole", quiet)
     write = results.Metrics.write
@@ -413,10 +417,13 @@ def test_unknown_words_extend_the_vocabulary_and_are_tuned(base, tmp_path):
     split.rows[0]["questions"][0]["question"] = "is there a zebra"
     model, params, chosen, facts = point.setup_model(c, TASK, split, quiet)
     assert facts["new_words"] == ["zebra"] and model.tokenizer.vocabulary[-1] == "zebra"
-    assert params["text_decoder"]["embed"]["word"].shape[0] == model.config.vocab_size == len(model.tokenizer)
+    known = params["text_decoder"]["embed"]["word"]
+    assert known.shape[0] + 1 == model.config.vocab_size == len(model.tokenizer) and model.config.new_words == 1
     variables = sites.attach(model, params, chosen, jax.random.key(0))
     mask = tree.flatten(sites.trainable(chosen, variables))
-    assert mask["params/text_encoder/embed/word"] and mask["params/text_decoder/head/bias"]
+    tuned = {name for name, on in mask.items() if on and name.startswith("params/")}
+    rows = {f"params/text_{tower}/embed/new_word" for tower in ("decoder", "encoder")}
+    assert tuned == rows | {"params/text_decoder/head/new_bias"}  # and none of the words that the base knows
     c.model.extend_vocabulary = False
     assert facts["unknown_words"] == 0  # none is left after the extension
     said = []

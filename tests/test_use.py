@@ -110,16 +110,49 @@ def test_every_picture_is_captioned_or_said(run, folder, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / "f.svg").write_text("<svg/>")
     (tmp_path / "g.heic").write_bytes(b"ftypheic")
+    (tmp_path / "._a.JFIF").write_bytes(b"\x00\x05\x16\x07")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "._a.heic").write_bytes(b"\x00\x05\x16\x07")
     assert use.main(["--workdir", str(run[0]), "--folder", str(tmp_path), "--beams", "1"]) == 1
     out, err = capsys.readouterr()
     assert [line.split(":")[0] for line in out.splitlines()] == [str(tmp_path / name) for name in names]
-    said = [f"left out: {tmp_path / n}: pictures of this kind are not read" for n in ("f.svg", "g.heic")]
-    assert err.splitlines() == said
+    remedy, phone = "convert them to JPEG or PNG first", " (a phone can be set to save 'Most Compatible' JPEGs)"
+    assert err.splitlines() == [
+        f"left out: {tmp_path / 'f.svg'}: SVG pictures are not read; {remedy}",
+        f"left out: {tmp_path / 'g.heic'}: HEIC/HEIF pictures are not read; {remedy}{phone}",
+    ]
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "h.svg").write_text("<svg/>")
     with pytest.raises(SystemExit):
         use.main(["--workdir", str(run[0]), "--folder", str(tmp_path / "only")])
-    assert "1 are of kinds that are not read, such as" in capsys.readouterr().err
+    said = (
+        f"1 are of kinds that are not read, such as {tmp_path / 'only' / 'h.svg'}: SVG pictures are not read; {remedy}"
+    )
+    assert said in capsys.readouterr().err
+
+
+def test_heic_under_another_name_is_said(run, folder, tmp_path, capsys):
+    Image.open(folder / "0.png").save(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(40))
+    assert use.main(["--workdir", str(run[0]), "--folder", str(tmp_path), "--beams", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{tmp_path / 'a.jpg'}: ") and len(out.splitlines()) == len(err.splitlines()) == 1
+    assert "b.jpg: HEIC/HEIF pictures are not read; convert them to JPEG or PNG first (a phone can be set" in err
+
+
+@pytest.mark.parametrize("form", [str.lower, str.upper])
+def test_pictures_of_every_ending_are_found_in_a_folder(tmp_path, capsys, monkeypatch, form):
+    names = [f"{end[1:]}{form(end)}" for end in sorted(images.endings())]
+    for name in names:
+        kind = Image.registered_extensions()["." + name.split(".")[0]]
+        Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(tmp_path / name, kind)
+    monkeypatch.setattr(evals, "generate", lambda model, variables, decoded, *_, **__: [
+        [{"text": f"grey {image.mean():.0f}", "score": 0.0}] for image in decoded
+    ])  # fmt: skip
+    assert use.main(["--base", "tiny", "--folder", str(tmp_path), "--batch", "7"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and len(names) > 25
+    assert out.splitlines() == [f"{tmp_path / name}: grey 200 (0.00)" for name in sorted(names)]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +206,7 @@ def test_a_run_is_exported_with_a_card_that_says_what_it_is(run, tmp_path, capsy
     assert "model.safetensors" in capsys.readouterr().out
     model, params = hub.load(tmp_path / "out")
     again, variables, _, _ = jp.load_run(workdir)
-    expected = tree.flatten(jp.merge(again, variables))
+    expected = tree.flatten(hub.joined(again, jp.merge(again, variables))[1])
     assert all(np.array_equal(leaf, expected[name]) for name, leaf in tree.flatten(params).items())
     card = (tmp_path / "out/README.md").read_text()
     counts, test = result["counts"], result["metrics"]["test"]
@@ -281,7 +314,7 @@ def fetch(address, data=None):
 
 def test_the_page_writes_what_the_library_writes(run, page, folder):
     picture = (folder / "0.png").read_bytes()
-    offered = fetch(f"{page}/writers")[1]
+    offered = fetch(f"{page}/writers")[1]["writers"]
     assert [one["asks"] for one in offered] == [False, False, True]
     status, found = fetch(f"{page}/write?top=2", picture)
     model, variables, _, task = jp.load_run(run[0])
@@ -351,6 +384,6 @@ def test_the_page_in_a_browser(page, folder):
         tab.set_input_files("#file", str(folder / "broken.jpg"))
         tab.click("#go")
         tab.wait_for_function("document.getElementById('said').className == 'error'")
-        assert "cannot decode" in tab.inner_text("#said")
+        assert "cannot decode" in tab.inner_text("#said") and tab.locator(".card").count() == 0
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth") and not wrong
         browser.close()

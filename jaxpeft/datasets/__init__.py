@@ -1,8 +1,15 @@
-"""Data sets, by the name that configs use: each module has `load(config, splits) -> {split: Split}`."""
+"""Data sets, by the name that configs use: each is a function `load(config, splits) -> {split: Split}`.
+
+One of your own is a line in a module of yours, `DATASETS["mine"] = load` (see jaxpeft/registry.py). `config` is config.data:
+`name`, and every key that the function reads.
+"""
 
 import dataclasses
+import importlib
 import sys
 from collections.abc import Sequence
+
+from jaxpeft.registry import Registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +52,14 @@ def progress_bars() -> None:
 
 def load(config, splits: Sequence[str]) -> dict[str, Split]:
     """The named splits of `config.name`. Raises ValueError for an unknown data set, before anything is read."""
-    from jaxpeft.datasets import coco, folder, scenes
+    return DATASETS.find(config.name)(config, splits)
 
-    known = {"scenes": scenes, "folder": folder, "coco_captions": coco, "vqav2": coco}
-    if config.name not in known:
-        raise ValueError(f"data.name is {config.name!r}; choose one of {', '.join(known)}")
-    return known[config.name].load(config, splits)
+
+def _in(module: str):
+    """`load` of a module of this package, imported when it is called: TFDS and Pillow's codecs take seconds."""
+    return lambda config, splits: importlib.import_module(f"jaxpeft.datasets.{module}").load(config, splits)
+
+
+DATASETS = Registry(
+    "data set", {"scenes": _in("scenes"), "folder": _in("folder"), "coco_captions": _in("coco"), "vqav2": _in("coco")}
+)

@@ -16,9 +16,18 @@ and Prefix with positions='shift' on model.text_decoder. The ViT's query, key an
 DoRA become one update with block-placed B, IA3 one vector; VeRA and OFT cannot act on a part of it and are refused.
 """
 
-from jaxpeft.interchange.blip_out import export_blip
+from jaxpeft.interchange.blip_out import export_blip, generation
 from jaxpeft.interchange.peft_in import import_peft
 from jaxpeft.interchange.peft_out import export_peft
 from jaxpeft.interchange.tuned import from_json, load_tuned, save_tuned, to_json
 
-__all__ = ["export_blip", "export_peft", "from_json", "import_peft", "load_tuned", "save_tuned", "to_json"]
+__all__ = [
+    "export_blip",
+    "export_peft",
+    "from_json",
+    "generation",
+    "import_peft",
+    "load_tuned",
+    "save_tuned",
+    "to_json",
+]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxpeft import results, sites, text
+from jaxpeft import hub, results, sites, text
 from jaxpeft.models import blip_port
 from jaxpeft.tree import Tree
 
@@ -24,17 +24,26 @@ FILES = ("model.safetensors", "config.json", "generation_config.json", *text.FIL
          "preprocessor_config.json", "README.md")  # fmt: skip
 
 
-def export_blip(model, variables: Tree, directory, card: str = "") -> Path:
+def export_blip(model, variables: Tree, directory, card: str = "", task=None, beams: int = 1) -> Path:
     """Write weights, configuration, tokenizer and processor files; `card` is the text of README.md.
 
-    Raises ValueError for a method that cannot be merged exactly, and where the directory holds other files. A model
-    without a tokenizer gets no tokenizer files.
+    With the `task` that was tuned, transformers' `generate` writes texts as long as ours, and from the same prompt (see
+    `generation`); `beams` is the number of beams that generation_config.json says.
+
+    Raises ValueError for a method that cannot be merged exactly, and where the directory holds other files. A model without
+    a tokenizer gets no tokenizer files.
     """
     directory = Path(directory)
     params = sites.merge(model, variables) if "peft" in variables else variables["params"]
+    model, params = hub.joined(model, params)
     tensors = {name: np.asarray(x, np.float32) for name, x in blip_port.to_hf(params, model.config).items()}
     tensors |= {second: tensors[first] for second, first in blip_port.TIED.items() if second not in tensors}
-    files = {"config.json": blip_port.hf_config(model.config), "generation_config.json": _generation(model.config)}
+    config, said = blip_port.hf_config(model.config), _ids(model.config)
+    if task is not None:
+        settings, unprompted = generation(model, task, beams)
+        said |= settings
+        config["text_config"] |= unprompted
+    files = {"config.json": config, "generation_config.json": said}
     if model.tokenizer is not None:
         size = model.config.image_size
         files["preprocessor_config.json"] = {
@@ -60,6 +69,26 @@ def export_blip(model, variables: Tree, directory, card: str = "") -> Path:
     return directory
 
 
-def _generation(config) -> dict:
+def generation(model, task, beams: int = 1) -> tuple[dict, dict]:
+    """(settings for generation_config.json, settings for the text_config of config.json) that make transformers write as
+    `jaxpeft.generate` does.
+
+    The first are for inputs that begin with the prompt, as in the model card's code. A plain `model.generate(**inputs)` asks
+    the text decoder, whose settings transformers takes from text_config; there the prompt is a sequence bias, which makes
+    each of its tokens certain after the one before. Of the releases tried, 5.23 and 5.24 follow it, and 4.53 to 5.17 ignore
+    it, as they do not bias a second token. It distorts the scores of beams, so beams need the prompt in the inputs.
+    """
+    prompt = task.prompt_ids(model.tokenizer)
+    length = task.length or min(task.limits["length"], model.config.max_positions)
+
+    def lengths(n_given):
+        return {"max_new_tokens": length - n_given, "min_new_tokens": max(0, task.min_length - n_given)}
+
+    biases = [[prompt[: i + 1], 100.0] for i in range(1, len(prompt))]
+    unprompted = lengths(1) | ({"sequence_bias": biases} if biases else {})
+    return lengths(len(prompt)) | {"num_beams": beams, "do_sample": False}, unprompted
+
+
+def _ids(config) -> dict:
     ids = {"bos_token_id": config.bos_id, "pad_token_id": config.pad_id, "eos_token_id": config.sep_id}
     return ids | {"decoder_start_token_id": config.bos_id}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxpeft import sites, tree
+from jaxpeft import hub, results, sites, tree
+from jaxpeft.interchange.blip_out import export_blip
 from jaxpeft.interchange.places import (
     CONFIG,
     HEAD,
@@ -20,17 +21,40 @@ from jaxpeft.interchange.places import (
     vocabulary_matrix,
 )
 from jaxpeft.interchange.tuned import Methods, frozen_digest, sha, write
-from jaxpeft.methods import IA3, OFT, DoRA, Head, LayerNorms, LoRA, Method, PiSSA, Prefix, Prompt, Scoped, VeRA
+from jaxpeft.methods import (
+    IA3,
+    OFT,
+    DoRA,
+    Head,
+    LayerNorms,
+    LoRA,
+    Method,
+    NewWords,
+    PiSSA,
+    Prefix,
+    Prompt,
+    Scoped,
+    VeRA,
+)
 from jaxpeft.tree import Tree
 
 
-def export_peft(model, variables: Tree, methods: Methods, directory) -> Path:
+def export_peft(
+    model, variables: Tree, methods: Methods, directory, *, base: str = "", revision: str = "", with_base: bool = False,
+    card: str = "", task=None, beams: int = 1,
+) -> Path:  # fmt: skip
     """Write a directory that peft.PeftModel.from_pretrained loads on transformers' BLIP (see the head of this file).
 
-    Prompt and Prefix are loaded on `model.text_decoder`, everything else on the model. Raises ValueError, with the
-    reason, for what has no PEFT type.
+    Prompt and Prefix are loaded on `model.text_decoder`, everything else on the model. `base` and `revision` say which model
+    that is, where it is known. `with_base` writes it too, as `base/` in the directory: needed where it is no Hugging Face
+    checkpoint yet, and done in any case where words were added to it, as their rows are part of a base there. `card` is the
+    text of README.md; `task` and `beams` are for the base, as in `export_blip`. Raises ValueError, with the reason, for what
+    has no PEFT type.
     """
-    many = tuple(one.folded() for one in sites.as_methods(methods))
+    with_base |= bool(model.config.new_words)
+    model, whole = hub.joined(model, variables["params"])
+    variables = variables | {"params": whole}
+    many = tuple(one.folded() for one in sites.as_methods(methods) if not isinstance(one, NewWords))
     folded = sites.fold(variables)
     heads = [one for one in many if isinstance(one, Head)]
     rest = [one for one in many if one not in heads]
@@ -49,14 +73,19 @@ def export_peft(model, variables: Tree, methods: Methods, directory) -> Path:
         "peft_type": kind,
         "task_type": None,
         "auto_mapping": None,
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": f"{directory}/base" if with_base else base or None,
+        "revision": revision or None,
         "inference_mode": True,
         "modules_to_save": None,
         **config,
     }
     arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()}
     facts = {"config": sha(everything), "frozen": frozen_digest(variables, many)}
-    return write(directory, CONFIG, everything, WEIGHTS, arrays, {"format": "pt", "jaxpeft": json.dumps(facts)})
+    beside = {"README.md": lambda path: results.write_text(path, card)} if card else {}
+    if with_base:
+        beside["base"] = lambda path: export_blip(model, {"params": variables["params"]}, path, task=task, beams=beams)
+    metadata = {"format": "pt", "jaxpeft": json.dumps(facts)}
+    return write(directory, CONFIG, everything, WEIGHTS, arrays, metadata, beside)
 
 
 _TYPES: dict[type, str] = {  # by the class itself: a subclass computes something else

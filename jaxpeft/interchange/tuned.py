@@ -7,20 +7,21 @@ digest per leaf; the metadata of the weights file hold a digest of the manifest,
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import methods as registry
 from jaxpeft import results, sites, tree, untrusted
 from jaxpeft.methods import Gated, Method, Scoped
+from jaxpeft.registry import Unknown
 from jaxpeft.tree import Tree
 
 MANIFEST, TUNED = "manifest.json", "tuned.safetensors"
 Methods = Method | Iterable[Method]
+Beside = dict[str, Callable[[Path], None]]
 
 
 def to_json(method: Method) -> dict:
@@ -33,17 +34,24 @@ def to_json(method: Method) -> dict:
 
 def from_json(value: dict) -> Method:
     """The inverse of `to_json`. Raises ValueError for an unknown name or field."""
-    known = {one.__name__: one for one in vars(registry).values() if isinstance(one, type) and issubclass(one, Method)}
+    known = {one.__name__: one for one in _subclasses(Method)}
     fields = dict(value)
     cls = known.get(fields.pop("name", None))
     if cls is None:
-        raise ValueError(f"unknown method {value.get('name')!r} in a manifest; known: {', '.join(sorted(known))}")
+        raise Unknown(f"unknown method {value.get('name')!r} in a manifest; known: {', '.join(sorted(known))}")
     unknown = set(fields) - {field.name for field in dataclasses.fields(cls)}
     if unknown:
         raise ValueError(f"{cls.__name__} in a manifest has unknown fields {sorted(unknown)}")
     if isinstance(fields.get("method"), dict):
         fields["method"] = from_json(fields["method"])
     return cls(**fields)
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    """Every class made from `cls`, one's own too, whoever imported it; of one name the last counts."""
+    for one in cls.__subclasses__():
+        yield one
+        yield from _subclasses(one)
 
 
 def frozen_digest(variables: Tree, methods: Methods) -> str:
@@ -122,12 +130,18 @@ def check_base(variables, methods, digest, directory) -> None:
         raise ValueError(f"{directory} was tuned on another base: its frozen part has digest {digest}, this one {here}")
 
 
-def write(directory, config_name, config, weights_name, arrays, metadata) -> Path:
-    """Write a JSON and a safetensors file into a new directory, or one that holds only such a pair, both or neither."""
+def write(directory, config_name, config, weights_name, arrays, metadata, beside: Beside | None = None) -> Path:
+    """Write a JSON and a safetensors file into a new directory, or one that holds only such a pair, both or neither.
+
+    `beside`: file or directory -> a function that writes it at a path, as part of the whole.
+    """
+    beside = beside or {}
     # the last name: what version 0.1 left where it was killed
-    with results.whole_directory(directory, (config_name, weights_name, f".{weights_name}")) as new:
+    with results.whole_directory(directory, (config_name, weights_name, f".{weights_name}", *beside)) as new:
         results.write_tensors(new / weights_name, arrays, metadata)
         results.write_text(new / config_name, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for name, write_one in beside.items():
+            write_one(new / name)
     return Path(directory)
 
 

@@ -1,7 +1,7 @@
-"""The methods, by the name that configs use. A new method is one file, one line here and one row in the test table."""
+"""The methods, by the name that configs use. A new method is one file, one line here and one row in the test table; or a
+line in a module of your own, `METHODS["mine"] = Mine` (see jaxpeft/registry.py)."""
 
 import inspect
-from collections.abc import Callable
 
 from jaxpeft.methods.adapter import Compacter, ParallelAdapter, SerialAdapter
 from jaxpeft.methods.base import Added, Method, Site, Theta
@@ -12,15 +12,16 @@ from jaxpeft.methods.oft import OFT
 from jaxpeft.methods.prefix import Prefix
 from jaxpeft.methods.prompt import VPT, Prompt
 from jaxpeft.methods.scaling import IA3, SSF
-from jaxpeft.methods.selective import HEADS, BitFit, Full, Head, LayerNorms, Selective
+from jaxpeft.methods.selective import HEADS, BitFit, Full, Head, LayerNorms, NewWords, Selective
 from jaxpeft.methods.vera import VeRA
+from jaxpeft.registry import Registry
 
 _SINGLE = (
     Prompt, Prefix, SerialAdapter, ParallelAdapter, LoRA, LoHa, DoRA, PiSSA, VeRA, IA3, SSF, OFT, Compacter, VPT,
-    BitFit, LayerNorms, Full, Head, Selective,
+    BitFit, LayerNorms, Full, Head, NewWords, Selective,
 )  # fmt: skip
 # name -> a method, or a function that returns several
-METHODS: dict[str, Callable] = {cls.name: cls for cls in _SINGLE} | {"mam": MAM, "unipelt": UniPELT}
+METHODS = Registry("method", {cls.name: cls for cls in _SINGLE} | {"mam": MAM, "unipelt": UniPELT})
 
 __all__ = [
     "HEADS", "METHODS", "Added", "Gated", "Method", "Scoped", "Site", "Theta", "build", "defaults",
@@ -28,25 +29,19 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _lookup(name: str) -> Callable:
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(sorted(METHODS))}")
-    return METHODS[name]
-
-
 def defaults(name: str) -> dict:
     """The fields of method `name` with their default values, for a config."""
-    return {key: one.default for key, one in inspect.signature(_lookup(name)).parameters.items()}
+    return {key: one.default for key, one in inspect.signature(METHODS.find(name)).parameters.items()}
 
 
 def size_field(name: str) -> str:
     """The field of method `name` that `size` sets; '' where there is none."""
-    return getattr(_lookup(name), "size_field", "bottleneck" if name == "mam" else "rank")
+    return getattr(METHODS.find(name), "size_field", "bottleneck" if name == "mam" else "rank")
 
 
 def build(name: str, head: str = "none", **fields) -> tuple[Method, ...]:
     """The methods of one run: `name` with its fields and, unless head='none', the tuned head beside it."""
-    cls = _lookup(name)
+    cls = METHODS.find(name)
     unknown = set(fields) - set(defaults(name))
     if unknown:
         raise ValueError(f"method {name}: unknown fields {sorted(unknown)}; it has {sorted(defaults(name))}")

@@ -57,6 +57,9 @@ class Added(NamedTuple):
     gain_BT: jax.Array | None = None  # per query: multiplies these keys, and these values
 
 
+_OURS: set[str] = set()  # names of jaxpeft's own method classes
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """The identity on every site. Subclasses add fields (the paper's hyper-parameters) with defaults."""
@@ -70,6 +73,14 @@ class Method:
     first: ClassVar[bool] = False  # must be the first to change a linear's output (it reads the base kernel)
     acts_at: ClassVar[str] = ""  # for messages: what `selects` asks of a site beside kind and `where`
     size_field: ClassVar[str] = ""  # the field that a parameter budget is spent on
+
+    def __init_subclass__(cls, **kwargs):
+        """Raises TypeError for a class with the name of one of jaxpeft's: saved files know a method by its class's name."""
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("jaxpeft."):
+            _OURS.add(cls.__name__)
+        elif cls.__name__ in _OURS:
+            raise TypeError(f"jaxpeft has a method class {cls.__name__}; call yours something else")
 
     def __new__(cls, *args, **fields):
         """Raises TypeError for fields without a name (`LoRA(16)` would set `where`) and of another type than declared."""

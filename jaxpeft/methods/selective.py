@@ -56,6 +56,17 @@ class LayerNorms(BitFit):
 
 
 @dataclasses.dataclass(frozen=True)
+class NewWords(Method):
+    """Train the rows of words that were added to the base's vocabulary: embedding, output bias and nothing else.
+
+    `point.setup_model` puts it beside the method of a run whose texts have words that the base lacks.
+    """
+
+    name: ClassVar[str] = "new_words"
+    train: ClassVar[str] = r"^params/text_.*/new_(word|bias|matrix)$"
+
+
+@dataclasses.dataclass(frozen=True)
 class Full(Method):
     """Full fine-tuning: every base leaf is tuned."""
 

@@ -71,6 +71,7 @@ class BlipConfig:
     bos_id: int = 30522  # [DEC], the first token of what the decoder writes
     enc_id: int = 30523  # [ENC], the first token of a question
     question_encoder: bool = False
+    new_words: int = 0  # of vocab_size, the last so many: words added to a base, whose rows are leaves of their own
     untied_head: bool = False  # a vocabulary matrix of its own, as BLIPs have that transformers 4.40 tuned whole
     image_mean: tuple = tuple(images.MEAN_C.tolist())  # per channel of pixels in [0, 1]: CLIP's, which BLIP keeps
     image_std: tuple = tuple(images.STD_C.tolist())
@@ -86,7 +87,7 @@ class BlipConfig:
             raise ValueError(f"image_resample is {self.image_resample!r}; Pillow's filters are {images.FILTERS}")
         for name, kind in type(self).__annotations__.items():
             value, most = getattr(self, name), MOST.get(name, 1 << 20)
-            least = 0 if name.endswith(("_id", "_resample")) else 1
+            least = 0 if name.endswith(("_id", "_resample", "new_words")) else 1
             if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (
                 kind is bool
             ):
@@ -97,6 +98,8 @@ class BlipConfig:
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
                 raise ValueError(f"{tower}_width {width} is not divisible by {tower}_heads {heads}")
+        if self.new_words >= self.vocab_size:
+            raise ValueError(f"new_words is {self.new_words}; it must be below vocab_size {self.vocab_size}")
         if self.remat not in REMAT:
             raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(REMAT)}")
         if self.image_size % self.patch_size:
@@ -236,7 +239,9 @@ class Embed(nn.Module):
 
     def setup(self):
         c = self.config
-        self.word = self.param("word", _INIT, (c.vocab_size, c.text_width))
+        self.word = self.param("word", _INIT, (c.vocab_size - c.new_words, c.text_width))
+        if c.new_words:
+            self.word = jnp.concatenate([self.word, self.param("new_word", _INIT, (c.new_words, c.text_width))])
         self.position = self.param("position", _INIT, (c.max_positions, c.text_width))
         self.norm = LayerNorm(epsilon=c.text_eps, dtype=c.dtype)
 
@@ -261,9 +266,14 @@ class Head(nn.Module):
         c = self.config
         h_BTD = nn.gelu(Dense(c.text_width, c.dtype, name="dense")(x_BTD), approximate=False)
         h_BTD = LayerNorm(epsilon=c.text_eps, dtype=c.dtype, name="norm")(h_BTD)
-        bias_V = self.param("bias", nn.initializers.zeros, (c.vocab_size,))
+        bias_V = self.param("bias", nn.initializers.zeros, (c.vocab_size - c.new_words,))
+        if c.new_words:
+            bias_V = jnp.concatenate([bias_V, self.param("new_bias", nn.initializers.zeros, (c.new_words,))])
         if c.untied_head:
-            logits_BTV = Dense(c.vocab_size, c.dtype, use_bias=False, name="vocabulary")(h_BTD)
+            logits_BTV = Dense(c.vocab_size - c.new_words, c.dtype, use_bias=False, name="vocabulary")(h_BTD)
+            if c.new_words:
+                matrix_ND = self.param("new_matrix", _INIT, (c.new_words, c.text_width))
+                logits_BTV = jnp.concatenate([logits_BTV, h_BTD @ matrix_ND.T.astype(c.dtype)], axis=-1)
         else:
             logits_BTV = TiedDense(c.dtype, name="vocabulary")(h_BTD, word_VD)
         return logits_BTV.astype(jnp.float32) + bias_V[None, None]
@@ -325,6 +335,7 @@ SHARDING = (
     (r"head/(dense|vocabulary)/kernel$", ("fsdp", "tensor")),
     (r"embed/word$", ("tensor", "fsdp")),
     (r"head/(bias|dense/bias)$", ("tensor",)),
+    (r"/new_(word|bias|matrix)$", ()),
     (r"(position|patch/kernel|itm/kernel)$", (None, "fsdp")),
     (r"@kv$", ("tensor", None)),
     (r"@(sublayer|block|embed)$", ("fsdp",)),

@@ -12,6 +12,7 @@ import numpy as np
 from jaxpeft import losses
 from jaxpeft.data import Examples, pad_tokens
 from jaxpeft.datasets import Split
+from jaxpeft.metrics import METRICS
 from jaxpeft.text import Tokenizer
 
 
@@ -20,6 +21,7 @@ class Task(abc.ABC):
     """Fields are the options of `config.task_options`. Subclasses define the functions below; all are pure."""
 
     smoothing: float = 0.0  # label smoothing of the training loss
+    metrics: tuple[str, ...] = ()  # keys of metrics.METRICS to report beside the task's own
     name: ClassVar[str] = ""
     question_encoder: ClassVar[bool] = False  # whether the model needs one
     main_metric: ClassVar[str] = ""  # the metric that tables and studies show
@@ -69,13 +71,19 @@ class Task(abc.ABC):
     def each(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
         """The main metric of every case; its mean is the split's."""
 
+    def scores(self, rows: list[dict], predictions: list[str]) -> dict:
+        """`score`, and the mean of each of `metrics` by name."""
+        pairs = list(zip(predictions, map(self.truths, rows), strict=True))
+        more = {name: float(np.mean([METRICS.find(name)(*one) for one in pairs])) for name in self.metrics}
+        return self.score(rows, predictions) | more
+
     @abc.abstractmethod
     def guesses(self, train: Split, rows: list[dict]) -> dict[str, list[str]]:
         """What may be said of every case without looking at its picture, by the name of the way to guess."""
 
     def blind(self, train: Split, rows: list[dict]) -> dict[str, dict]:
         """The scores of `guesses`."""
-        return {name: self.score(rows, texts) for name, texts in self.guesses(train, rows).items()}
+        return {name: self.scores(rows, texts) for name, texts in self.guesses(train, rows).items()}
 
     def upload(self, rows: list[dict], predictions: list[str]) -> list[dict] | None:
         """What the evaluation server of the task takes, or None where the ids are not numbers, as theirs are."""
@@ -151,7 +159,7 @@ class Task(abc.ABC):
             return [tried[k][i] for i, k in enumerate(which)]
 
         lost = [text for group in groups for text in group if self.form(written[text]) != self.form(text)]
-        found = self.score(rows, best(written.__getitem__))
+        found = self.scores(rows, best(written.__getitem__))
         found["unhindered"] = self.score(rows, best(str))[self.main_metric]
         found |= {"truths": sum(map(len, groups)), "out_of_reach": len(lost)}
         return found | {"examples": [[text, written[text]] for text, _ in collections.Counter(lost).most_common(3)]}

@@ -169,7 +169,7 @@ def test_kill_at_every_step(tmp_path, fault, whole):
             shutil.copytree(tmp_path / "run", tmp_path / f"copy {step}")
         return batch
 
-    validations = iter((3, 6, 9, 12))
+    validations = iter((0, 3, 6, 9, 12))
 
     def copied_in_it(tuned):
         shutil.copytree(tmp_path / "run", tmp_path / f"validation {next(validations)}")
@@ -183,9 +183,9 @@ def test_kill_at_every_step(tmp_path, fault, whole):
         resumed, _ = same_end(tmp_path / f"copy {step}", whole, fault, c, validate=validate)
         assert resumed >= max(logged, step - 2)
         fault.tried("goes on from the step before the one that ran", step - 1 - resumed)
-    for step in (3, 6, 9, 12):  # in a validation after step `step`, which is a part of it
+    for step in (0, 3, 6, 9, 12):  # in a validation after step `step`, which is a part of it
         resumed, _ = same_end(tmp_path / f"validation {step}", whole, fault, c, validate=validate)
-        assert resumed == step - 1
+        assert resumed == max(0, step - 1)
         fault.tried("goes on from the step before the one that ran", 1)
 
 
@@ -201,7 +201,7 @@ def raise_at(moment, number=signal.SIGTERM, times=1):
     return change
 
 
-@pytest.mark.parametrize("moment", ["warm-up", "tracing", "step", "save", "validation of the loop"])
+@pytest.mark.parametrize("moment", ["warm-up", "tracing", "step", "save", "first validation", "validation"])
 def test_sigterm(tmp_path, whole, fault, monkeypatch, moment):
     """SIGTERM."""
     options, steps_done = {}, 0
@@ -233,10 +233,12 @@ def test_sigterm(tmp_path, whole, fault, monkeypatch, moment):
         losses = iter(range(100, 0, -1))
 
         def validate(tuned):
-            signal.raise_signal(signal.SIGTERM)
-            return float(next(losses))
+            if (loss := next(losses)) == at:
+                signal.raise_signal(signal.SIGTERM)
+            return float(loss)
 
-        options["validate"], steps_done = validate, 3
+        at, steps_done = {"first validation": (100, 1), "validation": (99, 3)}[moment]
+        options["validate"] = validate
     with pytest.raises(stop.Stopped) as caught:
         toy.fit(tmp_path / "a", **options)
     assert stop.exit_code(caught.value) == stop.RESTARTABLE
