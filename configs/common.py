@@ -143,7 +143,7 @@ def annotations(a) -> "str | dict[str, str] | None":
     by_split = {name: a[name] for name in ("train", "val", "test") if a[name]}
     if a.annotations and by_split:
         raise ValueError(
-            "give annotations=FILE or a file for each split, train=FILE,test=FILE (and val=FILE), not both"
+            "give annotations=FILE, or a file for each split: train=FILE,test=FILE (and val=FILE); not both"
         )
     if by_split and "train" not in by_split:
         raise ValueError(f"files for {', '.join(by_split)} but none for train; give train=FILE too")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from jaxpeft import host, stop, study
+from jaxpeft import host, registry, stop, study
 
 RUNS_A_PROCESS = 20
 POLL, AGAIN = 2.0, 5.0  # seconds between looks, and before a run that could not be done is sent again
@@ -97,7 +97,8 @@ def work(config, directory: Path, resources: Resources, log=print) -> None:
             flying, now = {run.id for run in sent.values()}, time.monotonic()
             for run in state.todo:
                 if run.id not in flying and not_before.get(run.id, 0.0) <= now:
-                    sent[task.remote(run, str(directory), os.getcwd(), max(1, int(resources.cpus)))] = run
+                    cores = max(1, int(resources.cpus))
+                    sent[task.remote(run, str(directory), os.getcwd(), cores, tuple(registry.given))] = run
             if not sent and not state.todo:
                 return
             ready = ray.wait(list(sent), timeout=POLL)[0] if sent else time.sleep(POLL) or []
@@ -133,9 +134,10 @@ def _received(ray, ref, run, directory: Path, log) -> bool:
     return lines is not None
 
 
-def _task(run: "study.Run", directory: str, cwd: str, n_cores: int) -> list[str] | None:
+def _task(run: "study.Run", directory: str, cwd: str, n_cores: int, imports=()) -> list[str] | None:
     """In a process of the cluster: do a run -> what it said, or None where another process is doing it or it was stopped."""
     os.chdir(cwd)
+    registry.load(imports)
     lines: list[str] = []
     _take_cores(n_cores)
     with stop.handled():

@@ -114,7 +114,7 @@ def batches(
     """
     threads = threads or min(16, max(2, host.cores()))
     check_augment(augment)
-    order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat().batch(batch_size)
+    order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
 
     def fetch(indices, rng):
         seeds = rng.integers(2**63, size=batch_size) if augment != "none" else None

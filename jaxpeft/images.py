@@ -38,9 +38,15 @@ def decode(source, name=None):
 
     Reads what Pillow reads (JPEG, PNG, WebP, GIF, BMP, TIFF, ...; of an animation the first frame).  Transparency is
     composited on white, 16-bit grey is scaled to 8 bits, palettes and CMYK are converted; ICC profiles are not applied.
-    Raises ValueError, naming the file, for data that are truncated, damaged or so large that they look like an attack.
-    `name` is how messages call data that came as bytes.
+    Raises ValueError, naming the file, for data that are truncated, damaged or so large that they look like an attack, and
+    its kind Unsupported for those of a kind that is not read, such as HEIC. `name` is how messages call data that came as
+    bytes.
     """
+    return decode_and_remark(source, name)[0]
+
+
+def decode_and_remark(source, name=None):
+    """What `decode` returns, and a remark on the picture or None: where 16-bit values are so low that it turns dark."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         data, name = bytes(source), name or f"{len(source)} bytes"
     else:
@@ -51,9 +57,12 @@ def decode(source, name=None):
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _check_area(image)
+            deep = _is_16_bit(image)
             image.load()  # Pillow is lazy: a truncated file shows itself only here
-            return np.array(_to_rgb(_upright(image)), np.uint8)
+            return np.array(_to_rgb(_upright(image)), np.uint8), _too_dark(image) if deep else None
     except Exception as error:  # Pillow's plugins raise nearly every type on damaged data
+        if kind := _kind_by_content(data) or (is_unread(name) and _kind_by_name(name)):
+            raise Unsupported(f"cannot decode the image {name}: {_why(kind)}") from error
         raise ValueError(f"cannot decode the image {name}: {error}; replace the file or drop its rows") from error
 
 
@@ -67,18 +76,63 @@ def _formats():
 @functools.cache
 def endings() -> frozenset[str]:
     """The endings of file names, as '.jpg', of what `decode` reads."""
-    return frozenset(end for end, name in Image.registered_extensions().items() if name in _formats())
+    # Pillow opens MPO, several JPEGs in one file, as JPEG, and has no entry of its own for it
+    read = {*_formats(), *(["MPO"] if "JPEG" in _formats() else [])}
+    return frozenset(end for end, name in Image.registered_extensions().items() if name in read)
 
 
 # pictures that `decode` does not read, beside those that the system's table of endings knows
-_OTHER = frozenset(".svg .svgz .heic .heif .jxl .psd .ai .eps .ps .dng .raw .cr2 .cr3 .nef .arw .orf .rw2 .raf".split())
+_OTHER = frozenset(
+    ".svg .svgz .heic .heif .hif .heics .heifs .jxl .jxr .wdp .hdp .avif .avifs .bpg .psd .psb .xcf .ai .eps .ps .icns .cur "
+    ".dds .qoi .exr .hdr .fits .sgi .xbm .xpm .pcd .dng .raw .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef "
+    ".srw".split()
+)
+_HEIF = "HEIC/HEIF"
+_HEIF_BRANDS = frozenset(b"heic heix heim heis hevc hevx hevm hevs mif1 msf1 heif".split())
+_NAMES = {".heic": _HEIF, ".heif": _HEIF, ".hif": _HEIF, ".heics": _HEIF, ".heifs": _HEIF, ".jxl": "JPEG XL"}
+
+
+class Unsupported(ValueError):
+    """A picture of a kind that is not read, as opposed to one that is damaged."""
+
+
+def is_read(name: str) -> bool:
+    """Whether a file name is that of a picture of a kind that `decode` reads."""
+    return Path(name).suffix.lower() in endings()
 
 
 def is_unread(name: str) -> bool:
     """Whether a file name is that of a picture of a kind that is not read."""
+    known = Path(name).suffix.lower() in _OTHER or (mimetypes.guess_type(name)[0] or "").startswith("image/")
+    return known and not is_read(name)
+
+
+def why_unread(name: str) -> str:
+    """What a picture is, by its name, and what to do, for a message."""
+    return _why(_kind_by_name(name))
+
+
+def _kind_by_name(name):
     end = Path(name).suffix.lower()
-    known = end in _OTHER or (mimetypes.guess_type(name)[0] or "").startswith("image/")
-    return known and end not in endings()
+    return _NAMES.get(end, end[1:].upper())
+
+
+def _kind_by_content(data):
+    """The kind of a picture that is not read, whatever its name says: phones' HEIC is often called .jpg."""
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return _HEIF
+    if data[:2] == b"\xff\x0a" or data[:12] == b"\x00\x00\x00\x0cJXL \r\n\x87\n":
+        return "JPEG XL"
+    if data[:4] == b"8BPS":
+        return "PSD"
+    start = data[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")
+    drawn = start.startswith((b"<svg", b"<?xml", b"<!DOCTYPE svg")) and b"<svg" in start
+    return "SVG" if drawn else None
+
+
+def _why(kind):
+    phone = " (a phone can be set to save 'Most Compatible' JPEGs)" if kind == _HEIF else ""
+    return f"{kind} pictures are not read; convert them to JPEG or PNG first{phone}"
 
 
 def _check_area(image):
@@ -110,6 +164,19 @@ def _to_rgb(image):
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _is_16_bit(image):
+    """Whether an image that is not loaded yet has 16 bits a value; of colours Pillow keeps the upper 8 only."""
+    return image.mode.startswith("I") or any(";16" in str(tile) for tile in image.tile)
+
+
+def _too_dark(image):
+    """A remark where the values of a 16-bit image use under an eighth of their range, as those of 12-bit sensors do."""
+    value_YX = np.asarray(image)
+    colour = value_YX[..., : len(image.getbands()) - image.mode.endswith("A")] if value_YX.ndim == 3 else value_YX
+    most = int(colour.max()) if image.mode.startswith("I") else 256 * int(colour.max()) + 255
+    return f"values up to {most} of 65535" if most < 65536 // 8 else None
 
 
 def resize(image_YXC, size, resample=BICUBIC):

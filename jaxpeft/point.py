@@ -92,11 +92,13 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     # data
     task = tasks.build(config.task, **config.task_options)
     until_plateau = config.optim.schedule == "plateau"
-    needed = (*config.eval.splits, *((config.stop.split,) if until_plateau else ()))
-    splits = datasets.load(config.data, ["train", *dict.fromkeys(needed)])
+    splits = datasets.load(config.data, needed_splits(config))
     c = config.data
     train, chosen_images = data.subset(splits["train"], seed=c.subset_seed, fraction=c.fraction, n_images=c.n_images)
     held_out = {name: split for name, split in splits.items() if name != "train"}
+    log("pictures: " + ", ".join(f"{name} {len(split.rows):,}" for name, split in {"train": train, **held_out}.items()))
+    for remark in train.report.get("remarks", []):
+        log(f"warning: {remark}")
 
     # model, methods, split
     model, params, chosen, facts = setup_model(config, task, train, log)
@@ -273,6 +275,12 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
         f"what was tuned: tuned/ (jp.load_run, python -m jaxpeft.generate)"
     )
     return result
+
+
+def needed_splits(config) -> list[str]:
+    """The splits that a run reads, 'train' first."""
+    validated = [config.stop.split] if config.optim.schedule == "plateau" else []
+    return list(dict.fromkeys(["train", *config.eval.splits, *validated]))
 
 
 def check_config(config) -> None:

@@ -11,10 +11,12 @@ estimate of an accelerator's, whose fusions differ. FLOPs are counted on the pro
 
 import dataclasses
 import functools
+import json
 import time
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from jaxpeft import budget, data, datasets, journal, optim, point, sharding, sites, tasks, train, tree
@@ -73,6 +75,22 @@ def devices_of(topology: str | None):
 # ---------------------------------------------------------------- the step, in shapes
 
 
+def training_texts(c) -> datasets.Split:
+    """The training pictures of a point, for their texts; of scenes, whose texts are much alike, 64."""
+    if c.data.name != "scenes":
+        return _subset(c.data.to_json_best_effort(), tuple(point.needed_splits(c)))
+    few = c.data.copy_and_resolve_references()
+    few.n_train = 64
+    return datasets.load(few, ["train"])["train"]
+
+
+@functools.lru_cache(maxsize=4)
+def _subset(settings: str, splits: tuple[str, ...]) -> datasets.Split:
+    c = ml_collections.ConfigDict(json.loads(settings))
+    train = datasets.load(c, list(splits))["train"]
+    return data.subset(train, seed=c.subset_seed, fraction=c.fraction, n_images=c.n_images)[0]
+
+
 def step_in_shapes(c, model, batch_size: int | None = None, n_pictures: int | None = None):
     """(step, (state, frozen, features, batch)) of a point, as shapes, with nothing read but a few rows of its data.
 
@@ -81,12 +99,10 @@ def step_in_shapes(c, model, batch_size: int | None = None, n_pictures: int | No
     batch_size = batch_size or c.batch_size
     data.check_augment(c.data.augment)
     task, chosen = tasks.build(c.task, **c.task_options), point.methods_of(c)
-    few = c.data.copy_and_resolve_references()
+    split = training_texts(c)
+    n_all = len(split.rows)
     if c.data.name == "scenes":
-        n_all, few.n_train = c.data.n_train + c.data.n_val + c.data.n_test, 64
-    split = datasets.load(few, ["train"])["train"]
-    if c.data.name != "scenes":
-        n_all = len(split.rows)
+        n_all = c.data.n_train + c.data.n_val + c.data.n_test
     model, chosen, *_ = point.with_new_words(c, task, model, chosen, split)
     task, _ = point.with_limits(task, model, chosen, {"train": split}, lambda *_: None)
     examples = task.examples(split, model.tokenizer)

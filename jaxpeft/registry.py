@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+given: list[str] = []  # what `load` was given in this process, for processes that go on elsewhere
+
 
 class Unknown(ValueError):
     """A name that no entry has."""
@@ -60,6 +62,7 @@ def load(names: Iterable[str]) -> None:
     Raises ValueError for one that is not there; what a module itself raises comes through.
     """
     for name in names:
+        given.append(name)
         if name.endswith(".py"):
             _load_file(Path(name))
         else:

@@ -188,7 +188,8 @@ def check(config) -> None:
     for level in config.levels:
         mine = [cell for cell in cells(config) if cell.level == level]
         most = max(mine, key=lambda cell: cell.n_images)
-        n = len(datasets.load(Run(most, 0, 1.0, config).config.data, ["train"])["train"].rows)
+        c = Run(most, 0, 1.0, config).config
+        n = len(datasets.load(c.data, point.needed_splits(c))["train"].rows)
         if most.n_images > n:
             raise ValueError(
                 f"study {config.name}: n_images has {most.n_images}, but the training split of level {level!r} has {n} "
@@ -224,8 +225,14 @@ def depends_on(config) -> dict[str, str]:
     files = {name for name in source() if not name.startswith(APART)}
     files |= {"methods/base.py", "methods/compose.py", "tasks/base.py", f"tasks/{config.task}.py"}
     files |= {name for name in source() if name.startswith(f"datasets/{config.data.name}")}
-    files |= {f"methods/{type(one).__module__.rsplit('.', 1)[-1]}.py" for one in point.methods_of(config)}
-    return {name: source()[name] for name in sorted(files)} | {"config": point.digest(point.as_json(config))}
+    chosen, task = point.methods_of(config), tasks.build(config.task, **config.task_options)
+    files |= {f"methods/{type(one).__module__.rsplit('.', 1)[-1]}.py" for one in chosen}
+    files = {name: source()[name] for name in sorted(files & source().keys())}
+    modules = {
+        name: getattr(sys.modules.get(name), "__file__", None) for name in point.imports_of(config, chosen, task)
+    }
+    outside = {name: _code_of(Path(file)) for name, file in modules.items() if file}
+    return files | outside | {"config": point.digest(point.as_json(config))}
 
 
 def changes(directory: Path, run: Run) -> list[str]:
@@ -269,12 +276,12 @@ def dry_run(config, directory: Path) -> str:
         if key not in traced:
             traced[key] = _traced(c)
         flops, features, params = traced[key]
-        counts = budget.abstract_counts(point.methods_of(c), _model(c.base, c.task))
+        counts = _counts(c)
         measured = [
             one["timing"]["total_s"] for run in state.runs if (one := state.finished.get(run.id))
             and (run.cell.level, run.cell.arm, run.cell.size) == (cell.level, cell.arm, cell.size)
         ]  # fmt: skip
-        seconds = float(np.median(measured)) if measured else c.steps * flops / speed
+        seconds = float(np.median(measured)) if measured else _steps(c) * flops / speed
         total += seconds * left[cell]
         megabytes = (4 * (params + 3 * counts["tuned"] + counts["stored"]) + features) / 1e6
         said = "measured" if measured else "training alone, at most"
@@ -284,6 +291,20 @@ def dry_run(config, directory: Path) -> str:
     lines += ["  ".join(value.ljust(w) for value, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(f"{left.total()} runs left, about {total / 3600:.1f} hours on one worker")
     return "\n".join(lines)
+
+
+def _counts(c) -> dict[str, int]:
+    """What a point tunes and stores, words that its texts add included."""
+    model, chosen = _model(c.base, c.task), point.methods_of(c)
+    if model.tokenizer is not None:
+        task = tasks.build(c.task, **c.task_options)
+        model, chosen, *_ = point.with_new_words(c, task, model, chosen, preflight.training_texts(c))
+    return budget.abstract_counts(chosen, model)
+
+
+def _steps(c) -> int:
+    """The most steps of a point; by its pictures where they follow from epochs, as if each had one example."""
+    return c.steps or point.scheduled(c, c.data.n_images).steps
 
 
 def _flops_per_second() -> float:
@@ -534,7 +555,7 @@ def execute(run: Run, directory: Path, log, keep_checkpoints: bool = False) -> b
         shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     split = result["metrics"][run.config.eval.splits[-1]]
     log(
-        f"{run.id}: {result['main_metric']} {split['tuned'][result['main_metric']]:.3f}, "
+        f"{run.id}: {run.config.eval.splits[-1]} {result['main_metric']} {split['tuned'][result['main_metric']]:.3f}, "
         f"{result['timing']['steps']} steps, {result['timing']['total_s']:.0f} s"
     )
     return True

@@ -1,5 +1,7 @@
 import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +98,60 @@ def test_palette_and_first_frame_of_a_gif():
     np.testing.assert_array_equal(images.decode(encoded(frames[0])), images.decode(data))
 
 
+ENDINGS = sorted(images.endings())
+
+
+@pytest.mark.parametrize("end", ENDINGS)
+def test_every_ending_is_that_of_a_picture_that_is_read(tmp_path, end):
+    kind = Image.registered_extensions()[end]
+    for name in (f"a{end}", f"b.x{end.upper()}"):
+        assert images.is_read(name) and not images.is_unread(name)
+        Image.fromarray(picture(16, 16)).save(tmp_path / name, kind)
+        decoded = images.decode(tmp_path / name)
+        assert decoded.shape == (16, 16, 3)
+        assert np.abs(decoded.astype(int) - picture(16, 16)).mean() < (
+            12 if kind in ("JPEG", "GIF", "AVIF", "MPO") else 3
+        )
+
+
+def test_what_people_have_is_read_or_known():
+    read = "jpg jpeg jpe jfif mpo png apng webp gif bmp dib tif tiff ppm pgm pbm pnm jp2 j2k avif ico tga pcx".split()
+    assert {f".{end}" for end in read} <= images.endings()
+    for end in "heic HEIF hif jxl svg psd ai eps dng CR2 cr3 nef arw raf rw2 icns cur dds qoi exr".split():
+        assert images.is_unread(f"a.{end}") and not images.is_read(f"a.{end}")
+    for name in ("a.txt", "a.csv", "a.mp4", "jpg", "a.jpg.txt", "a"):
+        assert not images.is_read(name) and not images.is_unread(name)
+
+
+def ftyp(brand):
+    return struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + b"mif1" + brand + bytes(40)
+
+
+@pytest.mark.parametrize("data, name, kind", [
+    *((ftyp(brand), "IMG_1.jpg", "HEIC/HEIF") for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")),
+    (b"", "a.HEIC", "HEIC/HEIF"), (b"\xff\x0a" + bytes(20), "a.png", "JPEG XL"), (b"8BPS" + bytes(20), "a.jpg", "PSD"),
+    (b"\x00\x00\x00\x0cJXL \r\n\x87\n", "a", "JPEG XL"), (b"II*\x00 nothing", "dir.x/a.Cr2", "CR2"),
+    (b'\xef\xbb\xbf<?xml version="1.0"?>\n<svg/>', "a.png", "SVG"), (b"<svg xmlns=''/>", "a", "SVG"),
+])  # fmt: skip
+def test_a_kind_that_is_not_read_is_named_with_the_remedy(tmp_path, data, name, kind):
+    phone = " (a phone can be set to save 'Most Compatible' JPEGs)" if kind == "HEIC/HEIF" else ""
+    said = f"{kind} pictures are not read; convert them to JPEG or PNG first{phone}"
+    with pytest.raises(images.Unsupported) as error:
+        images.decode(data, name=name)
+    assert str(error.value) == f"cannot decode the image {name}: {said}"
+    if images.is_unread(name):
+        assert images.why_unread(name) == said
+
+
+@pytest.mark.parametrize(
+    "data, name", [(b"\xff\xd8 no picture", "a.jpg"), (b"<html><svg/></html>", "a.png"), (b"", "a")]
+)
+def test_a_damaged_picture_is_of_no_other_kind(data, name):
+    with pytest.raises(ValueError, match="replace the file or drop its rows") as error:
+        images.decode(data, name=name)
+    assert not isinstance(error.value, images.Unsupported)
+
+
 def test_cmyk_jpeg_becomes_rgb():
     cmyk = Image.fromarray(picture()).convert("CMYK")
     decoded = images.decode(encoded(cmyk, "JPEG", quality=100, subsampling=0))
@@ -108,6 +164,38 @@ def test_sixteen_bits_are_scaled_not_clipped(kind):
     decoded = images.decode(encoded(grey, kind))
     np.testing.assert_array_equal(decoded[0, :, 0], np.rint(grey[0] / 257))
     assert decoded[0, 5, 0] == 128
+
+
+def deep_png(value_YXC):
+    """A PNG of 16 bits a value with 3 or 4 channels, which Pillow does not write."""
+    rows, columns, channels = value_YXC.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in value_YXC)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", columns, rows, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("most, dark", [(0, True), (4095, True), (8191, True), (8192, False), (65535, False)])
+def test_16_bits_of_which_an_eighth_is_used_are_remarked_on(most, dark):
+    grey = np.linspace(0, most, 64).astype(np.uint16).reshape(8, 8)
+    alpha = np.full((8, 8, 1), 65535, np.uint16)
+    colour = np.dstack([grey // 2, grey, grey * 0])
+    pgm = b"P5 8 8 65535\n" + grey.astype(">u2").tobytes()
+    files = {
+        "png": encoded(grey),
+        "tiff": encoded(grey, "TIFF"),
+        "pgm": pgm,
+        "32 bits": encoded(grey.astype(np.int32), "TIFF"),
+    }
+    for kind, data in (files | {"rgb": deep_png(colour), "rgba": deep_png(np.dstack([colour, alpha]))}).items():
+        pixels_YXC, remark = images.decode_and_remark(data)
+        np.testing.assert_array_equal(pixels_YXC, images.decode(data))
+        upper = most if "rgb" not in kind else most | 255  # Pillow keeps the upper 8 bits of colours
+        assert remark == (f"values up to {upper} of 65535" if dark else None), kind
+    assert images.decode_and_remark(encoded((grey >> 8).astype(np.uint8)))[1] is None
 
 
 def test_pixels_without_a_white_level_are_refused():

@@ -96,10 +96,11 @@ def test_a_file_for_each_split(root, base, tmp_path):
     c = folder.get_config(f"root={root},train=train.csv,test=test.csv,task=vqa,base={base},steps=1")
     c.data.data_dir = str(tmp_path / "copy")
     result = jp.run(c, tmp_path / "run", lambda _: None)
-    assert (result["n_train_images"], result["metrics"]["test"]["n"]) == (24, 12)
+    assert (result["n_train_images"], result["metrics"]["test"]["n"]) == (22, 12)  # two of train are for validation
+    c.optim.schedule = "cosine"
+    assert jp.run(c, tmp_path / "all", lambda _: None)["n_train_images"] == 24  # no validation, so all train
     for arg, message in (
         (f"root={root},test=test.csv", "files for test but none for train"),
-        (f"root={root}", "give annotations=FILE, or a file for each split"),
         (f"root={root},annotations=qa.csv,train=train.csv", "give annotations=FILE, or a file for each split"),
     ):
         with pytest.raises(ValueError, match=message):

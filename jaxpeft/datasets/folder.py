@@ -1,46 +1,57 @@
 """People's own data: a directory of images and an annotation file -> {split: Split}.
 
     load({"root": "photos", "annotations": "captions.csv"}, ["train", "val"])
+    load({"root": "photos"}, ["train", "val"])  # metadata.csv or .jsonl files, or .txt files beside the images
 
 The dialects are those of folder_formats.ACCEPTED.  Everything wrong with the data is collected and raised as one
-ValueError before anything is written.  The prepared copy (TFDS, array_record, no TensorFlow) holds the bytes of each
-image once and unchanged, in a directory named by a digest of annotations, images and options; while those stay the same
-it is used again.
+ValueError before anything is written; what is only worth saying is a remark of the report.  The prepared copy (TFDS,
+array_record, no TensorFlow) holds the bytes of each image once and unchanged, in a directory named by a digest of texts,
+images and options; while those stay the same it is used again.
+
+Hidden files and directories, those that macOS puts into archives (._* and __MACOSX) among them, are not looked at.  A name
+in another Unicode form than the file's, and one with Windows' backslashes, finds its file; an exact match comes first.
 
 Config keys (attributes or a mapping; keys of other purposes are ignored):
   root           the directory of images
   annotations    a path (below root, or else from the working directory), or {split: path}; a split is train, val, test
-                 or one of them with more after '_', as test_style
+                 or one of them with more after '_', as test_style.  Without it, root and the directories below are searched
+                 for metadata.csv and metadata.jsonl, and else for text files named as the images.  Where train/, val/ and
+                 test/ hold all of them, these are the splits
   questions      the same for the questions of VQA v2
   on_error       'raise', or 'skip': leave out what is wrong and say in the report how much that was
   val_fraction, test_fraction, seed
                  how images are divided when the annotations name no split: by a hash of (seed, image id), so an image
-                 stays where it is when others are added
+                 stays where it is when others are added; a split that would be empty gets one image, of three or more.
+                 Where annotations name splits but no val, and val is asked for, it is val_fraction of train
   data_dir       where prepared copies live, default ~/.cache/jaxpeft/folder; may be deleted at any time
 """
 
+import collections
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from jaxpeft import images
 from jaxpeft.datasets import Split, progress_bars
-from jaxpeft.datasets.folder_formats import SPLITS, Problems, records, split_name
+from jaxpeft.datasets.folder_formats import ACCEPTED, SPLITS, Problems, caption_file, records, split_name
 
 _DEFAULTS = {"root": None, "annotations": None, "questions": None, "on_error": "raise", "val_fraction": 0.1,
              "test_fraction": 0.1, "seed": 0, "data_dir": None}  # fmt: skip
-_VERSION = "2"  # part of the digest: raise it when parsing or the stored form changes
+_DIRECTORIES = SPLITS | {"training": "train", "testing": "test"}
+_VERSION = "3"  # part of the digest: raise it when parsing or the stored form changes
 
 
 def load(config, splits):
@@ -53,16 +64,20 @@ def load(config, splits):
 
 
 def load_with_report(config, splits):
-    """-> ({name: Split}, report); report is {kind of problem: count, ..., 'examples': [...]}, for the result file."""
+    """-> ({name: Split}, report), for the result file.
+
+    The report is {kind of problem: count, ..., 'examples': [...], 'remarks': [a line for each kind of remark]}.
+    """
     options = _options(config)
     rows, problems = parse(options["annotations"], options["root"], options["questions"])
-    assign_splits(rows, problems, options["val_fraction"], options["test_fraction"], options["seed"])
+    assign_splits(rows, problems, options["val_fraction"], options["test_fraction"], options["seed"], splits)
     builder = _prepare(rows, problems, options)
     found = {name: info.num_examples for name, info in builder.info.splits.items()}
     if missing := [name for name in splits if name not in found]:
         raise ValueError(
             f"no image is in the splits {missing}; found are {found}, allowed train, val, test and as test_style. "
-            "Name splits in the annotations, or change val_fraction, test_fraction or seed"
+            "Splits come from the annotations or, where these name none, from val_fraction, test_fraction and seed; without "
+            "annotations=, from directories named train, val and test where they hold all images"
         )
     return {name: _open(builder, name) for name in splits}, dict(builder.info.metadata)
 
@@ -73,9 +88,10 @@ def _options(config):
         if close := difflib.get_close_matches(key, _DEFAULTS, cutoff=0.85):
             raise ValueError(f"config key {key!r}: did you mean {close[0]!r}?  Known are {', '.join(_DEFAULTS)}")
     options = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
-    for key in ("root", "annotations"):
-        if not options[key]:
-            raise ValueError(f"{key} is missing; needed are root=DIRECTORY_OF_IMAGES and annotations=FILE")
+    if not options["root"]:
+        raise ValueError("root is missing; needed is root=DIRECTORY_OF_IMAGES")
+    if options["questions"] and not options["annotations"]:
+        raise ValueError("questions is given and annotations is missing; VQA v2 has two files, name both")
     if options["on_error"] not in ("raise", "skip"):
         raise ValueError(f"on_error is {options['on_error']!r}; allowed: 'raise', 'skip'")
     val, test = options["val_fraction"], options["test_fraction"]
@@ -97,12 +113,18 @@ def parse(annotations, root, questions=None):
     if not root.is_dir():
         raise ValueError(f"root {str(root)!r} is not a directory; give the directory that holds the images")
     problems, files, rows = Problems(), Files(root), {}
-    for split, path, asked in _sources(annotations, questions, root):
+    sources = _sources(annotations, questions, root) if annotations else _found(files, problems)
+    for source in sources:
         ids, question_ids = {}, set()  # ids are unique within a file: exporters start every file at 1
-        for record in records(path, asked, problems):
-            if file := files.find(record, problems):
-                _merge(record, file, split, rows, ids, question_ids, problems)
+        for record in _records(source, files, problems):
+            directory = source.directory if record["beside"] or not annotations else ""
+            if file := files.find(record, problems, directory):
+                _merge(record, file, source.split, rows, ids, question_ids, problems)
+    if not annotations:
+        _say_what_was_not_used(sources, rows, files, problems)
     found = [row for row in rows.values() if row["captions"] or row["questions"]]
+    if not annotations:
+        _splits_of_directories(found, problems)
     _tell_apart(found)
     return found, problems
 
@@ -126,8 +148,31 @@ def _tell_apart(rows) -> None:
             q["question_id"] = own("question_id", row["split"], q["question_id"], other)
 
 
+class Source(NamedTuple):
+    """Where records come from: one annotation file (VQA v2: two), or the text files beside images."""
+
+    split: str | None
+    path: Path | None = None
+    asked: Path | None = None
+    directory: str = ""  # of the file, below root: where the names of images in it begin, if they do not begin at root
+    texts: dict[str, list[str]] | None = None  # {text file: its images}
+
+
+def _records(source, files, problems):
+    if source.texts is None:
+        yield from records(source.path, source.asked, problems, files.root)
+        return
+    for name, pictures in source.texts.items():
+        read = [picture for picture in pictures if images.is_read(picture)]
+        for picture in pictures:
+            if picture not in read:
+                problems.note("unsupported image", f"{name}: {picture}: {images.why_unread(picture)}")
+        if read:
+            yield from caption_file(files.root / name, name, read, problems)
+
+
 def _sources(annotations, questions, root):
-    """[(split or None, annotation file, questions file or None)], all existing."""
+    """The sources that the config names, all existing."""
 
     def by_split(value):
         return dict(value.items()) if hasattr(value, "items") else {None: value}
@@ -144,7 +189,116 @@ def _sources(annotations, questions, root):
         raise ValueError(f"annotations has the split names {unknown}; allowed: {', '.join(SPLITS)}, and as test_style")
     if questions is not None and files.keys() != asked.keys():
         raise ValueError(f"questions has the splits {list(asked)} but annotations {list(files)}; give the same in both")
-    return [(name, existing(files[name]), existing(asked[name]) if questions else None) for name in files]
+
+    def source(name):
+        path = existing(files[name])
+        below = os.path.relpath(path.absolute().parent, root.absolute()).replace(os.sep, "/")
+        directory = "" if below == "." or below.split("/")[0] == os.pardir else below
+        return Source(name, path, existing(asked[name]) if questions else None, directory)
+
+    return [source(name) for name in files]
+
+
+def _found(files, problems):
+    """The sources below root where the config names none: metadata files, else text files beside images.
+
+    Raises ValueError where there are neither.
+    """
+    metadata = [name for name in files.names if name.lower().rsplit("/")[-1] in ("metadata.csv", "metadata.jsonl")]
+    if not metadata:
+        texts, others = _texts(files)
+        if not texts:
+            raise ValueError(_nothing_found(files, others))
+        for name in others:
+            problems.remark("text without an image", name)
+        return [Source(None, texts=texts)]
+    for directory, count in collections.Counter(os.path.dirname(name) for name in metadata).items():
+        if count > 1:
+            names = [name for name in metadata if os.path.dirname(name) == directory]
+            problems.note("two annotations", f"{' and '.join(names)} lie in one directory", fatal=True)
+    splits = [_split_of_directory(name) for name in metadata]
+    splits = splits if all(splits) else [None] * len(metadata)
+    return [
+        Source(split, files.root / name, directory=os.path.dirname(name))
+        for split, name in zip(splits, metadata, strict=True)
+    ]
+
+
+def _texts(files):
+    """({text file: the images of its name in its directory}, text files beside no image of their name)."""
+    pictures: dict[str, list[str]] = {}
+    for name in files.all() + files.unread():
+        pictures.setdefault(_normal(os.path.splitext(name)[0]), []).append(name)
+    texts, others = {}, []
+    for name in files.names:
+        stem, end = os.path.splitext(name)
+        if end.lower() == ".txt":
+            beside = pictures.get(_normal(stem), [])
+            read = [picture for picture in beside if images.is_read(picture)]
+            if beside:
+                texts[name] = read or beside  # cat.heic beside cat.jpg is what cat.jpg was made from
+            else:
+                others.append(name)
+    return texts, others
+
+
+def _nothing_found(files, texts):
+    tables = [name for name in files.names if name.lower().endswith((".csv", ".tsv", ".json", ".jsonl"))]
+    found = f"{len(files.all())} images, {len(files.unread())} of kinds that are not read"
+    found += f", {len(texts)} .txt files of other names (as {texts[0]})" if texts else ", no .txt files"
+    found += f"; is annotations={tables[0]} what you mean?" if tables else ""
+    return (
+        f"no texts for the images in {str(files.root)!r}: annotations=FILE is not given, and neither metadata.csv, nor "
+        f"metadata.jsonl, nor .txt files named as images (cat.txt beside cat.jpg) are in it or below.  Found are {found}"
+        f"\n{ACCEPTED}"
+    )
+
+
+def _say_what_was_not_used(sources, rows, files, problems):
+    """Notes or remarks on the images that have no text, and on text files beside images that metadata files describe."""
+    if texts := sources[0].texts:
+        described = {picture for pictures in texts.values() for picture in pictures}
+        stems = {os.path.splitext(picture)[0] for picture in described}
+        for picture in files.all():
+            if picture not in described:
+                stem = os.path.splitext(os.path.basename(picture))[0]
+                problems.note("image without text", f"{picture}: no {stem}.txt is beside it")
+        for picture in files.unread():
+            if picture not in described and os.path.splitext(picture)[0] not in stems:
+                problems.remark("image not used", f"{picture}: {images.why_unread(picture)}")
+        return
+    for picture in files.all() + files.unread():
+        if picture not in rows:
+            problems.remark("image not used", picture)
+    for name, pictures in _texts(files)[0].items():
+        if unknown := [picture for picture in pictures if picture not in rows]:
+            problems.note("two annotations", f"{name} is beside {unknown[0]}, which no metadata file describes")
+        else:
+            problems.remark("text not read", name)
+
+
+def _split_of_directory(name):
+    """The split that the first directory of a path means, or None."""
+    first, below, _ = name.partition("/")
+    return _DIRECTORIES.get(first.lower()) or split_name(first) if below else None
+
+
+def _splits_of_directories(rows, problems):
+    """Fills row['split'] in place where nothing else names splits, and all images lie in directories named as splits.
+
+    Where directories for train and for another split hold only some images, the others are left without one, which is an
+    error later: a hash would mix the test pictures into train.
+    """
+    if any(row["split"] for row in rows):
+        return
+    splits = [_split_of_directory(row["file"]) for row in rows]
+    kinds = {split.split("_")[0] for split in splits if split}
+    if all(splits) or ("train" in kinds and len(kinds) > 1):
+        for row, split in zip(rows, splits, strict=True):
+            row["split"] = split or ""
+    elif kinds:
+        names = sorted({row["file"].split("/")[0] for row, split in zip(rows, splits, strict=True) if split})
+        problems.remark("directories", ", ".join(names))
 
 
 def _merge(record, file, split, rows, ids, question_ids, problems):
@@ -186,71 +340,124 @@ def _add_question(question, row, where, question_ids, problems):
 
 
 class Files:
-    """The image files below a directory, found by path, by a name unique there, or by the id that ends a name.
+    """The files below a directory; images are found by path, by a name unique there, or by the id that ends a name.
 
     A path must not leave the directory by '..' or from '/'; links in it are the owner's choice and are followed.
+    Hidden files and directories, and __MACOSX, are as if they were not there, but for a path that names one exactly.
     """
 
     def __init__(self, root):
-        self.root, self._found, self._indexed = Path(root), {}, None
+        self.root, self._known = Path(root), {}
 
     def all(self):
         """Every image file, as a path relative to the root, in order."""
-        return sorted(path for paths in self._index[0].values() for path in paths)
+        return [name for name in self.names if images.is_read(name)]
 
     def unread(self):
         """Pictures of kinds that are not read, such as .svg, as paths relative to the root, in order."""
-        return sorted(self._index[2])
+        return [name for name in self.names if images.is_unread(name)]
 
-    def find(self, record, problems):
-        """The record's file as a path relative to the root, or None after a note (one per image, not per record)."""
-        key = (record["image"], None if record["image"] else record["image_id"], record["hint"])
-        if key not in self._found:
-            self._found[key] = self._find(*key, record["where"], problems)
-        return self._found[key]
+    def find(self, record, problems, directory=""):
+        """The record's file as a path relative to the root, or None after a note (one per image, not per record).
 
-    def _find(self, name, image_id, hint, where, problems):
-        if name:
-            absolute = os.path.isabs(name)
-            path = os.path.relpath(name, self.root.absolute()) if absolute else os.path.normpath(name)
-            if path.split(os.sep)[0] == os.pardir:
-                return problems.note("outside the directory", f"{where}: {name}")
-            if os.path.isfile(self.root / path):
-                return path.replace(os.sep, "/")
-            found = self._index[0].get(name, [])  # no match for a name with a directory: that one was exact
-        else:
-            key = str(int(image_id)) if image_id and image_id.isdecimal() else image_id
-            found = self._index[1].get(key, [])
-            found = [path for path in found if len(found) > 1 and hint and hint in path] or found
-        if len(found) == 1:
-            return found[0]
+        The name of the record begins at `directory`, or, if there is a directory in it, at the root.
+        """
+        key = (record["image"], None if record["image"] else record["image_id"], record["hint"], directory)
+        if key not in self._known:
+            self._known[key] = self._find(*key, record["where"], problems)
+        return self._known[key]
+
+    def _find(self, name, image_id, hint, directory, where, problems):
         what = f"{where}: {name or f'image id {image_id!r}'}"
-        if found:
+        found = self._by_name(name, directory) if name else self._by_id(image_id, hint)
+        if found is None:
+            return problems.note("outside the directory", what)
+        if len(found) > 1:
             return problems.note("ambiguous image", f"{what} is {' and '.join(found[:2])}")
-        return problems.note("missing image", what)
+        if not found:
+            at = f", looked for in {directory}, where this file lies" if name and directory else ""
+            return problems.note("missing image", what + at)
+        if not _is_text(found[0]):
+            return problems.note("bad value", f"{what}: the name {ascii(found[0])} is not UTF-8; rename the file")
+        return found[0]
 
-    @property
-    def _index(self):
-        """({file name: paths}, {end of the stem: paths}, paths of pictures that are not read): COCO_val2014_000000000042.jpg
-        ends in '42'."""
-        if self._indexed is None:
-            names, ends, unread, seen = {}, {}, [], set()
-            for directory, below, files in os.walk(self.root, followlinks=True):
-                real = os.path.realpath(directory)
-                below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
-                files = [] if real in seen else sorted(files)  # links may form a circle
-                seen.add(real)
-                for name in files:
-                    stem, suffix = os.path.splitext(name)
-                    path = os.path.relpath(os.path.join(directory, name), self.root).replace(os.sep, "/")
-                    if images.is_unread(name):
-                        unread.append(path)
-                    elif suffix.lower() in images.endings():
-                        names.setdefault(name, []).append(path)
-                        for end in _ends(stem):
-                            ends.setdefault(end, []).append(path)
-            self._indexed = names, ends, unread
-        return self._indexed
+    def _by_name(self, name, directory):
+        """The files that a name may mean, more than one where it is ambiguous; None where it leads out of the root."""
+        spellings = dict.fromkeys([name, name.replace("\\", "/")])
+        starts = {one: [directory, ""] if "/" in one and directory else [directory] for one in spellings}
+        paths = [self._inside(one, start) for one in spellings for start in starts[one]]
+        if not any(paths):
+            return None
+        for path in filter(None, paths):
+            if os.path.isfile(self.root / path):
+                return [path]
+            if found := self._paths.get(_normal(path)):
+                return found
+        below = f"{directory}/" if directory else ""
+        found = [path for path in self._names.get(_normal(name), []) if path.startswith(below)]
+        return [path for path in found if path.split("/")[-1] == name] or found
+
+    def _inside(self, name, start):
+        """A name that begins at a directory below the root, as a path relative to the root; None where it leaves it."""
+        absolute = os.path.isabs(name)
+        path = os.path.relpath(name, self.root.absolute()) if absolute else os.path.normpath(os.path.join(start, name))
+        return None if path.split(os.sep)[0] == os.pardir else path.replace(os.sep, "/")
+
+    def _by_id(self, image_id, hint):
+        key = str(int(image_id)) if image_id and image_id.isdecimal() else image_id
+        found = self._ends.get(key and _normal(key), [])
+        return [path for path in found if len(found) > 1 and hint and hint in path] or found
+
+    @functools.cached_property
+    def names(self):
+        """Every file that is not hidden, as a path relative to the root, in order."""
+        names, seen = [], set()
+        for directory, below, files in os.walk(self.root, followlinks=True):
+            real = os.path.realpath(directory)
+            if real in seen:  # links may form a circle
+                below[:] = []
+                continue
+            seen.add(real)
+            below[:] = sorted(name for name in below if not name.startswith(".") and name != "__MACOSX")
+            start = os.path.relpath(directory, self.root).replace(os.sep, "/")
+            names += [name if start == "." else f"{start}/{name}" for name in files if not name.startswith(".")]
+        return sorted(names)
+
+    @functools.cached_property
+    def _paths(self):
+        """{normal path: paths}."""
+        return _grouped((_normal(path), path) for path in self.names)
+
+    @functools.cached_property
+    def _names(self):
+        """{normal name of a picture, read or not: paths}."""
+        return _grouped((_normal(path.split("/")[-1]), path) for path in sorted(self.all() + self.unread()))
+
+    @functools.cached_property
+    def _ends(self):
+        """{end of an image's name: paths}: COCO_val2014_000000000042.jpg ends in '42'."""
+        stems = {path: _normal(os.path.splitext(path.split("/")[-1])[0]) for path in self.all()}
+        return _grouped((end, path) for path, stem in stems.items() for end in _ends(stem))
+
+
+def _grouped(pairs):
+    groups = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
+def _normal(name):
+    """macOS writes é as two characters where other systems write one: names are compared in one form."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _is_text(name):
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes of the file system that are no UTF-8
+        return False
+    return True
 
 
 def _ends(stem):
@@ -260,23 +467,65 @@ def _ends(stem):
     return ends
 
 
-def assign_splits(rows, problems, val_fraction=0.1, test_fraction=0.1, seed=0):
-    """Fills row['split'] in place by hash where no row has one; where only some have one, the others are removed."""
-    if any(row["split"] for row in rows):
+def assign_splits(rows, problems, val_fraction=0.1, test_fraction=0.1, seed=0, asked=()):
+    """Fills row['split'] in place by hash where no row has one; where only some have one, the others are removed.
+
+    Where rows have splits but none is val, and val is among those `asked` for, part of train becomes val.
+    """
+    if not any(row["split"] for row in rows):
         for row in rows:
-            if not row["split"]:
-                problems.note("split", f"{row['where']}: {row['file']} has no split, but other images have")
-        rows[:] = [row for row in rows if row["split"]]
+            row["split"] = split_of(row["image_id"], val_fraction, test_fraction, seed)
+        shares = {"test": test_fraction, "val": val_fraction, "train": 1 - val_fraction - test_fraction}
+        _fill_empty(rows, problems, [name for name, share in shares.items() if share > 0], seed)
         return
     for row in rows:
-        row["split"] = split_of(row["image_id"], val_fraction, test_fraction, seed)
+        if not row["split"]:
+            problems.note("split", f"{row['where']}: {row['file']} has no split, but other images have")
+    rows[:] = [row for row in rows if row["split"]]
+    if "val" in asked and val_fraction > 0 and all(row["split"] != "val" for row in rows):
+        _val_of_train(rows, problems, val_fraction, seed)
 
 
 def split_of(image_id, val_fraction, test_fraction, seed):
     """'train', 'val' or 'test', a pure function of its arguments on any machine."""
-    digest = hashlib.sha256(f"{seed}/{image_id}".encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
+    place = _place(image_id, seed)
     return "test" if place < test_fraction else "val" if place < test_fraction + val_fraction else "train"
+
+
+def _place(image_id, seed):
+    digest = hashlib.sha256(f"{seed}/{image_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _in_order(rows, split, seed):
+    """The rows of a split by their places: test lies before val, and val before train."""
+    mine = [row for row in rows if row["split"] == split]
+    return sorted(mine, key=lambda row: (_place(row["image_id"], seed), row["image_id"]))
+
+
+def _fill_empty(rows, problems, names, seed):
+    """Gives each empty split of these the nearest row of train (or of the largest, if train has none to give)."""
+    if len(rows) < 3:
+        return
+    for name in names:
+        counts = collections.Counter(row["split"] for row in rows)
+        if name not in counts:
+            giver = "train" if counts["train"] > 1 else max(names, key=lambda other: counts[other])
+            after = ("test", "val", "train").index(giver) > ("test", "val", "train").index(name)
+            row = _in_order(rows, giver, seed)[0 if after else -1]
+            row["split"] = name
+            problems.remark("split", f"{name} got {row['file']} of {giver}")
+
+
+def _val_of_train(rows, problems, val_fraction, seed):
+    """The first `val_fraction` of train by places becomes val: at least one image, and never all."""
+    train = _in_order(rows, "train", seed)
+    n = sum(_place(row["image_id"], seed) < val_fraction for row in train)
+    n = min(max(n, 1), len(train) - 1)
+    for row in train[: max(n, 0)]:
+        row["split"] = "val"
+    if n > 0:
+        problems.remark("split", f"val got {n} of {len(train)} images of train, as the annotations name no val")
 
 
 # Rows -> the prepared copy
@@ -285,29 +534,35 @@ def split_of(image_id, val_fraction, test_fraction, seed):
 def check_images(rows, root, problems, workers=None):
     """The rows whose image decodes; each image is decoded once, in threads (Pillow releases the interpreter's lock)."""
 
-    def error_of(row):
+    def looked_at(row):
+        """(kind of problem or None, message or None)."""
         try:
-            images.decode(Path(root) / row["file"], name=row["file"])
+            return None, images.decode_and_remark(Path(root) / row["file"], name=row["file"])[1]
+        except images.Unsupported as error:
+            return "unsupported image", str(error)
         except (ValueError, OSError) as error:
-            return str(error)
+            return "corrupt image", str(error)
 
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        errors = list(pool.map(error_of, rows))
-    for row, error in zip(rows, errors, strict=True):
-        if error:
-            problems.note("corrupt image", f"{row['where']}: {error}")
-    return [row for row, error in zip(rows, errors, strict=True) if not error]
+        seen = list(pool.map(looked_at, rows))
+    for row, (kind, message) in zip(rows, seen, strict=True):
+        if kind:
+            problems.note(kind, f"{row['where']}: {message}")
+        elif message:
+            problems.remark("16-bit image nearly black", f"{row['file']}: {message}")
+    return [row for row, (kind, _) in zip(rows, seen, strict=True) if not kind]
 
 
-def _digest(rows, options):
-    """Names, sizes and times stand for the images: hashing the pixels of a large directory would take minutes."""
-    root, parts = Path(options["root"]).expanduser(), [_VERSION]
+def _digest(rows, problems, options):
+    """Names, sizes and times stand for the images: hashing the pixels of a large directory would take minutes.
+
+    Problems and remarks are part of it, as the copy keeps them.
+    """
+    root, parts = Path(options["root"]).expanduser(), [_VERSION, problems.report()]
     parts += [str(options[key]) for key in ("on_error", "val_fraction", "test_fraction", "seed")]
-    for split, *paths in _sources(options["annotations"], options["questions"], root):
-        parts += [str(split)] + [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path]
     for row in rows:
         stat = os.stat(root / row["file"])
-        parts.append(f"{row['file']} {stat.st_size} {stat.st_mtime_ns}")
+        parts.append([row, stat.st_size, stat.st_mtime_ns])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
@@ -317,14 +572,14 @@ def _prepare(rows, problems, options):
     TFDS writes into 'incomplete.*' beside the final directory and renames at the end, so a copy that exists is whole.
     """
     root = Path(options["root"]).expanduser()
-    home = Path(options["data_dir"] or "~/.cache/jaxpeft/folder").expanduser() / _digest(rows, options)
+    home = Path(options["data_dir"] or "~/.cache/jaxpeft/folder").expanduser() / _digest(rows, problems, options)
     builder = FolderData(data_dir=home, file_format="array_record")
     if _ready(builder) and not problems.fatal and (options["on_error"] == "skip" or not problems.counts):
         return builder
     rows = check_images(rows, root, problems)
     if problems.fatal or not rows or (problems.counts and options["on_error"] == "raise"):
         if problems.fatal or not rows:
-            what, fix = "a file cannot be read" if problems.fatal else "no image is left", ""
+            what, fix = "a file cannot be read as it is" if problems.fatal else "no image is left", ""
         else:
             what, fix = "some rows are wrong", "\nRepair them, or set on_error='skip' to leave them out and count them."
         raise ValueError(f"data of {str(root)!r}: {what}; nothing was written.\n{problems}{fix}")

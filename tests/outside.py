@@ -1,0 +1,76 @@
+"""One of each that people add, from a module that is no part of jaxpeft: method, data set, task, optimizer, metric."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxpeft.datasets import DATASETS, Split
+from jaxpeft.methods import METHODS, Method
+from jaxpeft.metrics import METRICS
+from jaxpeft.optim import OPTIMIZERS
+from jaxpeft.tasks import TASKS, Captioning
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift(Method):
+    """A learned offset of every linear's output that `where` matches."""
+
+    where: str = r"^text_decoder/blocks/mlp/down$"
+    gain: float = 1.0
+    name: ClassVar[str] = "shift"
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+
+    def init(self, rng, site, base):
+        return {"offset": jnp.zeros(site.shape[1])}
+
+    def linear(self, theta, x, y, base, rng):
+        return y + self.gain * theta["offset"].astype(y.dtype)
+
+    def merge(self, theta, base):
+        return base | {"bias": base["bias"] + self.gain * theta["offset"]}
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220)}
+
+
+def squares(config, splits):
+    """`config.n` plain pictures a split."""
+    found = {}
+    for name in splits:
+        colours = [list(COLOURS)[i % 3] for i in range(config.n)]
+        images = [np.full((20, 30, 3), COLOURS[colour], np.uint8) for colour in colours]
+        rows = [
+            {"image_id": f"{name}-{i}", "captions": [f"a {colour} thing"], "questions": []}
+            for i, colour in enumerate(colours)
+        ]
+        found[name] = Split(name, images, rows, source="squares")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Shout(Captioning):
+    """Captions whose words stand twice."""
+
+    name: ClassVar[str] = "shout"
+
+    def clean(self, text):
+        return " ".join(word for word in super().clean(text).split() for _ in range(2))
+
+
+def plain(config, decays):
+    return optax.sgd(1.0)
+
+
+def words(prediction, truths):
+    """How many words were written."""
+    return float(len(prediction.split()))
+
+
+METHODS["shift"] = Shift
+DATASETS["squares"] = squares
+TASKS["shout"] = Shout
+OPTIMIZERS["plain"] = plain
+METRICS["words"] = words
