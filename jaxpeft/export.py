@@ -141,6 +141,7 @@ def code(model, task, out: str | Path, base: str = "", methods=(), beams: int = 
         "",
         'image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")',
         f'inputs = processor(images=image, text="{text}", return_tensors="pt")',
+        *([f'inputs["input_ids"][:, 0] = {model.config.enc_id}  # [ENC]'] if base and task.question_encoder else []),
         "with torch.inference_mode():",
         f"    ids = model.generate(**inputs, {said})",
         "text = processor.decode(ids[0], skip_special_tokens=True)",

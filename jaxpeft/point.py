@@ -333,7 +333,9 @@ def load_run(workdir: str | Path, imports: Iterable[str] = ()):
 
 
 def _load_run(workdir, config, result):
-    task = tasks.build(config.task, **result.get("task_options", tasks.IN_0_1[config.task] | dict(config.task_options)))
+    task = tasks.build(
+        config.task, **result.get("task_options", tasks.IN_0_1.get(config.task, {}) | dict(config.task_options))
+    )
     config.base = pinned_base(config, result)
     model, params, _ = _base(config, task)
     model, params, _ = hub.extend_vocabulary(model, params, result["model"]["new_words"], config.seed)

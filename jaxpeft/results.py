@@ -201,8 +201,15 @@ def validation(workdir: Path, split: str, timing: dict, worth: dict | None) -> d
     rows = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
     curve = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
     (_, first), (last_step, last) = (curve[0], curve[-1]) if curve else ((0, None), (timing["steps"], None))
-    said = {"split": split, "first": first, "kept_step": timing["kept_step"], "kept": timing["validation_loss"]}
-    return said | {"last_step": last_step, "last": last, "stopped": timing["stopped"], "images": worth}
+    step = timing["kept_step"]
+    best = {"best_step": step, "best": dict(curve).get(step, timing["validation_loss"])}
+    kept = {"kept_step": step, "kept": best["best"]}  # unless it is found to be of no use
+    return (
+        {"split": split, "first": first}
+        | best
+        | kept
+        | {"last_step": last_step, "last": last, "stopped": timing["stopped"], "images": worth}
+    )
 
 
 def _validation(said: dict) -> list[str]:
@@ -210,10 +217,11 @@ def _validation(said: dict) -> list[str]:
     if said["first"] is None:
         return []
     ended = "stopped early" if said["stopped"] == "plateau" else "all steps were done"
-    lines = [
-        f"{said['split']}: nll {said['first']:.3f} at step 0, {said['kept']:.3f} at step {said['kept_step']:,} (kept), "
-        f"{said['last']:.3f} at step {said['last_step']:,}, the last: {ended}"
+    steps = {0: said["first"], said["best_step"]: said["best"], said["last_step"]: said["last"]}
+    named = [
+        f"{loss:.3f} at step {step:,}{' (kept)' if step == said['kept_step'] else ''}" for step, loss in steps.items()
     ]
+    lines = [f"{said['split']}: nll {', '.join(named)}, the last: {ended}"]
     if worth := said["images"]:
         lines.append(
             f"{said['split']}: a text is {worth['gain']:.3f} nats likelier beside its own picture than beside another (at "

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["HF_HUB_OFFLINE"] = "1"  # test_downloads.py has a hub of its own
 if (
     "JAX_COMPILATION_CACHE_DIR" not in os.environ
 ):  # the workers of pytest-xdist, and the programs that tests start, share it

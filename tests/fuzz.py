@@ -243,6 +243,11 @@ def _tokenizer_json() -> bytes:
     return json.dumps(spec).encode()
 
 
+_RESULT = (
+    b'{"model": {"new_words": [], "new_rows": true, "report": {"revision": null}}, "imports": ["evil", "evil.py"]}'
+)
+
+
 def readers(home: Path) -> dict[str, Reader]:
     """Every reader with its good inputs, which are seen to be read."""
     model, params = tiny.model(), tiny.params()
@@ -262,7 +267,7 @@ def readers(home: Path) -> dict[str, Reader]:
     run = {f"tuned/{name}": data for name, data in _directory(home / "run" / "tuned").items()}
     settings = {"task": "captioning", "task_options": {}, "base": str(ours), "init": "base", "seed": 0}
     settings["model"] = {"image_size": None, "dtype": "float32", "remat": "none", "dropout": 0.0}
-    run |= {"config.json": json.dumps(settings).encode(), "result.json": b'{"model": {"new_words": []}}'}
+    run |= {"config.json": json.dumps(settings).encode(), "result.json": _RESULT}
     state = {"w": jax.numpy.arange(300.0), "step": jax.numpy.int32(2)}
     written = home / "journal"
     for step in (1, 2):

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 import jaxpeft as jp
-from jaxpeft import export, interchange, methods, metrics, optim, point, registry, tasks, use
+from jaxpeft import interchange, methods, metrics, optim, registry, tasks
 from jaxpeft.datasets import DATASETS
-from jaxpeft.methods import METHODS, LoRA, Method
+from jaxpeft.methods import METHODS, LoRA
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
@@ -25,7 +25,7 @@ def get_config(arg=""):
     c = common.get_config("shout", "shift")
     c.data.name, c.data.n = "squares", 9
     c.task_options = common.task_options("shout", metrics=("words", "exact_match"))
-    c.optim.name, c.optim.lr, c.optim.schedule = "plain", 3.0, "constant"
+    c.optim.name, c.optim.lr, c.optim.schedule = "plain", 0.5, "cosine"
     c.steps, c.batch_size, c.log_every = 150, 9, 50
     c.base, c.eval.batch_size = "tiny", 9
     return c
@@ -62,21 +62,18 @@ def test_a_run_uses_all_of_it_and_says_where_it_came_from(home):
     test = result["metrics"]["test"]
     assert result["imports"] == ["my_things"] and result["method"] == "shift" and result["task"] == "shout"
     assert test["tuned"]["words"] > 2 and test["tuned"]["exact_match"] == 0.0  # every word twice is no reference
-    assert test["tuned"]["nll"] < 0.5 * test["base"]["nll"]  # the offsets learned, by the optimizer from outside
+    assert test["tuned"]["nll"] < 0.7 * test["base"]["nll"]  # the offsets learned, by the optimizer from outside
     assert "words" in said and "exact_match" in said  # columns of the table
-    assert result["counts"]["tuned"] == result["counts"]["stored"] == 2 * 128 + result_rows(result)
-
-
-def result_rows(result):
-    """Scalars of the rows of added words: 128 wide, and a bias each."""
-    return len(result["model"]["new_words"]) * 129
+    assert result["counts"]["tuned"] == result["counts"]["stored"] == 3 * 128 + 129  # three layers; a word
 
 
 def test_it_writes_and_is_exported_where_the_module_is_imported_again(home):
     home, _ = home
     generate = ["-m", "jaxpeft.generate", "--workdir", "run", "--image", "blue.png", "--beams", "1"]
     status, said = shell(*generate, "--imports", "my_things.py", cwd=home)
-    assert status == 0 and said.startswith("blue.png: a a blue blue thing thing")
+    rows = [json.loads(line) for line in (home / "run" / "predictions.jsonl").read_text().splitlines()]
+    (written,) = (row["tuned"] for row in rows if row["image_id"] == "test-2")  # the same picture
+    assert status == 0 and said.startswith(f"blue.png: {written} (") and len(written.split()) > 2
     status, said = shell(*generate, cwd=home)
     assert status == 1 and said.count("\n") == 1
     assert re.match(r"error: run: unknown task 'shout'.* made with code from my_things; .*--imports=my_things", said)
@@ -89,7 +86,7 @@ def test_loading_imports_nothing_that_a_run_names(home, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(home[0] / "run", run)
     for place in (run, tmp_path):
-        (place / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        (place / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()")
     monkeypatch.chdir(run)
     result = json.loads((run / "result.json").read_text())
     for names in (["evil"], ["evil", "os"], ["../evil"], ["evil.py"], [3], "evil", {"evil": 1}, None, ["e" * 10**6]):

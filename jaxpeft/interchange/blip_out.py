@@ -46,6 +46,8 @@ def export_blip(model, variables: Tree, directory, card: str = "", task=None, be
     files = {"config.json": config, "generation_config.json": said}
     if model.tokenizer is not None:
         size = model.config.image_size
+        # transformers begins a question with the "cls" token; BLIP's questions begin with [ENC]
+        first = "[ENC]" if model.config.question_encoder else "[CLS]"
         files["preprocessor_config.json"] = {
             "image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor", "do_convert_rgb": True,
             "do_resize": True, "size": {"height": size, "width": size}, "resample": model.config.image_resample,
@@ -56,7 +58,7 @@ def export_blip(model, variables: Tree, directory, card: str = "", task=None, be
             "tokenizer_class": "BertTokenizer", "processor_class": "BlipProcessor", "do_lower_case": True,
             "strip_accents": model.tokenizer.strip_accents, "tokenize_chinese_chars": model.tokenizer.split_chinese,
             "model_max_length": model.config.max_positions, "pad_token": "[PAD]", "unk_token": "[UNK]",
-            "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "bos_token": "[DEC]",
+            "cls_token": first, "sep_token": "[SEP]", "mask_token": "[MASK]", "bos_token": "[DEC]",
             "additional_special_tokens": ["[ENC]"], "model_input_names": ["input_ids", "attention_mask"],
         }  # fmt: skip
     texts = {name: json.dumps(value, indent=2, sort_keys=True) + "\n" for name, value in files.items()}
