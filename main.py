@@ -1,4 +1,10 @@
-"""The program: `python main.py --config=configs/quickstart.py --workdir=DIR`. Everything it does is in `jaxpeft`."""
+"""The program: `python main.py --config=configs/quickstart.py --workdir=DIR`. Everything it does is in `jaxpeft`.
+
+    python main.py --config=configs/folder.py:root=pics,base=Salesforce/blip-image-captioning-base --workdir=runs/mine
+
+tunes a BLIP of the Hugging Face hub on your own pictures; `base=DIR` is one on disk, `base=tiny` the shipped one. The head of
+each file in configs/ says what it does and what it takes.
+"""
 
 import contextlib
 import functools

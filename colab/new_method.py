@@ -115,7 +115,8 @@ print(
 # %% [markdown]
 # ## Train it like any other
 #
-# A line in `methods.METHODS`, and every config, size solver, study and command knows it by name.
+# A line in `methods.METHODS`, and every config, size solver, study and command knows it by name. In a file of your own, say
+# `mine.py`, `--imports=mine` brings it to `main.py`, `jaxpeft.generate`, `jaxpeft.export` and `jaxpeft.demo`.
 
 # %%
 methods.METHODS["fourier"] = FourierFT

@@ -11,8 +11,9 @@
 # %% [markdown]
 # # Your pictures: from a folder to a tuned BLIP, and back to PyTorch
 #
-# Put pictures into a folder with a `captions.csv` (columns `image, caption`; or `image, question, answer` for questions) and
-# run the cells. Without a folder of yours the notebook draws one, so that everything can be seen first.
+# Put pictures into a folder with a `captions.csv` (columns `image, caption`; or `image, question, answer` for questions), or
+# `cat.txt` beside `cat.jpg`, and run the cells. Without a folder of yours the notebook draws one, so that everything can be
+# seen first.
 
 # %%
 # On Colab: put a clone or an unpacked archive of the repository beside this notebook, as `jaxpeft` (Files pane), and run
@@ -32,7 +33,7 @@ sys.path.insert(0, SOURCE)  # for configs/
 TINY = bool(os.environ.get("JAXPEFT_TINY"))  # the tests: seconds instead of minutes, and nothing is learned
 
 # %%
-import csv, textwrap
+import csv, importlib.util, json, re, textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -45,7 +46,8 @@ from jaxpeft.datasets import scenes
 
 host.keep_freed_memory()
 
-# your folder, and your base: a directory with a Hugging Face BLIP (config.json, model.safetensors, vocab.txt)
+# your folder, and your base: a BLIP of the Hugging Face hub such as "Salesforce/blip-image-captioning-base" (which is
+# downloaded, 990 MB), a directory with one, or the shipped "tiny", which knows drawn scenes only
 PICTURES, BASE = "", "tiny"
 
 # %% [markdown]
@@ -57,7 +59,7 @@ PICTURES, BASE = "", "tiny"
 if not PICTURES:
     PICTURES = Path("pictures")
     PICTURES.mkdir(exist_ok=True)
-    drawn = scenes.load({"n_train": 24 if TINY else 1000}, ["train"])["train"]
+    drawn = scenes.load({"n_train": 24 if TINY else 300}, ["train"])["train"]
     with open(PICTURES / "captions.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", "caption"])
@@ -71,10 +73,11 @@ print(*(Path(PICTURES) / "captions.csv").read_text().splitlines()[:4], sep="\n")
 # ## Tune
 #
 # The same as `python main.py --config=configs/folder.py:root=PICTURES,annotations=captions.csv,base=BASE`. Pictures are divided
-# into train, val and test by a hash of their name. Whatever is wrong with the data is listed before training starts.
+# into train, val and test by a hash of their name. Whatever is wrong with the data is listed before training starts. Training
+# lasts as long as the loss on val falls, and the best step is kept: step 0 where the pictures taught nothing.
 
 # %%
-config = folder.get_config(f"root={PICTURES},annotations=captions.csv,base={BASE},steps={4 if TINY else 500}")
+config = folder.get_config(f"root={PICTURES},annotations=captions.csv,base={BASE}" + (",steps=4" if TINY else ""))
 config.data.data_dir = "runs/prepared"
 config.eval.gallery = False
 workdir = Path("runs/your_pictures")
@@ -85,6 +88,13 @@ result = jp.run(config, workdir)
 #
 # From the command line: `python -m jaxpeft.generate --workdir RUN --folder PICTURES`, or `python -m jaxpeft.demo --workdir RUN`
 # for a page in the browser.
+
+# %%
+curve = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+for key in ("loss", "validation_loss"):
+    plt.plot(*zip(*((row["step"], row[key]) for row in curve if key in row)), label=key)
+plt.axvline(result["validation"]["kept_step"], color="grey", linestyle=":", label="kept")
+plt.xlabel("step"), plt.ylabel("nats per token"), plt.legend()
 
 # %%
 model, variables, methods, task = jp.load_run(workdir)
@@ -101,30 +111,22 @@ for ax, path, old, new in zip(axes, paths, before, after):
 # ## Back to PyTorch
 #
 # A whole BLIP directory with the method folded into its weights, tokenizer, processor and a model card with it. transformers
-# loads it without jaxpeft. (`python -m jaxpeft.export --workdir RUN --out DIR`, or `--format peft` for an adapter.)
+# loads it without jaxpeft. The same as `python -m jaxpeft.export --workdir RUN --out merged`; `--format peft` gives an adapter.
 
 # %%
-from jaxpeft.export import model_card
+from jaxpeft import export
 
-merged = jp.export_blip(model, variables, workdir / "merged", card=model_card(workdir))
-print(*sorted(path.name for path in merged.iterdir()))
-print((merged / "README.md").read_text())
+export.main(["--workdir", str(workdir), "--out", "merged"])
+card = Path("merged/README.md").read_text()
+print(card)
+
+# %% [markdown]
+# The code on the card runs as it stands: it writes the caption of `picture.jpg`.
 
 # %%
-try:
-    import torch, transformers
-except ImportError:
-    print("pip install torch transformers, to see the same captions there")
+Image.open(paths[0]).save("picture.jpg")
+if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1])
 else:
-    there = transformers.BlipForConditionalGeneration.from_pretrained(merged).eval()
-    processor = transformers.BlipImageProcessor.from_pretrained(merged)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
-    pixels = processor([Image.open(path) for path in paths], return_tensors="pt")
-    # transformers writes over the first token of a prompt and drops its last
-    prompt = torch.tensor([[*task.prompt_ids(model.tokenizer), model.tokenizer.sep_id]] * len(paths))
-    with torch.no_grad():
-        written = there.generate(
-            **pixels, input_ids=prompt, max_length=task.length, num_beams=3, min_length=task.min_length
-        )
-    for text, ours in zip(tokenizer.batch_decode(written, skip_special_tokens=True), after):
-        print("transformers:", text, "\njaxpeft:     ", ours)
+    print("pip install torch transformers, to see the same caption there")
+print("jaxpeft:", *jp.generate(model, variables, "picture.jpg", beams=1, task=task))

@@ -1,19 +1,28 @@
-"""Your own pictures: a directory and one annotation file, tuned with one command.
+"""Your own pictures: a directory and their texts, tuned with one command.
 
-    python main.py --config=configs/folder.py:root=pics,annotations=captions.csv,base=blip-base --workdir=runs/mine
+    python main.py --config=configs/folder.py:root=pics,base=Salesforce/blip-image-captioning-base --workdir=runs/mine
+    python main.py --config=configs/folder.py:root=pics,annotations=captions.csv,base=path/to/blip --workdir=runs/mine
     python main.py --config=configs/folder.py:task=vqa,root=pics,annotations=qa.jsonl --workdir=runs/mine_vqa
-    python main.py --config=configs/folder.py:root=pics,train=train.csv,test=test.csv,base=blip-base --workdir=runs/mine
+    python main.py --config=configs/folder.py:root=pics,train=train.csv,test=test.csv --workdir=runs/mine
 
-`annotations` is looked up below `root` first: a CSV or JSONL with `image, caption` or `image, question, answer`, COCO
+Texts. With root alone: metadata.csv or metadata.jsonl with `file_name, text`, as Hugging Face's ImageFolder has them,
+or else cat.txt beside cat.jpg, a caption a line. `annotations` names a file, looked up below root first: a CSV or JSONL
+with `image, caption` or `image, question, answer` (several captions as caption_1, caption_2, or as a list), COCO
 captions JSON, Karpathy's dataset_coco.json, BLIP's list of rows, or VQA v2 annotations with
---config.data.questions=FILE. Pictures are split by a hash of their id, unless the file names splits or there is a file for
-each: train=, val=, test=.
-Texts are as long as they are: the longest decides, up to what the base reads; --config.task_options.max_tokens=40 (captions),
-.length=10 (answers) or .max_question=35 cut them, and every cut is counted. Answers and captions are compared without case,
-accents and the spacing of punctuation; --config.task_options.variant=official2021 scores answers as VQA v2's server does, =coco
-captions as COCO's.
-`base` is a directory with a Hugging Face BLIP (config.json, model.safetensors, vocab.txt) or, for a quick try, 'tiny'.
---config.data.on_error=skip drops rows that are broken and counts them in result.json.
+--config.data.questions=FILE.
+Splits. Directories train/, val/ and test/ that hold all pictures, a column `split`, or a file for each: train=, val=,
+test=. Else a tenth of the pictures each is for validation and for the test, by a hash of their id (data.val_fraction,
+data.test_fraction). Where a test is named and no val, validation takes its tenth of train.
+Base. `owner/name` of the Hugging Face hub, a directory with a Hugging Face BLIP (config.json, model.safetensors,
+vocab.txt), or 'tiny', for a quick try.
+Training. As long as the loss on validation falls, at most 30 epochs; the best step is kept. Where validation texts are
+as likely beside other pictures as beside their own, nothing was learned from the pictures, and step 0 is kept and said.
+--config.optim.schedule=cosine --config.steps=1000 trains so many steps without validation and keeps the last.
+Limits. Texts are as long as they are, up to what the base reads; --config.task_options.max_tokens=40 (captions),
+.length=10 (answers) or .max_question=35 cut them, and every cut is counted. Answers and captions are compared without
+case, accents and the spacing of punctuation; --config.task_options.variant=official2021 scores answers as VQA v2's
+server does, =coco captions as COCO's. --config.data.on_error=skip drops rows that are broken and counts them in
+result.json.
 """
 
 from configs import common

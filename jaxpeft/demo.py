@@ -199,7 +199,12 @@ def main(argv=None) -> None:
         prog="python -m jaxpeft.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", nargs="+", default=[], help="finished runs; their frozen bases come with them")
-    parser.add_argument("--base", nargs="+", default=[], help="checkpoints with nothing tuned")
+    parser.add_argument(
+        "--base",
+        nargs="+",
+        default=[],
+        help="checkpoints with nothing tuned: 'tiny', directories, or owner/name of the Hugging Face hub",
+    )
     parser.add_argument("--port", type=int, default=7860, help="0: any free one")
     registry.add_argument(parser)
     args = parser.parse_args(argv)

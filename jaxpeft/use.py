@@ -2,7 +2,8 @@
 
     python -m jaxpeft.generate --workdir runs/mine --image a.jpg b.png
     python -m jaxpeft.generate --workdir runs/mine --image a.jpg --question "what is on the table" --top 3
-    python -m jaxpeft.generate --base path/to/blip --folder pics --out captions.jsonl
+    python -m jaxpeft.generate --base Salesforce/blip-image-captioning-base --folder pics --out captions.jsonl
+    python -m jaxpeft.generate --workdir runs/mine --image a.jpg --prompt "a drawing of"
 
 Prints a line per picture, or writes a JSON object per picture: image, question, texts (text and log-probability in nats,
 per token where beams are more than one). A picture that cannot be read is said and left out; the exit status is then 1.
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxpeft import evals, host, hub, images, point, registry, tasks
-from jaxpeft.datasets.folder import Files
+from jaxpeft.datasets.folder_files import Files
 from jaxpeft.tasks import Task
 
 
@@ -41,7 +42,9 @@ def main(argv=None) -> int:
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--workdir", help="of a finished run")
-    which.add_argument("--base", help="'tiny', a directory of ours or of a Hugging Face BLIP: nothing tuned")
+    which.add_argument(
+        "--base", help="nothing tuned: 'tiny', a directory with a BLIP, or owner/name of the Hugging Face hub"
+    )
     parser.add_argument("--image", nargs="+", type=Path, default=[])
     parser.add_argument("--folder", type=Path, help="every picture in it and below")
     parser.add_argument("--question", help="for a model that answers questions: the same for every picture")

@@ -1164,3 +1164,16 @@ def test_a_copy_whose_files_do_not_hold_what_it_claims_is_refused(root, tmp_path
     info.write_text(text.replace('"8"', f'"{claimed}"'))
     with pytest.raises(ValueError, match=f"8 of {claimed} images of train: delete"):
         folder.load(settings, ["train"])
+
+
+def test_other_columns_of_a_metadata_file_are_remarks_and_elsewhere_mistakes(tmp_path):
+    """ImageFolder's files hold labels, sizes and licences beside the texts."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text,label,licence\na.png,one,3,CC0\n")
+    rows, problems = folder.parse(None, tmp_path)
+    assert [row["captions"] for row in rows] == [["one"]] and not problems.counts
+    (remark,) = [line for line in problems.remarks() if line.startswith("column not read (2)")]
+    assert "'label'" in remark and "'licence'" in remark
+    (tmp_path / "metadata.csv").rename(tmp_path / "captions.csv")
+    rows, problems = folder.parse("captions.csv", tmp_path)
+    assert problems.counts == {"unknown key": 2}

@@ -29,13 +29,10 @@ Config keys (attributes or a mapping; keys of other purposes are ignored):
 import collections
 import dataclasses
 import difflib
-import functools
 import hashlib
 import json
 import os
-import re
 import shutil
-import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +43,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from jaxpeft import images
 from jaxpeft.datasets import Split, progress_bars
+from jaxpeft.datasets.folder_files import Files, normal
 from jaxpeft.datasets.folder_formats import ACCEPTED, SPLITS, Problems, caption_file, records, split_name
 
 _DEFAULTS = {"root": None, "annotations": None, "questions": None, "on_error": "raise", "val_fraction": 0.1,
@@ -228,12 +226,12 @@ def _texts(files):
     """({text file: the images of its name in its directory}, text files beside no image of their name)."""
     pictures: dict[str, list[str]] = {}
     for name in files.all() + files.unread():
-        pictures.setdefault(_normal(os.path.splitext(name)[0]), []).append(name)
+        pictures.setdefault(normal(os.path.splitext(name)[0]), []).append(name)
     texts, others = {}, []
     for name in files.names:
         stem, end = os.path.splitext(name)
         if end.lower() == ".txt":
-            beside = pictures.get(_normal(stem), [])
+            beside = pictures.get(normal(stem), [])
             read = [picture for picture in beside if images.is_read(picture)]
             if beside:
                 texts[name] = read or beside  # cat.heic beside cat.jpg is what cat.jpg was made from
@@ -337,134 +335,6 @@ def _add_question(question, row, where, question_ids, problems):
         return
     question_ids.add(question["question_id"])
     asked.append(question)
-
-
-class Files:
-    """The files below a directory; images are found by path, by a name unique there, or by the id that ends a name.
-
-    A path must not leave the directory by '..' or from '/'; links in it are the owner's choice and are followed.
-    Hidden files and directories, and __MACOSX, are as if they were not there, but for a path that names one exactly.
-    """
-
-    def __init__(self, root):
-        self.root, self._known = Path(root), {}
-
-    def all(self):
-        """Every image file, as a path relative to the root, in order."""
-        return [name for name in self.names if images.is_read(name)]
-
-    def unread(self):
-        """Pictures of kinds that are not read, such as .svg, as paths relative to the root, in order."""
-        return [name for name in self.names if images.is_unread(name)]
-
-    def find(self, record, problems, directory=""):
-        """The record's file as a path relative to the root, or None after a note (one per image, not per record).
-
-        The name of the record begins at `directory`, or, if there is a directory in it, at the root.
-        """
-        key = (record["image"], None if record["image"] else record["image_id"], record["hint"], directory)
-        if key not in self._known:
-            self._known[key] = self._find(*key, record["where"], problems)
-        return self._known[key]
-
-    def _find(self, name, image_id, hint, directory, where, problems):
-        what = f"{where}: {name or f'image id {image_id!r}'}"
-        found = self._by_name(name, directory) if name else self._by_id(image_id, hint)
-        if found is None:
-            return problems.note("outside the directory", what)
-        if len(found) > 1:
-            return problems.note("ambiguous image", f"{what} is {' and '.join(found[:2])}")
-        if not found:
-            at = f", looked for in {directory}, where this file lies" if name and directory else ""
-            return problems.note("missing image", what + at)
-        if not _is_text(found[0]):
-            return problems.note("bad value", f"{what}: the name {ascii(found[0])} is not UTF-8; rename the file")
-        return found[0]
-
-    def _by_name(self, name, directory):
-        """The files that a name may mean, more than one where it is ambiguous; None where it leads out of the root."""
-        spellings = dict.fromkeys([name, name.replace("\\", "/")])
-        starts = {one: [directory, ""] if "/" in one and directory else [directory] for one in spellings}
-        paths = [self._inside(one, start) for one in spellings for start in starts[one]]
-        if not any(paths):
-            return None
-        for path in filter(None, paths):
-            if os.path.isfile(self.root / path):
-                return [path]
-            if found := self._paths.get(_normal(path)):
-                return found
-        below = f"{directory}/" if directory else ""
-        found = [path for path in self._names.get(_normal(name), []) if path.startswith(below)]
-        return [path for path in found if path.split("/")[-1] == name] or found
-
-    def _inside(self, name, start):
-        """A name that begins at a directory below the root, as a path relative to the root; None where it leaves it."""
-        absolute = os.path.isabs(name)
-        path = os.path.relpath(name, self.root.absolute()) if absolute else os.path.normpath(os.path.join(start, name))
-        return None if path.split(os.sep)[0] == os.pardir else path.replace(os.sep, "/")
-
-    def _by_id(self, image_id, hint):
-        key = str(int(image_id)) if image_id and image_id.isdecimal() else image_id
-        found = self._ends.get(key and _normal(key), [])
-        return [path for path in found if len(found) > 1 and hint and hint in path] or found
-
-    @functools.cached_property
-    def names(self):
-        """Every file that is not hidden, as a path relative to the root, in order."""
-        names, seen = [], set()
-        for directory, below, files in os.walk(self.root, followlinks=True):
-            real = os.path.realpath(directory)
-            if real in seen:  # links may form a circle
-                below[:] = []
-                continue
-            seen.add(real)
-            below[:] = sorted(name for name in below if not name.startswith(".") and name != "__MACOSX")
-            start = os.path.relpath(directory, self.root).replace(os.sep, "/")
-            names += [name if start == "." else f"{start}/{name}" for name in files if not name.startswith(".")]
-        return sorted(names)
-
-    @functools.cached_property
-    def _paths(self):
-        """{normal path: paths}."""
-        return _grouped((_normal(path), path) for path in self.names)
-
-    @functools.cached_property
-    def _names(self):
-        """{normal name of a picture, read or not: paths}."""
-        return _grouped((_normal(path.split("/")[-1]), path) for path in sorted(self.all() + self.unread()))
-
-    @functools.cached_property
-    def _ends(self):
-        """{end of an image's name: paths}: COCO_val2014_000000000042.jpg ends in '42'."""
-        stems = {path: _normal(os.path.splitext(path.split("/")[-1])[0]) for path in self.all()}
-        return _grouped((end, path) for path, stem in stems.items() for end in _ends(stem))
-
-
-def _grouped(pairs):
-    groups = {}
-    for key, value in pairs:
-        groups.setdefault(key, []).append(value)
-    return groups
-
-
-def _normal(name):
-    """macOS writes é as two characters where other systems write one: names are compared in one form."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _is_text(name):
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # bytes of the file system that are no UTF-8
-        return False
-    return True
-
-
-def _ends(stem):
-    ends = {stem[match.start() :] for match in re.finditer(r"(?<![^\W_])[^\W_]", stem)} | {stem}
-    if digits := re.search(r"[0-9]+$", stem):
-        ends.add(str(int(digits[0])))
-    return ends
 
 
 def assign_splits(rows, problems, val_fraction=0.1, test_fraction=0.1, seed=0, asked=()):

@@ -61,6 +61,7 @@ REMARKS = {
     "text without an image": "no image of this name lies beside it, so it was not read",
     "text not read": "a metadata file describes the same image, and was read instead",
     "image not used": "nothing describes it",
+    "column not read": "it is neither the image nor a text of it",
     "split": "so that none is empty",
     "directories": "images were divided by a hash, as not all lie in directories named as splits",
 }
@@ -376,7 +377,7 @@ def _header(header, names, where, problems):
             problems.note("two names", f"{where}: the columns {before!r} and {column!r} are one thing", fatal=True)
             return False
         if not _is_known(_meaning(column)):
-            problems.note("unknown key", f"{where}: column {column!r}; known are {', '.join(sorted(_SHOWN_KEYS))}")
+            _unknown_key(f"column {column!r}", where, problems, _SHOWN_KEYS)
     return True
 
 
@@ -519,13 +520,21 @@ def _once(value, seen, what, problems):
     return True
 
 
+def _unknown_key(key, where, problems, known):
+    """Metadata files of Hugging Face have columns for other purposes; in other files a name nobody knows is misspelt."""
+    if re.match(r"(.*/)?metadata\.(csv|jsonl) ", where, re.IGNORECASE):
+        problems.remark("column not read", f"{where}: {key}")
+    else:
+        problems.note("unknown key", f"{where}: {key}; known are {', '.join(sorted(known))}")
+
+
 def _entry(entry, where, problems, required, optional):
     """Whether `entry` is an object with the required keys; keys nobody knows are noted, but do not spoil it."""
     if not isinstance(entry, dict):
         problems.note("bad value", f"{where}: expected an object, got {entry!r:.60}")
         return False
     for key in entry.keys() - required - optional:
-        problems.note("unknown key", f"{where}: {key!r}; known are {', '.join(sorted(required | optional))}")
+        _unknown_key(repr(key), where, problems, required | optional)
     missing = sorted(key for key in required if entry.get(key) is None)
     for key in missing:
         problems.note("missing key", f"{where}: {key!r}; found are {', '.join(entry)}")

@@ -18,13 +18,13 @@ from jaxpeft.registry import Registry
 
 _SINGLE = (
     Prompt, Prefix, SerialAdapter, ParallelAdapter, LoRA, LoHa, DoRA, PiSSA, VeRA, IA3, SSF, OFT, Compacter, VPT,
-    BitFit, LayerNorms, Full, Head, NewWords, Selective,
+    BitFit, LayerNorms, Full, Head, Selective,
 )  # fmt: skip
 # name -> a method, or a function that returns several
 METHODS = Registry("method", {cls.name: cls for cls in _SINGLE} | {"mam": MAM, "unipelt": UniPELT})
 
 __all__ = [
-    "HEADS", "METHODS", "Added", "Gated", "Method", "Scoped", "Site", "Theta", "build", "defaults",
+    "HEADS", "METHODS", "Added", "Gated", "Method", "NewWords", "Scoped", "Site", "Theta", "build", "defaults",
     "MAM", "UniPELT", *(cls.__name__ for cls in _SINGLE),
 ]  # fmt: skip
 
