@@ -92,7 +92,7 @@ def _parsed(argv):
         rest = flags.FLAGS(argv)
         "levels" in CONFIG.value  # noqa: B015  a file that cannot be read is told at the first look
         return rest
-    except (flags.Error, LookupError, AttributeError, TypeError, OSError) as error:
+    except (flags.Error, LookupError, AttributeError, TypeError, OSError, SyntaxError, ImportError) as error:
         raise ValueError(_mistake(argv, error)) from error
 
 

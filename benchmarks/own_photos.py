@@ -3,8 +3,8 @@
     apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default_*.deb stamps
     python benchmarks/own_photos.py --stamps stamps/usr/share/tuxpaint/stamps --out results/own_photos.json
 
-Every photograph has three captions, made from its name and its folder. Runs, each `configs/folder.py:root=...,annotations=...` of
-the tiny base with nothing else set but the seed:
+Every photograph has three captions, made from its name and its folder. Runs, each the tiny base by
+`configs/folder.py:root=...,annotations=...` with nothing else set but the seed:
 
     captions    the captions as they are
     shuffled    dealt out anew among the pictures, so that there is nothing to learn from a picture: step 0 must be kept
@@ -18,15 +18,16 @@ import argparse
 import csv
 import json
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import matplotlib.figure
 from PIL import Image
+from reference import ROOT
 
 import jaxpeft as jp
-from configs import folder
 from jaxpeft import evals, host, results
 
 KINDS = {
@@ -87,6 +88,8 @@ def table(path: Path, texts: list[list[str]]) -> None:
 
 def run(root: Path, annotations: str, workdir: Path, copies: Path, seed: int) -> dict:
     """The result of a run from the documented command, with its wall time."""
+    from configs import folder
+
     c = folder.get_config(f"root={root},annotations={annotations},seed={seed}")
     c.data.data_dir = str(copies)
     began = time.perf_counter()
@@ -133,6 +136,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
+    sys.path[:0] = [str(ROOT)]  # for configs/
     host.keep_freed_memory()
     rows = []
     with tempfile.TemporaryDirectory() as home:

@@ -46,15 +46,14 @@ def sgd(config, decays):
 
 
 def muon(config, decays):
-    """Jordan 2024: momentum b1, made orthogonal, for matrices (each layer's of a stack); AdamW for the rest."""
+    """Jordan 2024: momentum b1, made orthogonal, for matrices (each layer's of a stack); Adam without decay for the rest."""
     matrices = optax.contrib.MuonDimensionNumbers
 
     def dimensions(params):
         return jax.tree.map(lambda x: matrices(x.ndim - 2, x.ndim - 1) if x.ndim in (2, 3) else None, params)
 
     return optax.contrib.muon(
-        1.0, beta=config.b1, weight_decay=config.decay, weight_decay_mask=decays, adam_b1=config.b1, adam_b2=config.b2,
-        adam_weight_decay=config.decay, muon_weight_dimension_numbers=dimensions,
+        1.0, beta=config.b1, weight_decay=config.decay, weight_decay_mask=decays, adam_b1=config.b1, adam_b2=config.b2, muon_weight_dimension_numbers=dimensions,
     )  # fmt: skip
 
 

@@ -1,0 +1,100 @@
+"""Optimizers by name: each is optax's own rule, decays what it should, and its state is stored and placed on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import config_of
+
+from configs import common
+from jaxpeft import optim, point
+
+LR, DECAY = 0.1, 0.01
+REFERENCES = {
+    "adamw": lambda mask: optax.adamw(LR, 0.9, 0.999, weight_decay=DECAY, mask=mask),
+    "adafactor": lambda mask: optax.adafactor(
+        LR, multiply_by_parameter_scale=False, weight_decay_rate=DECAY * LR, weight_decay_mask=mask
+    ),
+    "lion": lambda mask: optax.lion(LR, 0.9, 0.999, weight_decay=DECAY, mask=mask),
+    "sgd": lambda mask: optax.chain(optax.add_decayed_weights(0.0), optax.sgd(LR, 0.9)),
+    "muon": None,
+}
+
+
+def settings(name):
+    c = common.get_config().optim
+    c.name, c.lr, c.schedule, c.warmup, c.clip, c.decay = name, LR, "constant", 0.0, 0.0, DECAY
+    return c
+
+
+def leaves(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"kernel": (6, 4), "bias": (4,), "stack": {"kernel": (3, 6, 4)}, "scalar": ()}
+    return jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple)
+    )
+
+
+def after(tx, params, n=3):
+    state = tx.init(params)
+    for i in range(n):
+        updates, state = tx.update(leaves(i + 1), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("name", [name for name, make in REFERENCES.items() if make])
+def test_a_rule_is_that_of_optax(name):
+    """Three steps of ours, whose rate is applied last, and of optax with the rate inside."""
+    c, params = settings(name), leaves()
+    mask = {"kernel": True, "bias": False, "stack": {"kernel": True}, "scalar": True}
+    if name == "sgd":
+        c.decay = 0.0
+    ours, theirs = after(optim.optimizer(c, params, 10), params), after(REFERENCES[name](mask), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), ours, theirs)
+
+
+def test_muon_makes_the_momentum_of_each_layer_orthogonal():
+    """The update of a matrix, and of each layer of a stack, has singular values near one; that of a bias is NAdam's."""
+    c, params = settings("muon"), leaves()
+    c.decay = 0.0
+    moved = jax.tree.map(lambda a, b: (b - a) / LR, params, after(optim.optimizer(c, params, 10), params, n=1))
+    for matrix in (moved["kernel"], *moved["stack"]["kernel"]):
+        scale = np.sqrt(max(1, matrix.shape[1] / matrix.shape[0]))
+        values = np.linalg.svd(np.asarray(matrix) / scale, compute_uv=False)
+        assert values.min() > 0.5 and values.max() < 1.3, values
+    adam = optax.nadam(1.0, 0.9, 0.999).update(leaves(1)["bias"], optax.nadam(1.0).init(params["bias"]))[0]
+    np.testing.assert_allclose(moved["bias"], adam, rtol=1e-4)
+    alone = optim.optimizer(c, {"kernel": params["stack"]["kernel"][1]}, 10)
+    grads = {"kernel": leaves(1)["stack"]["kernel"][1]}
+    updates, _ = alone.update(grads, alone.init(grads), {"kernel": params["stack"]["kernel"][1]})
+    np.testing.assert_allclose(updates["kernel"] / LR, moved["stack"]["kernel"][1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCES))
+def test_kernels_decay_and_biases_do_not(name):
+    """Without a gradient a step multiplies by 1 - rate * decay what decays, and leaves the rest alone."""
+    params = leaves()
+    tx = optim.optimizer(settings(name), params, 10)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -LR * DECAY * params["kernel"], rtol=1e-5)
+    np.testing.assert_allclose(updates["stack"]["kernel"], -LR * DECAY * params["stack"]["kernel"], rtol=1e-5)
+    assert not np.asarray(updates["bias"]).any()
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCES))
+def test_a_run_on_a_mesh_learns_with_it_and_goes_on(base, tmp_path, name):
+    """Also states that are not shaped as the leaves are: factors, coefficients, empty places."""
+    c = config_of(base, **{"optim.name": name, "optim.lr": 0.01, "mesh.fsdp": 2, "data.n_test": 2})
+    c.eval.gallery = False
+    whole = point.run(c, tmp_path / "whole", lambda *_: None)
+    c.steps = 3
+    point.run(c, tmp_path / "parts", lambda *_: None)
+    (tmp_path / "parts" / "result.json").unlink()
+    c.steps = 6
+    parts = point.run(c, tmp_path / "parts", lambda *_: None, accept_changes=True)
+    assert parts["timing"]["steps"] == whole["timing"]["steps"] == 6
+    for result in (whole, parts):
+        test = result["metrics"]["test"]
+        assert np.isfinite(test["tuned"]["nll"]) and test["tuned"]["nll"] != test["base"]["nll"]
