@@ -47,14 +47,20 @@ def sgd(config, decays):
 
 def muon(config, decays):
     """Jordan 2024: momentum b1, made orthogonal, for matrices (each layer's of a stack); Adam without decay for the rest."""
-    matrices = optax.contrib.MuonDimensionNumbers
 
     def dimensions(params):
-        return jax.tree.map(lambda x: matrices(x.ndim - 2, x.ndim - 1) if x.ndim in (2, 3) else None, params)
+        return jax.tree.map(_matrix, tree.names(params), params)
 
     return optax.contrib.muon(
-        1.0, beta=config.b1, weight_decay=config.decay, weight_decay_mask=decays, adam_b1=config.b1, adam_b2=config.b2, muon_weight_dimension_numbers=dimensions,
+        1.0, beta=config.b1, weight_decay=config.decay, weight_decay_mask=decays, adam_b1=config.b1, adam_b2=config.b2,
+        muon_weight_dimension_numbers=dimensions,
     )  # fmt: skip
+
+
+def _matrix(name: str, x) -> optax.contrib.MuonDimensionNumbers | None:
+    """The axes of a matrix, behind that of a stack's layers; None for what is no matrix, as a stack's biases (L, D)."""
+    layers = int("/blocks/" in name)
+    return optax.contrib.MuonDimensionNumbers(layers, layers + 1) if x.ndim == 2 + layers else None
 
 
 # optim.name -> a function of config.optim and of the mask of leaves that decay (None: all), which returns an optax

@@ -1,5 +1,7 @@
 """What a run leaves for use: the tuned model again, texts from the command line, a plain BLIP for transformers."""
 
+import dataclasses
+import importlib.metadata
 import json
 import shutil
 import threading
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import uvicorn
+from flax import serialization
 from PIL import Image
 from safetensors.numpy import load_file
 from tiny import config_of
@@ -388,3 +391,42 @@ def test_the_page_in_a_browser(page, folder):
         assert "cannot decode" in tab.inner_text("#said") and tab.locator(".card").count() == 0
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth") and not wrong
         browser.close()
+
+
+def test_one_picture_is_a_list_of_one(run, folder):
+    model, variables, _, task = jp.load_run(run[0])
+    path = folder / "0.png"
+    written = jp.generate(model, variables, [path], task=task)
+    for one in (path, str(path), images.decode(path), images.decode(path)[None]):
+        assert jp.generate(model, variables, one, task=task) == written
+
+
+def test_another_prompt_begins_the_text(run, folder, capsys):
+    arguments = ["--workdir", str(run[0]), "--image", str(folder / "0.png"), "--beams", "1"]
+    model, variables, _, task = jp.load_run(run[0])
+    assert use.main([*arguments, "--prompt", "a red"]) == 0
+    said = capsys.readouterr().out
+    other = dataclasses.replace(task, prompt="a red")
+    (expected,) = jp.generate(model, variables, folder / "0.png", beams=1, task=other)
+    assert f": {expected} (" in said
+    for prompt, message in (("a snorkwobble", "has words that the model does not know: snorkwobble"),):
+        with pytest.raises(SystemExit, match=message):
+            use.main([*arguments, "--prompt", prompt])
+    with pytest.raises(SystemExit, match="this one does vqa: give --question"):
+        use.main(["--base", "tiny", "--image", str(folder / "0.png"), "--question", "what", "--prompt", "a red"])
+
+
+def test_flax_serialises_tuned_trees(run):
+    """to_bytes and back: the arrays of every method, in a tree of the same methods."""
+    _, variables, _, _ = jp.load_run(run[0])
+    blank = jax.tree.map(jnp.zeros_like, variables)
+    back = serialization.from_bytes(blank, serialization.to_bytes(variables))
+    assert jax.tree.structure(back) == jax.tree.structure(variables)
+    assert tree.digest(back) == tree.digest(variables) != tree.digest(blank)
+    state = serialization.to_state_dict(variables["peft"])
+    with pytest.raises((KeyError, ValueError)):
+        serialization.from_state_dict(variables["peft"], {name: {} for name in state})
+
+
+def test_the_version_is_that_of_the_package():
+    assert jp.__version__ == importlib.metadata.version("jaxpeft")

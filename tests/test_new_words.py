@@ -1,0 +1,163 @@
+"""Words that a base lacks: only their rows are trained, counted, planned and stored, and one emoji changes nothing else."""
+
+import csv
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from safetensors.numpy import load_file
+
+import jaxpeft as jp
+from configs import folder
+from configs.studies import base as studies
+from jaxpeft import budget, datasets, hub, point, preflight, sites, study, tasks, tree
+from jaxpeft.methods import NewWords, Selective
+
+EMOJI = "\U0001f600"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Twelve pictures; one of the captions holds an emoji and a word of nobody's."""
+    path = tmp_path_factory.mktemp("own")
+    with (path / "captions.csv").open("w", newline="", encoding="utf-8") as out:
+        rows = csv.writer(out)
+        rows.writerow(["image", "caption", "split"])
+        for i in range(12):
+            Image.fromarray(np.full((20, 20, 3), 20 * i, np.uint8)).save(path / f"{i}.png")
+            text = f"a {EMOJI} snorkwobble" if i == 0 else "a red circle"
+            rows.writerow([f"{i}.png", text, ("train", "train", "test")[i % 3]])
+    return path
+
+
+def config(root, base, tmp_path, **changes):
+    c = folder.get_config(f"root={root},annotations=captions.csv,base={base},steps=2,size=2")
+    c.data.data_dir, c.optim.schedule, c.eval.base, c.eval.text_only = str(tmp_path / "copy"), "cosine", False, False
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+def test_counts_budgets_and_files_hold_the_new_rows_and_no_others(root, base, tmp_path):
+    c, said = config(root, base, tmp_path), []
+    result = jp.run(c, tmp_path / "run", said.append)
+    assert result["model"]["new_words"] == ["snorkwobble", EMOJI]
+    assert "vocabulary: 2 words are new to the base; their rows start random and are tuned" in said
+    width = tiny.CONFIG["text_width"]
+    alone = budget.abstract_counts(jp.LoRA(rank=2), point.abstract_model(c))
+    expected = {key: alone[key] + 2 * (width + 1) for key in ("tuned", "stored")}  # a row and a bias each
+    assert {key: result["counts"][key] for key in expected} == expected
+    stored = load_file(tmp_path / "run" / "tuned" / "tuned.safetensors")
+    assert sum(x.size for x in stored.values()) == expected["stored"]
+    rows = {name: x.shape for name, x in stored.items() if name.startswith("params/")}
+    assert rows == {"params/text_decoder/embed/new_word": (2, width), "params/text_decoder/head/new_bias": (2,)}
+    # and before anything is trained
+    assert f"{expected['tuned']:,} tuned, {expected['stored']:,} stored" in preflight.report(c)
+    model, variables, methods, _ = jp.load_run(tmp_path / "run")
+    assert methods[1:] == (NewWords(),) and model.config.new_words == 2
+    original = hub.load(base, question_encoder=False)[1]
+    assert jnp.array_equal(
+        variables["params"]["text_decoder"]["embed"]["word"], original["text_decoder"]["embed"]["word"]
+    )
+
+
+def test_a_study_counts_them_before_it_runs(root, base, tmp_path):
+    """In a dry run, and cell by cell: a subset of one picture may lack the words."""
+
+    def make(task):
+        c = studies.until_plateau(config(root, base, tmp_path), 2)
+        c.stop.split = "test"
+        return c
+
+    arms = {"lora": {"method": "lora", "head": "none", "sizes": (2,), "lr": 1e-3}}
+    c = studies.study(
+        "words", "", {"captions": {"task": "captioning"}}, arms, budgets=(), n_images=(1, 7), seeds=1, make_point=make
+    )
+    said = study.dry_run(c, tmp_path / "study")
+    alone = budget.abstract_counts(jp.LoRA(rank=2), point.abstract_model(make("captioning")))["stored"]
+    tables = {line.split()[0]: line.split()[2] for line in said.splitlines() if line.startswith("captions-")}
+    assert tables["captions-lora2-n7"] == f"{alone + 2 * (tiny.CONFIG['text_width'] + 1):,}"
+    assert set(tables) == {"captions-lora2-n1", "captions-lora2-n7"}
+
+
+def test_one_emoji_changes_nothing_for_a_base_with_word_pieces(root, base, tmp_path):
+    words = hub.load(base)[0].tokenizer
+    pieces = dataclasses.replace(words, vocabulary=(*words.vocabulary[:-1], "##s"))
+    assert pieces.has_pieces and not words.has_pieces
+    model = point.abstract_model(config(root, base, tmp_path))
+    c = config(root, base, tmp_path)
+    split = datasets.load(c.data, ["train"])["train"]
+    chosen = point.methods_of(c)
+    with_pieces = type(model)(model.config, pieces)
+    same, methods, unknown, new = point.with_new_words(c, tasks.build("captioning"), with_pieces, chosen, split)
+    assert (same, methods, new) == (with_pieces, chosen, []) and set(unknown) >= {EMOJI, "snorkwobble"}
+    wider, methods, unknown, new = point.with_new_words(c, tasks.build("captioning"), model, chosen, split)
+    assert wider.config.new_words == 2 and NewWords() in methods and not unknown and new == ["snorkwobble", EMOJI]
+    c.model.extend_vocabulary = False
+    assert point.with_new_words(c, tasks.build("captioning"), model, chosen, split)[3] == []
+
+
+def test_rows_of_their_own_compute_what_one_matrix_computes():
+    """Logits, and what methods read of the base: PiSSA of the tied head, a prompt that starts from words."""
+    model, params = tiny.model(False), tiny.params(False)
+    wider, more, _ = hub.extend_vocabulary(model, params, ["zebra", "yak"], seed=0)
+    whole, joined = hub.joined(wider, more)
+    n = len(tiny.TOKENIZER)
+    batch = tiny.batch()
+    batch["tokens"] = np.array(batch["tokens"])
+    batch["tokens"][:, 0, 1] = n + 1  # yak
+    np.testing.assert_array_equal(wider.apply({"params": more}, batch), whole.apply({"params": joined}, batch))
+    for method in (
+        jp.PiSSA(where="head/vocabulary$", rank=2), jp.Head(matrix="untied"), jp.Prompt(where="^text_decoder$", length=2),
+        jp.LoRA(where="head/vocabulary$", rank=2),
+    ):  # fmt: skip
+        ours = sites.attach(wider, more, method, jax.random.key(0))
+        theirs = sites.attach(whole, joined, method, jax.random.key(0))
+        assert tree.digest(ours["peft"]) == tree.digest(theirs["peft"])
+        np.testing.assert_allclose(wider.apply(ours, batch), whole.apply(theirs, batch), atol=1e-6)
+
+
+def test_spare_rows_of_a_matrix_are_no_rows_of_new_words():
+    """A matrix may have more rows than its tokenizer has words; a new word's id must not fall on one, which is frozen."""
+    model, params = tiny.model(False, vocab_size=len(tiny.TOKENIZER) + 3), dict(tiny.params(False))
+    params = jax.jit(lambda: model.init(jax.random.key(0), model.example()))()["params"]
+    wider, more, _ = hub.extend_vocabulary(model, params, ["zebra"], seed=0)
+    assert wider.config.vocab_size == len(tiny.TOKENIZER) + 1 and wider.config.new_words == 1
+    assert more["text_decoder"]["embed"]["word"].shape[0] == len(tiny.TOKENIZER)
+    assert wider.tokenizer.ids["zebra"] == len(tiny.TOKENIZER)
+
+
+def test_full_tuning_trains_the_new_rows_with_the_rest(root, base, tmp_path):
+    c = config(root, base, tmp_path, **{"head": "none"})
+    c.method = {"name": "full"}
+    c.size = 0
+    jp.run(c, tmp_path / "run", lambda *_: None)
+    _, _, methods, _ = jp.load_run(tmp_path / "run")
+    assert [one.name for one in methods] == ["full"]
+
+
+def test_a_run_that_kept_the_whole_embedding_still_loads(root, base, tmp_path):
+    """As version 0.1 wrote it: one matrix, trained whole by 'selective'."""
+    c = config(root, base, tmp_path)
+    jp.run(c, tmp_path / "run", lambda *_: None)
+    model, variables, _, task = jp.load_run(tmp_path / "run")
+    whole, params = hub.joined(model, variables["params"])
+    old = (jp.LoRA(rank=2), Selective(leaves=r"^params/text_.*/(embed/word|head/bias|head/vocabulary/kernel)$"))
+    jp.save_tuned(whole, {"params": params, "peft": variables["peft"]}, old, tmp_path / "run" / "tuned")
+    path = tmp_path / "run" / "result.json"
+    result = json.loads(path.read_text())
+    del result["model"]["new_rows"], result["imports"], result["validation"]
+    path.write_text(json.dumps(result))
+    again, back, methods, _ = jp.load_run(tmp_path / "run")
+    assert again.config.new_words == 0 and methods == old
+    picture = np.full((20, 20, 3), 90, np.uint8)
+    assert jp.generate(again, back, picture, task=task) == jp.generate(model, variables, picture, task=task)
+
+
+def test_a_vocabulary_is_not_all_new():
+    with pytest.raises(ValueError, match="new_words is 20; it must be below vocab_size 20"):
+        tiny.model(False, vocab_size=20, new_words=20)
