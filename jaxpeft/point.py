@@ -198,11 +198,11 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     started = time.perf_counter()
     best, validated = state.tuned, None
     if until_plateau:
-        worth = evals.worth_of_images(
-            model, tree.join(best, frozen), task, sample, features=features[config.stop.split],
-            batch_size=config.eval.batch_size,
-        )  # fmt: skip
-        validated = results.validation(workdir, config.stop.split, timing, worth)
+        worth, split = None, config.stop.split
+        if config.stop.get("images_must_matter", False):
+            options = {"features": features[split], "batch_size": config.eval.batch_size}
+            worth = evals.worth_of_images(model, tree.join(best, frozen), task, sample, **options)
+        validated = results.validation(workdir, split, timing, worth)
         if why := why_step_0(config, validated):
             best = tuned
             validated |= {"kept_step": 0, "kept": validated["first"]}

@@ -198,8 +198,11 @@ def validation(workdir: Path, split: str, timing: dict, worth: dict | None) -> d
 
     `timing` is that of `train.fit`, `worth` what `evals.worth_of_images` found at the kept step.
     """
-    rows = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
-    curve = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+    path, curve = workdir / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError):  # lines that a full disk cut
+            row = json.loads(line)
+            curve.append((row["step"], row["validation_loss"]))
     (_, first), (last_step, last) = (curve[0], curve[-1]) if curve else ((0, None), (timing["steps"], None))
     step = timing["kept_step"]
     best = {"best_step": step, "best": dict(curve).get(step, timing["validation_loss"])}

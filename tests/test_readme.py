@@ -16,7 +16,7 @@ from PIL import Image
 import jaxpeft as jp
 from configs import common, folder
 from configs import point as point_config
-from jaxpeft import datasets, demo, export, host, methods, point, study, use
+from jaxpeft import datasets, demo, export, host, methods, point, registry, study, use
 from jaxpeft.datasets import prepare, scenes
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_in_the_readme_runs(tmp_path, monkeypatch, capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)).save("photo.jpg")
     found = {}
@@ -34,6 +34,21 @@ def test_the_python_in_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert {"config.json", "model.safetensors", "vocab.txt"} <= {p.name for p in Path("merged").iterdir()}
     assert {p.name for p in Path("tuned").iterdir()} == {"manifest.json", "tuned.safetensors"}
     assert "of the budget 50,000" in capsys.readouterr().out
+
+
+def test_the_entries_of_ones_own_in_the_readme_are_found():
+    """In every registry that the block names, what it sets is what the name then stands for."""
+    _, block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    things = {name: type(name, (), {}) for name in ("MyMethod", "MyTask", "load", "rule", "score")}
+    found = dict(things)
+    exec(block, found)
+    registries = [one for one in found.values() if isinstance(one, registry.Registry)]
+    try:
+        assert {one.kind for one in registries} == {"method", "task", "data set", "optimizer", "metric"}
+        assert {one.find("mine") for one in registries} == set(things.values())
+    finally:
+        for one in registries:
+            del one["mine"]
 
 
 def test_every_method_of_the_readme_exists_and_every_method_is_there():
@@ -103,9 +118,10 @@ def place(tmp_path, monkeypatch):
     questions = [
         f"{i}.png,{q['question']},{q['answers'][0]}" for i, row in enumerate(split.rows) for q in row["questions"][:1]
     ]
-    Path("pics/captions.csv").write_text("\n".join(["image,caption", *captions]))
+    Path("pics/metadata.csv").write_text("\n".join(["file_name,text", *captions]))
     Path("pics/questions.csv").write_text("\n".join(["image,question,answer", *questions]))
     jp.export_blip(*_plain(), "path/to/blip")
+    jp.export_blip(*_plain(), "Salesforce/blip-image-captioning-base")  # a directory of that name comes before the hub
     mini_coco.draw("data", 6)
     return tmp_path
 
