@@ -106,7 +106,11 @@ def _mistake(argv, error: Exception) -> str:
     with contextlib.suppress(Exception):  # where get_config itself fails, its own error is told below
         config = runpy.run_path(path)["get_config"](arg)
         known = [name.replace("/", ".") for name in tree.flatten(config.to_dict())]
-    for key in (word.lstrip("-").partition("=")[0].removeprefix("config.") for word in argv if "config." in word):
+    for key in (
+        word.lstrip("-").partition("=")[0].removeprefix("config.")
+        for word in argv
+        if word.lstrip("-").startswith("config.")
+    ):
         if known and key not in known:
             section = key.rpartition(".")[0] or key
             beside = ", ".join(name for name in sorted(known) if name.startswith(f"{section}."))

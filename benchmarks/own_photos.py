@@ -8,7 +8,8 @@ Every photograph has three captions, made from its name and its folder. Runs, ea
 
     captions    the captions as they are
     shuffled    dealt out anew among the pictures, so that there is nothing to learn from a picture: step 0 must be kept
-    grey        the captions as they are and every picture grey: a model of the texts alone, trained the same way
+    grey        the captions as they are and every picture grey: a model of the texts alone, trained the same way (its best step
+                is kept, although its pictures cannot matter)
 
 The claim is refuted where `captions` is not above the best blind caption and above `grey` on test, or where `shuffled` keeps
 another step than 0. Writes a row per run, and the curve of the first one as a picture beside the file.
@@ -86,12 +87,13 @@ def table(path: Path, texts: list[list[str]]) -> None:
         rows.writerows([f"{i:03}.jpg", *three] for i, three in enumerate(texts))
 
 
-def run(root: Path, annotations: str, workdir: Path, copies: Path, seed: int) -> dict:
-    """The result of a run from the documented command, with its wall time."""
+def run(root: Path, annotations: str, workdir: Path, copies: Path, seed: int, keep: bool) -> dict:
+    """The result of a run from the documented command, with its wall time; `keep` the best step whatever pictures are worth."""
     from configs import folder
 
     c = folder.get_config(f"root={root},annotations={annotations},seed={seed}")
     c.data.data_dir = str(copies)
+    c.stop.images_must_matter = not keep
     began = time.perf_counter()
     result = jp.run(c, workdir)
     return result | {"wall_s": time.perf_counter() - began}
@@ -149,7 +151,7 @@ def main():
                 ("grey", "grey", "captions.csv"),
             ):
                 workdir = home / f"{name}-{seed}"
-                result = run(home / root, annotations, workdir, home / "copies", seed)
+                result = run(home / root, annotations, workdir, home / "copies", seed, keep=name == "grey")
                 rows.append(row(name, seed, result))
                 if name == "grey":
                     rows[-1]["captions - grey"] = above_grey(home / f"captions-{seed}", workdir)

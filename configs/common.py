@@ -103,7 +103,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.stop.every = 100  # steps between validations; 0: as many as make 40 validations in all
     c.stop.patience = 3  # validations without progress
     c.stop.min_gain = 0.005  # share of the loss that counts as progress
-    c.stop.images_must_matter = False  # keep step 0 where the best step likes its texts as much beside other pictures
+    c.stop.images_must_matter = False  # keep step 0 if, at the best step, texts are as likely with other pictures
 
     c.log_every = 20
     c.checkpoint_every = 500

@@ -15,9 +15,11 @@ test=. Else a tenth of the pictures each is for validation and for the test, by 
 data.test_fraction). Where a test is named and no val, validation takes its tenth of train.
 Base. `owner/name` of the Hugging Face hub, a directory with a Hugging Face BLIP (config.json, model.safetensors,
 vocab.txt), or 'tiny', for a quick try.
-Training. As long as the loss on validation falls, at most 30 epochs; the best step is kept. Where validation texts are
-as likely beside other pictures as beside their own, nothing was learned from the pictures, and step 0 is kept and said.
---config.optim.schedule=cosine --config.steps=1000 trains so many steps without validation and keeps the last.
+Training. As long as the loss on validation falls, at most 30 epochs (but 100 steps at least); the best step is kept. If
+validation texts cannot be shown to be more likely with their own picture than with another, nothing was learned from
+the pictures: step 0 is kept, and the run says so (with 5 to 19 validation pictures the mean alone decides, with fewer
+nothing is tested). --config.optim.schedule=cosine --config.steps=1000 trains so many steps without validation and keeps
+the last.
 Limits. Texts are as long as they are, up to what the base reads; --config.task_options.max_tokens=40 (captions),
 .length=10 (answers) or .max_question=35 cut them, and every cut is counted. Answers and captions are compared without
 case, accents and the spacing of punctuation; --config.task_options.variant=official2021 scores answers as VQA v2's
@@ -49,7 +51,7 @@ def get_config(arg=""):
     files = common.annotations(a)
     c = common.folder(common.get_config(a.task, a.method, a.size, a.head), a.root)
     c.base, c.seed, c.data.annotations = a.base, a.seed, files
-    # as long as validation falls, at most 30 epochs; the best step is kept, or step 0 where nothing was learned from pictures
+    # as long as the validation loss falls; the best step is kept, or step 0 where nothing was learned from the pictures
     c.steps, c.epochs, c.optim.schedule = a.steps, 30.0, "plateau"
     c.stop.every, c.stop.patience, c.stop.images_must_matter = 0, 5, True
     c.eval.text_only = True

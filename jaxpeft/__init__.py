@@ -15,7 +15,7 @@ The map, in the order in which data flow:
     tuned, frozen = jp.split(variables, jp.trainable(method, variables))
 """
 
-from importlib.metadata import version as _version
+from importlib import metadata as _metadata
 
 from jaxpeft.budget import solve_size
 from jaxpeft.evals import generate
@@ -28,7 +28,10 @@ from jaxpeft.point import load_run, run
 from jaxpeft.sites import attach, counts, describe, expand, fold, merge, stack, trainable
 from jaxpeft.tree import join, split
 
-__version__ = _version("jaxpeft")
+try:
+    __version__ = _metadata.version("jaxpeft")
+except _metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
 __all__ = [
     *_methods, "attach", "counts", "describe", "expand", "export_blip", "export_peft", "fold", "generate", "import_peft",
     "intercept", "join", "load", "load_run", "load_tuned", "merge", "run", "save_tuned", "solve_size", "split", "stack",

@@ -174,7 +174,7 @@ def _reason(repository: str, revision: str | None, error: Exception) -> str:
         return f"{repository} is gated: accept its licence at {page}, then {login}"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"{repository} is no directory here, and the Hugging Face hub has no repository of that name, or it is "
+            f"{repository} is not a local directory, and the Hugging Face hub has no repository of that name, or it is "
             f"private; check the name, or {login}"
         )
     if isinstance(error, errors.RevisionNotFoundError):
@@ -185,11 +185,11 @@ def _reason(repository: str, revision: str | None, error: Exception) -> str:
     elsewhere = f"`hf download {repository}{at} --local-dir DIR`"
     if huggingface_hub.is_offline_mode():
         return (
-            f"{repository}{f' at {revision}' if revision else ''} is no directory here, and not all of it is in the cache "
+            f"{repository}{f' at {revision}' if revision else ''} is not a local directory, and not all of it is in the cache "
             f"{constants.HF_HUB_CACHE}; unset HF_HUB_OFFLINE, or run {elsewhere} where there is a network and give base=DIR"
         )
     first_line = str(error.__cause__ or error).strip().partition("\n")[0]
     return (
-        f"{repository} is no directory here, and cannot be downloaded ({first_line:.200}); run {elsewhere} where there is "
+        f"{repository} is not a local directory, and cannot be downloaded ({first_line:.200}); run {elsewhere} where there is "
         f"a network, copy DIR here and give base=DIR"
     )

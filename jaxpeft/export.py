@@ -3,10 +3,12 @@
 python -m jaxpeft.export --workdir runs/mine --out merged                  BLIP with the method folded in: no adapter needed
 python -m jaxpeft.export --workdir runs/mine --out adapter --format peft   an adapter for PeftModel.from_pretrained
 
-An adapter of a base that is no Hugging Face checkpoint ('tiny'), or to which words were added, comes with it: adapter/base.
+If the base is not a Hugging Face checkpoint ('tiny'), or words were added to it, it is written too, as adapter/base.
 """
 
 import argparse
+import functools
+import json
 import sys
 from pathlib import Path
 
@@ -56,6 +58,7 @@ def model_card(workdir: str | Path, out: str | Path, asks: bool, code: list[str]
         f"| pictures trained on | {result['n_train_images']:,}, from {source}"
         + (f" ({100 * result['fraction']:g} %)" if result["fraction"] != 1 else "")
         + " |",
+        *([f"| step kept | {kept['kept_step']:,}, by validation |"] if (kept := result.get("validation")) else []),
         f"| steps x batch | {result['timing']['steps']:,} x {config['batch_size']} |",
         f"| learning rate | {optim['lr']:g}, {optim['schedule']}, decay {optim['decay']:g} |",
         f"| picture size | {config['model']['image_size'] or 'that of the base'} |",
@@ -111,14 +114,12 @@ def model_card(workdir: str | Path, out: str | Path, asks: bool, code: list[str]
     return "\n".join(header + lines)
 
 
-def code(model, task, out: str | Path, base: str = "", methods=(), beams: int = 1) -> list[str]:
+def code(model, task, out: str | Path, base: str = "", revision: str = "", methods=(), beams: int = 1) -> list[str]:
     """Lines of Python that write the text of a picture with transformers: of the merged model in `out`, or, with `base`, of
     that with the PEFT adapter in `out`."""
-    kind, where, settings = (
-        CLASSES[task.question_encoder],
-        base or str(out),
-        interchange.generation(model, task, beams)[0],
-    )
+    quoted = functools.partial(json.dumps, ensure_ascii=False)  # as Python writes it
+    kind, out, where = CLASSES[task.question_encoder], quoted(str(out)), quoted(base or str(out))
+    pinned = f', revision="{revision}"' if revision else ""
     in_decoder = any(isinstance(one, Prompt | Prefix) for one in methods)
     lines = [
         "import torch",
@@ -126,26 +127,27 @@ def code(model, task, out: str | Path, base: str = "", methods=(), beams: int = 
         *(["from peft import PeftModel"] if base else []),
         f"from transformers import {kind}, BlipProcessor",
         "",
-        f'processor = BlipProcessor.from_pretrained("{where}")',
-        f'model = {kind}.from_pretrained("{where}")',
+        f"processor = BlipProcessor.from_pretrained({where}{pinned})",
+        f"model = {kind}.from_pretrained({where}{pinned})",
     ]
     if base and in_decoder:
-        lines.append(f'model.text_decoder = PeftModel.from_pretrained(model.text_decoder, "{out}")')
+        lines.append(f"model.text_decoder = PeftModel.from_pretrained(model.text_decoder, {out})")
     elif base:
-        lines.append(f'model = PeftModel.from_pretrained(model, "{out}")')
-    text = getattr(task, "prompt", "what is in the picture")
+        lines.append(f"model = PeftModel.from_pretrained(model, {out})")
+    text = quoted(getattr(task, "prompt", "what is in the picture"))
+    n_prompt = len(task.prompt_ids(model.tokenizer))
+    settings, _ = interchange.generation(model, task, beams)
     said = ", ".join(f"{name}={value}" for name, value in settings.items())
     return [
         *lines,
         "model.eval()",
         "",
         'image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")',
-        f'inputs = processor(images=image, text="{text}", return_tensors="pt")',
+        f'inputs = processor(images=image, text={text}, return_tensors="pt")',
         *([f'inputs["input_ids"][:, 0] = {model.config.enc_id}  # [ENC]'] if base and task.question_encoder else []),
         "with torch.inference_mode():",
         f"    ids = model.generate(**inputs, {said})",
-        "text = processor.decode(ids[0], skip_special_tokens=True)",
-        "print(text)" if task.question_encoder else f'print(text.removeprefix("{text}").strip())',
+        f"print(processor.decode(ids[0, {n_prompt}:], skip_special_tokens=True))  # behind the prompt",
     ]
 
 
@@ -160,7 +162,7 @@ def main(argv=None) -> int:
     registry.add_argument(parser)
     args = parser.parse_args(argv)
     try:
-        if args.out.exists() and any(args.out.iterdir()):
+        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise ValueError(f"{args.out} is not empty; choose a new directory")
         model, variables, chosen, task = point.load_run(args.workdir, args.imports)
         config = untrusted.read_json(Path(args.workdir) / "config.json")
@@ -169,7 +171,8 @@ def main(argv=None) -> int:
         with_base = bool(model.config.new_words) or hub.is_ours(base)
         name, _, revision = base.partition("@")
         where = f"{args.out}/base" if with_base else name
-        lines = code(model, task, args.out, where if adapter else "", chosen, beams)
+        pinned = revision if adapter and not with_base else ""
+        lines = code(model, task, args.out, where if adapter else "", pinned, chosen, beams)
         facts = {
             "card": model_card(args.workdir, args.out, task.question_encoder, lines, adapter),
             "task": task,

@@ -107,7 +107,7 @@ def _located(path, revision: str | None, *, weights: bool = True) -> tuple[Path,
     if directory.exists():
         if revision is not None:
             raise ValueError(
-                f"revision {revision} was asked for, and {str(path)!r} is on this disk, where there are no revisions; leave "
+                f"revision {revision} was asked for, and {str(path)!r} is a local checkpoint and has no revisions; leave "
                 f"the revision out"
             )
         return directory, {}

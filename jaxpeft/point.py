@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Iterable
@@ -49,6 +50,7 @@ MOST_RESULT = 1 << 30  # bytes of a result.json
 DTYPES = ("float32", "bfloat16")
 LEAST_STEPS = 100  # where epochs decide: a few pictures are seen often, and the best step is kept
 VALIDATIONS = 40  # where stop.every is 0
+ENOUGH = 20  # validation pictures for a test of whether pictures matter; of fewer the mean alone decides
 FEW = 100  # pictures of a test split, below which its scores are said to be uncertain
 
 
@@ -81,8 +83,11 @@ def run(
 def _run(config, workdir: Path, log, features_in, command: str, accept_changes: bool) -> dict:
     began = time.perf_counter()
     check_config(config)
-    check_workdir(config, workdir, accept_changes, log)
-    if (workdir / "result.json").exists():
+    changed = check_workdir(config, workdir, accept_changes, log)
+    if changed and sharding.is_first() and (workdir / "result.json").exists():
+        os.replace(workdir / "result.json", workdir / "result_before.json")
+        log(f"its result is kept as {workdir / 'result_before.json'}")
+    if not changed and (workdir / "result.json").exists():
         done = json.loads((workdir / "result.json").read_text())
         log(f"{workdir} is finished; this is its result\n\n{results.table(done)}")
         return done
@@ -176,8 +181,8 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
         sample = validation_sample(config, task, model, held_out, pictures)
         validate = validation(config, model, task, sample, features, frozen, prepare)
         log(
-            f"at most {plan.steps:,} steps of {plan.batch_size} of {len(examples):,} training examples; validation on "
-            f"{len(sample):,} examples of {plan.stop.split} every {plan.stop.every} steps, the best step is kept"
+            f"at most {plan.steps:,} steps (batch {plan.batch_size}, {len(examples):,} training examples); validated on "
+            f"{len(sample):,} examples of {plan.stop.split} every {plan.stop.every} steps, and the best step is kept"
         )
     state, timing = fit(
         plan,
@@ -204,9 +209,14 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
             worth = evals.worth_of_images(model, tree.join(best, frozen), task, sample, **options)
         validated = results.validation(workdir, split, timing, worth)
         if why := why_step_0(config, validated):
-            best = tuned
+            best, timing["kept_step"] = tuned, 0
             validated |= {"kept_step": 0, "kept": validated["first"]}
-            log(f"step 0, the base before tuning, is kept: {why}")
+            log(f"step 0, the state before training, is kept: {why}")
+        elif worth is not None and worth["least"] <= 0:
+            log(
+                f"warning: {worth['n']} validation pictures are too few to show that the model uses them; look at its texts, "
+                f"or set more aside for validation"
+            )
     versions = {"tuned": tree.join(best, frozen)}
     if config.eval.base:
         versions = {"base": base} | versions
@@ -324,11 +334,11 @@ def load_run(workdir: str | Path, imports: Iterable[str] = ()):
         try:
             return _load_run(workdir, config, result)
         except registry.Unknown as error:
-            names = [name for name in result.get("imports", []) if re.fullmatch(r"[\w.]{1,200}", name)]
-            said = ", ".join(names[:5]) or "no module that it names"
+            names = [name for name in result.get("imports", []) if re.fullmatch(r"[\w.]{1,200}", name)][:5]
+            said = f"was made with code from {', '.join(names)}" if names else "does not say which module defines it"
             raise ValueError(
-                f"{workdir}: {error}. The run was made with code from {said}; if you trust that, import it: "
-                f"--imports={','.join(names[:5]) or 'MODULE'}, in Python jp.load_run(..., imports=[...])"
+                f"{workdir}: {error}. The run {said}; if you have that code and trust it, import it: "
+                f"--imports={','.join(names) or 'MODULE'}, in Python jp.load_run(..., imports=[...])"
             ) from error
 
 
@@ -355,11 +365,11 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_workdir(config, workdir: Path, accept: bool = False, log=print) -> None:
-    """Raise ValueError, with the differences, when a run with another config lives in `workdir`; or, with `accept`, say
+def check_workdir(config, workdir: Path, accept: bool = False, log=print) -> bool:
+    """Whether a run with another config lives in `workdir`. Raises ValueError, with the differences, or, with `accept`, says
     them."""
     if not (workdir / "config.json").exists():
-        return
+        return False
     before, now = (tree.flatten(c) for c in (json.loads((workdir / "config.json").read_text()), as_json(config)))
     keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if keys:
@@ -370,6 +380,7 @@ def check_workdir(config, workdir: Path, accept: bool = False, log=print) -> Non
                 f"step. Changed: {rows}"
             )
         log(f"{workdir} holds a run with another config, accepted as asked. Changed: {rows}")
+    return bool(keys)
 
 
 def point_id(config) -> str:
@@ -477,8 +488,8 @@ def yardstick(
     n = len({row["image_id"] for row in cases.rows})
     if n < FEW:
         log(
-            f"warning: {name} has {n} pictures, too few to tell small differences: look at the intervals in the table (with an "
-            f"accuracy of 50 %, +-{100 * 1.96 * 0.5 / math.sqrt(n):.0f} points), or set more aside: data.test_fraction"
+            f"warning: {name} has {n} pictures, too few to tell small differences: look at the intervals in the table"
+            + (f" (about +-{98 / math.sqrt(n):.0f} points)" if metric == "accuracy" else "")
         )
     return {"blind": blind, "perfect_writer": writer}, guesses[best]
 
@@ -656,15 +667,16 @@ def validation(config, model, task, sample, features, frozen, prepare):
 
 def why_step_0(config, validated: dict) -> str:
     """Why what was tuned is of no use, and the base as it was is kept; '' where it is of use or that cannot be told."""
-    worth, step = validated["images"], validated["kept_step"]
+    worth, step = validated["images"], validated["best_step"]
     if step == 0:
-        return "validation never fell below its loss; a lower optim.lr may help, or these texts need no tuning"
-    if not config.stop.get("images_must_matter", False) or worth is None or worth["least"] > 0:
+        return "the validation loss never fell below it; try a lower optim.lr, or leave these texts to the base"
+    # of few pictures the bound is below zero for useful models too
+    if worth is None or (worth["least"] if worth["n"] >= ENOUGH else worth["gain"]) > 0:
         return ""
     return (
-        f"at the best step, {step}, validation texts are as likely beside other pictures as beside their own ("
-        f"{worth['gain']:+.3f} nats a text, lower bound {worth['least']:+.3f}, {worth['n']} pictures), so what was learned are "
-        f"the texts and not what the pictures show. Do texts and pictures belong together? "
+        f"at the best step, {step}, it cannot be shown on {worth['n']} validation pictures that texts are more likely with "
+        f"their own picture than with another ({worth['gain']:+.3f} nats a text, 95 % lower bound {worth['least']:+.3f}), so "
+        f"the model seems to have learned the texts, not what the pictures show. Do texts and pictures belong together? "
         f"--config.stop.images_must_matter=False --accept_changes keeps step {step} all the same"
     )
 

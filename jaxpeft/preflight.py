@@ -78,17 +78,20 @@ def devices_of(topology: str | None):
 def training_texts(c) -> datasets.Split:
     """The training pictures of a point, for their texts; of scenes, whose texts are much alike, 64."""
     if c.data.name != "scenes":
-        return _subset(c.data.to_json_best_effort(), tuple(point.needed_splits(c)))
+        whole = {key: value for key, value in point.as_json(c.data).items() if key not in SUBSET}
+        train = _training(json.dumps(whole), tuple(point.needed_splits(c)))
+        return data.subset(train, seed=c.data.subset_seed, fraction=c.data.fraction, n_images=c.data.n_images)[0]
     few = c.data.copy_and_resolve_references()
     few.n_train = 64
     return datasets.load(few, ["train"])["train"]
 
 
+SUBSET = ("subset_seed", "fraction", "n_images")  # what config.data says of the part of the pictures
+
+
 @functools.lru_cache(maxsize=4)
-def _subset(settings: str, splits: tuple[str, ...]) -> datasets.Split:
-    c = ml_collections.ConfigDict(json.loads(settings))
-    train = datasets.load(c, list(splits))["train"]
-    return data.subset(train, seed=c.subset_seed, fraction=c.fraction, n_images=c.n_images)[0]
+def _training(settings: str, splits: tuple[str, ...]) -> datasets.Split:
+    return datasets.load(ml_collections.ConfigDict(json.loads(settings)), list(splits))["train"]
 
 
 def step_in_shapes(c, model, batch_size: int | None = None, n_pictures: int | None = None):

@@ -17,8 +17,10 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+files: dict[str, Path] = {}  # of the modules that `load` imported, by their name
 given: list[str] = []  # what `load` was given in this process, for processes that go on elsewhere
 
 
@@ -61,19 +63,18 @@ def load(names: Iterable[str]) -> None:
 
     Raises ValueError for one that is not there; what a module itself raises comes through.
     """
-    for name in names:
+    for name in (one for some in names for one in some.split(",") if one):
         given.append(name)
-        if name.endswith(".py"):
-            _load_file(Path(name))
-        else:
-            _load_module(name)
+        module = _load_file(Path(name)) if name.endswith(".py") else _load_module(name)
+        if file := getattr(module, "__file__", None):
+            files[module.__name__] = Path(file)
 
 
-def _load_module(name: str) -> None:
+def _load_module(name: str) -> ModuleType:
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        importlib.import_module(name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there, and something that it imports is not
@@ -84,14 +85,14 @@ def _load_module(name: str) -> None:
         sys.path.remove(here)
 
 
-def _load_file(path: Path) -> None:
+def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"--imports={path}: there is no such file")
     name, path = path.stem, path.resolve()
     loaded = sys.modules.get(name)
     if loaded is not None:
         if (found := getattr(loaded, "__file__", None)) and Path(found).resolve() == path:
-            return
+            return loaded
         raise ValueError(f"--imports={path}: a module {name!r} is loaded already, from elsewhere; rename the file")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -101,13 +102,14 @@ def _load_file(path: Path) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+    return module
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
     """`--imports` of a command that loads runs."""
     parser.add_argument(
         "--imports", nargs="+", default=[], metavar="MODULE",
-        help="modules, or .py files, with the method or task of a run that was made with one of its own",
+        help="modules or .py files that define the run's own method or task",
     )  # fmt: skip
 
 

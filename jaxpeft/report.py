@@ -16,6 +16,7 @@ import html
 import io
 import json
 import statistics
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -461,7 +462,9 @@ def _gallery(study: Study, cases: int = 6) -> str:
     """Test pictures with what each arm's best cell wrote."""
     parts = []
     for level in study.settings["config"]["levels"]:
-        pictures = {path.stem: path for path in (study.directory / "pictures" / level).glob("*.png")}
+        pictures = {
+            urllib.parse.unquote(path.stem): path for path in (study.directory / "pictures" / level).glob("*.png")
+        }
         best: dict[str, dict] = {}
         for row in study.rows:
             if row["chosen"] and row["level"] == level and row["seed"] == 0:

@@ -203,12 +203,12 @@ def validation(workdir: Path, split: str, timing: dict, worth: dict | None) -> d
         with contextlib.suppress(ValueError, KeyError):  # lines that a full disk cut
             row = json.loads(line)
             curve.append((row["step"], row["validation_loss"]))
-    (_, first), (last_step, last) = (curve[0], curve[-1]) if curve else ((0, None), (timing["steps"], None))
+    (first_step, first), (last_step, last) = (curve[0], curve[-1]) if curve else ((0, None), (timing["steps"], None))
     step = timing["kept_step"]
     best = {"best_step": step, "best": dict(curve).get(step, timing["validation_loss"])}
     kept = {"kept_step": step, "kept": best["best"]}  # unless it is found to be of no use
     return (
-        {"split": split, "first": first}
+        {"split": split, "first_step": first_step, "first": first}
         | best
         | kept
         | {"last_step": last_step, "last": last, "stopped": timing["stopped"], "images": worth}
@@ -219,16 +219,17 @@ def _validation(said: dict) -> list[str]:
     """The lines of `table` about validation."""
     if said["first"] is None:
         return []
-    ended = "stopped early" if said["stopped"] == "plateau" else "all steps were done"
-    steps = {0: said["first"], said["best_step"]: said["best"], said["last_step"]: said["last"]}
-    named = [
-        f"{loss:.3f} at step {step:,}{' (kept)' if step == said['kept_step'] else ''}" for step, loss in steps.items()
-    ]
-    lines = [f"{said['split']}: nll {', '.join(named)}, the last: {ended}"]
+    notes = {step: [] for step in (said["first_step"], said["best_step"], said["last_step"])}
+    if said["kept_step"] in notes:
+        notes[said["kept_step"]].append("kept")
+    notes[said["last_step"]].append("last; stopped early" if said["stopped"] == "plateau" else "last")
+    loss = {said["first_step"]: said["first"], said["best_step"]: said["best"], said["last_step"]: said["last"]}
+    named = [f"{loss[n]:.3f} at step {n:,}" + (f" ({', '.join(note)})" if note else "") for n, note in notes.items()]
+    lines = [f"{said['split']}: nll {', '.join(named)}"]
     if worth := said["images"]:
         lines.append(
-            f"{said['split']}: a text is {worth['gain']:.3f} nats likelier beside its own picture than beside another (at "
-            f"least {worth['least']:.3f}, {worth['n']} pictures)"
+            f"{said['split']}: on average a text is {worth['gain']:.3f} nats more likely with its own picture than with "
+            f"another (95 % lower bound {worth['least']:.3f}, {worth['n']} pictures)"
         )
     return lines
 

@@ -75,9 +75,9 @@ def check_batch(batch_size: int, accumulate: int, on: Mesh) -> None:
 def shardings(tree: Tree, rules: Rules, on: Mesh) -> Tree:
     """A NamedSharding for every leaf of variables, of a half of them, or of a training state.
 
-    A dimension that its axis does not divide stays whole, and so do an optimizer's arrays of another rank than the leaf that
-    they are about (Adafactor's factors) or about none (Muon's coefficients). Raises ValueError for array leaves of the model
-    that no rule covers.
+    A dimension that its axis does not divide stays whole, and so do an optimizer's arrays that have fewer dimensions than a
+    rule speaks of, or belong to no leaf (Muon's coefficients). Raises ValueError for array leaves of the model that no rule
+    covers.
     """
     uncovered = []
 

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 import traceback
+import urllib.parse
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from jaxpeft import budget, datasets, host, hub, locks, methods, point, preflight, results, stop, tasks, tree
+from jaxpeft import budget, datasets, host, hub, locks, methods, point, preflight, registry, results, stop, tasks, tree
 
 TRIES = 3
 PACKAGE = Path(__file__).parent
@@ -207,8 +208,9 @@ def n_runs(config) -> int:
 
 @functools.cache
 def source() -> dict[str, str]:
-    """File of the package -> digest of what it does, as this process first saw them: what it imported."""
-    return {str(path.relative_to(PACKAGE)): _code_of(path) for path in sorted(PACKAGE.rglob("*.py"))}
+    """File of the package, or module of one's own -> digest of what it does, as this process first saw it."""
+    ours = {str(path.relative_to(PACKAGE)): _code_of(path) for path in sorted(PACKAGE.rglob("*.py"))}
+    return ours | {name: _code_of(path) for name, path in registry.files.items()}
 
 
 def _code_of(path: Path) -> str:
@@ -226,13 +228,11 @@ def depends_on(config) -> dict[str, str]:
     files |= {"methods/base.py", "methods/compose.py", "tasks/base.py", f"tasks/{config.task}.py"}
     files |= {name for name in source() if name.startswith(f"datasets/{config.data.name}")}
     chosen, task = point.methods_of(config), tasks.build(config.task, **config.task_options)
-    files |= {f"methods/{type(one).__module__.rsplit('.', 1)[-1]}.py" for one in chosen}
+    modules = {cls.__module__ for one in (*chosen, task) for cls in type(one).__mro__}
+    files |= {f"{name.removeprefix('jaxpeft.').replace('.', '/')}.py" for name in modules}
+    files |= set(point.imports_of(config, chosen, task))
     files = {name: source()[name] for name in sorted(files & source().keys())}
-    modules = {
-        name: getattr(sys.modules.get(name), "__file__", None) for name in point.imports_of(config, chosen, task)
-    }
-    outside = {name: _code_of(Path(file)) for name, file in modules.items() if file}
-    return files | outside | {"config": point.digest(point.as_json(config))}
+    return files | {"config": point.digest(point.as_json(config))}
 
 
 def changes(directory: Path, run: Run) -> list[str]:
@@ -296,15 +296,18 @@ def dry_run(config, directory: Path) -> str:
 def _counts(c) -> dict[str, int]:
     """What a point tunes and stores, words that its texts add included."""
     model, chosen = _model(c.base, c.task), point.methods_of(c)
-    if model.tokenizer is not None:
+    if model.tokenizer is not None and not model.tokenizer.has_pieces:
         task = tasks.build(c.task, **c.task_options)
         model, chosen, *_ = point.with_new_words(c, task, model, chosen, preflight.training_texts(c))
     return budget.abstract_counts(chosen, model)
 
 
 def _steps(c) -> int:
-    """The most steps of a point; by its pictures where they follow from epochs, as if each had one example."""
-    return c.steps or point.scheduled(c, c.data.n_images).steps
+    """The most steps of a point, which follow from its examples where it has epochs."""
+    if c.steps:
+        return c.steps
+    task, model = tasks.build(c.task, **c.task_options), _model(c.base, c.task)
+    return point.scheduled(c, len(task.examples(preflight.training_texts(c), model.tokenizer))).steps
 
 
 def _flops_per_second() -> float:
@@ -426,7 +429,8 @@ def keep_pictures(config, directory: Path, n: int = 8) -> None:
         aside = out.with_name(f".{level}.{uuid.uuid4().hex}")
         aside.mkdir(parents=True)
         for i in np.linspace(0, len(split.rows) - 1, min(n, len(split.rows))).round().astype(int).tolist():
-            Image.fromarray(np.asarray(split.images[i])).save(aside / f"{split.rows[i]['image_id']}.png")
+            name = urllib.parse.quote(split.rows[i]["image_id"], safe="")  # ids may be paths
+            Image.fromarray(np.asarray(split.images[i])).save(aside / f"{name}.png")
         os.replace(aside, out)
 
 
@@ -484,7 +488,7 @@ def seconds_left(config, directory: Path, state: State) -> float | None:
 
 
 def _measured(directory: Path, state: State) -> dict[tuple, list[float]]:
-    """What the runs took that were finished since the newest start of the study: each stands under (), (level,),
+    """How long the runs took that finished since the latest start of the study: each stands under (), (level,),
     (level, arm), (level, arm, size) and all of its cell.
 
     Those of before may come from another machine, or from another number of workers on this one.

@@ -95,7 +95,9 @@ def prompted(task: Task, prompt: str, tokenizer) -> Task:
         raise ValueError(f"--prompt is for a model that captions; this one does {task.name}: give --question")
     if unknown := tokenizer.unknown_words(prompt):
         raise ValueError(f"--prompt {prompt!r} has words that the model does not know: {', '.join(unknown)}")
-    return dataclasses.replace(task, prompt=prompt)
+    new = dataclasses.replace(task, prompt=prompt)
+    longer = len(new.prompt_ids(tokenizer)) - len(task.prompt_ids(tokenizer))  # `length` counts the prompt
+    return dataclasses.replace(new, length=task.length + longer) if task.length else new
 
 
 def _write(args, model, variables, task, paths) -> list[str]:

@@ -141,7 +141,7 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, name, value)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)  # 'owner/name' is no directory here
+    monkeypatch.chdir(tmp_path)  # 'owner/name' is not a local directory
     huggingface_hub.close_session()
     downloads._commit.cache_clear()
     yield server
@@ -315,7 +315,7 @@ def test_branches_tags_and_commits(server):
         (f"{NAME}@a b", None, "'a b' cannot be a revision"),
         (NAME, "v7", "owner/a-blip has no revision 'v7'; https://huggingface.co/owner/a-blip/tree/main lists its"),
         (NAME, "c" * 40, "owner/a-blip has no revision 'cccc"),
-        ("tiny", "v1", "revision v1 was asked for, and 'tiny' is on this disk, where there are no revisions"),
+        ("tiny", "v1", "revision v1 was asked for, and 'tiny' is a local checkpoint and has no revisions"),
     ],
 )
 def test_revisions_that_cannot_be(server, path, revision, message):
@@ -350,7 +350,7 @@ def test_a_directory_of_that_name_comes_first(server, tmp_path):
     for path in (NAME, f"{NAME}/", f"./{NAME}", directory, pathlib.Path(NAME)):
         assert hub.read(path)[2]["source"] == "a-blip" and "revision" not in hub.read(path)[2]
         hub.abstract(path)
-    with pytest.raises(ValueError, match="'owner/a-blip' is on this disk, where there are no revisions; leave the rev"):
+    with pytest.raises(ValueError, match="'owner/a-blip' is a local checkpoint and has no revisions; leave the rev"):
         hub.load(NAME, revision=COMMIT)
     (directory / "config.json").unlink()
     with pytest.raises(ValueError, match="no checkpoint at"):
@@ -374,7 +374,7 @@ LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 def test_a_repository_that_does_not_exist(server):
     expected = (
-        "owner/typo is no directory here, and the Hugging Face hub has no repository of that name, or it is private; "
+        "owner/typo is not a local directory, and the Hugging Face hub has no repository of that name, or it is private; "
         f"check the name, or {LOGIN}"
     )
     assert refused("owner/typo") == refused("owner/typo", revision=COMMIT) == expected
@@ -412,7 +412,7 @@ def elsewhere(revision="") -> str:
 def test_a_server_that_fails(server):
     server.errors["GET", f"/api/models/{NAME}"] = 500, ""
     message = refused()
-    assert message.startswith("owner/a-blip is no directory here, and cannot be downloaded (Server error '500 ")
+    assert message.startswith("owner/a-blip is not a local directory, and cannot be downloaded (Server error '500 ")
     assert message.endswith(elsewhere())
 
 
@@ -443,7 +443,8 @@ def test_a_server_that_never_answers_is_given_up(server, monkeypatch):
 
 def test_offline_with_nothing_or_too_little_in_the_cache(server, monkeypatch, capsys):
     offline(monkeypatch)
-    where = f"is no directory here, and not all of it is in the cache {constants.HF_HUB_CACHE}; unset HF_HUB_OFFLINE, or run"
+    cache = constants.HF_HUB_CACHE
+    where = f"is not a local directory, and not all of it is in the cache {cache}; unset HF_HUB_OFFLINE, or run"
     assert refused().startswith(f"owner/a-blip {where} `hf download owner/a-blip --local-dir DIR` where")
     assert refused(revision=COMMIT).startswith(f"owner/a-blip at {COMMIT} {where}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

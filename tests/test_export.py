@@ -1,16 +1,18 @@
 """What `jaxpeft.export` writes, used as its card says: the card's own code, run by transformers and PEFT."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from tiny import config_of
 
 import jaxpeft as jp
-from jaxpeft import export, hub, interchange, point, tree
+from jaxpeft import export, hub, interchange, point, tasks, tree
 from jaxpeft.datasets import scenes
 
 torch = pytest.importorskip("torch", reason="runs the card's code: pip install -e .[golden]")
@@ -173,6 +175,16 @@ def test_an_adapter_brings_a_base_that_has_the_added_words(runs, picture, capsys
     assert [one.name for one in many] == ["lora"] or many[0].name == "scoped"
 
 
+@pytest.mark.parametrize("prompt", ['A "red" THING', "caf\u00e9 \U0001f600 of", "\\n of"])
+def test_any_prompt_is_python_on_the_card_and_no_part_of_the_caption(runs, picture, capsys, prompt):
+    model, variables, _, task = jp.load_run(runs["captioning", "lora"])
+    task = dataclasses.replace(task, prompt=prompt)
+    lines = export.code(model, task, "out")
+    jp.export_blip(model, variables, "out", card="\n".join(["```python", *lines, "```"]), task=task)
+    (expected,) = jp.generate(model, variables, picture, beams=1, task=task)
+    assert pasted("out", capsys) == expected
+
+
 def test_an_adapter_of_a_hugging_face_base_names_it(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = Path(__file__).parent / "golden" / "blip_caption_tiny"
@@ -185,6 +197,9 @@ def test_an_adapter_of_a_hugging_face_base_names_it(tmp_path, capsys, monkeypatc
     config = json.loads(Path("out/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "a" * 40)
     assert not Path("out/base").exists()
+    words = tiny.model(False)  # that base has no tokenizer beside it
+    lines = export.code(words, tasks.build("captioning", length=9), "out", "owner/name", "a" * 40)
+    assert f'model = BlipForConditionalGeneration.from_pretrained("owner/name", revision="{"a" * 40}")' in lines
     jp.export_peft(model, variables, method, "unknown")
     assert json.loads(Path("unknown/adapter_config.json").read_text())["base_model_name_or_path"] is None
     back, _ = jp.import_peft(model, params, "out")

@@ -94,9 +94,10 @@ def test_a_run_on_a_mesh_learns_with_it_and_goes_on(base, tmp_path, name):
     whole = point.run(c, tmp_path / "whole", lambda *_: None)
     c.steps = 3
     point.run(c, tmp_path / "parts", lambda *_: None)
-    (tmp_path / "parts" / "result.json").unlink()
     c.steps = 6
-    parts = point.run(c, tmp_path / "parts", lambda *_: None, accept_changes=True)
+    said = []
+    parts = point.run(c, tmp_path / "parts", said.append, accept_changes=True)
+    assert "resumed from step 3" in said
     assert parts["timing"]["steps"] == whole["timing"]["steps"] == 6
     for result in (whole, parts):
         test = result["metrics"]["test"]

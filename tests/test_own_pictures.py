@@ -40,11 +40,11 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(root, tmp_path_factory):
-    """annotations -> (result, what was said), of the documented command with nothing else set."""
+    """annotations -> (result, what was said, directory), of the documented command."""
     home, found = tmp_path_factory.mktemp("runs"), {}
     for name in ("captions", "shuffled"):
         c, said = folder.get_config(f"root={root},annotations={name}.csv"), []
-        c.data.data_dir = str(home / "copies")
+        c.data.data_dir, c.data.val_fraction = str(home / "copies"), 0.3  # enough for a test of whether pictures matter
         found[name] = jp.run(c, home / name, said.append), said, home / name
     return found
 
@@ -66,8 +66,8 @@ def test_the_best_step_is_kept_and_beats_what_looks_at_no_picture(runs):
     assert above["tuned - blind"][1] > 0 and above["tuned - text_only"][1] > 0  # the whole interval is above
     np.testing.assert_allclose(above["tuned"][0], test["tuned"]["cider_d"], atol=1e-5)
     table = results.table(result)
-    assert f"at step {kept['kept_step']:,} (kept)" in table and "95 % intervals over pictures: tuned" in table
-    assert "tuned, no picture" in table and "likelier beside its own picture than beside another" in table
+    assert f"at step {kept['kept_step']:,} (kept" in table and "95 % intervals over pictures: tuned" in table
+    assert "tuned, no picture" in table and "nats more likely with its own picture than with another" in table
     assert any(line.startswith("warning: test has") and "too few" in line for line in said)
 
 
@@ -77,7 +77,8 @@ def evals_of(workdir, split):
 
     c = json.loads((workdir / "config.json").read_text())["data"]
     model, variables, _, task = jp.load_run(workdir)
-    found = own.load({key: c[key] for key in ("root", "annotations", "data_dir")}, ["train", "val", "test"])[split]
+    keys = ("root", "annotations", "data_dir", "val_fraction")
+    found = own.load({key: c[key] for key in keys}, ["train", "val", "test"])[split]
     examples = task.examples(found, model.tokenizer)
     pictures = data.Resized.of(found.images, model)
     return evals.nll(model, variables, task, data.Examples(examples.arrays, pictures, examples.rows), batch_size=8)
@@ -89,12 +90,14 @@ def test_where_pictures_teach_nothing_step_0_is_kept(runs):
     assert kept["kept_step"] == 0 and kept["kept"] == kept["first"]
     assert kept["best"] < kept["first"] and kept["best_step"] > 0  # the texts were learned, and are not enough
     assert kept["images"]["least"] <= 0
-    (line,) = [line for line in said if line.startswith("step 0, the base before tuning, is kept: ")]
-    assert "as likely beside other pictures as beside their own" in line
+    (line,) = [line for line in said if line.startswith("step 0, the state before training, is kept: ")]
+    assert "it cannot be shown on" in line and "learned the texts, not what the pictures show" in line
     assert "--config.stop.images_must_matter=False --accept_changes keeps step" in line
     test = result["metrics"]["test"]
     assert test["tuned"]["nll"] == test["base"]["nll"] and test["tuned"]["cider_d"] == test["base"]["cider_d"]
-    assert "at step 0 (kept)" in results.table(result)
+    table = results.table(result)
+    assert "at step 0 (kept)" in table and f"at step {kept['best_step']:,}," in table
+    assert result["timing"]["kept_step"] == 0
     np.testing.assert_allclose(evals_of(workdir, "val"), kept["first"], rtol=1e-5)
 
 
@@ -215,3 +218,50 @@ def test_intervals_draw_whole_pictures():
 def test_without_validation_all_steps_are_done_and_the_last_is_kept(base, tmp_path):
     result = point.run(config_of(base, **{"steps": 3}), tmp_path, lambda *_: None)
     assert result["validation"] is None and result["timing"]["steps"] == 3 and "kept_step" not in result["timing"]
+
+
+def test_the_best_step_can_be_kept_all_the_same(root, base, tmp_path, losses):
+    """What the message about step 0 advises: the same command with one setting changed trains nothing again."""
+    c = folder.get_config(f"root={root},annotations=shuffled.csv,base={base},steps=4")
+    c.data.data_dir, c.stop.every, c.batch_size, c.eval.batch_size = str(tmp_path / "copy"), 1, 8, 8
+    losses += [4.0, 3.0, 2.0, 3.0, 3.0]
+    first = jp.run(c, tmp_path / "run", lambda *_: None)
+    assert (first["validation"]["kept_step"], first["validation"]["best_step"]) == (0, 2)
+    c.stop.images_must_matter = False
+    with pytest.raises(ValueError, match="stop/images_must_matter: True -> False"):
+        jp.run(c, tmp_path / "run", lambda *_: None)
+    again = jp.run(c, tmp_path / "run", lambda *_: None, accept_changes=True)
+    assert again["validation"]["kept_step"] == again["timing"]["kept_step"] == 2 and not losses
+    assert again["metrics"]["test"]["tuned"]["nll"] != first["metrics"]["test"]["tuned"]["nll"]
+    assert json.loads((tmp_path / "run" / "result_before.json").read_text())["validation"]["kept_step"] == 0
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Validation losses, given one by one; and pictures that do not matter."""
+    given = []
+    monkeypatch.setattr(point, "validation", lambda *_: lambda tuned: given.pop(0))
+    monkeypatch.setattr(evals, "worth_of_images", lambda *_, **__: {"gain": 0.1, "least": -0.1, "n": 30})
+    return given
+
+
+@pytest.mark.parametrize(
+    ("gain", "least", "n", "kept"),
+    [(0.5, 0.1, 30, True), (0.5, -0.1, 30, False), (0.5, -0.1, 19, True), (-0.1, -0.5, 19, False)],
+)
+def test_few_validation_pictures_decide_by_their_mean(gain, least, n, kept):
+    c = folder.get_config("root=x")
+    said = point.why_step_0(c, {"images": {"gain": gain, "least": least, "n": n}, "best_step": 5})
+    assert (said == "") == kept
+    assert point.why_step_0(c, {"images": None, "best_step": 5}) == ""
+    assert "never fell below" in point.why_step_0(c, {"images": None, "best_step": 0})
+
+
+def test_validation_is_read_from_lines_that_a_full_disk_cut(tmp_path):
+    timing = {"kept_step": 4, "validation_loss": 1.5, "stopped": "cap", "steps": 6}
+    assert results.validation(tmp_path, "val", timing, None)["first"] is None
+    rows = ({"step": 2, "validation_loss": 3.0}, {"step": 4, "loss": 9.0}, {"step": 4, "validation_loss": 1.25})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "valid')
+    said = results.validation(tmp_path, "val", timing, None)
+    assert (said["first_step"], said["first"], said["best"], said["last_step"]) == (2, 3.0, 1.25, 4)
+    assert results._validation(said) == ["val: nll 3.000 at step 2, 1.250 at step 4 (kept, last)"]

@@ -95,7 +95,9 @@ def test_loading_imports_nothing_that_a_run_names(home, tmp_path, monkeypatch):
             jp.load_run(run)
         assert len(str(error.value)) < 2000
     (run / "result.json").write_text(json.dumps(result | {"imports": ["evil"]}))
-    with pytest.raises(ValueError, match="code from evil; if you trust that, import it: --imports=evil"):
+    with pytest.raises(
+        ValueError, match="code from evil; if you have that code and trust it, import it: --imports=evil"
+    ):
         jp.load_run(run)
     assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
     with pytest.raises(ValueError, match="unknown task 'shout'"):

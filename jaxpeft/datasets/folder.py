@@ -215,7 +215,7 @@ def _found(files, problems):
             names = [name for name in metadata if os.path.dirname(name) == directory]
             problems.note("two annotations", f"{' and '.join(names)} lie in one directory", fatal=True)
     splits = [_split_of_directory(name) for name in metadata]
-    splits = splits if all(splits) else [None] * len(metadata)
+    splits = splits if all(splits) and set(splits) != {"train"} else [None] * len(metadata)
     return [
         Source(split, files.root / name, directory=os.path.dirname(name))
         for split, name in zip(splits, metadata, strict=True)
@@ -291,6 +291,8 @@ def _splits_of_directories(rows, problems):
         return
     splits = [_split_of_directory(row["file"]) for row in rows]
     kinds = {split.split("_")[0] for split in splits if split}
+    if kinds == {"train"} and all(splits):  # nothing is held out: a hash does that, as without directories
+        return
     if all(splits) or ("train" in kinds and len(kinds) > 1):
         for row, split in zip(rows, splits, strict=True):
             row["split"] = split or ""

@@ -36,7 +36,8 @@ def defaults(name: str) -> dict:
 
 def size_field(name: str) -> str:
     """The field of method `name` that `size` sets; '' where there is none."""
-    return getattr(METHODS.find(name), "size_field", "bottleneck" if name == "mam" else "rank")
+    field = getattr(METHODS.find(name), "size_field", "bottleneck" if name == "mam" else "rank")
+    return field if field in defaults(name) else ""
 
 
 def build(name: str, head: str = "none", **fields) -> tuple[Method, ...]:
