@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import functools
 import os
+import re
 import socket
 import sys
 import threading
@@ -67,7 +68,8 @@ def load(workdirs: list[str], bases: list[str] = (), log=print, imports: Iterabl
             tuned.append(Writer(run_names[path], model, variables, task, group))
         log(f"loading {base}, the frozen base of {', '.join(given[path] for path in paths)} ...")
         model, params = hub.load(base, question_encoder=task.question_encoder, image_size=size)
-        name = f"{base_names[base]}, frozen" + (f", {size} pixels" if size else "")
+        shown = re.sub("@([0-9a-f]{8})[0-9a-f]{32}$", r"@\1", base_names[base])  # a commit, as people write it
+        name = f"{shown}, frozen" + (f", {size} pixels" if size else "")
         writers += [Writer(name, model, {"params": params}, task, group), *tuned]
     for group, base in enumerate(bases, len(groups)):
         log(f"loading {base} ...")

@@ -526,7 +526,7 @@ def _options(config) -> dict:
 
 def pinned_base(config, result: dict) -> str:
     """The base of a finished run: of a repository of the hub the very commit that was tuned, as 'owner/name@commit'."""
-    revision = result["model"].get("report", {}).get("revision")
+    revision = result.get("model", {}).get("report", {}).get("revision")
     return f"{config['base'].partition('@')[0]}@{revision}" if revision else str(config["base"])
 
 

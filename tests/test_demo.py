@@ -41,7 +41,7 @@ def events(monkeypatch):
     """What was printed and loaded, in that order; nothing is really loaded."""
     found = []
 
-    def load_run(workdir):
+    def load_run(workdir, imports=()):
         found.append(("run", workdir))
         task = json.loads((demo.Path(workdir) / "config.json").read_text())["task"]
         return None, None, None, types.SimpleNamespace(name=task, question_encoder=task == "vqa")
@@ -173,7 +173,7 @@ def test_the_address_is_printed_when_the_page_answers(monkeypatch):
     answers, visitor = [], []
     monkeypatch.setattr(uvicorn, "Server", Server)
     monkeypatch.setattr(demo, "print", say, raising=False)
-    monkeypatch.setattr(demo, "load", lambda workdirs, bases, log: log("loading ...") or [])
+    monkeypatch.setattr(demo, "load", lambda workdirs, bases, log, imports: log("loading ...") or [])
     monkeypatch.setattr(demo, "warm", lambda writers, log: log("compiling ..."))
     program = threading.Thread(target=demo.main, args=(["--base", "tiny", "--port", "0"],))
     program.start()

@@ -147,7 +147,10 @@ def test_nothing_to_train_is_an_error():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: methods.build("lorra"), "unknown method 'lorra'; choose one of bitfit, compacter, dora"),
+        (
+            lambda: methods.build("lorra"),
+            "unknown method 'lorra' .did you mean 'lora'.*; choose one of bitfit, compacter, dora",
+        ),
         (lambda: methods.build("lora", ranks=3), r"unknown fields \['ranks'\]"),
         (lambda: methods.build("lora", head="all"), "unknown head 'all'; choose one of none, transform, untied"),
         (lambda: methods.build("head", head="untied"), "same leaves"),

@@ -96,7 +96,7 @@ def test_where_pictures_teach_nothing_step_0_is_kept(runs):
     test = result["metrics"]["test"]
     assert test["tuned"]["nll"] == test["base"]["nll"] and test["tuned"]["cider_d"] == test["base"]["cider_d"]
     table = results.table(result)
-    assert "at step 0 (kept)" in table and f"at step {kept['best_step']:,}," in table
+    assert "at step 0 (kept)" in table and f"at step {kept['best_step']:,}" in table
     assert result["timing"]["kept_step"] == 0
     np.testing.assert_allclose(evals_of(workdir, "val"), kept["first"], rtol=1e-5)
 

@@ -298,7 +298,7 @@ def test_every_finished_run_says_how_many_are_done_and_what_is_left(config, fake
     for i in range(1, 48):  # each run says that it took two seconds
         expected.append(f"{i} of 48 runs done, ETA about 0:{2 * (48 - i) // 60:02d}:{2 * (48 - i) % 60:02d}")
     assert ends(said) == [*expected, "48 of 48 runs done, none left"]
-    assert [line.split(":")[0] for line in said if ": cider_d " in line or ": accuracy " in line] == fake
+    assert [line.split(":")[0] for line in said if ": test cider_d " in line or ": test accuracy " in line] == fake
 
 
 def test_runs_of_an_earlier_start_are_counted_and_not_timed(config, fake, tmp_path, monkeypatch):
