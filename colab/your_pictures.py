@@ -126,7 +126,7 @@ print(card)
 # %%
 Image.open(paths[0]).save("picture.jpg")
 if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
-    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1])
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
 else:
     print("pip install torch transformers, to see the same caption there")
 print("jaxpeft:", *jp.generate(model, variables, "picture.jpg", beams=1, task=task))
