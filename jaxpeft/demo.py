@@ -230,7 +230,9 @@ def main(argv=None) -> None:
             sys.exit(f"error: {error}")
         warm(writers, log=log)
         log(f"open http://127.0.0.1:{sock.getsockname()[1]}")  # the port listens already, and nothing is left to load
-        uvicorn.Server(uvicorn.Config(app(writers), log_level="warning")).run(sockets=[sock])
+        # its own logging configuration closes the handlers of others, and absl's would close the stream that it writes to
+        settings = uvicorn.Config(app(writers), log_config=None, log_level="warning")
+        uvicorn.Server(settings).run(sockets=[sock])
 
 
 if __name__ == "__main__":
