@@ -1,6 +1,5 @@
 """What a run leaves for use: the tuned model again, texts from the command line, a plain BLIP for transformers."""
 
-import dataclasses
 import importlib.metadata
 import json
 import shutil
@@ -406,7 +405,9 @@ def test_another_prompt_begins_the_text(run, folder, capsys):
     model, variables, _, task = jp.load_run(run[0])
     assert use.main([*arguments, "--prompt", "a red"]) == 0
     said = capsys.readouterr().out
-    other = dataclasses.replace(task, prompt="a red")
+    other = use.prompted(task, "a red", model.tokenizer)
+    room = [one.length - len(one.prompt_ids(model.tokenizer)) for one in (task, other)]
+    assert other.prompt == "a red" and room[0] == room[1]  # as many words after it as after the old one
     (expected,) = jp.generate(model, variables, folder / "0.png", beams=1, task=other)
     assert f": {expected} (" in said
     for prompt, message in (("a snorkwobble", "has words that the model does not know: snorkwobble"),):
