@@ -84,9 +84,6 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     began = time.perf_counter()
     check_config(config)
     changed = check_workdir(config, workdir, accept_changes, log)
-    if changed and sharding.is_first() and (workdir / "result.json").exists():
-        os.replace(workdir / "result.json", workdir / "result_before.json")
-        log(f"its result is kept as {workdir / 'result_before.json'}")
     if not changed and (workdir / "result.json").exists():
         done = json.loads((workdir / "result.json").read_text())
         log(f"{workdir} is finished; this is its result\n\n{results.table(done)}")
@@ -161,6 +158,9 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     # training
     first = sharding.is_first()
     if first:
+        if changed and (workdir / "result.json").exists():  # not before all that is given was found to be good
+            os.replace(workdir / "result.json", workdir / "result_before.json")
+            log(f"the result of the run before is kept as {workdir / 'result_before.json'}")
         results.write_json(workdir / "config.json", as_json(config))
         results.write_json(workdir / "sites.json", sites.report(variables, mask))
     # a source may be a directory that is named by a digest and was moved

@@ -230,6 +230,11 @@ def test_the_best_step_can_be_kept_all_the_same(root, base, tmp_path, losses):
     c.stop.images_must_matter = False
     with pytest.raises(ValueError, match="stop/images_must_matter: True -> False"):
         jp.run(c, tmp_path / "run", lambda *_: None)
+    c.data.root = "nowhere"
+    with pytest.raises(ValueError, match="is not a directory"):
+        jp.run(c, tmp_path / "run", lambda *_: None, accept_changes=True)
+    assert (tmp_path / "run" / "result.json").exists()  # what was there stays until the new run can begin
+    c.data.root = str(root)
     again = jp.run(c, tmp_path / "run", lambda *_: None, accept_changes=True)
     assert again["validation"]["kept_step"] == again["timing"]["kept_step"] == 2 and not losses
     assert again["metrics"]["test"]["tuned"]["nll"] != first["metrics"]["test"]["tuned"]["nll"]
