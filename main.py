@@ -17,7 +17,11 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jaxpeft import cluster, host, point, preflight, pretrain, registry, report, stop, study, tree
+from jaxpeft import tree
+from jaxpeft.apps import pretrain
+from jaxpeft.runtime import host, registry, signals
+from jaxpeft.study import execute, ray_executor, report
+from jaxpeft.training import preflight, run
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(arg), as file.py or file.py:key=value,..."
@@ -71,18 +75,18 @@ def _run(config):
     if "pretrain" in config:
         return pretrain.run(config, WORKDIR.value)
     command = shlex.join(["python", "main.py", *sys.argv[1:]])
-    return point.run(config, WORKDIR.value, command=command, accept_changes=ACCEPT.value)
+    return run.run(config, WORKDIR.value, command=command, accept_changes=ACCEPT.value)
 
 
 def _study(config, workdir):
     if WORKER.value >= 0:
-        return study.work(config, workdir)
+        return execute.work(config, workdir)
     if DRY_RUN.value:
-        return print(study.dry_run(config, workdir))
+        return print(execute.dry_run(config, workdir))
     elsewhere = None
     if EXECUTOR.value == "ray":
-        elsewhere = functools.partial(cluster.work, resources=cluster.Resources.parse(RESOURCES.value))
-    study.run(config, workdir, WORKERS.value, sys.argv, elsewhere=elsewhere)
+        elsewhere = functools.partial(ray_executor.work, resources=ray_executor.Resources.parse(RESOURCES.value))
+    execute.run(config, workdir, WORKERS.value, sys.argv, elsewhere=elsewhere)
     print(report.write(workdir))
 
 
@@ -128,4 +132,4 @@ def _program():
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    stop.program(_program)
+    signals.program(_program)

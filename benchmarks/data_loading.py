@@ -22,8 +22,10 @@ import numpy as np
 from absl import app
 from PIL import Image
 
-from jaxpeft import data, images, results
-from jaxpeft.randaugment import randaugment
+from jaxpeft.data import base, pipeline
+from jaxpeft.data.randaugment import randaugment
+from jaxpeft.inputs import images
+from jaxpeft.training import results
 
 N, BATCH = 256, 32
 
@@ -64,19 +66,19 @@ def rate(batches, n_batches, warm=2):
 
 
 def ours(files, size, threads):
-    examples = data.Examples(
-        {"image_index": np.arange(len(files))}, data.Resized(Decoded(files), size, cache_bytes=0), []
+    examples = base.Examples(
+        {"image_index": np.arange(len(files))}, pipeline.Resized(Decoded(files), size, cache_bytes=0), []
     )
-    return data.batches(examples, BATCH, seed=0, augment="blip", threads=threads)
+    return pipeline.batches(examples, BATCH, seed=0, augment="blip", threads=threads)
 
 
 def in_processes(files, size, workers):
     """Our batches made by grain's worker processes."""
-    examples = data.Examples(
-        {"image_index": np.arange(len(files))}, data.Resized(Decoded(files), size, cache_bytes=0), []
+    examples = base.Examples(
+        {"image_index": np.arange(len(files))}, pipeline.Resized(Decoded(files), size, cache_bytes=0), []
     )
     order = grain.MapDataset.range(len(files)).seed(0).shuffle().repeat().batch(BATCH)
-    made = order.seed(1).random_map(lambda indices, rng: data.gather(examples, indices, ("blip", rng))["image"])
+    made = order.seed(1).random_map(lambda indices, rng: pipeline.gather(examples, indices, ("blip", rng))["image"])
     stream = made.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     return stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
 
@@ -85,7 +87,7 @@ class TorchData:
     """A map-style dataset of the same work."""
 
     def __init__(self, files, size):
-        self.resized = data.Resized(Decoded(files), size, cache_bytes=0)
+        self.resized = pipeline.Resized(Decoded(files), size, cache_bytes=0)
 
     def __len__(self):
         return 1 << 20

@@ -117,14 +117,14 @@ def torch_numbers(model, batch, task) -> dict:
 # ------------------------------------------------------------------------------------------------ jaxpeft
 def jax_stages(model, params, batch):
     """As torch_stages."""
-    from jaxpeft import losses
+    from jaxpeft import ops
 
     image_BPD = model.apply({"params": params}, batch["image"], method="encode_image")
     context_BSD, mask_BS = model.apply({"params": params}, image_BPD, batch.get("question"), method="context")
     logits_BTV = model.apply({"params": params}, batch["tokens"], context_BSD, mask_BS, method="decode")
     scored = batch["labels"][:, 1:] != -100
     targets = np.where(scored, batch["labels"][:, 1:], 0)
-    total, count = losses.token_loss(logits_BTV[:, :-1], targets, scored.astype(np.float32))
+    total, count = ops.token_loss(logits_BTV[:, :-1], targets, scored.astype(np.float32))
     out = {"image_tokens": image_BPD, "logits": logits_BTV, "loss": total / count}
     return out | ({"question_states": context_BSD} if "question" in batch else {})
 
@@ -134,8 +134,7 @@ def jax_numbers(model, params, batch, task) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from jaxpeft import decode
-    from jaxpeft.models import blip_port
+    from jaxpeft.models import blip_convert, decode
 
     def stages(params):
         out = jax_stages(model, params, batch)
@@ -143,7 +142,7 @@ def jax_numbers(model, params, batch, task) -> dict:
 
     (_, out), gradient = jax.jit(jax.value_and_grad(stages, has_aux=True))(params)
     numbers = {name: np.asarray(x) for name, x in out.items()}
-    gradient = blip_port.to_hf(jax.device_get(gradient), model.config)
+    gradient = blip_convert.to_hf(jax.device_get(gradient), model.config)
     numbers |= {f"gradient {name}": gradient[name] for name in GRADIENTS[task]}
     del gradient
     mask_BS = batch["question"] != model.config.pad_id if "question" in batch else None
@@ -220,9 +219,10 @@ def main():
         del model
         gc.collect()
         facts = reference.facts()
-        from jaxpeft import hub, tree
+        from jaxpeft import tree
+        from jaxpeft.models import loading
 
-        model, params, report = hub.read(directory)
+        model, params, report = loading.read(directory)
     n_parameters, expected = tree.count(params), COUNTS.get((args.size, args.task))
     if expected not in (None, n_parameters):
         raise SystemExit(f"{n_parameters:,} parameters; BLIP has {expected:,}")

@@ -42,24 +42,26 @@ def step_of(config, batch_size: int):
     import jax
     import jax.numpy as jnp
 
-    from configs import common
-    from jaxpeft import methods, optim, sites, tasks, train, tree
+    from jaxpeft import config as defaults
+    from jaxpeft import methods, tasks, tree
+    from jaxpeft.adapt import sites
     from jaxpeft.models.blip import Blip
     from jaxpeft.tasks.base import teacher_forced
+    from jaxpeft.training import loop, optim
 
     model, rng = Blip(config), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["params"]
     params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * 0.02), shapes)
     variables = sites.attach(model, params, methods.build("lora"), jax.random.key(0))
     tuned, frozen = tree.split(variables, sites.trainable(methods.build("lora"), variables))
-    tx = optim.optimizer(common.get_config().optim, tuned, 1000)
+    tx = optim.optimizer(defaults.get_config().optim, tuned, 1000)
     first = [config.bos_id, 7, 8]
     ids = [[[*first, *rng.integers(9, config.vocab_size - 2, LENGTH - 4).tolist(), config.sep_id]]] * batch_size
     batch = teacher_forced(ids, [[1.0]] * batch_size, len(first), config.pad_id)
     size = config.image_size
     batch["image"] = rng.integers(0, 256, (batch_size, size, size, 3)).astype(np.uint8)
-    step = functools.partial(train.train_step, model=model, task=tasks.build("captioning"), tx=tx, accumulate=1)
-    return step, train.start(tuned, tx=tx, seed=0, best=False), frozen, batch
+    step = functools.partial(loop.train_step, model=model, task=tasks.build("captioning"), tx=tx, accumulate=1)
+    return step, loop.start(tuned, tx=tx, seed=0, best=False), frozen, batch
 
 
 def measured(config, batch_size: int, runs: int, lanes: int = 1) -> dict:
@@ -101,27 +103,29 @@ class Nothing:
 
 def indices(n: int) -> dict:
     """What n pictures cost before the first step, without their pixels."""
-    from jaxpeft import data, hub, tasks
-    from jaxpeft.datasets import Split
+    from jaxpeft import tasks
+    from jaxpeft.data import pipeline
+    from jaxpeft.data.base import Split
+    from jaxpeft.models import loading
 
     def resident():
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096 / 1e6
 
-    tokenizer = hub.abstract("tiny").tokenizer
+    tokenizer = loading.abstract("tiny").tokenizer
     words, rng, before = tokenizer.vocabulary[7:], np.random.default_rng(0), resident()
     texts = [" ".join(words[i] for i in row) for row in rng.integers(0, len(words), (n, 10))]
     rows = [{"image_id": str(i), "captions": [text], "questions": []} for i, text in enumerate(texts)]
     split, found = Split("train", Nothing(n), rows), {"rows MB": resident() - before}
     began = time.perf_counter()
-    half, _ = data.subset(split, seed=0, fraction=0.5)
+    half, _ = pipeline.subset(split, seed=0, fraction=0.5)
     found["half s"] = time.perf_counter() - began
     began, before = time.perf_counter(), resident()
     examples = tasks.build("captioning").examples(split, tokenizer)
     found |= {"texts s": time.perf_counter() - began, "texts MB": resident() - before}
     for name, start in (("first batch s", 0), ("resumed batch s", 10 * n)):
         began = time.perf_counter()
-        next(data.batches(examples, 32, seed=0, start=start, threads=2))
+        next(pipeline.batches(examples, 32, seed=0, start=start, threads=2))
         found[name] = time.perf_counter() - began
     assert len(half.rows) == n // 2
     return found
@@ -145,8 +149,8 @@ def main():
     reference.use_threads(args.threads)
     if args.indices:
         return print(json.dumps(indices(args.indices)))
-    from jaxpeft import host
     from jaxpeft.models.blip import BlipConfig
+    from jaxpeft.runtime import host
 
     host.keep_freed_memory()
     host.keep_compiled_programs()

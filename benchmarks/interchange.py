@@ -22,11 +22,15 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
+from jaxpeft.runtime import files
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jaxpeft as jp
-from jaxpeft import hub, results, sites
+from jaxpeft.adapt import sites
 from jaxpeft.methods import Head, Scoped
+from jaxpeft.models import loading
+from jaxpeft.training import results
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 TEXT = r"text_decoder.*attention/(query|value)$"
@@ -100,7 +104,7 @@ def check(name, directory) -> dict:
     base_dir = GOLDEN / f"blip_{tower}_tiny"
     cls = transformers.BlipForQuestionAnswering if tower == "vqa" else transformers.BlipForConditionalGeneration
     torch_model = cls.from_pretrained(base_dir).eval()
-    model, params = hub.load(base_dir)
+    model, params = loading.load(base_dir)
     variables = jp.attach(model, params, method, jax.random.key(0))
     mask = jp.trainable(method, variables)
     variables, batch = drawn(variables, mask), inputs(model.config, tower == "vqa")
@@ -191,7 +195,7 @@ def main():
             "versions": versions,
             "rows": rows,
         }
-        results.write_json(args.out, facts)
+        files.write_json(args.out, facts)
     errors = [value for row in rows for key, value in row.items() if key not in ("method", "logits", "effect")]
     worst = max(value for value in errors if value is not None)
     print(f"worst difference {worst:.1e}")

@@ -22,16 +22,20 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 
+from jaxpeft import config as defaults
+from jaxpeft.runtime import files
+
 sys.path.insert(0, str(reference.ROOT))
 
 import growth
 
 import jaxpeft as jp
-from configs import common
-from jaxpeft import budget, optim, results, sharding, sites, train, tree
-from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.journal import Journal, n_bytes
+from jaxpeft import tree
+from jaxpeft.adapt import budget, sites
 from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.training import loop, optim, results, sharding
+from jaxpeft.training.checkpoint import Checkpoints
+from jaxpeft.training.journal import Journal, n_bytes
 
 STATES = {
     "tiny, LoRA 8": (BlipConfig(**growth.TINY), jp.LoRA()),
@@ -51,7 +55,7 @@ def state_of(config, method):
     variables = budget.abstract_variables((method,), Blip(config))
     tuned, _ = tree.split(variables, sites.trainable((method,), variables))
     tuned = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), tuned)
-    return train.start(tuned, tx=optim.optimizer(common.get_config().optim, tuned, 100), seed=0, best=False)
+    return loop.start(tuned, tx=optim.optimizer(defaults.get_config().optim, tuned, 100), seed=0, best=False)
 
 
 def milliseconds(function, n):
@@ -109,7 +113,7 @@ def main():
         print(f"a step of the tiny base: {without:.2f} ms without, {with_it:.2f} ms with the journal", flush=True)
     found = {"command": shlex.join(["python", "benchmarks/journal.py", *sys.argv[1:]])}
     found |= {"machine": results.machine(), "versions": results.versions()}
-    results.write_json(args.out, found | {"states": rows, "ms per step [without, with]": pairs})
+    files.write_json(args.out, found | {"states": rows, "ms per step [without, with]": pairs})
 
 
 if __name__ == "__main__":

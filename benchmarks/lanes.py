@@ -22,23 +22,26 @@ def measure(task: str, method: str, lanes: list[int], runs: int, check: int) -> 
     import numpy as np
     from methods_learn import Bench
 
-    from jaxpeft import data, methods, optim, sites, train, tree
+    from jaxpeft import methods, tree
+    from jaxpeft.adapt import sites
+    from jaxpeft.data import pipeline
+    from jaxpeft.training import loop, optim
 
     bench = Bench(task, 1000)
     chosen = methods.build(method, "transform")
     variables = sites.attach(bench.model, bench.params, chosen, jax.random.key(0))
     tuned, frozen = tree.split(variables, sites.trainable(chosen, variables))
     tx = optim.optimizer(bench.config.optim, tuned, 1000)
-    step = functools.partial(train.train_step, model=bench.model, task=bench.task, tx=tx, accumulate=1)
+    step = functools.partial(loop.train_step, model=bench.model, task=bench.task, tx=tx, accumulate=1)
     examples = bench.task.examples(bench.splits["train"], bench.model.tokenizer)
     examples = type(examples)(examples.arrays, None, examples.rows)
-    stream = data.batches(examples, bench.config.batch_size, seed=0)
+    stream = pipeline.batches(examples, bench.config.batch_size, seed=0)
     batches = [jax.device_put(next(stream)) for _ in range(max(check, 8))]
 
     def state(lr):
         *rest, schedule = tx.init(tuned)
         opt = (*rest, schedule._replace(lr=jnp.float32(lr)))
-        return train.TrainState(jnp.int32(0), jax.tree.map(jnp.array, tuned), opt, jnp.uint32(0))
+        return loop.TrainState(jnp.int32(0), jax.tree.map(jnp.array, tuned), opt, jnp.uint32(0))
 
     def stacked(k):
         return jax.tree.map(lambda *x: jnp.stack(x), *(state(1e-3 * (i + 1)) for i in range(k)))
@@ -88,7 +91,7 @@ def main():
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     reference.use_threads(args.threads)
-    from jaxpeft import host
+    from jaxpeft.runtime import host
 
     host.keep_freed_memory()
     rows = [

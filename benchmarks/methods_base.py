@@ -22,11 +22,17 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from jaxpeft.runtime import files
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jaxpeft as jp
-from jaxpeft import decode, host, optim, results, sites, tasks, train, tree
+from jaxpeft import tasks, tree
+from jaxpeft.adapt import sites
+from jaxpeft.models import decode
 from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.runtime import host
+from jaxpeft.training import loop, optim, results
 
 TINY = {"vision_width": 64, "vision_layers": 2, "vision_heads": 4, "vision_mlp": 96, "text_width": 64, "text_layers": 2}
 TINY |= {"text_heads": 4, "text_mlp": 96, "vocab_size": 200, "bos_id": 5, "enc_id": 6, "sep_id": 3, "cls_id": 2}
@@ -87,8 +93,8 @@ def step_of(model, method, params, batch, runs):
     tuned, frozen = tree.split(variables, mask)
     settings = {"lr": 1e-4, "schedule": "constant", "warmup": 0.0, "decay": 0.0, "no_decay": "", "clip": 1.0}
     tx = optim.optimizer(ml_collections.ConfigDict(settings | {"b1": 0.9, "b2": 0.999}), tuned, 100)
-    state = train.TrainState(jnp.int32(0), jax.tree.map(jnp.array, tuned), tx.init(tuned))
-    step = functools.partial(train.train_step, model=model, task=tasks.build("captioning"), tx=tx, accumulate=1)
+    state = loop.TrainState(jnp.int32(0), jax.tree.map(jnp.array, tuned), tx.init(tuned))
+    step = functools.partial(loop.train_step, model=model, task=tasks.build("captioning"), tx=tx, accumulate=1)
     started = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, None, batch).compile()
     compile_s, seconds = time.perf_counter() - started, []
@@ -156,7 +162,7 @@ def main():
                 "machine": results.machine(),
                 "versions": results.versions(),
             }
-            results.write_json(args.out, facts | {"failed": bad, "rows": rows})
+            files.write_json(args.out, facts | {"failed": bad, "rows": rows})
         merge = "-" if row["merge"] is None else f"{row['merge']:.1e}, tokens {'equal' if row['tokens'] else 'DIFFER'}"
         cells = [f"{name:30}", f"{row['trained']:>12,}", f"{row['stored']:>12,}", f"{row['percent']:8.3f} %"]
         cells += [

@@ -24,12 +24,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.runtime import files
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jaxpeft as jp
-from configs import common
-from jaxpeft import data, datasets, evals, host, hub, optim, results, sites, tasks, train, tree
+from jaxpeft import config, data, tasks, tree
+from jaxpeft.adapt import sites
+from jaxpeft.data import pipeline
 from jaxpeft.methods import Head
+from jaxpeft.models import loading
+from jaxpeft.runtime import host
+from jaxpeft.training import evaluate, loop, optim, results
 
 BUDGET, RATES = 50_000, (1 / 3, 1, 3)
 # method and the middle of its learning rates
@@ -61,23 +67,23 @@ class Bench:
     """Data, base and image features of one task, made once."""
 
     def __init__(self, task: str, steps: int):
-        c = common.get_config(task, "lora")
+        c = config.get_config(task, "lora")
         c.data.update({"n_train": 4096, "n_val": 256, "n_test": 512})
         c.steps, self.config = steps, c
         self.task = tasks.build(task, **c.task_options)
-        self.model, self.params, _ = hub.read("tiny", question_encoder=self.task.question_encoder)
-        self.splits = datasets.load(c.data, ["train", "val", "test"])
+        self.model, self.params, _ = loading.read("tiny", question_encoder=self.task.question_encoder)
+        self.splits = data.load(c.data, ["train", "val", "test"])
         size = self.model.config.image_size
-        self.pictures = {name: data.Resized(split.images, size) for name, split in self.splits.items()}
+        self.pictures = {name: pipeline.Resized(split.images, size) for name, split in self.splits.items()}
         base = {"params": self.params}
-        self.features = {name: evals.image_features(self.model, base, one) for name, one in self.pictures.items()}
+        self.features = {name: evaluate.image_features(self.model, base, one) for name, one in self.pictures.items()}
 
     def score(self, variables, split, cached) -> float:
         cases = dataclasses.replace(
             self.task.cases(self.splits[split], self.model.tokenizer), images=self.pictures[split]
         )
         features = self.features[split] if cached else None
-        written = evals.predict(self.model, variables, self.task, cases, features=features, batch_size=128)
+        written = evaluate.predict(self.model, variables, self.task, cases, features=features, batch_size=128)
         return self.task.score(cases.rows, [one["text"] for one in written])[self.task.main_metric]
 
     def trainer(self, methods, log):
@@ -89,7 +95,7 @@ class Bench:
         examples = dataclasses.replace(examples, images=None if cached else self.pictures["train"])
         features = self.features["train"] if cached else None
         tx = optim.optimizer(self.config.optim, tree.split(variables, mask)[0], self.config.steps)
-        step = functools.partial(train.train_step, model=self.model, task=self.task, tx=tx, accumulate=1)
+        step = functools.partial(loop.train_step, model=self.model, task=self.task, tx=tx, accumulate=1)
         step = jax.jit(step, donate_argnums=0)
 
         def run(seed, lr):
@@ -98,8 +104,8 @@ class Bench:
             tuned = jax.tree.map(jnp.array, tuned)
             *rest, schedule = tx.init(tuned)
             opt = (*rest, schedule._replace(lr=jnp.float32(lr)))
-            state = train.TrainState(jnp.int32(0), tuned, opt, jnp.uint32(seed))
-            stream = data.batches(examples, self.config.batch_size, seed=seed)
+            state = loop.TrainState(jnp.int32(0), tuned, opt, jnp.uint32(seed))
+            stream = pipeline.batches(examples, self.config.batch_size, seed=seed)
             for _ in range(self.config.steps):
                 state, _ = step(state, frozen, features, next(stream))
             return tree.join(state.tuned, frozen)
@@ -166,7 +172,7 @@ def main():
         if name not in {row["method"] for row in done["rows"]}:
             done["rows"].append(learn(bench, name, args.seeds, functools.partial(print, flush=True)))
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            results.write_json(args.out, facts | done | {"base": base, "blind": floor})
+            files.write_json(args.out, facts | done | {"base": base, "blind": floor})
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from PIL import Image
 from reference import ROOT
 
 import jaxpeft as jp
-from jaxpeft import evals, host, results
+from jaxpeft.runtime import files, host
+from jaxpeft.training import evaluate, results
 
 KINDS = {
     "animals/amphibians": "amphibian", "animals/birds": "bird", "animals/fish": "fish", "animals/insects": "insect",
@@ -129,7 +130,7 @@ def above_grey(captions: Path, grey: Path) -> list[float]:
     others = [json.loads(line) for line in (grey / "predictions.jsonl").read_text().splitlines()]
     values = {one["image_id"]: one["tuned_cider_d"] for one in others}
     rows = [one | {"grey_cider_d": values[one["image_id"]]} for one in rows]
-    return [round(x, 4) for x in evals.intervals(rows, "cider_d", "tuned", ["grey"])["tuned - grey"]]
+    return [round(x, 4) for x in evaluate.intervals(rows, "cider_d", "tuned", ["grey"])["tuned - grey"]]
 
 
 def main():
@@ -157,7 +158,7 @@ def main():
                     rows[-1]["captions - grey"] = above_grey(home / f"captions-{seed}", workdir)
         curve(home / "captions-0", rows[0]["validation"]["kept_step"], args.out.with_suffix(".png"))
     found = {"machine": results.machine(), "versions": results.versions(), "rows": rows}
-    results.write_json(args.out, found)
+    files.write_json(args.out, found)
     for one in rows:
         print(one["run"], one["seed"], one["cider_d"], "kept", one["validation"]["kept_step"], one["wall_s"], "s")
 

@@ -30,7 +30,7 @@ def draw(directory: Path, n: int) -> None:
     """n JPEG files with a captions.csv of two captions each; every n / 24th file is truncated, empty or no picture."""
     from PIL import Image
 
-    from jaxpeft.datasets import scenes
+    from jaxpeft.data import scenes
 
     directory.mkdir()
     split = scenes.load({"n_train": n, "cache": False}, ["train"])["train"]
@@ -54,7 +54,7 @@ def make_base(directory: Path, size: str) -> None:
     import torch
     import transformers
 
-    from jaxpeft.datasets import scenes
+    from jaxpeft.data import scenes
 
     config = settings("base", "caption", 224)
     if size == "tiny":
@@ -93,7 +93,7 @@ def compare(workdir: Path, merged: Path, adapter: Path, base: Path) -> dict:
     import transformers
 
     import jaxpeft as jp
-    from jaxpeft import images
+    from jaxpeft.inputs import images
 
     model, variables, _, task = jp.load_run(workdir)
     rng = np.random.default_rng(0)

@@ -85,18 +85,21 @@ class Jax:
     """jaxpeft as its own loop runs it: the jitted train_step with donated state; images and searches jitted."""
 
     def __init__(self, directory, threads: int):
-        from jaxpeft import host, hub
+        from jaxpeft.models import loading
+        from jaxpeft.runtime import host
 
         host.keep_freed_memory()  # as main.py does; where both are in one process, torch gains from it too
         self.inputs, self.seconds = np.load(directory / "inputs.npz"), {}
-        self.model, self.params = hub.load(directory)
+        self.model, self.params = loading.load(directory)
 
     def steps(self, others: bool = True) -> dict:
         import jax
         import jax.numpy as jnp
         import ml_collections
 
-        from jaxpeft import evals, methods, optim, sites, tasks, train, tree
+        from jaxpeft import methods, tasks, tree
+        from jaxpeft.adapt import sites
+        from jaxpeft.training import evaluate, loop, optim
 
         lora = methods.LoRA(rank=RANK)
         variables = sites.attach(self.model, self.params, lora, jax.random.key(0))
@@ -115,10 +118,10 @@ class Jax:
         scored_BT[:, self.inputs["prompt"].shape[1] - 1 : -1] = 1.0
         texts = {"tokens": tokens_BT, "targets": np.roll(tokens_BT, -1, axis=1), "weights": scored_BT}
         texts = {name: jnp.asarray(x[:, None]) for name, x in texts.items()}
-        step_fn = functools.partial(train.train_step, model=self.model, task=tasks.Captioning(), tx=tx, accumulate=1)
+        step_fn = functools.partial(loop.train_step, model=self.model, task=tasks.Captioning(), tx=tx, accumulate=1)
 
         def stepper(label, features, batch):
-            state = train.TrainState(jnp.int32(0), *jax.tree.map(jnp.array, (tuned, tx.init(tuned))))
+            state = loop.TrainState(jnp.int32(0), *jax.tree.map(jnp.array, (tuned, tx.init(tuned))))
             started = time.perf_counter()
             compiled = jax.jit(step_fn, donate_argnums=0).lower(state, frozen, features, batch).compile()
             self.seconds[label] = time.perf_counter() - started
@@ -134,20 +137,21 @@ class Jax:
         image_BYXC = jnp.asarray(self.inputs["image"])
         ways = {"": stepper("", None, texts | {"image": image_BYXC})}
         if others:
-            label, features = "cached image tokens", evals.encode_images(self.model, variables, image_BYXC)
+            label, features = "cached image tokens", evaluate.encode_images(self.model, variables, image_BYXC)
             ways[label] = stepper(label, features, texts | {"image_index": jnp.arange(BATCH)})
         return ways
 
     def writers(self) -> dict:
         import jax.numpy as jnp
 
-        from jaxpeft import decode, evals
+        from jaxpeft.models import decode
+        from jaxpeft.training import evaluate
 
         variables, image_BYXC = {"params": self.params}, jnp.asarray(self.inputs["image"])
         prompt_BT = jnp.asarray(self.inputs["prompt"])
 
         def write(beams):
-            image_BPD = evals.encode_images(self.model, variables, image_BYXC)
+            image_BPD = evaluate.encode_images(self.model, variables, image_BYXC)
             args, limits = (self.model, variables, image_BPD, None, prompt_BT), {"length": LENGTH, "min_length": LENGTH}
             if beams == 1:
                 return np.asarray(decode.greedy(*args, **limits)[0])

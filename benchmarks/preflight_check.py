@@ -29,8 +29,9 @@ def main():
     import jax
     from growth import TINY, step_of
 
-    from jaxpeft import host, preflight, sharding
     from jaxpeft.models.blip import Blip, BlipConfig
+    from jaxpeft.runtime import host
+    from jaxpeft.training import preflight, sharding
 
     jax.config.update("jax_num_cpu_devices", args.devices)
     host.keep_compiled_programs()

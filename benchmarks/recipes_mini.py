@@ -66,8 +66,9 @@ def main():
     import mini_coco
 
     from configs import blip_caption_coco, blip_vqa_v2
-    from jaxpeft import host, point
-    from jaxpeft.datasets import prepare
+    from jaxpeft.data.coco import prepare
+    from jaxpeft.runtime import host
+    from jaxpeft.training import run
 
     host.keep_freed_memory()
     report = {}
@@ -78,9 +79,9 @@ def main():
             options = f"base=tiny,image_size=64,dtype=float32,method=lora,head=transform,lr=3e-3,steps={args.steps}"
             config = recipe.get_config(options + f",batch_size=32,data_dir={home}")
             config.eval.gallery = False
-            run = Path(place, name)
-            result = point.run(config, run)
-            upload = run / f"upload_{split}.json"
+            workdir = Path(place, name)
+            result = run.run(config, workdir)
+            upload = workdir / f"upload_{split}.json"
             theirs = captions(tree, upload) if name == "coco_captions" else answers(tree, upload, args.official)
             ours = {key: result["metrics"][split]["tuned"][key] for key in theirs}
             report[name] = {"n": result["metrics"][split]["n"], "ours": ours, "theirs": theirs,

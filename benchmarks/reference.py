@@ -128,7 +128,7 @@ def facts() -> dict:
     """Command, machine and versions: what a number needs beside it. Imports jax."""
     import importlib.metadata
 
-    from jaxpeft import results
+    from jaxpeft.training import results
 
     info = Path("/proc/cpuinfo")
     model = (

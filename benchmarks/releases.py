@@ -18,7 +18,7 @@ def make(directory: Path):
     import jax
 
     import jaxpeft as jp
-    from jaxpeft import images
+    from jaxpeft.inputs import images
 
     method, rng = jp.LoRA(rank=4), np.random.default_rng(0)
     for task in CLASSES:

@@ -13,11 +13,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from jaxpeft.runtime import files
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import point as point_config
 from configs import quickstart
-from jaxpeft import point, results
+from jaxpeft.training import results, run
 
 POINTS = {
     "captioning_1k": "task=captioning,method=full,n_images=1000,steps=600",
@@ -38,9 +40,9 @@ def main():
     found = {}
     for name, arg in POINTS.items():
         if not args.only or name in args.only:
-            found[name] = point.run(point_config.get_config(arg), args.workdir / name)
+            found[name] = run.run(point_config.get_config(arg), args.workdir / name)
     if not args.only or "lora" in args.only:
-        found["lora"] = point.run(quickstart.get_config(), args.workdir / "lora")
+        found["lora"] = run.run(quickstart.get_config(), args.workdir / "lora")
     if args.only:
         return
     scores = {name: run["metrics"]["test"] for name, run in found.items()}
@@ -80,7 +82,7 @@ def main():
         "points": {name: {key: run[key] for key in keep} for name, run in found.items()},
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    results.write_json(args.out, facts)
+    files.write_json(args.out, facts)
     sys.exit(0 if all(gate["pass"] for gate in gates.values()) else 1)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxpeft import results
+from jaxpeft.training import results
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -207,7 +207,7 @@ def main(argv=None) -> int:
         "threads, least and most": [least[5], most[5]],
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    results.write_json(args.out / "soak.json", found)
+    files.write_json(args.out / "soak.json", found)
     draw(runs, args.out / "soak.png")
     print(json.dumps(found, indent=1))
     good = found["tuned weights equal"] and found["scores equal"] and not found["losses that differ"]

@@ -27,6 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxpeft.data import base
+from jaxpeft.runtime import files
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 PEERS = ("lora",)  # what the loop in PyTorch runs
@@ -34,10 +37,10 @@ PEERS = ("lora",)  # what the loop in PyTorch runs
 
 def get_config(arg=""):
     """The study, for `main.py --config=benchmarks/study_speed.py:cached=false`."""
-    from configs import common
     from configs.studies import base
+    from jaxpeft import config
 
-    a = common.parse_arg(arg, steps=100, cached=True, only="")
+    a = config.parse_arg(arg, steps=100, cached=True, only="")
     arms = {
         "lora": base.arm("lora", 3e-3, "none", (4, 16), alpha="r"),
         "prefix": base.arm("prefix", 3e-2, "none", (8, 32)),
@@ -61,23 +64,30 @@ def lanes(config, workdir: Path) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jaxpeft import data, datasets, host, optim, point, results, sites, study, tasks, train, tree
-    from jaxpeft import features as feature_tables
+    from jaxpeft import data, tasks, tree
+    from jaxpeft.adapt import sites
+    from jaxpeft.data import pipeline
+    from jaxpeft.runtime import host
+    from jaxpeft.study import execute
+    from jaxpeft.training import frozen_cache as feature_tables
+    from jaxpeft.training import loop, optim
+    from jaxpeft.training import run as training_run
 
     host.keep_freed_memory()
     host.keep_compiled_programs()
     rows = []
-    for cell in study.cells(config):
-        runs = [study.Run(cell, 0, lr, config) for lr in study.rates(config, cell)]
+    for cell in execute.cells(config):
+        runs = [execute.Run(cell, 0, lr, config) for lr in execute.rates(config, cell)]
         c = runs[0].config
         task = tasks.build(c.task, **c.task_options)
-        splits = datasets.load(c.data, ["train", *c.eval.splits])
-        split, _ = data.subset(splits["train"], seed=c.data.subset_seed, n_images=c.data.n_images)
-        model, params, chosen, _ = point.setup_model(c, task, split, lambda *_: None)
+        splits = data.load(c.data, ["train", *c.eval.splits])
+        split, _ = pipeline.subset(splits["train"], seed=c.data.subset_seed, n_images=c.data.n_images)
+        model, params, chosen, _ = training_run.setup_model(c, task, split, lambda *_: None)
         variables = sites.attach(model, params, chosen, jax.random.key(c.seed))
         tuned, frozen = tree.split(variables, sites.trainable(chosen, variables))
         pictures = {
-            name: data.Resized(one.images, model.config.image_size) for name, one in (splits | {"train": split}).items()
+            name: pipeline.Resized(one.images, model.config.image_size)
+            for name, one in (splits | {"train": split}).items()
         }
         features = {
             name: feature_tables.table(
@@ -86,18 +96,18 @@ def lanes(config, workdir: Path) -> None:
             for name, one in (splits | {"train": split}).items()
         }
         examples = task.examples(split, model.tokenizer)
-        examples = data.Examples(examples.arrays, None, examples.rows)
+        examples = base.Examples(examples.arrays, None, examples.rows)
         tx = optim.optimizer(c.optim, tuned, c.steps)
 
         def start(lr, tx=tx, tuned=tuned):
             *rest, schedule = tx.init(tuned)
             opt = (*rest, schedule._replace(lr=jnp.float32(lr)))
-            return train.TrainState(jnp.int32(0), tuned, opt, jnp.uint32(0))
+            return loop.TrainState(jnp.int32(0), tuned, opt, jnp.uint32(0))
 
         state = jax.tree.map(lambda *x: jnp.stack(x), *(start(run.lr) for run in runs))
-        step = functools.partial(train.train_step, model=model, task=task, tx=tx, accumulate=1)
+        step = functools.partial(loop.train_step, model=model, task=task, tx=tx, accumulate=1)
         step = jax.jit(jax.vmap(step, in_axes=(0, None, None, None)), donate_argnums=0)
-        batches = data.batches(examples, c.batch_size, seed=c.seed)
+        batches = pipeline.batches(examples, c.batch_size, seed=c.seed)
         for _ in range(c.steps):
             state, _ = step(state, frozen, features["train"], next(batches))
         for i, run in enumerate(runs):
@@ -106,10 +116,10 @@ def lanes(config, workdir: Path) -> None:
             for name in c.eval.splits:
                 cases = task.cases(splits[name], model.tokenizer)
                 looked_at = (splits[name], cases, pictures[name], features[name])
-                metrics[name], _ = point.evaluate(c, model, task, versions, *looked_at, lambda _, x: x)
-                metrics[name] |= point.yardstick(task, split, name, cases, model.tokenizer, lambda *_: None)
+                metrics[name], _ = run.evaluate(c, model, task, versions, *looked_at, lambda _, x: x)
+                metrics[name] |= run.yardstick(task, split, name, cases, model.tokenizer, lambda *_: None)
             rows.append({"id": run.id, "metrics": metrics})
-    results.write_jsonl(workdir / "results.jsonl", rows)
+    files.write_jsonl(workdir / "results.jsonl", rows)
 
 
 class Peer:
@@ -120,13 +130,14 @@ class Peer:
         import torch
         import transformers
 
-        from jaxpeft import datasets, hub, tasks
+        from jaxpeft import data, tasks
+        from jaxpeft.models import loading
 
         self.c, c = run.config, run.config
         self.task = tasks.build(c.task, **c.task_options)
         self.asks = self.task.question_encoder
-        self.tokenizer = hub.read(c.base, question_encoder=self.asks)[0].tokenizer
-        self.splits = datasets.load(c.data, ["train", *c.eval.splits])
+        self.tokenizer = loading.read(c.base, question_encoder=self.asks)[0].tokenizer
+        self.splits = data.load(c.data, ["train", *c.eval.splits])
         kind = transformers.BlipForQuestionAnswering if self.asks else transformers.BlipForConditionalGeneration
         where = r".*text_(encoder|decoder).*\.(query|value)" if self.asks else r".*text_decoder.*\.(query|value)"
         lora = peft.LoraConfig(r=run.cell.size, lora_alpha=run.cell.size, lora_dropout=0.0, target_modules=where)
@@ -138,7 +149,7 @@ class Peer:
     def _encode(self, pictures):
         import torch
 
-        from jaxpeft import images
+        from jaxpeft.inputs import images
 
         mean, std = (torch.tensor(c)[:, None, None] for c in (images.MEAN_C, images.STD_C))
         image_BCYX = torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
@@ -183,7 +194,7 @@ class Peer:
     def train(self):
         import torch
 
-        from jaxpeft import data
+        from jaxpeft.data import pipeline
 
         c, tuned = self.c, [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(tuned, lr=c.optim.lr, weight_decay=0.0)
@@ -195,7 +206,7 @@ class Peer:
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         examples = self.task.examples(self.splits["train"], self.tokenizer)
-        batches = data.batches(data.Examples(examples.arrays, None, []), c.batch_size, seed=c.seed)
+        batches = pipeline.batches(base.Examples(examples.arrays, None, []), c.batch_size, seed=c.seed)
         self.model.train()
         for _ in range(c.steps):
             batch = next(batches)
@@ -211,18 +222,18 @@ class Peer:
         """Scores of greedy texts, and nats per reference token."""
         import torch
 
-        from jaxpeft import data
+        from jaxpeft.data import pipeline
 
         self.model.eval()
         c, task, tokenizer, split = self.c, self.task, self.tokenizer, self.splits[name]
         examples, cases = task.examples(split, tokenizer), task.cases(split, tokenizer)
         total, count, texts, prompt = 0.0, 0.0, [], task.prompt_ids(tokenizer)
         with torch.no_grad():
-            for batch, n_real in data.one_pass(data.Examples(examples.arrays, None, []), c.eval.batch_size):
+            for batch, n_real in pipeline.one_pass(base.Examples(examples.arrays, None, []), c.eval.batch_size):
                 scored = torch.tensor(batch["weights"] > 0)
                 total += float((self._losses(batch, name) * scored)[:n_real].double().sum())
                 count += float(scored[:n_real].sum())
-            for batch, n_real in data.one_pass(data.Examples(cases.arrays, None, []), c.eval.batch_size):
+            for batch, n_real in pipeline.one_pass(base.Examples(cases.arrays, None, []), c.eval.batch_size):
                 states, mask = self._context(batch, name)
                 written = self.inner.text_decoder.generate(
                     input_ids=torch.tensor([prompt] * len(states)), encoder_hidden_states=states,
@@ -237,19 +248,19 @@ def torch_points(config, workdir: Path, cached: bool) -> None:
     """The LoRA points with transformers and peft, one by one; base_TASK directories are in `workdir`."""
     import reference
 
-    from jaxpeft import results, study
+    from jaxpeft.study import execute
 
     reference.quiet_torch(len(os.sched_getaffinity(0)))
     reference.golden().pass_cross_attention_mask()
     rows = []
-    for cell in study.cells(config):
-        for lr in study.rates(config, cell):
-            run = study.Run(cell, 0, lr, config)
+    for cell in execute.cells(config):
+        for lr in execute.rates(config, cell):
+            run = execute.Run(cell, 0, lr, config)
             peer = Peer(run, workdir / f"base_{run.config.task}", cached)
             peer.train()
             metrics = {name: {"tuned": peer.evaluate(name)} for name in run.config.eval.splits}
             rows.append({"id": run.id, "metrics": metrics})
-    results.write_jsonl(workdir / "results.jsonl", rows)
+    files.write_jsonl(workdir / "results.jsonl", rows)
 
 
 def bases(workdir: Path) -> None:
@@ -257,11 +268,10 @@ def bases(workdir: Path) -> None:
     import torch
     import transformers
 
-    from jaxpeft import hub
-    from jaxpeft.models import blip_port
+    from jaxpeft.models import blip_convert, loading
 
     for task in ("captioning", "vqa"):
-        model, params, _ = hub.read("tiny", question_encoder=task == "vqa")
+        model, params, _ = loading.read("tiny", question_encoder=task == "vqa")
         c, t = model.config, model.tokenizer
         ids = {"pad_token_id": t.pad_id, "bos_token_id": t.bos_id, "sep_token_id": t.sep_id, "eos_token_id": t.sep_id}
         text = {
@@ -278,7 +288,7 @@ def bases(workdir: Path) -> None:
         kind = {"captioning": "BlipForConditionalGeneration", "vqa": "BlipForQuestionAnswering"}[task]
         settings = transformers.BlipConfig(vision_config=vision, text_config=text)
         there = getattr(transformers, kind)(settings)
-        tensors = {name: torch.tensor(x) for name, x in blip_port.to_hf(params, c).items()}
+        tensors = {name: torch.tensor(x) for name, x in blip_convert.to_hf(params, c).items()}
         missing, extra = there.load_state_dict(tensors, strict=False)
         # tied copies, and buffers of positions
         left = [name for name in missing if not name.endswith((".cls.predictions.decoder.weight", ".decoder.bias"))]

@@ -40,8 +40,9 @@ from typing import ClassVar
 import jax, jax.numpy as jnp, numpy as np
 
 import jaxpeft as jp
-from configs import common
-from jaxpeft import host, methods
+from jaxpeft import config
+from jaxpeft.runtime import host
+from jaxpeft import methods
 from jaxpeft.methods import Method
 
 host.keep_freed_memory()
@@ -122,7 +123,7 @@ print(
 methods.METHODS["fourier"] = FourierFT
 scores = {}
 for name, size, lr in (("fourier", 64, 3e-2), ("lora", 2, 3e-3)):
-    config = common.get_config("vqa", name, size, "transform")
+    config = config.get_config("vqa", name, size, "transform")
     config.data.n_train, config.data.n_test, config.steps = (64, 16, 4) if TINY else (2048, 256, 600)
     config.optim.lr, config.eval.base, config.eval.gallery = lr, False, False
     result = jp.run(config, f"runs/{name}", log=lambda text: None)

@@ -39,7 +39,8 @@ import jax, matplotlib.pyplot as plt
 
 import jaxpeft as jp
 from configs import quickstart
-from jaxpeft import datasets, host
+from jaxpeft import data
+from jaxpeft.runtime import host
 
 host.keep_freed_memory()  # faster steps on CPU
 print(jax.devices())
@@ -53,7 +54,7 @@ print(jax.devices())
 config = quickstart.get_config()
 config.data.n_train, config.data.n_test, config.steps = (64, 16, 4) if TINY else (4096, 256, 1500)
 config.eval.gallery = False
-train = datasets.load(config.data, ["train"])["train"]
+train = data.load(config.data, ["train"])["train"]
 figure, axes = plt.subplots(1, 4, figsize=(13, 4))
 for ax, i in zip(axes, range(4)):
     asked = train.rows[i]["questions"][:2]
@@ -85,7 +86,7 @@ _ = plt.xlabel("step"), plt.ylabel("loss, nats per question")
 
 # %%
 model, variables, methods, task = jp.load_run(workdir)
-test = datasets.load(config.data, ["test"])["test"]
+test = data.load(config.data, ["test"])["test"]
 some = [(i, q) for i in range(8) for q in test.rows[i]["questions"][:1]]
 answers = jp.generate(model, variables, [test.images[i] for i, _ in some], [q["question"] for _, q in some])
 figure, axes = plt.subplots(2, 4, figsize=(13, 7))

@@ -37,7 +37,9 @@ from pathlib import Path
 from IPython.display import Image, display
 
 from configs.studies import tiny
-from jaxpeft import host, report, study
+from jaxpeft.runtime import host
+from jaxpeft.study import report
+from jaxpeft.study import execute
 
 host.keep_freed_memory()
 _ = host.keep_compiled_programs()
@@ -51,7 +53,7 @@ _ = host.keep_compiled_programs()
 # %%
 config = tiny.get_config(f"steps={4 if TINY else 80},seeds=1,small={TINY}")
 directory = Path("runs/study")
-print(study.dry_run(config, directory))
+print(execute.dry_run(config, directory))
 
 # %% [markdown]
 # ## Run
@@ -60,7 +62,7 @@ print(study.dry_run(config, directory))
 # as see the directory. Stop it and run it again: finished runs stay.
 
 # %%
-rows = study.run(config, directory, workers=1)
+rows = execute.run(config, directory, workers=1)
 print(len(rows), "runs;", sum(row["status"] == "done" for row in rows), "done")
 
 # %% [markdown]

@@ -41,8 +41,8 @@ from PIL import Image
 
 import jaxpeft as jp
 from configs import folder
-from jaxpeft import host
-from jaxpeft.datasets import scenes
+from jaxpeft.runtime import host
+from jaxpeft.data import scenes
 
 host.keep_freed_memory()
 
@@ -114,7 +114,7 @@ for ax, path, old, new in zip(axes, paths, before, after):
 # loads it without jaxpeft. The same as `python -m jaxpeft.export --workdir RUN --out merged`; `--format peft` gives an adapter.
 
 # %%
-from jaxpeft import export
+from jaxpeft.apps import export
 
 export.main(["--workdir", str(workdir), "--out", "merged"])
 card = Path("merged/README.md").read_text()

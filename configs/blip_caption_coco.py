@@ -15,24 +15,24 @@ scores both); dropout 0.1 is in the text towers at the same places as in BERT, t
 model; a PEFT method has no published rate: `lr` is ours and not tuned.
 """
 
-from configs import common
+from jaxpeft import config
 
 N_CAPTIONS = 566_435  # of the 113,287 training pictures
 LR = {"full": 1e-5, "lora": 2e-4, "serial_adapter": 2e-4, "parallel_adapter": 2e-4, "prompt": 3e-2, "prefix": 1e-3}
 
 
 def get_config(arg=""):
-    a = common.parse_arg(
+    a = config.parse_arg(
         arg, base="blip-base", data_dir="", method="full", size=16, head="none", lr=0.0, epochs=5, batch_size=256,
         steps=0, seed=0, dtype="bfloat16", image_size=384,
     )  # fmt: skip
-    c = common.get_config("captioning", a.method, a.size, a.head)
+    c = config.get_config("captioning", a.method, a.size, a.head)
     c.base, c.seed = a.base, a.seed
     c.data.name, c.data.augment = "coco_captions", "blip"
     c.data.data_dir = a.data_dir
     c.task_options.update(
         smoothing=0.1, max_tokens=40, max_words=30, length=20, min_length=5, variant="coco", java=True
     )
-    common.blip_recipe(c, a, N_CAPTIONS, LR.get(a.method, 2e-4))
+    config.blip_recipe(c, a, N_CAPTIONS, LR.get(a.method, 2e-4))
     c.eval.beams, c.eval.splits = 3, ("test",)
     return c

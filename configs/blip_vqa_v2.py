@@ -17,21 +17,21 @@ Other than published: the cosine falls every step, not every epoch; the list is 
 rate: `lr` is ours and not tuned.
 """
 
-from configs import common
+from jaxpeft import config
 
 N_QUESTIONS = {"karpathy": 605_102, "official": 658_111, "visual_genome": 1_445_322}
 LR = {"full": 2e-5, "lora": 2e-4, "serial_adapter": 2e-4, "parallel_adapter": 2e-4, "prompt": 3e-2, "prefix": 1e-3}
 
 
 def get_config(arg=""):
-    a = common.parse_arg(
+    a = config.parse_arg(
         arg, base="blip-base", data_dir="", protocol="karpathy", visual_genome=True, answer_list="", inference="rank",
         method="full", size=16, head="none", lr=0.0, epochs=10, batch_size=256, steps=0, seed=0, dtype="bfloat16",
         image_size=480,
     )  # fmt: skip
     if a.protocol not in N_QUESTIONS:
         raise ValueError(f"protocol is {a.protocol!r}; choose 'karpathy' or 'official'")
-    c = common.get_config("vqa", a.method, a.size, a.head)
+    c = config.get_config("vqa", a.method, a.size, a.head)
     c.base, c.seed = a.base, a.seed
     c.data.name, c.data.augment = "vqav2", "blip"
     c.data.data_dir = a.data_dir
@@ -45,6 +45,6 @@ def get_config(arg=""):
         length=10,
     )
     n = N_QUESTIONS[a.protocol] + (N_QUESTIONS["visual_genome"] if a.visual_genome else 0)
-    common.blip_recipe(c, a, n, LR.get(a.method, 2e-4))
+    config.blip_recipe(c, a, n, LR.get(a.method, 2e-4))
     c.eval.splits = ("test",) if a.protocol == "karpathy" else ("test_dev", "test")
     return c

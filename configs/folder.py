@@ -27,11 +27,11 @@ server does, =coco captions as COCO's. --config.data.on_error=skip drops rows th
 result.json.
 """
 
-from configs import common
+from jaxpeft import config
 
 
 def get_config(arg=""):
-    a = common.parse_arg(
+    a = config.parse_arg(
         arg,
         root="",
         annotations="",
@@ -48,8 +48,8 @@ def get_config(arg=""):
     )
     if not a.root:
         raise ValueError("configs/folder.py needs root=DIRECTORY")
-    files = common.annotations(a)
-    c = common.folder(common.get_config(a.task, a.method, a.size, a.head), a.root)
+    files = config.annotations(a)
+    c = config.folder(config.get_config(a.task, a.method, a.size, a.head), a.root)
     c.base, c.seed, c.data.annotations = a.base, a.seed, files
     # as long as the validation loss falls; the best step is kept, or step 0 where nothing was learned from the pictures
     c.steps, c.epochs, c.optim.schedule = a.steps, 30.0, "plateau"

@@ -3,14 +3,14 @@
 python main.py --config=configs/point.py:task=vqa,method=lora,size=8,fraction=0.1,seed=0 --workdir=runs/point
 """
 
-from configs import common
+from jaxpeft import config
 
 # where a search would start, by what is trained: base leaves, rows in front, prefixes, scales
 LR = {"full": 5e-4, "prompt": 1e-1, "vpt": 3e-2, "prefix": 3e-2, "vera": 1e-2, "ia3": 1e-2}
 
 
 def get_config(arg=""):
-    a = common.parse_arg(
+    a = config.parse_arg(
         arg,
         task="vqa",
         method="lora",
@@ -23,7 +23,7 @@ def get_config(arg=""):
         steps=0,
         init="base",
     )
-    c = common.get_config(a.task, a.method, a.size, a.head)
+    c = config.get_config(a.task, a.method, a.size, a.head)
     c.seed = c.data.subset_seed = a.seed
     c.data.fraction = a.fraction
     if a.n_images:

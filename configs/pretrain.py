@@ -6,12 +6,12 @@ python main.py --config=configs/pretrain.py:steps=20 --workdir=runs/try        e
 
 import ml_collections
 
-from configs import common
+from jaxpeft import config
 
 
 def get_config(arg=""):
-    a = common.parse_arg(arg, steps=0, seed=0)
-    c = common.get_config("captioning", "full")
+    a = config.parse_arg(arg, steps=0, seed=0)
+    c = config.get_config("captioning", "full")
     for key in ("task", "task_options", "base", "init", "method", "head", "size", "model", "data", "eval"):
         del c[key]
     c.pretrain = True

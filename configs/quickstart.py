@@ -4,12 +4,12 @@ python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 python main.py --config=configs/quickstart.py:task=captioning --workdir=runs/quickstart_captioning
 """
 
-from configs import common
+from jaxpeft import config
 
 
 def get_config(arg=""):
-    a = common.parse_arg(arg, task="vqa", steps=0)
-    c = common.get_config(a.task, "lora", 16, head="transform")
+    a = config.parse_arg(arg, task="vqa", steps=0)
+    c = config.get_config(a.task, "lora", 16, head="transform")
     c.data.n_train = 8192
     c.data.n_val = 0
     # vqa: of 1e-3, 2e-3 and 3e-3 on 512 validation pictures, one seed: .683, .637, .585. At the larger two questions of

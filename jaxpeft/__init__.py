@@ -17,15 +17,15 @@ The map, in the order in which data flow:
 
 from importlib import metadata as _metadata
 
-from jaxpeft.budget import solve_size
-from jaxpeft.evals import generate
-from jaxpeft.foreign import intercept
-from jaxpeft.hub import load
+from jaxpeft.adapt.budget import solve_size
+from jaxpeft.adapt.linen_bridge import intercept
+from jaxpeft.adapt.sites import attach, counts, describe, expand, fold, merge, stack, trainable
 from jaxpeft.interchange import export_blip, export_peft, import_peft, load_tuned, save_tuned
 from jaxpeft.methods import *  # noqa: F403  every method, by its class name
 from jaxpeft.methods import __all__ as _methods
-from jaxpeft.point import load_run, run
-from jaxpeft.sites import attach, counts, describe, expand, fold, merge, stack, trainable
+from jaxpeft.models.loading import load
+from jaxpeft.training.evaluate import generate
+from jaxpeft.training.run import load_run, run
 from jaxpeft.tree import join, split
 
 try:

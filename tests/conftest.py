@@ -19,12 +19,11 @@ import jax
 import pytest
 import tiny
 
-from jaxpeft import hub
-from jaxpeft.datasets import scenes
-from jaxpeft.models import blip
+from jaxpeft.apps.pretrain import ALIASES, init, shared
+from jaxpeft.data import scenes
+from jaxpeft.inputs.tokenizer import Tokenizer
+from jaxpeft.models import blip, loading
 from jaxpeft.models.blip import Blip, BlipConfig
-from jaxpeft.pretrain import ALIASES, init, shared
-from jaxpeft.text import Tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)  # before any array exists
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -50,4 +49,4 @@ def base(tmp_path_factory):
     model = Blip(BlipConfig(**sizes, question_encoder=True), tokenizer)
     params = init(model, 0)
     del params["itm"]
-    return hub.save(tmp_path_factory.mktemp("base") / "tiny", model, shared(params), aliases=ALIASES)
+    return loading.save(tmp_path_factory.mktemp("base") / "tiny", model, shared(params), aliases=ALIASES)

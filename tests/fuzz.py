@@ -36,14 +36,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import tiny
 
-from jaxpeft import hub, images, methods, point, sharding, sites
-from jaxpeft.datasets import folder
+from jaxpeft import methods
+from jaxpeft.adapt import sites
+from jaxpeft.data import folder
+from jaxpeft.inputs import images
+from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.interchange import import_peft, load_tuned, save_tuned
-from jaxpeft.journal import Journal
-from jaxpeft.models import blip_port
-from jaxpeft.text import Tokenizer
-from jaxpeft.torch_files import load_pickle
-from jaxpeft.untrusted import read_safetensors
+from jaxpeft.models import blip_convert, loading
+from jaxpeft.runtime.files import read_safetensors
+from jaxpeft.runtime.torch_files import load_pickle
+from jaxpeft.training import run as run_module
+from jaxpeft.training import sharding
+from jaxpeft.training.journal import Journal
 
 GOLDEN = Path(__file__).with_name("golden")
 SECONDS, MEMORY = 5.0, 1 << 30
@@ -255,13 +259,13 @@ def readers(home: Path) -> dict[str, Reader]:
     variables = sites.attach(model, params, chosen, jax.random.key(0))
     tuned = _directory(save_tuned(model, variables, chosen, home / "tuned"))
     adapters = [_directory(path) for path in sorted((GOLDEN / "peft").iterdir())]
-    captioner = hub.load(GOLDEN / "blip_caption_tiny")
+    captioner = loading.load(GOLDEN / "blip_caption_tiny")
     blip = [_directory(GOLDEN / name) for name in ("blip_caption_tiny", "blip_vqa_tiny", "blip_bin_tiny")]
     tensors = [{"t.safetensors": _file(path)} for path in sorted(GOLDEN.glob("*/*.safetensors"))[:3]]
     tensors += [{"t.safetensors": tuned["tuned.safetensors"]}]
-    ours = hub.save(home / "ours", tiny.model(False), tiny.params(False), aliases={})
+    ours = loading.save(home / "ours", tiny.model(False), tiny.params(False), aliases={})
     vocabulary = {"vocab.txt": "\n".join(tiny.TOKENIZER.vocabulary).encode()}
-    writer, weights = hub.load(ours)
+    writer, weights = loading.load(ours)
     one = methods.build("lora")
     save_tuned(writer, sites.attach(writer, weights, one, jax.random.key(0)), one, home / "run" / "tuned")
     run = {f"tuned/{name}": data for name, data in _directory(home / "run" / "tuned").items()}
@@ -288,14 +292,14 @@ def readers(home: Path) -> dict[str, Reader]:
         "tokenizer.json": Reader([{"tokenizer.json": _tokenizer_json()}], changed_settings, Tokenizer.from_file, 0.05),
         "vocab.txt": Reader([vocabulary], changed_bytes, Tokenizer.from_file, 0.05),
         "BLIP config.json": Reader(
-            blip, changed_settings, lambda d: blip_port.read_config(d / "config.json", False), 0.05, "config.json"
+            blip, changed_settings, lambda d: blip_convert.read_config(d / "config.json", False), 0.05, "config.json"
         ),
-        "BLIP directory": Reader(blip, _by_content, lambda d: hub.read(d), 0.01),
-        "our checkpoint": Reader([_directory(ours)], _by_content, lambda d: hub.read(d), 0.01),
+        "BLIP directory": Reader(blip, _by_content, lambda d: loading.read(d), 0.01),
+        "our checkpoint": Reader([_directory(ours)], _by_content, lambda d: loading.read(d), 0.01),
         "our tuned tree": Reader([tuned], _by_content, lambda d: load_tuned(model, params, d), 0.015),
         "PEFT adapter": Reader(adapters, _by_content, lambda d: import_peft(*captioner, d), 0.01),
         "journal": Reader([{"journal": _file(written)}], changed_bytes, journal, 0.05),
-        "run directory": Reader([run], _by_content, point.load_run, 0.005),
+        "run directory": Reader([run], _by_content, run_module.load_run, 0.005),
     }  # fmt: skip
 
 

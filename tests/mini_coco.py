@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from jaxpeft.datasets import scenes
-from jaxpeft.datasets.scenes_text import record
+from jaxpeft.data import scenes
+from jaxpeft.data.scenes.text import record
 
 _TOP = {"info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "license": {}}
 

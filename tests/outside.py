@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpeft.datasets import DATASETS, Split
+from jaxpeft.data import DATASETS
+from jaxpeft.data.base import Split
 from jaxpeft.methods import METHODS, Method
 from jaxpeft.metrics import METRICS
-from jaxpeft.optim import OPTIMIZERS
 from jaxpeft.tasks import TASKS, Captioning
+from jaxpeft.training.optim import OPTIMIZERS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpeft import losses
-from jaxpeft.models import blip_port
+from jaxpeft import ops
+from jaxpeft.models import blip_convert
 from jaxpeft.models.blip import Blip
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -32,7 +32,7 @@ def full_precision():
 def loaded(task):
     """(config, params, golden numbers)"""
     numbers = np.load(GOLDEN / f"blip_{task}_tiny.npz")
-    config, params, _ = blip_port.read_directory(GOLDEN / f"blip_{task}_tiny")
+    config, params, _ = blip_convert.read_directory(GOLDEN / f"blip_{task}_tiny")
     return config, params, {name: numbers[name] for name in numbers.files}
 
 
@@ -79,7 +79,7 @@ def test_image_tokens(task):
 
 def test_image_tokens_at_another_size():
     golden = loaded("caption")[2]
-    config, params, _ = blip_port.read_directory(GOLDEN / "blip_caption_tiny", image_size=56)
+    config, params, _ = blip_convert.read_directory(GOLDEN / "blip_caption_tiny", image_size=56)
     tokens_BPD = Blip(config).apply({"params": params}, golden["resized_images"], method="encode_image")
     assert far(tokens_BPD, golden["resized_image_tokens"]) <= LOGITS
 
@@ -122,7 +122,7 @@ def test_masked_question_tokens_do_not_matter():
 def loss_of(logits_BTV, golden, smoothing):
     """(the loss of the recipe, sums per text). Captioning: mean over tokens; VQA: weighted sums over questions."""
     targets_BT = golden["labels"][:, 1:]
-    nll_BT = losses.token_nll(logits_BTV[:, :-1], np.maximum(targets_BT, 0), smoothing)
+    nll_BT = ops.token_nll(logits_BTV[:, :-1], np.maximum(targets_BT, 0), smoothing)
     sums_B = (nll_BT * (targets_BT != -100)).sum(1)
     if "weights" not in golden:
         return sums_B.sum() / (targets_BT != -100).sum(), sums_B
@@ -143,7 +143,7 @@ def test_gradients(task):
     config, params, golden = loaded(task)
     smoothing = float(golden["smoothing"])
     gradient = jax.jit(jax.grad(lambda p: loss_of(forward(p, golden, config)[2], golden, smoothing)[0]))(params)
-    ours = blip_port.to_hf(gradient, config)
+    ours = blip_convert.to_hf(gradient, config)
     names = [name for name in golden if name.startswith("grad/")]
     assert len(names) >= 10
     for name in names:

@@ -13,8 +13,9 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from jaxpeft import hub, images, tree
-from jaxpeft.models import blip_port
+from jaxpeft import tree
+from jaxpeft.inputs import images
+from jaxpeft.models import blip_convert, loading
 from jaxpeft.models.blip import Blip, BlipConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -28,7 +29,7 @@ def tensors_of(directory):
 
 
 def config_of(directory):
-    return blip_port.read_directory(directory)[0]
+    return blip_convert.read_directory(directory)[0]
 
 
 def shapes(config):
@@ -68,14 +69,14 @@ def copy(tmp_path):
 @BOTH
 def test_round_trip_is_bit_exact(directory):
     tensors, config = tensors_of(directory), config_of(directory)
-    params = blip_port.from_hf(tensors, config)
-    assert_same(blip_port.to_hf(params, config), tensors)
-    assert_same(blip_port.from_hf(blip_port.to_hf(params, config), config), params)
+    params = blip_convert.from_hf(tensors, config)
+    assert_same(blip_convert.to_hf(params, config), tensors)
+    assert_same(blip_convert.from_hf(blip_convert.to_hf(params, config), config), params)
 
 
 @BOTH
 def test_params_fit_the_model(directory):
-    config, params, _ = blip_port.read_directory(directory)
+    config, params, _ = blip_convert.read_directory(directory)
     tree.check_same(tree.flatten(shapes(config)), tree.flatten(params), "params")
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
 
@@ -84,7 +85,7 @@ def test_params_fit_the_model(directory):
 def test_counts_of_blip_base(question_encoder, count):
     config = BlipConfig(question_encoder=question_encoder)
     assert tree.count(shapes(config)) == count
-    assert sum(int(np.prod(row.shape)) * len(row.names()) for row in blip_port.table(config)) == count
+    assert sum(int(np.prod(row.shape)) * len(row.names()) for row in blip_convert.table(config)) == count
 
 
 def test_unequal_widths_of_a_vqa_model_fit_too():
@@ -94,12 +95,12 @@ def test_unequal_widths_of_a_vqa_model_fit_too():
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes(config))
     assert params["text_encoder"]["blocks"]["cross_attention"]["key"]["kernel"].shape == (2, 48, 32)
     assert params["text_decoder"]["blocks"]["cross_attention"]["key"]["kernel"].shape == (2, 32, 32)
-    assert_same(blip_port.from_hf(blip_port.to_hf(params, config), config), params)
+    assert_same(blip_convert.from_hf(blip_convert.to_hf(params, config), config), params)
 
 
 def test_fused_attention_is_split_in_the_order_query_key_value():
     tensors, config = tensors_of(CAPTION), config_of(CAPTION)
-    attention = blip_port.from_hf(tensors, config)["vision"]["blocks"]["attention"]
+    attention = blip_convert.from_hf(tensors, config)["vision"]["blocks"]["attention"]
     fused, bias = (tensors[f"vision_model.encoder.layers.2.self_attn.qkv.{part}"] for part in ("weight", "bias"))
     for i, part in enumerate(("query", "key", "value")):
         np.testing.assert_array_equal(attention[part]["kernel"][2], fused[48 * i : 48 * (i + 1)].T)
@@ -108,7 +109,7 @@ def test_fused_attention_is_split_in_the_order_query_key_value():
 
 def test_the_patch_kernel_becomes_hwio():
     kernel = tensors_of(CAPTION)["vision_model.embeddings.patch_embedding.weight"]
-    ours = blip_port.from_hf(tensors_of(CAPTION), config_of(CAPTION))["vision"]["patch"]["kernel"]
+    ours = blip_convert.from_hf(tensors_of(CAPTION), config_of(CAPTION))["vision"]["patch"]["kernel"]
     assert ours.shape == (8, 8, 3, 48) and ours[5, 1, 2, 7] == kernel[7, 2, 5, 1]
 
 
@@ -119,7 +120,7 @@ def test_missing_extra_and_misshaped_keys_are_all_named_in_one_error():
     tensors["vision_model.encoder.layers.3.layer_norm1.bias"] = np.zeros(48, np.float32)
     tensors["text_decoder.cls.predictions.bias"] = np.zeros(96, np.float32)
     with pytest.raises(ValueError) as error:
-        blip_port.from_hf(tensors, config_of(CAPTION), "some.safetensors")
+        blip_convert.from_hf(tensors, config_of(CAPTION), "some.safetensors")
     text = str(error.value)
     assert "some.safetensors" in text and "missing (1): vision_model.post_layernorm.bias" in text
     assert "unexpected (1): vision_model.encoder.layers.3.layer_norm1.bias" in text
@@ -129,26 +130,26 @@ def test_missing_extra_and_misshaped_keys_are_all_named_in_one_error():
 def test_long_lists_of_keys_are_cut_after_ten_with_their_count():
     config = dataclasses.replace(config_of(CAPTION), vision_layers=5)
     with pytest.raises(ValueError, match=r"missing \(24\): (vision_model\S+, ){10}\.\.\. \(\+14 more\)"):
-        blip_port.from_hf(tensors_of(CAPTION), config)
+        blip_convert.from_hf(tensors_of(CAPTION), config)
 
 
 def test_a_question_encoder_is_neither_dropped_nor_invented():
     with pytest.raises(ValueError, match=r"unexpected \(56\): text_encoder"):
-        blip_port.from_hf(tensors_of(VQA), dataclasses.replace(config_of(VQA), question_encoder=False))
+        blip_convert.from_hf(tensors_of(VQA), dataclasses.replace(config_of(VQA), question_encoder=False))
     with pytest.raises(ValueError, match=r"question states; take a captioning checkpoint"):
-        blip_port.read_directory(VQA, question_encoder=False)
+        blip_convert.read_directory(VQA, question_encoder=False)
 
 
 def test_second_names_of_tied_tensors_must_agree():
     tensors, config = tensors_of(CAPTION), config_of(CAPTION)
-    expected = blip_port.from_hf(tensors, config)
-    second = tensors | {name: tensors[first] for name, first in blip_port.TIED.items()}
-    assert_same(blip_port.from_hf(second, config), expected)
-    only = {name: x for name, x in second.items() if name not in blip_port.TIED.values()}
-    assert_same(blip_port.from_hf(only, config), expected)
+    expected = blip_convert.from_hf(tensors, config)
+    second = tensors | {name: tensors[first] for name, first in blip_convert.TIED.items()}
+    assert_same(blip_convert.from_hf(second, config), expected)
+    only = {name: x for name, x in second.items() if name not in blip_convert.TIED.values()}
+    assert_same(blip_convert.from_hf(only, config), expected)
     second["text_decoder.cls.predictions.decoder.weight"] = tensors[WORD] + 1
     with pytest.raises(ValueError, match=f"decoder.weight differs from {WORD}"):
-        blip_port.from_hf(second, config)
+        blip_convert.from_hf(second, config)
 
 
 def official(name):
@@ -173,18 +174,18 @@ def test_official_names_and_position_buffers_are_accepted(directory):
     renamed = {official(name): x for name, x in tensors.items()}
     assert not any(name.startswith("vision_model") for name in renamed)
     renamed["text_decoder.bert.embeddings.position_ids"] = np.arange(24)[None]
-    assert_same(blip_port.from_hf(renamed, config), blip_port.from_hf(tensors, config))
+    assert_same(blip_convert.from_hf(renamed, config), blip_convert.from_hf(tensors, config))
     with pytest.raises(ValueError, match="two keys mean vision_model.post_layernorm.bias"):
-        blip_port.from_hf(tensors | {"visual_encoder.norm.bias": np.zeros(48)}, config)
+        blip_convert.from_hf(tensors | {"visual_encoder.norm.bias": np.zeros(48)}, config)
 
 
 # ------------------------------------------------------------------------------------------- directories
 def test_torch_file_equals_safetensors(copy):
     directory = copy(MINIMAL)
-    _, expected, report = blip_port.read_directory(directory)
+    _, expected, report = blip_convert.read_directory(directory)
     assert report["files"] == ["model.safetensors"]
     (directory / "model.safetensors").unlink()
-    _, params, report = blip_port.read_directory(directory)
+    _, params, report = blip_convert.read_directory(directory)
     assert report["files"] == ["pytorch_model.bin"]
     assert_same(params, expected)
 
@@ -203,33 +204,33 @@ def shard(directory, tensors, n=2):
 def test_shards_are_joined(copy):
     directory = copy(CAPTION)
     shard(directory, tensors_of(CAPTION))
-    _, params, report = blip_port.read_directory(directory)
+    _, params, report = blip_convert.read_directory(directory)
     assert report["files"] == ["model.safetensors.index.json", "model-0.safetensors", "model-1.safetensors"]
-    assert_same(params, blip_port.read_directory(CAPTION)[1])
+    assert_same(params, blip_convert.read_directory(CAPTION)[1])
     save_file({"other": np.zeros(2)}, directory / "model-1.safetensors")
     with pytest.raises(ValueError, match=r"model-1.safetensors: \S+ is not in it, though model.safetensors.index.json"):
-        blip_port.read_directory(directory)
+        blip_convert.read_directory(directory)
     (directory / "model-1.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model-1.safetensors is missing"):
-        blip_port.read_directory(directory)
+        blip_convert.read_directory(directory)
 
 
 def test_bfloat16_checkpoints_become_float32(copy):
     directory = copy(CAPTION)
     half = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors_of(CAPTION).items()}
     save_file(half, directory / "model.safetensors")
-    config, params, _ = blip_port.read_directory(directory)
+    config, params, _ = blip_convert.read_directory(directory)
     single = {name: x.astype(np.float32) for name, x in half.items()}
-    assert_same(jax.tree.map(np.asarray, params), blip_port.from_hf(single, config))
-    assert_same(blip_port.to_hf(blip_port.from_hf(half, config), config), half)
+    assert_same(jax.tree.map(np.asarray, params), blip_convert.from_hf(single, config))
+    assert_same(blip_convert.to_hf(blip_convert.from_hf(half, config), config), half)
 
 
 def test_settings_come_from_the_file_and_absent_ones_are_reported(copy):
     changes = {"vision_config.layer_norm_eps": None, "text_config.num_attention_heads": None}
-    config, _, report = blip_port.read_directory(copy(CAPTION, changes | {"text_config.layer_norm_eps": 1e-7}))
+    config, _, report = blip_convert.read_directory(copy(CAPTION, changes | {"text_config.layer_norm_eps": 1e-7}))
     assert (config.vision_eps, config.text_heads, config.text_eps) == (1e-5, 8, 1e-7)
     assert report["defaults"] == {"vision_config.layer_norm_eps": 1e-5, "text_config.num_attention_heads": 8}
-    config, _, report = blip_port.read_directory(CAPTION)
+    config, _, report = blip_convert.read_directory(CAPTION)
     assert (config.vision_eps, config.text_heads, config.text_eps, config.image_size) == (1e-6, 4, 1e-12, 40)
     assert (config.pad_id, config.cls_id, config.sep_id, config.bos_id, config.enc_id) == (0, 1, 2, 95, 96)
     assert report["defaults"] == {} and set(report["initialised"].values()) == {"checkpoint"}
@@ -252,37 +253,37 @@ def test_settings_come_from_the_file_and_absent_ones_are_reported(copy):
 )
 def test_wrong_settings_name_the_file_and_the_key(copy, changes, message):
     with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
-        blip_port.read_directory(copy(CAPTION, changes))
+        blip_convert.read_directory(copy(CAPTION, changes))
 
 
 def test_missing_and_damaged_files_are_named(copy):
     directory = copy(CAPTION)
     (directory / "model.safetensors").write_bytes((CAPTION / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as safetensors"):
-        blip_port.read_directory(directory)
+        blip_convert.read_directory(directory)
     (directory / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no weights; expected one of model.safetensors"):
-        blip_port.read_directory(directory)
+        blip_convert.read_directory(directory)
     save_file(tensors_of(CAPTION), directory / "model.safetensors")
     (directory / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
-        blip_port.read_directory(directory)
+        blip_convert.read_directory(directory)
     (directory / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json is missing"):
-        blip_port.read_directory(directory)
+        blip_convert.read_directory(directory)
 
 
 # ------------------------------------------------------------------------------------------- changes on load
 def test_another_image_size_resizes_the_positions_only():
-    config, params, report = blip_port.read_directory(CAPTION, image_size=56)
-    _, before, _ = blip_port.read_directory(CAPTION)
+    config, params, report = blip_convert.read_directory(CAPTION, image_size=56)
+    _, before, _ = blip_convert.read_directory(CAPTION)
     assert config.image_size == 56 and report["resized"] == "position embedding from 40 to 56 pixels"
     position_PD = before["vision"].pop("position")
     np.testing.assert_array_equal(params["vision"].pop("position"), images.resize_positions(position_PD, 7))
     assert_same(params, before)
-    assert "resized" not in blip_port.read_directory(CAPTION, image_size=40)[2]
+    assert "resized" not in blip_convert.read_directory(CAPTION, image_size=40)[2]
     with pytest.raises(ValueError, match="image_size 50 is not a multiple of patch_size 8"):
-        blip_port.read_directory(CAPTION, image_size=50)
+        blip_convert.read_directory(CAPTION, image_size=50)
 
 
 def equal_widths(tmp_path, copy):
@@ -295,8 +296,8 @@ def equal_widths(tmp_path, copy):
 
 def test_a_captioning_checkpoint_starts_a_vqa_model(tmp_path, copy):
     directory = equal_widths(tmp_path, copy)
-    _, caption, _ = blip_port.read_directory(directory)
-    config, params, report = blip_port.read_directory(directory, question_encoder=True)
+    _, caption, _ = blip_convert.read_directory(directory)
+    config, params, report = blip_convert.read_directory(directory, question_encoder=True)
     assert config.question_encoder and "text_encoder" not in caption
     tree.check_same(tree.flatten(shapes(config)), tree.flatten(params), "params")
     encoder = params.pop("text_encoder")
@@ -311,7 +312,7 @@ def test_a_captioning_checkpoint_starts_a_vqa_model(tmp_path, copy):
 
 def test_unequal_widths_cannot_start_a_vqa_model():
     with pytest.raises(ValueError, match=r"cross_attention/\{key,value\}/kernel .* width 48 .* width 32"):
-        blip_port.read_directory(CAPTION, question_encoder=True)
+        blip_convert.read_directory(CAPTION, question_encoder=True)
 
 
 # ------------------------------------------------------------------------------------------- what real directories hold
@@ -319,7 +320,7 @@ def untied(copy, directory=CAPTION, seed=0):
     """A directory whose vocabulary matrix is another one than its word embedding, as a BLIP tuned whole leaves it."""
     new, rng = copy(directory), np.random.default_rng(seed)
     tensors = tensors_of(directory)
-    second, first = next(iter(blip_port.TIED.items()))
+    second, first = next(iter(blip_convert.TIED.items()))
     tensors[second] = tensors[first] + rng.normal(0, 0.3, tensors[first].shape).astype(np.float32)
     tensors["text_decoder.cls.predictions.decoder.bias"] = tensors["text_decoder.cls.predictions.bias"]
     save_file(tensors, new / "model.safetensors")
@@ -329,15 +330,15 @@ def untied(copy, directory=CAPTION, seed=0):
 @BOTH
 def test_an_untied_head_is_a_leaf_of_its_own(copy, directory):
     path, tensors = untied(copy, directory)
-    config, params, _ = blip_port.read_directory(path)
-    second, first = next(iter(blip_port.TIED.items()))
+    config, params, _ = blip_convert.read_directory(path)
+    second, first = next(iter(blip_convert.TIED.items()))
     assert config.untied_head
     np.testing.assert_array_equal(params["text_decoder"]["head"]["vocabulary"]["kernel"], tensors[second].T)
     np.testing.assert_array_equal(params["text_decoder"]["embed"]["word"], tensors[first])
     tree.check_same(tree.flatten(shapes(config)), tree.flatten(params), "params")
     kept = {name: x for name, x in tensors.items() if name != "text_decoder.cls.predictions.decoder.bias"}
-    assert_same(blip_port.to_hf(jax.tree.map(np.asarray, params), config), kept)
-    assert blip_port.hf_config(config)["tie_word_embeddings"] is False
+    assert_same(blip_convert.to_hf(jax.tree.map(np.asarray, params), config), kept)
+    assert blip_convert.hf_config(config)["tie_word_embeddings"] is False
 
 
 def test_live_untied_heads_compute_what_transformers_computes(copy, tmp_path):
@@ -390,12 +391,12 @@ def test_words_are_added_to_an_untied_head_too():
     model, params = tiny.model(untied_head=True), dict(tiny.params())
     kernel = np.random.default_rng(0).normal(size=(12, len(tiny.TOKENIZER))).astype(np.float32)
     decoder = params["text_decoder"] | {"head": params["text_decoder"]["head"] | {"vocabulary": {"kernel": kernel}}}
-    wider, more, new = hub.extend_vocabulary(model, params | {"text_decoder": decoder}, ["zebra"], seed=0)
+    wider, more, new = loading.extend_vocabulary(model, params | {"text_decoder": decoder}, ["zebra"], seed=0)
     assert new == ["zebra"] and more["text_decoder"]["head"]["new_matrix"].shape == (1, 12)
     before = model.apply({"params": params | {"text_decoder": decoder}}, tiny.batch())
     after = wider.apply({"params": more}, tiny.batch())
     np.testing.assert_allclose(after[..., :-1], before, atol=1e-6)
-    whole, joined = hub.joined(wider, more)
+    whole, joined = loading.joined(wider, more)
     assert joined["text_decoder"]["head"]["vocabulary"]["kernel"].shape == (12, len(tiny.TOKENIZER) + 1)
     np.testing.assert_allclose(whole.apply({"params": joined}, tiny.batch()), after, atol=1e-6)
 
@@ -404,7 +405,7 @@ def test_words_are_added_to_an_untied_head_too():
 def test_a_small_vocabulary_needs_only_the_special_tokens_it_uses(copy, said):
     """transformers has no key for [ENC]; its class default is outside a small vocabulary, and captioning never reads it."""
     directory = copy(CAPTION, {"text_config.enc_token_id": said, "text_config.cls_token_id": None})
-    config, _, _ = blip_port.read_directory(directory)
+    config, _, _ = blip_convert.read_directory(directory)
     assert config.enc_id == 30523 and not config.question_encoder
     with pytest.raises(ValueError, match="text_config.enc_token_id 30523 is outside the vocabulary of 97"):
-        blip_port.read_directory(copy(VQA, {"text_config.enc_token_id": 30523}))
+        blip_convert.read_directory(copy(VQA, {"text_config.enc_token_id": 30523}))

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxpeft import claims
-from jaxpeft.claims import Final
+from jaxpeft.metrics import bootstrap
+from jaxpeft.study import claims
+from jaxpeft.study.claims import Final
 
 SIZES, N_IMAGES = (2, 4, 8, 16, 32), (256, 1024, 4096, 16384)
 REPLICATES = 200
@@ -153,6 +154,6 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     inside = 0
     for s in range(60):
         table = claims.Table(finals(by_data(0.02), methods=("lora",), n=100, seeds=8, seed=s))
-        _, low, high = claims.interval(claims.trend(table, "data", ["lora_head"]), REPLICATES)
+        _, low, high = bootstrap.interval(claims.trend(table, "data", ["lora_head"]), REPLICATES)
         inside += low <= 0.02 <= high
     assert inside >= 50  # 57 are expected; few seeds make percentile intervals a little short

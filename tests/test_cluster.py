@@ -12,8 +12,8 @@ import pytest
 import test_study
 
 from configs.studies import tiny
-from jaxpeft import cluster, study
-from jaxpeft.cluster import Resources
+from jaxpeft.study import execute, ray_executor
+from jaxpeft.study.ray_executor import Resources
 
 HERE = Path(__file__).parent
 ray = pytest.importorskip("ray", reason="needs Ray: pip install -e .[ray]")
@@ -46,20 +46,20 @@ def slow_point(config, workdir, log=print, features_in=None):
 
 def faked(*args):
     """`cluster._task` in a process of the cluster, with points that take half a second."""
-    study.point.run = slow_point
+    execute.training_run.run = slow_point
     return REAL(*args)
 
 
-REAL = cluster._task
+REAL = ray_executor._task
 BAD = "captions_human-lora_head8-n64-s0-lr0.009"
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(cluster, "_task", faked)
-    monkeypatch.setattr(cluster, "AGAIN", 0.5)
-    monkeypatch.setattr(study, "keep_pictures", lambda *_: None)
-    monkeypatch.setattr(study, "check", lambda *_: None)
+    monkeypatch.setattr(ray_executor, "_task", faked)
+    monkeypatch.setattr(ray_executor, "AGAIN", 0.5)
+    monkeypatch.setattr(execute, "keep_pictures", lambda *_: None)
+    monkeypatch.setattr(execute, "check", lambda *_: None)
     config = tiny.get_config("steps=3")
     config.levels.captions_human.lr_scale = 1.0
     del config.levels["vqa_stated"], config.arms["prefix_head"], config.arms["head"]
@@ -69,9 +69,9 @@ def small(monkeypatch):
 
 def run(config, directory, log=lambda *_: None):
     def elsewhere(*args, **kwargs):
-        cluster.work(*args, resources=Resources(), **kwargs)
+        ray_executor.work(*args, resources=Resources(), **kwargs)
 
-    return study.run(config, directory, log=log, elsewhere=elsewhere)
+    return execute.run(config, directory, log=log, elsewhere=elsewhere)
 
 
 def holders(directory) -> dict[int, str]:
@@ -104,8 +104,8 @@ def test_every_run_is_done_killed_ones_again_and_one_is_given_up(two_cores, smal
     thread.join()
     assert len(killed) == 2
     assert {row["id"] for row in rows if row["status"] == "failed"} == {BAD}
-    assert sum(row["status"] == "done" for row in rows) == study.n_runs(small) - 1
-    assert len((tmp_path / "failures" / f"{BAD}.jsonl").read_text().splitlines()) == study.TRIES
+    assert sum(row["status"] == "done" for row in rows) == execute.n_runs(small) - 1
+    assert len((tmp_path / "failures" / f"{BAD}.jsonl").read_text().splitlines()) == execute.TRIES
     for name in killed.values():
         (line,) = (tmp_path / "failures" / f"{name}.jsonl").read_text().splitlines()
         assert "its process was killed" in json.loads(line)["error"]
@@ -128,18 +128,18 @@ def test_a_stopped_driver_leaves_what_is_done_and_goes_on(two_cores, small, tmp_
     with pytest.raises(KeyboardInterrupt):
         run(small, tmp_path, stop_soon)
     done = set((tmp_path / "points").glob("*/result.json"))
-    assert 0 < len(done) < study.n_runs(small)
+    assert 0 < len(done) < execute.n_runs(small)
     before = {path: path.stat().st_mtime_ns for path in done}
     rows = run(small, tmp_path)
-    assert sum(row["status"] == "done" for row in rows) == study.n_runs(small) - 1
+    assert sum(row["status"] == "done" for row in rows) == execute.n_runs(small) - 1
     assert {path: path.stat().st_mtime_ns for path in done} == before
     assert [path.stem for path in (tmp_path / "failures").iterdir()] == [BAD]  # a stop is not a failure
 
 
 def test_processes_with_other_code_end_the_study_with_the_file_named(two_cores, small, tmp_path, monkeypatch):
     """A file was edited after the driver had started: its processes import the new one, and would do all runs without end."""
-    edited = study.source() | {"tree.py": "before"}
-    monkeypatch.setattr(study, "source", lambda: edited)
+    edited = execute.source() | {"tree.py": "before"}
+    monkeypatch.setattr(execute, "source", lambda: edited)
     with pytest.raises(ValueError, match=r"^tree\.py changed after this study"):
         run(small, tmp_path)
     assert not list((tmp_path / "points").glob("*")) and not list((tmp_path / "claims").glob("[!.]*"))

@@ -13,9 +13,15 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import blip_caption_coco, blip_vqa_v2
-from jaxpeft import datasets, decode, images, java, losses, metrics, point, results
-from jaxpeft.datasets import coco, prepare, prepared
+from jaxpeft import data, metrics, ops
+from jaxpeft.data import base, coco
+from jaxpeft.data.coco import prepare, prepared
+from jaxpeft.inputs import images
+from jaxpeft.metrics import coco_java
+from jaxpeft.models import decode
 from jaxpeft.tasks import build
+from jaxpeft.training import results
+from jaxpeft.training import run as run_module
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def home(tree, tmp_path_factory):
 
 
 def load(home, name, splits, **options):
-    return datasets.load(ConfigDict({"name": name, "data_dir": str(home), **options}), splits)
+    return data.load(ConfigDict({"name": name, "data_dir": str(home), **options}), splits)
 
 
 def originals(tree):
@@ -224,7 +230,7 @@ def test_two_processes_prepare_the_same(tree, home, tmp_path, monkeypatch):
 def run(config, base, home, workdir):
     config.base, config.data.data_dir = str(base), str(home)
     config.eval.gallery = False
-    return point.run(config, workdir, log=lambda _: None)
+    return run_module.run(config, workdir, log=lambda _: None)
 
 
 ARGS = "image_size=64,dtype=float32,steps=2,batch_size=8,method=lora,size=2"
@@ -236,11 +242,11 @@ def test_the_captioning_recipe_and_its_upload(base, home, tree, tmp_path):
     assert {row["image_id"] for row in upload} == {i for i, one in numbered(tree) if one["split"] == "test"}
     references = {i: [s["raw"] for s in one["sentences"]] for i, one in numbered(tree) if one["split"] == "test"}
     scores = result["metrics"]["test"]["tuned"]
-    assert scores["tokenizer"] == ("approximate" if java.missing() else "ptb")
+    assert scores["tokenizer"] == ("approximate" if coco_java.missing() else "ptb")
     again = metrics.captions_report({row["image_id"]: row["caption"] for row in upload}, references)
     for name in ("cider_d", "bleu_4", "rouge_l"):
         assert scores[name] == pytest.approx(again[name], abs=1e-9)
-    if not java.missing():
+    if not coco_java.missing():
         from pycocoevalcap.cider.cider import Cider
 
         cider, _ = Cider().compute_score(references, {row["image_id"]: [row["caption"]] for row in upload})
@@ -309,7 +315,7 @@ def test_rank_is_two_stages_of_whole_losses(k, chunk):
             n = int((answers[a] != 0).sum())
             tokens = jnp.asarray(answers[a : a + 1, : n - 1])
             logits = whole(tokens, context[i : i + 1], mask[i : i + 1])
-            expected[int(a)] = -float(losses.token_nll(logits, jnp.asarray(answers[a : a + 1, 1:n]), 0.1).sum())
+            expected[int(a)] = -float(ops.token_nll(logits, jnp.asarray(answers[a : a + 1, 1:n]), 0.1).sum())
         order = sorted(expected, key=lambda a: -expected[a])
         assert np.asarray(which[i]).tolist() == order
         np.testing.assert_allclose(score[i], [expected[a] for a in order], atol=2e-5)
@@ -318,7 +324,7 @@ def test_rank_is_two_stages_of_whole_losses(k, chunk):
 def test_the_closed_list_is_the_most_frequent_first(tmp_path):
     def split(*answers):
         questions = [{"question_id": str(i), "question": "q", "answers": a, "type": ""} for i, a in enumerate(answers)]
-        return datasets.Split("train", [], [{"image_id": "1", "captions": [], "questions": questions}])
+        return base.Split("train", [], [{"image_id": "1", "captions": [], "questions": questions}])
 
     train = split(["b"] * 10, ["b"] * 6 + ["c"] * 4, ["d"] * 10, ["a"] * 10)
     ranked = functools.partial(build, "vqa", inference="rank", variant="official2021")
@@ -340,19 +346,19 @@ def test_the_closed_list_is_the_most_frequent_first(tmp_path):
 def test_visual_genomes_answers_weigh_a_fifth():
     rows = [{"image_id": "vg1", "captions": [], "questions": [
         {"question_id": "vg1", "question": "w1", "answers": ["w2"], "type": "vg", "weight": 0.2}]}]  # fmt: skip
-    examples = build("vqa").examples(datasets.Split("train", [None], rows), tiny.TOKENIZER)
+    examples = build("vqa").examples(base.Split("train", [None], rows), tiny.TOKENIZER)
     assert examples.arrays["weights"].max() == np.float32(0.2)
 
 
 # scores through Java
 
 
-needs_java = pytest.mark.skipif(bool(java.missing()), reason=java.missing())
+needs_java = pytest.mark.skipif(bool(coco_java.missing()), reason=coco_java.missing())
 
 
 def test_without_java_the_report_says_so(monkeypatch):
-    monkeypatch.setattr(java.shutil, "which", lambda _: None)
-    report = java.captions_report({"a": "a dog.", "b": "x"}, {"a": ["a dog"], "b": ["y z"]})
+    monkeypatch.setattr(coco_java.shutil, "which", lambda _: None)
+    report = coco_java.captions_report({"a": "a dog.", "b": "x"}, {"a": ["a dog"], "b": ["y z"]})
     assert report["tokenizer"] == "approximate" and report["skipped"]["meteor"].endswith("is not installed")
 
 
@@ -360,7 +366,7 @@ def test_without_java_the_report_says_so(monkeypatch):
 def test_ptb_tokens_and_meteor():
     ours = {"a": 'He said "10,000 dogs\rran"; fast.', "b": "a cat on a mat", "c": ""}
     theirs = {"a": ["he said 10,000 dogs ran fast"], "b": ["a cat on a mat", "the cat sat"], "c": ["nothing"]}
-    report = java.captions_report(ours, theirs)
+    report = coco_java.captions_report(ours, theirs)
     assert report["tokenizer"] == "ptb" and 0.3 < report["meteor"] < 1
     # two of three pictures are exact but for what PTB tokens leave out, and the third is empty
     assert report["bleu_1"] == pytest.approx(np.exp(1 - 12 / 11), abs=1e-6)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxpeft import decode, hub
+from jaxpeft.models import decode, loading
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
 @functools.cache
 def golden(name):
-    model, params, _ = hub.read(GOLDEN / f"blip_{name}_tiny")
+    model, params, _ = loading.read(GOLDEN / f"blip_{name}_tiny")
     numbers = dict(np.load(GOLDEN / f"blip_{name}_tiny.npz"))
     variables = {"params": params}
     image_BPD = model.apply(variables, numbers["images"], method="encode_image")

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import uvicorn
 
-from jaxpeft import demo, images
-from jaxpeft.demo import Writer
+from jaxpeft.apps import demo
+from jaxpeft.apps.demo import Writer
+from jaxpeft.inputs import images
 
 
 @pytest.fixture

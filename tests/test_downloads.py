@@ -22,8 +22,10 @@ from huggingface_hub.utils import _shared_blobs
 from safetensors.numpy import load, save
 from test_hub import BLIP_PROCESSOR, WORDS
 
-from jaxpeft import downloads, hub, stop, tree
-from jaxpeft.pretrain import ALIASES, init, shared
+from jaxpeft import tree
+from jaxpeft.apps.pretrain import ALIASES, init, shared
+from jaxpeft.models import downloads, loading
+from jaxpeft.runtime import signals
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAME = "owner/a-blip"
@@ -167,12 +169,12 @@ def snapshot(commit=COMMIT) -> pathlib.Path:
 
 
 def test_a_repository_is_what_its_files_are(server, tmp_path, capfd):
-    model, params, report = hub.read(NAME)
+    model, params, report = loading.read(NAME)
     for name, content in captioner().items():
         if name in READ:
             (tmp_path / "same").mkdir(exist_ok=True)
             (tmp_path / "same" / name).write_bytes(content)
-    there, same, expected = hub.read(tmp_path / "same")
+    there, same, expected = loading.read(tmp_path / "same")
     assert model == there and tree.digest(params) == tree.digest(same)
     assert report == expected | {"source": NAME, "revision": COMMIT}
     assert set(server.fetched()) == READ and len(server.fetched()) == len(READ)
@@ -182,65 +184,65 @@ def test_a_repository_is_what_its_files_are(server, tmp_path, capfd):
 
 
 def test_what_is_cached_is_not_downloaded_again_and_nothing_is_said(server, capfd):
-    hub.load(NAME)
+    loading.load(NAME)
     another_process(server)
     capfd.readouterr()
-    hub.load(NAME)
+    loading.load(NAME)
     assert server.requests == [("GET", f"/api/models/{NAME}")]  # what the branch is now
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_full_commit_in_the_cache_needs_no_request(server, monkeypatch):
-    _, params, report = hub.read(NAME)
+    _, params, report = loading.read(NAME)
     another_process(server)
-    for again in (hub.read(NAME, revision=report["revision"]), hub.read(f"{NAME}@{COMMIT}")):
+    for again in (loading.read(NAME, revision=report["revision"]), loading.read(f"{NAME}@{COMMIT}")):
         assert tree.digest(again[1]) == tree.digest(params) and again[2] == report
-    hub.abstract(NAME, revision=COMMIT)
+    loading.abstract(NAME, revision=COMMIT)
     assert server.requests == []
     server.close()
-    assert hub.read(NAME, revision=COMMIT)[2] == report
+    assert loading.read(NAME, revision=COMMIT)[2] == report
 
 
 def test_offline_a_branch_is_what_it_was_when_it_was_last_asked_for(server, monkeypatch, caplog):
-    _, _, report = hub.read(NAME)
+    _, _, report = loading.read(NAME)
     another_process(server)
     offline(monkeypatch)
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
-    assert hub.read(NAME, revision=COMMIT)[2] == report and hub.read(NAME)[2] == report
+    assert loading.read(NAME, revision=COMMIT)[2] == report and loading.read(NAME)[2] == report
     assert server.requests == [] and caplog.text == ""  # the library does not complain of what was asked for
 
 
 def test_a_full_commit_that_is_not_in_the_cache_is_downloaded(server):
-    assert hub.read(NAME, revision=COMMIT)[2]["revision"] == COMMIT
+    assert loading.read(NAME, revision=COMMIT)[2]["revision"] == COMMIT
     assert set(server.fetched()) == READ
 
 
 def test_planning_downloads_no_weights(server, capsys):
-    plan = hub.abstract(NAME)
+    plan = loading.abstract(NAME)
     assert set(server.fetched()) == READ - {"model.safetensors"}
     assert "2 files, 0.0 MB" in capsys.readouterr().out
     server.requests.clear()
-    assert hub.read(NAME)[0] == plan
+    assert loading.read(NAME)[0] == plan
     assert server.fetched() == ["model.safetensors"] and "1 file, 0.4 MB" in capsys.readouterr().out
 
 
 def test_what_was_planned_is_what_is_read(server):
     """A branch that moves between the two: one process keeps the commit that it began with."""
-    hub.abstract(NAME)
+    loading.abstract(NAME)
     server.repositories[NAME][OTHER] = captioner()
     server.refs[NAME]["main"] = OTHER
-    assert hub.read(NAME)[2]["revision"] == COMMIT
+    assert loading.read(NAME)[2]["revision"] == COMMIT
     another_process(server)
-    assert hub.read(NAME)[2]["revision"] == OTHER
+    assert loading.read(NAME)[2]["revision"] == OTHER
 
 
 def test_pickled_weights_are_taken_where_there_are_no_others(server):
     files = golden("blip_bin_tiny")
     del files["model.safetensors"]
     server.repositories[NAME][COMMIT] = files
-    params = hub.load(NAME)[1]
+    params = loading.load(NAME)[1]
     assert server.fetched() == ["config.json", "pytorch_model.bin"]
-    assert tree.digest(params) == tree.digest(hub.load(GOLDEN / "blip_bin_tiny")[1])
+    assert tree.digest(params) == tree.digest(loading.load(GOLDEN / "blip_bin_tiny")[1])
 
 
 def sharded(files: dict[str, bytes], *, kind="model.safetensors", **more) -> dict[str, bytes]:
@@ -258,11 +260,11 @@ def sharded(files: dict[str, bytes], *, kind="model.safetensors", **more) -> dic
 
 def test_the_parts_that_an_index_names_are_downloaded(server, capsys):
     server.repositories[NAME][COMMIT] = sharded(captioner())
-    params = hub.load(NAME)[1]
+    params = loading.load(NAME)[1]
     index = "model.safetensors.index.json"
     expected = READ - {"model.safetensors"} | {index, "model-0.safetensors", "model-1.safetensors"}
     assert set(server.fetched()) == expected and "4 files" in capsys.readouterr().out
-    assert tree.digest(params) == tree.digest(hub.load(GOLDEN / "blip_caption_tiny")[1])
+    assert tree.digest(params) == tree.digest(loading.load(GOLDEN / "blip_caption_tiny")[1])
 
 
 @pytest.mark.parametrize("name", ["../config.json", "onnx/config.json", "/etc/passwd", "", "..", 3, "model-7.bin", "*"])
@@ -270,18 +272,18 @@ def test_an_index_names_plain_files_of_its_repository(server, name):
     server.repositories[NAME][COMMIT] = sharded(captioner(), x=name)
     problem = "only plain names|names (model-7.bin|.), which the repository does not hold|is no index of weights"
     with pytest.raises(ValueError, match=f"{NAME} at aaaaaaaa cannot be used: .*({problem})"):
-        hub.load(NAME)
+        loading.load(NAME)
     assert set(server.fetched()) == {"config.json", "model.safetensors.index.json"}
 
 
 def test_a_repository_of_our_own_format(server, tmp_path):
     params = init(tiny.model(), 1)
     del params["itm"]
-    hub.save(tmp_path / "ours", tiny.model(), shared(params), aliases=ALIASES, name="tiny one")
+    loading.save(tmp_path / "ours", tiny.model(), shared(params), aliases=ALIASES, name="tiny one")
     files = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
     server.repositories[NAME][COMMIT] = files | {"pytorch_model.bin": b"no"}
-    model, loaded, report = hub.read(NAME)
-    there, same, expected = hub.read(tmp_path / "ours")
+    model, loaded, report = loading.read(NAME)
+    there, same, expected = loading.read(tmp_path / "ours")
     assert model == there and tree.digest(loaded) == tree.digest(same)
     assert report == expected | {"source": NAME, "revision": COMMIT}
     assert set(server.fetched()) == set(files)
@@ -296,14 +298,14 @@ def test_branches_tags_and_commits(server):
     files["model.safetensors"] = save({name: 2 * x for name, x in tensors.items()})
     server.repositories[NAME][OTHER] = files
     server.refs[NAME] |= {"v2": OTHER, "refs/pr/1": OTHER}
-    first = hub.load(NAME)[1]["vision"]["position"]
+    first = loading.load(NAME)[1]["vision"]["position"]
     ways = (f"{NAME}@v2", None), (NAME, "v2"), (NAME, OTHER), (f"{NAME}@{OTHER}", OTHER), (f"{NAME}@refs/pr/1", None)
     for path, revision in ways:
-        _, params, report = hub.read(path, revision=revision)
+        _, params, report = loading.read(path, revision=revision)
         assert report["source"] == NAME and report["revision"] == OTHER
         assert jnp.array_equal(params["vision"]["position"], 2 * first)
-        assert hub.abstract(path, revision=revision) == hub.abstract(NAME)
-        assert hub.load(path, revision=revision)[0] == hub.load(NAME)[0]
+        assert loading.abstract(path, revision=revision) == loading.abstract(NAME)
+        assert loading.load(path, revision=revision)[0] == loading.load(NAME)[0]
 
 
 @pytest.mark.parametrize(
@@ -320,10 +322,10 @@ def test_branches_tags_and_commits(server):
 )
 def test_revisions_that_cannot_be(server, path, revision, message):
     with pytest.raises(ValueError) as error:
-        hub.load(path, revision=revision)
+        loading.load(path, revision=revision)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
     with pytest.raises(ValueError) as error:
-        hub.abstract(path, revision=revision)
+        loading.abstract(path, revision=revision)
     assert str(error.value).startswith(message)
     assert server.fetched() == []
 
@@ -340,7 +342,7 @@ def test_names_that_are_no_repository(server, path):
         with pytest.raises(
             ValueError, match=r"no checkpoint at .*shipped names: tiny; owner/name or owner/name@revision of"
         ):
-            hub.load(path)
+            loading.load(path)
     assert server.requests == []
 
 
@@ -348,13 +350,13 @@ def test_a_directory_of_that_name_comes_first(server, tmp_path):
     directory = tmp_path / NAME
     shutil.copytree(GOLDEN / "blip_caption_tiny", directory)
     for path in (NAME, f"{NAME}/", f"./{NAME}", directory, pathlib.Path(NAME)):
-        assert hub.read(path)[2]["source"] == "a-blip" and "revision" not in hub.read(path)[2]
-        hub.abstract(path)
+        assert loading.read(path)[2]["source"] == "a-blip" and "revision" not in loading.read(path)[2]
+        loading.abstract(path)
     with pytest.raises(ValueError, match="'owner/a-blip' is a local checkpoint and has no revisions; leave the rev"):
-        hub.load(NAME, revision=COMMIT)
+        loading.load(NAME, revision=COMMIT)
     (directory / "config.json").unlink()
     with pytest.raises(ValueError, match="no checkpoint at"):
-        hub.load(NAME)
+        loading.load(NAME)
     assert server.requests == []
 
 
@@ -364,7 +366,7 @@ def test_a_directory_of_that_name_comes_first(server, tmp_path):
 def refused(path=NAME, **options) -> str:
     """The error of loading, which is one line."""
     with pytest.raises(ValueError) as error:
-        hub.load(path, **options)
+        loading.load(path, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -421,7 +423,7 @@ def test_a_download_that_breaks_is_done_again(server):
     assert "cannot be downloaded (" in refused() and not (snapshot() / "model.safetensors").exists()
     server.errors.clear()
     server.requests.clear()
-    hub.load(NAME)
+    loading.load(NAME)
     assert server.fetched() == ["model.safetensors"]
 
 
@@ -448,11 +450,11 @@ def test_offline_with_nothing_or_too_little_in_the_cache(server, monkeypatch, ca
     assert refused().startswith(f"owner/a-blip {where} `hf download owner/a-blip --local-dir DIR` where")
     assert refused(revision=COMMIT).startswith(f"owner/a-blip at {COMMIT} {where}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    hub.abstract(NAME)
+    loading.abstract(NAME)
     another_process(server)
     offline(monkeypatch)
     capsys.readouterr()
-    assert hub.abstract(NAME) == hub.abstract(NAME, revision=COMMIT)
+    assert loading.abstract(NAME) == loading.abstract(NAME, revision=COMMIT)
     assert refused().startswith(f"owner/a-blip at {COMMIT} {where}")  # the weights
     assert server.requests == [] and capsys.readouterr().out == ""
 
@@ -463,7 +465,7 @@ def test_offline_with_files_that_another_program_downloaded(server, monkeypatch)
         huggingface_hub.hf_hub_download(NAME, name)
     another_process(server)
     offline(monkeypatch)
-    assert hub.read(NAME)[2]["revision"] == COMMIT and hub.load(NAME, revision=COMMIT)[0].tokenizer
+    assert loading.read(NAME)[2]["revision"] == COMMIT and loading.load(NAME, revision=COMMIT)[0].tokenizer
     assert server.requests == []
 
 
@@ -494,7 +496,7 @@ def test_a_repository_without_weights_that_are_read(server):
         "model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json); take another revision, or load it "
         "with transformers, save it with save_pretrained('DIR') and give base=DIR"
     )
-    hub.abstract(NAME)  # planning needs none
+    loading.abstract(NAME)  # planning needs none
 
 
 def test_a_full_disk_stays_an_error_of_the_machine(server, monkeypatch):
@@ -503,8 +505,8 @@ def test_a_full_disk_stays_an_error_of_the_machine(server, monkeypatch):
 
     monkeypatch.setattr(file_download, "http_get", full)
     with pytest.raises(OSError, match="No space left on device") as error:
-        hub.load(NAME)
-    assert stop.is_transient(error.value)
+        loading.load(NAME)
+    assert signals.is_transient(error.value)
 
 
 # ---------------------------------------------------------------- links of the cache
@@ -512,7 +514,7 @@ def test_a_full_disk_stays_an_error_of_the_machine(server, monkeypatch):
 
 def test_files_in_the_store_that_repositories_share_are_read(server):
     """The library keeps files of its newer storage once for all repositories: NAME -> blobs/DIGEST -> CACHE/blobs/00/HASH."""
-    expected = hub.read(NAME)[2]
+    expected = loading.read(NAME)[2]
     files = {}
     for i, name in enumerate(READ):
         blob = (snapshot() / name).resolve()
@@ -522,14 +524,14 @@ def test_files_in_the_store_that_repositories_share_are_read(server):
         assert blob.is_symlink() and files[name].is_relative_to(pathlib.Path(constants.HF_HUB_CACHE) / "blobs")
 
     server.requests.clear()
-    hub.abstract(NAME, revision=COMMIT)
-    assert hub.read(NAME, revision=COMMIT)[2] == expected and server.requests == []
+    loading.abstract(NAME, revision=COMMIT)
+    assert loading.read(NAME, revision=COMMIT)[2] == expected and server.requests == []
     assert {path.name for path in snapshot().iterdir()} == READ and all(file.exists() for file in files.values())
     assert not huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE).warnings  # the library takes them as they are
 
 
 def test_a_link_out_of_the_cache_is_not_followed(server, tmp_path):
-    hub.load(NAME)
+    loading.load(NAME)
     path = snapshot() / "vocab.txt"
     (tmp_path / "secret").write_bytes(path.read_bytes())
     path.unlink()

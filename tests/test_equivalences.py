@@ -14,9 +14,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from methods_table import ROWS, attached, every_row, perturbed
 
 import jaxpeft as jp
-from jaxpeft import budget, decode, layers, optim, sites, tasks, train, tree
+from jaxpeft import tasks, tree
+from jaxpeft.adapt import budget, sites
 from jaxpeft.methods import Gated, Scoped, Site
+from jaxpeft.models import decode, layers
 from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.training import loop, optim
 
 RNG = np.random.default_rng(0)
 
@@ -367,8 +370,8 @@ def test_eight_devices_and_vmap_over_tuned_trees_equal_one_device(row):
         frozen = jp.split(variables, mask)[1]  # fixed leaves that a method brings (VeRA's): one set for both
 
     def step(tuned, frozen, batch):
-        state = train.TrainState(jnp.int32(0), tuned, tx.init(tuned))
-        return train.train_step(
+        state = loop.TrainState(jnp.int32(0), tuned, tx.init(tuned))
+        return loop.train_step(
             state, frozen, None, batch, model=tiny.model(), task=tasks.build("vqa"), tx=tx, accumulate=1
         )[0].tuned
 

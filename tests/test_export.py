@@ -12,8 +12,11 @@ from PIL import Image
 from tiny import config_of
 
 import jaxpeft as jp
-from jaxpeft import export, hub, interchange, point, tasks, tree
-from jaxpeft.datasets import scenes
+from jaxpeft import interchange, tasks, tree
+from jaxpeft.apps import export
+from jaxpeft.data import scenes
+from jaxpeft.models import loading
+from jaxpeft.training import run
 
 torch = pytest.importorskip("torch", reason="runs the card's code: pip install -e .[golden]")
 transformers = pytest.importorskip("transformers", reason="as above")
@@ -50,7 +53,7 @@ def runs(tmp_path_factory):
             if method == "prompt":
                 c.method.where, c.method.positions, c.method.length = "^text_decoder$", "shift", 3
             patch.setattr(scenes, "load", with_words(plain) if words else plain)
-            point.run(c, home / f"{task}-{method}", lambda *_: None)
+            run.run(c, home / f"{task}-{method}", lambda *_: None)
             found[task, method] = home / f"{task}-{method}"
     return found
 
@@ -169,7 +172,7 @@ def test_an_adapter_brings_a_base_that_has_the_added_words(runs, picture, capsys
         ).logits
     assert ours.shape == tuple(theirs.shape) and ours.shape[-1] == len(model.tokenizer)
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-4)
-    again, params = hub.load(out / "base", question_encoder=False)
+    again, params = loading.load(out / "base", question_encoder=False)
     back, many = jp.import_peft(again, params, out)
     np.testing.assert_allclose(np.asarray(again.apply(back, batch))[:, 0], ours, atol=2e-4)
     assert [one.name for one in many] == ["lora"] or many[0].name == "scoped"
@@ -188,7 +191,7 @@ def test_any_prompt_is_python_on_the_card_and_no_part_of_the_caption(runs, pictu
 def test_an_adapter_of_a_hugging_face_base_names_it(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = Path(__file__).parent / "golden" / "blip_caption_tiny"
-    model, params = hub.load(base)
+    model, params = loading.load(base)
     method = jp.LoRA(rank=2)
     import jax
 

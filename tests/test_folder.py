@@ -13,9 +13,10 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import common
-from jaxpeft import images
-from jaxpeft.datasets import folder, folder_formats
+from jaxpeft import config as defaults
+from jaxpeft.data import folder
+from jaxpeft.data.folder import formats
+from jaxpeft.inputs import images
 
 VQA_TOP = {"info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "data_subtype": "val2014", "license": {}}
 
@@ -146,12 +147,12 @@ def test_images_by_other_ids(root):
     save(root / "shots" / "cam_A_frame7.png")
     save(root / "shots" / "b-00009.png")
     find = folder.Files(root).find
-    problems = folder_formats.Problems()
+    problems = formats.Problems()
     for image_id, file in {"frame7": "cam_A_frame7.png", "A_frame7": "cam_A_frame7.png", "9": "b-00009.png",
                            "7": "cam_A_frame7.png",
                            "00009": "b-00009.png", "009": "b-00009.png"}.items():  # fmt: skip
-        assert find(folder_formats._record("", None, image_id), problems) == f"shots/{file}"
-    assert find(folder_formats._record("", None, "rame7"), problems) is None
+        assert find(formats._record("", None, image_id), problems) == f"shots/{file}"
+    assert find(formats._record("", None, "rame7"), problems) is None
     assert problems.counts == {"missing image": 1}
 
 
@@ -360,9 +361,9 @@ def test_what_a_config_says_of_annotations(given, meant):
     arguments = ConfigDict({"annotations": "", "train": "", "val": "", "test": ""} | given)
     if " " in str(meant) and isinstance(meant, str):
         with pytest.raises(ValueError, match=meant):
-            common.annotations(arguments)
+            defaults.annotations(arguments)
     else:
-        assert common.annotations(arguments) == meant
+        assert defaults.annotations(arguments) == meant
 
 
 def test_two_metadata_files_in_one_directory(root):
@@ -394,7 +395,7 @@ def test_text_files_beside_pictures(tmp_path):
 
 
 def test_text_files_that_hold_no_captions(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_formats, "MOST_CAPTIONS", 100)
+    monkeypatch.setattr(formats, "MOST_CAPTIONS", 100)
     for stem in ("boxes", "latin", "long", "link", "good"):
         save(tmp_path / f"{stem}.png")
     texts = {"boxes.txt": "0 0.5 0.25 1e-2 .5\n3 0.5 0.25 0.1 0.5", "long.txt": "x" * 101}
@@ -630,7 +631,7 @@ def test_splits_may_have_more_after_their_name(root, tmp_path):
     ("test_a/b", None),
 ])  # fmt: skip
 def test_split_names(root, split, meant):
-    assert folder_formats.split_name(split) == meant
+    assert formats.split_name(split) == meant
     rows, problems = folder.parse(write(root / "c.csv", f"image,caption,split\n{name(1)},x,{split}\n"), root)
     assert [row["split"] for row in rows] == [meant] * bool(meant)
     assert problems.counts == ({} if meant else {"split": 1})
@@ -768,7 +769,7 @@ def test_everything_wrong_is_one_error_before_anything_is_written(root, tmp_path
         folder.load(config(root, tmp_path, annotations), ["train"])
     message = str(error.value)
     for kind, count in counts.items():
-        assert f"\n{kind} ({count}); {folder_formats.FIXES[kind]}:\n" in message, message
+        assert f"\n{kind} ({count}); {formats.FIXES[kind]}:\n" in message, message
     assert message.count("\n    messy.json row") == sum(min(3, count) for count in counts.values())
     assert "messy.json row 19: cannot decode the image cut.jpg: " in message and "on_error='skip'" in message
     assert not (tmp_path / "cache").exists()
@@ -859,7 +860,7 @@ def test_dark_16_bit_pictures_are_a_remark_that_stays(root, tmp_path):
 
 
 def test_remarks_are_counted_and_never_raise(root, tmp_path):
-    problems = folder_formats.Problems(keep=2)
+    problems = formats.Problems(keep=2)
     for i in range(3):
         problems.remark("image not used", f"{i}.png")
     assert problems.counts == {} and problems.report() == {
@@ -918,7 +919,7 @@ def test_images_without_a_split_beside_others_are_left_out():
     rows = [
         {"split": split, "file": file, "image_id": file, "where": "w"} for file, split in (("a", "test"), ("b", ""))
     ]
-    problems = folder_formats.Problems()
+    problems = formats.Problems()
     folder.assign_splits(rows, problems)
     assert [(row["file"], row["split"]) for row in rows] == [("a", "test")]
     assert "split (1)" in str(problems) and "w: b has no split" in str(problems)
@@ -929,7 +930,7 @@ FRACTIONS = [(0.1, 0.1), (0.0, 0.1), (0.1, 0.0), (0.45, 0.45), (0.0, 0.9), (0.3,
 
 def divided(n, val, test, seed):
     rows = [{"split": "", "file": f"{i}.png", "image_id": f"{i}.png", "where": "w"} for i in range(n)]
-    problems = folder_formats.Problems()
+    problems = formats.Problems()
     folder.assign_splits(rows, problems, val, test, seed)
     return {row["image_id"]: row["split"] for row in rows}, problems
 
@@ -962,7 +963,7 @@ def test_the_nearest_of_train_fill_empty_splits_and_test_comes_first():
         if min(place.values()) >= 0.02:
             assert [splits[i] for i in order] == ["test", "val"] + ["train"] * 6
     rows = [{"split": "", "file": i, "image_id": i, "where": "w"} for i in reversed(list(splits))]
-    folder.assign_splits(rows, folder_formats.Problems(), 0.01, 0.01, seed)
+    folder.assign_splits(rows, formats.Problems(), 0.01, 0.01, seed)
     assert {row["image_id"]: row["split"] for row in rows} == splits  # in any order of the rows
 
 

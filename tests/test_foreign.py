@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 import jaxpeft as jp
-from jaxpeft import sites
+from jaxpeft.adapt import sites
 
 D, L = 8, 3
 

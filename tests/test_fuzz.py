@@ -15,13 +15,17 @@ import pytest
 import tiny
 from PIL import Image
 
-from jaxpeft import export, hub, images, untrusted
-from jaxpeft.datasets import folder, prepare
+from jaxpeft.apps import export
+from jaxpeft.data import folder
+from jaxpeft.data.coco import prepare
+from jaxpeft.inputs import images
+from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.interchange import import_peft
+from jaxpeft.models import loading
 from jaxpeft.models.blip import BlipConfig
+from jaxpeft.runtime import files
+from jaxpeft.runtime.torch_files import load_pickle
 from jaxpeft.tasks.vqa import Vqa
-from jaxpeft.text import Tokenizer
-from jaxpeft.torch_files import load_pickle
 
 INPUTS = 4_000
 
@@ -136,17 +140,17 @@ def test_settings_are_bounded_in_size_and_depth(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
-        untrusted.read_json(path)
+        files.read_json(path)
     path.write_text(json.dumps({"a": "b" * 100}))
     with pytest.raises(ValueError, match="more than the 50"):
-        untrusted.read_json(path, most=50)
+        files.read_json(path, most=50)
 
 
 @pytest.mark.parametrize("name", ["../w.bin", "/etc/passwd", "..", "", "a/b", "a\\b", 3, "x\0"])
 def test_files_beside_a_file_stay_beside_it(tmp_path, name):
     with pytest.raises(ValueError, match="plain names"):
-        untrusted.beside(tmp_path, name)
-    assert untrusted.beside(tmp_path, "model-00001-of-00002.safetensors").parent == tmp_path
+        files.beside(tmp_path, name)
+    assert files.beside(tmp_path, "model-00001-of-00002.safetensors").parent == tmp_path
 
 
 def copied(source, directory, link):
@@ -163,11 +167,11 @@ def copied(source, directory, link):
 @pytest.mark.parametrize(
     ("source", "link", "read"),
     [
-        ("blip_caption_tiny", "config.json", hub.read),
-        ("blip_caption_tiny", "model.safetensors", hub.read),
-        ("blip_bin_tiny", "pytorch_model.bin", hub.read),
-        ("peft/*", "adapter_config.json", lambda d: import_peft(*hub.load(fuzz.GOLDEN / "blip_caption_tiny"), d)),
-        ("peft/*", "adapter_model.safetensors", lambda d: import_peft(*hub.load(fuzz.GOLDEN / "blip_caption_tiny"), d)),
+        ("blip_caption_tiny", "config.json", loading.read),
+        ("blip_caption_tiny", "model.safetensors", loading.read),
+        ("blip_bin_tiny", "pytorch_model.bin", loading.read),
+        ("peft/*", "adapter_config.json", lambda d: import_peft(*loading.load(fuzz.GOLDEN / "blip_caption_tiny"), d)),
+        ("peft/*", "adapter_model.safetensors", lambda d: import_peft(*loading.load(fuzz.GOLDEN / "blip_caption_tiny"), d)),
     ],
 )  # fmt: skip
 def test_a_link_out_of_a_directory_is_not_followed(tmp_path, source, link, read):
@@ -191,12 +195,12 @@ def test_links_of_the_hugging_face_cache_are_followed(tmp_path):
     for i, path in enumerate((fuzz.GOLDEN / "blip_caption_tiny").iterdir()):
         shutil.copy(path, blobs / f"{i:040x}")
         (snapshot / path.name).symlink_to(f"../../blobs/{i:040x}")
-    hub.load(snapshot)
+    loading.load(snapshot)
     (tmp_path / "secret").write_text("{}")
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to("../../../secret")
     with pytest.raises(ValueError, match="outside of its directory"):
-        hub.load(snapshot)
+        loading.load(snapshot)
 
 
 def test_annotations_and_a_run_cannot_link_elsewhere(tmp_path, home, readers):
@@ -243,7 +247,7 @@ def test_an_index_cannot_name_a_file_elsewhere(tmp_path):
     (tmp_path / "config.json").write_bytes(config)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../x.safetensors"}}))
     with pytest.raises(ValueError, match="plain names"):
-        hub.read(tmp_path)
+        loading.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -251,9 +255,9 @@ def test_an_index_cannot_name_a_file_elsewhere(tmp_path):
 )
 def test_patterns_that_could_take_for_ever_or_are_broken_are_refused(text):
     with pytest.raises(ValueError):
-        untrusted.pattern(text, "here")
+        files.pattern(text, "here")
     for good in ("q_proj", r"encoder\.layer\.\d+\.attention", ".*attention.self.query", "layers.[0-9].fc1"):
-        assert isinstance(untrusted.pattern(good, "here"), re.Pattern)
+        assert isinstance(files.pattern(good, "here"), re.Pattern)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +273,7 @@ def test_safetensors_cannot_name_more_than_there_is(tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
     (tmp_path / "t").write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
-        untrusted.read_safetensors(tmp_path / "t")
+        files.read_safetensors(tmp_path / "t")
 
 
 def test_a_picture_that_starts_a_program_is_refused():
@@ -298,7 +302,7 @@ def test_a_picture_bomb_is_refused_before_it_is_unpacked():
 
 
 def test_a_vocabulary_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(untrusted, "MOST_JSON", 100)
+    monkeypatch.setattr(files, "MOST_JSON", 100)
     (tmp_path / "vocab.txt").write_text("\n".join(map(str, range(1000))))
     with pytest.raises(ValueError, match="is it a vocabulary"):
         Tokenizer.from_file(tmp_path)

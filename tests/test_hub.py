@@ -11,20 +11,23 @@ import pytest
 import tiny
 from PIL import Image
 
-from jaxpeft import data, evals, hub, interchange, tree
-from jaxpeft.pretrain import ALIASES, init, shared
+from jaxpeft import interchange, tree
+from jaxpeft.apps.pretrain import ALIASES, init, shared
+from jaxpeft.data import pipeline
+from jaxpeft.models import loading
+from jaxpeft.training import evaluate
 
 
 @pytest.fixture
 def saved(tmp_path):
     params = init(tiny.model(), 1)
     del params["itm"]
-    return hub.save(tmp_path / "base", tiny.model(), shared(params), aliases=ALIASES, note="hello"), shared(params)
+    return loading.save(tmp_path / "base", tiny.model(), shared(params), aliases=ALIASES, note="hello"), shared(params)
 
 
 def test_round_trip_shares_what_the_aliases_say(saved):
     directory, params = saved
-    model, loaded, report = hub.read(directory)
+    model, loaded, report = loading.read(directory)
     assert model == tiny.model() and report["digest"]
     half = jax.tree.map(lambda x: np.float16(x).astype(np.float32), params)
     assert tree.digest(loaded) == tree.digest(half)
@@ -36,18 +39,18 @@ def test_round_trip_shares_what_the_aliases_say(saved):
 
 
 def test_captioning_leaves_the_question_encoder_out(saved):
-    model, params = hub.load(saved[0], question_encoder=False)
+    model, params = loading.load(saved[0], question_encoder=False)
     assert not model.config.question_encoder and set(params) == {"vision", "text_decoder"}
 
 
 def test_image_size_resizes_positions(saved):
-    model, params = hub.load(saved[0], image_size=32)
+    model, params = loading.load(saved[0], image_size=32)
     assert model.config.image_size == 32 and params["vision"]["position"].shape == (1 + 16, 12)
 
 
 def test_alias_that_does_not_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="text_encoder/embed/.* differs from text_decoder"):
-        hub.save(tmp_path / "x", tiny.model(), tiny.params(), aliases=ALIASES)
+        loading.save(tmp_path / "x", tiny.model(), tiny.params(), aliases=ALIASES)
 
 
 def test_missing_and_extra_leaves_are_listed(saved):
@@ -58,14 +61,14 @@ def test_missing_and_extra_leaves_are_listed(saved):
     leaves["vision/extra"] = leaves.pop("vision/norm/bias")
     save_file(leaves, file)
     with pytest.raises(ValueError, match=r"(?s)missing \(1\): vision/norm/bias.*unexpected \(1\): vision/extra"):
-        hub.load(saved[0])
+        loading.load(saved[0])
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: hub.load("no/such/place"), "no checkpoint at 'no/such/place'.*shipped names: tiny"),
-        (lambda: hub.load("tiny", batch=3), r"unknown model options \['batch'\]"),
+        (lambda: loading.load("no/such/place"), "no checkpoint at 'no/such/place'.*shipped names: tiny"),
+        (lambda: loading.load("tiny", batch=3), r"unknown model options \['batch'\]"),
     ],
 )
 def test_mistakes_are_named(call, message):
@@ -74,8 +77,8 @@ def test_mistakes_are_named(call, message):
 
 
 def test_extended_vocabulary_keeps_old_rows_and_answers(saved):
-    model, params = hub.load(saved[0])
-    wider, more, new = hub.extend_vocabulary(model, params, ["zebra", "w3", "yak"], seed=0)
+    model, params = loading.load(saved[0])
+    wider, more, new = loading.extend_vocabulary(model, params, ["zebra", "w3", "yak"], seed=0)
     assert new == ["zebra", "yak"] and wider.config.vocab_size == model.config.vocab_size + 2
     batch, n = tiny.batch(), model.config.vocab_size
     before = model.apply({"params": params}, batch)
@@ -83,24 +86,24 @@ def test_extended_vocabulary_keeps_old_rows_and_answers(saved):
     np.testing.assert_allclose(after[..., :n], before, atol=1e-6)
     assert more["text_decoder"]["embed"]["new_word"].shape == (2, 12)
     assert 0 < float(jnp.std(more["text_decoder"]["embed"]["new_word"])) < 0.05
-    whole, joined = hub.joined(wider, more)
+    whole, joined = loading.joined(wider, more)
     assert whole.config.new_words == 0 and joined["text_decoder"]["embed"]["word"].shape[0] == n + 2
     assert jnp.array_equal(whole.apply({"params": joined}, batch), after)
-    same, same_params, none = hub.extend_vocabulary(model, params, ["w3"], seed=0)
+    same, same_params, none = loading.extend_vocabulary(model, params, ["w3"], seed=0)
     assert not none and same is model and same_params is params
 
 
 def test_the_shipped_checkpoint_is_what_its_manifest_says():
-    directory = hub.ASSETS / "tiny"
+    directory = loading.ASSETS / "tiny"
     manifest = json.loads((directory / "manifest.json").read_text())
     assert (directory / "model.safetensors").stat().st_size <= 8 << 20
-    model, params, report = hub.read("tiny")
+    model, params, report = loading.read("tiny")
     from safetensors.numpy import load_file
 
     stored = {name: x.astype(np.float32) for name, x in load_file(directory / "model.safetensors").items()}
     assert tree.digest(stored) == manifest["digest"] == report["digest"]
     assert model.config.question_encoder and manifest["scores"]["web"]["n"] >= 500
-    from jaxpeft.datasets import scenes
+    from jaxpeft.data import scenes
 
     assert all(word in model.tokenizer.ids for word in scenes.WORDS)
     assert "command" in manifest and manifest["total_s"] > 0
@@ -136,7 +139,7 @@ def hf(path, words=tuple(WORDS), changes=None, **files):
 
 def test_a_base_loaded_twice_is_one_to_jit(tmp_path):
     """The library's tokenizer compares by identity: as a field of the model it would have every program compiled again."""
-    one, other = (hub.load(hf(tmp_path / name))[0] for name in "ab")
+    one, other = (loading.load(hf(tmp_path / name))[0] for name in "ab")
     assert one == other and hash(one) == hash(other) and one.tokenizer is not other.tokenizer
     traced = []
     function = jax.jit(lambda model, x: traced.append(1) or x, static_argnums=0)
@@ -148,9 +151,9 @@ def test_a_base_loaded_twice_is_one_to_jit(tmp_path):
 def test_special_ids_of_tokenizer_and_config_must_agree(tmp_path, swap):
     words = [swap[1] if word == swap[0] else swap[0] if word == swap[1] else word for word in WORDS]
     with pytest.raises(ValueError, match="the configuration says (pad|sep|bos)_id .* is number .* of the tokenizer"):
-        hub.load(hf(tmp_path / "x", words))
+        loading.load(hf(tmp_path / "x", words))
     with pytest.raises(ValueError, match="of the tokenizer"):
-        hub.abstract(tmp_path / "x")
+        loading.abstract(tmp_path / "x")
 
 
 def test_special_ids_that_no_configuration_has_are_the_tokenizers(tmp_path):
@@ -159,7 +162,7 @@ def test_special_ids_that_no_configuration_has_are_the_tokenizers(tmp_path):
     for key in ("pad_token_id", "sep_token_id", "bos_token_id", "cls_token_id", "enc_token_id"):
         config["text_config"].pop(key, None)
     (path / "config.json").write_text(json.dumps(config))
-    model, _ = hub.load(path)
+    model, _ = loading.load(path)
     c = model.config
     assert (c.pad_id, c.cls_id, c.sep_id, c.bos_id, c.enc_id) == (0, 1, 2, 95, 96)
 
@@ -171,9 +174,9 @@ def test_captioning_needs_no_row_for_enc(tmp_path):
 
     tensors = load_file(path / "model.safetensors")
     save_file({name: x[:96] if x.shape[:1] == (97,) else x for name, x in tensors.items()}, path / "model.safetensors")
-    model, params = hub.load(path)
+    model, params = loading.load(path)
     assert (len(model.tokenizer), model.config.vocab_size) == (97, 96)
-    assert len(evals.generate(model, {"params": params}, [np.zeros((40, 40, 3), np.uint8)], beams=2)) == 1
+    assert len(evaluate.generate(model, {"params": params}, [np.zeros((40, 40, 3), np.uint8)], beams=2)) == 1
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -181,10 +184,10 @@ def test_rows_without_a_token_are_never_written(tmp_path, beams):
     """A matrix that was padded to 97 rows for 60 tokens: where a padded row wins, `generate` died on its id."""
     words = [*WORDS[:58], "[DEC]", "[ENC]"]
     path = hf(tmp_path / "x", words, {"bos_token_id": 58, "enc_token_id": 59})
-    model, params = hub.load(path)
+    model, params = loading.load(path)
     bias = params["text_decoder"]["head"]["bias"].at[60:].add(100.0)
     decoder = params["text_decoder"] | {"head": params["text_decoder"]["head"] | {"bias": bias}}
-    (texts,) = evals.generate(
+    (texts,) = evaluate.generate(
         model, {"params": params | {"text_decoder": decoder}}, [np.zeros((40, 40, 3), np.uint8)], beams=beams, top=beams
     )
     assert all(set(one["text"].split()) <= set(words) for one in texts)
@@ -198,12 +201,12 @@ BLIP_PROCESSOR = {
 
 
 def test_the_image_processor_of_a_base_is_followed(tmp_path):
-    plain = hub.load(hf(tmp_path / "plain"))[0]
+    plain = loading.load(hf(tmp_path / "plain"))[0]
     published = BLIP_PROCESSOR | {"do_pad": True, "size_divisor": 32, "processor_class": "BlipProcessor"}
-    assert hub.load(hf(tmp_path / "published", preprocessor_config=published))[0] == plain
-    assert hub.load(hf(tmp_path / "same", preprocessor_config=BLIP_PROCESSOR))[0] == plain
+    assert loading.load(hf(tmp_path / "published", preprocessor_config=published))[0] == plain
+    assert loading.load(hf(tmp_path / "same", preprocessor_config=BLIP_PROCESSOR))[0] == plain
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
-    model, params = hub.load(hf(tmp_path / "half", preprocessor_config=BLIP_PROCESSOR | half))
+    model, params = loading.load(hf(tmp_path / "half", preprocessor_config=BLIP_PROCESSOR | half))
     assert (model.config.image_mean, model.config.image_std, model.config.image_resample) == ((0.5,) * 3, (0.5,) * 3, 2)
     image_BYXC = np.random.default_rng(0).integers(0, 256, (1, 40, 40, 3)).astype(np.uint8)
     floats = (image_BYXC / np.float32(255) - 0.5) / np.float32(0.5)
@@ -212,11 +215,11 @@ def test_the_image_processor_of_a_base_is_followed(tmp_path):
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     assert np.abs(ours - plain.apply(variables, image_BYXC, method="encode_image")).max() > 0.1
     nested = {"processor_class": "BlipProcessor", "image_processor": BLIP_PROCESSOR | half}  # transformers 5
-    assert hub.load(hf(tmp_path / "nested", processor_config=nested))[0] == model
+    assert loading.load(hf(tmp_path / "nested", processor_config=nested))[0] == model
     raw = BLIP_PROCESSOR | {"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3, "resample": 2}
-    np.testing.assert_allclose(hub.load(hf(tmp_path / "raw", preprocessor_config=raw))[0].config.image_mean, 0.5)
+    np.testing.assert_allclose(loading.load(hf(tmp_path / "raw", preprocessor_config=raw))[0].config.image_mean, 0.5)
     picture = np.random.default_rng(1).integers(0, 256, (60, 30, 3)).astype(np.uint8)
-    bilinear = data.Resized.of([picture], model)[0]
+    bilinear = pipeline.Resized.of([picture], model)[0]
     expected = np.array(Image.fromarray(picture).resize((40, 40), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(bilinear, expected)
 
@@ -246,24 +249,24 @@ def test_the_image_processor_of_a_base_is_followed(tmp_path):
 def test_what_an_image_processor_does_otherwise_is_refused_by_name(tmp_path, changes, message):
     path = hf(tmp_path / "x", preprocessor_config=BLIP_PROCESSOR | changes)
     with pytest.raises(ValueError, match=message):
-        hub.load(path)
+        loading.load(path)
     if "56" in message:
-        assert hub.load(path, image_size=56)[0].config.image_size == 56
+        assert loading.load(path, image_size=56)[0].config.image_size == 56
 
 
 def test_two_processor_files_that_disagree_are_refused(tmp_path):
     nested = {"image_processor": BLIP_PROCESSOR | {"image_mean": [0.5] * 3}}
     with pytest.raises(ValueError, match="processor_config.json contradicts preprocessor_config.json"):
-        hub.load(hf(tmp_path / "x", preprocessor_config=BLIP_PROCESSOR, processor_config=nested))
+        loading.load(hf(tmp_path / "x", preprocessor_config=BLIP_PROCESSOR, processor_config=nested))
 
 
 def test_an_export_carries_the_processor(tmp_path):
     half = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 1}
-    model, params = hub.load(hf(tmp_path / "half", preprocessor_config=BLIP_PROCESSOR | half))
+    model, params = loading.load(hf(tmp_path / "half", preprocessor_config=BLIP_PROCESSOR | half))
     interchange.export_blip(model, {"params": params}, tmp_path / "out")
-    assert hub.load(tmp_path / "out")[0] == model
-    again = hub.save(tmp_path / "ours", model, params, aliases={}, dtype="float32")
-    assert hub.load(again)[0] == model
+    assert loading.load(tmp_path / "out")[0] == model
+    again = loading.save(tmp_path / "ours", model, params, aliases={}, dtype="float32")
+    assert loading.load(again)[0] == model
 
 
 def test_live_the_processor_of_transformers_makes_the_same_logits(tmp_path):
@@ -271,7 +274,7 @@ def test_live_the_processor_of_transformers_makes_the_same_logits(tmp_path):
     transformers = pytest.importorskip("transformers", reason="as above")
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     path = hf(tmp_path / "half", preprocessor_config=BLIP_PROCESSOR | half)
-    model, params = hub.load(path)
+    model, params = loading.load(path)
     image_BYXC = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3)).astype(np.uint8)
     processor = transformers.BlipImageProcessor.from_pretrained(path)
     there = transformers.BlipForConditionalGeneration.from_pretrained(path).eval()

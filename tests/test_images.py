@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxpeft import images
+from jaxpeft.inputs import images
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "positions.npz")
 

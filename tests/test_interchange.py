@@ -12,7 +12,9 @@ from methods_table import ROWS, attached, every_row, perturbed
 from safetensors.numpy import load_file, save_file
 
 import jaxpeft as jp
-from jaxpeft import hub, interchange, sites, tree
+from jaxpeft import interchange, tree
+from jaxpeft.adapt import sites
+from jaxpeft.models import loading
 
 GOLDEN = Path(__file__).parent / "golden"
 PEFT = sorted(path.name for path in (GOLDEN / "peft").iterdir())
@@ -20,7 +22,7 @@ PEFT = sorted(path.name for path in (GOLDEN / "peft").iterdir())
 
 @functools.cache
 def base():
-    return hub.load(GOLDEN / "blip_caption_tiny")
+    return loading.load(GOLDEN / "blip_caption_tiny")
 
 
 @functools.cache

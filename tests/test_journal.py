@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpeft import journal, sharding, tree
-from jaxpeft.journal import Journal
+from jaxpeft import tree
+from jaxpeft.training import journal, sharding
+from jaxpeft.training.journal import Journal
 
 MANIFEST = {"config": "a", "data": {"train": "b"}}
 

@@ -8,21 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from configs import common, point, pretrain, quickstart
-from jaxpeft.progress import Progress
+from configs import point, pretrain, quickstart
+from jaxpeft import config
+from jaxpeft.training.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_arguments_are_typed_and_unknown_ones_list_the_known():
-    a = common.parse_arg("size=4,fraction=0.5,flag,task=vqa", size=8, fraction=1.0, flag=False, task="x")
+    a = config.parse_arg("size=4,fraction=0.5,flag,task=vqa", size=8, fraction=1.0, flag=False, task="x")
     assert (a.size, a.fraction, a.flag, a.task) == (4, 0.5, True, "vqa")
     with pytest.raises(ValueError, match=r"unknown config argument 'sise' \(did you mean 'size'\?\); choose from size"):
-        common.parse_arg("sise=4", size=8)
+        config.parse_arg("sise=4", size=8)
     with pytest.raises(ValueError, match="size='big' is not a int"):
-        common.parse_arg("size=big", size=8)
+        config.parse_arg("size=big", size=8)
     with pytest.raises(ValueError, match="give true or false"):
-        common.parse_arg("flag=maybe", flag=True)
+        config.parse_arg("flag=maybe", flag=True)
 
 
 def test_a_point_is_what_its_argument_says():

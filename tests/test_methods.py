@@ -14,8 +14,10 @@ import tiny
 from methods_table import BASE, ROWS, attached, every_row, perturbed
 
 import jaxpeft as jp
-from jaxpeft import methods, sites, tasks, train, tree
+from jaxpeft import methods, tasks, tree
+from jaxpeft.adapt import sites
 from jaxpeft.methods import METHODS, Head, LoRA, Selective, Site
+from jaxpeft.training import loop
 
 
 @jax.jit
@@ -71,7 +73,7 @@ def test_training_moves_only_the_tuned_leaves(row):
     variables, mask = attached(row)
     tuned, frozen = jp.split(variables, mask)
     tx = optax.sgd(0.1)
-    state = train.TrainState(jnp.int32(0), tuned, tx.init(tuned))
+    state = loop.TrainState(jnp.int32(0), tuned, tx.init(tuned))
     state, _ = _steps(state, frozen, tx)
     after = tree.flatten(tree.join(state.tuned, frozen))
     allowed = tree.flatten(mask)
@@ -81,7 +83,7 @@ def test_training_moves_only_the_tuned_leaves(row):
 
 
 def _steps(state, frozen, tx):
-    step = functools.partial(train.train_step, model=tiny.model(), task=tasks.build("vqa"), tx=tx, accumulate=1)
+    step = functools.partial(loop.train_step, model=tiny.model(), task=tasks.build("vqa"), tx=tx, accumulate=1)
     return jax.jit(step)(state, frozen, None, tiny.batch())
 
 

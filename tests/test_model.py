@@ -80,7 +80,7 @@ def test_unrolled_layers_and_remat_change_nothing(change, monkeypatch):
 
 
 def test_uint8_pictures_are_normalised_as_blip_does():
-    from jaxpeft import images
+    from jaxpeft.inputs import images
 
     model = tiny.model()
     states = [

@@ -15,8 +15,12 @@ from safetensors.numpy import load_file
 import jaxpeft as jp
 from configs import folder
 from configs.studies import base as studies
-from jaxpeft import budget, datasets, hub, point, preflight, sites, study, tasks, tree
+from jaxpeft import data, tasks, tree
+from jaxpeft.adapt import budget, sites
 from jaxpeft.methods import NewWords, Selective
+from jaxpeft.models import loading
+from jaxpeft.study import execute
+from jaxpeft.training import preflight, run
 
 EMOJI = "\U0001f600"
 
@@ -48,7 +52,7 @@ def test_counts_budgets_and_files_hold_the_new_rows_and_no_others(root, base, tm
     assert result["model"]["new_words"] == ["snorkwobble", EMOJI]
     assert "vocabulary: 2 words are new to the base; their rows start random and are tuned" in said
     width = tiny.CONFIG["text_width"]
-    alone = budget.abstract_counts(jp.LoRA(rank=2), point.abstract_model(c))
+    alone = budget.abstract_counts(jp.LoRA(rank=2), run.abstract_model(c))
     expected = {key: alone[key] + 2 * (width + 1) for key in ("tuned", "stored")}  # a row and a bias each
     assert {key: result["counts"][key] for key in expected} == expected
     stored = load_file(tmp_path / "run" / "tuned" / "tuned.safetensors")
@@ -59,7 +63,7 @@ def test_counts_budgets_and_files_hold_the_new_rows_and_no_others(root, base, tm
     assert f"{expected['tuned']:,} tuned, {expected['stored']:,} stored" in preflight.report(c)
     model, variables, methods, _ = jp.load_run(tmp_path / "run")
     assert methods[1:] == (NewWords(),) and model.config.new_words == 2
-    original = hub.load(base, question_encoder=False)[1]
+    original = loading.load(base, question_encoder=False)[1]
     assert jnp.array_equal(
         variables["params"]["text_decoder"]["embed"]["word"], original["text_decoder"]["embed"]["word"]
     )
@@ -77,35 +81,35 @@ def test_a_study_counts_them_before_it_runs(root, base, tmp_path):
     c = studies.study(
         "words", "", {"captions": {"task": "captioning"}}, arms, budgets=(), n_images=(1, 7), seeds=1, make_point=make
     )
-    said = study.dry_run(c, tmp_path / "study")
-    alone = budget.abstract_counts(jp.LoRA(rank=2), point.abstract_model(make("captioning")))["stored"]
+    said = execute.dry_run(c, tmp_path / "study")
+    alone = budget.abstract_counts(jp.LoRA(rank=2), run.abstract_model(make("captioning")))["stored"]
     tables = {line.split()[0]: line.split()[2] for line in said.splitlines() if line.startswith("captions-")}
     assert tables["captions-lora2-n7"] == f"{alone + 2 * (tiny.CONFIG['text_width'] + 1):,}"
     assert set(tables) == {"captions-lora2-n1", "captions-lora2-n7"}
 
 
 def test_one_emoji_changes_nothing_for_a_base_with_word_pieces(root, base, tmp_path):
-    words = hub.load(base)[0].tokenizer
+    words = loading.load(base)[0].tokenizer
     pieces = dataclasses.replace(words, vocabulary=(*words.vocabulary[:-1], "##s"))
     assert pieces.has_pieces and not words.has_pieces
-    model = point.abstract_model(config(root, base, tmp_path))
+    model = run.abstract_model(config(root, base, tmp_path))
     c = config(root, base, tmp_path)
-    split = datasets.load(c.data, ["train"])["train"]
-    chosen = point.methods_of(c)
+    split = data.load(c.data, ["train"])["train"]
+    chosen = run.methods_of(c)
     with_pieces = type(model)(model.config, pieces)
-    same, methods, unknown, new = point.with_new_words(c, tasks.build("captioning"), with_pieces, chosen, split)
+    same, methods, unknown, new = run.with_new_words(c, tasks.build("captioning"), with_pieces, chosen, split)
     assert (same, methods, new) == (with_pieces, chosen, []) and set(unknown) >= {EMOJI, "snorkwobble"}
-    wider, methods, unknown, new = point.with_new_words(c, tasks.build("captioning"), model, chosen, split)
+    wider, methods, unknown, new = run.with_new_words(c, tasks.build("captioning"), model, chosen, split)
     assert wider.config.new_words == 2 and NewWords() in methods and not unknown and new == ["snorkwobble", EMOJI]
     c.model.extend_vocabulary = False
-    assert point.with_new_words(c, tasks.build("captioning"), model, chosen, split)[3] == []
+    assert run.with_new_words(c, tasks.build("captioning"), model, chosen, split)[3] == []
 
 
 def test_rows_of_their_own_compute_what_one_matrix_computes():
     """Logits, and what methods read of the base: PiSSA of the tied head, a prompt that starts from words."""
     model, params = tiny.model(False), tiny.params(False)
-    wider, more, _ = hub.extend_vocabulary(model, params, ["zebra", "yak"], seed=0)
-    whole, joined = hub.joined(wider, more)
+    wider, more, _ = loading.extend_vocabulary(model, params, ["zebra", "yak"], seed=0)
+    whole, joined = loading.joined(wider, more)
     n = len(tiny.TOKENIZER)
     batch = tiny.batch()
     batch["tokens"] = np.array(batch["tokens"])
@@ -125,7 +129,7 @@ def test_spare_rows_of_a_matrix_are_no_rows_of_new_words():
     """A matrix may have more rows than its tokenizer has words; a new word's id must not fall on one, which is frozen."""
     model, params = tiny.model(False, vocab_size=len(tiny.TOKENIZER) + 3), dict(tiny.params(False))
     params = jax.jit(lambda: model.init(jax.random.key(0), model.example()))()["params"]
-    wider, more, _ = hub.extend_vocabulary(model, params, ["zebra"], seed=0)
+    wider, more, _ = loading.extend_vocabulary(model, params, ["zebra"], seed=0)
     assert wider.config.vocab_size == len(tiny.TOKENIZER) + 1 and wider.config.new_words == 1
     assert more["text_decoder"]["embed"]["word"].shape[0] == len(tiny.TOKENIZER)
     assert wider.tokenizer.ids["zebra"] == len(tiny.TOKENIZER)
@@ -145,7 +149,7 @@ def test_a_run_that_kept_the_whole_embedding_still_loads(root, base, tmp_path):
     c = config(root, base, tmp_path)
     jp.run(c, tmp_path / "run", lambda *_: None)
     model, variables, _, task = jp.load_run(tmp_path / "run")
-    whole, params = hub.joined(model, variables["params"])
+    whole, params = loading.joined(model, variables["params"])
     old = (jp.LoRA(rank=2), Selective(leaves=r"^params/text_.*/(embed/word|head/bias|head/vocabulary/kernel)$"))
     jp.save_tuned(whole, {"params": params, "peft": variables["peft"]}, old, tmp_path / "run" / "tuned")
     path = tmp_path / "run" / "result.json"

@@ -7,8 +7,8 @@ import optax
 import pytest
 from tiny import config_of
 
-from configs import common
-from jaxpeft import optim, point
+from jaxpeft import config
+from jaxpeft.training import optim, run
 
 LR, DECAY = 0.1, 0.01
 REFERENCES = {
@@ -23,7 +23,7 @@ REFERENCES = {
 
 
 def settings(name):
-    c = common.get_config().optim
+    c = config.get_config().optim
     c.name, c.lr, c.schedule, c.warmup, c.clip, c.decay = name, LR, "constant", 0.0, 0.0, DECAY
     return c
 
@@ -91,12 +91,12 @@ def test_a_run_on_a_mesh_learns_with_it_and_goes_on(base, tmp_path, name):
     """Also states that are not shaped as the leaves are: factors, coefficients, empty places."""
     c = config_of(base, **{"optim.name": name, "optim.lr": 0.01, "mesh.fsdp": 2, "data.n_test": 2})
     c.eval.gallery = False
-    whole = point.run(c, tmp_path / "whole", lambda *_: None)
+    whole = run.run(c, tmp_path / "whole", lambda *_: None)
     c.steps = 3
-    point.run(c, tmp_path / "parts", lambda *_: None)
+    run.run(c, tmp_path / "parts", lambda *_: None)
     c.steps = 6
     said = []
-    parts = point.run(c, tmp_path / "parts", said.append, accept_changes=True)
+    parts = run.run(c, tmp_path / "parts", said.append, accept_changes=True)
     assert "resumed from step 3" in said
     assert parts["timing"]["steps"] == whole["timing"]["steps"] == 6
     for result in (whole, parts):

@@ -12,7 +12,9 @@ from tiny import config_of
 
 import jaxpeft as jp
 from configs import folder
-from jaxpeft import data, evals, point, results, tasks
+from jaxpeft import tasks
+from jaxpeft.data import base, pipeline
+from jaxpeft.training import evaluate, results, run
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 180, 30), "yellow": (230, 220, 20)}
 
@@ -73,15 +75,15 @@ def test_the_best_step_is_kept_and_beats_what_looks_at_no_picture(runs):
 
 def evals_of(workdir, split):
     """Nats per token of what a run stored, on a split of its data."""
-    from jaxpeft.datasets import folder as own
+    from jaxpeft.data import folder as own
 
     c = json.loads((workdir / "config.json").read_text())["data"]
     model, variables, _, task = jp.load_run(workdir)
     keys = ("root", "annotations", "data_dir", "val_fraction")
     found = own.load({key: c[key] for key in keys}, ["train", "val", "test"])[split]
     examples = task.examples(found, model.tokenizer)
-    pictures = data.Resized.of(found.images, model)
-    return evals.nll(model, variables, task, data.Examples(examples.arrays, pictures, examples.rows), batch_size=8)
+    pictures = pipeline.Resized.of(found.images, model)
+    return evaluate.nll(model, variables, task, base.Examples(examples.arrays, pictures, examples.rows), batch_size=8)
 
 
 def test_where_pictures_teach_nothing_step_0_is_kept(runs):
@@ -104,14 +106,14 @@ def test_where_pictures_teach_nothing_step_0_is_kept(runs):
 def test_steps_follow_from_the_pictures_and_are_never_too_few(root):
     c = folder.get_config(f"root={root},annotations=captions.csv")
     for n, steps, every in ((1, 100, 2), (64, 100, 2), (1000, 938, 23), (100_000, 93_750, 2344)):
-        plan = point.scheduled(c, n)
+        plan = run.scheduled(c, n)
         assert (plan.steps, plan.stop.every) == (steps, every) and c.steps == c.stop.every == 0
     c.steps, c.stop.every = 7, 3  # what is set is set
-    assert (point.scheduled(c, 10).steps, point.scheduled(c, 10).stop.every) == (7, 3)
+    assert (run.scheduled(c, 10).steps, run.scheduled(c, 10).stop.every) == (7, 3)
     c.steps = 0
     c.epochs = 0.0
     with pytest.raises(ValueError, match="steps is 0 and epochs is 0.0; one of the two must be above 0"):
-        point.scheduled(c, 10)
+        run.scheduled(c, 10)
 
 
 @pytest.mark.parametrize("n", [3, 4, 12])
@@ -130,7 +132,7 @@ def test_a_handful_of_pictures_trains_and_is_scored(root, base, tmp_path, n):
 def test_batches_of_any_size(size):
     """Also of one example, and of more than there are: each pass shows every example once."""
     some = examples(5)
-    stream = data.batches(some, size, seed=3)
+    stream = pipeline.batches(some, size, seed=3)
     rows = np.concatenate([next(stream)["tokens"] for _ in range(-(-20 // size))])
     for one_pass in (rows[:10], rows[10:20]):
         assert sorted(map(bytes, one_pass)) == sorted(map(bytes, some.arrays["tokens"]))
@@ -150,7 +152,7 @@ def examples(n, per_picture=2):
     images = rng.integers(0, 256, (n, size, size, 3)).astype(np.uint8)
     arrays = {name: batch[name] for name in ("tokens", "targets", "weights")}
     index = np.repeat(np.arange(n), per_picture).astype(np.int32)
-    return data.Examples(arrays | {"image_index": index}, images, [{}] * len(index))
+    return base.Examples(arrays | {"image_index": index}, images, [{}] * len(index))
 
 
 def test_a_model_that_looks_at_no_picture_gains_nothing_from_its_own():
@@ -160,11 +162,11 @@ def test_a_model_that_looks_at_no_picture_gains_nothing_from_its_own():
         blind["text_decoder"]["blocks"]["cross_attention"][name] = jax.tree.map(
             np.zeros_like, params["text_decoder"]["blocks"]["cross_attention"][name]
         )
-    found = evals.worth_of_images(model, {"params": blind}, TASK, examples(6), batch_size=4)
+    found = evaluate.worth_of_images(model, {"params": blind}, TASK, examples(6), batch_size=4)
     assert found == {"gain": 0.0, "least": 0.0, "n": 6}
-    seeing = evals.worth_of_images(model, {"params": params}, TASK, examples(6), batch_size=4)
+    seeing = evaluate.worth_of_images(model, {"params": params}, TASK, examples(6), batch_size=4)
     assert seeing["gain"] != 0 and seeing["least"] < seeing["gain"] and seeing["n"] == 6
-    assert evals.worth_of_images(model, {"params": params}, TASK, examples(4), batch_size=4) is None
+    assert evaluate.worth_of_images(model, {"params": params}, TASK, examples(4), batch_size=4) is None
 
 
 def test_the_gain_is_that_of_every_swap_with_another_picture(monkeypatch):
@@ -176,8 +178,8 @@ def test_the_gain_is_that_of_every_swap_with_another_picture(monkeypatch):
         index = some.arrays["image_index"]
         return np.stack([cost[np.arange(n * per), index], np.ones(n * per)], axis=1)
 
-    monkeypatch.setattr(evals, "nlls", nlls)
-    found = evals.worth_of_images(None, None, TASK, examples(n, per), swaps=n - 1)
+    monkeypatch.setattr(evaluate, "nlls", nlls)
+    found = evaluate.worth_of_images(None, None, TASK, examples(n, per), swaps=n - 1)
     own = np.arange(n * per) // per
     gains = [
         [np.mean(np.delete(cost[i], own[i])) - cost[i, own[i]] for i in range(n * per) if own[i] == p] for p in range(n)
@@ -197,14 +199,14 @@ def test_nothing_is_found_where_there_is_nothing_more_often_than_one_in_twenty(m
         def nlls(model, variables, task, some, cost=cost, **options):
             return np.stack([cost[np.arange(20), some.arrays["image_index"]], np.ones(20)], axis=1)
 
-        monkeypatch.setattr(evals, "nlls", nlls)
-        hits += evals.worth_of_images(None, None, TASK, examples(20, 1))["least"] > 0
+        monkeypatch.setattr(evaluate, "nlls", nlls)
+        hits += evaluate.worth_of_images(None, None, TASK, examples(20, 1))["least"] > 0
     assert 0.02 < hits / 400 < 0.08
 
 
 def test_intervals_draw_whole_pictures():
     rows = [{"image_id": str(i // 10), "tuned_x": float(i // 10), "base_x": 1.0} for i in range(100)]
-    found = evals.intervals(rows, "x", "tuned", ["base"])
+    found = evaluate.intervals(rows, "x", "tuned", ["base"])
     mean, low, high = found["tuned"]
     assert mean == 4.5 and found["tuned - base"][0] == mean - 1
     np.testing.assert_allclose(found["tuned - base"][1:], [low - 1, high - 1])
@@ -212,11 +214,11 @@ def test_intervals_draw_whole_pictures():
     width = 2 * 1.96 * np.std(np.arange(10)) / np.sqrt(10)
     assert 0.8 * width < high - low < 1.1 * width
     same = [row | {"tuned_x": 2.0} for row in rows]
-    assert evals.intervals(same, "x", "tuned", [])["tuned"] == [2.0, 2.0, 2.0]
+    assert evaluate.intervals(same, "x", "tuned", [])["tuned"] == [2.0, 2.0, 2.0]
 
 
 def test_without_validation_all_steps_are_done_and_the_last_is_kept(base, tmp_path):
-    result = point.run(config_of(base, **{"steps": 3}), tmp_path, lambda *_: None)
+    result = run.run(config_of(base, **{"steps": 3}), tmp_path, lambda *_: None)
     assert result["validation"] is None and result["timing"]["steps"] == 3 and "kept_step" not in result["timing"]
 
 
@@ -245,8 +247,8 @@ def test_the_best_step_can_be_kept_all_the_same(root, base, tmp_path, losses):
 def losses(monkeypatch):
     """Validation losses, given one by one; and pictures that do not matter."""
     given = []
-    monkeypatch.setattr(point, "validation", lambda *_: lambda tuned: given.pop(0))
-    monkeypatch.setattr(evals, "worth_of_images", lambda *_, **__: {"gain": 0.1, "least": -0.1, "n": 30})
+    monkeypatch.setattr(run, "validation", lambda *_: lambda tuned: given.pop(0))
+    monkeypatch.setattr(evaluate, "worth_of_images", lambda *_, **__: {"gain": 0.1, "least": -0.1, "n": 30})
     return given
 
 
@@ -256,10 +258,10 @@ def losses(monkeypatch):
 )
 def test_few_validation_pictures_decide_by_their_mean(gain, least, n, kept):
     c = folder.get_config("root=x")
-    said = point.why_step_0(c, {"images": {"gain": gain, "least": least, "n": n}, "best_step": 5})
+    said = run.why_step_0(c, {"images": {"gain": gain, "least": least, "n": n}, "best_step": 5})
     assert (said == "") == kept
-    assert point.why_step_0(c, {"images": None, "best_step": 5}) == ""
-    assert "never fell below" in point.why_step_0(c, {"images": None, "best_step": 0})
+    assert run.why_step_0(c, {"images": None, "best_step": 5}) == ""
+    assert "never fell below" in run.why_step_0(c, {"images": None, "best_step": 0})
 
 
 def test_validation_is_read_from_lines_that_a_full_disk_cut(tmp_path):

@@ -9,9 +9,10 @@ from PIL import Image
 from tiny import config_of
 
 import jaxpeft as jp
-from configs import common, folder, point
-from jaxpeft import evals, results
-from jaxpeft import point as runs
+from configs import folder, point
+from jaxpeft import config as defaults
+from jaxpeft.training import evaluate, results
+from jaxpeft.training import run as runs
 
 COLOURS = {"Red": (220, 30, 30), "Blue T-shirt": (30, 30, 220), "Caf\u00e9 3.5": (30, 180, 30)}
 
@@ -122,14 +123,14 @@ def test_two_files_of_one_split_may_both_begin_at_one(root, base, tmp_path):
 
 
 def test_ids_that_repeat_are_said_before_training(base, tmp_path, monkeypatch):
-    load = runs.datasets.load
+    load = runs.data.load
 
     def twice(*args):
         splits = load(*args)
         splits["test"].rows[1] = splits["test"].rows[1] | {"questions": splits["test"].rows[0]["questions"]}
         return splits
 
-    monkeypatch.setattr(runs.datasets, "load", twice)
+    monkeypatch.setattr(runs.data, "load", twice)
     said = []
     with pytest.raises(ValueError, match="split 'test': question_id .* occurs twice"):
         jp.run(config_of(base), tmp_path, said.append)
@@ -144,7 +145,7 @@ def test_every_option_of_a_task_can_be_set_on_the_command_line(make):
     limit = {"captioning": "max_tokens", "vqa": "max_question"}[c.task]
     assert {"smoothing", "length", "min_length", "variant", limit} <= set(c.task_options)
     with pytest.raises(ValueError, match="unknown task 'ocr'"):
-        common.task_options("ocr")
+        defaults.task_options("ocr")
 
 
 def test_a_run_of_version_0_1_is_loaded_with_the_limits_it_had(root, base, tmp_path):
@@ -156,7 +157,7 @@ def test_a_run_of_version_0_1_is_loaded_with_the_limits_it_had(root, base, tmp_p
     (tmp_path / "run" / "config.json").write_text(json.dumps(written | {"task_options": {}}))
     model, variables, _, task = jp.load_run(tmp_path / "run")
     assert (task.length, task.max_question, task.variant) == (10, 35, "official2021")
-    assert len(evals.generate(model, variables, [np.zeros((9, 9, 3), np.uint8)], "what is this", task=task)) == 1
+    assert len(evaluate.generate(model, variables, [np.zeros((9, 9, 3), np.uint8)], "what is this", task=task)) == 1
 
 
 TEXTS = ["a", "word " * 2000, "from $5 \\frac{ to $6", "\u4e00\u53ea\u732b \U0001f600 \u0939\u093f", "x" * 300]

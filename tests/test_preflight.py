@@ -12,11 +12,13 @@ import tiny
 from test_sharding import SIZES
 from tiny import config_of
 
-from jaxpeft import hub, point, preflight, sharding, tasks, tree
-from jaxpeft.datasets import scenes
+from jaxpeft import tasks, tree
+from jaxpeft.apps.pretrain import ALIASES, init, shared
+from jaxpeft.data import scenes
+from jaxpeft.inputs.tokenizer import Tokenizer
+from jaxpeft.models import loading
 from jaxpeft.models.blip import Blip, BlipConfig
-from jaxpeft.pretrain import ALIASES, init, shared
-from jaxpeft.text import Tokenizer
+from jaxpeft.training import preflight, run, sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,9 +35,9 @@ def what_the_run_trains(c, tmp_path, monkeypatch):
         seen.append((tuned, frozen, features, next(iter(batches(0)))))
         raise Reached
 
-    monkeypatch.setattr(point, "fit", fit)
+    monkeypatch.setattr(run, "fit", fit)
     with pytest.raises(Reached):
-        point.run(c, tmp_path, lambda *_: None)
+        run.run(c, tmp_path, lambda *_: None)
     return seen[0]
 
 
@@ -44,7 +46,7 @@ def shapes_of(x):
 
 
 def planned(c):
-    model = point.abstract_model(c)
+    model = run.abstract_model(c)
     return model, *preflight.step_in_shapes(c, model)
 
 
@@ -79,7 +81,7 @@ def wide(tmp_path_factory):
     model = Blip(BlipConfig(**sizes | {"vocab_size": len(tokenizer)}, question_encoder=True), tokenizer)
     params = init(model, 0)
     del params["itm"]
-    return hub.save(tmp_path_factory.mktemp("wide") / "base", model, shared(params), aliases=ALIASES)
+    return loading.save(tmp_path_factory.mktemp("wide") / "base", model, shared(params), aliases=ALIASES)
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
@@ -151,7 +153,7 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(base):
     memory = 3e6
     text = preflight.report(c, chip=preflight.Chip(1e12, 1e11, memory))
     n = int(number(text, "largest batch"))
-    model = point.abstract_model(c)
+    model = run.abstract_model(c)
     mesh = sharding.mesh(c.mesh)
 
     def peak(n):

@@ -6,9 +6,11 @@ import numpy as np
 import tiny
 
 from configs import pretrain as config_file
-from jaxpeft import hub, pretrain, tree
-from jaxpeft.datasets import scenes
-from jaxpeft.text import Tokenizer
+from jaxpeft import tree
+from jaxpeft.apps import pretrain
+from jaxpeft.data import scenes
+from jaxpeft.inputs.tokenizer import Tokenizer
+from jaxpeft.models import loading
 
 TOKENIZER = Tokenizer.from_words(scenes.WORDS)
 
@@ -97,6 +99,6 @@ def test_the_same_command_gives_the_same_checkpoint(tmp_path):
         c.architecture.vision_layers = c.architecture.text_layers = 1
         facts = pretrain.run(c, tmp_path / name, lambda *_: None)
         assert set(facts["scores"]) == {"human", "web"}
-        _, params, report = hub.read(tmp_path / name / "checkpoint")
+        _, params, report = loading.read(tmp_path / name / "checkpoint")
         digests.append((report["digest"], tree.digest(params)))
     assert digests[0] == digests[1]

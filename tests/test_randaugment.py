@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxpeft import data, images, randaugment
+from jaxpeft.data import base, pipeline, randaugment
+from jaxpeft.inputs import images
 
 GOLDEN = pathlib.Path(__file__).parent / "golden/randaugment.npz"
 OURS = {
@@ -115,23 +116,23 @@ def test_crops_are_of_the_native_picture_and_one_state_gives_one_result():
     fine = np.zeros((64, 128, 3), np.uint8)
     fine[:, ::2] = 255  # at 16 pixels this is grey; a crop of it is grey too, whatever the order
     split = [fine, picture(50, 70)]
-    resized = data.Resized(split, 16)
-    examples = data.Examples({"image_index": np.array([1, 1])}, resized, [])
+    resized = pipeline.Resized(split, 16)
+    examples = base.Examples({"image_index": np.array([1, 1])}, resized, [])
     for kind in ("crop", "crop_flip", "blip"):
-        one, again = (data.gather(examples, [0, 1], kind, [3, 4])["image"] for _ in range(2))
+        one, again = (pipeline.gather(examples, [0, 1], kind, [3, 4])["image"] for _ in range(2))
         np.testing.assert_array_equal(one, again)
         assert one.shape == (2, 16, 16, 3) and not np.array_equal(one[0], one[1])
         # a row depends on its own seed alone, so that any host can make it
-        np.testing.assert_array_equal(data.gather(examples, [1], kind, [4])["image"][0], one[1])
+        np.testing.assert_array_equal(pipeline.gather(examples, [1], kind, [4])["image"][0], one[1])
     expected = images.augment(split[1], _row(3), size=16)
-    np.testing.assert_array_equal(data.gather(examples, [0], "crop_flip", [3])["image"][0], expected)
+    np.testing.assert_array_equal(pipeline.gather(examples, [0], "crop_flip", [3])["image"][0], expected)
     rng = _row(3)
     expected = randaugment.randaugment(images.augment(split[1], rng, size=16), rng)
-    np.testing.assert_array_equal(data.gather(examples, [0], "blip", [3])["image"][0], expected)
+    np.testing.assert_array_equal(pipeline.gather(examples, [0], "blip", [3])["image"][0], expected)
 
 
 def test_pictures_go_to_worker_processes():
-    resized = data.Resized([picture(30, 40)], 16)
+    resized = pipeline.Resized([picture(30, 40)], 16)
     again = pickle.loads(pickle.dumps(resized))
     np.testing.assert_array_equal(again[0], resized[0])
     one, other = (x.augmented(0, "blip", np.random.default_rng(1)) for x in (resized, again))

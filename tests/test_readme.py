@@ -14,10 +14,15 @@ import pytest
 from PIL import Image
 
 import jaxpeft as jp
-from configs import common, folder
+from configs import folder
 from configs import point as point_config
-from jaxpeft import datasets, demo, export, host, methods, point, registry, study, use
-from jaxpeft.datasets import prepare, scenes
+from jaxpeft import config, data, methods
+from jaxpeft.apps import demo, export, generate
+from jaxpeft.data import scenes
+from jaxpeft.data.coco import prepare
+from jaxpeft.runtime import host, registry
+from jaxpeft.study import execute
+from jaxpeft.training import run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -74,7 +79,7 @@ def test_every_method_has_a_config(name):
 
 
 def test_common_settings_of_the_readme_can_be_set():
-    c = common.get_config("vqa", "lora")
+    c = config.get_config("vqa", "lora")
     c.method.alpha = "16"
     assert methods.build("lora", **{k: v for k, v in c.method.items() if k != "name"})[0].scale == 2.0
     assert folder.get_config("root=pics,annotations=captions.csv,method=prefix,size=4").method.length == 4
@@ -141,8 +146,8 @@ def _run(words):
     config = _config(next(word for word in words if word.startswith("--config=")))
     workdir = next(word for word in words if word.startswith("--workdir=")).removeprefix("--workdir=")
     if "levels" in config:
-        assert study.check(config) is None
-        assert "runs" in study.plan(config, study.read(config, Path(workdir)))
+        assert execute.check(config) is None
+        assert "runs" in execute.plan(config, execute.read(config, Path(workdir)))
         return
     if "pretrain" in config:  # tests/test_pretrain.py runs it
         assert sum(config.stages[name].steps for name in config.order) > 1000
@@ -154,9 +159,9 @@ def _run(words):
     if config.data.name == "folder":
         config.data.data_dir, config.data.val_fraction = "prepared_folder", 0.2
     if config.data.name in ("coco_captions", "vqav2"):  # tests/test_coco.py runs them
-        assert set(datasets.load(_prepared(config), ["train", "test"])) == {"train", "test"}
+        assert set(data.load(_prepared(config), ["train", "test"])) == {"train", "test"}
         return
-    result = point.run(config, workdir, log=lambda _: None)
+    result = run.run(config, workdir, log=lambda _: None)
     assert result["status"] == "done" and result["timing"]["steps"] == 2
 
 
@@ -171,7 +176,7 @@ def test_every_command_of_the_readme_runs(place, monkeypatch, capsys):
         if words[:2] == ["python", "main.py"]:
             _run(words[2:])
         elif words[:3] == ["python", "-m", "jaxpeft.generate"]:
-            assert use.main(words[3:]) == 0
+            assert generate.main(words[3:]) == 0
         elif words[:3] == ["python", "-m", "jaxpeft.export"]:
             assert export.main(words[3:]) == 0
         elif words[:3] == ["python", "-m", "jaxpeft.datasets.prepare"]:

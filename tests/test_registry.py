@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 import jaxpeft as jp
-from jaxpeft import interchange, methods, metrics, optim, registry, tasks
-from jaxpeft.datasets import DATASETS
+from jaxpeft import interchange, methods, metrics, tasks
+from jaxpeft.data import DATASETS
 from jaxpeft.methods import METHODS, LoRA
+from jaxpeft.runtime import registry
+from jaxpeft.training import optim
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """

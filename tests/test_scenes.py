@@ -12,10 +12,10 @@ import types
 import numpy as np
 import pytest
 
-from jaxpeft.datasets import scenes, scenes_text, scenes_world
-from jaxpeft.datasets.scenes import COLORS, HELD_PAIRS, SHAPES, SIZES, Scene, Thing
+from jaxpeft.data import scenes
+from jaxpeft.data.scenes import COLORS, HELD_PAIRS, SHAPES, SIZES, Scene, Thing, text, world
 
-PLAIN = {synonym: word for word, synonym in scenes_text.SYNONYMS.items()}
+PLAIN = {synonym: word for word, synonym in text.SYNONYMS.items()}
 PICTURED = scenes.SPLITS
 
 
@@ -62,13 +62,13 @@ def test_an_item_depends_on_nothing_but_its_index():
 
 
 def test_every_item_and_purpose_has_its_own_stream():
-    keys = itertools.product(scenes_world.SPLIT_IDS, (0, 1, 2**48 - 1), (0, 1, 2**64 - 1), scenes_world.STREAM_IDS)
-    first = [scenes_world.stream(*key).random() for key in keys]
+    keys = itertools.product(world.SPLIT_IDS, (0, 1, 2**48 - 1), (0, 1, 2**64 - 1), world.STREAM_IDS)
+    first = [world.stream(*key).random() for key in keys]
     assert len(set(first)) == len(first) == 7 * 3 * 3 * 6
 
 
 def test_splits_share_no_scene():
-    specs = [scenes.scene(split, index).objects for split in scenes_world.SPLIT_IDS for index in range(1500)]
+    specs = [scenes.scene(split, index).objects for split in world.SPLIT_IDS for index in range(1500)]
     assert len(set(specs)) == len(specs)
 
 
@@ -77,18 +77,18 @@ def test_things_are_apart_inside_and_in_one_quadrant():
         things = scenes.scene("train", index).objects
         for thing in things:
             assert min(abs(thing.x - 32), abs(thing.y - 32)) >= 4
-            reach = scenes_world.REACH * thing.radius
+            reach = world.REACH * thing.radius
             assert reach <= min(thing.x, thing.y) and max(thing.x, thing.y) <= 64 - reach
             assert thing.quadrant == f"{'top' if thing.y < 32 else 'bottom'} {'left' if thing.x < 32 else 'right'}"
         for a, b in itertools.combinations(things, 2):
-            assert np.hypot(a.x - b.x, a.y - b.y) > scenes_world.REACH * (a.radius + b.radius)
+            assert np.hypot(a.x - b.x, a.y - b.y) > world.REACH * (a.radius + b.radius)
 
 
 def test_fallback_layout_fits_four_large_things():
-    rng = scenes_world.stream("train", 0, 0, "objects")
-    centres = scenes_world._centres(rng, [SIZES["large"]] * 4, tries=0)
+    rng = world.stream("train", 0, 0, "objects")
+    centres = world._centres(rng, [SIZES["large"]] * 4, tries=0)
     assert sorted(centres) == [(18.0, 18.0), (18.0, 46.0), (46.0, 18.0), (46.0, 46.0)]
-    assert 46 - 18 > 2 * scenes_world.REACH * SIZES["large"]
+    assert 46 - 18 > 2 * world.REACH * SIZES["large"]
 
 
 def test_composition_of_scenes():
@@ -110,7 +110,7 @@ def test_composition_of_scenes():
 
 def test_held_pairs_are_a_permutation_and_stay_out_of_everything_but_test_comp():
     assert {shape for shape, _ in HELD_PAIRS} == set(SHAPES) and {color for _, color in HELD_PAIRS} == set(COLORS)
-    for split in scenes_world.SPLIT_IDS:
+    for split in world.SPLIT_IDS:
         shown = [{thing.pair for thing in scenes.scene(split, index).objects} & HELD_PAIRS for index in range(1500)]
         assert all(shown) if split == "test_comp" else not any(shown), split
     told = [scenes.text(0, index) for index in range(5000)]
@@ -148,11 +148,11 @@ def test_pixels_show_the_spec():
 
 def test_nothing_is_clipped_or_drawn_outside_its_reach():
     for shape, size in itertools.product(SHAPES, SIZES):
-        at = scenes_world.REACH * SIZES[size] + 0.5
+        at = world.REACH * SIZES[size] + 0.5
         thing = Thing(shape, "red", size, at, at, 12.0, 1.0)
         with_YXC, without_YXC = (scenes.render(Scene("train", 0, 0, things)).astype(int) for things in ((thing,), ()))
         y, x = np.nonzero(np.abs(with_YXC - without_YXC).max(-1))
-        assert np.hypot(y + 0.5 - at, x + 0.5 - at).max() <= scenes_world.REACH * SIZES[size] + 1
+        assert np.hypot(y + 0.5 - at, x + 0.5 - at).max() <= world.REACH * SIZES[size] + 1
         width = 0.75 if shape == "moon" else 0.85
         assert np.ptp(x) + 1 >= 2 * width * SIZES[size] and np.ptp(y) + 1 >= 1.5 * SIZES[size]
 
@@ -178,7 +178,7 @@ def test_shapes_and_colors_are_told_apart():
 def parse_human(caption, things):
     """What a human caption says: [(size or None, colour, shape, quadrant)]; asserts that its count is right."""
     words = plain(caption)
-    number = scenes_text.NUMBERS[len(things)]
+    number = text.NUMBERS[len(things)]
     opening = re.match(r"(there (is|are) )?(the picture shows )?(\w+)( shapes?)? (a )?", " ".join(words))
     assert opening[4] == number, caption
     assert (opening[5] or " shape").endswith("s") == (len(things) > 1)
@@ -248,7 +248,7 @@ def answer_from_scene(question, things):
 
     def matching(words):
         keep = [word for word in words if word not in ("shape", "shapes", "one", "anything")]
-        singular = {plural: shape for shape, plural in scenes_text.PLURALS.items()}
+        singular = {plural: shape for shape, plural in text.PLURALS.items()}
         keep = [singular.get(word, word) for word in keep]
         assert all(word in (*COLORS, *SHAPES, *SIZES) for word in keep), question
         return [thing for thing in things if set(keep) <= {thing.color, thing.shape, thing.size}]
@@ -265,7 +265,7 @@ def answer_from_scene(question, things):
 
     rules = {
         r"is there (?:a )?(.+)": lambda a: yes(matching(a.split())),
-        r"how many (.+) are there": lambda a: scenes_text.NUMBERS[len(matching(a.split()))],
+        r"how many (.+) are there": lambda a: text.NUMBERS[len(matching(a.split()))],
         r"what color is the shape at the (.+)": lambda a: at(a).color,
         r"what color is the (.+)": lambda a: only(matching(a.split())).color,
         r"what is at the (.+)": lambda a: at(a).shape,
@@ -398,7 +398,7 @@ def test_rows_made_in_other_processes_are_the_same(monkeypatch, caplog):
 
 def test_a_script_without_a_main_guard_runs_once(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text('from jaxpeft.datasets import scenes\nprint(len(scenes.records("train", 20, workers=2)))\n')
+    script.write_text('from jaxpeft.data import scenes\nprint(len(scenes.records("train", 20, workers=2)))\n')
     code = f'import sys, runpy; sys.path = {sys.path!r}; runpy.run_path({str(script)!r}, run_name="__main__")'
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "20\n"
 

@@ -10,7 +10,9 @@ import optax
 import pytest
 import tiny
 
-from jaxpeft import evals, methods, point, sharding, sites, tasks, train, tree
+from jaxpeft import methods, tasks, tree
+from jaxpeft.adapt import sites
+from jaxpeft.training import evaluate, loop, run, sharding
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 METHODS = ("full", "lora", "mam", "prefix")
@@ -52,10 +54,10 @@ def halves(method):
 
 
 def start(tuned):
-    return train.TrainState(jnp.int32(0), tuned, TX.init(tuned), jnp.uint32(0), None, jnp.bool_(True))
+    return loop.TrainState(jnp.int32(0), tuned, TX.init(tuned), jnp.uint32(0), None, jnp.bool_(True))
 
 
-STEP = functools.partial(train.train_step, model=MODEL, task=TASK, tx=TX, accumulate=1)
+STEP = functools.partial(loop.train_step, model=MODEL, task=TASK, tx=TX, accumulate=1)
 
 
 @functools.cache
@@ -165,11 +167,11 @@ def test_evaluation_on_a_mesh_is_that_of_one_device(name):
     variables = {"params": params()}
     there = sharding.put(variables, sharding.shardings(variables, MODEL.sharding, on))
     pictures = list(tiny.batch(5)["image"])
-    alone = evals.image_features(MODEL, variables, pictures, batch_size=3)
-    np.testing.assert_allclose(evals.image_features(MODEL, there, pictures, batch_size=3), alone, atol=2e-6)
+    alone = evaluate.image_features(MODEL, variables, pictures, batch_size=3)
+    np.testing.assert_allclose(evaluate.image_features(MODEL, there, pictures, batch_size=3), alone, atol=2e-6)
     questions = ["w1 w2", "w3", "w4", "w5 w6 w7", "w8"]
     options = {"beams": 2, "batch_size": 3}
-    assert evals.generate(MODEL, there, pictures, questions, **options) == evals.generate(
+    assert evaluate.generate(MODEL, there, pictures, questions, **options) == evaluate.generate(
         MODEL, variables, pictures, questions, **options
     )
 
@@ -197,7 +199,7 @@ def test_frozen_matrices_in_bfloat16_change_nothing_where_products_are_in_bfloat
     mask = sites.trainable(chosen, variables)
     batch, found = tiny.batch(4), []
     for dtype in ("float32", "bfloat16"):
-        tuned, frozen = tree.split(point.narrowed(variables, mask, dtype), mask)
+        tuned, frozen = tree.split(run.narrowed(variables, mask, dtype), mask)
 
         def loss(tuned, frozen=frozen):
             return TASK.loss(model, tree.join(tuned, frozen), batch, None)[0]

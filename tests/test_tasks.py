@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxpeft import data, evals, tasks
-from jaxpeft.datasets import Split
-from jaxpeft.text import SPECIAL, Tokenizer
+from jaxpeft import tasks
+from jaxpeft.data import base, pipeline
+from jaxpeft.data.base import Split
+from jaxpeft.inputs.tokenizer import SPECIAL, Tokenizer
+from jaxpeft.training import evaluate
 
 TOKENIZER = Tokenizer.from_words("a picture of red blue dog cat is it".split())
 IDS = TOKENIZER.ids
@@ -110,15 +112,15 @@ def test_padding_of_the_last_batch_never_changes_a_score():
     """Five cases in batches of 2, 3, 5 and 8: the same answers and the same likelihood."""
     model, variables = tiny.model(), {"params": tiny.params()}
     task, split = tasks.build("vqa"), _scenario(5)
-    pictures = data.Resized(split.images, 16)
+    pictures = pipeline.Resized(split.images, 16)
     cases, examples = (
-        data.Examples(e.arrays, pictures, e.rows)
+        base.Examples(e.arrays, pictures, e.rows)
         for e in (task.cases(split, tiny.TOKENIZER), task.examples(split, tiny.TOKENIZER))
     )
     found = []
     for size in (2, 5, 8):
-        texts = [one["text"] for one in evals.predict(model, variables, task, cases, batch_size=size)]
-        found.append((texts, evals.nll(model, variables, task, examples, batch_size=size)))
+        texts = [one["text"] for one in evaluate.predict(model, variables, task, cases, batch_size=size)]
+        found.append((texts, evaluate.nll(model, variables, task, examples, batch_size=size)))
     assert all(len(texts) == 5 and texts == found[0][0] for texts, _ in found)
     np.testing.assert_allclose([nll for _, nll in found], found[0][1], rtol=1e-6)
 
@@ -126,12 +128,12 @@ def test_padding_of_the_last_batch_never_changes_a_score():
 def test_generate_answers_and_names_misuse():
     model, variables = tiny.model(), {"params": tiny.params()}
     split = _scenario(3)
-    texts = evals.generate(model, variables, split.images, "w1 w2", beams=2, batch_size=2)
+    texts = evaluate.generate(model, variables, split.images, "w1 w2", beams=2, batch_size=2)
     assert len(texts) == 3 and all(word in tiny.TOKENIZER.ids for text in texts for word in text.split())
     with pytest.raises(ValueError, match="give prompts"):
-        evals.generate(model, variables, split.images)
+        evaluate.generate(model, variables, split.images)
     with pytest.raises(ValueError, match="2 prompts for 3 pictures"):
-        evals.generate(model, variables, split.images, ["w1", "w2"])
+        evaluate.generate(model, variables, split.images, ["w1", "w2"])
     assert len(SPECIAL) == 7
 
 
@@ -283,8 +285,9 @@ def test_a_question_is_read_to_its_end_or_refused():
     picture = [np.zeros((16, 16, 3), np.uint8)]
     long = " ".join(f"w{i}" for i in range(12))
     cut, whole = (
-        evals.generate(model, variables, picture, long, task=one, top=3) for one in (task, tasks.build("vqa", length=4))
+        evaluate.generate(model, variables, picture, long, task=one, top=3)
+        for one in (task, tasks.build("vqa", length=4))
     )
     assert cut == whole  # what it was tuned with does not matter
     with pytest.raises(ValueError, match="a question of 22 tokens is longer than the 16 that the model reads"):
-        evals.generate(model, variables, picture, " ".join(["w1"] * 20), task=task)
+        evaluate.generate(model, variables, picture, " ".join(["w1"] * 20), task=task)

@@ -8,7 +8,7 @@ import pathlib
 
 import pytest
 
-from jaxpeft import text
+from jaxpeft.inputs import tokenizer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "text.json").read_text())
@@ -29,7 +29,7 @@ def bert(tmp_path_factory):
     """A tokenizer read from the small BERT vocabulary, without [DEC] and [ENC], as a HF directory."""
     folder = tmp_path_factory.mktemp("bert")
     (folder / "vocab.txt").write_text("\n".join(EXPECTED["vocabulary"]) + "\n", encoding="utf-8")
-    return text.Tokenizer.from_file(folder)
+    return tokenizer.Tokenizer.from_file(folder)
 
 
 def test_from_file_appends_dec_then_enc_and_finds_special_ids(bert, tmp_path):
@@ -40,7 +40,7 @@ def test_from_file_appends_dec_then_enc_and_finds_special_ids(bert, tmp_path):
     ]  # fmt: skip
     again = tmp_path / "again.txt"
     again.write_text("\n".join(bert.vocabulary), encoding="utf-8")
-    assert text.Tokenizer.from_file(str(again)) == bert  # a file; the tokens are there already; no last newline
+    assert tokenizer.Tokenizer.from_file(str(again)) == bert  # a file; the tokens are there already; no last newline
 
 
 def test_from_file_reads_tokenizer_json_and_refuses_what_it_cannot_do(bert, tmp_path):
@@ -48,16 +48,16 @@ def test_from_file_reads_tokenizer_json_and_refuses_what_it_cannot_do(bert, tmp_
     spec = {"model": model, "added_tokens": [{"id": 1111, "content": "[DEC]"}, {"id": 0, "content": "[PAD]"}]}
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(spec))
-    assert text.Tokenizer.from_file(tmp_path) == bert
+    assert tokenizer.Tokenizer.from_file(tmp_path) == bert
     path.write_text(json.dumps({"model": model, "added_tokens": [{"id": 5000, "content": "[DEC]"}]}))
     with pytest.raises(ValueError, match="are not 0 to 1111"):
-        text.Tokenizer.from_file(tmp_path)
+        tokenizer.Tokenizer.from_file(tmp_path)
     path.write_text(json.dumps({"model": {"type": "BPE", "vocab": {}}}))
     with pytest.raises(ValueError, match="BPE"):
-        text.Tokenizer.from_file(tmp_path)
+        tokenizer.Tokenizer.from_file(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     with pytest.raises(ValueError, match="do_lower_case=false"):
-        text.Tokenizer.from_file(tmp_path)
+        tokenizer.Tokenizer.from_file(tmp_path)
 
 
 @pytest.mark.parametrize("index", range(len(make.TEXTS)))
@@ -77,7 +77,7 @@ def test_full_vocabulary_equals_transformers():
     transformers = pytest.importorskip("transformers", reason="live comparison with BertTokenizer")
     folder = pathlib.Path(package.__path__[0]) / "model"
     assert hashlib.sha256((folder / "vocab.txt").read_bytes()).hexdigest() == make.SHA256
-    ours = text.Tokenizer.from_file(folder / "vocab.txt")
+    ours = tokenizer.Tokenizer.from_file(folder / "vocab.txt")
     assert (len(ours), ours.bos_id, ours.enc_id, ours.cls_id, ours.sep_id) == (30524, 30522, 30523, 101, 102)
     assert ours.encode("a picture of") == [101, 1037, 3861, 1997, 102]
     theirs = transformers.BertTokenizer(str(folder / "vocab.txt"))
@@ -90,8 +90,8 @@ def test_full_vocabulary_equals_transformers():
 @pytest.mark.parametrize("index", range(len(make.CAPTIONS)))
 def test_clean_caption_and_question_equal_blip(index):
     source = make.CAPTIONS[index]
-    assert [text.clean_caption(source, n) for n in make.WORDS] == EXPECTED["captions"][index]
-    assert [text.clean_question(source, n) for n in make.WORDS] == EXPECTED["questions"][index]
+    assert [tokenizer.clean_caption(source, n) for n in make.WORDS] == EXPECTED["captions"][index]
+    assert [tokenizer.clean_question(source, n) for n in make.WORDS] == EXPECTED["questions"][index]
 
 
 def test_encode_keeps_sep_when_it_cuts(bert):
@@ -115,25 +115,25 @@ def test_decode_stops_at_sep_or_pad_and_drops_special_tokens(bert):
 
 
 def test_text_never_becomes_a_special_token(bert):
-    special = {bert.ids[token] for token in text.SPECIAL} - {bert.unk_id}
+    special = {bert.ids[token] for token in tokenizer.SPECIAL} - {bert.unk_id}
     assert not special & set(bert.encode("[SEP] a [PAD] dog [DEC] [ENC] [CLS] [MASK]")[1:-1])
 
 
 def test_word_level_vocabulary_round_trips():
     words = "red green cube left of ? the is".split()
-    tokenizer = text.Tokenizer.from_words([*words, "red"])
-    assert tokenizer.vocabulary == (*text.SPECIAL, *sorted(words))
-    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.enc_id) == (0, 5, 6)
+    found = tokenizer.Tokenizer.from_words([*words, "red"])
+    assert found.vocabulary == (*tokenizer.SPECIAL, *sorted(words))
+    assert (found.pad_id, found.bos_id, found.enc_id) == (0, 5, 6)
     question = "is the red cube left of the green cube?"
-    assert tokenizer.decode(tokenizer.encode(question)) == question
-    assert tokenizer.covers(question) and tokenizer.covers("")
-    assert not tokenizer.covers("the blue cube")
-    assert tokenizer.unknown_words("the blue CUBE, blue") == ["blue", ",", "blue"]
-    assert tokenizer.encode("red blue")[1:-1] == [tokenizer.ids["red"], tokenizer.unk_id]
+    assert found.decode(found.encode(question)) == question
+    assert found.covers(question) and found.covers("")
+    assert not found.covers("the blue cube")
+    assert found.unknown_words("the blue CUBE, blue") == ["blue", ",", "blue"]
+    assert found.encode("red blue")[1:-1] == [found.ids["red"], found.unk_id]
 
 
 def test_extended_appends_new_whole_words_only():
-    base = text.Tokenizer.from_words(["red", "cube"])
+    base = tokenizer.Tokenizer.from_words(["red", "cube"])
     bigger, new = base.extended(["teal", "red", "disc", "teal"])
     assert new == ("teal", "disc")
     assert bigger.vocabulary == base.vocabulary + new
@@ -148,8 +148,8 @@ def test_a_word_is_whole_even_if_pieces_could_spell_it(bert):
 
 
 def test_tokenizers_are_values():
-    one, same = (text.Tokenizer.from_words(words) for words in (["b", "a"], ["a", "b"]))
-    other = text.Tokenizer.from_words(["a", "c"])
+    one, same = (tokenizer.Tokenizer.from_words(words) for words in (["b", "a"], ["a", "b"]))
+    other = tokenizer.Tokenizer.from_words(["a", "c"])
     assert one == same and hash(one) == hash(same) and one.digest() == same.digest()
     assert one != other and one.digest() != other.digest()
     assert len(one.digest()) == 64
@@ -160,16 +160,16 @@ def test_tokenizers_are_values():
 @pytest.mark.parametrize("word", ("t-shirt", "Red", "two words", "", "caf\u00e9", "##ing", "[SEP]"))
 def test_words_that_no_text_gives_are_refused(word):
     with pytest.raises(ValueError, match="can never be a token"):
-        text.Tokenizer.from_words(["red", word])
+        tokenizer.Tokenizer.from_words(["red", word])
     with pytest.raises(ValueError, match="can never be a token"):
-        text.Tokenizer.from_words(["red"]).extended([word])
+        tokenizer.Tokenizer.from_words(["red"]).extended([word])
 
 
 def test_bad_vocabularies_are_named():
     with pytest.raises(ValueError, match="'red' occurs twice"):
-        text.Tokenizer((*text.SPECIAL, "red", "blue", "red"))
+        tokenizer.Tokenizer((*tokenizer.SPECIAL, "red", "blue", "red"))
     with pytest.raises(ValueError, match=r"lacks \[MASK\], \[DEC\]"):
-        text.Tokenizer(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[ENC]", "red"))
+        tokenizer.Tokenizer(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[ENC]", "red"))
 
 
 # ---------------------------------------------------------------- all files of a directory
@@ -199,12 +199,12 @@ ADDED = {
 
 
 def test_added_words_are_read_beside_vocab_txt(tmp_path):
-    both = text.Tokenizer.from_file(directory(tmp_path / "both", **ADDED))
+    both = tokenizer.Tokenizer.from_file(directory(tmp_path / "both", **ADDED))
     assert both.vocabulary[10:] == ("[DEC]", "[ENC]", "zebra", "yak") and (both.bos_id, both.enc_id) == (10, 11)
     assert both.pieces("a ZEBRA") == [5, 12] and both.pieces("zebras") == [12, both.unk_id]
     assert both.pieces("yaks") == [both.unk_id] and both.pieces("yak") == [13]
     assert both.decode([5, 12, 13]) == "a zebra yak" and both.covers("a zebra")
-    simple = text.Tokenizer.from_file(directory(tmp_path / "simple", added_tokens=ADDED["added_tokens"]))
+    simple = tokenizer.Tokenizer.from_file(directory(tmp_path / "simple", added_tokens=ADDED["added_tokens"]))
     assert simple.pieces("zebra") == [12] and len(simple) == 13
     assert both.unknown_words("a Zebra ate yaks") == ["ate", "yaks"]
     more, new = both.extended(["gnu", "zebra"])
@@ -213,21 +213,23 @@ def test_added_words_are_read_beside_vocab_txt(tmp_path):
 
 def test_what_is_written_reads_back_equal(tmp_path):
     for name, files in (("plain", {}), ("added", ADDED), ("accents", {"tokenizer_config": {"strip_accents": False}})):
-        before = text.Tokenizer.from_file(directory(tmp_path / name, **files))
+        before = tokenizer.Tokenizer.from_file(directory(tmp_path / name, **files))
         out = tmp_path / f"{name}-out"
         out.mkdir()
         for file, content in before.files().items():
             (out / file).write_text(content, encoding="utf-8")
-        after = text.Tokenizer.from_file(out)
+        after = tokenizer.Tokenizer.from_file(out)
         assert after == before and hash(after) == hash(before) and after.digest() == before.digest(), name
         assert after.pieces("a zebra caf\u00e9") == before.pieces("a zebra caf\u00e9")
 
 
 def test_accents_are_kept_where_the_file_says_so(tmp_path):
-    usual = text.Tokenizer.from_file(directory(tmp_path / "usual", tokenizer_config={"strip_accents": None}))
-    kept = text.Tokenizer.from_file(directory(tmp_path / "kept", tokenizer_config={"strip_accents": False}))
+    usual = tokenizer.Tokenizer.from_file(directory(tmp_path / "usual", tokenizer_config={"strip_accents": None}))
+    kept = tokenizer.Tokenizer.from_file(directory(tmp_path / "kept", tokenizer_config={"strip_accents": False}))
     assert (usual.pieces("Caf\u00e9"), kept.pieces("Caf\u00e9")) == ([8], [9]) and usual != kept
-    chinese = text.Tokenizer.from_file(directory(tmp_path / "c", tokenizer_config={"tokenize_chinese_chars": False}))
+    chinese = tokenizer.Tokenizer.from_file(
+        directory(tmp_path / "c", tokenizer_config={"tokenize_chinese_chars": False})
+    )
     assert chinese.words("\u4e00\u53ea") == ["\u4e00\u53ea"] and usual.words("\u4e00\u53ea") == ["\u4e00", "\u53ea"]
 
 
@@ -253,10 +255,10 @@ def test_accents_are_kept_where_the_file_says_so(tmp_path):
 )  # fmt: skip
 def test_files_that_contradict_each_other_or_bert_are_refused(tmp_path, files, message):
     if message is None:  # JSON keys are texts, values may be: both are numbers
-        assert text.Tokenizer.from_file(directory(tmp_path / "x", **files)).pieces("zebra") == [10]
+        assert tokenizer.Tokenizer.from_file(directory(tmp_path / "x", **files)).pieces("zebra") == [10]
         return
     with pytest.raises(ValueError, match=message):
-        text.Tokenizer.from_file(directory(tmp_path / "x", **files))
+        tokenizer.Tokenizer.from_file(directory(tmp_path / "x", **files))
 
 
 def test_a_panic_of_the_library_is_a_value_error():
@@ -270,18 +272,18 @@ def test_a_panic_of_the_library_is_a_value_error():
         "normalizer": broken,
         "model": {"type": "WordPiece", "vocab": {"a": 0}},
     }
-    with pytest.raises(ValueError, match="mine: .*precompiled_charsmap"), text._library_errors("mine"):
+    with pytest.raises(ValueError, match="mine: .*precompiled_charsmap"), tokenizer._library_errors("mine"):
         tokenizers.Tokenizer.from_str(json.dumps(spec))
-    with pytest.raises(KeyboardInterrupt), text._library_errors("mine"):
+    with pytest.raises(KeyboardInterrupt), tokenizer._library_errors("mine"):
         raise KeyboardInterrupt
     with pytest.raises(ValueError, match="cannot be tokenised"):
-        text.Tokenizer.from_words(["a"]).encode("lone \ud83d surrogate")
+        tokenizer.Tokenizer.from_words(["a"]).encode("lone \ud83d surrogate")
 
 
 def test_a_tokenizer_is_pickled_as_a_value(tmp_path):
     import pickle
 
-    before = text.Tokenizer.from_file(directory(tmp_path / "x", **ADDED))
+    before = tokenizer.Tokenizer.from_file(directory(tmp_path / "x", **ADDED))
     after = pickle.loads(pickle.dumps(before))
     assert after == before and after.pieces("zebra [SEP]") == before.pieces("zebra [SEP]")
 
@@ -294,7 +296,7 @@ def test_live_added_words_equal_transformers(tmp_path):
     theirs.add_tokens(["[ENC]"], special_tokens=True)
     theirs.add_tokens(["zebra", "Gr\u00f6\u00dfe", transformers.AddedToken("yak", single_word=True)])
     theirs.save_pretrained(tmp_path / "out")
-    ours = text.Tokenizer.from_file(tmp_path / "out")
+    ours = tokenizer.Tokenizer.from_file(tmp_path / "out")
     for source in (
         "a ZEBRA and zebras",
         "gr\u00f6\u00dfe GR\u00d6SSE Gr\u00f6\u00dfe",

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxpeft.torch_files import load_pickle
+from jaxpeft.runtime.torch_files import load_pickle
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FILE = GOLDEN / "torch_tiny.pth"

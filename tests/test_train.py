@@ -16,11 +16,14 @@ import pytest
 import tiny
 from tiny import config_of
 
-from configs import common
-from jaxpeft import data, evals, features, hub, optim, point, results, sharding, sites, tasks, train, tree
-from jaxpeft.checkpoint import Checkpoints
-from jaxpeft.datasets import scenes
-from jaxpeft.text import Tokenizer
+from jaxpeft import config, tasks, tree
+from jaxpeft.adapt import sites
+from jaxpeft.data import pipeline, scenes
+from jaxpeft.inputs.tokenizer import Tokenizer
+from jaxpeft.models import loading
+from jaxpeft.runtime import files
+from jaxpeft.training import evaluate, frozen_cache, loop, optim, results, run, sharding
+from jaxpeft.training.checkpoint import Checkpoints
 
 TASK = tasks.build("vqa")
 
@@ -35,11 +38,11 @@ def _state(tx, seed=0, method="lora"):
     chosen = methods.build(method)
     variables = sites.attach(tiny.model(), tiny.params(), chosen, jax.random.key(seed))
     tuned, frozen = tree.split(variables, sites.trainable(chosen, variables))
-    return train.TrainState(jnp.int32(0), tuned, tx.init(tuned)), frozen
+    return loop.TrainState(jnp.int32(0), tuned, tx.init(tuned)), frozen
 
 
 def _step(tx, accumulate=1, model=None):
-    fn = functools.partial(train.train_step, model=model or tiny.model(), task=TASK, tx=tx, accumulate=accumulate)
+    fn = functools.partial(loop.train_step, model=model or tiny.model(), task=TASK, tx=tx, accumulate=accumulate)
     return jax.jit(fn)
 
 
@@ -79,7 +82,7 @@ def test_a_batch_that_devices_do_not_divide_is_refused():
 
 def test_clipping_sees_tuned_leaves_only():
     """The update of a clipped step has the norm that the tuned gradient alone gives."""
-    c = common.get_config().optim
+    c = config.get_config().optim
     c.clip, c.lr, c.schedule, c.warmup = 0.5, 1.0, "constant", 0.0
     tx = optax.chain(optax.clip_by_global_norm(c.clip), optax.sgd(1.0))
     state, frozen = _state(tx)
@@ -89,7 +92,7 @@ def test_clipping_sees_tuned_leaves_only():
 
 
 def test_schedule_and_decay_groups():
-    c = common.get_config().optim
+    c = config.get_config().optim
     c.lr, c.warmup, c.decay = 2.0, 0.1, 0.1
 
     def rate(step):
@@ -106,7 +109,7 @@ def test_schedule_and_decay_groups():
 
 @pytest.mark.parametrize("key, value, message", [("schedule", "step", "choose one of"), ("warmup", 2.0, "fraction")])
 def test_bad_optimizer_settings_are_named(key, value, message):
-    c = common.get_config().optim
+    c = config.get_config().optim
     c[key] = value
     with pytest.raises(ValueError, match=f"optim.{key}.*{message}"):
         optim.schedule(c, 10)
@@ -119,14 +122,14 @@ def test_nan_stops_with_step_and_leaf():
     bad = frozen_or_tuned | {"params/vision/norm/bias": frozen_or_tuned["params/vision/norm/bias"].at[0].set(jnp.nan)}
     state = state._replace(tuned=tree.unflatten(state.tuned, bad))
     _, metrics = _step(tx)(state, frozen, None, tiny.batch())
-    with pytest.raises(train.NonFinite, match="step 7: loss nan.*params/vision"):
-        train.check_finite(7, jax.device_get(metrics), list(tree.flatten(state.tuned)))
+    with pytest.raises(loop.NonFinite, match="step 7: loss nan.*params/vision"):
+        loop.check_finite(7, jax.device_get(metrics), list(tree.flatten(state.tuned)))
 
 
 @pytest.mark.parametrize("task", ["vqa", "captioning"])
 def test_a_run_leaves_its_files(base, tmp_path, task):
     c = config_of(base, task, head="transform")
-    result = point.run(c, tmp_path, quiet)
+    result = run.run(c, tmp_path, quiet)
     on_disk = json.loads((tmp_path / "result.json").read_text())
     assert on_disk == json.loads(json.dumps(result)) and on_disk["status"] == "done"
     n = {"vqa": 30, "captioning": 5}[task]
@@ -136,18 +139,18 @@ def test_a_run_leaves_its_files(base, tmp_path, task):
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "gallery.png").read_bytes()[:4] == b"\x89PNG"
-    assert (tmp_path / "checkpoints" / "6").exists() and not (tmp_path / train.JOURNAL).exists()
+    assert (tmp_path / "checkpoints" / "6").exists() and not (tmp_path / loop.JOURNAL).exists()
     listed = json.loads((tmp_path / "sites.json").read_text())
     assert sum(row["trained"] for row in listed) == on_disk["counts"]["tuned"]
     table = results.table(on_disk)
     assert "frozen base" in table and f"tuned {on_disk['counts']['tuned']:,} of" in table
-    assert point.run(c, tmp_path, quiet) == on_disk  # finished: nothing is done again
+    assert run.run(c, tmp_path, quiet) == on_disk  # finished: nothing is done again
 
 
 def test_resume_is_bit_exact(base, tmp_path, monkeypatch):
     """Six steps equal three, a stop, and three more: weights, optimizer, data order, dropout."""
     options = {"model.dropout": 0.1, "method.dropout": 0.1}
-    whole = point.run(config_of(base, **options), tmp_path / "whole", quiet)
+    whole = run.run(config_of(base, **options), tmp_path / "whole", quiet)
 
     settle = results.Metrics.write
 
@@ -158,11 +161,11 @@ def test_resume_is_bit_exact(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(results.Metrics, "write", stop_at_three)
     with pytest.raises(KeyboardInterrupt):
-        point.run(config_of(base, **options), tmp_path / "parts", quiet)
+        run.run(config_of(base, **options), tmp_path / "parts", quiet)
     monkeypatch.undo()
     assert not (tmp_path / "parts" / "result.json").exists()
     said = []
-    resumed = point.run(config_of(base, **options), tmp_path / "parts", said.append)
+    resumed = run.run(config_of(base, **options), tmp_path / "parts", said.append)
     assert any("resumed from step 3" in line for line in said)
     assert resumed["metrics"] == whole["metrics"]
     files = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
@@ -170,22 +173,22 @@ def test_resume_is_bit_exact(base, tmp_path, monkeypatch):
 
 
 def test_another_config_in_the_same_workdir_is_refused(base, tmp_path):
-    results.write_json(tmp_path / "config.json", point.as_json(config_of(base)))
-    point.check_workdir(config_of(base), tmp_path)
+    files.write_json(tmp_path / "config.json", run.as_json(config_of(base)))
+    run.check_workdir(config_of(base), tmp_path)
     with pytest.raises(ValueError, match=r"another config.*optim/lr: 0.003 -> 0.1"):
-        point.check_workdir(config_of(base, **{"optim.lr": 0.1}), tmp_path)
+        run.check_workdir(config_of(base, **{"optim.lr": 0.1}), tmp_path)
 
 
 def test_a_mistake_leaves_nothing_that_blocks_the_corrected_rerun(base, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint at"):
-        point.run(config_of("nowhere"), tmp_path, quiet)
+        run.run(config_of("nowhere"), tmp_path, quiet)
     assert not list(tmp_path.iterdir())  # its lock too is gone
-    point.check_workdir(config_of(base), tmp_path)
+    run.check_workdir(config_of(base), tmp_path)
 
 
 def test_cached_features_equal_encoding_every_step(base, tmp_path):
-    cached = point.run(config_of(base), tmp_path / "cached", quiet)
-    plain = point.run(config_of(base, **{"data.feature_bytes": 0}), tmp_path / "plain", quiet)
+    cached = run.run(config_of(base), tmp_path / "cached", quiet)
+    plain = run.run(config_of(base, **{"data.feature_bytes": 0}), tmp_path / "plain", quiet)
     for label in ("base", "tuned"):
         a, b = (run["metrics"]["test"][label] for run in (cached, plain))
         np.testing.assert_allclose(a["nll"], b["nll"], rtol=1e-5)
@@ -194,12 +197,12 @@ def test_cached_features_equal_encoding_every_step(base, tmp_path):
 def test_features_on_disk_equal_features_in_memory(base, tmp_path):
     """A subset reads its rows from the whole split's table, and a second run finds the table there."""
     options = {"data.n_images": 7}
-    plain = point.run(config_of(base, **options), tmp_path / "plain", quiet)
-    shared = point.run(config_of(base, **options), tmp_path / "shared", quiet, tmp_path / "features")
+    plain = run.run(config_of(base, **options), tmp_path / "plain", quiet)
+    shared = run.run(config_of(base, **options), tmp_path / "shared", quiet, tmp_path / "features")
     files = sorted((tmp_path / "features").iterdir())
     assert [path.name.rsplit("-", 1)[0] for path in files] == ["test-5", "train-12"]
     before = [path.stat().st_ino for path in files]
-    again = point.run(config_of(base, **options), tmp_path / "again", quiet, tmp_path / "features")
+    again = run.run(config_of(base, **options), tmp_path / "again", quiet, tmp_path / "features")
     assert [path.stat().st_ino for path in files] == before
     assert again["metrics"] == shared["metrics"]
     np.testing.assert_allclose(
@@ -210,12 +213,12 @@ def test_features_on_disk_equal_features_in_memory(base, tmp_path):
 def test_question_states_once_per_question_equal_encoding_every_step(base, tmp_path, monkeypatch):
     """Where only the decoder is tuned the question encoder is frozen too; in memory and from disk."""
     options = {"method": "head", "data.n_images": 7}
-    shared = point.run(config_of(base, **options), tmp_path / "shared", quiet, tmp_path / "features")
+    shared = run.run(config_of(base, **options), tmp_path / "shared", quiet, tmp_path / "features")
     names = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "features").iterdir())
     assert names == ["test-5", "test-questions-30", "train-12", "train-questions-42"]
-    in_memory = point.run(config_of(base, **options), tmp_path / "memory", quiet)
-    monkeypatch.setattr(point, "can_cache_questions", lambda *_: (False, "asked not to"))
-    plain = point.run(config_of(base, **options), tmp_path / "plain", quiet)
+    in_memory = run.run(config_of(base, **options), tmp_path / "memory", quiet)
+    monkeypatch.setattr(run, "can_cache_questions", lambda *_: (False, "asked not to"))
+    plain = run.run(config_of(base, **options), tmp_path / "plain", quiet)
     for one in (shared, in_memory):
         for label in ("base", "tuned"):
             a, b = (run["metrics"]["test"][label]["nll"] for run in (one, plain))
@@ -224,36 +227,36 @@ def test_question_states_once_per_question_equal_encoding_every_step(base, tmp_p
 
 def test_question_states_are_taken_from_the_batch(base):
     """A sharp check of what the test above compares: other states give another loss."""
-    model, params, _ = hub.read(str(base), question_encoder=True)
+    model, params, _ = loading.read(str(base), question_encoder=True)
     split = scenes.load({"n_test": 3}, ["test"])["test"]
-    examples = dataclasses.replace(TASK.examples(split, model.tokenizer), images=data.Resized(split.images, 64))
-    v, tables = {"params": params}, evals.image_features(model, {"params": params}, examples.images)
-    asked = features.with_questions(model, v, split, examples, tables, None, 0)
-    plain, same = (evals.nll(model, v, TASK, one, features=tables) for one in (examples, asked))
+    examples = dataclasses.replace(TASK.examples(split, model.tokenizer), images=pipeline.Resized(split.images, 64))
+    v, tables = {"params": params}, evaluate.image_features(model, {"params": params}, examples.images)
+    asked = frozen_cache.with_questions(model, v, split, examples, tables, None, 0)
+    plain, same = (evaluate.nll(model, v, TASK, one, features=tables) for one in (examples, asked))
     asked.arrays["question_states"] = asked.arrays["question_states"] + 1
-    assert abs(same - plain) <= 1e-6 * plain < abs(evals.nll(model, v, TASK, asked, features=tables) - plain)
+    assert abs(same - plain) <= 1e-6 * plain < abs(evaluate.nll(model, v, TASK, asked, features=tables) - plain)
 
 
 def test_the_same_questions_about_other_pictures_are_other_states(base, tmp_path):
-    model, params, _ = hub.read(str(base), question_encoder=True)
+    model, params, _ = loading.read(str(base), question_encoder=True)
     split = scenes.load({"n_test": 3}, ["test"])["test"]
-    v, pictures = {"params": params}, data.Resized(split.images, 64)
-    tables, here = evals.image_features(model, v, pictures), TASK.examples(split, model.tokenizer)
+    v, pictures = {"params": params}, pipeline.Resized(split.images, 64)
+    tables, here = evaluate.image_features(model, v, pictures), TASK.examples(split, model.tokenizer)
     moved = dataclasses.replace(here, arrays=here.arrays | {"image_index": (here.arrays["image_index"] + 1) % 3})
     for examples in (here, moved):
-        kept = features.with_questions(model, v, split, examples, tables, tmp_path, 1 << 30)
-        expected = evals.question_states(model, v, examples, tables)
+        kept = frozen_cache.with_questions(model, v, split, examples, tables, tmp_path, 1 << 30)
+        expected = evaluate.question_states(model, v, examples, tables)
         np.testing.assert_array_equal(kept.arrays["question_states"], expected)
 
 
 def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(base, tmp_path):
-    model, params, _ = hub.read(str(base), question_encoder=True)
+    model, params, _ = loading.read(str(base), question_encoder=True)
     said, directory = [], tmp_path / "f"
 
     def table(n, limit=1 << 30):
         split = scenes.load({"n_test": n}, ["test"])["test"]
-        pictures = data.Resized(split.images, 64)
-        return features.table(model, {"params": params}, split, pictures, directory, limit, said.append)
+        pictures = pipeline.Resized(split.images, 64)
+        return frozen_cache.table(model, {"params": params}, split, pictures, directory, limit, said.append)
 
     first = table(3)
     (path,) = directory.iterdir()
@@ -268,21 +271,23 @@ def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(base, t
 
 
 def test_features_of_other_weights_or_pictures_have_other_names(base):
-    model, params, _ = hub.read(str(base), question_encoder=True)
+    model, params, _ = loading.read(str(base), question_encoder=True)
     split = scenes.load({"n_test": 3}, ["test"])["test"]
     moved = params | {"vision": jax.tree.map(lambda x: x + 1, params["vision"])}
     other = scenes.load({"n_test": 3, "seed": 1}, ["test"])["test"]
-    names = [features.name_of(model, {"params": p}, s) for p, s in ((params, split), (moved, split), (params, other))]
+    names = [
+        frozen_cache.name_of(model, {"params": p}, s) for p, s in ((params, split), (moved, split), (params, other))
+    ]
     asked = np.ones((3, 2), np.int32)
     text = params | {"text_encoder": jax.tree.map(lambda x: x + 1, params["text_encoder"])}
     names += [
-        features.name_of(model, {"params": p}, split, q)
+        frozen_cache.name_of(model, {"params": p}, split, q)
         for p, q in ((params, asked), (text, asked), (params, asked + 1))
     ]
     assert len(set(names)) == 6
-    captions, _, _ = hub.read(str(base), question_encoder=False)
-    assert features.name_of(captions, {"params": params}, split) == names[0]  # the text side does not matter
-    assert features.name_of(model, {"params": params}, split) == names[0]
+    captions, _, _ = loading.read(str(base), question_encoder=False)
+    assert frozen_cache.name_of(captions, {"params": params}, split) == names[0]  # the text side does not matter
+    assert frozen_cache.name_of(model, {"params": params}, split) == names[0]
 
 
 def plateau_of(base, **changes):
@@ -297,14 +302,14 @@ def plateau_of(base, **changes):
 def losses(monkeypatch):
     """Validation losses, given one by one."""
     given = []
-    monkeypatch.setattr(point, "validation", lambda *_: lambda tuned: given.pop(0))
+    monkeypatch.setattr(run, "validation", lambda *_: lambda tuned: given.pop(0))
     return given
 
 
 def test_training_stops_when_validation_does(base, tmp_path, losses):
     """Falling for 3 steps, then not for 2: at step 5 the decay starts and takes half as long again."""
     losses += [4.0, 3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
-    result = point.run(plateau_of(base), tmp_path, quiet)
+    result = run.run(plateau_of(base), tmp_path, quiet)
     assert not losses
     assert (result["timing"]["steps"], result["timing"]["stopped"]) == (7, "plateau")
     np.testing.assert_allclose(result["timing"]["validation_loss"], 0.9, rtol=1e-6)
@@ -319,33 +324,33 @@ def test_training_stops_when_validation_does(base, tmp_path, losses):
 def test_patience_starts_again_with_progress(base, tmp_path, losses):
     """One validation without progress, progress, one without: no two in a row until steps 6 and 7."""
     losses += [4.0, 3.0, 3.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
-    result = point.run(plateau_of(base), tmp_path, quiet)
+    result = run.run(plateau_of(base), tmp_path, quiet)
     assert (result["timing"]["steps"], result["timing"]["stopped"]) == (11, "plateau")  # 7, and half of it rounded
 
 
 def test_a_gain_below_the_least_is_no_progress_and_the_cap_is_said(base, tmp_path, losses):
     losses += [1.1, 1.0, 0.999, 0.998, 0.997, 0.996]
-    result = point.run(plateau_of(base), tmp_path / "a", quiet)
+    result = run.run(plateau_of(base), tmp_path / "a", quiet)
     assert (result["timing"]["steps"], result["timing"]["stopped"]) == (5, "plateau")  # 3, and half of it rounded
     losses += [1.0 / n for n in range(1, 22)]
-    result = point.run(plateau_of(base), tmp_path / "b", quiet)
+    result = run.run(plateau_of(base), tmp_path / "b", quiet)
     assert (result["timing"]["steps"], result["timing"]["stopped"]) == (20, "cap")
 
 
 def test_the_best_tuned_half_is_kept(base, tmp_path, losses):
     """What is evaluated is the tree of the step with the lowest validation loss, not the last one."""
     losses += [4.0, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0]
-    overfit = point.run(plateau_of(base, **{"optim.warmup": 0.0}), tmp_path / "a", quiet)
+    overfit = run.run(plateau_of(base, **{"optim.warmup": 0.0}), tmp_path / "a", quiet)
     assert overfit["timing"]["steps"] == 6
     losses += [4.0, 3.0, 1.0]
-    short = point.run(plateau_of(base, steps=2, **{"optim.warmup": 0.0, "optim.cooldown": 1e-9}), tmp_path / "b", quiet)
+    short = run.run(plateau_of(base, steps=2, **{"optim.warmup": 0.0, "optim.cooldown": 1e-9}), tmp_path / "b", quiet)
     assert short["metrics"] == overfit["metrics"]
 
 
 def test_a_plateau_resumes_bit_exact(base, tmp_path, losses, monkeypatch):
     given = [4.0, 3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
     losses += given
-    whole = point.run(plateau_of(base), tmp_path / "whole", quiet)
+    whole = run.run(plateau_of(base), tmp_path / "whole", quiet)
     write = results.Metrics.write
 
     def stop_at_five(self, step, **values):
@@ -356,21 +361,21 @@ def test_a_plateau_resumes_bit_exact(base, tmp_path, losses, monkeypatch):
     losses += given
     monkeypatch.setattr(results.Metrics, "write", stop_at_five)
     with pytest.raises(KeyboardInterrupt):
-        point.run(plateau_of(base), tmp_path / "parts", quiet)
+        run.run(plateau_of(base), tmp_path / "parts", quiet)
     monkeypatch.setattr(results.Metrics, "write", write)
-    parts = point.run(plateau_of(base), tmp_path / "parts", quiet)
+    parts = run.run(plateau_of(base), tmp_path / "parts", quiet)
     assert not losses and parts["metrics"] == whole["metrics"]
     assert parts["timing"]["stopped"] == "plateau" and parts["timing"]["steps"] == 7
 
 
 def test_runs_that_differ_in_rate_steps_or_seed_share_one_program():
     """The schedule and the seed are data: what is compiled does not hold them."""
-    c, texts = common.get_config().optim, []
+    c, texts = config.get_config().optim, []
     for lr, n_steps, seed in ((1e-3, 10, 0), (3e-3, 20, 1)):
         c.lr = lr
         state, frozen = _state(optax.sgd(0.1))
         tx = optim.optimizer(c, state.tuned, n_steps)
-        state = train.TrainState(jnp.int32(0), state.tuned, tx.init(state.tuned), jnp.uint32(seed))
+        state = loop.TrainState(jnp.int32(0), state.tuned, tx.init(state.tuned), jnp.uint32(seed))
         texts.append(_step(tx).lower(state, frozen, None, tiny.batch()).as_text())
     assert texts[0] == texts[1]
 
@@ -386,9 +391,9 @@ def test_runs_that_differ_in_rate_steps_or_seed_share_one_program():
 )
 def test_features_are_cached_only_where_that_is_right(base, method, augment, size, reason):
     c = config_of(base, method=method, **{"data.augment": augment, "data.feature_bytes": size})
-    model, params, chosen, _ = point.setup_model(c, TASK, scenes.load(c.data, ["train"])["train"], quiet)
+    model, params, chosen, _ = run.setup_model(c, TASK, scenes.load(c.data, ["train"])["train"], quiet)
     mask = sites.trainable(chosen, sites.attach(model, params, chosen, jax.random.key(0)))
-    allowed, why = point.can_cache(c, mask, model, 100)
+    allowed, why = run.can_cache(c, mask, model, 100)
     assert allowed == reason.startswith("no tuned") and re.search(reason, why)
 
 
@@ -404,9 +409,9 @@ def test_features_are_cached_only_where_that_is_right(base, method, augment, siz
 def test_question_states_are_cached_only_where_that_is_right(base, method, images_cached, size, reason):
     c = config_of(base, method=method, **{"data.feature_bytes": size})
     split = scenes.load(c.data, ["train"])["train"]
-    model, params, chosen, _ = point.setup_model(c, TASK, split, quiet)
+    model, params, chosen, _ = run.setup_model(c, TASK, split, quiet)
     mask = sites.trainable(chosen, sites.attach(model, params, chosen, jax.random.key(0)))
-    allowed, why = point.can_cache_questions(c, mask, model, TASK.examples(split, model.tokenizer), images_cached)
+    allowed, why = run.can_cache_questions(c, mask, model, TASK.examples(split, model.tokenizer), images_cached)
     assert allowed == reason.startswith("no tuned") and re.search(reason, why)
 
 
@@ -415,7 +420,7 @@ def test_unknown_words_extend_the_vocabulary_and_are_tuned(base, tmp_path):
     split = scenes.load(c.data, ["train"])["train"]
     split.rows[0] = copy.deepcopy(split.rows[0])  # rows are shared by all who load them
     split.rows[0]["questions"][0]["question"] = "is there a zebra"
-    model, params, chosen, facts = point.setup_model(c, TASK, split, quiet)
+    model, params, chosen, facts = run.setup_model(c, TASK, split, quiet)
     assert facts["new_words"] == ["zebra"] and model.tokenizer.vocabulary[-1] == "zebra"
     known = params["text_decoder"]["embed"]["word"]
     assert known.shape[0] + 1 == model.config.vocab_size == len(model.tokenizer) and model.config.new_words == 1
@@ -427,7 +432,7 @@ def test_unknown_words_extend_the_vocabulary_and_are_tuned(base, tmp_path):
     c.model.extend_vocabulary = False
     assert facts["unknown_words"] == 0  # none is left after the extension
     said = []
-    facts = point.setup_model(c, TASK, split, said.append)[3]
+    facts = run.setup_model(c, TASK, split, said.append)[3]
     assert (facts["new_words"], facts["unknown_words"]) == ([], 1)
     assert "warning: 1 different words of the training texts (1 in all) are unknown to the base" in said[-1]
 
@@ -488,14 +493,14 @@ def test_a_checkpoint_of_another_base_or_shape_is_refused(tmp_path):
 
 def test_subsets_are_nested_and_batches_are_a_function_of_seed_and_step():
     split = scenes.load({"n_train": 40}, ["train"])["train"]
-    ids = [[row["image_id"] for row in data.subset(split, seed=3, n_images=n)[0].rows] for n in (5, 20)]
+    ids = [[row["image_id"] for row in pipeline.subset(split, seed=3, n_images=n)[0].rows] for n in (5, 20)]
     assert ids[1][:5] == ids[0] and len(set(ids[1])) == 20
-    other = [row["image_id"] for row in data.subset(split, seed=4, n_images=5)[0].rows]
+    other = [row["image_id"] for row in pipeline.subset(split, seed=4, n_images=5)[0].rows]
     assert other != ids[0]
     examples = TASK.examples(split, Tokenizer.from_words(scenes.WORDS))
-    stream = data.batches(examples, 7, seed=1)
+    stream = pipeline.batches(examples, 7, seed=1)
     first = [next(stream) for _ in range(40)]  # 280 > 240 examples: into the second epoch
-    again = next(data.batches(examples, 7, seed=1, start=38))
+    again = next(pipeline.batches(examples, 7, seed=1, start=38))
     for name, array in first[38].items():
         np.testing.assert_array_equal(array, again[name])
     seen = np.concatenate([batch["question"] for batch in first])[:240]
@@ -508,4 +513,4 @@ def test_subsets_are_nested_and_batches_are_a_function_of_seed_and_step():
 def test_impossible_subsets_are_named(key, value, message):
     split = scenes.load({"n_train": 3}, ["train"])["train"]
     with pytest.raises(ValueError, match=message):
-        data.subset(split, seed=0, **{key: value})
+        pipeline.subset(split, seed=0, **{key: value})

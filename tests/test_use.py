@@ -20,10 +20,15 @@ from safetensors.numpy import load_file
 from tiny import config_of
 
 import jaxpeft as jp
-from jaxpeft import demo, evals, export, hub, images, point, sites, tree, use
-from jaxpeft.datasets import scenes
+from jaxpeft import tree
+from jaxpeft.adapt import sites
+from jaxpeft.apps import demo, export, generate
+from jaxpeft.data import scenes
+from jaxpeft.inputs import images
 from jaxpeft.methods import Head
-from jaxpeft.models import blip_port
+from jaxpeft.models import blip_convert, loading
+from jaxpeft.training import evaluate
+from jaxpeft.training import run as run_module
 
 
 def quiet(*_):
@@ -47,7 +52,7 @@ def run(base, tmp_path_factory):
             return found
 
         patch.setattr(scenes, "load", load)
-        return workdir, point.run(c, workdir, quiet)
+        return workdir, run_module.run(c, workdir, quiet)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +84,9 @@ def test_what_cannot_be_loaded_is_said(run, base, tmp_path, monkeypatch):
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(ValueError, match="has no tuned/"):
         jp.load_run(tmp_path)
-    moved = hub.read
+    moved = loading.read
     monkeypatch.setattr(
-        hub, "read", lambda *a, **k: (moved(*a, **k)[0], jax.tree.map(lambda x: x + 1, moved(*a, **k)[1]), {})
+        loading, "read", lambda *a, **k: (moved(*a, **k)[0], jax.tree.map(lambda x: x + 1, moved(*a, **k)[1]), {})
     )
     with pytest.raises(ValueError, match="tuned on another base"):
         jp.load_run(run[0])
@@ -89,7 +94,7 @@ def test_what_cannot_be_loaded_is_said(run, base, tmp_path, monkeypatch):
 
 def test_a_folder_from_the_command_line(run, folder, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    code = use.main(["--workdir", str(run[0]), "--folder", str(folder), "--top", "2", "--out", str(out)])
+    code = generate.main(["--workdir", str(run[0]), "--folder", str(folder), "--top", "2", "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     names = ["0.png", "1.png", "2.png", "more/3.png", "more/4.png"]
     assert [row["image"] for row in rows] == [str(folder / name) for name in names]
@@ -100,7 +105,7 @@ def test_a_folder_from_the_command_line(run, folder, tmp_path, capsys):
     for row in rows:
         scores = [one["score"] for one in row["texts"]]
         assert len(scores) == len({one["text"] for one in row["texts"]}) <= 2 and scores == sorted(scores)[::-1]
-    assert use.main(["--workdir", str(run[0]), "--image", str(folder / "0.png"), "--beams", "1"]) == 0
+    assert generate.main(["--workdir", str(run[0]), "--image", str(folder / "0.png"), "--beams", "1"]) == 0
     assert f"{folder / '0.png'}: " in capsys.readouterr().out
 
 
@@ -115,7 +120,7 @@ def test_every_picture_is_captioned_or_said(run, folder, tmp_path, capsys):
     (tmp_path / "._a.JFIF").write_bytes(b"\x00\x05\x16\x07")
     (tmp_path / "__MACOSX").mkdir()
     (tmp_path / "__MACOSX" / "._a.heic").write_bytes(b"\x00\x05\x16\x07")
-    assert use.main(["--workdir", str(run[0]), "--folder", str(tmp_path), "--beams", "1"]) == 1
+    assert generate.main(["--workdir", str(run[0]), "--folder", str(tmp_path), "--beams", "1"]) == 1
     out, err = capsys.readouterr()
     assert [line.split(":")[0] for line in out.splitlines()] == [str(tmp_path / name) for name in names]
     remedy, phone = "convert them to JPEG or PNG first", " (a phone can be set to save 'Most Compatible' JPEGs)"
@@ -126,7 +131,7 @@ def test_every_picture_is_captioned_or_said(run, folder, tmp_path, capsys):
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "h.svg").write_text("<svg/>")
     with pytest.raises(SystemExit):
-        use.main(["--workdir", str(run[0]), "--folder", str(tmp_path / "only")])
+        generate.main(["--workdir", str(run[0]), "--folder", str(tmp_path / "only")])
     said = (
         f"1 are of kinds that are not read, such as {tmp_path / 'only' / 'h.svg'}: SVG pictures are not read; {remedy}"
     )
@@ -136,7 +141,7 @@ def test_every_picture_is_captioned_or_said(run, folder, tmp_path, capsys):
 def test_heic_under_another_name_is_said(run, folder, tmp_path, capsys):
     Image.open(folder / "0.png").save(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(40))
-    assert use.main(["--workdir", str(run[0]), "--folder", str(tmp_path), "--beams", "1"]) == 1
+    assert generate.main(["--workdir", str(run[0]), "--folder", str(tmp_path), "--beams", "1"]) == 1
     out, err = capsys.readouterr()
     assert out.startswith(f"{tmp_path / 'a.jpg'}: ") and len(out.splitlines()) == len(err.splitlines()) == 1
     assert "b.jpg: HEIC/HEIF pictures are not read; convert them to JPEG or PNG first (a phone can be set" in err
@@ -148,10 +153,10 @@ def test_pictures_of_every_ending_are_found_in_a_folder(tmp_path, capsys, monkey
     for name in names:
         kind = Image.registered_extensions()["." + name.split(".")[0]]
         Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(tmp_path / name, kind)
-    monkeypatch.setattr(evals, "generate", lambda model, variables, decoded, *_, **__: [
+    monkeypatch.setattr(evaluate, "generate", lambda model, variables, decoded, *_, **__: [
         [{"text": f"grey {image.mean():.0f}", "score": 0.0}] for image in decoded
     ])  # fmt: skip
-    assert use.main(["--base", "tiny", "--folder", str(tmp_path), "--batch", "7"]) == 0
+    assert generate.main(["--base", "tiny", "--folder", str(tmp_path), "--batch", "7"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and len(names) > 25
     assert out.splitlines() == [f"{tmp_path / name}: grey 200 (0.00)" for name in sorted(names)]
@@ -168,13 +173,13 @@ def test_pictures_of_every_ending_are_found_in_a_folder(tmp_path, capsys, monkey
 )
 def test_mistakes_on_the_command_line_are_said(args, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        use.main(["--base", "tiny", *args])
+        generate.main(["--base", "tiny", *args])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_question_for_a_model_that_captions_is_said(run, folder):
     with pytest.raises(SystemExit, match="this model captions: give no prompts"):
-        use.main(["--workdir", str(run[0]), "--image", str(folder / "0.png"), "--question", "what is it"])
+        generate.main(["--workdir", str(run[0]), "--image", str(folder / "0.png"), "--question", "what is it"])
 
 
 def tuned(task, method):
@@ -189,12 +194,12 @@ def tuned(task, method):
 def test_a_merged_directory_reads_back_exactly(tmp_path, task):
     model, variables = tuned(task, (jp.LoRA(rank=2), Head()))
     jp.export_blip(model, variables, tmp_path / "out", card="# a model\n")
-    again, params = hub.load(tmp_path / "out")
+    again, params = loading.load(tmp_path / "out")
     assert again.config == model.config and again.tokenizer == model.tokenizer
     expected = tree.flatten(jp.merge(model, variables))
     assert all(np.array_equal(leaf, expected[name]) for name, leaf in tree.flatten(params).items())
     # releases of transformers before 4.57 do not tie the two, and would leave the head's matrix random
-    stored, (second, first) = load_file(tmp_path / "out" / "model.safetensors"), next(iter(blip_port.TIED.items()))
+    stored, (second, first) = load_file(tmp_path / "out" / "model.safetensors"), next(iter(blip_convert.TIED.items()))
     np.testing.assert_array_equal(stored[second], stored[first])
     assert (tmp_path / "out" / "README.md").read_text() == "# a model\n"
     (tmp_path / "out" / "mine.txt").write_text("keep me")
@@ -206,9 +211,9 @@ def test_a_run_is_exported_with_a_card_that_says_what_it_is(run, tmp_path, capsy
     workdir, result = run
     assert export.main(["--workdir", str(workdir), "--out", str(tmp_path / "out")]) == 0
     assert "model.safetensors" in capsys.readouterr().out
-    model, params = hub.load(tmp_path / "out")
+    model, params = loading.load(tmp_path / "out")
     again, variables, _, _ = jp.load_run(workdir)
-    expected = tree.flatten(hub.joined(again, jp.merge(again, variables))[1])
+    expected = tree.flatten(loading.joined(again, jp.merge(again, variables))[1])
     assert all(np.array_equal(leaf, expected[name]) for name, leaf in tree.flatten(params).items())
     card = (tmp_path / "out/README.md").read_text()
     counts, test = result["counts"], result["metrics"]["test"]
@@ -226,7 +231,7 @@ def test_a_run_is_exported_with_a_card_that_says_what_it_is(run, tmp_path, capsy
 
 def test_an_adapter_is_exported_with_its_card(base, tmp_path, capsys):
     c = config_of(base, "vqa", "lora", **{"steps": 1, "checkpoint_every": 1, "eval.gallery": False})
-    point.run(c, tmp_path / "run", quiet, command="python main.py --config=mine.py")
+    run_module.run(c, tmp_path / "run", quiet, command="python main.py --config=mine.py")
     arguments = ["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "adapter"), "--format", "peft"]
     assert export.main(arguments) == 0
     assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json", "README.md"}
@@ -279,9 +284,9 @@ def test_live_transformers_loads_it_and_computes_the_same(tmp_path, task):
         logits = there.text_decoder(torch.tensor(tokens_BT).long(), encoder_hidden_states=states).logits
     np.testing.assert_allclose(logits.numpy(), here, atol=2e-5)
 
-    context_BSD, mask_BS = evals.contexts(model, variables, {name: jnp.asarray(x) for name, x in batch.items()})
+    context_BSD, mask_BS = evaluate.contexts(model, variables, {name: jnp.asarray(x) for name, x in batch.items()})
     prompt_BT = jnp.full((3, 1), model.config.bos_id)
-    ours = evals.decode.greedy(model, variables, context_BSD, mask_BS, prompt_BT, length=8)[0]
+    ours = evaluate.decode.greedy(model, variables, context_BSD, mask_BS, prompt_BT, length=8)[0]
     with torch.no_grad():
         written = there.text_decoder.generate(
             input_ids=torch.tensor(np.asarray(prompt_BT)).long(), encoder_hidden_states=states, max_length=8,
@@ -403,18 +408,18 @@ def test_one_picture_is_a_list_of_one(run, folder):
 def test_another_prompt_begins_the_text(run, folder, capsys):
     arguments = ["--workdir", str(run[0]), "--image", str(folder / "0.png"), "--beams", "1"]
     model, variables, _, task = jp.load_run(run[0])
-    assert use.main([*arguments, "--prompt", "a red"]) == 0
+    assert generate.main([*arguments, "--prompt", "a red"]) == 0
     said = capsys.readouterr().out
-    other = use.prompted(task, "a red", model.tokenizer)
+    other = generate.prompted(task, "a red", model.tokenizer)
     room = [one.length - len(one.prompt_ids(model.tokenizer)) for one in (task, other)]
     assert other.prompt == "a red" and room[0] == room[1]  # as many words after it as after the old one
     (expected,) = jp.generate(model, variables, folder / "0.png", beams=1, task=other)
     assert f": {expected} (" in said
     for prompt, message in (("a snorkwobble", "has words that the model does not know: snorkwobble"),):
         with pytest.raises(SystemExit, match=message):
-            use.main([*arguments, "--prompt", prompt])
+            generate.main([*arguments, "--prompt", prompt])
     with pytest.raises(SystemExit, match="this one does vqa: give --question"):
-        use.main(["--base", "tiny", "--image", str(folder / "0.png"), "--question", "what", "--prompt", "a red"])
+        generate.main(["--base", "tiny", "--image", str(folder / "0.png"), "--question", "what", "--prompt", "a red"])
 
 
 def test_flax_serialises_tuned_trees(run):

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import common
+from jaxpeft import config
+from jaxpeft.inputs.tokenizer import SPECIAL, Tokenizer
 from jaxpeft.models.blip import Blip, BlipConfig
-from jaxpeft.text import SPECIAL, Tokenizer
 
 TOKENIZER = Tokenizer.from_words(f"w{i}" for i in range(20))
 CONFIG = dict(
@@ -47,7 +47,7 @@ def batch(n: int = 4, n_texts: int = 1, seed: int = 0) -> dict:
 
 def config_of(base, task="vqa", method="lora", head="none", **changes):
     """A run of a few steps on a handful of scenes."""
-    c = common.get_config(task, method, 2, head)
+    c = config.get_config(task, method, 2, head)
     c.base, c.steps, c.batch_size, c.log_every, c.checkpoint_every = str(base), 6, 8, 1, 3
     c.data.n_train, c.data.n_val, c.data.n_test = 12, 0, 5
     c.eval.batch_size, c.check_frozen = 8, True

@@ -11,7 +11,8 @@ import sys
 import jax
 from tiny import config_of
 
-from jaxpeft import host, point, stop, train
+from jaxpeft.runtime import host, signals
+from jaxpeft.training import loop, run
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_disable_most_optimizations", True)
@@ -23,7 +24,7 @@ def main(workdir, base, port, me, n, settings):
     if int(n) > 1:
         assert host.join_others("auto", f"127.0.0.1:{port}", int(n), int(me))
     if int(me) == int(n) - 1:  # the last process: others learn of what happens to it
-        settle = train._Loop._settle
+        settle = loop._Loop._settle
 
         def then(self, keep=0):
             step = self._pending[0][0] if len(self._pending) > keep else 0
@@ -33,13 +34,13 @@ def main(workdir, base, port, me, n, settings):
                 os.kill(os.getpid(), signal.SIGTERM)
             return settle(self, keep)
 
-        train._Loop._settle = then
+        loop._Loop._settle = then
     try:
-        with stop.handled():
-            point.run(config_of(base, **settings), workdir)
-    except (ValueError, train.NonFinite, KeyboardInterrupt) as error:
-        print(f"{type(error).__name__}: {stop.message(error)}", flush=True)
-        sys.exit(stop.exit_code(error))
+        with signals.handled():
+            run.run(config_of(base, **settings), workdir)
+    except (ValueError, loop.NonFinite, KeyboardInterrupt) as error:
+        print(f"{type(error).__name__}: {signals.message(error)}", flush=True)
+        sys.exit(signals.exit_code(error))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs import common
+from jaxpeft import config
 
 # From what pre-training did to what it did not. Web captions name colours and shapes and half of them a side; they
 # never say how many things there are, what is missing, or which is larger.
@@ -58,7 +58,7 @@ def study(name, hypothesis, levels, arms: dict, budgets, n_images, seeds=3, rate
 
 def point(task: str) -> ml_collections.ConfigDict:
     """One point on scenes: trained until validation stops improving, scored on validation and test pictures."""
-    c = until_plateau(common.get_config(task), steps={"vqa": 3000, "captioning": 2000}[task])
+    c = until_plateau(config.get_config(task), steps={"vqa": 3000, "captioning": 2000}[task])
     c.eval.forgetting = True
     c.batch_size = {"vqa": 32, "captioning": 16}[task]  # captions have twenty times the tokens of answers
     # questions of yes or no stay at chance for hundreds of steps before they are learned

@@ -11,20 +11,20 @@ BLIP's rows of VQAv2 with image, question and answers); `base` is a BLIP directo
 neither the data nor an accelerator was at hand.
 """
 
-from configs import common
 from configs.studies import base
+from jaxpeft import config
 
 N_IMAGES = (1_000, 5_000, 20_000, 50_000, 80_000)  # nested; VQAv2's training and COCO's have 82,783 and 113,287
 
 
 def get_config(arg=""):
-    a = common.parse_arg(
+    a = config.parse_arg(
         arg, root="coco", base="blip-base", base_vqa="", captions="dataset_coco.json", questions="vqa_v2.json", seeds=3,
         dtype="bfloat16",
     )  # fmt: skip
 
     def point(task):
-        c = base.until_plateau(common.folder(common.get_config(task), a.root), steps=40_000)
+        c = base.until_plateau(config.folder(config.get_config(task), a.root), steps=40_000)
         c.base = (a.base_vqa if task == "vqa" else "") or a.base
         c.data.annotations = a.questions if task == "vqa" else a.captions
         c.model.dtype, c.model.image_size = a.dtype, {"captioning": 384, "vqa": 480}[task]

@@ -7,12 +7,12 @@ direction. One seed, one learning rate, short caps: a smoke study. `scenes_full.
     python main.py --config=configs/studies/scenes.py --workdir=runs/study_scenes
 """
 
-from configs import common
 from configs.studies import base
+from jaxpeft import config
 
 
 def get_config(arg=""):
-    a = common.parse_arg(arg, vqa_steps=1200, caption_steps=400)
+    a = config.parse_arg(arg, vqa_steps=1200, caption_steps=400)
     c = base.study(
         "scenes", __doc__, ("captions_human", "vqa_unstated"), base.arms() | {"head": base.CONTROLS["head"]},
         budgets=(20_000, 50_000, 120_000), n_images=(256, 16384), seeds=1, rates=(1.0,),

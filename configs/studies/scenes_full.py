@@ -12,8 +12,8 @@ beside them; without it they stand at the middle size and all pictures. `levels=
 adds questions on what captions do say.
 """
 
-from configs import common
 from configs.studies import base
+from jaxpeft import config
 
 MAIN = ("captions_human", "vqa_unstated")
 NEAR = ("lora_head", "head")
@@ -21,7 +21,7 @@ N_IMAGES = (64, 256, 1024, 4096, 16384)
 
 
 def get_config(arg=""):
-    a = common.parse_arg(arg, levels="main", seeds=3, vqa_steps=3000, caption_steps=2000)
+    a = config.parse_arg(arg, levels="main", seeds=3, vqa_steps=3000, caption_steps=2000)
     if a.levels not in ("main", "all"):
         raise ValueError(f"levels is {a.levels!r}; choose main or all")
     plain = {

@@ -5,12 +5,12 @@ Hypothesis: none; a smoke test of the study's engine and report.
     python main.py --config=configs/studies/tiny.py --workdir=runs/study_tiny
 """
 
-from configs import common
 from configs.studies import base
+from jaxpeft import config
 
 
 def get_config(arg=""):
-    a = common.parse_arg(arg, steps=60, seeds=2, small=False)  # small: 10 runs a seed, for tests
+    a = config.parse_arg(arg, steps=60, seeds=2, small=False)  # small: 10 runs a seed, for tests
     arms = {
         "lora_head": base.arm("lora", 3e-3, sizes=(2, 8)),
         "prefix_head": base.arm("prefix", 3e-2, sizes=(4, 16)),

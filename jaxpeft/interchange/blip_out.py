@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxpeft import hub, results, sites, text
-from jaxpeft.models import blip_port
+from jaxpeft.adapt import sites
+from jaxpeft.inputs import tokenizer
+from jaxpeft.models import blip_convert, loading
+from jaxpeft.runtime import files
 from jaxpeft.tree import Tree
 
-FILES = ("model.safetensors", "config.json", "generation_config.json", *text.FILES, "tokenizer_config.json",
+FILES = ("model.safetensors", "config.json", "generation_config.json", *tokenizer.FILES, "tokenizer_config.json",
          "preprocessor_config.json", "README.md")  # fmt: skip
 
 
@@ -35,39 +37,39 @@ def export_blip(model, variables: Tree, directory, card: str = "", task=None, be
     """
     directory = Path(directory)
     params = sites.merge(model, variables) if "peft" in variables else variables["params"]
-    model, params = hub.joined(model, params)
-    tensors = {name: np.asarray(x, np.float32) for name, x in blip_port.to_hf(params, model.config).items()}
-    tensors |= {second: tensors[first] for second, first in blip_port.TIED.items() if second not in tensors}
-    config, said = blip_port.hf_config(model.config), _ids(model.config)
+    model, params = loading.joined(model, params)
+    tensors = {name: np.asarray(x, np.float32) for name, x in blip_convert.to_hf(params, model.config).items()}
+    tensors |= {second: tensors[first] for second, first in blip_convert.TIED.items() if second not in tensors}
+    config, said = blip_convert.hf_config(model.config), _ids(model.config)
     if task is not None:
-        settings, unprompted = generation(model, task, beams)
-        said |= settings
+        more, unprompted = generation(model, task, beams)
+        said |= more
         config["text_config"] |= unprompted
-    files = {"config.json": config, "generation_config.json": said}
+    settings = {"config.json": config, "generation_config.json": said}
     if model.tokenizer is not None:
         size = model.config.image_size
         # transformers begins a question with the "cls" token; BLIP's questions begin with [ENC]
         first = "[ENC]" if model.config.question_encoder else "[CLS]"
-        files["preprocessor_config.json"] = {
+        settings["preprocessor_config.json"] = {
             "image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor", "do_convert_rgb": True,
             "do_resize": True, "size": {"height": size, "width": size}, "resample": model.config.image_resample,
             "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
             "image_mean": list(model.config.image_mean), "image_std": list(model.config.image_std),
         }  # fmt: skip
-        files["tokenizer_config.json"] = {
+        settings["tokenizer_config.json"] = {
             "tokenizer_class": "BertTokenizer", "processor_class": "BlipProcessor", "do_lower_case": True,
             "strip_accents": model.tokenizer.strip_accents, "tokenize_chinese_chars": model.tokenizer.split_chinese,
             "model_max_length": model.config.max_positions, "pad_token": "[PAD]", "unk_token": "[UNK]",
             "cls_token": first, "sep_token": "[SEP]", "mask_token": "[MASK]", "bos_token": "[DEC]",
             "additional_special_tokens": ["[ENC]"], "model_input_names": ["input_ids", "attention_mask"],
         }  # fmt: skip
-    texts = {name: json.dumps(value, indent=2, sort_keys=True) + "\n" for name, value in files.items()}
-    texts |= model.tokenizer.files() if model.tokenizer is not None else {}
-    texts |= {"README.md": card} if card else {}
-    with results.whole_directory(directory, (*FILES, ".model.safetensors")) as new:
-        results.write_tensors(new / "model.safetensors", tensors, {"format": "pt"})
-        for name, content in texts.items():
-            results.write_text(new / name, content)
+    contents = {name: json.dumps(value, indent=2, sort_keys=True) + "\n" for name, value in settings.items()}
+    contents |= model.tokenizer.files() if model.tokenizer is not None else {}
+    contents |= {"README.md": card} if card else {}
+    with files.whole_directory(directory, (*FILES, ".model.safetensors")) as new:
+        files.write_tensors(new / "model.safetensors", tensors, {"format": "pt"})
+        for name, content in contents.items():
+            files.write_text(new / name, content)
     return directory
 
 

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import sites, tree, untrusted
+from jaxpeft import tree
+from jaxpeft.adapt import sites
 from jaxpeft.interchange.places import CONFIG, HEAD, HEAD_KEYS, PREFIX, VOCABULARY, WEIGHTS, places, vocabulary_matrix
 from jaxpeft.interchange.tuned import check_base, read, sha
 from jaxpeft.methods import IA3, OFT, DoRA, Head, LayerNorms, LoRA, Method, Prefix, Prompt, Scoped, VeRA
+from jaxpeft.runtime import files
 from jaxpeft.tree import Tree
 
 
@@ -23,7 +25,7 @@ def import_peft(model, params: Tree, directory) -> tuple[Tree, tuple[Method, ...
     transform), PROMPT_TUNING and PREFIX_TUNING of the text decoder. Raises ValueError for anything that it would have to
     leave out: other types, unread or missing tensors, shapes, a base or an alpha that the file was not written with.
     """
-    with untrusted.reading(directory, "is not what PEFT writes"):
+    with files.reading(directory, "is not what PEFT writes"):
         return _import_peft(model, params, Path(directory))
 
 
@@ -238,8 +240,8 @@ def _import_lora(reader, config, params):
 def _pattern(patterns, name, default):
     """PEFT's rank_pattern and alpha_pattern: regular expressions that end the module name."""
     for pattern, value in (patterns or {}).items():
-        if untrusted.pattern(pattern, "a pattern of adapter_config.json").fullmatch(name) or any(
-            untrusted.pattern(pattern, "").fullmatch(name, i + 1) for i, c in enumerate(name) if c == "."
+        if files.pattern(pattern, "a pattern of adapter_config.json").fullmatch(name) or any(
+            files.pattern(pattern, "").fullmatch(name, i + 1) for i, c in enumerate(name) if c == "."
         ):
             return value
     return default
@@ -252,7 +254,7 @@ def _import_ia3(reader, config, params):
         vector = reader.take(f"{PREFIX}{name}.ia3_l")
         parts, start = reader.parts(name, "linear"), 0
         is_input = any(
-            name == one or name.endswith(f".{one}") or untrusted.pattern(one, "feedforward_modules").fullmatch(name)
+            name == one or name.endswith(f".{one}") or files.pattern(one, "feedforward_modules").fullmatch(name)
             for one in inputs
         )
         size = parts[0][2][0] if is_input else sum(shape[1] for *_, shape in parts)

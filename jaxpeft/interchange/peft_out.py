@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxpeft import hub, results, sites, tree
+from jaxpeft import tree
+from jaxpeft.adapt import sites
 from jaxpeft.interchange.blip_out import export_blip
 from jaxpeft.interchange.places import (
     CONFIG,
@@ -36,6 +37,8 @@ from jaxpeft.methods import (
     Scoped,
     VeRA,
 )
+from jaxpeft.models import loading
+from jaxpeft.runtime import files
 from jaxpeft.tree import Tree
 
 
@@ -52,7 +55,7 @@ def export_peft(
     has no PEFT type.
     """
     with_base |= bool(model.config.new_words)
-    model, whole = hub.joined(model, variables["params"])
+    model, whole = loading.joined(model, variables["params"])
     variables = variables | {"params": whole}
     many = tuple(one.folded() for one in sites.as_methods(methods) if not isinstance(one, NewWords))
     folded = sites.fold(variables)
@@ -81,7 +84,7 @@ def export_peft(
     }
     arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()}
     facts = {"config": sha(everything), "frozen": frozen_digest(variables, many)}
-    beside = {"README.md": lambda path: results.write_text(path, card)} if card else {}
+    beside = {"README.md": lambda path: files.write_text(path, card)} if card else {}
     if with_base:
         beside["base"] = lambda path: export_blip(model, {"params": variables["params"]}, path, task=task, beams=beams)
     metadata = {"format": "pt", "jaxpeft": json.dumps(facts)}

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from jaxpeft.methods import Method, Scoped
-from jaxpeft.models import blip_port
+from jaxpeft.models import blip_convert
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -36,7 +36,7 @@ class Place:
 def places(config) -> dict[str, Place]:
     """Our module path -> Place, for every module with a weight, and the head's vocabulary, tied or not."""
     found = {}
-    for row in blip_port.table(config):
+    for row in blip_convert.table(config):
         if row.reference.endswith(".weight") and not row.leaves[0].endswith(("embed/word", "embed/position")):
             for part, leaf in enumerate(row.leaves):
                 path = leaf.rsplit("/", 1)[0]

@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import results, sites, tree, untrusted
+from jaxpeft import tree
+from jaxpeft.adapt import sites
 from jaxpeft.methods import Gated, Method, Scoped
-from jaxpeft.registry import Unknown
+from jaxpeft.runtime import files
+from jaxpeft.runtime.registry import Unknown
+from jaxpeft.training import results
 from jaxpeft.tree import Tree
 
 MANIFEST, TUNED = "manifest.json", "tuned.safetensors"
@@ -98,7 +101,7 @@ def load_tuned(model, params: Tree, directory) -> tuple[Tree, tuple[Method, ...]
     Raises ValueError when the base is another one, when a leaf is missing, extra, misshaped or damaged, and when the
     manifest is not the one that was written.
     """
-    with untrusted.reading(directory, "holds no tuned tree of ours"):
+    with files.reading(directory, "holds no tuned tree of ours"):
         return _load_tuned(model, params, Path(directory))
 
 
@@ -137,9 +140,9 @@ def write(directory, config_name, config, weights_name, arrays, metadata, beside
     """
     beside = beside or {}
     # the last name: what version 0.1 left where it was killed
-    with results.whole_directory(directory, (config_name, weights_name, f".{weights_name}", *beside)) as new:
-        results.write_tensors(new / weights_name, arrays, metadata)
-        results.write_text(new / config_name, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    with files.whole_directory(directory, (config_name, weights_name, f".{weights_name}", *beside)) as new:
+        files.write_tensors(new / weights_name, arrays, metadata)
+        files.write_text(new / config_name, json.dumps(config, indent=2, sort_keys=True) + "\n")
         for name, write_one in beside.items():
             write_one(new / name)
     return Path(directory)
@@ -150,4 +153,4 @@ def read(directory: Path, config_name: str, weights_name: str):
     for name in (config_name, weights_name):
         if not (directory / name).is_file():
             raise ValueError(f"{directory / name} is missing")
-    return untrusted.read_json(directory / config_name), *untrusted.read_safetensors(directory / weights_name)
+    return files.read_json(directory / config_name), *files.read_safetensors(directory / weights_name)

@@ -1,5 +1,5 @@
 """The methods, by the name that configs use. A new method is one file, one line here and one row in the test table; or a
-line in a module of your own, `METHODS["mine"] = Mine` (see jaxpeft/registry.py)."""
+line in a module of your own, `METHODS["mine"] = Mine` (see jaxpeft/runtime/registry.py)."""
 
 import inspect
 
@@ -14,7 +14,7 @@ from jaxpeft.methods.prompt import VPT, Prompt
 from jaxpeft.methods.scaling import IA3, SSF
 from jaxpeft.methods.selective import HEADS, BitFit, Full, Head, LayerNorms, NewWords, Selective
 from jaxpeft.methods.vera import VeRA
-from jaxpeft.registry import Registry
+from jaxpeft.runtime.registry import Registry
 
 _SINGLE = (
     Prompt, Prefix, SerialAdapter, ParallelAdapter, LoRA, LoHa, DoRA, PiSSA, VeRA, IA3, SSF, OFT, Compacter, VPT,

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxpeft import images, sites
-from jaxpeft.layers import Attention, Dense, LayerNorm, Mlp, TiedDense, dropout
+from jaxpeft.adapt import sites
+from jaxpeft.inputs import images
+from jaxpeft.inputs.tokenizer import Tokenizer
+from jaxpeft.models.layers import Attention, Dense, LayerNorm, Mlp, TiedDense, dropout
 from jaxpeft.ops import by_rows
-from jaxpeft.text import Tokenizer
 
 _INIT = nn.initializers.normal(0.02)
 UNROLLED = 4  # layers
@@ -327,7 +328,7 @@ class TextStack(nn.Module):
 
 
 # How leaves are split: heads, hidden units and words over 'tensor', as Megatron does; the other side of every matrix over
-# 'fsdp'. Last dimensions; a stack's L is never split. '@': what methods add there (jaxpeft/sharding.py).
+# 'fsdp'. Last dimensions; a stack's L is never split. '@': what methods add there (jaxpeft/training/sharding.py).
 SHARDING = (
     (r"(query|key|value|mlp/up)/kernel$", ("fsdp", "tensor")),
     (r"(query|key|value|mlp/up)/bias$", ("tensor",)),

@@ -1,10 +1,10 @@
 """The tasks, by the name that configs use. A new task is one file and one line here; or a line in a module of your own,
-`TASKS["mine"] = Mine` (see jaxpeft/registry.py)."""
+`TASKS["mine"] = Mine` (see jaxpeft/runtime/registry.py)."""
 
 import dataclasses
 
 from jaxpeft.metrics import METRICS
-from jaxpeft.registry import Registry
+from jaxpeft.runtime.registry import Registry
 from jaxpeft.tasks.base import Task, check_ids, ended
 from jaxpeft.tasks.captioning import Captioning
 from jaxpeft.tasks.vqa import Vqa

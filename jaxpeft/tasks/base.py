@@ -9,11 +9,10 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import losses
-from jaxpeft.data import Examples, pad_tokens
-from jaxpeft.datasets import Split
+from jaxpeft import ops
+from jaxpeft.data.base import Examples, Split, pad_tokens
+from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.metrics import METRICS
-from jaxpeft.text import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +95,12 @@ class Task(abc.ABC):
     def loss(self, model, variables, batch, rngs):
         """(sum, count) whose ratio is the training loss: by default token losses over scored tokens."""
         logits_BATV = model.apply(variables, batch, rngs=rngs)
-        return losses.token_loss(logits_BATV, batch["targets"], batch["weights"], self.smoothing)
+        return ops.token_loss(logits_BATV, batch["targets"], batch["weights"], self.smoothing)
 
     def nll(self, model, variables, batch):
         """Per example (sum of target nats (B,), number of target tokens (B,)): reported as nats per token."""
         scored_BAT = (batch["weights"] > 0).astype(jnp.float32)
-        nll_BAT = losses.token_nll(model.apply(variables, batch), batch["targets"]) * scored_BAT
+        nll_BAT = ops.token_nll(model.apply(variables, batch), batch["targets"]) * scored_BAT
         return nll_BAT.sum(axis=(1, 2)), scored_BAT.sum(axis=(1, 2))
 
     def limited(self, lengths: Iterable[dict[str, np.ndarray]], positions: int, tokenizer: Tokenizer) -> "Task":

@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxpeft import java, metrics
-from jaxpeft.data import Examples
-from jaxpeft.datasets import Split
+from jaxpeft import metrics
+from jaxpeft.data.base import Examples, Split
+from jaxpeft.inputs.tokenizer import Tokenizer, clean_caption
+from jaxpeft.metrics import coco_java
 from jaxpeft.tasks.base import Task, ended, teacher_forced
-from jaxpeft.text import Tokenizer, clean_caption
 
 # how captions are read for scoring: 'basic' for one's own, in any language; 'coco' as published COCO numbers are
 VARIANTS = {"basic": metrics.plain_words, "coco": metrics.tokenize}
@@ -95,7 +95,7 @@ class Captioning(Task):
         ours = {row["image_id"]: text for row, text in zip(rows, predictions, strict=True)}
         truths = {row["image_id"]: row["references"] for row in rows}
         if self.java:
-            return java.captions_report(ours, truths)
+            return coco_java.captions_report(ours, truths)
         said = {"tokenizer": "basic"} if self.variant == "basic" else {}
         return metrics.captions_report(ours, truths, VARIANTS[self.variant]) | said
 

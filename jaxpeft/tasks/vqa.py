@@ -13,11 +13,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxpeft import metrics, untrusted
-from jaxpeft.data import Examples, most_common, pad_tokens
-from jaxpeft.datasets import Split
+from jaxpeft import metrics
+from jaxpeft.data.base import Examples, Split, pad_tokens
+from jaxpeft.data.pipeline import most_common
+from jaxpeft.inputs.tokenizer import Tokenizer, clean_question
+from jaxpeft.runtime import files
 from jaxpeft.tasks.base import Task, ended, teacher_forced
-from jaxpeft.text import Tokenizer, clean_question
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Vqa(Task):
             return None
         if self.answer_list:
             try:
-                answers = json.loads(untrusted.kept_in(pathlib.Path(self.answer_list)).read_text("utf-8"))
+                answers = json.loads(files.kept_in(pathlib.Path(self.answer_list)).read_text("utf-8"))
             except (OSError, ValueError) as error:
                 raise ValueError(f"task_options.answer_list {self.answer_list}: {error}; give a JSON list") from error
             if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a for a in answers):

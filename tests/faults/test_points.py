@@ -15,7 +15,9 @@ import pytest
 from tiny import config_of
 
 from configs.studies import tiny as tiny_study
-from jaxpeft import evals, features, locks, point, results, stop, study, train
+from jaxpeft.runtime import files, locks, signals
+from jaxpeft.study import execute
+from jaxpeft.training import evaluate, frozen_cache, loop, results, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +49,7 @@ def test_two_launchers(base, tmp_path, fault):
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on .* since 20.*another --workdir"):
-            point.run(config_of(base), tmp_path, quiet)
+            run.run(config_of(base), tmp_path, quiet)
         assert not (tmp_path / "config.json").exists()
     finally:
         holder.kill()
@@ -92,7 +94,7 @@ def test_a_lock_of_another_host(tmp_path, fault, monkeypatch):
 @pytest.fixture(scope="module")
 def undisturbed(base, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("point")
-    point.run(config_of(base), workdir, quiet)
+    run.run(config_of(base), workdir, quiet)
     return (workdir / "metrics.jsonl").read_text(), (workdir / "predictions.jsonl").read_text()
 
 
@@ -100,9 +102,9 @@ def undisturbed(base, tmp_path_factory):
 def test_sigterm_of_a_run(base, tmp_path, fault, monkeypatch, undisturbed, moment):
     """SIGTERM of a run."""
     module, name = {
-        "loading": (point, "setup_model"),
-        "evaluation": (evals, "predict"),
-        "writing results": (point, "save_tuned"),
+        "loading": (run, "setup_model"),
+        "evaluation": (evaluate, "predict"),
+        "writing results": (run, "save_tuned"),
     }[moment]
     real = getattr(module, name)
 
@@ -111,12 +113,12 @@ def test_sigterm_of_a_run(base, tmp_path, fault, monkeypatch, undisturbed, momen
         return real(*args, **kwargs)
 
     monkeypatch.setattr(module, name, signalled)
-    with pytest.raises(stop.Stopped) as caught, stop.handled():
-        point.run(config_of(base), tmp_path, quiet)
-    assert stop.exit_code(caught.value) == 75 and not (tmp_path / "result.json").exists()
+    with pytest.raises(signals.Stopped) as caught, signals.handled():
+        run.run(config_of(base), tmp_path, quiet)
+    assert signals.exit_code(caught.value) == 75 and not (tmp_path / "result.json").exists()
     monkeypatch.undo()
     said = []
-    fault.timed(point.run, config_of(base), tmp_path, said.append)
+    fault.timed(run.run, config_of(base), tmp_path, said.append)
     if moment != "loading":
         assert "resumed from step 6" in said and not any(
             "compiled" in line for line in said
@@ -161,12 +163,12 @@ def test_sigkill_while_the_result_is_written(base, tmp_path, fault, undisturbed,
     left = {path.name for path in workdir.iterdir()}
     assert "tuned" not in left and any(one.startswith(".tuned.jaxpeft-new-") for one in left)
     said = []
-    fault.timed(point.run, config_of(base), workdir, said.append)
+    fault.timed(run.run, config_of(base), workdir, said.append)
     assert "resumed from step 6" in said and not any("compiled" in line for line in said)  # nothing is trained again
     assert undisturbed == tuple((workdir / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl"))
     assert {path.name for path in (workdir / "tuned").iterdir()} == {"tuned.safetensors", "manifest.json"}
     assert not [path for path in workdir.iterdir() if path.name.startswith(".tuned")]
-    point.load_run(workdir)
+    run.load_run(workdir)
     fault.tried("written again whole; no step is done again, nothing is left beside it")
 
 
@@ -174,9 +176,9 @@ def test_what_an_older_version_left_half_written(base, tmp_path, fault):
     """A half-written tuned/ of version 0.1."""
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / ".tuned.safetensors").write_bytes(b"half")
-    fault.timed(point.run, config_of(base), tmp_path, quiet)
+    fault.timed(run.run, config_of(base), tmp_path, quiet)
     assert {path.name for path in (tmp_path / "tuned").iterdir()} == {"tuned.safetensors", "manifest.json"}
-    point.load_run(tmp_path)  # every leaf is compared with its digest
+    run.load_run(tmp_path)  # every leaf is compared with its digest
     fault.tried("replaced")
 
 
@@ -189,11 +191,11 @@ def test_a_full_disk_while_the_result_is_written(base, tmp_path, fault, monkeypa
 
     monkeypatch.setattr(results, "save_file", full)
     with pytest.raises(OSError) as caught:
-        point.run(config_of(base), tmp_path, quiet)
-    assert stop.exit_code(caught.value) == 75 and "No space left on device (" in stop.message(caught.value)
+        run.run(config_of(base), tmp_path, quiet)
+    assert signals.exit_code(caught.value) == 75 and "No space left on device (" in signals.message(caught.value)
     assert not (tmp_path / "tuned").exists() and not (tmp_path / "result.json").exists()
     monkeypatch.undo()
-    fault.timed(point.run, config_of(base), tmp_path, quiet)
+    fault.timed(run.run, config_of(base), tmp_path, quiet)
     assert undisturbed == tuple((tmp_path / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl"))
     fault.tried("one line, status 75; the same command ends it")
 
@@ -203,7 +205,7 @@ def test_a_directory_is_there_whole_or_not_at_all(tmp_path, fault):
     out = tmp_path / "out"
 
     def write(text, fail=False):
-        with results.whole_directory(out, ("a", "b")) as new:
+        with files.whole_directory(out, ("a", "b")) as new:
             (new / "a").write_text(text)
             if fail:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -245,7 +247,7 @@ def test_a_mounted_directory_is_written_into(tmp_path, fault):
         pytest.skip("mounting a tmpfs needs root")
     try:
         for text in ("first", "second"):
-            with results.whole_directory(out, ("a",)) as new:
+            with files.whole_directory(out, ("a",)) as new:
                 (new / "a").write_text(text)
             assert [path.name for path in out.iterdir()] == ["a"] and (out / "a").read_text() == text
     finally:
@@ -267,7 +269,7 @@ def test_a_mounted_directory_is_written_into(tmp_path, fault):
     ],
 )
 def test_errors_of_the_machine_are_told_from_others(error, code, said):
-    assert stop.exit_code(error) == code and said in stop.message(error)
+    assert signals.exit_code(error) == code and said in signals.message(error)
 
 
 def test_an_error_that_took_the_place_of_one_of_the_machine_is_the_users():
@@ -278,37 +280,37 @@ def test_an_error_that_took_the_place_of_one_of_the_machine_is_the_users():
         except OSError:
             raise ValueError("bad config") from None
     except ValueError as error:
-        assert stop.exit_code(error) == 1 and stop.message(error) == "bad config"
+        assert signals.exit_code(error) == 1 and signals.message(error) == "bad config"
 
 
 def test_changed_data(base, tmp_path, fault):
     """The data changed between a run and its resumption."""
     c = config_of(base)
-    fit = train.fit
+    fit = loop.fit
 
     def stops(config, *args, **kwargs):
         fit(config, *args, **kwargs)
-        raise stop.Stopped("", signal.SIGTERM)
+        raise signals.Stopped("", signal.SIGTERM)
 
-    point.fit, changed = stops, config_of(base)
+    run.fit, changed = stops, config_of(base)
     try:
-        with pytest.raises(stop.Stopped):
-            point.run(c, tmp_path, quiet)
+        with pytest.raises(signals.Stopped):
+            run.run(c, tmp_path, quiet)
     finally:
-        point.fit = fit
-    load = point.datasets.load
+        run.fit = fit
+    load = run.data.load
 
     def other(*args):
         splits = load(*args)
         splits["train"].rows[0]["captions"][0] += " indeed"
         return splits
 
-    point.datasets.load = other
+    run.data.load = other
     try:
         with pytest.raises(ValueError, match="checkpoint 6 belongs to another run .data/train: stored .*, now "):
-            fault.timed(point.run, changed, tmp_path, quiet)
+            fault.timed(run.run, changed, tmp_path, quiet)
     finally:
-        point.datasets.load = load
+        run.data.load = load
     fault.tried("refused: 'data/train: stored ..., now ...'; the test split, unchanged, is not named")
 
 
@@ -320,12 +322,12 @@ def test_full_disk_of_the_feature_cache(tmp_path, fault, monkeypatch):
         file.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(features.np, "save", save)
-    found = fault.timed(features._kept, tmp_path / "f" / "x.npy", lambda: computed, 1 << 20, said.append)
+    monkeypatch.setattr(frozen_cache.np, "save", save)
+    found = fault.timed(frozen_cache._kept, tmp_path / "f" / "x.npy", lambda: computed, 1 << 20, said.append)
     np.testing.assert_array_equal(found, computed)
     assert not list((tmp_path / "f").iterdir()) and "No space left on device" in said[0]
     monkeypatch.undo()
-    features._kept(tmp_path / "f" / "x.npy", lambda: computed, 1 << 20, said.append)
+    frozen_cache._kept(tmp_path / "f" / "x.npy", lambda: computed, 1 << 20, said.append)
     np.testing.assert_array_equal(np.load(tmp_path / "f" / "x.npy"), computed)
     fault.tried("what was computed is used; no half file is left")
 
@@ -334,9 +336,11 @@ def test_a_damaged_feature_cache(tmp_path, fault):
     """A truncated file in the feature cache."""
     said, computed = [], np.arange(4096, dtype=np.float32)
     path = tmp_path / "x.npy"
-    features._kept(path, lambda: computed, 1 << 20, said.append)
+    frozen_cache._kept(path, lambda: computed, 1 << 20, said.append)
     path.write_bytes(path.read_bytes()[:1000])
-    np.testing.assert_array_equal(fault.timed(features._kept, path, lambda: computed, 1 << 20, said.append), computed)
+    np.testing.assert_array_equal(
+        fault.timed(frozen_cache._kept, path, lambda: computed, 1 << 20, said.append), computed
+    )
     assert "cannot be read" in said[0]
     fault.tried("said, and computed again")
 
@@ -347,43 +351,43 @@ def test_a_damaged_feature_cache(tmp_path, fault):
 @pytest.fixture
 def small(monkeypatch):
     config = tiny_study.get_config()
-    monkeypatch.setattr(study, "keep_pictures", lambda *_: None)
-    monkeypatch.setattr(study, "check", lambda *_: None)
+    monkeypatch.setattr(execute, "keep_pictures", lambda *_: None)
+    monkeypatch.setattr(execute, "check", lambda *_: None)
     return config
 
 
 def test_out_of_memory_in_a_point(small, tmp_path, fault, monkeypatch):
     """Out of memory in a point of a study."""
-    runs = study.read(small, tmp_path).todo
+    runs = execute.read(small, tmp_path).todo
     bad = runs[1].id
 
     def run(config, workdir, log=print, features_in=None):
         if config.name == bad:
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8589934592 bytes")
-        raise stop.Stopped("", signal.SIGTERM) if config.name == runs[2].id else ValueError("not this one")
+        raise signals.Stopped("", signal.SIGTERM) if config.name == runs[2].id else ValueError("not this one")
 
-    monkeypatch.setattr(study.point, "run", run)
-    assert not study.execute(runs[1], tmp_path, quiet)
+    monkeypatch.setattr(execute.training_run, "run", run)
+    assert not execute.execute(runs[1], tmp_path, quiet)
     (line,) = (tmp_path / "failures" / f"{bad}.jsonl").read_text().splitlines()
     assert "RESOURCE_EXHAUSTED" in json.loads(line)["error"]
-    assert not study.execute(runs[0], tmp_path, quiet)  # and the others go on
-    with pytest.raises(stop.Stopped):
-        study.execute(runs[2], tmp_path, quiet)
+    assert not execute.execute(runs[0], tmp_path, quiet)  # and the others go on
+    with pytest.raises(signals.Stopped):
+        execute.execute(runs[2], tmp_path, quiet)
     assert not (tmp_path / "failures" / f"{runs[2].id}.jsonl").exists()  # a stop is not a failure
     fault.tried("written down with its reason, tried again twice; the others go on")
 
 
 def test_full_disk_in_a_point(small, tmp_path, fault, monkeypatch):
     """The disk is full in a point of a study."""
-    runs = study.read(small, tmp_path).todo
+    runs = execute.read(small, tmp_path).todo
 
     def run(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "result.json")
 
-    monkeypatch.setattr(study.point, "run", run)
+    monkeypatch.setattr(execute.training_run, "run", run)
     with pytest.raises(OSError) as caught:
-        study.execute(runs[0], tmp_path, quiet)
-    assert stop.exit_code(caught.value) == 75 and "result.json" in stop.message(caught.value)
+        execute.execute(runs[0], tmp_path, quiet)
+    assert signals.exit_code(caught.value) == 75 and "result.json" in signals.message(caught.value)
     assert not (tmp_path / "failures").exists()
     fault.tried("the worker ends with exit code 75; no try of the point is used up")
 
@@ -408,7 +412,7 @@ def test_a_killed_worker(tmp_path, fault):
     script.write_text(WORKER)
     os.environ["PYTHONPATH"], before = str(ROOT), os.environ.get("PYTHONPATH")
     try:
-        fault.timed(study._processes, [str(script), str(tmp_path)], 1, tmp_path, said.append)
+        fault.timed(execute._processes, [str(script), str(tmp_path)], 1, tmp_path, said.append)
     finally:
         os.environ.pop("PYTHONPATH")
         if before is not None:

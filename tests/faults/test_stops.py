@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxpeft import stop
+from jaxpeft.runtime import signals
 
 ROOT = Path(__file__).parents[2]
 POINT = ("main.py", "--config=configs/point.py:steps=2,n_images=64", "--config.data.n_test=32", "--config.eval.beams=3")
@@ -100,13 +100,13 @@ def test_sigterm_while_xla_compiles(tmp_path, fault, name):
             took = time.perf_counter() - began
         finally:
             watched.process.kill()
-        assert code == stop.RESTARTABLE, (code, said)
+        assert code == signals.RESTARTABLE, (code, said)
         assert "Traceback" not in said and "Fatal" not in said, said
         assert not (tmp_path / "run" / "failures").exists()  # a stop is no failure of a run
         if inside:
             break
     assert inside, f"{function} was compiled before the signal came"
-    fault.tried(f"status {stop.RESTARTABLE}, one line: 'stopped by SIGTERM'", seconds=took)
+    fault.tried(f"status {signals.RESTARTABLE}, one line: 'stopped by SIGTERM'", seconds=took)
 
 
 def test_a_stop_that_comes_while_an_object_is_freed(fault):
@@ -116,9 +116,9 @@ def test_a_stop_that_comes_while_an_object_is_freed(fault):
         def __del__(self):
             signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(stop.Stopped, match="stopped by SIGTERM") as caught, stop.handled():
+    with pytest.raises(signals.Stopped, match="stopped by SIGTERM") as caught, signals.handled():
         Freed()
         for _ in range(200):
             time.sleep(0.01)
-    assert stop.exit_code(caught.value) == stop.RESTARTABLE
+    assert signals.exit_code(caught.value) == signals.RESTARTABLE
     fault.tried("asked again a moment later")

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import toy
 
-from jaxpeft import locks, sharding, stop, train
-from jaxpeft.checkpoint import Checkpoints
+from jaxpeft.runtime import locks, signals
+from jaxpeft.training import loop, sharding
+from jaxpeft.training.checkpoint import Checkpoints
 
 # the array store's own event loop complains when it is collected after a read that failed
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -239,16 +240,16 @@ def test_sigterm(tmp_path, whole, fault, monkeypatch, moment):
 
         at, steps_done = {"first validation": (100, 1), "validation": (99, 3)}[moment]
         options["validate"] = validate
-    with pytest.raises(stop.Stopped) as caught:
+    with pytest.raises(signals.Stopped) as caught:
         toy.fit(tmp_path / "a", **options)
-    assert stop.exit_code(caught.value) == stop.RESTARTABLE
+    assert signals.exit_code(caught.value) == signals.RESTARTABLE
     monkeypatch.undo()
     rest = {}
     if "validate" in options:
         rest = {"c": c, "validate": lambda tuned: float(next(losses))}
     step, _ = same_end(tmp_path / "a", whole, fault, **rest)
     assert step == steps_done
-    fault.tried(f"stops with exit code {stop.RESTARTABLE}, goes on from step {step}")
+    fault.tried(f"stops with exit code {signals.RESTARTABLE}, goes on from step {step}")
 
 
 @pytest.mark.parametrize("holds", ["checkpoint", "journal"])
@@ -261,7 +262,7 @@ def test_fewer_devices(tmp_path, whole, fault, monkeypatch, holds):
         change = raise_at(stops_at + 1) if stops_at else lambda step, batch: batch
         try:
             after = fault.timed(toy.fit, tmp_path, c, said.append, change=change)
-        except stop.Stopped:
+        except signals.Stopped:
             if holds == "journal":
                 shutil.rmtree(tmp_path / "checkpoints" / str(stops_at))
         if devices < 8:
@@ -276,9 +277,9 @@ def test_fewer_devices(tmp_path, whole, fault, monkeypatch, holds):
 
 def test_sigint_twice(tmp_path, whole, fault):
     """Ctrl-C twice."""
-    with pytest.raises(stop.Stopped) as caught:
+    with pytest.raises(signals.Stopped) as caught:
         toy.fit(tmp_path, change=raise_at(7, signal.SIGINT, times=2))
-    assert stop.exit_code(caught.value) == stop.INTERRUPTED
+    assert signals.exit_code(caught.value) == signals.INTERRUPTED
     step, _ = same_end(tmp_path, whole, fault)
     assert step == 5  # at once: the step that runs is not waited for
     fault.tried("ends at once with exit code 130, goes on from the step before the one that ran", 1)
@@ -294,10 +295,10 @@ def test_poisoned_batch(tmp_path, whole, fault):
 
     said = []
     for tries in range(2):
-        with pytest.raises(train.NonFinite, match="step 7: loss nan, gradients not finite in: params/w") as caught:
+        with pytest.raises(loop.NonFinite, match="step 7: loss nan, gradients not finite in: params/w") as caught:
             toy.fit(tmp_path, log=said.append, change=poison)
         assert any("step 6 is saved" in line for line in said) or tries
-    assert stop.exit_code(caught.value) == stop.FATAL
+    assert signals.exit_code(caught.value) == signals.FATAL
     step, _ = same_end(tmp_path, whole, fault)
     assert step == 6
     fault.tried("names step 7 and the leaf, exit code 1; step 6 is stored and nothing after it was applied")
@@ -325,7 +326,7 @@ def test_changed_inputs(tmp_path, fault, key):
     toy.fit(tmp_path, toy.config(8), manifest=manifest)
     with pytest.raises(ValueError, match=f"checkpoint 8 belongs to another run.*{key}: stored a, now b") as caught:
         toy.fit(tmp_path, manifest=manifest | {key: "b"})
-    assert stop.exit_code(caught.value) == stop.FATAL
+    assert signals.exit_code(caught.value) == signals.FATAL
     said = []
     fault.timed(toy.fit, tmp_path, None, said.append, manifest=manifest | {key: "b"}, accept=True)
     assert any("accepted as asked" in line for line in said) and "resumed from step 8" in said
@@ -448,7 +449,7 @@ def test_out_of_memory_of_a_step(tmp_path, whole, fault):
     calls = []
 
     def step_fn(state, *args, tx):
-        return functools.partial(train.train_step, model=None, task=toy.Task(), accumulate=1)(state, *args, tx=tx)
+        return functools.partial(loop.train_step, model=None, task=toy.Task(), accumulate=1)(state, *args, tx=tx)
 
     def no_room(step, batch):
         calls.append(step)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import common
-from jaxpeft import stop, train
+from jaxpeft import config as defaults
+from jaxpeft.runtime import signals
+from jaxpeft.training import loop
 
 
 class Task:
@@ -26,7 +27,7 @@ class Task:
 
 
 def config(steps=12, every=4, **changes):
-    c = common.get_config()
+    c = defaults.get_config()
     c.steps, c.batch_size, c.log_every, c.checkpoint_every, c.check_frozen = steps, 8, 1, every, True
     c.optim.lr, c.optim.schedule, c.optim.warmup = 1e-2, "constant", 0.0
     c.update_from_flattened_dict(changes)
@@ -48,9 +49,9 @@ def fit(workdir, c=None, log=lambda *_: None, change=lambda step, batch: batch, 
     rng = np.random.default_rng(0)
     tuned = {"params": {"w": jnp.asarray(rng.normal(size=(256, 64)), jnp.float32), "fixed": None}}
     frozen = {"params": {"w": None, "fixed": jnp.ones(64)}}
-    step_fn = step_fn or functools.partial(train.train_step, model=None, task=Task(), accumulate=1)
-    with stop.handled():
-        state, _ = train.fit(
+    step_fn = step_fn or functools.partial(loop.train_step, model=None, task=Task(), accumulate=1)
+    with signals.handled():
+        state, _ = loop.fit(
             c or config(), workdir, step_fn, tuned, frozen, None, lambda start: batches(start, change),
             manifest or {"data": "a"}, log, **options,
         )  # fmt: skip
@@ -72,7 +73,7 @@ if __name__ == "__main__":
 
     try:
         fit(workdir, config(steps, every), lambda text: print(text, flush=True), pause)
-    except (ValueError, train.NonFinite, KeyboardInterrupt) as error:
-        print(stop.message(error), flush=True)
-        sys.exit(stop.exit_code(error))
+    except (ValueError, loop.NonFinite, KeyboardInterrupt) as error:
+        print(signals.message(error), flush=True)
+        sys.exit(signals.exit_code(error))
     print("ends", flush=True)

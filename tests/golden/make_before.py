@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from jaxpeft.data import base
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 sys.path[:0] = [".", "tests"]
@@ -27,9 +29,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import jaxpeft as jp
-from jaxpeft import data, datasets, evals, methods, point, sites, train, tree
-from jaxpeft.datasets import prepare, scenes
+from jaxpeft import data, methods, tree
+from jaxpeft.adapt import sites
+from jaxpeft.data import pipeline, scenes
+from jaxpeft.data.coco import prepare
 from jaxpeft.tasks import build
+from jaxpeft.training import evaluate, loop, run
 
 jax.config.update("jax_disable_most_optimizations", True)
 BEFORE = Path(__file__).with_name("before.json")
@@ -96,7 +101,7 @@ def loaded(scratch: Path):
         ("captioning", scene), ("vqa", scene), ("captioning", folder), ("captioning", dict(name="coco_captions", **coco)),
         ("vqa", dict(name="vqav2", **coco)),
     ):  # fmt: skip
-        yield task, options["name"], datasets.load(ConfigDict(options), ["train"])["train"]
+        yield task, options["name"], data.load(ConfigDict(options), ["train"])["train"]
 
 
 def batches():
@@ -106,10 +111,10 @@ def batches():
         for name, kind, split in loaded(Path(scratch)):
             task = build(name, max_tokens=30) if name == "captioning" else build(name, max_question=35, length=10)
             examples = task.examples(split, model.tokenizer)
-            images = data.Resized.of(split.images, model)
+            images = pipeline.Resized.of(split.images, model)
             for augment in ("none", "blip"):
-                examples = data.Examples(examples.arrays, images, examples.rows)
-                stream = data.batches(examples, 6, seed=3, augment=augment)
+                examples = base.Examples(examples.arrays, images, examples.rows)
+                stream = pipeline.batches(examples, 6, seed=3, augment=augment)
                 found[f"{name} {kind} {augment}"] = [of_tree(next(stream)) for _ in range(3)]
     return found
 
@@ -135,8 +140,8 @@ def losses():
         variables = sites.attach(model, tiny.params(ask), method, jax.random.key(0))
         tuned, frozen = tree.split(variables, sites.trainable(method, variables))
         tx = optax.adamw(1e-2)
-        state = train.TrainState(jnp.int32(0), tuned, tx.init(tuned))
-        step = jax.jit(functools.partial(train.train_step, model=model, task=build(name), tx=tx, accumulate=1))
+        state = loop.TrainState(jnp.int32(0), tuned, tx.init(tuned))
+        step = jax.jit(functools.partial(loop.train_step, model=model, task=build(name), tx=tx, accumulate=1))
         out = []
         for i in range(3):
             batch = tiny.batch(4, 3 if ask else 1, seed=i)
@@ -162,13 +167,13 @@ def answers():
     task = build("vqa", rank_answers=20) if "rank_answers" in build("vqa").__dataclass_fields__ else None
     found["rank"] = None
     if task is None:
-        split = datasets.load(
+        split = data.load(
             ConfigDict(dict(name="scenes", seed=0, n_train=64, n_val=0, n_test=8, captions="human", types=())), ["test"]
         )["test"]
         task = build("vqa", max_question=35, length=10)
         cases = task.cases(split, model.tokenizer)
-        cases = data.Examples(cases.arrays, data.Resized.of(split.images, model), cases.rows)
-        found["rank"] = evals.predict(
+        cases = base.Examples(cases.arrays, pipeline.Resized.of(split.images, model), cases.rows)
+        found["rank"] = evaluate.predict(
             model, {"params": params}, task, cases, batch_size=8, candidates=["yes", "no", "red", "2", "circle"]
         )
     return found
@@ -185,7 +190,7 @@ def whole_run():
         c = tiny.config_of("tiny", name, method, head, steps=20)
         c.checkpoint_every = 10
         with tempfile.TemporaryDirectory() as workdir:
-            result = point.run(c, workdir, log=lambda *_: None)
+            result = run.run(c, workdir, log=lambda *_: None)
             lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
             texts = [
                 json.loads(line)["tuned"] for line in (Path(workdir) / "predictions.jsonl").read_text().splitlines()

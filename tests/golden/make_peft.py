@@ -24,7 +24,7 @@ import jax  # noqa: E402
 from interchange import CASES, DECODER, inputs, theirs  # noqa: E402
 
 import jaxpeft as jp  # noqa: E402
-from jaxpeft import hub  # noqa: E402
+from jaxpeft.models import loading  # noqa: E402
 
 NAMES = {
     "lora": "LoRA, fused ViT qkv too",
@@ -42,7 +42,7 @@ NAMES = {
 
 def main():
     base = GOLDEN / "blip_caption_tiny"
-    model, params = hub.load(base)
+    model, params = loading.load(base)
     batch, logits = inputs(model.config, False, seed=5), {}
     shutil.rmtree(GOLDEN / "peft", ignore_errors=True)
     for short, name in NAMES.items():

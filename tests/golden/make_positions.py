@@ -1,4 +1,4 @@
-"""Makes positions.npz: reference numbers for jaxpeft/images.py.  Needs torch and transformers; run from this directory.
+"""Makes positions.npz: reference numbers for jaxpeft/inputs/images.py.  Needs torch and transformers; run from this directory.
 
 Inputs come from formulas (see tests/test_images.py), so that the file holds outputs only.  Positions are made in
 float64: torch computes the weights in the dtype of the input, and its float32 is off by 3e-6 for values near 1.

@@ -1,0 +1,88 @@
+"""One budget for all methods: the size whose stored count is nearest a target, from shapes alone."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+import jax
+
+from jaxpeft.adapt import sites
+from jaxpeft.methods import Gated, Method, Scoped
+
+
+@dataclasses.dataclass(frozen=True)
+class Solved:
+    """A method of the size whose stored count is nearest the budget. `capped`: the method's sizes end before it."""
+
+    method: Method | tuple[Method, ...]
+    size: int
+    stored: int
+    budget: int
+    capped: bool
+
+    @property
+    def gap(self) -> float:
+        """How far the count is from the budget, as a share of it."""
+        return self.stored / self.budget - 1
+
+    def __str__(self):
+        cap = ", the most this method can hold" if self.capped else ""
+        return f"size {self.size}: {self.stored:,} stored, {100 * self.gap:+.2f} % of the budget {self.budget:,}{cap}"
+
+
+def abstract_counts(method: Method | Iterable[Method], model) -> dict[str, int]:
+    """`sites.counts` of a method on a model without computing anything."""
+    variables = abstract_variables(method, model)
+    return sites.counts(variables, sites.trainable(method, variables))
+
+
+def abstract_variables(method: Method | Iterable[Method], model):
+    """What `attach` gives, as shapes."""
+    return jax.eval_shape(lambda params: sites.attach(model, params, method, jax.random.key(0)), abstract_params(model))
+
+
+@functools.lru_cache(maxsize=32)
+def abstract_params(model):
+    """The parameters of a model, as shapes."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), model.example())["params"])
+
+
+def solve_size(method: Method | Iterable[Method], model, budget: int) -> Solved:
+    """Choose the rank, bottleneck, length or block of a method so that what it stores comes nearest `budget` scalars.
+
+    Of several methods the last one with a size is changed (the adapter of MAM), and the budget is of all together.
+    Raises ValueError for a method without a size, naming those that have one.
+    """
+    many = sites.as_methods(method)
+    index = max((i for i, one in enumerate(many) if one.size_field), default=None)
+    if index is None:
+        raise ValueError(f"{', '.join(one.name for one in many)}: no size to choose; it stores what it stores")
+    if budget < 1:
+        raise ValueError(f"budget is {budget}; give a number of parameters")
+    one = many[index]
+    sizes = one.sizes(model, [site for site in sites.sites(model) if one.selects(site)])
+
+    def sized(size):
+        return (*many[:index], _resized(one, size), *many[index + 1 :])
+
+    def stored(i):
+        return abstract_counts(sized(sizes[i]), model)["stored"]
+
+    high = 1  # counts rise with the size: double, then halve
+    while high < len(sizes) - 1 and stored(min(high, len(sizes) - 1)) < budget:
+        high *= 2
+    low, high = 0, min(high, len(sizes) - 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if stored(middle) < budget else (low, middle)
+    best = min((low, high), key=lambda i: abs(stored(i) - budget))
+    found = sized(sizes[best])
+    count = stored(best)
+    capped = best == len(sizes) - 1 and count < budget
+    return Solved(found[0] if isinstance(method, Method) else found, sizes[best], count, budget, capped)
+
+
+def _resized(method: Method, size: int) -> Method:
+    if isinstance(method, Gated | Scoped):
+        return dataclasses.replace(method, method=_resized(method.method, size))
+    return dataclasses.replace(method, **{method.size_field: size})

@@ -1,0 +1,247 @@
+"""Methods on Flax Linen models that know nothing of sites: recorded once, checked, applied by interception.
+
+    bridge = jp.intercept(jp.LoRA(where="attention/(query|value)$"))
+    variables = bridge.attach(model, params, jax.random.key(0), example)     # {'params': ..., 'peft': ...}
+    y = jax.jit(lambda v, x: bridge.apply(model, v, x))(variables, x)        # inside the traced function, always
+
+What can be seen is what Flax calls: Dense and DenseGeneral (so, MultiHeadDotProductAttention) are linears, LayerNorm
+and RMSNorm are norms, and every module whose output is shaped as its first input is a sublayer that `where` may select.
+A subclass of Dense is a linear where it calls Dense's own product, and the method acts on that product.
+So methods on linears, norms and sublayers work, and those that train base leaves in place. Prefix, prompt and VPT need
+to know where keys and sequences are, and are refused. Products of raw `self.param`, Conv and tied `Embed.attend` are out
+of reach; a `where` that matches only such is an error that names them. NNX modules are refused.
+
+Interception has traps; each is an error here. A scan or vmap that does not carry the `peft` collection, or not along axis 0
+(write `variable_axes={True: 0}`). A module under `nn.jit` that was compiled before and answers from Flax's cache. A
+site that an `apply` never reached. `apply` enters the interceptor itself, so it works in any thread, and a function
+jitted around it cannot be stale.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+from jaxpeft import tree
+from jaxpeft.adapt import sites
+from jaxpeft.methods import Method, Site
+from jaxpeft.tree import Tree
+
+KINDS = ("linear", "norm", "sublayer")
+
+
+def intercept(methods: Method | Iterable[Method]) -> "Bridge":
+    """A bridge that puts methods on foreign Linen models. Raises ValueError for a method that it cannot apply."""
+    many = sites.as_methods(methods)
+    for one in many:
+        if one.kinds and not set(one.kinds) <= set(KINDS):
+            wanted = sorted(set(one.kinds) - set(KINDS))
+            raise ValueError(f"{one.name} acts at {', '.join(wanted)} sites, which a foreign model does not show")
+    return Bridge(many)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bridge:
+    """Methods for foreign models; made by `intercept`."""
+
+    methods: tuple[Method, ...]
+
+    def sites(self, model: nn.Module, *args, **kwargs) -> tuple[Site, ...]:
+        """Every place that methods can act on in `model(*args, **kwargs)`, from one abstract trace of `init`.
+
+        Raises ValueError where a scan hides modules or stacks them along another axis than 0.
+        """
+        return self._sites(model, args, kwargs)[0]
+
+    def _sites(self, model, args, kwargs):
+        """(sites, {path: class name} of every module that was called)"""
+        if not isinstance(model, nn.Module):
+            what = "a flax.nnx module" if isinstance(model, nnx.Module) else "no flax.linen module"
+            raise ValueError(f"{type(model).__name__} is {what}; methods can be put on flax.linen modules only")
+        seen: dict[tuple[str, str], tuple[int, ...]] = {}
+        called: dict[str, str] = {}
+
+        def record(call, call_args, call_kwargs, context):
+            y = call(*call_args, **call_kwargs)
+            module = context.module
+            called.setdefault("/".join(module.path), type(module).__name__)
+            for kind, shape in _kinds(context, _first(context, call_args, call_kwargs), y):
+                seen["/".join(module.path), kind] = shape
+                if module.is_mutable_collection("peft"):
+                    module.put_variable("peft", Site.key(kind), jnp.zeros(shape))
+            return y
+
+        def trace():
+            with nn.intercept_methods(record):
+                return model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, *args, **kwargs)
+
+        recorded = tree.flatten(jax.eval_shape(trace).get("peft", {}))
+        table = []
+        for (path, kind), shape in seen.items():
+            found = recorded.get(f"{path}/{Site.key(kind)}")
+            if found is None:
+                raise ValueError(
+                    f"{path} lies in a scan or vmap that does not carry the collection 'peft', so methods could not act there; "
+                    "write variable_axes={True: 0}, split_rngs={True: True} there ({True: None} where parameters are shared)"
+                )
+            stacked = len(found.shape) - len(shape)
+            if found.shape[stacked:] != shape or stacked > 1:
+                raise ValueError(
+                    f"{path} is stacked as {found.shape} for a {kind} of shape {shape}; only one scan along axis 0 (or "
+                    "vmap) is supported: variable_axes={'peft': 0} or {True: 0}"
+                )
+            table.append(Site(path, kind, shape, found.shape[0] if stacked else None))
+        return tuple(table), called
+
+    def attach(self, model: nn.Module, params: Tree, rng: jax.Array, *args, **kwargs) -> Tree:
+        """{'params': the same params, 'peft': own leaves}; `args` are what the model is called with (shapes matter).
+
+        Raises ValueError when a method matches nothing (with the nearest paths), as `sites.attach` does.
+        """
+        flat, (table, called) = tree.flatten(params), self._sites(model, args, kwargs)
+        try:
+            peft = sites.bind(table, lambda site: sites.base_of(model, flat, site), self.methods, rng)
+        except ValueError as error:
+            owned = {f"{site.path}/{leaf}" for site in table for leaf in ("kernel", "bias", "scale")}
+            hidden = [name for name in flat if name not in owned and flat[name].ndim > 1]
+            if not hidden or "matches none" not in str(error):
+                raise
+            some = ", ".join(f"{name} ({called.get(name.rpartition('/')[0], 'not called')})" for name in hidden[:5])
+            raise ValueError(f"{error}; parameters that no visible Dense owns, so out of reach: {some}") from error
+        variables = {"params": params, "peft": peft}
+        sites.trainable(self.methods, variables)
+        return variables
+
+    def apply(self, model: nn.Module, variables: Tree, *args, strict: bool = True, **kwargs):
+        """`model.apply` with the methods acting. Call it inside the function that you jit.
+
+        Raises ValueError when a bound site was not reached; strict=False allows it (another entry point of the model).
+        """
+        variables = sites.expand(variables)
+        bound = {
+            f"{b.site.path} ({b.site.kind})"
+            for b in jax.tree.leaves(variables.get("peft", {}), is_leaf=sites.is_bound)
+            if sites.is_bound(b)
+        }
+        reached, active = set(), []
+
+        def act(call, call_args, call_kwargs, context):
+            module = context.module
+            if context.method_name != "__call__":
+                return call(*call_args, **call_kwargs)
+            path, again = "/".join(module.path), module.path in active  # by super().__call__
+            active.append(module.path)
+            try:
+                x = _first(context, call_args, call_kwargs)
+                if _own_call(context, LINEARS) and module.has_variable("peft", Site.key("linear")):
+                    reached.add(f"{path} (linear)")
+                    bounds = module.get_variable("peft", Site.key("linear"))
+                    y = _linear(bounds, module, x, lambda new: _with_first(context, call, call_args, call_kwargs, new))
+                else:
+                    y = call(*call_args, **call_kwargs)
+                for kind in ("norm", "sublayer"):
+                    if again if kind == "sublayer" else not _own_call(context, NORMS):
+                        continue
+                    for one in module.get_variable("peft", Site.key(kind), ()):
+                        reached.add(f"{path} ({kind})")
+                        if kind == "norm":
+                            y = one.method.norm(one.theta, y)
+                        else:
+                            y = one.method.sublayer(one.theta, x, y, x.__add__)
+                return y
+            finally:
+                active.pop()
+
+        with nn.intercept_methods(act):
+            result = model.apply(variables, *args, **kwargs)
+        missed = sorted(bound - reached)
+        if strict and missed:
+            raise ValueError(
+                f"{len(missed)} sites were not reached: {', '.join(missed[:5])}. Is a module wrapped in nn.jit (its cached "
+                "program knows no interceptor), or is this another entry point (strict=False)?"
+            )
+        return result
+
+    def merge(self, model: nn.Module, variables: Tree, *args, **kwargs) -> Tree:
+        """Plain params with the methods folded in, where that is exact (see `sites.merge`)."""
+        return sites.merge_at(self.sites(model, *args, **kwargs), model, variables)
+
+
+LINEARS, NORMS = (nn.Dense, nn.DenseGeneral), (nn.LayerNorm, nn.RMSNorm)
+
+
+def _own_call(context, classes) -> bool:
+    """Whether the method that runs is the `__call__` that one of these classes itself defines: a subclass that calls it by
+    `super()` is intercepted twice, and a subclass with another product never comes here."""
+    function = context.orig_method.func
+    return any(
+        (function.__module__, function.__qualname__) == (c.__module__, f"{c.__name__}.__call__") for c in classes
+    )
+
+
+def _first_name(context) -> str:
+    return list(inspect.signature(context.orig_method.func).parameters)[1]  # after self
+
+
+def _first(context, args, kwargs):
+    """What a module is called on, by position or by name; None where it takes nothing."""
+    if args or not kwargs:
+        return args[0] if args else None
+    return kwargs.get(_first_name(context))
+
+
+def _with_first(context, call, args, kwargs, x):
+    """The call with `x` in place of what it was called on."""
+    return call(x, *args[1:], **kwargs) if args else call(**kwargs | {_first_name(context): x})
+
+
+def _kinds(context, x, y):
+    """(kind, shape) of the sites at a call on x that just returned y."""
+    module = context.module
+    if context.method_name != "__call__" or not hasattr(y, "shape") or not hasattr(x, "shape"):
+        return
+    if _own_call(context, LINEARS):
+        if x.ndim == 0 or getattr(module, "batch_dims", ()) or not _trailing(module, x):
+            return
+        kernel = module.get_variable("params", "kernel")
+        n_out = math.prod(kernel.shape[kernel.ndim - (y.ndim - (x.ndim - _n_axes(module))) :])
+        yield "linear", (kernel.size // n_out, n_out)
+    elif _own_call(context, NORMS):
+        yield "norm", y.shape[-1:]
+    elif not isinstance(module, (*LINEARS, *NORMS)) and x.shape == y.shape and x.ndim >= 2 and module.path:
+        yield "sublayer", y.shape[-1:]
+
+
+def _n_axes(module) -> int:
+    axis = getattr(module, "axis", -1)
+    return len(axis) if isinstance(axis, list | tuple) else 1
+
+
+def _trailing(module, x) -> bool:
+    """Whether a DenseGeneral contracts the last axes, in order: then it is a matrix product of flattened axes."""
+    axis = getattr(module, "axis", -1)
+    axes = [a % x.ndim for a in (axis if isinstance(axis, list | tuple) else (axis,))]
+    return axes == list(range(x.ndim - len(axes), x.ndim))
+
+
+def _linear(bounds, module, x, call):
+    """The linear with its axes flattened to (..., in) -> (..., out) for the methods, and back. `call(x)` computes it."""
+    lead = x.shape[: x.ndim - _n_axes(module)]
+    shapes = {}
+
+    def product(flat_x):
+        y = call(flat_x.reshape(x.shape))
+        shapes["y"] = y.shape
+        return y.reshape(*lead, -1)
+
+    kernel = module.get_variable("params", "kernel")
+    bias = module.get_variable("params", "bias")
+    n_in, n_out = bounds[0].site.shape
+    kernel, bias = kernel.reshape(n_in, n_out), None if bias is None else bias.reshape(n_out)
+    y = sites.linear_by(bounds, module, x.reshape(*lead, n_in), kernel, bias, product)
+    return y.reshape(shapes["y"])

@@ -1,0 +1,242 @@
+"""A local page: drop a picture, caption it or ask about it, and compare tuned runs with their frozen base.
+
+    pip install 'jaxpeft[demo]'
+    python -m jaxpeft.demo --workdir runs/mine runs/other        # then open the address that it prints
+
+Loading and compiling the models takes a minute; the address is printed when the page answers.
+
+The page listens on this machine only and keeps no picture. `app` is an ordinary ASGI application.
+"""
+
+import argparse
+import dataclasses
+import errno
+import functools
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from jaxpeft.inputs import images
+from jaxpeft.models import loading
+from jaxpeft.runtime import files, host, registry, signals
+from jaxpeft.tasks.base import Task
+from jaxpeft.training import evaluate, run
+from jaxpeft.tree import Tree
+
+PAGE = Path(__file__).with_name("demo.html")
+MOST_BYTES = 32 << 20  # of a picture
+HOSTS = ("127.0.0.1", "localhost")
+
+
+@dataclasses.dataclass
+class Writer:
+    """A model that the page offers: a tuned run, or the base of some of them."""
+
+    name: str
+    model: loading.Blip
+    variables: Tree
+    task: Task | None
+    group: int  # a frozen base and the runs tuned from it have the same one, and the page puts them side by side
+
+    @property
+    def asks(self) -> bool:
+        """Whether it answers questions; else it captions."""
+        return self.model.config.question_encoder
+
+
+def load(workdirs: list[str], bases: list[str] = (), log=print, imports: Iterable[str] = ()) -> list[Writer]:
+    """Each frozen base and right after it the runs tuned from it, then other checkpoints.
+
+    Raises ValueError naming what is wrong; for a workdir that is no finished run before anything is loaded.
+    """
+    given = {os.path.abspath(workdir): workdir for workdir in workdirs}  # a run that is named twice is one run
+    groups = {}
+    for path, workdir in given.items():
+        groups.setdefault(_base_of(Path(workdir)), []).append(path)
+    run_names, base_names = tails(given), tails([*(base for base, *_ in groups), *bases])
+
+    writers = []
+    for group, ((base, size, _), paths) in enumerate(groups.items()):
+        tuned = []
+        for path in paths:
+            log(f"loading {given[path]} ...")
+            model, variables, _, task = run.load_run(given[path], imports)
+            tuned.append(Writer(run_names[path], model, variables, task, group))
+        log(f"loading {base}, the frozen base of {', '.join(given[path] for path in paths)} ...")
+        model, params = loading.load(base, question_encoder=task.question_encoder, image_size=size)
+        shown = re.sub("@([0-9a-f]{8})[0-9a-f]{32}$", r"@\1", base_names[base])  # a commit, as people write it
+        name = f"{shown}, frozen" + (f", {size} pixels" if size else "")
+        writers += [Writer(name, model, {"params": params}, task, group), *tuned]
+    for group, base in enumerate(bases, len(groups)):
+        log(f"loading {base} ...")
+        model, params = loading.load(base)
+        writers.append(Writer(base_names[base], model, {"params": params}, None, group))
+    return writers
+
+
+def _base_of(workdir: Path) -> tuple[str, int | None, str]:
+    """(base, picture size, task) of a finished run: runs for which they are equal share a frozen base."""
+    for name in ("result.json", "config.json"):
+        if not (workdir / name).exists():
+            raise ValueError(
+                f"--workdir {workdir} holds no finished run: {name} is missing; run main.py on it to the end, or leave it "
+                f"out"
+            )
+    with files.reading(workdir, "holds no run of ours"):
+        settings = files.read_json(workdir / "config.json")
+        base = run.pinned_base(settings, files.read_json(workdir / "result.json", run.MOST_RESULT))
+        size = settings.get("model", {}).get("image_size")
+        return base, size and int(size), str(settings["task"])
+
+
+def tails(paths: Iterable[str]) -> dict[str, str]:
+    """Path -> the shortest end of it that no other one has: of /a/mine, /b/mine and /b/new a/mine, b/mine and new."""
+    parts = {path: Path(path).parts for path in paths}
+    found = {}
+    for path, mine in parts.items():
+        ends = (mine[-n:] for n in range(1, len(mine) + 1))
+        own = (end for end in ends if sum(other[-len(end) :] == end for other in parts.values()) == 1)
+        found[path] = str(Path(*next(own, mine)))
+    return found
+
+
+def warm(writers: list[Writer], top: int = 3, log=print) -> None:
+    """Compile what the first pictures will need."""
+    blank = np.zeros((64, 64, 3), np.uint8)
+    for one in writers:
+        log(f"compiling {one.name} ...")
+        evaluate.generate(
+            one.model, one.variables, [blank], "-" if one.asks else None, batch_size=1, task=one.task, top=top
+        )
+
+
+def answers(writers: list[Writer], data: bytes, question: str, top: int = 3) -> list[dict]:
+    """Name, group, texts and seconds of each writer that fits: with a question those that answer, else the others."""
+    picture, rows = images.decode(data, name="that was sent"), []
+    for one in writers:
+        if one.asks == bool(question):
+            began = time.perf_counter()
+            (texts,) = evaluate.generate(
+                one.model, one.variables, [picture], question or None, batch_size=1, task=one.task, top=top
+            )
+            seconds = time.perf_counter() - began
+            rows.append({"name": one.name, "group": one.group, "texts": texts, "seconds": seconds})
+    return rows
+
+
+def app(writers: list[Writer]):
+    """The page at /, what it offers at /writers, and POST /write?question=...&top=3 with a picture's bytes.
+
+    Answers requests to this machine's own names only, and pictures only from its own page or from programs.
+    """
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import HTMLResponse, JSONResponse
+    from starlette.routing import Route
+
+    one_at_a_time = threading.Lock()
+
+    def locked(*args):
+        with one_at_a_time:
+            return answers(writers, *args)
+
+    async def page(request):
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+    async def offered(request):
+        found = [{"name": one.name, "asks": one.asks} for one in writers]
+        return JSONResponse({"writers": found, "most_bytes": MOST_BYTES})
+
+    async def write(request):
+        if not _is_ours(request):
+            return JSONResponse({"error": "another site's page may not use this one"}, status_code=403)
+        data = bytearray()
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MOST_BYTES:
+                return JSONResponse({"error": f"the picture has more than {MOST_BYTES >> 20} MB"}, status_code=413)
+        try:
+            top = int(request.query_params.get("top", 3))
+            if not 1 <= top <= 10:
+                raise ValueError(f"top is {top}; it is 1 to 10")
+            question = request.query_params.get("question", "").strip()
+            return JSONResponse(await run_in_threadpool(locked, bytes(data), question, top))
+        except ValueError as error:
+            return JSONResponse({"error": str(error)}, status_code=400)
+
+    routes = [Route("/", page), Route("/writers", offered), Route("/write", write, methods=["POST"])]
+    # a name that a stranger's server resolves to 127.0.0.1 is not ours either
+    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS))])
+
+
+def _is_ours(request) -> bool:
+    """Whether a request comes from this page, or from a program: browsers name the page that asks as the origin."""
+    origin = request.headers.get("origin")
+    return origin is None or origin == f"http://{request.headers.get('host', '')}"
+
+
+def listen(port: int) -> socket.socket:
+    """A socket that listens on `port` of this machine's own address; 0 is any free port. Raises ValueError."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port is {port}; it is 0 (any free port) to 65535")
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            why = "is in use, maybe by another demo: stop that program"
+        else:
+            why = f"cannot be used ({os.strerror(error.errno)}): take one that you may use"
+        raise ValueError(f"port {port} {why}, or give another port with --port (0: any free one)") from None
+
+
+def main(argv=None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxpeft.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", nargs="+", default=[], help="finished runs; their frozen bases come with them")
+    parser.add_argument(
+        "--base",
+        nargs="+",
+        default=[],
+        help="checkpoints with nothing tuned: 'tiny', directories, or owner/name of the Hugging Face hub",
+    )
+    parser.add_argument("--port", type=int, default=7860, help="0: any free one")
+    registry.add_argument(parser)
+    args = parser.parse_args(argv)
+    if not args.workdir and not args.base:
+        parser.error("give --workdir or --base")
+    try:
+        import uvicorn
+    except ImportError:
+        sys.exit("error: the page needs the extra `demo`: pip install 'jaxpeft[demo]'")
+    host.keep_freed_memory()
+    host.keep_compiled_programs()
+    log = functools.partial(print, flush=True)  # seen at once, also in a file or a pipe
+    try:
+        sock = listen(args.port)  # first: a port that is in use is said before a minute of loading
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    with sock:
+        try:
+            writers = load(args.workdir, args.base, log, args.imports)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        warm(writers, log=log)
+        log(f"open http://127.0.0.1:{sock.getsockname()[1]}")  # the port listens already, and nothing is left to load
+        # its own logging configuration closes the handlers of others, and absl's would close the stream that it writes to
+        settings = uvicorn.Config(app(writers), log_config=None, log_level="warning")
+        uvicorn.Server(settings).run(sockets=[sock])
+
+
+if __name__ == "__main__":
+    signals.program(main)

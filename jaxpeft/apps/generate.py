@@ -1,0 +1,133 @@
+"""Captions and answers from the command line, with a tuned run, a shipped or a Hugging Face checkpoint.
+
+    python -m jaxpeft.generate --workdir runs/mine --image a.jpg b.png
+    python -m jaxpeft.generate --workdir runs/mine --image a.jpg --question "what is on the table" --top 3
+    python -m jaxpeft.generate --base Salesforce/blip-image-captioning-base --folder pics --out captions.jsonl
+    python -m jaxpeft.generate --workdir runs/mine --image a.jpg --prompt "a drawing of"
+
+Prints a line per picture, or writes a JSON object per picture: image, question, texts (text and log-probability in nats,
+per token where beams are more than one). A picture that cannot be read is said and left out; the exit status is then 1.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxpeft import tasks
+from jaxpeft.data.folder.files import Files
+from jaxpeft.inputs import images
+from jaxpeft.models import loading
+from jaxpeft.runtime import host, registry
+from jaxpeft.tasks import Task
+from jaxpeft.training import evaluate, run
+
+
+def pictures(paths: list[Path], n: int) -> Iterator[tuple[list[Path], list, list[str]]]:
+    """(paths, decoded pictures, errors) of n files at a time."""
+    for start in range(0, len(paths), n):
+        found, decoded, errors = [], [], []
+        for path in paths[start : start + n]:
+            try:
+                decoded.append(images.decode(path))
+                found.append(path)
+            except (ValueError, OSError) as error:
+                errors.append(f"{path}: {error}")
+        yield found, decoded, errors
+
+
+def main(argv=None) -> int:
+    """The command line -> exit status: 0, 1 where pictures were left out, 2 for a mistake in the arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxpeft.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--workdir", help="of a finished run")
+    which.add_argument(
+        "--base", help="nothing tuned: 'tiny', a directory with a BLIP, or owner/name of the Hugging Face hub"
+    )
+    parser.add_argument("--image", nargs="+", type=Path, default=[])
+    parser.add_argument("--folder", type=Path, help="every picture in it and below")
+    parser.add_argument("--question", help="for a model that answers questions: the same for every picture")
+    parser.add_argument(
+        "--prompt", help="for a model that captions: what the text begins with, in place of its own prompt"
+    )
+    parser.add_argument("--beams", type=int, default=3)
+    parser.add_argument("--top", type=int, default=1, help="how many texts a picture, best first")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--out", type=Path, help="a .jsonl file; without it lines are printed")
+    registry.add_argument(parser)
+    args = parser.parse_args(argv)
+    if min(args.beams, args.top, args.batch) < 1:
+        parser.error("--beams, --top and --batch are at least 1")
+    paths, unread = list(args.image), []
+    if args.folder:
+        if not args.folder.is_dir():
+            parser.error(f"--folder {args.folder} is not a directory")
+        files = Files(args.folder)
+        paths += [args.folder / name for name in files.all()]
+        unread = [f"{args.folder / name}: {images.why_unread(name)}" for name in files.unread()]
+    if not paths:
+        some = f"; {len(unread)} are of kinds that are not read, such as {unread[0]}" if unread else ""
+        parser.error(f"no pictures: give --image or a --folder that holds some{some}")
+    if args.out and not args.out.absolute().parent.is_dir():
+        parser.error(f"--out {args.out}: its directory does not exist")
+    host.keep_freed_memory()
+    host.keep_compiled_programs()
+    try:
+        if args.workdir:
+            model, variables, _, task = run.load_run(args.workdir, args.imports)
+        else:
+            model, params = loading.load(args.base, question_encoder=args.question is not None)
+            variables, task = {"params": params}, tasks.build("captioning" if args.question is None else "vqa")
+        if args.prompt is not None:
+            task = prompted(task, args.prompt, model.tokenizer)
+        bad = unread + _write(args, model, variables, task, paths)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    for line in bad:
+        print(f"left out: {line}", file=sys.stderr)
+    return int(bool(bad))
+
+
+def prompted(task: Task, prompt: str, tokenizer) -> Task:
+    """The task with another prompt. Raises ValueError for one that has none, and for words that the vocabulary lacks."""
+    if not hasattr(task, "prompt"):
+        raise ValueError(f"--prompt is for a model that captions; this one does {task.name}: give --question")
+    if unknown := tokenizer.unknown_words(prompt):
+        raise ValueError(f"--prompt {prompt!r} has words that the model does not know: {', '.join(unknown)}")
+    new = dataclasses.replace(task, prompt=prompt)
+    longer = len(new.prompt_ids(tokenizer)) - len(task.prompt_ids(tokenizer))  # `length` counts the prompt
+    return dataclasses.replace(new, length=task.length + longer) if task.length else new
+
+
+def _write(args, model, variables, task, paths) -> list[str]:
+    """Texts of every picture to the file or the screen -> errors."""
+    bad, temporary = [], args.out and args.out.with_name(f".{args.out.name}.{os.getpid()}")
+    out = temporary.open("w", encoding="utf-8") if temporary else None
+    batch = min(args.batch, len(paths))
+    try:
+        for found, decoded, errors in pictures(paths, batch):
+            bad += errors
+            if not found:
+                continue
+            written = evaluate.generate(
+                model, variables, decoded, args.question, beams=args.beams, batch_size=batch, task=task, top=args.top
+            )
+            for path, texts in zip(found, written, strict=True):
+                row = {"image": str(path)} | ({"question": args.question} if args.question else {})
+                if out:
+                    out.write(json.dumps(row | {"texts": texts}, ensure_ascii=False) + "\n")
+                else:
+                    print(f"{path}: " + " | ".join(f"{one['text']} ({one['score']:.2f})" for one in texts))
+        if out:
+            out.close()
+            os.replace(temporary, args.out)
+    finally:
+        if out:
+            out.close()
+            temporary.unlink(missing_ok=True)
+    return bad

@@ -1,0 +1,262 @@
+"""Pre-training the tiny BLIP on procedural scenes: what makes the checkpoint that the package ships.
+
+BLIP's objectives (Li et al. 2022, section 3.2) at toy size, three stages, each a resumable run of its own:
+    text     masked language modelling on text alone: the stand-in for BLIP's BERT initialisation
+    lm       language modelling of two web captions per picture
+    lm_itm   the same, and image-text matching against hard negatives
+Encoder and decoder share everything but self-attention, as in BLIP: the stored tree holds the encoder's self-attention
+only, and `shared` copies the rest in before every forward. Matching negatives are, in turn, the caption in the batch
+that shares most words and the right caption with one colour, shape or side changed to something not in the picture;
+BLIP mines the former with a contrastive head, which at this size word overlap replaces.
+
+    python main.py --config=configs/pretrain.py --workdir=runs/pretrain
+"""
+
+import dataclasses
+import functools
+import time
+from collections import Counter
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft import ops, tree
+from jaxpeft.data import scenes
+from jaxpeft.data.base import pad_tokens
+from jaxpeft.inputs.tokenizer import Tokenizer
+from jaxpeft.models import loading
+from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.ops import matmul
+from jaxpeft.tasks.base import ended, teacher_forced
+from jaxpeft.tasks.captioning import Captioning
+from jaxpeft.training import evaluate, loop, results
+from jaxpeft.training.run import as_json
+from jaxpeft.training.run import digest as run_digest
+from jaxpeft.tree import Tree
+
+ALIASES = {f"text_encoder/{part}": f"text_decoder/{part}" for part in ("embed",)} | {
+    f"text_encoder/blocks/{part}": f"text_decoder/blocks/{part}"
+    for part in ("cross_attention", "cross_norm", "mlp", "mlp_norm")
+}
+OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+TEXT_LENGTH = 28  # tokens of a pre-training text, specials included
+TASK = Captioning(max_tokens=40, length=40, variant="coco")  # what the held-out scores in the manifest were made with
+
+
+def shared(params: Tree) -> Tree:
+    """The model's full params from the stored ones: the encoder takes all but its self-attention from the decoder."""
+    decoder, own = params["text_decoder"], params["text_encoder"]["blocks"]
+    blocks = {part: decoder["blocks"][part] for part in ("cross_attention", "cross_norm", "mlp", "mlp_norm")}
+    return {
+        "vision": params["vision"],
+        "text_decoder": decoder,
+        "text_encoder": {"embed": decoder["embed"], "blocks": blocks | own},
+    }
+
+
+def init(model: Blip, seed: int) -> Tree:
+    """Stored params and the matching head."""
+    full = jax.jit(lambda: model.init(jax.random.key(seed), model.example()))()["params"]
+    own = {part: full["text_encoder"]["blocks"][part] for part in ("self_attention", "self_norm")}
+    itm = {"kernel": jnp.zeros((model.config.text_width, 2)), "bias": jnp.zeros(2)}
+    stored = {"vision": full["vision"], "text_decoder": full["text_decoder"], "text_encoder": {"blocks": own}}
+    return stored | {"itm": itm}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretraining:
+    """One stage's loss, in the form that `train_step` asks of a task; each term is a mean, so the count is 1."""
+
+    stage: str  # 'text', 'lm' or 'lm_itm'
+
+    def loss(self, model, variables, batch, rngs):
+        params = variables["params"]
+        apply = functools.partial(model.apply, {"params": shared(params)}, rngs=rngs)
+        if self.stage == "text":
+            logits_BTV = apply(batch["tokens"], method="masked_lm")
+            total, count = ops.token_loss(logits_BTV, batch["targets"], batch["weights"])
+            return total / count, jnp.float32(1)
+        image_BPD = apply(batch["image"], method="encode_image")
+        n_images, n_texts, n_tokens = batch["tokens"].shape
+        logits_BTV = apply(batch["tokens"].reshape(-1, n_tokens), image_BPD, method="decode")
+        logits_BATV = logits_BTV.reshape(n_images, n_texts, n_tokens, -1)
+        total, count = ops.token_loss(logits_BATV, batch["targets"], batch["weights"])
+        loss = total / count
+        if self.stage == "lm_itm":
+            loss += self._matching(model, params, apply, image_BPD, batch)
+        return loss, jnp.float32(1)
+
+    def _matching(self, model, params, apply, image_BPD, batch):
+        """Binary cross-entropy of (picture, text) pairs; the first text of each picture is its own."""
+        n_images, n_texts, n_tokens = batch["pairs"].shape
+        states_BTD = apply(image_BPD, batch["pairs"].reshape(-1, n_tokens), method="encode_question")
+        logits = matmul(states_BTD[:, 0], params["itm"]["kernel"], params["itm"]["bias"]).reshape(n_images, n_texts, 2)
+        right_BA = jnp.tile(jnp.arange(n_texts) == 0, (n_images, 1))
+        nll_BA = ops.token_nll(logits, right_BA.astype(jnp.int32))
+        return (nll_BA * jnp.where(right_BA, 0.5, 0.5 / (n_texts - 1))).sum() / n_images  # both classes weigh the same
+
+
+def text_batch(tokenizer: Tokenizer, indices, rng: np.random.Generator) -> dict:
+    """BERT's masking: 15 % of tokens are predicted; of those 80 % become [MASK], 10 % a random word, 10 % stay."""
+    ids = pad_tokens([tokenizer.encode(scenes.text(0, int(i)), TEXT_LENGTH) for i in indices], 0, TEXT_LENGTH)
+    maskable = (ids != tokenizer.pad_id) & (ids != tokenizer.cls_id) & (ids != tokenizer.sep_id)
+    chosen, kind = maskable & (rng.random(ids.shape) < 0.15), rng.random(ids.shape)
+    random = rng.integers(7, len(tokenizer), ids.shape)  # after the special tokens
+    tokens = np.where(chosen & (kind < 0.8), tokenizer.mask_id, np.where(chosen & (kind < 0.9), random, ids))
+    return {"tokens": tokens.astype(np.int32), "targets": ids, "weights": chosen.astype(np.float32)}
+
+
+def edited(caption: str, scene, rng: np.random.Generator) -> str | None:
+    """The caption with one colour, shape or side changed so that the phrase is not true of the scene; None if it names
+    nothing that can be changed. Where a side can be changed, half of the time that is what changes."""
+    words = caption.split()
+    pairs = {thing.pair for thing in scene.objects}
+    places = [i for i in range(len(words) - 1) if words[i] in scenes.COLORS and words[i + 1] in scenes.SHAPES]
+    if not places:
+        return None
+    sides = [  # of '<color> <shape> on the left', the indices of 'left' where no such thing is on the right
+        i + 4
+        for i in places
+        if words[i + 2 : i + 3] in (["on"], ["at"])
+        and not any(
+            thing.pair == (words[i + 1], words[i]) and OPPOSITE[words[i + 4]] in thing.quadrant
+            for thing in scene.objects
+        )
+    ]
+    if sides and rng.random() < 0.5:
+        i = int(rng.choice(sides))
+        words[i] = OPPOSITE[words[i]]
+        return " ".join(words)
+    i = int(rng.choice(places))
+    color, shape = words[i], words[i + 1]
+    not_these = pairs | scenes.HELD_PAIRS | {(shape, color)}  # a caption of another scene may name what is not there
+    options = [(c, shape) for c in scenes.COLORS if (shape, c) not in not_these]
+    options += [(color, s) for s in scenes.SHAPES if (s, color) not in not_these]
+    words[i : i + 2] = options[int(rng.integers(len(options)))]
+    return " ".join(words)
+
+
+def nearest_other(captions: list[str]) -> list[str]:
+    """For each caption the other one in the batch that shares most words without being the same bag of words."""
+    bags = [Counter(caption.split()) for caption in captions]
+    picked = []
+    for i, bag in enumerate(bags):
+        overlap = [(-1 if other == bag else (bag & other).total() / (bag | other).total()) for other in bags]
+        overlap[i] = -2
+        picked.append(captions[int(np.argmax(overlap))])
+    return picked
+
+
+def caption_batch(tokenizer: Tokenizer, stage: str, n_texts: int, indices, rng: np.random.Generator) -> dict:
+    """Pictures, `n_texts` web captions each and, for matching, (own, edited, nearest other) texts."""
+    prompt = TASK.prompt_ids(tokenizer)
+    indices = [int(i) for i in indices]
+    captions = [scenes.web_captions("pretrain", i, n_texts) for i in indices]
+    prefix = TASK.prompt + " "
+    bodies = [[text.removeprefix(prefix) for text in group] for group in captions]
+    ids = [
+        [ended(prompt + tokenizer.pieces(text), TEXT_LENGTH, tokenizer.sep_id) for text in group] for group in bodies
+    ]
+    batch = teacher_forced(ids, [[1.0] * n_texts] * len(ids), len(prompt), tokenizer.pad_id)
+    short = TEXT_LENGTH - 1 - batch["tokens"].shape[-1]  # one shape for every batch
+    batch = {name: np.pad(x, ((0, 0), (0, 0), (0, short))) for name, x in batch.items()}
+    batch["image"] = np.stack([scenes.render(scenes.scene("pretrain", i)) for i in indices])
+    if stage == "lm_itm":
+        own = [group[0] for group in captions]
+        others = nearest_other(own)
+        wrong = [
+            edited(text, scenes.scene("pretrain", i), rng) or other
+            for text, i, other in zip(own, indices, others, strict=True)
+        ]
+        groups = [text for triple in zip(own, wrong, others, strict=True) for text in triple]
+        pairs = pad_tokens([tokenizer.encode(text, TEXT_LENGTH) for text in groups], tokenizer.pad_id, TEXT_LENGTH)
+        pairs[:, 0] = tokenizer.enc_id
+        batch["pairs"] = pairs.reshape(len(indices), 3, -1)
+    return batch
+
+
+def _batches(config, stage, make):
+    """Batches of fresh pictures: index = step * batch_size + row, never repeated within a stage."""
+
+    def from_step(start):
+        order = grain.MapDataset.range(stage.first, stage.first + stage.steps * config.batch_size)
+        if jax.process_count() > 1:
+            raise ValueError("pre-training runs in one process; start it without --coordinator or --distributed")
+        steps = order.batch(config.batch_size).seed(config.seed).random_map(make)[start:]
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+    return from_step
+
+
+def run(config, workdir, log=print) -> dict:
+    """Run the stages, score the held-out pictures zero-shot, and write WORKDIR/checkpoint (what `hub.load` reads)."""
+    began, workdir = time.perf_counter(), Path(workdir)
+    tokenizer = Tokenizer.from_words(scenes.WORDS)
+    names = ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")
+    architecture = BlipConfig(
+        **config.architecture,
+        vocab_size=len(tokenizer),
+        question_encoder=True,
+        **{name: getattr(tokenizer, name) for name in names},
+    )
+    model = Blip(architecture, tokenizer)
+    params, seconds, digest = init(model, config.seed), {}, run_digest(as_json(config))
+    log(f"{tree.count(params):,} stored parameters, {tree.count(shared(params)):,} in the model")
+    for name in config.order:
+        stage = config.stages[name]
+        task = Pretraining(stage=name)
+        make = (
+            functools.partial(text_batch, tokenizer)
+            if name == "text"
+            else functools.partial(caption_batch, tokenizer, name, config.captions_per_image)
+        )
+        log(f"stage {name}")
+        settings = config.copy_and_resolve_references()
+        settings.steps = stage.steps
+        settings.optim.update({key: stage[key] for key in ("lr", "schedule", "warmup")})
+        step = functools.partial(loop.train_step, model=model, task=task, accumulate=1)
+        manifest = {"config": digest, "base": tree.digest(params), "data": name}
+        (workdir / name).mkdir(parents=True, exist_ok=True)
+        state, timing = loop.fit(
+            settings, workdir / name, step, {"params": params}, {"params": jax.tree.map(lambda _: None, params)}, None,
+            _batches(config, stage, make), manifest, log,
+        )  # fmt: skip
+        params, seconds[name] = jax.device_get(state.tuned["params"]), timing
+        if name == "text":  # both stacks start from the same self-attention, as both of BLIP's start from BERT
+            blocks = params["text_decoder"]["blocks"]
+            params["text_encoder"]["blocks"] = {part: blocks[part] for part in ("self_attention", "self_norm")}
+    facts = {
+        "name": "tiny BLIP on scenes",
+        "command": "python main.py --config=configs/pretrain.py --workdir=DIR",
+        "scores": zero_shot(model, params, config),
+        "timing": seconds,
+        "total_s": round(time.perf_counter() - began, 1),
+        "machine": results.machine(),
+        "versions": results.versions(),
+    }
+    stored = {name: params[name] for name in ("vision", "text_decoder", "text_encoder")}
+    loading.save(workdir / "checkpoint", model, shared(stored), aliases=ALIASES, **facts)
+    size = (workdir / "checkpoint" / "model.safetensors").stat().st_size
+    log(f"{facts['scores']}\nwrote {workdir / 'checkpoint'} ({size / 1e6:.2f} MB) in {facts['total_s']:.0f} s")
+    return facts
+
+
+def zero_shot(model: Blip, params: Tree, config) -> dict:
+    """Held-out pictures: CIDEr-D and nats per token against web captions (as trained) and against human ones."""
+    task, scores = TASK, {}
+    half = jax.tree.map(lambda x: jnp.asarray(np.float16(x), jnp.float32), shared(params))  # what is stored
+    model = Blip(dataclasses.replace(model.config, question_encoder=False), model.tokenizer)
+    variables = {"params": {name: half[name] for name in ("vision", "text_decoder")}}
+    for style in scenes.STYLES:
+        held_out = scenes.load({"n_test": config.n_heldout, "captions": style}, ["test"])["test"]
+        cases, examples = task.cases(held_out, model.tokenizer), task.examples(held_out, model.tokenizer)
+        written = [one["text"] for one in evaluate.predict(model, variables, task, cases)]
+        scores[style] = {
+            "cider_d": round(task.score(cases.rows, written)["cider_d"], 4),
+            "nll": round(evaluate.nll(model, variables, task, examples), 4),
+            "n": len(cases),
+        }
+    return scores

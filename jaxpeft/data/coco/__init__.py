@@ -1,0 +1,214 @@
+"""COCO captions in Karpathy's splits, VQA v2, Visual Genome's questions: official files on disk -> {split: Split}.
+
+    python -m jaxpeft.datasets.prepare coco_captions --root data      once; says what is missing and where it is from
+    c.data.name = "coco_captions"                                     then; `vqav2` the same way
+
+Pictures are stored once, a set per folder of the originals, and texts beside them, so that both tasks share 19 GB. Splits
+and sizes are those of the publications: Karpathy and Fei-Fei 2015 (arXiv:1412.2306) for captions; Goyal et al. 2017
+(arXiv:1612.00837) for questions.
+
+Config keys (others are ignored):
+  data_dir      where `prepare` wrote, default ~/.cache/jaxpeft/coco
+  protocol      of vqav2: 'karpathy' (default): train, val and test are the pictures that captions have there, all answered,
+                nothing needs a server; 'official': train is `train_parts`, val is val2014, test_dev and test (test-std
+                included) have no answers and are for the server
+  train_parts   of protocol 'official': ('train',), or ('train', 'val') as BLIP does, and then there is no val
+  visual_genome of vqav2: add Visual Genome's questions to the training split, each with weight 0.2 (BLIP). Pictures that are
+                held out (COCO's val and test of the protocol) are left out
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from jaxpeft.data.base import Split
+from jaxpeft.data.coco.prepared import Prepared
+from jaxpeft.data.folder import stored_row
+from jaxpeft.inputs import images
+
+HOME = "~/.cache/jaxpeft/coco"
+VG_WEIGHT = 0.2
+KARPATHY = ("train", "restval", "val", "test")
+VQA_PARTS = {"train": "train2014", "val": "val2014", "test": "test2015", "test_dev": "test2015"}
+
+
+class CocoTrain2014(Prepared):
+    """Pictures: one split, pictures. A set per folder, so that what one task needs is added to what another prepared."""
+
+    WITH_IMAGE = True
+
+
+class CocoVal2014(CocoTrain2014):
+    """As CocoTrain2014."""
+
+
+class CocoTest2015(CocoTrain2014):
+    """As CocoTrain2014."""
+
+
+class VisualGenome(CocoTrain2014):
+    """As CocoTrain2014."""
+
+
+class CocoCaptions(Prepared):
+    """Captions: splits train, restval, val, test; `part` is the folder that the picture is from."""
+
+
+class Vqav2(Prepared):
+    """Questions, a row per picture: splits train, val, test, test_dev; `part` is Karpathy's split, or empty."""
+
+
+class VgQa(Prepared):
+    """Questions of Visual Genome, a row per picture: split train; `part` is the COCO id of the picture, or empty."""
+
+
+PICTURES = {"train2014": CocoTrain2014, "val2014": CocoVal2014, "test2015": CocoTest2015, "vg": VisualGenome}
+TEXTS = {"coco_captions": CocoCaptions, "vqav2": Vqav2, "vg_qa": VgQa}
+
+
+def load(config, splits: Sequence[str]) -> dict[str, Split]:
+    """{name: Split}; raises ValueError where a split is unknown here, or was not prepared."""
+    home = Path(config.get("data_dir") or HOME).expanduser()
+    return (_vqa if config.name == "vqav2" else _captions)(config, splits, home)
+
+
+def _captions(config, splits, home):
+    parts = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
+    _known(splits, parts, "coco_captions")
+    texts, pictures = _open(home, TEXTS["coco_captions"]), _Pictures(home)
+    return {
+        name: _split(name, [(row["part"], row) for part in parts[name] for row in _rows(texts, part)], pictures)
+        for name in splits
+    }
+
+
+def _vqa(config, splits, home):
+    protocol = config.get("protocol", "karpathy")
+    if protocol not in ("karpathy", "official"):
+        raise ValueError(f"data.protocol is {protocol!r}; choose 'karpathy' or 'official'")
+    train_parts = tuple(config.get("train_parts", ("train",)))
+    parts = {"train": train_parts, "val": ("val",), "test": ("test",), "test_dev": ("test_dev",)}
+    if protocol == "karpathy":
+        parts = {name: ("train", "val") for name in ("train", "val", "test")}
+    elif "val" in train_parts:
+        del parts["val"]
+    if not set(train_parts) <= {"train", "val"} or not train_parts:
+        raise ValueError(f"data.train_parts is {train_parts}; choose from 'train' and 'val'")
+    _known(splits, parts, f"vqav2 in protocol {protocol!r} with train_parts {train_parts}")
+    texts, pictures = _open(home, TEXTS["vqav2"]), _Pictures(home)
+    stored = {part: list(_rows(texts, part)) for part in {part for name in splits for part in parts[name]}}
+    found = {}
+    for name in splits:
+        rows = [(VQA_PARTS[part], row) for part in parts[name] for row in stored[part]]
+        if protocol == "karpathy":
+            if any(not row["part"] for _, row in rows):
+                raise ValueError(
+                    "vqav2 was prepared without Karpathy's splits: prepare it again with karpathy/dataset_coco.json there, "
+                    "or set data.protocol='official'"
+                )
+            wanted = ("train", "restval") if name == "train" else (name,)
+            rows = [(folder, row) for folder, row in rows if row["part"] in wanted]
+        found[name] = rows
+    if config.get("visual_genome", False) and "train" in splits:
+        if protocol == "karpathy":
+            held_out = {row["image_id"] for rows in stored.values() for row in rows if row["part"] in ("val", "test")}
+        else:
+            held_out = set() if "val" in train_parts else {row["image_id"] for row in _rows(texts, "val")}
+        more = [row for row in _rows(_open(home, TEXTS["vg_qa"]), "train") if row["part"] not in held_out]
+        found["train"] += [("vg", _weighted(row)) for row in more]
+    return {name: _split(name, rows, pictures) for name, rows in found.items()}
+
+
+def _weighted(row):
+    """A row of Visual Genome with ids that are not COCO's."""
+    questions = [q | {"question_id": f"vg{q['question_id']}", "weight": VG_WEIGHT} for q in row["questions"]]
+    return row | {"image_id": f"vg{row['image_id']}", "questions": questions}
+
+
+def _known(splits, parts, what):
+    if unknown := [name for name in splits if name not in parts]:
+        raise ValueError(f"no split {unknown} of {what}; there are {', '.join(parts)}")
+
+
+def _open(home: Path, builder):
+    directory = home / builder.name / "1.0.0"
+    if not (directory / "dataset_info.json").exists():
+        what = (
+            "vqav2 --visual-genome"
+            if builder in (VisualGenome, VgQa)
+            else "vqav2"
+            if builder in (Vqav2, CocoTest2015)
+            else "coco_captions"
+        )
+        raise ValueError(
+            f"{directory} holds no prepared data set: run\n    python -m jaxpeft.datasets.prepare {what} --root DIRECTORY "
+            f"--out {home}\nwith the official files below DIRECTORY; it says which are missing and where they are from"
+        )
+    return tfds.builder_from_directory(str(directory))
+
+
+def _source(builder, split):
+    if split not in builder.info.splits:
+        raise ValueError(
+            f"{builder.data_path} has no split {split!r}: prepare it again with the files of that split there"
+        )
+    decoders = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
+    return builder.as_data_source(split, decoders=decoders)
+
+
+def _rows(builder, split):
+    source = _source(builder, split)
+    for i in range(len(source)):
+        example = source[i]
+        yield stored_row(example) | {"part": example["part"].decode()}
+
+
+class _Pictures:
+    """Where each picture is: (data source, index), by its folder and id."""
+
+    def __init__(self, home):
+        self._home, self._places = home, {}
+
+    def place(self, folder, image_id):
+        if folder not in self._places:
+            builder = _open(self._home, PICTURES[folder])
+            source, ids = _source(builder, "pictures"), builder.info.metadata["ids"]["pictures"]
+            stored = len(ArrayRecordDataSource([str(path) for path in builder.info.splits["pictures"].filepaths]))
+            if len(ids) != stored:  # counted in the files
+                raise ValueError(
+                    f"{stored} of {len(ids)} pictures in {builder.data_path}: delete it and prepare it again"
+                )
+            self._places[folder] = {one: (source, i) for i, one in enumerate(ids)}
+        return self._places[folder].get(image_id)
+
+
+def _split(name, rows, pictures: _Pictures) -> Split:
+    """`rows` are (folder, row). Those whose picture was left out in preparation are left out too, and counted."""
+    kept, places = [], []
+    for folder, row in rows:
+        place = pictures.place(folder, row["image_id"].removeprefix("vg"))
+        if place is not None:
+            kept.append({key: row[key] for key in ("image_id", "captions", "questions")})
+            places.append(place)
+    if not kept:
+        raise ValueError(f"split {name!r}: none of its {len(rows)} pictures was prepared")
+    report = {"without a picture": len(rows) - len(kept)} if len(kept) < len(rows) else {}
+    return Split(name, _Joined(places), kept, report, "coco")
+
+
+class _Joined(Sequence):
+    """Pictures at [(data source, index), ...], decoded when asked for."""
+
+    def __init__(self, places: list[tuple[Any, int]]):
+        self.places = places
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, i):
+        source, index = self.places[i]
+        example = source[index]
+        return images.decode(example["image"], name=f"of id {example['image_id'].decode()}")

@@ -1,0 +1,551 @@
+"""People's own data: a directory of images and an annotation file -> {split: Split}.
+
+    load({"root": "photos", "annotations": "captions.csv"}, ["train", "val"])
+    load({"root": "photos"}, ["train", "val"])  # metadata.csv or .jsonl files, or .txt files beside the images
+
+The dialects are those of folder_formats.ACCEPTED.  Everything wrong with the data is collected and raised as one
+ValueError before anything is written; what is only worth saying is a remark of the report.  The prepared copy (TFDS,
+array_record, no TensorFlow) holds the bytes of each image once and unchanged, in a directory named by a digest of texts,
+images and options; while those stay the same it is used again.
+
+Hidden files and directories, those that macOS puts into archives (._* and __MACOSX) among them, are not looked at.  A name
+in another Unicode form than the file's, and one with Windows' backslashes, finds its file; an exact match comes first.
+
+Config keys (attributes or a mapping; keys of other purposes are ignored):
+  root           the directory of images
+  annotations    a path (below root, or else from the working directory), or {split: path}; a split is train, val, test
+                 or one of them with more after '_', as test_style.  Without it, root and the directories below are searched
+                 for metadata.csv and metadata.jsonl, and else for text files named as the images.  Where train/, val/ and
+                 test/ hold all of them, these are the splits
+  questions      the same for the questions of VQA v2
+  on_error       'raise', or 'skip': leave out what is wrong and say in the report how much that was
+  val_fraction, test_fraction, seed
+                 how images are divided when the annotations name no split: by a hash of (seed, image id), so an image
+                 stays where it is when others are added; a split that would be empty gets one image, of three or more.
+                 Where annotations name splits but no val, and val is asked for, it is val_fraction of train
+  data_dir       where prepared copies live, default ~/.cache/jaxpeft/folder; may be deleted at any time
+"""
+
+import collections
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from jaxpeft.data.base import Split, progress_bars
+from jaxpeft.data.folder.files import Files, normal
+from jaxpeft.data.folder.formats import ACCEPTED, SPLITS, Problems, caption_file, records, split_name
+from jaxpeft.inputs import images
+
+_DEFAULTS = {"root": None, "annotations": None, "questions": None, "on_error": "raise", "val_fraction": 0.1,
+             "test_fraction": 0.1, "seed": 0, "data_dir": None}  # fmt: skip
+_DIRECTORIES = SPLITS | {"training": "train", "testing": "test"}
+_VERSION = "3"  # part of the digest: raise it when parsing or the stored form changes
+
+
+def load(config, splits):
+    """{name: Split} for the names in `splits`; raises ValueError listing everything wrong with the data.
+
+    Each split's `report` says what on_error='skip' left out of the whole directory.
+    """
+    found, report = load_with_report(config, splits)
+    return {name: dataclasses.replace(split, report=report) for name, split in found.items()}
+
+
+def load_with_report(config, splits):
+    """-> ({name: Split}, report), for the result file.
+
+    The report is {kind of problem: count, ..., 'examples': [...], 'remarks': [a line for each kind of remark]}.
+    """
+    options = _options(config)
+    rows, problems = parse(options["annotations"], options["root"], options["questions"])
+    assign_splits(rows, problems, options["val_fraction"], options["test_fraction"], options["seed"], splits)
+    builder = _prepare(rows, problems, options)
+    found = {name: info.num_examples for name, info in builder.info.splits.items()}
+    if missing := [name for name in splits if name not in found]:
+        raise ValueError(
+            f"no image is in the splits {missing}; found are {found}, allowed train, val, test and as test_style. "
+            "Splits come from the annotations or, where these name none, from val_fraction, test_fraction and seed; without "
+            "annotations=, from directories named train, val and test where they hold all images"
+        )
+    return {name: _open(builder, name) for name in splits}, dict(builder.info.metadata)
+
+
+def _options(config):
+    config = dict(config.items()) if hasattr(config, "items") else dict(vars(config))
+    for key in config.keys() - _DEFAULTS.keys():
+        if close := difflib.get_close_matches(key, _DEFAULTS, cutoff=0.85):
+            raise ValueError(f"config key {key!r}: did you mean {close[0]!r}?  Known are {', '.join(_DEFAULTS)}")
+    options = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
+    if not options["root"]:
+        raise ValueError("root is missing; needed is root=DIRECTORY_OF_IMAGES")
+    if options["questions"] and not options["annotations"]:
+        raise ValueError("questions is given and annotations is missing; VQA v2 has two files, name both")
+    if options["on_error"] not in ("raise", "skip"):
+        raise ValueError(f"on_error is {options['on_error']!r}; allowed: 'raise', 'skip'")
+    val, test = options["val_fraction"], options["test_fraction"]
+    if val < 0 or test < 0 or val + test >= 1:
+        raise ValueError(f"val_fraction {val} and test_fraction {test} must be at least 0 and their sum below 1")
+    return options
+
+
+# Annotations and the names of files -> rows
+
+
+def parse(annotations, root, questions=None):
+    """Files -> (rows, problems), a row per image: {image_id, file, split, captions, questions, where}; decodes nothing.
+
+    Paths are given as in the config.  `split` is '' where the annotations name none.  Raises ValueError only when
+    an annotation file or the root is missing; all else is in `problems` and not in the rows.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"root {str(root)!r} is not a directory; give the directory that holds the images")
+    problems, files, rows = Problems(), Files(root), {}
+    sources = _sources(annotations, questions, root) if annotations else _found(files, problems)
+    for source in sources:
+        ids, question_ids = {}, set()  # ids are unique within a file: exporters start every file at 1
+        for record in _records(source, files, problems):
+            directory = source.directory if record["beside"] or not annotations else ""
+            if file := files.find(record, problems, directory):
+                _merge(record, file, source.split, rows, ids, question_ids, problems)
+    if not annotations:
+        _say_what_was_not_used(sources, rows, files, problems)
+    found = [row for row in rows.values() if row["captions"] or row["questions"]]
+    if not annotations:
+        _splits_of_directories(found, problems)
+    _tell_apart(found)
+    return found, problems
+
+
+def _tell_apart(rows) -> None:
+    """Ids of several files that one split is made of: where one repeats, the later image is called by its file, and the later
+    question by its image and its own id."""
+    taken = {"image_id": set(), "question_id": set()}
+
+    def own(key, split, value, other):
+        name, n = value, 1
+        while (split, name) in taken[key]:
+            name, n = other if n == 1 else f"{other}-{n}", n + 1
+        taken[key].add((split, name))
+        return name
+
+    for row in rows:
+        row["image_id"] = own("image_id", row["split"], row["image_id"], row["file"])
+        for q in row["questions"]:
+            other = f"{row['image_id']}-{q['question_id']}"
+            q["question_id"] = own("question_id", row["split"], q["question_id"], other)
+
+
+class Source(NamedTuple):
+    """Where records come from: one annotation file (VQA v2: two), or the text files beside images."""
+
+    split: str | None
+    path: Path | None = None
+    asked: Path | None = None
+    directory: str = ""  # of the file, below root: where the names of images in it begin, if they do not begin at root
+    texts: dict[str, list[str]] | None = None  # {text file: its images}
+
+
+def _records(source, files, problems):
+    if source.texts is None:
+        yield from records(source.path, source.asked, problems, files.root)
+        return
+    for name, pictures in source.texts.items():
+        read = [picture for picture in pictures if images.is_read(picture)]
+        for picture in pictures:
+            if picture not in read:
+                problems.note("unsupported image", f"{name}: {picture}: {images.why_unread(picture)}")
+        if read:
+            yield from caption_file(files.root / name, name, read, problems)
+
+
+def _sources(annotations, questions, root):
+    """The sources that the config names, all existing."""
+
+    def by_split(value):
+        return dict(value.items()) if hasattr(value, "items") else {None: value}
+
+    def existing(path):
+        path = Path(path).expanduser()
+        for candidate in (root / path, path):
+            if candidate.is_file():
+                return candidate
+        raise ValueError(f"no annotation file {str(path)!r}, neither in {str(root)!r} nor in the working directory")
+
+    files, asked = by_split(annotations), by_split(questions)
+    if unknown := [name for name in files if name is not None and split_name(name) is None]:
+        raise ValueError(f"annotations has the split names {unknown}; allowed: {', '.join(SPLITS)}, and as test_style")
+    if questions is not None and files.keys() != asked.keys():
+        raise ValueError(f"questions has the splits {list(asked)} but annotations {list(files)}; give the same in both")
+
+    def source(name):
+        path = existing(files[name])
+        below = os.path.relpath(path.absolute().parent, root.absolute()).replace(os.sep, "/")
+        directory = "" if below == "." or below.split("/")[0] == os.pardir else below
+        return Source(name, path, existing(asked[name]) if questions else None, directory)
+
+    return [source(name) for name in files]
+
+
+def _found(files, problems):
+    """The sources below root where the config names none: metadata files, else text files beside images.
+
+    Raises ValueError where there are neither.
+    """
+    metadata = [name for name in files.names if name.lower().rsplit("/")[-1] in ("metadata.csv", "metadata.jsonl")]
+    if not metadata:
+        texts, others = _texts(files)
+        if not texts:
+            raise ValueError(_nothing_found(files, others))
+        for name in others:
+            problems.remark("text without an image", name)
+        return [Source(None, texts=texts)]
+    for directory, count in collections.Counter(os.path.dirname(name) for name in metadata).items():
+        if count > 1:
+            names = [name for name in metadata if os.path.dirname(name) == directory]
+            problems.note("two annotations", f"{' and '.join(names)} lie in one directory", fatal=True)
+    splits = [_split_of_directory(name) for name in metadata]
+    splits = splits if all(splits) and set(splits) != {"train"} else [None] * len(metadata)
+    return [
+        Source(split, files.root / name, directory=os.path.dirname(name))
+        for split, name in zip(splits, metadata, strict=True)
+    ]
+
+
+def _texts(files):
+    """({text file: the images of its name in its directory}, text files beside no image of their name)."""
+    pictures: dict[str, list[str]] = {}
+    for name in files.all() + files.unread():
+        pictures.setdefault(normal(os.path.splitext(name)[0]), []).append(name)
+    texts, others = {}, []
+    for name in files.names:
+        stem, end = os.path.splitext(name)
+        if end.lower() == ".txt":
+            beside = pictures.get(normal(stem), [])
+            read = [picture for picture in beside if images.is_read(picture)]
+            if beside:
+                texts[name] = read or beside  # cat.heic beside cat.jpg is what cat.jpg was made from
+            else:
+                others.append(name)
+    return texts, others
+
+
+def _nothing_found(files, texts):
+    tables = [name for name in files.names if name.lower().endswith((".csv", ".tsv", ".json", ".jsonl"))]
+    found = f"{len(files.all())} images, {len(files.unread())} of kinds that are not read"
+    found += f", {len(texts)} .txt files of other names (as {texts[0]})" if texts else ", no .txt files"
+    found += f"; is annotations={tables[0]} what you mean?" if tables else ""
+    return (
+        f"no texts for the images in {str(files.root)!r}: annotations=FILE is not given, and neither metadata.csv, nor "
+        f"metadata.jsonl, nor .txt files named as images (cat.txt beside cat.jpg) are in it or below.  Found are {found}"
+        f"\n{ACCEPTED}"
+    )
+
+
+def _say_what_was_not_used(sources, rows, files, problems):
+    """Notes or remarks on the images that have no text, and on text files beside images that metadata files describe."""
+    if texts := sources[0].texts:
+        described = {picture for pictures in texts.values() for picture in pictures}
+        stems = {os.path.splitext(picture)[0] for picture in described}
+        for picture in files.all():
+            if picture not in described:
+                stem = os.path.splitext(os.path.basename(picture))[0]
+                problems.note("image without text", f"{picture}: no {stem}.txt is beside it")
+        for picture in files.unread():
+            if picture not in described and os.path.splitext(picture)[0] not in stems:
+                problems.remark("image not used", f"{picture}: {images.why_unread(picture)}")
+        return
+    for picture in files.all() + files.unread():
+        if picture not in rows:
+            problems.remark("image not used", picture)
+    for name, pictures in _texts(files)[0].items():
+        if unknown := [picture for picture in pictures if picture not in rows]:
+            problems.note("two annotations", f"{name} is beside {unknown[0]}, which no metadata file describes")
+        else:
+            problems.remark("text not read", name)
+
+
+def _split_of_directory(name):
+    """The split that the first directory of a path means, or None."""
+    first, below, _ = name.partition("/")
+    return _DIRECTORIES.get(first.lower()) or split_name(first) if below else None
+
+
+def _splits_of_directories(rows, problems):
+    """Fills row['split'] in place where nothing else names splits, and all images lie in directories named as splits.
+
+    Where directories for train and for another split hold only some images, the others are left without one, which is an
+    error later: a hash would mix the test pictures into train.
+    """
+    if any(row["split"] for row in rows):
+        return
+    splits = [_split_of_directory(row["file"]) for row in rows]
+    kinds = {split.split("_")[0] for split in splits if split}
+    if kinds == {"train"} and all(splits):  # nothing is held out: a hash does that, as without directories
+        return
+    if all(splits) or ("train" in kinds and len(kinds) > 1):
+        for row, split in zip(rows, splits, strict=True):
+            row["split"] = split or ""
+    elif kinds:
+        names = sorted({row["file"].split("/")[0] for row, split in zip(rows, splits, strict=True) if split})
+        problems.remark("directories", ", ".join(names))
+
+
+def _merge(record, file, split, rows, ids, question_ids, problems):
+    """Adds a record to the row of its file."""
+    where, named = record["where"], {split_name(str(name)) for name in (split, record["split"]) if name}
+    if len(named) > 1 or None in named:
+        problems.note("split", f"{where}: split {record['split']!r}" + (f" in the file of {split!r}" if split else ""))
+        return
+    name = named.pop() if named else ""
+    row = rows.get(file)
+    image_id = record["image_id"] or (row["image_id"] if row else file)
+    if row and row["split"] != name:
+        problems.note("two splits", f"{where}: {file} is in {name!r} and {row['split']!r}, see {row['where']}")
+    elif (row and row["image_id"] != image_id) or ids.setdefault(image_id, file) != file:
+        at = f"{file} and {ids[image_id]}" if ids.get(image_id, file) != file else f"{row['image_id']!r} of {file}"
+        problems.note("duplicate id", f"{where}: image id {image_id!r} beside {at}")
+    else:
+        if row is None:
+            row = {"image_id": image_id, "file": file, "split": name, "captions": [], "questions": [], "where": where}
+            rows[file] = row
+        row["captions"] += record["captions"]
+        if record["question"]:
+            _add_question(record["question"], row, where, question_ids, problems)
+
+
+def _add_question(question, row, where, question_ids, problems):
+    """Without ids, rows that repeat a question of an image bring more answers to it; with ids, they are a mistake."""
+    asked = row["questions"]
+    if not question["question_id"]:
+        if same := [q for q in asked if q["question"] == question["question"]]:
+            same[0]["answers"] += question["answers"]
+            return
+        question = question | {"question_id": f"{row['image_id']}-{len(asked)}"}
+    if question["question_id"] in question_ids:
+        problems.note("duplicate id", f"{where}: question_id {question['question_id']} was given before")
+        return
+    question_ids.add(question["question_id"])
+    asked.append(question)
+
+
+def assign_splits(rows, problems, val_fraction=0.1, test_fraction=0.1, seed=0, asked=()):
+    """Fills row['split'] in place by hash where no row has one; where only some have one, the others are removed.
+
+    Where rows have splits but none is val, and val is among those `asked` for, part of train becomes val.
+    """
+    if not any(row["split"] for row in rows):
+        for row in rows:
+            row["split"] = split_of(row["image_id"], val_fraction, test_fraction, seed)
+        shares = {"test": test_fraction, "val": val_fraction, "train": 1 - val_fraction - test_fraction}
+        _fill_empty(rows, problems, [name for name, share in shares.items() if share > 0], seed)
+        return
+    for row in rows:
+        if not row["split"]:
+            problems.note("split", f"{row['where']}: {row['file']} has no split, but other images have")
+    rows[:] = [row for row in rows if row["split"]]
+    if "val" in asked and val_fraction > 0 and all(row["split"] != "val" for row in rows):
+        _val_of_train(rows, problems, val_fraction, seed)
+
+
+def split_of(image_id, val_fraction, test_fraction, seed):
+    """'train', 'val' or 'test', a pure function of its arguments on any machine."""
+    place = _place(image_id, seed)
+    return "test" if place < test_fraction else "val" if place < test_fraction + val_fraction else "train"
+
+
+def _place(image_id, seed):
+    digest = hashlib.sha256(f"{seed}/{image_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _in_order(rows, split, seed):
+    """The rows of a split by their places: test lies before val, and val before train."""
+    mine = [row for row in rows if row["split"] == split]
+    return sorted(mine, key=lambda row: (_place(row["image_id"], seed), row["image_id"]))
+
+
+def _fill_empty(rows, problems, names, seed):
+    """Gives each empty split of these the nearest row of train (or of the largest, if train has none to give)."""
+    if len(rows) < 3:
+        return
+    for name in names:
+        counts = collections.Counter(row["split"] for row in rows)
+        if name not in counts:
+            giver = "train" if counts["train"] > 1 else max(names, key=lambda other: counts[other])
+            after = ("test", "val", "train").index(giver) > ("test", "val", "train").index(name)
+            row = _in_order(rows, giver, seed)[0 if after else -1]
+            row["split"] = name
+            problems.remark("split", f"{name} got {row['file']} of {giver}")
+
+
+def _val_of_train(rows, problems, val_fraction, seed):
+    """The first `val_fraction` of train by places becomes val: at least one image, and never all."""
+    train = _in_order(rows, "train", seed)
+    n = sum(_place(row["image_id"], seed) < val_fraction for row in train)
+    n = min(max(n, 1), len(train) - 1)
+    for row in train[: max(n, 0)]:
+        row["split"] = "val"
+    if n > 0:
+        problems.remark("split", f"val got {n} of {len(train)} images of train, as the annotations name no val")
+
+
+# Rows -> the prepared copy
+
+
+def check_images(rows, root, problems, workers=None):
+    """The rows whose image decodes; each image is decoded once, in threads (Pillow releases the interpreter's lock)."""
+
+    def looked_at(row):
+        """(kind of problem or None, message or None)."""
+        try:
+            return None, images.decode_and_remark(Path(root) / row["file"], name=row["file"])[1]
+        except images.Unsupported as error:
+            return "unsupported image", str(error)
+        except (ValueError, OSError) as error:
+            return "corrupt image", str(error)
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        seen = list(pool.map(looked_at, rows))
+    for row, (kind, message) in zip(rows, seen, strict=True):
+        if kind:
+            problems.note(kind, f"{row['where']}: {message}")
+        elif message:
+            problems.remark("16-bit image nearly black", f"{row['file']}: {message}")
+    return [row for row, (kind, _) in zip(rows, seen, strict=True) if not kind]
+
+
+def _digest(rows, problems, options):
+    """Names, sizes and times stand for the images: hashing the pixels of a large directory would take minutes.
+
+    Problems and remarks are part of it, as the copy keeps them.
+    """
+    root, parts = Path(options["root"]).expanduser(), [_VERSION, problems.report()]
+    parts += [str(options[key]) for key in ("on_error", "val_fraction", "test_fraction", "seed")]
+    for row in rows:
+        stat = os.stat(root / row["file"])
+        parts.append([row, stat.st_size, stat.st_mtime_ns])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+
+
+def _prepare(rows, problems, options):
+    """The builder of the prepared copy, made now unless it is there.
+
+    TFDS writes into 'incomplete.*' beside the final directory and renames at the end, so a copy that exists is whole.
+    """
+    root = Path(options["root"]).expanduser()
+    home = Path(options["data_dir"] or "~/.cache/jaxpeft/folder").expanduser() / _digest(rows, problems, options)
+    builder = FolderData(data_dir=home, file_format="array_record")
+    if _ready(builder) and not problems.fatal and (options["on_error"] == "skip" or not problems.counts):
+        return builder
+    rows = check_images(rows, root, problems)
+    if problems.fatal or not rows or (problems.counts and options["on_error"] == "raise"):
+        if problems.fatal or not rows:
+            what, fix = "a file cannot be read as it is" if problems.fatal else "no image is left", ""
+        else:
+            what, fix = "some rows are wrong", "\nRepair them, or set on_error='skip' to leave them out and count them."
+        raise ValueError(f"data of {str(root)!r}: {what}; nothing was written.\n{problems}{fix}")
+    builder = FolderData(rows, root, problems.report(), data_dir=home, file_format="array_record")
+    progress_bars()
+    try:
+        # no question to the public bucket here either, see Info
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    except Exception:  # another process may have finished the same copy first: its rename won
+        builder = FolderData(data_dir=home, file_format="array_record")
+        if not _ready(builder):
+            raise
+    for left in Path(builder.data_dir).parent.glob("incomplete.*"):  # of processes that were killed
+        shutil.rmtree(left, ignore_errors=True)
+    return builder
+
+
+def _ready(builder):
+    return os.path.exists(os.path.join(builder.data_dir, "dataset_info.json")) and bool(builder.info.splits)
+
+
+class Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self):
+        """Does not ask a public bucket about private data, as TFDS would for each new data set."""
+
+
+class FolderData(tfds.core.GeneratorBasedBuilder):
+    """One example per image.  TFDS needs TensorFlow to nest sequences, so a question's answers are one JSON text."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    _log_download_bytes = _log_download_done = lambda self: None  # nothing is downloaded
+
+    def __init__(self, rows=(), root=".", report=None, **kwargs):
+        self._rows, self._root, self._report = rows, Path(root), report
+        super().__init__(**kwargs)
+
+    def _info(self):
+        text = tfds.features.Text()
+        questions = {"question_id": text, "question": text, "answers": text, "type": text}
+        features = {"image": tfds.features.Image(), "image_id": text, "captions": tfds.features.Sequence(text),
+                    "questions": tfds.features.Sequence(questions)}  # fmt: skip
+        metadata = tfds.core.MetadataDict(self._report or {})
+        features = tfds.features.FeaturesDict(features)
+        return Info(builder=self, features=features, metadata=metadata, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        names = dict.fromkeys(row["split"] for row in self._rows)  # only these: TFDS refuses empty splits
+        return {name: self._generate_examples(name) for name in names}
+
+    def _generate_examples(self, split):
+        for i, row in enumerate(row for row in self._rows if row["split"] == split):
+            questions = [q | {"answers": json.dumps(q["answers"], ensure_ascii=False)} for q in row["questions"]]
+            image = (self._root / row["file"]).read_bytes()
+            yield i, {"image": image, "image_id": row["image_id"], "captions": row["captions"], "questions": questions}
+
+
+# The prepared copy -> Split
+
+
+def _open(builder, split):
+    info = builder.info.splits[split]
+    stored, expected = len(ArrayRecordDataSource([str(path) for path in info.filepaths])), info.num_examples
+    if stored != expected:  # counted in the files: the length of TFDS's data source comes from info itself
+        raise ValueError(f"{stored} of {expected} images of {split}: delete {builder.data_dir} and run again")
+    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    assert len(source) == expected
+    rows = [stored_row(source[i]) for i in range(expected)]
+    images = StoredImages(source, [row["image_id"] for row in rows])
+    return Split(split, images, rows, source=str(builder.data_dir))  # named by a digest of pictures and options
+
+
+def stored_row(example) -> dict:
+    """A row as it was given. TFDS returns bytes for text, and a dict of lists for a list of dicts."""
+    asked = {key: [value.decode() for value in values] for key, values in example["questions"].items()}
+    questions = [dict(zip(asked, values, strict=True)) for values in zip(*asked.values(), strict=True)]
+    return {
+        "image_id": example["image_id"].decode(),
+        "captions": [caption.decode() for caption in example["captions"]],
+        "questions": [question | {"answers": json.loads(question["answers"])} for question in questions],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredImages(Sequence):
+    """images[i] reads and decodes image i, upright RGB uint8 image_YXC; thread-safe, and picklable for workers."""
+
+    source: Any
+    names: list[str]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]  # IndexError and negative indices as in a list
+        return images.decode(self.source[i]["image"], name=f"of id {self.names[i]}")

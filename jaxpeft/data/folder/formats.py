@@ -1,0 +1,541 @@
+"""Annotation files of many dialects -> records; the dialect is told from the content, never from the file's name.
+
+A record is one statement about one image: {where, image, image_id, split, captions, question, hint, beside}.  `image` (a
+path below the root or, with `beside`, below the directory of the annotation file) or `image_id` may be empty; `where` says
+in which file and line it stood.  A parser is a generator that tells `problems` about everything it leaves out, so that
+people hear about all of it at once.  A text file beside an image, which holds captions and nothing else, has a reader of
+its own, `caption_file`.
+
+To add a dialect: a rule in `detect`, a parser here, and its line in ACCEPTED.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+
+from jaxpeft.runtime import files
+
+ACCEPTED = """accepted are
+  COCO captions   JSON {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
+  Karpathy        JSON {"images": [{"filename", "split", "sentences": [{"raw"}]}]}
+  BLIP            JSON [{"image", "caption"}, ...] or [{"image", "question", "answer"}, ...]
+  VQA v2          questions=JSON {"questions": [{"question_id", "image_id", "question"}]}, annotations=JSON
+                  {"annotations": [{"question_id", "image_id", "answers": [{"answer"}]}]}
+  table           CSV with a header, or JSONL, with the columns image, caption or image, question, answer;
+                  optional: answers, image_id, question_id, split, type.  Several captions: caption_1, caption_2, ...
+                  or a list in JSONL.  text is another name of caption, file_name one of image: relative to the
+                  directory of the file that it stands in, as Hugging Face's ImageFolder has it
+without annotations=, in root or in directories below it
+  ImageFolder     metadata.csv or metadata.jsonl: a table as above
+  text files      cat.txt beside cat.jpg, with a caption in each line
+where train/, val/ and test/ hold all pictures, these are the splits"""
+
+FIXES = {
+    "unreadable file": "repair or convert the annotation file",
+    "unknown key": "correct the spelling or remove it (on_error='skip' ignores the key and keeps its row)",
+    "two names": "give one thing one name in all of the file: image or file_name, caption or text",
+    "two annotations": "name the file to read with annotations=FILE, or move the others out of root",
+    "missing key": "add it",
+    "bad value": "write a text (or, for ids and answers, a number)",
+    "bad row": "repair the line",
+    "empty caption": "write one or remove the row (nan, None, null and <NA> are what programs write for a missing text)",
+    "empty question": "write one or remove the row (nan, None, null and <NA> are what programs write for a missing text)",
+    "empty answer": "write at least one answer for each question",
+    "image without text": "write a caption, or remove the image or its entry",
+    "duplicate id": "give one id to one thing; several answers to one question belong in one row",
+    "unmatched id": "make both sides agree, or remove the entry",
+    "two splits": "put every image into exactly one split, or the test set leaks into training",
+    "split": "name train, val (or valid, validation, dev), test or test_ANYTHING for every image, or for none (a directory "
+    "of this name does, where annotations= is not given)",
+    "missing image": "correct the path (relative to root; file_name: to the directory of its file) or remove the row",
+    "ambiguous image": "name the file instead of the id, or keep one file of that name below root",
+    "outside the directory": "move the image below root and use a relative path",
+    "corrupt image": "replace the file or remove its rows",
+    "unsupported image": "convert the file and name the new one, or remove its rows",
+}
+# what people should hear of though nothing is wrong
+REMARKS = {
+    "16-bit image nearly black": "it uses under an eighth of its range; stretch the values to 0..65535 if it should be lighter",
+    "text without an image": "no image of this name lies beside it, so it was not read",
+    "text not read": "a metadata file describes the same image, and was read instead",
+    "image not used": "nothing describes it",
+    "column not read": "it is neither the image nor a text of it",
+    "split": "so that none is empty",
+    "directories": "images were divided by a hash, as not all lie in directories named as splits",
+}
+MOST_CAPTIONS = 1 << 20  # bytes of a text file beside an image
+_BOX = re.compile(r"[-+]?[.0-9][-+.0-9eE]*(\s+[-+]?[.0-9][-+.0-9eE]*){4,}")  # a line of a YOLO label file
+SPLITS = {"train": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+          "test": "test"}  # fmt: skip
+
+
+def split_name(name):
+    """The split that a name means, or None: a key of SPLITS, or train, val or test with more after '_': test_style."""
+    known = SPLITS.get(name)
+    return known or (name if re.fullmatch(r"(train|val|test)_[A-Za-z0-9_]+", name) else None)
+
+
+class Problems:
+    """Everything found wrong, by kind: counted all, remembered the first `keep` of each kind.
+
+    Beside them remarks: what people should hear of though nothing is wrong with it. They never make an error.
+    """
+
+    def __init__(self, keep=3):
+        self.keep, self.counts, self.examples, self.fatal = keep, {}, {}, False
+        self.remark_counts, self.remark_examples = {}, {}
+
+    def note(self, kind, message, fatal=False):
+        assert kind in FIXES, kind
+        self.fatal |= fatal  # a file we cannot read at all is not "some rows dropped": no skipping
+        self._add(self.counts, self.examples, kind, message)
+
+    def remark(self, kind, message):
+        assert kind in REMARKS, kind
+        self._add(self.remark_counts, self.remark_examples, kind, message)
+
+    def _add(self, counts, examples, kind, message):
+        counts[kind] = counts.get(kind, 0) + 1
+        if counts[kind] <= self.keep:  # names of files may hold bytes that are no UTF-8
+            examples.setdefault(kind, []).append(message.encode(errors="backslashreplace").decode())
+
+    def remarks(self):
+        """A line for each kind of remark."""
+        lines = []
+        for kind, count in self.remark_counts.items():
+            examples = self.remark_examples[kind] + ["..."] * (count > self.keep)
+            lines.append(f"{kind} ({count}); {REMARKS[kind]}: {'; '.join(examples)}")
+        return lines
+
+    def report(self):
+        examples = [f"{kind}: {m}" for kind, ms in self.examples.items() for m in ms]
+        return {**self.counts, "examples": examples, "remarks": self.remarks()}
+
+    def __str__(self):
+        lines = []
+        for kind, count in self.counts.items():
+            lines += [f"{kind} ({count}); {FIXES[kind]}:"] + [f"    {m}" for m in self.examples[kind]]
+            lines += ["    ..."] * (count > self.keep)
+        return "\n".join(lines + [f"remark: {line}" for line in self.remarks()])
+
+
+def records(path, questions, problems, root):
+    """The records of one annotation file (for VQA v2: of its two files); `path` and `questions` are existing files."""
+    name = _called(path, root)
+    dialect, data = detect(path, name, problems)
+    if questions is None and dialect in ("vqa questions", "vqa annotations"):
+        message = f"{name}: found {dialect}, one file of two; give both questions= and annotations="
+        problems.note("unreadable file", message, fatal=True)
+    elif questions is None and dialect is not None:
+        yield from _PARSERS[dialect](name, data, problems)
+    elif questions is not None:
+        other_name = _called(questions, root)
+        other, asked = detect(questions, other_name, problems)
+        if (other, dialect) == ("vqa questions", "vqa annotations"):
+            yield from vqa(other_name, asked, name, data, problems)
+        elif other and dialect:
+            found = f"questions={other_name} is {other}, annotations={name} is {dialect}"
+            problems.note("unreadable file", f"{found}; expected vqa questions and vqa annotations", fatal=True)
+
+
+def _called(path, root):
+    """How messages call an annotation file: by its path below the root, as several may be called metadata.csv."""
+    below = os.path.relpath(path.absolute(), root.absolute())
+    return path.name if below.split(os.sep)[0] == os.pardir else below.replace(os.sep, "/")
+
+
+def _read(path, most=None):
+    """The text of a file. Raises ValueError with the reason, as it follows on the name of the file."""
+    try:
+        if most and (size := path.stat().st_size) > most:
+            raise ValueError(f"it has {size:,} bytes, more than the {most:,} that a file of captions may have")
+        raw = files.kept_in(path).read_bytes()
+    except (ValueError, OSError) as error:  # too long, a link elsewhere, no permission
+        raise ValueError(f": {error}") from error
+    try:
+        return raw.decode("utf-8-sig")  # spreadsheets write a byte-order mark
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        reason = f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+        raise ValueError(f" line {line}: {reason}") from error
+
+
+def caption_file(path, name, pictures, problems):
+    """The text file beside images, called `name` in messages: each of its lines that is not empty is a caption."""
+    try:
+        lines = re.split(r"\r\n|\r|\n", _read(path, MOST_CAPTIONS))
+    except ValueError as error:
+        problems.note("unreadable file", f"{name}{error}")
+        return
+    captions, said = [], [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+    for i, line in said:
+        if _BOX.fullmatch(line):
+            problems.note("bad value", f"{name} line {i}: {line[:60]!r} is numbers, as of boxes, and no caption")
+        else:
+            captions += _captions([line], f"{name} line {i}", problems)
+    if not said:
+        problems.note("empty caption", f"{name}: the file is empty")
+    for picture in pictures if captions else ():
+        yield _record(name, picture, None, captions=captions)
+
+
+def detect(path, name, problems):
+    """-> (dialect, data), or (None, None) with the reason among the problems; messages call the file `name`."""
+
+    def bad(message):
+        problems.note("unreadable file", f"{name}{message}", fatal=True)
+        return None, None
+
+    try:
+        text = _read(path)
+    except ValueError as error:
+        return bad(str(error))
+    first = next((line.strip() for line in text.split("\n") if line.strip()), "")
+    if first[:1] not in ("[", "{"):
+        header = {_meaning(column.strip(' "')) for column in first.split(_delimiter(first))}
+        return ("csv", text) if "image" in header else bad(f": found a text that begins {first[:60]!r}; {ACCEPTED}")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if path.suffix.lower() in (".jsonl", ".ndjson") or (first[0] == "{" and _is_json(first)):
+            return "jsonl", text
+        at, reason = getattr(error, "lineno", 1), getattr(error, "msg", error)
+        return bad(f" line {at} column {getattr(error, 'colno', 1)}: broken JSON, {reason}")
+    if isinstance(data, dict):
+        lists = {key: value for key, value in data.items() if isinstance(value, list)}
+        if "images" in lists and "annotations" in lists:
+            return "coco", data
+        if "images" in lists and any(isinstance(i, dict) and "sentences" in i for i in lists["images"]):
+            return "karpathy", data
+        if "questions" in lists:
+            return "vqa questions", data
+        if "annotations" in lists and any(isinstance(a, dict) and "answers" in a for a in lists["annotations"]):
+            return "vqa annotations", data
+        if _names_an_image(data):
+            return "jsonl", text  # JSON lines with a single line
+    elif any(_names_an_image(row) for row in data):
+        return "rows", data
+    found = f"an object with the keys {sorted(data)[:10]}" if isinstance(data, dict) else f"a list {str(data)[:60]}"
+    return bad(f": found JSON, {found}; {ACCEPTED}")
+
+
+def _names_an_image(row):
+    return isinstance(row, dict) and "image" in map(_meaning, row)
+
+
+def _is_json(text):
+    try:
+        return json.loads(text) is not None
+    except (ValueError, RecursionError):
+        return False
+
+
+def _delimiter(header):
+    return max(",;\t", key=header.count)  # spreadsheets in many countries write semicolons
+
+
+def coco(name, data, problems):
+    _entry(data, name, problems, {"images", "annotations"}, {"info", "licenses", "license", "type"})
+    files, described = {}, set()
+    extra = {"width", "height", "license", "flickr_url", "coco_url", "date_captured"}
+    for i, image in enumerate(data["images"]):
+        where = f"{name} images[{i}]"
+        if _entry(image, where, problems, {"id", "file_name"}, extra):
+            image_id = _text(image["id"], where, problems)
+            if _once(image_id, files, f"{where}: image id", problems):
+                files[image_id] = _text(image["file_name"], where, problems, numbers=False)
+    ids = set()
+    for i, entry in enumerate(data["annotations"]):
+        where = f"{name} annotations[{i}]"
+        if not _entry(entry, where, problems, {"image_id", "caption"}, {"id"}):
+            continue
+        image_id = _text(entry["image_id"], where, problems)
+        described.add(image_id)
+        if image_id not in files:
+            problems.note("unmatched id", f"{where}: image_id {image_id} is not among the images")
+        elif _once(_text(entry.get("id"), where, problems), ids, f"{where}: annotation id", problems):
+            yield _record(where, files[image_id], image_id, captions=_captions([entry["caption"]], where, problems))
+    for image_id, file in files.items():
+        if image_id not in described:
+            problems.note("image without text", f"{name}: no annotation for image id {image_id}, {file}")
+
+
+def karpathy(name, data, problems):
+    _entry(data, name, problems, {"images"}, {"dataset"})
+    extra = {"filepath", "split", "cocoid", "imgid", "sentids"}
+    for i, image in enumerate(data["images"]):
+        where = f"{name} images[{i}]"
+        if not _entry(image, where, problems, {"filename", "sentences"}, extra):
+            continue
+        said = image["sentences"] if isinstance(image["sentences"], list) else []
+        if not said:
+            problems.note("image without text", f"{where}: no sentences")
+        keys = {"tokens", "imgid", "sentid"}
+        raw = [s["raw"] for j, s in enumerate(said) if _entry(s, f"{where} sentences[{j}]", problems, {"raw"}, keys)]
+        parts = [_text(image.get(key), where, problems, numbers=False) for key in ("filepath", "filename")]
+        image_id = _text(image.get("cocoid", image.get("imgid")), where, problems)
+        captions = _captions(raw, where, problems) if raw else []
+        yield _record(where, "/".join(filter(None, parts)), image_id, _split(image.get("split")), captions)
+
+
+def vqa(questions_name, questions, answers_name, annotations, problems):
+    top = {"info", "task_type", "data_type", "data_subtype", "license"}
+    _entry(questions, questions_name, problems, {"questions"}, top)
+    _entry(annotations, answers_name, problems, {"annotations"}, top)
+    answers = {}
+    for i, entry in enumerate(annotations["annotations"]):
+        where = f"{answers_name} annotations[{i}]"
+        optional = {"image_id", "question_type", "answer_type", "multiple_choice_answer"}
+        if _entry(entry, where, problems, {"question_id", "answers"}, optional):
+            question_id = _text(entry["question_id"], where, problems)
+            if _once(question_id, answers, f"{where}: question_id", problems):
+                answers[question_id] = where, entry
+    asked = set()
+    for i, entry in enumerate(questions["questions"]):
+        where = f"{questions_name} questions[{i}]"
+        if not _entry(entry, where, problems, {"question_id", "image_id", "question"}, set()):
+            continue
+        question_id = _text(entry["question_id"], where, problems)
+        if not _once(question_id, asked, f"{where}: question_id", problems):
+            continue
+        if question_id not in answers:
+            problems.note("unmatched id", f"{where}: question_id {question_id} has no annotation")
+            continue
+        place, reply = answers[question_id]
+        image_id = _text(entry["image_id"], where, problems)
+        if _text(reply.get("image_id", image_id), place, problems) != image_id:
+            problems.note("unmatched id", f"{place}: question_id {question_id} has another image_id than at {where}")
+            continue
+        said = [a.get("answer") if isinstance(a, dict) else a for a in _listed(reply["answers"])]
+        question = _question(entry["question"], said, question_id, reply.get("answer_type"), where, problems)
+        yield _record(where, None, image_id, question=question, hint=questions.get("data_subtype"))
+    for question_id, (where, _) in answers.items():
+        if question_id not in asked:
+            problems.note("unmatched id", f"{where}: question_id {question_id} was never asked")
+
+
+def rows(name, data, problems):
+    names = {}
+    for i, row in enumerate(data):
+        yield from _row(row, f"{name} row {i}", problems, names)
+
+
+def jsonl(name, text, problems):
+    names = {}
+    for i, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON string
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                column, reason = getattr(error, "colno", 1), getattr(error, "msg", error)
+                problems.note("bad row", f"{name} line {i} column {column}: broken JSON, {reason}")
+            else:
+                yield from _row(row, f"{name} line {i}", problems, names)
+
+
+def table(name, text, problems):
+    """CSV: a cell `answer` is one answer as written, a cell `answers` is a list separated by '|'."""
+    delimiter = _delimiter(next(line for line in text.split("\n") if line.strip()))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header, line, names = None, 1, {}
+    try:
+        for cells in reader:
+            where, line = f"{name} line {line}", reader.line_num + 1  # a quoted cell may hold line breaks
+            if not any(cell.strip() for cell in cells):
+                continue
+            if header is None:
+                header = [cell.strip() for cell in cells]
+                if not _header(header, names, where, problems):
+                    return
+            elif len(cells) != len(header):
+                message = f"{where}: {len(cells)} cells for {len(header)} columns; quote cells with {delimiter!r}"
+                problems.note("bad row", message)
+            else:
+                pairs = zip(header, cells, strict=True)
+                row = {key: cell for key, cell in pairs if cell.strip() and _is_known(_meaning(key))}
+                if "answers" in row:
+                    row["answers"] = row["answers"].split("|")
+                yield from _row(row, where, problems, names, columns=names)
+    except csv.Error as error:
+        problems.note("unreadable file", f"{name} line {reader.line_num}: broken CSV, {error}", fatal=True)
+
+
+def _header(header, names, where, problems):
+    """Whether rows can be read under this header; fills `names`, see _renamed.
+
+    Columns without a name, as pandas writes for its index and spreadsheets for empty columns, are not read.
+    """
+    named = [column for column in header if column]
+    if len(set(named)) < len(named):
+        problems.note("unreadable file", f"{where}: a column appears twice in the header {header}", fatal=True)
+        return False
+    for column in named:
+        before = names.setdefault(_meaning(column), column)
+        if before != column:
+            problems.note("two names", f"{where}: the columns {before!r} and {column!r} are one thing", fatal=True)
+            return False
+        if not _is_known(_meaning(column)):
+            _unknown_key(f"column {column!r}", where, problems, _SHOWN_KEYS)
+    return True
+
+
+_PARSERS = {"coco": coco, "karpathy": karpathy, "rows": rows, "jsonl": jsonl, "csv": table}
+_ROW_KEYS = {"image", "image_id", "caption", "question", "answer", "answers", "question_id", "split", "type", "dataset"}
+_OTHER_NAMES = {"file_name": "image", "text": "caption"}
+_SHOWN_KEYS = _ROW_KEYS | _OTHER_NAMES.keys() | {"caption_1"}
+_NUMBERED = re.compile(r"(?:caption|text)_?([0-9]{1,6})")
+
+
+def _meaning(key):
+    """What a column or key stands for: 'image' for 'file_name', 'caption_2' for 'text2'; any other for itself."""
+    if numbered := _NUMBERED.fullmatch(key):
+        return f"caption_{int(numbered[1])}"
+    return _OTHER_NAMES.get(key, key)
+
+
+def _is_known(meaning):
+    return meaning in _ROW_KEYS or bool(_NUMBERED.fullmatch(meaning))
+
+
+def _numbered(keys):
+    """Those of caption_1, caption_2, ... in this order."""
+    return sorted(filter(_NUMBERED.fullmatch, keys), key=lambda key: int(key.removeprefix("caption_")))
+
+
+def _renamed(row, names, where, problems):
+    """The row with its keys by what they stand for; None after a note where one thing has two names in this file.
+
+    `names` is {what: the name that the file uses}, and grows with each row.
+    """
+    for key in row:
+        before = names.setdefault(_meaning(key), key)
+        if before != key:
+            return problems.note("two names", f"{where}: {key!r} is what {before!r} is in this row or before")
+    return {_meaning(key): value for key, value in row.items()}
+
+
+def _row(row, where, problems, names, columns=()):
+    """A row of BLIP's lists, of JSONL or of CSV (whose empty cells are absent keys): captions, a question, or both."""
+    if isinstance(row, dict) and (row := _renamed(row, names, where, problems)) is None:
+        return
+    numbered = _numbered(row) if isinstance(row, dict) else []
+    if not _entry(row, where, problems, {"image"}, _SHOWN_KEYS | set(numbered)):
+        return
+    if "caption" not in row and "question" not in row and not numbered:
+        captions = "caption" in columns or _numbered(columns)
+        kind = "empty caption" if captions else "empty question" if "question" in columns else "missing key"
+        problems.note(kind, f"{where}: neither a caption nor a question")
+        return
+    image, image_id = _text(row["image"], where, problems, numbers=False), _text(row.get("image_id"), where, problems)
+    if not image:
+        return image is None or problems.note("bad value", f"{where}: 'image' is empty")
+    record = _record(where, image, image_id, _split(row.get("split")), beside=names.get("image") == "file_name")
+    if "caption" in row:
+        record["captions"] = _captions(_listed(row["caption"]), where, problems)
+    if given := [one for key in numbered for one in _listed(row[key]) if not _is_empty(one)]:
+        record["captions"] += _captions(given, where, problems)
+    elif "caption" not in row and "question" not in row:
+        problems.note("empty caption", f"{where}: nothing is in {', '.join(names[key] for key in numbered)}")
+    if "question" in row:
+        answers = _listed(row.get("answers", [])) + _listed(row.get("answer", []))
+        question_id = _text(row.get("question_id"), where, problems)
+        record["question"] = _question(row["question"], answers, question_id, row.get("type"), where, problems)
+    yield record
+
+
+def _record(where, image, image_id, split=None, captions=(), question=None, hint=None, beside=False):
+    return {"where": where, "image": image, "image_id": image_id, "split": split, "captions": list(captions),
+            "question": question, "hint": hint, "beside": beside}  # fmt: skip
+
+
+def _question(question, answers, question_id, kind, where, problems):
+    question = _said(question, "empty question", where, problems)
+    said = [_text(answer, where, problems) for answer in answers]
+    if "" in said or not said:
+        problems.note("empty answer", where)
+    said = [answer for answer in said if answer]
+    kind = _text(kind, where, problems) or ""
+    ok = question and said
+    return {"question_id": question_id, "question": question, "answers": said, "type": kind} if ok else None
+
+
+def _captions(captions, where, problems):
+    if not captions:
+        problems.note("empty caption", f"{where}: an empty list")
+    said = [_said(caption, "empty caption", where, problems, numbers=False) for caption in captions]
+    return [caption for caption in said if caption]
+
+
+# what pandas, numpy, R and databases write for a text that is missing; none of them is a caption of a picture
+_MISSING = frozenset({"", "nan", "none", "null", "<na>"})
+
+
+def _said(value, kind, where, problems, numbers=True):
+    """A caption or question; '' or None after a note, where it is missing or no text.
+
+    Answers are not read by this: 'none' answers a question.
+    """
+    text = _text(value, where, problems, numbers)
+    if text is None or text.lower() not in _MISSING:
+        return text
+    problems.note(kind, f"{where}: {'null' if value is None else repr(value)[:60]}")
+    return ""
+
+
+def _is_empty(value):
+    """Whether a value is that of an empty cell: null, NaN or white space."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _split(value):
+    return None if _is_empty(value) else value.strip() if isinstance(value, str) else value
+
+
+def _text(value, where, problems, numbers=True):
+    """Stripped text, '' for nothing (None, NaN), None after a note about an unusable value."""
+    if value is None or value != value:
+        return ""
+    if numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    try:
+        value.encode()  # a lone surrogate, as in "\ud83d", is valid JSON but no text
+        return value.strip()
+    except (AttributeError, UnicodeEncodeError):
+        problems.note("bad value", f"{where}: {value!r:.60} is not a text")
+
+
+def _listed(value):
+    return value if isinstance(value, list) else [value]
+
+
+def _once(value, seen, what, problems):
+    """Whether `value` is new; a set remembers it, a dict is filled by the caller."""
+    if value and value in seen:
+        problems.note("duplicate id", f"{what} {value} was given before")
+        return False
+    if isinstance(seen, set):
+        seen.add(value)
+    return True
+
+
+def _unknown_key(key, where, problems, known):
+    """Metadata files of Hugging Face have columns for other purposes; in other files a name nobody knows is misspelt."""
+    if re.match(r"(.*/)?metadata\.(csv|jsonl) ", where, re.IGNORECASE):
+        problems.remark("column not read", f"{where}: {key}")
+    else:
+        problems.note("unknown key", f"{where}: {key}; known are {', '.join(sorted(known))}")
+
+
+def _entry(entry, where, problems, required, optional):
+    """Whether `entry` is an object with the required keys; keys nobody knows are noted, but do not spoil it."""
+    if not isinstance(entry, dict):
+        problems.note("bad value", f"{where}: expected an object, got {entry!r:.60}")
+        return False
+    for key in entry.keys() - required - optional:
+        _unknown_key(repr(key), where, problems, required | optional)
+    missing = sorted(key for key in required if entry.get(key) is None)
+    for key in missing:
+        problems.note("missing key", f"{where}: {key!r}; found are {', '.join(entry)}")
+    return not missing

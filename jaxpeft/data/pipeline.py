@@ -1,0 +1,144 @@
+"""From a split to batches: nested subsets, resized pictures, and an order that is a pure function of (seed, step).
+
+Texts are tokenised once into arrays (`Examples.arrays`); pictures are fetched and resized when a batch is made, in
+grain's reader threads, and stay uint8 until they are on the device. Step `s` of seed `k` is always the same batch, so
+resuming needs no saved reader state: reading starts at the step.
+"""
+
+import collections
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxpeft.data.base import Examples, Split
+from jaxpeft.data.randaugment import randaugment
+from jaxpeft.inputs import images
+from jaxpeft.runtime import host
+
+AUGMENTS = ("none", "crop", "crop_flip", "blip")  # blip: crop_flip, then RandAugment
+
+
+def subset(split: Split, *, seed: int, fraction: float = 1.0, n_images: int | None = None) -> tuple[Split, np.ndarray]:
+    """The first `n_images` (or `fraction`) of the pictures in an order drawn from `seed`, and their indices in `split`.
+
+    Subsets of a seed nest.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"data.fraction is {fraction}; it must be in (0, 1]")
+    n_all = len(split.rows)
+    n = max(1, round(fraction * n_all)) if n_images is None else n_images
+    if n > n_all or n < 1:
+        raise ValueError(f"data.n_images is {n}; split {split.name!r} has {n_all} pictures")
+    if n == n_all:
+        return split, np.arange(n_all)
+    indices = np.random.Generator(np.random.Philox(key=seed)).permutation(n_all)[:n]
+    return split.take(indices.tolist()), indices
+
+
+class Resized(Sequence):
+    """Pictures at the model's square size; up to `cache_bytes` of them are kept in memory after first use."""
+
+    def __init__(self, source: Sequence, size: int, resample: int = images.BICUBIC, cache_bytes: int = 1 << 30):
+        self.source, self._size, self._resample, self._cache_bytes = source, size, resample, cache_bytes
+        self._room = cache_bytes // (size * size * 3)
+        self._kept: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, source: Sequence, model) -> "Resized":
+        """Pictures as `model` takes them."""
+        return cls(source, model.config.image_size, model.config.image_resample)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        if i not in self._kept:
+            image_YXC = images.resize(self.source[i], self._size, self._resample)
+            with self._lock:
+                if len(self._kept) >= self._room:
+                    return image_YXC
+                self._kept[i] = image_YXC
+        return self._kept[i]
+
+    def __reduce__(self):
+        """Without what is kept, and without its lock: for worker processes."""
+        return Resized, (self.source, self._size, self._resample, self._cache_bytes)
+
+    def augmented(self, i, kind: str, rng) -> np.ndarray:
+        """A random crop of picture `i` at its native size, resized; one state of `rng` gives one result."""
+        image_YXC = images.augment(self.source[i], rng, size=self._size, flip=kind != "crop", resample=self._resample)
+        return randaugment(image_YXC, rng) if kind == "blip" else image_YXC
+
+
+def check_augment(augment: str) -> None:
+    """Raise ValueError for an unknown kind of augmentation."""
+    if augment not in AUGMENTS:
+        raise ValueError(f"data.augment is {augment!r}; choose one of {', '.join(AUGMENTS)}")
+
+
+def batches(
+    examples: Examples,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int = 0,
+    augment: str = "none",
+    rows: np.ndarray | None = None,
+    threads: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Endless training batches from step `start`; epochs are reshuffled and run into each other, nothing is dropped.
+
+    `rows`: which rows of a batch are made, where this host needs some of them; a row is the same on whatever host makes it.
+
+    `threads` make them, each a batch at a time: by default one per core, from 2 to 16 (Pillow releases the interpreter's lock:
+    benchmarks/data_loading.py). The batches are the same for any number.
+    """
+    threads = threads or min(16, max(2, host.cores()))
+    check_augment(augment)
+    order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
+
+    def fetch(indices, rng):
+        seeds = rng.integers(2**63, size=batch_size) if augment != "none" else None
+        mine = slice(None) if rows is None else rows
+        return gather(examples, indices[mine], augment, None if seeds is None else seeds[mine])
+
+    steps = order.seed(seed + 1).random_map(fetch)[start:]
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)))
+
+
+def gather(examples: Examples, indices, augment: str = "none", seeds=None) -> dict[str, np.ndarray]:
+    """One batch: the arrays' rows at `indices` and, unless features stand in for them, the pictures.
+
+    `seeds`: one per picture, for augmenting it.
+    """
+    batch = {name: array[indices] for name, array in examples.arrays.items()}
+    if examples.images is not None:
+        wanted = batch.pop("image_index")
+        if augment != "none":
+            rngs = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
+            pictures = [examples.images.augmented(i, augment, rng) for i, rng in zip(wanted, rngs, strict=True)]
+        else:
+            pictures = [examples.images[i] for i in wanted]
+        batch["image"] = np.stack(pictures)
+    return batch
+
+
+def one_pass(examples: Examples, batch_size: int, rows=slice(None)) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """Every example once, in order: (batch, number of real rows); the last batch repeats its last row to be full.
+
+    `rows`: which rows of a batch are made.
+    """
+    for start in range(0, len(examples), batch_size):
+        indices = np.arange(start, min(start + batch_size, len(examples)))
+        n_real = len(indices)
+        yield gather(examples, np.pad(indices, (0, batch_size - n_real), mode="edge")[rows]), n_real
+
+
+def most_common(items) -> Any:
+    """The most frequent item; ties go to the smallest, so that baselines do not depend on order."""
+    counts = collections.Counter(items)
+    return min(counts, key=lambda item: (-counts[item], item))

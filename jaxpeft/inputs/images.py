@@ -1,0 +1,330 @@
+"""Images: bytes -> uint8 RGB pixels -> square uint8 -> normalised float32, as BLIP does it.
+
+Everything here is plain numpy and Pillow, has no state and may be called from many threads.  Pixels stay uint8 until
+the batch is made, so that a cache and the copy to the device are four times smaller.  Axes: Y rows, X columns, C = RGB.
+"""
+
+import functools
+import io
+import math
+import mimetypes
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from jaxpeft.runtime import files
+
+MEAN_C = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # the CLIP constants, which BLIP keeps
+STD_C = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+BICUBIC = int(Image.Resampling.BICUBIC)
+FILTERS = tuple(int(one) for one in Image.Resampling)
+
+# not EPS or PS, for which Pillow starts another program on what the file says, nor formats that pictures do not come in
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "DIB", "PCX")
+MOST_BYTES = 1 << 28  # of a picture file
+
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def decode(source, name=None):
+    """Bytes or a path -> uint8 RGB image_YXC of the native size, turned upright by its EXIF orientation.
+
+    Reads what Pillow reads (JPEG, PNG, WebP, GIF, BMP, TIFF, ...; of an animation the first frame).  Transparency is
+    composited on white, 16-bit grey is scaled to 8 bits, palettes and CMYK are converted; ICC profiles are not applied.
+    Raises ValueError, naming the file, for data that are truncated, damaged or so large that they look like an attack, and
+    its kind Unsupported for those of a kind that is not read, such as HEIC. `name` is how messages call data that came as
+    bytes.
+    """
+    return decode_and_remark(source, name)[0]
+
+
+def decode_and_remark(source, name=None):
+    """What `decode` returns, and a remark on the picture or None: where 16-bit values are so low that it turns dark."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        data, name = bytes(source), name or f"{len(source)} bytes"
+    else:
+        name, size = name or str(source), Path(source).stat().st_size
+        if size > MOST_BYTES:
+            raise ValueError(f"cannot decode the image {name}: it has {size:,} bytes, more than {MOST_BYTES:,}")
+        data = Path(source).read_bytes()
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            _check_area(image)
+            deep = _is_16_bit(image)
+            image.load()  # Pillow is lazy: a truncated file shows itself only here
+            return np.array(_to_rgb(_upright(image)), np.uint8), _too_dark(image) if deep else None
+    except Exception as error:  # Pillow's plugins raise nearly every type on damaged data
+        if kind := _kind_by_content(data) or (is_unread(name) and _kind_by_name(name)):
+            raise Unsupported(f"cannot decode the image {name}: {_why(kind)}") from error
+        raise ValueError(f"cannot decode the image {name}: {error}; replace the file or drop its rows") from error
+
+
+@functools.cache
+def _formats():
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def endings() -> frozenset[str]:
+    """The endings of file names, as '.jpg', of what `decode` reads."""
+    # Pillow opens MPO, several JPEGs in one file, as JPEG, and has no entry of its own for it
+    read = {*_formats(), *(["MPO"] if "JPEG" in _formats() else [])}
+    return frozenset(end for end, name in Image.registered_extensions().items() if name in read)
+
+
+# pictures that `decode` does not read, beside those that the system's table of endings knows
+_OTHER = frozenset(
+    ".svg .svgz .heic .heif .hif .heics .heifs .jxl .jxr .wdp .hdp .avif .avifs .bpg .psd .psb .xcf .ai .eps .ps .icns .cur "
+    ".dds .qoi .exr .hdr .fits .sgi .xbm .xpm .pcd .dng .raw .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef "
+    ".srw".split()
+)
+_HEIF = "HEIC/HEIF"
+_HEIF_BRANDS = frozenset(b"heic heix heim heis hevc hevx hevm hevs mif1 msf1 heif".split())
+_NAMES = {".heic": _HEIF, ".heif": _HEIF, ".hif": _HEIF, ".heics": _HEIF, ".heifs": _HEIF, ".jxl": "JPEG XL"}
+
+
+class Unsupported(ValueError):
+    """A picture of a kind that is not read, as opposed to one that is damaged."""
+
+
+def is_read(name: str) -> bool:
+    """Whether a file name is that of a picture of a kind that `decode` reads."""
+    return Path(name).suffix.lower() in endings()
+
+
+def is_unread(name: str) -> bool:
+    """Whether a file name is that of a picture of a kind that is not read."""
+    known = Path(name).suffix.lower() in _OTHER or (mimetypes.guess_type(name)[0] or "").startswith("image/")
+    return known and not is_read(name)
+
+
+def why_unread(name: str) -> str:
+    """What a picture is, by its name, and what to do, for a message."""
+    return _why(_kind_by_name(name))
+
+
+def _kind_by_name(name):
+    end = Path(name).suffix.lower()
+    return _NAMES.get(end, end[1:].upper())
+
+
+def _kind_by_content(data):
+    """The kind of a picture that is not read, whatever its name says: phones' HEIC is often called .jpg."""
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return _HEIF
+    if data[:2] == b"\xff\x0a" or data[:12] == b"\x00\x00\x00\x0cJXL \r\n\x87\n":
+        return "JPEG XL"
+    if data[:4] == b"8BPS":
+        return "PSD"
+    start = data[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")
+    drawn = start.startswith((b"<svg", b"<?xml", b"<!DOCTYPE svg")) and b"<svg" in start
+    return "SVG" if drawn else None
+
+
+def _why(kind):
+    phone = " (a phone can be set to save 'Most Compatible' JPEGs)" if kind == _HEIF else ""
+    return f"{kind} pictures are not read; convert them to JPEG or PNG first{phone}"
+
+
+def _check_area(image):
+    # Pillow itself only warns up to twice the limit, and turning a warning into an error is not thread-safe.
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and image.width * image.height > limit:
+        raise ValueError(f"{image.width}x{image.height} pixels, more than the limit of {limit}")
+
+
+def _upright(image):
+    """Not ImageOps.exif_transpose: that one writes the tags back, which fails on tags that cameras do write."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # unreadable tags beside good pixels: viewers show the picture as stored, and so do we
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image):
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255 instead of scaling
+        grey_YX = np.asarray(image).astype(np.int64)
+        if grey_YX.min() < 0 or grey_YX.max() > 65535:
+            raise ValueError(f"32-bit values {grey_YX.min()}..{grey_YX.max()}; allowed: 0..65535 (16 bits)")
+        image = Image.fromarray(((grey_YX + 128) // 257).astype(np.uint8))  # 65535 = 255 * 257, rounded
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed white level; convert the file to 8 or 16 bits")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _is_16_bit(image):
+    """Whether an image that is not loaded yet has 16 bits a value; of colours Pillow keeps the upper 8 only."""
+    return image.mode.startswith("I") or any(";16" in str(tile) for tile in image.tile)
+
+
+def _too_dark(image):
+    """A remark where the values of a 16-bit image use under an eighth of their range, as those of 12-bit sensors do."""
+    value_YX = np.asarray(image)
+    colour = value_YX[..., : len(image.getbands()) - image.mode.endswith("A")] if value_YX.ndim == 3 else value_YX
+    most = int(colour.max()) if image.mode.startswith("I") else 256 * int(colour.max()) + 255
+    return f"values up to {most} of 65535" if most < 65536 // 8 else None
+
+
+def resize(image_YXC, size, resample=BICUBIC):
+    """uint8 image_YXC -> uint8 (size, size, 3), antialiased by Pillow's filter `resample`; aspect ratio not kept."""
+    _check_pixels(image_YXC)
+    return np.array(Image.fromarray(image_YXC).resize((size, size), Image.Resampling(resample)))
+
+
+def normalise(image_YXC):
+    """uint8 (..., 3) -> float32 (..., 3): /255, then CLIP's mean and standard deviation per channel."""
+    return (np.asarray(image_YXC).astype(np.float32) / 255 - MEAN_C) / STD_C
+
+
+def per_channel(name, values) -> tuple[float, float, float]:
+    """A mean or standard deviation of pixels in [0, 1] as three floats. Raises ValueError for anything else."""
+    try:
+        one = tuple(float(np.float32(value)) for value in values)  # as they are used
+    except (TypeError, ValueError):
+        one = ()
+    if len(one) != 3 or not all(math.isfinite(x) for x in one) or (name.endswith("std") and min(one) <= 0):
+        raise ValueError(
+            f"{name} is {values!r:.80}; expected three numbers{', above 0' if name.endswith('std') else ''}"
+        )
+    return one
+
+
+def processor_settings(directory) -> dict:
+    """What the image processor files of a Hugging Face directory say, as {'image_size', 'image_mean', 'image_std',
+    'image_resample'}; {} where there are none.
+
+    Raises ValueError, naming file and key, for what is not a square resize and one affine map per channel.
+    """
+    said = {}
+    for path in (Path(directory) / "preprocessor_config.json", Path(directory) / "processor_config.json"):
+        if not path.is_file():
+            continue
+        raw = files.read_json(path)
+        raw = raw if path.name.startswith("pre") else raw.get("image_processor")
+        if not raw:
+            continue
+        with files.reading(path, "is not an image processor's"):
+            mine = _processor(path, raw)
+        if said and said != mine:
+            raise ValueError(
+                f"{path} contradicts preprocessor_config.json beside it: {mine}, {said}; delete the wrong one"
+            )
+        said = mine
+    return said
+
+
+# the keys of an image processor that are read, and those that say nothing of the pixels
+_READ = {"size", "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+         "do_center_crop", "crop_size", "do_pad", "pad_size", "do_convert_rgb"}  # fmt: skip
+_HARMLESS = {"image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map",
+             "data_format", "input_data_format", "return_tensors", "device", "disable_grouping", "default_to_square",
+             "size_divisor"}  # fmt: skip
+
+
+def _processor(path, raw):
+    # do_pad, which published BLIPs have on, does nothing to pictures of one size
+    for key, neutral in {"do_resize": True, "do_center_crop": False, "pad_size": None, "do_convert_rgb": True}.items():
+        if raw.get(key, neutral) not in (neutral, None):
+            raise ValueError(
+                f"{path}: {key} is {raw[key]!r}, which is unsupported; pictures are made square by resizing"
+            )
+    if unknown := sorted(key for key in raw.keys() - _READ - _HARMLESS if raw[key] not in (None, False)):
+        raise ValueError(f"{path}: {', '.join(unknown)} is unsupported; remove it if pictures do not depend on it")
+    said, size = {}, raw.get("size")
+    if size is not None:
+        sides = {size} if isinstance(size, int) else set(size.values()) if set(size) == {"height", "width"} else set()
+        if len(sides) != 1 or not isinstance(next(iter(sides)), int):
+            raise ValueError(f"{path}: size is {size!r}; only square pictures, height and width, are supported")
+        said["image_size"] = sides.pop()
+    scale = raw.get("rescale_factor", 1 / 255) if raw.get("do_rescale", True) else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1:
+        raise ValueError(f"{path}: rescale_factor is {scale!r}; expected a number in (0, 1]")
+    mean_C, std_C = (0.0,) * 3, (1.0,) * 3
+    if raw.get("do_normalize", True):
+        mean_C = per_channel(f"{path}: image_mean", raw.get("image_mean", MEAN_C.tolist()))
+        std_C = per_channel(f"{path}: image_std", raw.get("image_std", STD_C.tolist()))
+    if scale != 1 / 255:  # (scale p - mean) / std in terms of p / 255
+        mean_C, std_C = (tuple(x / (255 * scale) for x in values) for values in (mean_C, std_C))
+    resample = raw.get("resample", BICUBIC)
+    if isinstance(resample, bool) or resample not in FILTERS:
+        raise ValueError(f"{path}: resample is {resample!r}; Pillow's filters are {FILTERS}")
+    return said | {"image_mean": mean_C, "image_std": std_C, "image_resample": resample}
+
+
+def augment(image_YXC, rng, scale=(0.5, 1.0), size=None, flip=True, resample=BICUBIC):
+    """A random crop of `scale` of the area with ratio 3/4..4/3; with `flip`, mirrored half of the time; uint8.
+
+    With `size` the crop is resized as `resize` does (BLIP's training transform without RandAugment); without, it keeps
+    its native size.  `rng` is an np.random.Generator: one rng state gives one result.
+    """
+    _check_pixels(image_YXC)
+    top, left, height, width = _crop_box(*image_YXC.shape[:2], rng, scale)
+    crop_YXC = image_YXC[top : top + height, left : left + width]
+    if flip and rng.random() < 0.5:
+        crop_YXC = crop_YXC[:, ::-1]
+    crop_YXC = np.ascontiguousarray(crop_YXC)
+    return crop_YXC if size is None else resize(crop_YXC, size, resample)
+
+
+def _crop_box(rows, columns, rng, scale):
+    """Inception-style box: ten draws of (area, log ratio), then the largest central box whose ratio is allowed."""
+    low, high = 3 / 4, 4 / 3
+    for _ in range(10):
+        area = rows * columns * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        height, width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < height <= rows and 0 < width <= columns:
+            return int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1)), height, width
+    height, width = min(rows, round(columns / low)), min(columns, round(rows * high))
+    return (rows - height) // 2, (columns - width) // 2, height, width
+
+
+def resize_positions(position_PD, new_grid):
+    """Position embeddings (1 + g*g, D) -> (1 + new_grid**2, D) for another image size, same dtype (numpy).
+
+    Row 0 (CLS) is kept.  The grid is interpolated as torch's `interpolate(mode='bicubic', align_corners=False)` does:
+    Keys' cubic with a = -0.75, edges clamped, no antialias; not the cubic (a = -0.5) of jax.image and Pillow.
+    """
+    position_PD = np.asarray(position_PD)
+    grid = math.isqrt(len(position_PD) - 1) if len(position_PD) > 1 else 0
+    if position_PD.ndim != 2 or grid * grid != len(position_PD) - 1 or not grid or new_grid < 1:
+        raise ValueError(
+            f"position embeddings of shape {position_PD.shape}, new grid {new_grid}; expected (1 + g*g, D), CLS first, "
+            "and a new grid of at least 1"
+        )
+    cls_1D, grid_YXD = position_PD[:1], position_PD[1:].reshape(grid, grid, -1).astype(np.float64)
+    weight_NO = _cubic_weights(grid, new_grid)
+    new_YXD = np.einsum("yi,xj,ijd->yxd", weight_NO, weight_NO, grid_YXD, optimize=True)
+    return np.concatenate([cls_1D, new_YXD.reshape(new_grid**2, -1).astype(position_PD.dtype)])
+
+
+def _cubic_weights(old, new, a=-0.75):
+    """(new, old) matrix of one-dimensional bicubic interpolation; a row's weights sum to one."""
+    centre_N = (np.arange(new) + 0.5) * old / new - 0.5
+    first_N = np.floor(centre_N).astype(int)
+    weight_NO = np.zeros((new, old))
+    for tap in (-1, 0, 1, 2):
+        x = np.abs(centre_N - first_N - tap)
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        np.add.at(weight_NO, (np.arange(new), np.clip(first_N + tap, 0, old - 1)), np.where(x <= 1, near, far))
+    return weight_NO
+
+
+def _check_pixels(image_YXC):
+    if image_YXC.dtype != np.uint8 or image_YXC.ndim != 3 or image_YXC.shape[-1] != 3 or not image_YXC.size:
+        raise ValueError(f"expected uint8 pixels (rows, columns, 3), got {image_YXC.dtype} {image_YXC.shape}: decode")

@@ -1,0 +1,428 @@
+"""Text in and out: BERT's WordPiece tokenizer, the normal form in which texts are compared, and BLIP's text cleaning.
+
+The tokenizer is the `tokenizers` library's (Devlin et al. 2018, arXiv:1810.04805) behind a small wrapper that is a value:
+its ids equal those of transformers 5.23 `BertTokenizer` (tests/test_text.py), except that special tokens inside a user's
+text stay text: "[SEP]" in a caption is three ordinary words.
+BLIP (Li et al. 2022, arXiv:2201.12086) adds [DEC], which starts a decoder, and [ENC], which starts a question encoder.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
+
+from jaxpeft.runtime import files
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
+FILES = ("vocab.txt", "tokenizer.json")  # either makes a directory one with a tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedWord:
+    """A word that was added to a trained tokenizer (`add_tokens` in transformers): it is found before words are split,
+    in the raw text or, where `normalized`, in the lower-cased one; `single_word` leaves it alone inside other words."""
+
+    content: str
+    normalized: bool = True
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A vocabulary as a value: tokenizers with equal fields are equal and hash alike, so a base that is loaded twice is
+    compiled once. A token's id is its index in `vocabulary`; the last ones may be `added` words."""
+
+    vocabulary: tuple[str, ...]
+    added: tuple[AddedWord, ...] = ()
+    strip_accents: bool | None = None  # None: as lower-casing, which is on
+    split_chinese: bool = True  # every CJK ideograph is a word
+    pad_id: int = dataclasses.field(init=False)
+    unk_id: int = dataclasses.field(init=False)
+    cls_id: int = dataclasses.field(init=False)
+    sep_id: int = dataclasses.field(init=False)
+    mask_id: int = dataclasses.field(init=False)
+    bos_id: int = dataclasses.field(init=False)  # [DEC]
+    enc_id: int = dataclasses.field(init=False)
+    ids: dict[str, int] = dataclasses.field(init=False, repr=False)
+    library: tokenizers.Tokenizer = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self):
+        ids = {token: i for i, token in enumerate(self.vocabulary)}
+        if len(ids) < len(self.vocabulary):
+            twice = next(token for i, token in enumerate(self.vocabulary) if ids[token] != i)
+            raise ValueError(f"token {twice!r} occurs twice in the vocabulary; every token must have one id")
+        missing = [token for token in SPECIAL if token not in ids]
+        if missing:
+            raise ValueError(f"the vocabulary lacks {', '.join(missing)}; Tokenizer.from_words adds all special tokens")
+        names = ("pad_id", "unk_id", "cls_id", "sep_id", "mask_id", "bos_id", "enc_id")
+        for name, token in zip(names, SPECIAL, strict=True):
+            object.__setattr__(self, name, ids[token])
+        object.__setattr__(self, "ids", ids)
+        object.__setattr__(self, "library", self._build())
+
+    def _build(self) -> tokenizers.Tokenizer:
+        first = self.ids[self.added[0].content] if self.added else len(self)
+        words = {word.content: tokenizers.AddedToken(**dataclasses.asdict(word)) for word in self.added}
+        with _library_errors("the vocabulary cannot be used"):
+            pieces = dict(zip(self.vocabulary[:first], range(first), strict=True))
+            built = tokenizers.Tokenizer(models.WordPiece(pieces, unk_token="[UNK]", max_input_chars_per_word=100))
+            built.normalizer = normalizers.BertNormalizer(
+                strip_accents=self.strip_accents, handle_chinese_chars=self.split_chinese
+            )
+            built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            built.post_processor = processors.BertProcessing(("[SEP]", self.sep_id), ("[CLS]", self.cls_id))
+            built.add_special_tokens([token for token in SPECIAL if token in pieces])
+            for token in self.vocabulary[first:]:  # the library numbers them in this order
+                built.add_tokens([words.get(token, tokenizers.AddedToken(token, special=True, normalized=False))])
+            built.encode_special_tokens = True  # in a user's text they are text
+        return built
+
+    def __eq__(self, other):
+        return isinstance(other, Tokenizer) and self.digest() == other.digest()
+
+    def __hash__(self):
+        return hash(self.digest())
+
+    def __reduce__(self):
+        return Tokenizer, (self.vocabulary, self.added, self.strip_accents, self.split_chinese)
+
+    @classmethod
+    def from_words(cls, words: Iterable[str]) -> "Tokenizer":
+        """A word-level vocabulary for small models: the special tokens, then the distinct words, sorted."""
+        return cls(SPECIAL + tuple(sorted({_whole(word) for word in words})))
+
+    @classmethod
+    def from_file(cls, path) -> "Tokenizer":
+        """A `vocab.txt` (one token a line), or a Hugging Face directory with `vocab.txt` or a WordPiece `tokenizer.json`.
+
+        Words that were added later are read from tokenizer.json, added_tokens.json and tokenizer_config.json. [DEC], then
+        [ENC], are appended when absent, as BLIP does: 30522 and 30523 for bert-base-uncased. Raises ValueError, naming the
+        file, for what is not an uncased BERT tokenizer, and where two files contradict each other.
+        """
+        path = pathlib.Path(path)
+        return _read_directory(path) if path.is_dir() else _with_blip_tokens(_read_vocabulary(path), {}, {}, path)
+
+    def extended(self, words: Iterable[str]) -> tuple["Tokenizer", tuple[str, ...]]:
+        """(a tokenizer with the words that are no tokens yet appended in order, those words); old ids stay."""
+        words = list(words)
+        for word in words:
+            if self.words(word) != [word]:
+                raise ValueError(
+                    f"{word!r} can never be a token: text is split into {self.words(word)}; give these instead"
+                )
+        new = tuple(dict.fromkeys(word for word in words if word not in self.ids))
+        # behind words that were added before, only such words can stand
+        more = tuple(AddedWord(word, single_word=True) for word in new) if self.added else ()
+        return dataclasses.replace(self, vocabulary=self.vocabulary + new, added=self.added + more), new
+
+    @functools.cached_property
+    def has_pieces(self) -> bool:
+        """Whether words are spelled from pieces, as WordPiece's are; else a word that is not in the vocabulary is [UNK]."""
+        return any(word.startswith("##") for word in self.vocabulary)
+
+    def __len__(self):
+        return len(self.vocabulary)
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        options = [dataclasses.astuple(word) for word in self.added], self.strip_accents, self.split_chinese
+        text = "\n".join(self.vocabulary) + ("" if options == ([], None, True) else json.dumps(options))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def digest(self) -> str:
+        """sha256 of the vocabulary in order, and of the options where they are not the usual ones."""
+        return self._digest
+
+    def files(self) -> dict[str, str]:
+        """File name -> text of what `from_file` and transformers read back as this tokenizer."""
+        found = {"vocab.txt": "\n".join(self.vocabulary) + "\n"}
+        if self.added or self.strip_accents is not None or not self.split_chinese:  # vocab.txt cannot say it
+            found = {"tokenizer.json": self.library.to_str(pretty=True) + "\n"}
+        return found
+
+    def encode(self, text: str, max_length: int | None = None) -> list[int]:
+        """[CLS] pieces [SEP]; pieces are cut so that at most `max_length` ids come out, [SEP] included. No padding.
+
+        BLIP overwrites the first id with [DEC] (captions, answers) or [ENC] (questions); that is the task's business.
+        """
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"max_length is {max_length}; it must be at least 2, for [CLS] and [SEP]")
+        pieces = self.pieces(text)
+        return [self.cls_id, *pieces[: None if max_length is None else max_length - 2], self.sep_id]
+
+    def pieces(self, text: str) -> list[int]:
+        """The ids of a text alone, nothing in front or behind."""
+        return list(self._pieces(text))
+
+    @functools.cached_property
+    def _pieces(self):
+        # questions repeat, and every text is asked for twice
+        return functools.lru_cache(maxsize=1 << 17)(self._tokenized)
+
+    def _tokenized(self, text: str) -> list[int]:
+        with _library_errors(f"the text {text!r:.80} cannot be tokenised"):
+            return self.library.encode(text, add_special_tokens=False).ids
+
+    def words(self, text: str) -> list[str]:
+        """What `text` is split into before words are split into pieces."""
+        with _library_errors(f"the text {text!r:.80} cannot be tokenised"):
+            return _split(self.library.normalizer, text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text up to the first [SEP] or [PAD]; special tokens dropped, ## pieces joined.
+
+        Spaces are then cleaned up as by HF `decode(skip_special_tokens=True, clean_up_tokenization_spaces=True)`, which
+        BLIP used: before . ? ! , and around ' but not around a hyphen or slash ("don't", "10, 000", "t - shirt").
+        """
+        tokens = []
+        for i in map(int, ids):
+            if not 0 <= i < len(self.vocabulary):
+                raise ValueError(f"id {i} is not in the vocabulary; ids are 0 to {len(self.vocabulary) - 1}")
+            if i in (self.sep_id, self.pad_id):
+                break
+            if self.vocabulary[i] not in SPECIAL:
+                tokens.append(self.vocabulary[i])
+        return _clean_up(" ".join(tokens).replace(" ##", ""))
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of `text`, with repeats, that become [UNK]."""
+        if self.covers(text):
+            return []
+        found = self.library.encode(text, add_special_tokens=False)
+        lost = (text[a:b] for i, (a, b) in zip(found.ids, found.offsets, strict=True) if i == self.unk_id)
+        return [word for part in lost for word in self.words(part)]
+
+    def covers(self, text: str) -> bool:
+        """Whether no word of `text` is lost."""
+        return self.unk_id not in self.pieces(text)
+
+
+@contextlib.contextmanager
+def _library_errors(what: str):
+    """Inside, what the library raises is a ValueError; its PanicException is no Exception and would pass every handler."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, ValueError) or not (isinstance(error, Exception) or _is_panic(error)):
+            raise
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
+
+
+_BERT = normalizers.BertNormalizer()
+_PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
+
+
+def _split(normalizer, text: str) -> list[str]:
+    return [word for word, _ in _PRE_TOKENIZER.pre_tokenize_str(normalizer.normalize_str(text))]
+
+
+def split_words(text: str) -> list[str]:
+    """Clean, lower-case, unaccented words, every punctuation mark and CJK ideograph a word of its own (BERT "basic")."""
+    with _library_errors(f"the text {text!r:.80} cannot be split"):
+        return _split(_BERT, text)
+
+
+def _clean_up(text):
+    for before, after in ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
+                          (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")):  # fmt: skip
+        text = text.replace(before, after)
+    return text
+
+
+def _whole(word):
+    if split_words(word) != [word]:
+        raise ValueError(f"{word!r} can never be a token: text is split into {split_words(word)}; give these instead")
+    return word
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def _read_directory(directory: pathlib.Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory, from all files that say something of it."""
+    settings = _read_if_there(directory / "tokenizer_config.json")
+    if settings.get("do_lower_case", True) is not True:
+        raise ValueError(
+            f"{directory / 'tokenizer_config.json'} says do_lower_case=false; only uncased BERT tokenizers are "
+            f"supported"
+        )
+    if settings.get("do_basic_tokenize", True) is not True:
+        raise ValueError(f"{directory / 'tokenizer_config.json'} says do_basic_tokenize=false, which is unsupported")
+    options = {"strip_accents": settings.get("strip_accents"),
+               "split_chinese": settings.get("tokenize_chinese_chars", True)}  # fmt: skip
+    source, added, trained = directory / "tokenizer.json", {}, None
+    if source.is_file():
+        with files.reading(source, "is no tokenizer.json"):
+            trained, added, said = _read_tokenizer_json(source)
+        for name, value in said.items():  # transformers writes both files from one tokenizer
+            if name in options and options[name] != value and _key(name) in settings:
+                raise ValueError(
+                    f"{source} and tokenizer_config.json contradict each other: {_key(name)} is {value!r} and "
+                    f"{options[name]!r}; delete the wrong one"
+                )
+        options |= said
+    if (directory / "vocab.txt").is_file():
+        listed = _read_vocabulary(directory / "vocab.txt")
+        for token, i in (trained or {}).items():
+            if listed.get(token, i) != i or (i < len(listed) and token not in listed):
+                raise ValueError(
+                    f"{source} and vocab.txt contradict each other: token {i} is {token!r} in the first and not in the "
+                    f"second; delete the wrong file"
+                )
+        trained = listed | (trained or {})
+        source = directory / "vocab.txt"
+    if trained is None:
+        raise ValueError(f"{directory} has neither vocab.txt nor tokenizer.json; put the base's tokenizer beside it")
+    later = [(directory / "tokenizer_config.json", settings.get("added_tokens_decoder") or {})]
+    simple = _read_if_there(directory / "added_tokens.json")
+    later.append((directory / "added_tokens.json", {i: {"content": token} for token, i in simple.items()}))
+    for path, tokens in later:
+        with files.reading(path, "holds no added tokens"):
+            for i, spec in tokens.items():
+                if not str(i).isdecimal():
+                    raise ValueError(f"{path}: an added token has the id {i!r}; expected a whole number")
+                _add(int(i), {"content": spec} if isinstance(spec, str) else spec, trained, added, path)
+    with files.reading(source, "is no BERT vocabulary"):
+        return _with_blip_tokens(trained, added, options, source)
+
+
+def _key(option: str) -> str:
+    return {"split_chinese": "tokenize_chinese_chars"}.get(option, option)
+
+
+def _read_if_there(path: pathlib.Path) -> dict:
+    return files.read_json(path) if path.is_file() else {}
+
+
+def _read_vocabulary(path: pathlib.Path) -> dict[str, int]:
+    if files.kept_in(path).stat().st_size > files.MOST_JSON:
+        raise ValueError(f"{path} has more than {files.MOST_JSON:,} bytes; is it a vocabulary?")
+    with open(path, encoding="utf-8") as lines, files.reading(path):
+        tokens = [line.rstrip("\n") for line in lines]
+    ids = {token: i for i, token in enumerate(tokens)}
+    if len(ids) < len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
+        raise ValueError(f"{path}: token {twice!r} occurs twice in the vocabulary; every token must have one id")
+    return ids
+
+
+def _read_tokenizer_json(path) -> tuple[dict[str, int], dict[str, AddedWord], dict]:
+    """(trained tokens, added words, options); raises ValueError for anything that BERT's tokenizer does not have."""
+    spec = files.read_json(path)
+    model, normalizer = spec["model"], spec.get("normalizer") or {}
+    if model.get("type", "WordPiece") != "WordPiece":
+        raise ValueError(f"{path} holds a {model['type']} model; only WordPiece is supported")
+    expected = {"unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    for key, value in expected.items():
+        if model.get(key, value) != value:
+            raise ValueError(f"{path}: model.{key} is {model[key]!r}; only {value!r} is supported")
+    kinds = {"normalizer": "BertNormalizer", "pre_tokenizer": "BertPreTokenizer"}
+    for key, kind in kinds.items():
+        if (found := (spec.get(key) or {}).get("type", kind)) != kind:
+            raise ValueError(f"{path}: {key} is {found!r}; only {kind} is supported")
+    for key in ("lowercase", "clean_text"):
+        if normalizer.get(key, True) is not True:
+            raise ValueError(f"{path}: normalizer.{key} is {normalizer[key]!r}; only uncased BERT is supported")
+    options = {"strip_accents": normalizer.get("strip_accents"),
+               "split_chinese": normalizer.get("handle_chinese_chars", True)}  # fmt: skip
+    trained, added = dict(model["vocab"]), {}
+    if not all(isinstance(token, str) and type(i) is int for token, i in trained.items()):
+        raise ValueError(f"{path}: a vocabulary is an object of texts and whole numbers")
+    for one in spec.get("added_tokens") or ():
+        _add(one["id"], one, trained, added, path)
+    return trained, added, options if normalizer else {}
+
+
+def _add(i: int, spec: dict, trained: dict[str, int], added: dict[str, AddedWord], path) -> None:
+    """Take over an added token: a new row, and unless it is a special token the words it is found in."""
+    content = spec["content"]
+    if not isinstance(content, str) or not content or type(i) is not int:
+        raise ValueError(f"{path}: an added token with the id {i!r} is {content!r}; expected a text")
+    if trained.get(content, i) != i or (content not in trained and i in trained.values()):
+        raise ValueError(
+            f"{path}: {content!r} has the id {i}, which contradicts the other files of this tokenizer "
+            f"({trained.get(content, 'that row is another token')}); delete the wrong one"
+        )
+    new = content not in trained
+    trained[content] = i
+    if spec.get("special") or content in SPECIAL or content in added or not new:
+        return
+    flags = {key: spec[key] for key in ("normalized", "single_word", "lstrip", "rstrip") if key in spec}
+    if not all(isinstance(value, bool) for value in flags.values()):
+        raise ValueError(f"{path}: the added token {content!r} has {flags}; expected true or false")
+    added[content] = AddedWord(content, **flags)
+
+
+def _with_blip_tokens(trained: dict[str, int], added: dict[str, AddedWord], options: dict, path) -> Tokenizer:
+    tokens = sorted(trained, key=trained.get)
+    if [trained[token] for token in tokens] != list(range(len(tokens))):
+        raise ValueError(f"the ids in {path} are not 0 to {len(tokens) - 1}; every id must belong to one token")
+    tokens += [token for token in ("[DEC]", "[ENC]") if token not in trained]
+    later = tuple(added[token] for token in tokens if token in added)
+    return Tokenizer(tuple(tokens), later, **options)
+
+
+# ---------------------------------------------------------------------------------------------- normal form
+
+# Marks that any letter may carry; those of one script (vowels of Devanagari, tones of Thai) make other words
+_ACCENTS = re.compile("[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]")
+_CJK = (
+    (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF),
+    (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1 << 16)  # answers repeat
+def normal_form(text: str) -> str:
+    """`text` as texts of one's own data are compared: words and marks with single spaces, whatever wrote them.
+
+    Unicode NFKC, case folded, without accents, invisible characters dropped, every punctuation mark and CJK ideograph
+    apart: BERT's basic split, so that what an uncased tokenizer writes ("t - shirt", "cafe") equals what it was given
+    ("T-shirt", "Café"). It knows no vocabulary: runs with different tokenizers are scored alike. Letters of the Latin, Greek
+    and Cyrillic scripts lose their marks, as in BERT's (й and the tones of Vietnamese too); marks of other scripts, which
+    make another word, stay: Japanese が, Hindi मेल, Thai ม้า.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
+    return " ".join("".join(map(_spaced, text)).split())
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _spaced(c: str) -> str:
+    if c.isspace():
+        return " "
+    kind = unicodedata.category(c)
+    if kind in ("Cc", "Cf", "Cs") or c == "\ufffd" or "\ufe00" <= c <= "\ufe0f":  # variation selectors too
+        return ""
+    return f" {c} " if is_mark(c) or any(low <= ord(c) <= high for low, high in _CJK) else c
+
+
+def is_mark(c: str) -> bool:
+    """Whether BERT counts a character as punctuation: all of ASCII that is neither letter, digit nor space ("$" is), and
+    Unicode's classes P elsewhere."""
+    return c.isascii() and c.isprintable() and not c.isalnum() and c != " " or unicodedata.category(c).startswith("P")
+
+
+def clean_caption(text: str, max_words: int = 50) -> str:
+    """BLIP's `pre_caption`: lower case, . ! " ( ) * # : ; ~ become spaces, spaces merged; COCO uses max_words=30."""
+    text = re.sub(r"\s{2,}", " ", re.sub(r'[.!"()*#:;~]', " ", text.lower()))
+    return " ".join(text.rstrip("\n").strip(" ").split(" ")[:max_words])
+
+
+def clean_question(text: str, max_words: int = 50) -> str:
+    """BLIP's `pre_question`: as captions, but the marks vanish and spaces inside and in front stay; "?" stays."""
+    return " ".join(re.sub(r'[.!"()*#:;~]', "", text.lower()).rstrip(" ").split(" ")[:max_words])

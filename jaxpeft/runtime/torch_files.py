@@ -1,0 +1,152 @@
+"""Read tensors from files that `torch.save` wrote (.bin, .pth, .pt), without torch and without running their code.
+
+Such a file is a zip archive: `data.pkl`, a pickle that describes the tensors, and one `data/<key>` record of raw bytes
+for each storage; several tensors may be views of one storage. A pickle can name any function and call it, so the
+unpickler here knows only the handful of names that a dictionary of tensors needs and refuses every other.
+"""
+
+import collections
+import errno
+import io
+import math
+import pathlib
+import pickle
+import pickletools
+import zipfile
+
+import ml_dtypes
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from jaxpeft.runtime import files
+
+DTYPES = {
+    "FloatStorage": np.dtype("<f4"),
+    "DoubleStorage": np.dtype("<f8"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+    "ComplexFloatStorage": np.dtype("<c8"),
+    "ComplexDoubleStorage": np.dtype("<c16"),
+}
+MOST_PICKLE = 64 << 20  # bytes of data.pkl; the largest BLIP's has 0.2 MB
+MOST_EXPANDED = 1 << 20  # elements of a tensor that is larger than its storage, as torch.expand makes
+
+
+class Refused(ValueError):
+    """The file asks for something that a dictionary of tensors does not need."""
+
+
+def load_pickle(path) -> dict:
+    """The dictionary in a torch file, tensors as read-only numpy arrays (views, where tensors share a storage).
+
+    Nested dictionaries stay nested: official checkpoints are {'model': {name: tensor}}. bfloat16 stays bfloat16.
+    Raises ValueError, naming the file, for any other name in the pickle, a damaged file, torch<1.6.
+    """
+    path = files.kept_in(pathlib.Path(path))
+    try:
+        if not zipfile.is_zipfile(path):
+            raise Refused(_what_instead(path))
+        with zipfile.ZipFile(path) as archive:
+            result = _Unpickler(archive).load()
+    except Refused as error:
+        raise ValueError(f"{path}: {error}") from None
+    except Exception as error:  # zip, pickle and numpy each have their own kinds
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of the disk; a wrong offset is the file's
+            raise
+        raise ValueError(f"{path}: damaged torch file ({type(error).__name__}: {error}); fetch it again") from error
+    if not isinstance(result, dict):
+        raise ValueError(f"{path}: holds a {type(result).__name__}, expected a dictionary of tensors (a state_dict)")
+    return result
+
+
+def _what_instead(path):
+    """Why a file is not a torch zip archive."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start[:2] == b"PK":
+        return "truncated torch file: the zip directory at its end is missing; fetch it again"
+    if start[:1] == b"\x80":
+        return (
+            "torch's format before 1.6 (a bare pickle), which is not read here; "
+            "load and save it again with a current torch, or convert it to safetensors"
+        )
+    return f"not a torch file (starts with {start!r}); expected the zip archive that torch.save writes"
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickles `data.pkl` of an archive with an explicit list of names. Its functions are made anew for every file."""
+
+    def __init__(self, archive: zipfile.ZipFile):
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
+        if len(pickles) != 1:
+            raise Refused(f"holds {len(pickles)} data.pkl records, expected 1; TorchScript files are not checkpoints")
+        self.archive, self.root = archive, pickles[0][: -len("data.pkl")]
+        self.storages = {}
+        self.names = {("collections", "OrderedDict"): collections.OrderedDict}
+        self.names |= {("torch", name): (name, dtype) for name, dtype in DTYPES.items()}
+        self.names["torch._utils", "_rebuild_tensor_v2"] = lambda *args: _view(*args[:4])
+        self.names["torch._utils", "_rebuild_parameter"] = lambda data, *_: data
+        byteorder = self.root + "byteorder"
+        if byteorder in archive.namelist() and self._record(byteorder, 16) != b"little":
+            raise Refused("was written on a big-endian machine; load and save it again with torch")
+        program = self._record(pickles[0], MOST_PICKLE)
+        _check_sizes(program)
+        super().__init__(io.BytesIO(program))
+
+    def _record(self, name, most=None) -> bytes:
+        """A record as it lies in the file: torch does not compress, so no record is larger than the file."""
+        info = self.archive.getinfo(name)
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise Refused(f"record {name} is compressed or encrypted, which torch.save never does")
+        if most is not None and info.file_size > most:
+            raise Refused(f"record {name} has {info.file_size:,} bytes, more than {most:,}")
+        return self.archive.read(name)
+
+    def find_class(self, module, name):
+        if (module, name) not in self.names:
+            raise Refused(
+                f"the pickle asks for {module}.{name}, which a dictionary of tensors does not need; nothing was run. "
+                "If you trust the file, load it with torch and save its state_dict alone"
+            )
+        return self.names[module, name]
+
+    def persistent_load(self, pid):
+        """('storage', storage type, key, device, number of elements) -> flat array."""
+        kind, (name, dtype), key, _, size = pid
+        if kind != "storage":
+            raise Refused(f"unknown record {kind!r}")
+        if key not in self.storages:
+            raw = self._record(f"{self.root}data/{key}")
+            if len(raw) < size * dtype.itemsize:
+                raise Refused(f"storage {key} ({name}) has {len(raw)} bytes, expected {size} x {dtype.itemsize}")
+            self.storages[key] = raw
+        return np.frombuffer(self.storages[key], dtype, count=size)
+
+
+def _check_sizes(program: bytes) -> None:
+    """Raise Refused where the pickle names a text or a memo place beyond its own length: loading would take that much
+    memory before it finds out."""
+    for code, argument, _ in pickletools.genops(program):  # itself refuses texts that are longer than the rest
+        if "PUT" in code.name and isinstance(argument, int) and argument > len(program):
+            raise Refused(f"the pickle asks for memo place {argument}")
+
+
+def _view(storage, offset, shape, stride):
+    """The tensor at `offset` of a flat storage, checked to lie inside it."""
+    if len(shape) != len(stride) or min((offset, *shape, *stride), default=0) < 0:
+        raise Refused(f"impossible tensor: shape {shape}, stride {stride}, offset {offset}")
+    if math.prod(shape) > max(len(storage), MOST_EXPANDED):
+        raise Refused(f"tensor {shape} of a storage of {len(storage)} elements; save a copy that is not expanded")
+    end = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1
+    if 0 not in shape and end > len(storage):
+        raise Refused(f"tensor {shape} with stride {stride} ends at {end} of a storage of {len(storage)} elements")
+    if 0 in shape:
+        return np.empty(shape, storage.dtype)
+    strides = [step * storage.itemsize for step in stride]
+    return as_strided(storage[offset:], tuple(shape), strides, writeable=False)

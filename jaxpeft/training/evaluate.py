@@ -1,0 +1,302 @@
+"""Scoring a split: write an answer per case, score the strings, and measure the likelihood of the references.
+
+Batches have one fixed size; the last one is padded by repeating a row and the copies are dropped before scoring, so
+every case counts exactly once. The variables carry their methods, so base and tuned model go through the same code.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.stats import t as student_t
+
+from jaxpeft import tasks, tree
+from jaxpeft.data.base import Examples, Split, pad_tokens
+from jaxpeft.data.pipeline import Resized, one_pass
+from jaxpeft.inputs.images import decode as decode_image
+from jaxpeft.metrics import bootstrap
+from jaxpeft.models import decode
+from jaxpeft.runtime import signals
+from jaxpeft.tasks.base import Task, ended
+from jaxpeft.training import sharding
+from jaxpeft.tree import Tree
+
+
+def _on_its_devices(function):
+    """Run `function(model, variables, ...)` with the mesh of its variables set."""
+
+    @functools.wraps(function)
+    def run(model, variables, *args, **kwargs):
+        with sharding.using(variables):
+            return function(model, variables, *args, **kwargs)
+
+    return run
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def encode_images(model, variables: Tree, image_BYXC):
+    """Image tokens of a batch; jitted once per model."""
+    return model.apply(variables, image_BYXC, method="encode_image")
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def contexts(model, variables: Tree, batch: dict):
+    """(context_BSD, mask_BS) that the decoder looks at."""
+    return model.apply(variables, batch, method="batch_context")
+
+
+def passes(variables: Tree, examples: Examples, batch_size: int):
+    """`one_pass` on the devices that hold `variables`; of several hosts each makes its rows. Batches that their number does
+    not divide are made larger."""
+    on = sharding.mesh_of(variables)
+    if on is None:
+        for one in one_pass(examples, batch_size):
+            signals.check()
+            yield one
+        return
+    n = -(-batch_size // sharding.n_batch(on)) * sharding.n_batch(on)
+    for batch, n_real in one_pass(examples, n, sharding.rows(n, on)):
+        signals.check()
+        yield sharding.shard_batch(batch, on, n), n_real
+
+
+@_on_its_devices
+def image_features(model, variables: Tree, images, batch_size: int = 64) -> np.ndarray:
+    """Image tokens of every picture once, (n, 1 + P, D): the frozen vision tower's share of all later epochs."""
+    everything = Examples({"image_index": np.arange(len(images), dtype=np.int32)}, images, [])
+    batches = passes(variables, everything, batch_size)
+    return np.concatenate([tree.fetch(encode_images(model, variables, batch["image"]))[:n] for batch, n in batches])
+
+
+@_on_its_devices
+def question_states(model, variables: Tree, examples: Examples, features, batch_size: int = 128) -> np.ndarray:
+    """Question states of every example once, (n, T, D); `features`: image tokens of its pictures."""
+    batches = passes(variables, _without_images(examples, features), batch_size)
+    return np.concatenate(
+        [tree.fetch(contexts(model, variables, with_features(batch, features))[0])[:n] for batch, n in batches]
+    )
+
+
+def with_features(batch: dict, features: jax.Array | None) -> dict:
+    """The batch with image tokens looked up in a feature table, where there is one and nothing later is in the batch."""
+    if features is None:
+        return batch
+    rest = {name: value for name, value in batch.items() if name != "image_index"}
+    return rest if "question_states" in rest else rest | {"image_tokens": features[batch["image_index"]]}
+
+
+def predict(
+    model, variables: Tree, task: Task, cases: Examples, *, features=None, batch_size: int = 64, beams: int = 1,
+    candidates=None,
+) -> list[dict]:  # fmt: skip
+    """One {'text', 'score'} per case, in order; score is the (length-normalised, for beams) log-probability in nats.
+
+    With `candidates`, a list of texts, the best of them instead of what the decoder writes (`decode.rank`).
+    """
+    if candidates is not None:
+        return _best_of(model, variables, task, cases, candidates, features, batch_size)
+    options = {"features": features, "batch_size": batch_size, "beams": beams}
+    return [best for best, *_ in ranked(model, variables, task, cases, **options)]
+
+
+@_on_its_devices
+def ranked(
+    model, variables: Tree, task: Task, cases: Examples, *, features=None, batch_size: int = 64, beams: int = 1
+) -> list[list[dict]]:
+    """Per case the `beams` best texts as {'text', 'score'}, best first; different tokens may read the same."""
+    tokenizer, positions = model.tokenizer, model.config.max_positions
+    length = task.length or min(task.limits["length"], positions)
+    prompt = np.array(task.prompt_ids(tokenizer), np.int32)
+    written = []
+    for batch, n_real in passes(variables, _without_images(cases, features), batch_size):
+        write = _write_mixed if "adapter" in batch else _write
+        search = {"length": length, "min_length": task.min_length, "beams": beams}
+        tokens_BKT, score_BK = write(model, variables, with_features(batch, features), prompt, **search)
+        for tokens_KT, score_K in zip(tree.fetch(tokens_BKT)[:n_real].tolist(), tree.fetch(score_BK), strict=False):
+            texts = [tokenizer.decode(tokens[len(prompt) :]) for tokens in tokens_KT]
+            written.append([{"text": t, "score": float(s)} for t, s in zip(texts, score_K, strict=True)])
+    return written
+
+
+@_on_its_devices
+def _best_of(model, variables, task, cases, candidates, features, batch_size):
+    tokenizer, prompt = model.tokenizer, task.prompt_ids(model.tokenizer)
+    ids = [ended(prompt + tokenizer.pieces(text), task.length, tokenizer.sep_id) for text in candidates]
+    answers_AT, found = pad_tokens(ids, tokenizer.pad_id), []
+    for batch, n_real in passes(variables, _without_images(cases, features), batch_size):
+        context_BSD, mask_BS = contexts(model, variables, with_features(batch, features))
+        options = {"k": task.rank_k, "smoothing": task.smoothing}
+        which_BK, score_BK = decode.rank(model, variables, context_BSD, mask_BS, answers_AT, **options)
+        best = zip(tree.fetch(which_BK)[:n_real, 0], tree.fetch(score_BK)[:n_real, 0], strict=True)
+        found += [{"text": candidates[i], "score": float(score)} for i, score in best]
+    return found
+
+
+def _write(model, variables, batch, prompt_T, *, beams, length, min_length):
+    """(tokens_BKT, score_BK) of the K = beams best texts per row."""
+    context_BSD, mask_BS = contexts(model, variables, batch)
+    prompt_BT = jnp.tile(prompt_T[None], (context_BSD.shape[0], 1))
+    search = {"length": length, "min_length": min_length}
+    if beams == 1:
+        tokens_BT, score_B = decode.greedy(model, variables, context_BSD, mask_BS, prompt_BT, **search)
+        return tokens_BT[:, None], score_B[:, None]
+    return decode.beam_search(model, variables, context_BSD, mask_BS, prompt_BT, beams=beams, **search)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "beams", "length", "min_length"))
+def _write_mixed(model, variables, batch, prompt_T, **search):
+    """`_write` with a tuned tree per row: batch['adapter'] indexes the leading axis of every leaf of `peft`."""
+
+    def one(row):
+        mine = variables | {"peft": jax.tree.map(lambda x: x[row["adapter"]], variables["peft"])}
+        row = {name: x[None] for name, x in row.items() if name != "adapter"}
+        tokens_1KT, score_1K = _write(model, mine, row, prompt_T, **search)
+        return tokens_1KT[0], score_1K[0]
+
+    return jax.vmap(one)(batch)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "task"))
+def _nll(model, task, variables, batch, features):
+    return task.nll(model, variables, with_features(batch, features))
+
+
+@_on_its_devices
+def nlls(model, variables: Tree, task: Task, examples: Examples, *, features=None, batch_size: int = 64) -> np.ndarray:
+    """Per example the negative log-likelihood of the reference tokens, in nats, and their number: (n, 2) float64."""
+    found = []
+    for batch, n_real in passes(variables, _without_images(examples, features), batch_size):
+        both = _nll(model, task, variables, batch, features)
+        found.append(np.stack([tree.fetch(x)[:n_real] for x in both], axis=1).astype(np.float64))
+    return np.concatenate(found)
+
+
+def nll(model, variables: Tree, task: Task, examples: Examples, **options) -> float:
+    """Mean negative log-likelihood of the reference tokens, in nats per token; `options` as of `nlls`."""
+    total, count = nlls(model, variables, task, examples, **options).sum(axis=0)
+    return float(total / count)
+
+
+def worth_of_images(
+    model, variables: Tree, task: Task, examples: Examples, *, swaps: int = 4, **options
+) -> dict | None:
+    """By how many nats an example is likelier with its own picture than with that of another: {'gain', 'least', 'n'}.
+
+    The mean over the n pictures; 'least' is the lower end of its one-sided 95 % interval (Student's t over pictures, as
+    examples of one picture are alike). A model that learned the texts and not what they have to do with the pictures gains
+    nothing. None of fewer than 5 pictures. `examples` without question states; every picture is swapped with up to `swaps`
+    others. `options` as of `nlls`.
+    """
+    mine = examples.arrays["image_index"]
+    pictures, at = np.unique(mine, return_inverse=True)
+    n = len(pictures)
+    if n < 5:
+        return None
+    order = np.random.default_rng(0).permutation(n)
+    place = np.argsort(order)
+    own, others = nlls(model, variables, task, examples, **options)[:, 0], []
+    for k in range(1, min(swaps, n - 1) + 1):
+        arrays = examples.arrays | {"image_index": pictures[order[(place[at] + k) % n]].astype(mine.dtype)}
+        swapped = dataclasses.replace(examples, arrays=arrays)
+        others.append(nlls(model, variables, task, swapped, **options)[:, 0])
+    gain_N = np.bincount(at, np.mean(others, axis=0) - own) / np.bincount(at)
+    spread = gain_N.std(ddof=1) / np.sqrt(n)
+    return {"gain": float(gain_N.mean()), "least": float(gain_N.mean() - student_t.ppf(0.95, n - 1) * spread), "n": n}
+
+
+def intervals(rows: list[dict], metric: str, label: str, others: Iterable[str]) -> dict[str, list[float]]:
+    """{label: [mean, low, high]} of a metric over the rows of predictions, and of its difference to each of `others`, as
+    {'label - other': ...}: 95 % bootstrap intervals that draw whole pictures, as answers about one picture are alike."""
+    _, group_N = np.unique([row["image_id"] for row in rows], return_inverse=True)
+    size_G = np.bincount(group_N)
+
+    def interval(value_N):
+        sum_G = np.bincount(group_N, value_N)
+
+        def mean(rng):
+            some = slice(None) if rng is None else rng.integers(len(size_G), size=len(size_G))
+            return sum_G[some].sum() / size_G[some].sum()
+
+        return list(bootstrap.interval(mean))
+
+    value = {one: np.array([row[f"{one}_{metric}"] for row in rows]) for one in (label, *others)}
+    return {label: interval(value[label])} | {f"{label} - {o}": interval(value[label] - value[o]) for o in others}
+
+
+def _without_images(examples: Examples, features) -> Examples:
+    return examples if features is None else Examples(examples.arrays, None, examples.rows)
+
+
+def reading(task: Task, split: Split, model) -> Task:
+    """The task with room for the questions of a split, whatever it was tuned with. Raises ValueError for one that the model
+    cannot read to its end."""
+    if not hasattr(task, "max_question"):
+        return task
+    lengths, positions = task.lengths(split, model.tokenizer), model.config.max_positions
+    if (longest := int(lengths["max_question"].max())) > positions:
+        raise ValueError(
+            f"a question of {longest} tokens is longer than the {positions} that the model reads; shorten it"
+        )
+    return dataclasses.replace(task, max_question=longest)
+
+
+def generate(
+    model,
+    variables: Tree,
+    images,
+    prompts=None,
+    *,
+    beams: int = 3,
+    batch_size: int = 16,
+    task: Task | None = None,
+    adapter_ids=None,
+    top: int | None = None,
+):
+    """Text for pictures: a caption each, or with `prompts` (one question per picture, or one for all) an answer each. One
+    picture alone, an array or a path, is a list of one.
+
+    With `top` a list of at most that many {'text', 'score'} each, best first; searched with at least so many beams.
+
+    `images`: uint8 arrays image_YXC of any size, or paths. `variables`: {'params': ...} or what `attach` returned; or
+    what `stack` returned, and then `adapter_ids` says per picture which of the stacked trees writes. Raises ValueError
+    when the model has no tokenizer, or prompts where there is no question encoder or the reverse.
+    """
+    if model.tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer: put vocab.txt or tokenizer.json beside its weights and load again"
+        )
+    asks = model.config.question_encoder
+    if asks != (prompts is not None):
+        raise ValueError(f"this model {'answers questions: give prompts' if asks else 'captions: give no prompts'}")
+    task = task or tasks.build("vqa" if asks else "captioning")
+    images = [images] if isinstance(images, str | Path) or getattr(images, "ndim", 4) == 3 else images
+    pictures = [picture if isinstance(picture, np.ndarray) else decode_image(picture) for picture in images]
+    questions = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts or [""] * len(pictures))
+    if len(questions) != len(pictures):
+        raise ValueError(f"{len(questions)} prompts for {len(pictures)} pictures; give one each, or one for all")
+    rows = [
+        {
+            "image_id": str(i),
+            "captions": ["-"],
+            "questions": [{"question_id": "", "question": q, "answers": ["-"], "type": ""}],
+        }
+        for i, q in enumerate(questions)
+    ]
+    split = Split("generate", Resized.of(pictures, model), rows)
+    task = reading(task, split, model)
+    cases = task.cases(split, model.tokenizer)
+    if adapter_ids is not None:
+        ids, n_trees = np.asarray(adapter_ids, np.int32), {x.shape[0] for x in jax.tree.leaves(variables["peft"])}
+        if ids.shape != (len(pictures),) or len(n_trees) != 1 or not np.all((0 <= ids) & (ids < min(n_trees))):
+            raise ValueError(
+                f"adapter_ids {ids.tolist()} do not fit {len(pictures)} pictures and {n_trees} stacked trees"
+            )
+        cases = dataclasses.replace(cases, arrays=cases.arrays | {"adapter": ids})
+    found = ranked(model, variables, task, cases, batch_size=batch_size, beams=max(beams, top or 1))
+    if top is None:
+        return [best["text"] for best, *_ in found]
+    return [list({one["text"]: one for one in reversed(some)}.values())[::-1][:top] for some in found]

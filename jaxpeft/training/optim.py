@@ -1,0 +1,144 @@
+"""The optimizer of the tuned half: its rule, schedule, weight decay and clipping from a config.
+
+Everything here sees tuned leaves only (they were split off before `jax.grad`), so clipping cannot count frozen
+gradients and no state is kept for frozen leaves. The masks inside are for what optax masks are good at: groups.
+"""
+
+import dataclasses
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from jaxpeft import tree
+from jaxpeft.adapt import sites
+from jaxpeft.runtime.registry import Registry
+from jaxpeft.tree import Tree
+
+SCHEDULES = ("constant", "cosine", "linear", "plateau")
+
+
+def adamw(config, decays):
+    """Loshchilov and Hutter 2019, arXiv 1711.05101."""
+    return optax.adamw(1.0, config.b1, config.b2, weight_decay=config.decay, mask=decays)
+
+
+def adafactor(config, decays):
+    """Shazeer and Stern 2018, arXiv 1804.04235, without momentum; a step is not scaled by the size of the parameter, as
+    adapters start at zero."""
+    return optax.adafactor(
+        1.0, multiply_by_parameter_scale=False, weight_decay_rate=config.decay or None, weight_decay_mask=decays
+    )
+
+
+def lion(config, decays):
+    """Chen et al. 2023, arXiv 2302.06675. Its b2 is 0.99 there, and its rate a third to a tenth of AdamW's."""
+    return optax.lion(1.0, config.b1, config.b2, weight_decay=config.decay, mask=decays)
+
+
+def sgd(config, decays):
+    """Gradient descent with momentum b1; the decay is decoupled, as AdamW's."""
+    return optax.chain(
+        optax.trace(config.b1), optax.add_decayed_weights(config.decay, decays), optax.scale_by_learning_rate(1.0)
+    )
+
+
+def muon(config, decays):
+    """Jordan 2024: momentum b1, made orthogonal, for matrices (each layer's of a stack); Adam without decay for the rest."""
+
+    def dimensions(params):
+        return jax.tree.map(_matrix, tree.names(params), params)
+
+    return optax.contrib.muon(
+        1.0, beta=config.b1, weight_decay=config.decay, weight_decay_mask=decays, adam_b1=config.b1, adam_b2=config.b2,
+        muon_weight_dimension_numbers=dimensions,
+    )  # fmt: skip
+
+
+def _matrix(name: str, x) -> optax.contrib.MuonDimensionNumbers | None:
+    """The axes of a matrix, behind that of a stack's layers; None for what is no matrix, as a stack's biases (L, D)."""
+    layers = int("/blocks/" in name)
+    return optax.contrib.MuonDimensionNumbers(layers, layers + 1) if x.ndim == 2 + layers else None
+
+
+# optim.name -> a function of config.optim and of the mask of leaves that decay (None: all), which returns an optax
+# transformation with a learning rate of 1. One of your own: OPTIMIZERS["mine"] = function (see jaxpeft/runtime/registry.py)
+OPTIMIZERS = Registry("optimizer", {"adamw": adamw, "adafactor": adafactor, "lion": lion, "sgd": sgd, "muon": muon})
+
+
+class Schedule(NamedTuple):
+    """The learning rate's numbers, as scalars in the optimizer's state and not as constants of the program.
+
+    So runs that differ in rate, warm-up or steps share one compiled step, and the loop can end a 'plateau' early.
+    """
+
+    step: jax.Array
+    lr: jax.Array
+    n_warm: jax.Array
+    decay_from: jax.Array
+    n_steps: jax.Array
+
+    def rate(self, kind: str) -> jax.Array:
+        """Linear warm-up, then constant; from `decay_from` to `n_steps` a cosine or, else, a line to zero."""
+        done = jnp.clip((self.step - self.decay_from) / jnp.maximum(self.n_steps - self.decay_from, 1), 0.0, 1.0)
+        after = {"constant": 1.0, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * done))}.get(kind, 1 - done)
+        return self.lr * jnp.where(self.step < self.n_warm, self.step / jnp.maximum(self.n_warm, 1), after)
+
+
+def schedule(config, n_steps: int) -> Schedule:
+    """`optim.schedule` at step 0: warm-up over `warmup`, and for 'plateau' a decay over the last `cooldown`, as shares
+    of all steps. With 'plateau' steps are the most there may be: the loop starts the decay where validation stops
+    improving."""
+    if config.schedule not in SCHEDULES:
+        raise ValueError(f"optim.schedule is {config.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if not 0 <= config.warmup < 1:
+        raise ValueError(f"optim.warmup is {config.warmup}; it is a fraction of all steps, in [0, 1)")
+    n_warm = round(config.warmup * n_steps)
+    decay_from = n_warm
+    if config.schedule == "plateau":
+        if not 0 < config.cooldown <= 1 - config.warmup:
+            raise ValueError(f"optim.cooldown is {config.cooldown}; it is a fraction of all steps, in (0, 1 - warmup]")
+        decay_from = n_steps - round(config.cooldown * n_steps)
+    whole = (jnp.int32(x) for x in (n_warm, decay_from, n_steps))
+    return Schedule(jnp.int32(0), jnp.float32(config.lr), *whole)
+
+
+def optimizer(config, tuned: Tree, n_steps: int) -> optax.GradientTransformation:
+    """The rule `config.name` with global-norm clipping; leaves whose name contains `no_decay` (a regular expression) do not
+    decay.
+
+    A method may give its leaves a multiple of the learning rate (LoRA+): all of the update, decay too, is multiplied.
+    The last part of the state is the `Schedule`.
+    """
+    start, kind = schedule(config, n_steps), config.schedule
+    decays = (
+        jax.tree.map(lambda name: not re.search(config.no_decay, name), tree.names(tuned)) if config.no_decay else None
+    )
+    steps = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    steps.append(OPTIMIZERS.find(config.get("name", "adamw"))(config, decays))
+    scales = _lr_scales(tuned)
+    if any(scale != 1 for scale in jax.tree.leaves(scales)):
+        steps.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, scales)))
+
+    def scaled(updates, s, params=None):
+        rate = s.rate(kind)
+        return jax.tree.map(lambda u: u * rate.astype(u.dtype), updates), s._replace(step=s.step + 1)
+
+    # copies, because a state's buffers may be donated
+    return optax.chain(*steps, optax.GradientTransformation(lambda _: jax.tree.map(jnp.array, start), scaled))
+
+
+def _lr_scales(tuned: Tree) -> Tree:
+    """The tree with each leaf replaced by the multiple of the learning rate that its method asks for."""
+
+    def of(node):
+        if not sites.is_bound(node):
+            return 1.0
+        return dataclasses.replace(
+            node, theta={k: x if x is None else node.method.lr_scale(k) for k, x in node.theta.items()}
+        )
+
+    return jax.tree.map(of, tuned, is_leaf=sites.is_bound)

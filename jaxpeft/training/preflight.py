@@ -1,0 +1,294 @@
+"""Before a long run: does it fit, how long can a step not take less than, and how large may the batch be.
+
+    python main.py --config=... --workdir=DIR --preflight                       on the devices of this machine
+    python main.py ... --preflight --devices=8 --config.mesh.fsdp=8             on eight virtual ones of CPU
+    python main.py ... --preflight --topology=v5e:2x4 --config.mesh.fsdp=8      on a TPU slice that is not here (libtpu)
+
+The step of the run is compiled from shapes: no weights are read (a base directory's config.json is enough), no pictures,
+nothing is computed. Memory is what XLA plans for one device: exact for a TPU topology, and for the CPU's program an
+estimate of an accelerator's, whose fusions differ. FLOPs are counted on the program with every layer written out.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from jaxpeft import data, tasks, tree
+from jaxpeft.adapt import budget, sites
+from jaxpeft.data import base, pipeline
+from jaxpeft.models import blip
+from jaxpeft.training import journal, loop, optim, run, sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak numbers of one device, from its vendor's data sheet: dense bfloat16 FLOP/s, bytes/s of memory, bytes of it."""
+
+    flops: float
+    bandwidth: float
+    memory: float
+
+
+CHIPS = {
+    "a100": Chip(312e12, 2.04e12, 80e9),
+    "h100": Chip(989e12, 3.35e12, 80e9),
+    "h200": Chip(989e12, 4.8e12, 141e9),
+    "v4": Chip(275e12, 1.23e12, 32 << 30),
+    "v5e": Chip(197e12, 0.82e12, 16 << 30),
+    "v5p": Chip(459e12, 2.77e12, 95 << 30),
+    "v6e": Chip(918e12, 1.64e12, 32 << 30),
+}
+
+
+def chip_of(said: str | None, topology: str | None) -> Chip | None:
+    """A chip by name, as 'TFLOP/s,GB/s,GB', or of a topology's name; None where nothing is said."""
+    if not said:
+        return CHIPS.get((topology or "").split(":")[0])
+    if said in CHIPS:
+        return CHIPS[said]
+    try:
+        flops, bandwidth, memory = (float(part) for part in said.split(","))
+    except ValueError:
+        raise ValueError(
+            f"chip is {said!r}; choose one of {', '.join(CHIPS)}, or give 'TFLOP/s,GB/s,GB' of one device"
+        ) from None
+    return Chip(flops * 1e12, bandwidth * 1e9, memory * 1e9)
+
+
+def devices_of(topology: str | None):
+    """The devices to plan for: of a TPU topology by name, else this machine's."""
+    if not topology:
+        return jax.devices()
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu").devices)
+    except Exception as error:  # whatever libtpu says
+        raise ValueError(
+            f"topology {topology!r} cannot be planned for: {error}; it needs `pip install libtpu`"
+        ) from None
+
+
+# ---------------------------------------------------------------- the step, in shapes
+
+
+def training_texts(c) -> base.Split:
+    """The training pictures of a point, for their texts; of scenes, whose texts are much alike, 64."""
+    if c.data.name != "scenes":
+        whole = {key: value for key, value in run.as_json(c.data).items() if key not in SUBSET}
+        train = _training(json.dumps(whole), tuple(run.needed_splits(c)))
+        return pipeline.subset(train, seed=c.data.subset_seed, fraction=c.data.fraction, n_images=c.data.n_images)[0]
+    few = c.data.copy_and_resolve_references()
+    few.n_train = 64
+    return data.load(few, ["train"])["train"]
+
+
+SUBSET = ("subset_seed", "fraction", "n_images")  # what config.data says of the part of the pictures
+
+
+@functools.lru_cache(maxsize=4)
+def _training(settings: str, splits: tuple[str, ...]) -> base.Split:
+    return data.load(ml_collections.ConfigDict(json.loads(settings)), list(splits))["train"]
+
+
+def step_in_shapes(c, model, batch_size: int | None = None, n_pictures: int | None = None):
+    """(step, (state, frozen, features, batch)) of a point, as shapes, with nothing read but a few rows of its data.
+
+    `n_pictures`: rows of the feature table; by default all that the run looks at.
+    """
+    batch_size = batch_size or c.batch_size
+    pipeline.check_augment(c.data.augment)
+    task, chosen = tasks.build(c.task, **c.task_options), run.methods_of(c)
+    split = training_texts(c)
+    n_all = len(split.rows)
+    if c.data.name == "scenes":
+        n_all = c.data.n_train + c.data.n_val + c.data.n_test
+    model, chosen, *_ = run.with_new_words(c, task, model, chosen, split)
+    task, _ = run.with_limits(task, model, chosen, {"train": split}, lambda *_: None)
+    examples = task.examples(split, model.tokenizer)
+    variables = budget.abstract_variables(chosen, model)
+    mask = sites.trainable(chosen, variables)
+    variables = jax.eval_shape(
+        functools.partial(run.narrowed, mask=mask, dtype=c.model.get("frozen_dtype", "float32")), variables
+    )
+    cached, _ = run.can_cache(c, mask, model, n_all)
+    if task.question_encoder and run.can_cache_questions(c, mask, model, examples, cached)[0]:
+        shape = (*examples.arrays["question"].shape, model.config.text_width)
+        examples.arrays["question_states"] = np.broadcast_to(np.float32(0), shape)
+    size = model.config.image_size
+    pictures = None if cached else np.zeros((1, size, size, 3), np.uint8)
+    if not cached:
+        examples.arrays["image_index"] = np.zeros_like(examples.arrays["image_index"])
+    examples = dataclasses.replace(examples, images=pictures)
+    batch = pipeline.gather(examples, np.zeros(1, np.int64))
+    batch = {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    tuned, frozen = tree.split(variables, mask)
+    tx = optim.optimizer(c.optim, tuned, run.scheduled(c, len(examples)).steps)
+    best = c.optim.schedule == "plateau"
+    state = jax.eval_shape(functools.partial(loop.start, tx=tx, seed=0, best=best), tuned)
+    shape = (n_all if n_pictures is None else n_pictures, 1 + model.config.n_patches, model.config.vision_width)
+    features = jax.ShapeDtypeStruct(shape, model.config.dtype) if cached else None
+    step = functools.partial(loop.train_step, model=model, task=task, tx=tx, accumulate=c.accumulate)
+    return step, (state, frozen, features, batch)
+
+
+def flops_of(step, shapes, model) -> float:
+    """FLOPs of one step on all devices together. XLA counts the body of a loop once, so layers are written out."""
+    before, blip.UNROLLED = blip.UNROLLED, max(model.config.vision_layers, model.config.text_layers)
+    try:
+        return float(jax.jit(functools.partial(step)).lower(*shapes).cost_analysis()["flops"])
+    finally:
+        blip.UNROLLED = before
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What XLA plans for one device, in bytes, and how long planning took."""
+
+    arguments: int  # weights, optimizer, features, batch
+    temporary: int  # activations and gradients
+    journal: int  # the last step's state, on its way to the host
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.temporary + self.journal
+
+
+def compiled(step, shapes, rules, mesh, journal_mb: float = 0) -> Plan:
+    """The plan of a step on a mesh; its results take the place of the state that is given in."""
+    state, frozen, features, batch = shapes
+    placed = sharding.shardings(state, rules, mesh)
+
+    def at(x, where):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+    arguments = (
+        jax.tree.map(at, state, placed),
+        jax.tree.map(at, frozen, sharding.shardings(frozen, rules, mesh)),
+        None if features is None else at(features, sharding.replicated(mesh)),
+        {name: at(x, rows) for name, x in batch.items()},
+    )
+    began = time.perf_counter()
+    jitted = jax.jit(functools.partial(step), donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
+    with sharding.using_mesh(mesh):
+        found = jitted.lower(*arguments).compile().memory_analysis()
+    return Plan(
+        found.argument_size_in_bytes,
+        found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes,
+        n_bytes if (n_bytes := journal.n_bytes(state)) <= journal_mb * 1e6 else 0,
+        time.perf_counter() - began,
+    )
+
+
+# ---------------------------------------------------------------- the report
+
+
+def report(config, topology: str | None = None, chip: Chip | None = None) -> str:
+    """The plan of a point, as text. Raises ValueError for anything that the run itself would refuse, seen from shapes."""
+    devices = devices_of(topology)
+    mesh = sharding.mesh(config.get("mesh"), devices)
+    sharding.check_batch(config.batch_size, config.accumulate, mesh)
+    model = run.abstract_model(config)
+    shapes_of = functools.partial(step_in_shapes, config, model)
+    step, shapes = shapes_of()
+    state, frozen, features, _ = shapes
+    counts = sites.counts(tree.join(state.tuned, frozen), jax.tree.map(lambda x: True, state.tuned))
+    flops = flops_of(*shapes_of(n_pictures=1), model)
+    plan = compiled(step, shapes, model.sharding, mesh, config.journal_mb)
+    where = sharding.shardings(frozen, model.sharding, mesh)
+    n_frozen = sharding.bytes_per_device(frozen, where)
+    n_state = sharding.bytes_per_device(state, sharding.shardings(state, model.sharding, mesh))
+
+    axes = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
+    rows = [
+        ("devices", f"{len(devices)} x {devices[0].device_kind}, mesh {axes}"),
+        ("parameters", f"{counts['total']:,} in the base, {counts['tuned']:,} tuned, {counts['stored']:,} stored"),
+        ("batch", f"{config.batch_size}, {config.accumulate} microbatch{'es' if config.accumulate > 1 else ''}"),
+        ("frozen per device", _mb(n_frozen)),
+        ("state per device", f"{_mb(n_state)} (tuned leaves and optimizer)"),
+    ]
+    if features is not None:
+        n_bytes = int(np.prod(features.shape)) * jnp.dtype(features.dtype).itemsize
+        rows.append(("features per device", f"{_mb(n_bytes)} ({features.shape[0]:,} pictures, computed once)"))
+    rows += [
+        ("activations per device", f"{_mb(plan.temporary)} (planned, gradients included)"),
+        ("journal per device", f"{_mb(plan.journal)} (the last step's state, on its way to the disk)"),
+        ("peak per device", f"{_mb(plan.peak)}{_share(plan.peak, chip)}"),
+        ("FLOPs per step", f"{flops:.3g} in all, {flops / mesh.size:.3g} per device"),
+    ]
+    if whole := sharding.whole(frozen, where):
+        rows.append(("whole on every device", ", ".join(whole[:6])))
+    if chip:
+        rows += _roofline(config, mesh, chip, flops, frozen, state)
+    rows.append(("largest batch", _largest(config, shapes_of, model, mesh, chip, plan)))
+    rows.append(("compiled in", f"{plan.seconds:.0f} s"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def _mb(n: float) -> str:
+    return f"{n / 1e6:,.1f} MB"
+
+
+def _share(n: float, chip: Chip | None) -> str:
+    return (
+        f", {100 * n / chip.memory:.0f} % of the device's{'' if n <= chip.memory else ': IT DOES NOT FIT'}"
+        if chip
+        else ""
+    )
+
+
+def _roofline(config, mesh, chip: Chip, flops: float, frozen, state) -> list[tuple[str, str]]:
+    """The time that a step cannot beat: its FLOPs at the peak, or its weights and state through memory once each way."""
+    compute = flops / mesh.size / chip.flops
+    width = jnp.dtype(config.model.dtype).itemsize
+    weights = (tree.count(frozen) + tree.count(state.tuned)) * width * 2 * config.accumulate / mesh.shape["tensor"]
+    own = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / sharding.n_split(mesh)
+    memory = (weights + own) / chip.bandwidth
+    bound = "compute" if compute >= memory else "memory"
+    return [
+        (
+            "step at least",
+            f"{1e3 * max(compute, memory):.2f} ms ({bound}: {1e3 * compute:.2f} ms of products at {chip.flops / 1e12:.0f} "
+            f"TFLOP/s, {1e3 * memory:.2f} ms of weights and state at {chip.bandwidth / 1e12:.2f} TB/s); "
+            f"{config.batch_size / max(compute, memory):,.0f} examples/s at most",
+        )
+    ]
+
+
+def _largest(config, shapes_of, model, mesh, chip: Chip | None, plan: Plan) -> str:
+    """The largest batch whose planned peak fits: from a line through two plans, and then planned itself."""
+    if chip is None:
+        return "give --chip for it"
+    unit, peaks = sharding.n_batch(mesh) * config.accumulate, {config.batch_size: plan.peak}
+
+    def peak(n):
+        if n not in peaks:
+            try:
+                peaks[n] = compiled(*shapes_of(batch_size=n), model.sharding, mesh, config.journal_mb).peak
+            except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                peaks[n] = np.inf
+        return peaks[n]
+
+    small = config.batch_size if plan.peak <= chip.memory else unit
+    if peak(small) > chip.memory:
+        return f"none: {small} does not fit"
+    slope = max((peak(2 * small) - peak(small)) / small, 1.0)
+    guess = 2 * small if np.isinf(slope) else small + (chip.memory - peak(small)) / slope
+    for share in (1.0, 0.95, 0.9, 0.8, 0.65):
+        n = max(small, int(guess * share) // unit * unit)
+        if peak(n) <= chip.memory:
+            break
+    else:
+        n = small
+    return f"{n} ({_mb(peaks[n])} planned), a multiple of {unit}"

@@ -1,0 +1,258 @@
+"""What a run leaves behind: its metrics as they come, a table on the terminal, and a gallery of test pictures."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import jax
+
+from jaxpeft.runtime import files
+
+
+class Metrics:
+    """metrics.jsonl, a line per record, continued by a resumed run; TensorBoard too if tensorboardX is installed.
+
+    Of several processes the first one writes. Lines that cannot be written (a full disk) are kept for the next try, as
+    training can go on without them.
+    """
+
+    def __init__(self, workdir: Path, start: int, log=print):
+        self._path, self._board, self._log = workdir / "metrics.jsonl", None, log
+        self._waiting, self._size, self._failing = "", 0, False  # `_size`: bytes of the file that are whole lines
+        if jax.process_index() > 0:
+            return
+        if self._path.exists():  # a killed run may have logged steps that it never saved: they will be logged again
+            lines = self._path.read_text().splitlines() if start else []
+            kept = [line for line in lines if _step_of(line) <= start]
+            files.write_text(self._path, "".join(line + "\n" for line in kept))
+            self._size = self._path.stat().st_size
+        try:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+        except ImportError:
+            pass
+
+    def write(self, step: int, **values) -> None:
+        if jax.process_index() > 0:
+            return
+        self._waiting += json.dumps({"step": step, **values}) + "\n"
+        self._flush()
+        if self._board:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(name, value, step)
+
+    def _flush(self) -> None:
+        raw = self._waiting.encode()
+        try:
+            with self._path.open("ab") as file:
+                file.truncate(self._size)  # what a failed try left of a line
+                file.write(raw)
+        except OSError as error:
+            if not self._failing:
+                self._log(f"{self._path} cannot be written ({error.strerror}); training goes on, its lines are kept")
+            self._failing = True
+            return
+        self._waiting, self._size, self._failing = "", self._size + len(raw), False
+
+    def close(self) -> None:
+        if self._waiting:
+            self._flush()
+        if self._board:
+            self._board.close()
+
+
+def _step_of(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # the last line of a killed run
+        return sys.maxsize
+
+
+def machine() -> dict:
+    """Where a number was measured."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{len(jax.devices())} x {device.device_kind}",
+        "cores": os.cpu_count(),
+        "os": platform.platform(),
+    }
+
+
+def versions() -> dict:
+    """The packages that decide numbers."""
+    names = ("jaxpeft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def memory() -> dict:
+    """Peak bytes so far: of the process, and of the first device where it reports them."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    device = jax.local_devices()[0].memory_stats() or {}
+    return {"host_peak_bytes": peak, "device_peak_bytes": device.get("peak_bytes_in_use")}
+
+
+def validation(workdir: Path, split: str, timing: dict, worth: dict | None) -> dict:
+    """What validation said of a run: the loss at the first, the kept and the last step, as metrics.jsonl has it.
+
+    `timing` is that of `train.fit`, `worth` what `evals.worth_of_images` found at the kept step.
+    """
+    path, curve = workdir / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError):  # lines that a full disk cut
+            row = json.loads(line)
+            curve.append((row["step"], row["validation_loss"]))
+    (first_step, first), (last_step, last) = (curve[0], curve[-1]) if curve else ((0, None), (timing["steps"], None))
+    step = timing["kept_step"]
+    best = {"best_step": step, "best": dict(curve).get(step, timing["validation_loss"])}
+    kept = {"kept_step": step, "kept": best["best"]}  # unless it is found to be of no use
+    return (
+        {"split": split, "first_step": first_step, "first": first}
+        | best
+        | kept
+        | {"last_step": last_step, "last": last, "stopped": timing["stopped"], "images": worth}
+    )
+
+
+def _validation(said: dict) -> list[str]:
+    """The lines of `table` about validation."""
+    if said["first"] is None:
+        return []
+    notes = {step: [] for step in (said["first_step"], said["best_step"], said["last_step"])}
+    if said["kept_step"] in notes:
+        notes[said["kept_step"]].append("kept")
+    notes[said["last_step"]].append("last; stopped early" if said["stopped"] == "plateau" else "last")
+    loss = {said["first_step"]: said["first"], said["best_step"]: said["best"], said["last_step"]: said["last"]}
+    named = [f"{loss[n]:.3f} at step {n:,}" + (f" ({', '.join(note)})" if note else "") for n, note in notes.items()]
+    lines = [f"{said['split']}: nll {', '.join(named)}"]
+    if worth := said["images"]:
+        lines.append(
+            f"{said['split']}: on average a text is {worth['gain']:.3f} nats more likely with its own picture than with "
+            f"another (95 % lower bound {worth['least']:.3f}, {worth['n']} pictures)"
+        )
+    return lines
+
+
+def _differences(split: str, scores: dict, metric: str) -> str:
+    """The line of `table` about intervals."""
+    known = scores["intervals"]
+    blind = max(scores["blind"], key=lambda label: scores["blind"][label][metric])
+    names = {"blind": LABELS.get(blind, blind), "text_only": LABELS["text_only"], "base": LABELS["base"]}
+    value, low, high = known["tuned"]
+    parts = [f"tuned {value:.3f} [{low:.3f}, {high:.3f}]"]
+    for other, name in names.items():
+        if found := known.get(f"tuned - {other}"):
+            value, low, high = found
+            parts.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}] over {name}")
+    return f"{split}, {metric}, 95 % intervals over pictures: " + "; ".join(parts)
+
+
+def table(result: dict) -> str:
+    """The closing table of a run: blind baselines, the frozen base and the tuned model, on each evaluated split."""
+    name, counts, timing = result["main_metric"], result["counts"], result["timing"]
+    more = result.get("task_options", {}).get("metrics", ())
+    lines = []
+    for split, scores in result["metrics"].items():
+        if not scores.get("scored", True):
+            lines += [
+                f"{split} (n = {scores['n']}): no answers to score with; upload_{split}.json is for the server",
+                "",
+            ]
+            continue
+        rows = [(label, score) for label, score in scores["blind"].items()]
+        rows += [("perfect_writer", scores["perfect_writer"])] if "perfect_writer" in scores else []
+        rows += [(label, scores[label]) for label in ("base", "text_only", "tuned") if label in scores]
+        kinds = sorted({kind for _, score in rows for kind in score.get("by_type", {})})
+        kinds = [] if kinds == [""] else kinds  # questions without types
+        header = [
+            "",
+            name,
+            *more,
+            *(kind or "(no type)" for kind in kinds),
+            *(["nll"] if any("nll" in score for _, score in rows) else []),
+        ]
+        body = []
+        for label, score in rows:
+            cells = [f"{score[one]:.3f}" for one in (name, *more)]
+            cells += [f"{score['by_type'][kind]['accuracy']:.3f}" for kind in kinds]
+            cells += [f"{score['nll']:.3f}" if "nll" in score else "-"] if header[-1] == "nll" else []
+            body.append([LABELS.get(label, label), *cells])
+        lines += [f"{split} (n = {scores['n']})", *_aligned([header, *body])]
+        lines += [_differences(split, scores, name)] if "intervals" in scores else []
+        lines.append("")
+    if result.get("validation"):
+        lines += [*_validation(result["validation"]), ""]
+    share = 100 * counts["tuned"] / counts["total"]
+    lines.append(
+        f"tuned {counts['tuned']:,} of {counts['total']:,} base parameters ({share:.2f} %), stored {counts['stored']:,}"
+    )
+    lines.append(
+        f"{timing['total_s']:.0f} s in all: compile {timing['compile_s']:.1f} s, "
+        f"{timing['steps']} steps of {1000 * timing['step_s']:.1f} ms, evaluation {timing['eval_s']:.1f} s"
+    )
+    return "\n".join(lines)
+
+
+LABELS = {
+    "majority": "blind: majority",
+    "question_only": "blind: question only",
+    "constant_caption": "blind: one caption",
+    "best_caption": "blind: best caption",
+    "perfect_writer": "perfect writer",
+    "base": "frozen base",
+    "text_only": "tuned, no picture",
+    "tuned": "tuned",
+}
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def gallery(path: Path, cases: list[dict], columns: int = 4) -> None:
+    """A PNG of pictures with what was asked, what is true, and what was written before and after tuning.
+
+    A case is {'image': uint8 image_YXC, 'lines': [(label, text), ...]}.
+    """
+    from matplotlib import font_manager
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(cases))
+    rows = -(-len(cases) // columns)
+    titles = ["\n".join(_filled(f"{label}: {said}") for label, said in case["lines"]) for case in cases]
+    most_lines = max(title.count("\n") + 1 for title in titles)
+    figure = Figure(figsize=(3.4 * columns, (2.7 + 0.14 * most_lines) * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    # letters that DejaVu lacks come from what is installed of Noto
+    others = sorted(name for name in font_manager.get_font_names() if name.startswith("Noto Sans"))
+    fonts = ["DejaVu Sans Mono", "DejaVu Sans", *others]
+    for case, title, axes in zip(cases, titles, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
+        axes.imshow(case["image"], interpolation="nearest")
+        axes.set_title(title, fontsize=7.5, loc="left", family=fonts, parse_math=False)  # "$5 or $6" is no formula
+        axes.set_anchor("SW")  # a picture that long text makes small stays under its text
+    for axes in figure.axes:
+        axes.set_axis_off()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # no font here has it: a box is drawn
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def _filled(text: str) -> str:
+    """At most six lines of 40 characters."""
+    return textwrap.fill(text, 40, subsequent_indent="   ", max_lines=6, placeholder=" ...")

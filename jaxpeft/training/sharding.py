@@ -1,0 +1,266 @@
+"""Placing arrays on devices: a mesh (data, fsdp, tensor), rules by leaf name, and what a host gives to a global array.
+
+`pjit` is `jax.jit` with `NamedSharding` today: the step is one program, and the compiler adds what must be exchanged.
+A batch is split over 'data' and 'fsdp'. A model's `sharding` says by name how its leaves are split: 'fsdp' spreads the
+memory of weights, 'tensor' the work of heads and hidden units. Leaves that a method adds inherit from the leaf that they
+adapt, and optimizer states from the leaf that they belong to, because both carry its name. All hosts run the same calls;
+one host is the case of one process.
+"""
+
+import contextlib
+import functools
+import re
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxpeft.adapt import sites
+from jaxpeft.methods.base import Site
+from jaxpeft.ops import ROWS
+from jaxpeft.tree import Tree, flatten, pack, path_name
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(ROWS)
+Rules = tuple[
+    tuple[str, tuple[str | None, ...]], ...
+]  # (regular expression of leaf names, the axis of each last dimension)
+WHOLE: Rules = (("", ()),)  # every device holds every leaf
+
+
+def mesh(shape=None, devices=None) -> Mesh:
+    """Devices as (data, fsdp, tensor); `shape` has some of these keys. data, 0 if not given, stands for what remains then.
+
+    Raises ValueError for another key, and where the product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if unknown := set(shape or {}) - set(AXES):
+        raise ValueError(f"mesh has no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")
+    data, fsdp, tensor = ((shape or {}).get(axis, default) for axis, default in zip(AXES, (0, 1, 1), strict=True))
+    if (
+        min(fsdp, tensor) < 1
+        or data < 0
+        or len(devices) % (fsdp * tensor)
+        or data * fsdp * tensor not in (0, len(devices))
+    ):
+        raise ValueError(
+            f"mesh (data {data}, fsdp {fsdp}, tensor {tensor}) does not fit {len(devices)} devices: the product of the "
+            f"three must be their number (data 0: what remains)"
+        )
+    # jax.make_mesh makes Explicit axes by default, under which gathers from sharded tables need annotations
+    shape = (len(devices) // (fsdp * tensor), fsdp, tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def n_batch(on: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return on.shape["data"] * on.shape["fsdp"]
+
+
+def check_batch(batch_size: int, accumulate: int, on: Mesh) -> None:
+    """Raise ValueError where microbatches or devices do not divide the batch."""
+    if batch_size % accumulate:
+        raise ValueError(f"batch_size {batch_size} is not divisible by accumulate {accumulate}")
+    if (batch_size // accumulate) % n_batch(on):
+        raise ValueError(
+            f"batch_size {batch_size} / accumulate {accumulate} is not divisible by the {n_batch(on)} parts that mesh "
+            f"{dict(on.shape)} splits a batch into; change batch_size, accumulate or mesh"
+        )
+
+
+# ---------------------------------------------------------------- where a leaf goes
+
+
+def shardings(tree: Tree, rules: Rules, on: Mesh) -> Tree:
+    """A NamedSharding for every leaf of variables, of a half of them, or of a training state.
+
+    A dimension that its axis does not divide stays whole, and so do an optimizer's arrays that have fewer dimensions than a
+    rule speaks of, or belong to no leaf (Muon's coefficients). Raises ValueError for array leaves of the model that no rule
+    covers.
+    """
+    uncovered = []
+
+    def spec(name: str) -> tuple:
+        for pattern, axes in rules:
+            if re.search(pattern, name):
+                return axes
+        uncovered.append(name)
+        return ()
+
+    def place(shape, axes) -> NamedSharding:
+        axes = (None,) * (len(shape) - len(axes)) + tuple(axes) if len(shape) >= len(axes) else (None,) * len(shape)
+        fits = (a if a and n % on.shape[a] == 0 else None for n, a in zip(shape, axes, strict=True))
+        return NamedSharding(on, PartitionSpec(*fits))
+
+    def of(path, node):
+        name = path_name(path)
+        if sites.is_bound(node):
+            axes = functools.partial(_inherited, node.site, spec)
+            return jax.tree.map(lambda x: place(x.shape, axes(x.shape)), node)
+        if "params/" in name:
+            return place(node.shape, spec(name[name.index("params/") :]))
+        if np.ndim(node) and not name.startswith("opt/"):
+            uncovered.append(name)
+        return place(np.shape(node), ())
+
+    found = jax.tree_util.tree_map_with_path(of, tree, is_leaf=sites.is_bound)
+    if uncovered:
+        raise ValueError(
+            f"no sharding rule covers {len(uncovered)} leaves: {', '.join(sorted(set(uncovered))[:5])}; add a rule to the "
+            f"model's `sharding` (jaxpeft/models/)"
+        )
+    return found
+
+
+def _inherited(site: Site, spec, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    """The axes of an own leaf: a dimension as long as the site's is split as the site's is.
+
+    So LoRA's A (in, R) and B (R, out) follow the kernel's input and output, and a prefix (K, N, H) the heads. Where two
+    lengths are equal by chance the split may be another one; that costs an exchange and changes no value.
+    """
+    own = shape[0 if site.layers is None else 1 :]
+    if not site.path or not own:  # leaves that all sites share
+        return ()
+    leaf = {"linear": "kernel", "norm": "scale"}.get(site.kind, Site.key(site.kind))
+    axes, n = spec(f"params/{site.path}/{leaf}"), len(site.shape)
+    axes = (None,) * (n - len(axes)) + tuple(axes[-n:] if axes else ())
+    if own[-n:] == site.shape:
+        return (None,) * (len(own) - n) + axes
+    found = [None] * len(own)
+    if own[-1] == site.shape[-1]:
+        found[-1] = axes[-1]
+    if len(own) > 1 and own[0] == site.shape[0] and axes[0] not in found:
+        found[0] = axes[0]
+    return tuple(found)
+
+
+def bytes_per_device(tree: Tree, placed: Tree) -> int:
+    """What the leaves take on one device; works on shapes."""
+    sizes = jax.tree.map(lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, tree, placed)
+    return sum(jax.tree.leaves(sizes))
+
+
+def whole(tree: Tree, placed: Tree, at_least: int = 1 << 20) -> list[str]:
+    """The leaves of `at_least` bytes that every device holds whole although the mesh could split them, largest first."""
+    if not jax.tree.leaves(placed) or n_split(jax.tree.leaves(placed)[0].mesh) == 1:
+        return []
+    flat, where = flatten(tree), flatten(placed)
+    sizes = {name: x.size * x.dtype.itemsize for name, x in flat.items() if where[name].is_fully_replicated}
+    large = sorted((name for name in sizes if sizes[name] >= at_least), key=lambda name: -sizes[name])
+    return [f"{name} ({sizes[name] / 1e6:.1f} MB)" for name in large]
+
+
+def n_split(on: Mesh) -> int:
+    """Into how many parts a weight can be split."""
+    return on.shape["fsdp"] * on.shape["tensor"]
+
+
+# ---------------------------------------------------------------- from a host's memory to global arrays and back
+
+
+def put(tree: Tree, placed: Tree) -> Tree:
+    """Every leaf where `placed` says. Hosts give the same values, and each keeps the parts of its own devices."""
+
+    def one(x, sharding):
+        if sharding.is_fully_addressable or isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree, placed)
+
+
+def replicated(on: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds."""
+    return NamedSharding(on, PartitionSpec())
+
+
+def replicate(tree: Tree, on: Mesh) -> Tree:
+    """The same value on every device."""
+    return put(tree, jax.tree.map(lambda _: replicated(on), tree))
+
+
+def rows(n: int, on: Mesh) -> np.ndarray:
+    """Which rows of a batch of `n` this host must have, ascending; all of them on one host."""
+    if jax.process_count() == 1:
+        return np.arange(n)
+    parts = NamedSharding(on, BATCH).addressable_devices_indices_map((n,)).values()
+    return np.unique(np.concatenate([np.arange(n)[index] for index in parts]))
+
+
+def shard_batch(batch: dict[str, np.ndarray], on: Mesh, n: int | None = None) -> dict[str, jax.Array]:
+    """Each array split along its first axis. Of a batch of `n` rows this host gives those of `rows(n, on)`."""
+    sharding = NamedSharding(on, BATCH)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    mine = rows(n, on)
+
+    def one(x):
+        def part(index):
+            start, stop, _ = index[0].indices(n)
+            first = int(np.searchsorted(mine, start))
+            return x[first : first + stop - start]
+
+        return jax.make_array_from_callback((n, *x.shape[1:]), sharding, part)
+
+    return {name: one(np.asarray(x)) for name, x in batch.items()}
+
+
+def packed(leaves: list) -> jax.Array:
+    """`tree.pack` of arrays, begun on the devices that hold them and whole on each; all hosts call it."""
+    return _packer(mesh_of(leaves))(leaves)
+
+
+@functools.lru_cache(maxsize=4)
+def _packer(on: Mesh | None):
+    return jax.jit(pack, out_shardings=None if on is None else replicated(on))
+
+
+def mesh_of(tree: Tree) -> Mesh | None:
+    """The mesh that a tree was put on, or None for arrays of one device and of no mesh of ours."""
+    for leaf in jax.tree.leaves(tree):
+        on = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        return on if on is not None and on.axis_names == AXES else None
+    return None
+
+
+def using(tree: Tree):
+    """A context in which what is traced splits its batch over the devices that hold `tree` (`ops.by_rows`)."""
+    return using_mesh(mesh_of(tree))
+
+
+def using_mesh(on: Mesh | None):
+    """`using` for a mesh."""
+    return contextlib.nullcontext() if on is None or on.size == 1 else jax.set_mesh(on)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and speaks."""
+    return jax.process_index() == 0
+
+
+def any_soon(flag: bool, on: Mesh) -> jax.Array | bool:
+    """Whether `flag` is true on any host, as an array that is ready when every host has asked; all hosts call it."""
+    if jax.process_count() == 1:
+        return flag
+    flags = NamedSharding(on, PartitionSpec(AXES))
+    return _any(jax.make_array_from_callback((on.size,), flags, lambda index: np.full(1, flag)), replicated(on))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _any(flags, placed):
+    return jax.lax.with_sharding_constraint(flags.any(), placed)
+
+
+def agreed(number: int) -> bool:
+    """Whether all hosts say the same number; all hosts call it."""
+    return (
+        jax.process_count() == 1
+        or len(set(multihost_utils.process_allgather(np.array(number, np.int32)).tolist())) == 1
+    )
+
+
+def any_of(flag: bool) -> bool:
+    """Whether `flag` is true on any host; all hosts call it."""
+    return bool(flag) if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
