@@ -179,11 +179,11 @@ def main():
             "nll": [test["base"]["nll"], test["tuned"]["nll"]],
         }  # fmt: skip
         for name, options in (("merged", []), ("adapter", ["--format", "peft"])):
-            done = command("-m", "jaxpeft.export", "--workdir", run, "--out", where / name, *options, log=log)
+            done = command("-m", "jaxpeft", "export", "--workdir", run, "--out", where / name, *options, log=log)
             assert done["status"] == 0, done["said"]
             size = sum(path.stat().st_size for path in (where / name).iterdir())
             report[f"export {name}"] = {"s": done["s"], "megabytes": round(size / 1e6, 1)}
-        written = command("-m", "jaxpeft.generate", "--workdir", run, "--image", pictures / "00000.jpg", log=log)
+        written = command("-m", "jaxpeft", "generate", "--workdir", run, "--image", pictures / "00000.jpg", log=log)
         report["generate, one picture"] = {"status": written["status"], "s": written["s"]}
         report["beside transformers and peft"] = compare(run, where / "merged", where / "adapter", base)
     write_json(

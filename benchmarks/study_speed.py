@@ -37,8 +37,8 @@ PEERS = ("lora",)  # what the loop in PyTorch runs
 
 def get_config(arg=""):
     """The study, for `main.py --config=benchmarks/study_speed.py:cached=false`."""
-    from configs.studies import base
     from jaxpeft import config
+    from jaxpeft.study import config as base
 
     a = config.parse_arg(arg, steps=100, cached=True, only="")
     arms = {

@@ -86,7 +86,7 @@ result = jp.run(config, workdir)
 # %% [markdown]
 # ## Use
 #
-# From the command line: `python -m jaxpeft.generate --workdir RUN --folder PICTURES`, or `python -m jaxpeft.demo --workdir RUN`
+# From the command line: `jaxpeft generate --workdir RUN --folder PICTURES`, or `jaxpeft demo --workdir RUN`
 # for a page in the browser.
 
 # %%
@@ -111,7 +111,7 @@ for ax, path, old, new in zip(axes, paths, before, after):
 # ## Back to PyTorch
 #
 # A whole BLIP directory with the method folded into its weights, tokenizer, processor and a model card with it. transformers
-# loads it without jaxpeft. The same as `python -m jaxpeft.export --workdir RUN --out merged`; `--format peft` gives an adapter.
+# loads it without jaxpeft. The same as `jaxpeft export --workdir RUN --out merged`; `--format peft` gives an adapter.
 
 # %%
 from jaxpeft.apps import export

@@ -1,6 +1,6 @@
 """BLIP's fine-tuning for COCO captions (Li et al. 2022, arXiv:2201.12086, section 5.2), or any method in its place.
 
-    python -m jaxpeft.datasets.prepare coco_captions --root data
+    jaxpeft prepare coco_captions --root data
     python main.py --config=configs/blip_caption_coco.py:base=path/to/blip --workdir=runs/coco  # full
     python main.py --config=configs/blip_caption_coco.py:base=path/to/blip,method=lora,size=16 --workdir=runs/coco_lora
 

@@ -1,6 +1,6 @@
 """BLIP's fine-tuning for VQA v2 (Li et al. 2022, arXiv:2201.12086, section 5.3), or any method in its place.
 
-    python -m jaxpeft.datasets.prepare vqav2 --root data --visual-genome
+    jaxpeft prepare vqav2 --root data --visual-genome
     python main.py --config=configs/blip_vqa_v2.py:base=path/to/blip --workdir=runs/vqa  # scored here
     python main.py --config=configs/blip_vqa_v2.py:base=path/to/blip,protocol=official --workdir=runs/vqa_server
 

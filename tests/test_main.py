@@ -66,7 +66,7 @@ def _main(*arguments):
         (["--config.optm.lr=1"], "error: --config.optm.lr: no such key (did you mean 'optim.lr'?)"),
         (["--config.stop=3"], "error: --config.stop: no such key (did you mean 'steps'?); stop has stop.every"),
         (["--config.steps=many"], "error: flag --config.steps=many: invalid literal"),
-        (["--confg.steps=1"], "error: Unknown command line flag 'confg.steps'"),
+        (["--confg.steps=1"], "error: unknown argument --confg.steps"),
         (["--imports=no_such"], "error: --imports=no_such: no module of that name"),
     ],
 )

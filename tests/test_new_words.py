@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 
 import jaxpeft as jp
 from configs import folder
-from configs.studies import base as studies
 from jaxpeft import data, tasks, tree
 from jaxpeft.adapt import budget, sites
 from jaxpeft.methods import NewWords, Selective
 from jaxpeft.models import loading
+from jaxpeft.study import config as studies
 from jaxpeft.study import execute
 from jaxpeft.training import preflight, run
 

@@ -175,15 +175,15 @@ def test_every_command_of_the_readme_runs(place, monkeypatch, capsys):
             continue
         if words[:2] == ["python", "main.py"]:
             _run(words[2:])
-        elif words[:3] == ["python", "-m", "jaxpeft.generate"]:
-            assert generate.main(words[3:]) == 0
-        elif words[:3] == ["python", "-m", "jaxpeft.export"]:
-            assert export.main(words[3:]) == 0
-        elif words[:3] == ["python", "-m", "jaxpeft.datasets.prepare"]:
-            assert prepare.main([*words[3:], "--out", "prepared", "--any-size", "--workers", "1"]) == 0
-        elif words[:3] == ["python", "-m", "jaxpeft.demo"]:
+        elif words[:2] == ["jaxpeft", "generate"]:
+            assert generate.main(words[2:]) == 0
+        elif words[:2] == ["jaxpeft", "export"]:
+            assert export.main(words[2:]) == 0
+        elif words[:2] == ["jaxpeft", "prepare"]:
+            assert prepare.main([*words[2:], "--out", "prepared", "--any-size", "--workers", "1"]) == 0
+        elif words[:2] == ["jaxpeft", "demo"]:
             monkeypatch.setattr("uvicorn.Server.run", lambda server, **_: ran.append(server.config.app))
-            demo.main([*words[3:], "--port", "0"])
+            demo.main([*words[2:], "--port", "0"])
             assert callable(ran.pop())
         else:  # what .ci/run does not install is tested where it is used
             assert words[:3] == ["pip", "install", "-e"], command

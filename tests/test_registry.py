@@ -21,12 +21,12 @@ from jaxpeft.training import optim
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
-from configs import common
+from jaxpeft import config
 
 def get_config(arg=""):
-    c = common.get_config("shout", "shift")
+    c = config.get_config("shout", "shift")
     c.data.name, c.data.n = "squares", 9
-    c.task_options = common.task_options("shout", metrics=("words", "exact_match"))
+    c.task_options = config.task_options("shout", metrics=("words", "exact_match"))
     c.optim.name, c.optim.lr, c.optim.schedule = "plain", 0.5, "cosine"
     c.steps, c.batch_size, c.log_every = 150, 9, 50
     c.base, c.eval.batch_size = "tiny", 9
@@ -71,7 +71,7 @@ def test_a_run_uses_all_of_it_and_says_where_it_came_from(home):
 
 def test_it_writes_and_is_exported_where_the_module_is_imported_again(home):
     home, _ = home
-    generate = ["-m", "jaxpeft.generate", "--workdir", "run", "--image", "blue.png", "--beams", "1"]
+    generate = ["-m", "jaxpeft", "generate", "--workdir", "run", "--image", "blue.png", "--beams", "1"]
     status, said = shell(*generate, "--imports", "my_things.py", cwd=home)
     rows = [json.loads(line) for line in (home / "run" / "predictions.jsonl").read_text().splitlines()]
     (written,) = (row["tuned"] for row in rows if row["image_id"] == "test-2")  # the same picture
@@ -79,7 +79,9 @@ def test_it_writes_and_is_exported_where_the_module_is_imported_again(home):
     status, said = shell(*generate, cwd=home)
     assert status == 1 and said.count("\n") == 1
     assert re.match(r"error: run: unknown task 'shout'.* made with code from my_things; .*--imports=my_things", said)
-    status, said = shell("-m", "jaxpeft.export", "--workdir", "run", "--out", "out", "--imports", "my_things", cwd=home)
+    status, said = shell(
+        "-m", "jaxpeft", "export", "--workdir", "run", "--out", "out", "--imports", "my_things", cwd=home
+    )
     assert status == 0 and (home / "out" / "model.safetensors").exists(), said
 
 
@@ -165,17 +167,3 @@ def test_what_a_module_itself_raises_comes_through(tmp_path, monkeypatch):
     (tmp_path / "json.py").write_text("")
     with pytest.raises(ValueError, match="a module 'json' is loaded already, from elsewhere; rename the file"):
         registry.load(["json.py"])
-
-
-@pytest.mark.parametrize(
-    ("argv", "found"),
-    [
-        (["--imports=a,b"], ["a", "b"]),
-        (["--imports", "a", "--config=x"], ["a"]),
-        (["-imports=a", "--imports=b.py"], ["a", "b.py"]),
-        (["--config=x", "--import=a", "imports=b"], []),
-        (["--imports"], []),
-    ],
-)
-def test_the_flag_is_read_before_the_others(argv, found):
-    assert registry.from_argv(["main.py", *argv]) == found

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.studies import base, tiny
+from configs.studies import tiny
 from jaxpeft.data import pipeline, scenes
 from jaxpeft.models import loading
 from jaxpeft.runtime import files, locks
 from jaxpeft.runtime.locks import Claim
+from jaxpeft.study import config as base
 from jaxpeft.study import execute, report
 from jaxpeft.study.execute import Cell
 

@@ -11,8 +11,8 @@ BLIP's rows of VQAv2 with image, question and answers); `base` is a BLIP directo
 neither the data nor an accelerator was at hand.
 """
 
-from configs.studies import base
 from jaxpeft import config
+from jaxpeft.study import config as base
 
 N_IMAGES = (1_000, 5_000, 20_000, 50_000, 80_000)  # nested; VQAv2's training and COCO's have 82,783 and 113,287
 

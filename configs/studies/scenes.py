@@ -7,8 +7,8 @@ direction. One seed, one learning rate, short caps: a smoke study. `scenes_full.
     python main.py --config=configs/studies/scenes.py --workdir=runs/study_scenes
 """
 
-from configs.studies import base
 from jaxpeft import config
+from jaxpeft.study import config as base
 
 
 def get_config(arg=""):

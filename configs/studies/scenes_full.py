@@ -12,8 +12,8 @@ beside them; without it they stand at the middle size and all pictures. `levels=
 adds questions on what captions do say.
 """
 
-from configs.studies import base
 from jaxpeft import config
+from jaxpeft.study import config as base
 
 MAIN = ("captions_human", "vqa_unstated")
 NEAR = ("lora_head", "head")

@@ -5,8 +5,8 @@ Hypothesis: none; a smoke test of the study's engine and report.
     python main.py --config=configs/studies/tiny.py --workdir=runs/study_tiny
 """
 
-from configs.studies import base
 from jaxpeft import config
+from jaxpeft.study import config as base
 
 
 def get_config(arg=""):

@@ -1,7 +1,7 @@
 """A local page: drop a picture, caption it or ask about it, and compare tuned runs with their frozen base.
 
     pip install 'jaxpeft[demo]'
-    python -m jaxpeft.demo --workdir runs/mine runs/other        # then open the address that it prints
+    jaxpeft demo --workdir runs/mine runs/other        # then open the address that it prints
 
 Loading and compiling the models takes a minute; the address is printed when the page answers.
 
@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxpeft.inputs import images
 from jaxpeft.models import loading
-from jaxpeft.runtime import files, host, registry, signals
+from jaxpeft.runtime import files, host, registry
 from jaxpeft.tasks.base import Task
 from jaxpeft.training import evaluate, run
 from jaxpeft.tree import Tree
@@ -201,7 +201,7 @@ def listen(port: int) -> socket.socket:
 def main(argv=None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m jaxpeft.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="jaxpeft demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", nargs="+", default=[], help="finished runs; their frozen bases come with them")
     parser.add_argument(
@@ -236,7 +236,3 @@ def main(argv=None) -> None:
         # its own logging configuration closes the handlers of others, and absl's would close the stream that it writes to
         settings = uvicorn.Config(app(writers), log_config=None, log_level="warning")
         uvicorn.Server(settings).run(sockets=[sock])
-
-
-if __name__ == "__main__":
-    signals.program(main)

@@ -1,7 +1,7 @@
 """A tuned run as files for transformers and PEFT, with a model card whose code runs as it stands.
 
-python -m jaxpeft.export --workdir runs/mine --out merged                  BLIP with the method folded in: no adapter needed
-python -m jaxpeft.export --workdir runs/mine --out adapter --format peft   an adapter for PeftModel.from_pretrained
+jaxpeft export --workdir runs/mine --out merged                  BLIP with the method folded in: no adapter needed
+jaxpeft export --workdir runs/mine --out adapter --format peft   an adapter for PeftModel.from_pretrained
 
 If the base is not a Hugging Face checkpoint ('tiny'), or words were added to it, it is written too, as adapter/base.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from jaxpeft import interchange
 from jaxpeft.methods import Prefix, Prompt
 from jaxpeft.models import loading
-from jaxpeft.runtime import files, registry, signals
+from jaxpeft.runtime import files, registry
 from jaxpeft.training import results, run
 
 # by whether the task asks questions
@@ -157,7 +157,7 @@ def code(model, task, out: str | Path, base: str = "", revision: str = "", metho
 def main(argv=None) -> int:
     """The command line -> exit status; mistakes are one line."""
     parser = argparse.ArgumentParser(
-        prog="python -m jaxpeft.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="jaxpeft export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", required=True, help="of a finished run")
     parser.add_argument("--out", required=True, type=Path, help="a new directory")
@@ -192,7 +192,3 @@ def main(argv=None) -> int:
     names = ", ".join(sorted(path.name for path in args.out.iterdir()))
     print(f"{args.out}: {names}")
     return 0
-
-
-if __name__ == "__main__":
-    signals.program(main)

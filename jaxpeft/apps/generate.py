@@ -1,9 +1,9 @@
 """Captions and answers from the command line, with a tuned run, a shipped or a Hugging Face checkpoint.
 
-    python -m jaxpeft.generate --workdir runs/mine --image a.jpg b.png
-    python -m jaxpeft.generate --workdir runs/mine --image a.jpg --question "what is on the table" --top 3
-    python -m jaxpeft.generate --base Salesforce/blip-image-captioning-base --folder pics --out captions.jsonl
-    python -m jaxpeft.generate --workdir runs/mine --image a.jpg --prompt "a drawing of"
+    jaxpeft generate --workdir runs/mine --image a.jpg b.png
+    jaxpeft generate --workdir runs/mine --image a.jpg --question "what is on the table" --top 3
+    jaxpeft generate --base Salesforce/blip-image-captioning-base --folder pics --out captions.jsonl
+    jaxpeft generate --workdir runs/mine --image a.jpg --prompt "a drawing of"
 
 Prints a line per picture, or writes a JSON object per picture: image, question, texts (text and log-probability in nats,
 per token where beams are more than one). A picture that cannot be read is said and left out; the exit status is then 1.
@@ -42,7 +42,7 @@ def pictures(paths: list[Path], n: int) -> Iterator[tuple[list[Path], list, list
 def main(argv=None) -> int:
     """The command line -> exit status: 0, 1 where pictures were left out, 2 for a mistake in the arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m jaxpeft.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="jaxpeft generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--workdir", help="of a finished run")

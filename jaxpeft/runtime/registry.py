@@ -105,22 +105,12 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
+IMPORTS_HELP = "modules or .py files that define the run's own method, task, data set, optimizer or metric"
+
+
 def add_argument(parser: argparse.ArgumentParser) -> None:
     """`--imports` of a command that loads runs."""
-    parser.add_argument(
-        "--imports", nargs="+", default=[], metavar="MODULE",
-        help="modules or .py files that define the run's own method or task",
-    )  # fmt: skip
-
-
-def from_argv(argv: list[str]) -> list[str]:
-    """The modules of `--imports=a,b` on a command line: they are needed before its other flags are read."""
-    found = []
-    for i, word in enumerate(argv):
-        flag, equals, value = word.lstrip("-").partition("=") if word.startswith("-") else ("", "", "")
-        if flag == "imports":
-            found += (value if equals else "".join(argv[i + 1 : i + 2])).split(",")
-    return [name for name in found if name]
+    parser.add_argument("--imports", nargs="+", default=[], metavar="MODULE", help=IMPORTS_HELP)
 
 
 def modules_of(entries: Iterable[Any]) -> list[str]:

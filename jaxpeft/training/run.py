@@ -273,7 +273,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     (workdir / JOURNAL).unlink(missing_ok=True)  # nothing is left to be cut off
     log(
         f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl{pictured}; "
-        f"what was tuned: tuned/ (jp.load_run, python -m jaxpeft.generate)"
+        f"what was tuned: tuned/ (jp.load_run, jaxpeft generate)"
     )
     return result
 

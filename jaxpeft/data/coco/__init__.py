@@ -1,6 +1,6 @@
 """COCO captions in Karpathy's splits, VQA v2, Visual Genome's questions: official files on disk -> {split: Split}.
 
-    python -m jaxpeft.datasets.prepare coco_captions --root data      once; says what is missing and where it is from
+    jaxpeft prepare coco_captions --root data      once; says what is missing and where it is from
     c.data.name = "coco_captions"                                     then; `vqav2` the same way
 
 Pictures are stored once, a set per folder of the originals, and texts beside them, so that both tasks share 19 GB. Splits
@@ -144,7 +144,7 @@ def _open(home: Path, builder):
             else "coco_captions"
         )
         raise ValueError(
-            f"{directory} holds no prepared data set: run\n    python -m jaxpeft.datasets.prepare {what} --root DIRECTORY "
+            f"{directory} holds no prepared data set: run\n    jaxpeft prepare {what} --root DIRECTORY "
             f"--out {home}\nwith the official files below DIRECTORY; it says which are missing and where they are from"
         )
     return tfds.builder_from_directory(str(directory))

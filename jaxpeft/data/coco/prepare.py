@@ -1,4 +1,4 @@
-"""python -m jaxpeft.datasets.prepare coco_captions|vqav2 --root DIRECTORY [--visual-genome] [--workers N]
+"""jaxpeft prepare coco_captions|vqav2 --root DIRECTORY [--visual-genome] [--workers N]
 
 Reads the official files below DIRECTORY, checks their number against the published sizes, decodes every picture once, and
 writes what `data.name = 'coco_captions'` and `'vqav2'` read. Nothing is downloaded: what is missing is listed with its
@@ -270,7 +270,7 @@ def _check_pictures(kind, splits, pictures, on_error) -> None:
 
 def main(argv=None) -> int:
     """The command line -> exit status; mistakes are one message."""
-    parser = argparse.ArgumentParser(prog="python -m jaxpeft.datasets.prepare", description=__doc__,
+    parser = argparse.ArgumentParser(prog="jaxpeft prepare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("name", choices=("coco_captions", "vqav2"))
     parser.add_argument("--root", required=True, help="the directory with the official files")
@@ -294,7 +294,3 @@ def main(argv=None) -> int:
         return 130
     print(f"use it: --config.data.name={args.name} --config.data.data_dir={out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

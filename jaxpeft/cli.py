@@ -1,0 +1,212 @@
+"""The `jaxpeft` command. `python main.py` in a clone is `jaxpeft run`.
+
+    jaxpeft run --config=quickstart --workdir=runs/quickstart         one run; or a study, where the config is one
+    jaxpeft preflight --config=folder:root=pics --topology=v5e:2x4    memory and time of a run, without running it
+    jaxpeft generate --workdir=runs/mine --image a.jpg                texts of a finished run
+
+--config=NAME is a config that comes with the package (configs/NAME.py in a clone), --config=FILE.py one of your own;
+`:key=value,...` behind it are its arguments, and --config.key=value sets any key.
+"""
+
+import argparse
+import functools
+import importlib
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+import jaxpeft
+from jaxpeft import tree
+from jaxpeft.runtime import host, registry, signals
+
+PACKAGE = Path(jaxpeft.__file__).parent
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed; in a clone
+APPS = {  # commands that parse their own arguments: (module, what it does)
+    "generate": ("jaxpeft.apps.generate", "write texts for images with a finished run, or with a base"),
+    "export": ("jaxpeft.apps.export", "write a finished run for PyTorch: merged, or as a PEFT adapter"),
+    "demo": ("jaxpeft.apps.demo", "open a local page that shows finished runs beside their bases"),
+    "prepare": ("jaxpeft.data.coco.prepare", "prepare COCO captions or VQA v2 from the official files"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command, then end the process: see `signals.exit_code` for the statuses."""
+    signals.program(functools.partial(_command, sys.argv[1:] if argv is None else argv))
+
+
+def _command(argv: list[str]) -> int | None:
+    if argv and argv[0] in APPS:
+        return importlib.import_module(APPS[argv[0]][0]).main(argv[1:])
+    args, rest = _parser().parse_known_args(argv)
+    names = [name.replace("_", "-") for name in vars(args)] + list(vars(args))
+    for word in rest:
+        flag = word.lstrip("-").partition("=")[0]
+        if word.startswith("-") and not flag.startswith("config."):
+            raise ValueError(f"unknown argument --{flag}{registry.did_you_mean(flag, names)}")
+    registry.load([args.imports])  # before the config file, which may name what they add
+    return args.function(args, read_config(args.config, rest))
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog="jaxpeft", description=__doc__, **style)
+    parser.add_argument("--version", action="version", version=f"jaxpeft {jaxpeft.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, function in (("run", _run), ("study", _study), ("preflight", _preflight)):
+        one = commands.add_parser(name, help=function.__doc__, description=function.__doc__, **style)
+        one.set_defaults(function=function)
+        one.add_argument("--config", required=True, metavar="NAME or FILE.py", help="then :key=value,... of its own")
+        one.add_argument("--imports", default="", metavar="MODULE,...", help=registry.IMPORTS_HELP)
+        if name in ("run", "study"):
+            _add_where(one)
+            _add_study(one)
+        if name in ("run", "preflight"):
+            _add_preflight(one)
+        if name == "run":
+            _add_run(one)
+    for name, (_, text) in APPS.items():
+        commands.add_parser(name, help=text)
+    return parser
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--workdir", metavar="DIR", help="where results and checkpoints go; the same command resumes from there")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--accept_changes", action="store_true", help="resume although config, data or base have changed")
+    add("--preflight", action="store_true", help="the same as the command preflight")
+    several = "one run by the processes of several hosts; auto: on TPU pods, in SLURM jobs, with --coordinator"
+    add("--distributed", default="auto", choices=["auto", "on", "off"], help=several)
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, where the cluster does not say")
+    add("--num_processes", type=int, help="with --coordinator: how many processes")
+    add("--process_id", type=int, help="with --coordinator: which one this is, from 0")
+
+
+def _add_study(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--workers", type=int, default=0, help="of a study: processes; 0: one per core on CPU, one on accelerators")
+    add("--worker", type=int, default=-1, help="of a study: work for the process that started this one")
+    add("--executor", default="processes", choices=["processes", "ray"], help="of a study: where its runs are done")
+    add("--resources", default="CPU=1", help="with --executor=ray, per run: CPU=4,GPU=1,memory_gb=16 or CPU=8,TPU=4")
+    add("--dry_run", action="store_true", help="of a study: print what would run and its estimated cost")
+
+
+def _add_preflight(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--devices", type=int, default=0, help="plan for so many virtual CPU devices")
+    add("--topology", help="plan for a TPU slice, as v5e:2x4 (needs libtpu)")
+    add("--chip", help="a100, h100, v5e, ... or 'TFLOP/s,GB/s,GB' of a device")
+
+
+def _run(args: argparse.Namespace, config):
+    """train, evaluate and save one run; or a study, where the config is one"""
+    if "levels" in config:
+        return _study(args, config)
+    if args.preflight:
+        return _preflight(args, config)
+    from jaxpeft.apps import pretrain
+    from jaxpeft.training import run
+
+    workdir = _workdir(args)
+    _prepare_process()
+    host.join_others(args.distributed, args.coordinator, args.num_processes, args.process_id)
+    if "pretrain" in config:
+        pretrain.run(config, workdir)
+    else:
+        run.run(config, workdir, command=shlex.join(_typed()), accept_changes=args.accept_changes)
+
+
+def _study(args: argparse.Namespace, config):
+    """do every run of a study, and write its report"""
+    from jaxpeft.study import execute, ray_executor, report
+
+    if "levels" not in config:
+        raise ValueError(f"--config={args.config} is one run, not a study; use `jaxpeft run`")
+    workdir = _workdir(args)
+    _prepare_process()
+    if args.worker >= 0:
+        return execute.work(config, workdir)
+    if args.dry_run:
+        return print(execute.dry_run(config, workdir))
+    elsewhere = None
+    if args.executor == "ray":
+        elsewhere = functools.partial(ray_executor.work, resources=ray_executor.Resources.parse(args.resources))
+    execute.run(config, workdir, args.workers, sys.orig_argv[1:], elsewhere=elsewhere)
+    print(report.write(workdir))
+
+
+def _preflight(args: argparse.Namespace, config):
+    """print memory, FLOPs and the largest batch of a run; compute nothing"""
+    from jaxpeft.training import preflight
+
+    _prepare_process()
+    host.plan_for(args.devices, args.topology)
+    chip = preflight.chip_of(args.chip, args.topology)
+    print(preflight.report(config, args.topology, chip))
+
+
+def _prepare_process() -> None:
+    host.keep_freed_memory()
+    host.keep_compiled_programs()
+    logging.set_verbosity(logging.WARNING)  # orbax logs every step of every save
+
+
+def _workdir(args: argparse.Namespace) -> Path:
+    if not args.workdir:
+        raise ValueError("--workdir=DIR is missing: where results and checkpoints go")
+    return Path(args.workdir)
+
+
+def _typed() -> list[str]:
+    """The command that was typed, as people would type it again."""
+    program = Path(sys.argv[0]).name
+    return [*(["python", program] if program.endswith(".py") else ["jaxpeft"]), *sys.argv[1:]]
+
+
+def read_config(config: str, overrides: list[str] = ()):
+    """The config of NAME or FILE.py, `:key=value,...` its arguments, with `--config.key=value` overrides.
+
+    Raises ValueError in one line for a file that is missing or broken, and for an unknown argument or key.
+    """
+    path, colon, arg = config.partition(":")
+    if not Path(path).is_file():
+        installed = CONFIGS / (path.removeprefix("configs/").removesuffix(".py") + ".py")
+        if not installed.is_file():
+            names = [str(one.relative_to(CONFIGS))[:-3] for one in sorted(CONFIGS.rglob("[!_]*.py"))]
+            wanted = registry.did_you_mean(path, names)
+            raise ValueError(f"--config={path}: there is no such file{wanted}; configs are {', '.join(names)}")
+        path = str(installed)
+    values, argv = flags.FlagValues(), ["jaxpeft", f"--config={path}{colon}{arg}", *overrides]
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        return holder.value
+    except (flags.Error, LookupError, AttributeError, TypeError, OSError, SyntaxError, ImportError) as error:
+        raise ValueError(_mistake(path, arg, overrides, error)) from error
+
+
+def _mistake(path: str, arg: str, overrides: list[str], error: Exception) -> str:
+    """What is wrong with a config: a key that it lacks, or what get_config itself said."""
+    try:
+        config = runpy.run_path(path)["get_config"](arg)
+    except Exception:  # the error of get_config is the one to tell
+        known = []
+    else:
+        known = [name.replace("/", ".") for name in tree.flatten(config.to_dict())]
+    for word in overrides:
+        key = word.lstrip("-").partition("=")[0].removeprefix("config.")
+        if known and word.startswith("-") and key not in known:
+            section = key.rpartition(".")[0] or key
+            beside = ", ".join(name for name in sorted(known) if name.startswith(f"{section}."))
+            there = f"; {section} has {beside}" if beside else ""
+            return f"--config.{key}: no such key{registry.did_you_mean(key, known)}{there}"
+    while "\n" in str(error) and (error.__cause__ or error.__context__):  # absl's texts hold whole tracebacks
+        error = error.__cause__ or error.__context__
+    return str(error)
