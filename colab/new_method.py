@@ -40,7 +40,7 @@ from typing import ClassVar
 import jax, jax.numpy as jnp, numpy as np
 
 import jaxpeft as jp
-from jaxpeft import config
+from jaxpeft.config import get_config
 from jaxpeft.runtime import host
 from jaxpeft import methods
 from jaxpeft.methods import Method
@@ -123,7 +123,7 @@ print(
 methods.METHODS["fourier"] = FourierFT
 scores = {}
 for name, size, lr in (("fourier", 64, 3e-2), ("lora", 2, 3e-3)):
-    config = config.get_config("vqa", name, size, "transform")
+    config = get_config("vqa", name, size, "transform")
     config.data.n_train, config.data.n_test, config.steps = (64, 16, 4) if TINY else (2048, 256, 600)
     config.optim.lr, config.eval.base, config.eval.gallery = lr, False, False
     result = jp.run(config, f"runs/{name}", log=lambda text: None)
