@@ -41,7 +41,7 @@ STATES = {
     "tiny, LoRA 8": (BlipConfig(**growth.TINY), jp.LoRA()),
     "BLIP-base, prompt 16": (BlipConfig(), jp.Prompt()),
     "BLIP-base, LoRA 8": (BlipConfig(), jp.LoRA()),
-    "BLIP-base, LoRA 8, ViT too": (BlipConfig(), jp.LoRA(where=r"attention/(query|value)$")),
+    "BLIP-base, LoRA 8, ViT too": (BlipConfig(), jp.LoRA(targets=r"attention/(query|value)$")),
     "BLIP-base, parallel adapter 96": (BlipConfig(), jp.ParallelAdapter(bottleneck=96)),
 }
 RUN = [

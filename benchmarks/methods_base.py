@@ -48,7 +48,7 @@ METHODS = {
     "parallel adapter 32": (jp.ParallelAdapter(bottleneck=32), 599_424),
     "compacter 64": (jp.Compacter(bottleneck=64), 64 + 36 * (2 * (768 + 64) + 768 + 64)),
     "LoRA 8": (jp.LoRA(), 589_824),
-    "LoRA 8, ViT too": (jp.LoRA(where=r"attention/(query|value)$"), 589_824 + 12 * 2 * 2 * 768 * 8),
+    "LoRA 8, ViT too": (jp.LoRA(targets=r"attention/(query|value)$"), 589_824 + 12 * 2 * 2 * 768 * 8),
     "rsLoRA 8": (jp.LoRA(rank_stabilized=True), 589_824),
     "DoRA 8": (jp.DoRA(), 626_688),
     "PiSSA 8": (jp.PiSSA(), 589_824),
@@ -64,7 +64,7 @@ METHODS = {
         24 * (2 * 10 * 768 + 769) + 12 * (1536 * 48 + 48 + 768 + 769) + 589_824 + 48 * 769,
     ),
     "BitFit": (jp.BitFit(), 180_284),
-    "LayerNorms": (jp.LayerNorms(where="^text_"), 58_368),
+    "LayerNorms": (jp.LayerNorms(targets="^text_"), 58_368),
 }
 
 
@@ -94,7 +94,7 @@ def step_of(model, method, params, batch, runs):
     settings = {"lr": 1e-4, "schedule": "constant", "warmup": 0.0, "decay": 0.0, "no_decay": "", "clip": 1.0}
     tx = optim.optimizer(ml_collections.ConfigDict(settings | {"b1": 0.9, "b2": 0.999}), tuned, 100)
     state = loop.TrainState(jnp.int32(0), jax.tree.map(jnp.array, tuned), tx.init(tuned))
-    step = functools.partial(loop.train_step, model=model, task=tasks.build("captioning"), tx=tx, accumulate=1)
+    step = functools.partial(loop.train_step, model=model, task=tasks.build("captioning"), tx=tx, grad_accum=1)
     started = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, None, batch).compile()
     compile_s, seconds = time.perf_counter() - started, []

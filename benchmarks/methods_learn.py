@@ -56,7 +56,7 @@ METHODS = {
     "MAM": (jp.MAM(length=16), 3e-3),
     "UniPELT": (jp.UniPELT(length=8, bottleneck=16), 3e-3),
     "BitFit": (jp.BitFit(), 3e-3),
-    "LayerNorms": (jp.LayerNorms(where="^text_"), 3e-3),
+    "LayerNorms": (jp.LayerNorms(targets="^text_"), 3e-3),
     "VPT deep": (jp.VPT(patch=8, depth="deep"), 3e-2),  # shallow would need 390 tokens for the budget
     "full": (jp.Full(), 3e-4),
 }
@@ -80,7 +80,7 @@ class Bench:
 
     def score(self, variables, split, cached) -> float:
         cases = dataclasses.replace(
-            self.task.cases(self.splits[split], self.model.tokenizer), images=self.pictures[split]
+            self.task.eval_examples(self.splits[split], self.model.tokenizer), images=self.pictures[split]
         )
         features = self.features[split] if cached else None
         written = evaluate.predict(self.model, variables, self.task, cases, features=features, batch_size=128)
@@ -95,7 +95,7 @@ class Bench:
         examples = dataclasses.replace(examples, images=None if cached else self.pictures["train"])
         features = self.features["train"] if cached else None
         tx = optim.optimizer(self.config.optim, tree.split(variables, mask)[0], self.config.steps)
-        step = functools.partial(loop.train_step, model=self.model, task=self.task, tx=tx, accumulate=1)
+        step = functools.partial(loop.train_step, model=self.model, task=self.task, tx=tx, grad_accum=1)
         step = jax.jit(step, donate_argnums=0)
 
         def run(seed, lr):
@@ -163,7 +163,9 @@ def main():
         parser.error(f"{args.out} holds a run with other settings ({done['settings']}); choose another file")
     bench = Bench(args.task, steps)
     base = bench.score({"params": bench.params}, "test", True)
-    blind = bench.task.blind(bench.splits["train"], bench.task.cases(bench.splits["test"], bench.model.tokenizer).rows)
+    blind = bench.task.blind(
+        bench.splits["train"], bench.task.eval_examples(bench.splits["test"], bench.model.tokenizer).rows
+    )
     floor = {name: one[bench.task.main_metric] for name, one in blind.items()}
     print(
         f"{args.task}, {steps} steps, test {bench.task.main_metric}: frozen base {base:.3f}, blind {floor}", flush=True

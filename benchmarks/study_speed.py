@@ -105,7 +105,7 @@ def lanes(config, workdir: Path) -> None:
             return loop.TrainState(jnp.int32(0), tuned, opt, jnp.uint32(0))
 
         state = jax.tree.map(lambda *x: jnp.stack(x), *(start(run.lr) for run in runs))
-        step = functools.partial(loop.train_step, model=model, task=task, tx=tx, accumulate=1)
+        step = functools.partial(loop.train_step, model=model, task=task, tx=tx, grad_accum=1)
         step = jax.jit(jax.vmap(step, in_axes=(0, None, None, None)), donate_argnums=0)
         batches = pipeline.batches(examples, c.batch_size, seed=c.seed)
         for _ in range(c.steps):
@@ -114,7 +114,7 @@ def lanes(config, workdir: Path) -> None:
             versions = {"tuned": tree.join(jax.tree.map(lambda x, i=i: x[i], state.tuned), frozen)}
             metrics = {}
             for name in c.eval.splits:
-                cases = task.cases(splits[name], model.tokenizer)
+                cases = task.eval_examples(splits[name], model.tokenizer)
                 looked_at = (splits[name], cases, pictures[name], features[name])
                 metrics[name], _ = run.evaluate(c, model, task, versions, *looked_at, lambda _, x: x)
                 metrics[name] |= run.yardstick(task, split, name, cases, model.tokenizer, lambda *_: None)
@@ -214,7 +214,7 @@ class Peer:
             loss = (self._losses(batch, "train") * weights).sum() / (len(weights) if self.asks else weights.sum())
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(tuned, c.optim.clip)
+            torch.nn.utils.clip_grad_norm_(tuned, c.optim.clip_norm)
             optimizer.step()
             schedule.step()
 
@@ -226,7 +226,7 @@ class Peer:
 
         self.model.eval()
         c, task, tokenizer, split = self.c, self.task, self.tokenizer, self.splits[name]
-        examples, cases = task.examples(split, tokenizer), task.cases(split, tokenizer)
+        examples, cases = task.examples(split, tokenizer), task.eval_examples(split, tokenizer)
         total, count, texts, prompt = 0.0, 0.0, [], task.prompt_ids(tokenizer)
         with torch.no_grad():
             for batch, n_real in pipeline.one_pass(base.Examples(examples.arrays, None, []), c.eval.batch_size):

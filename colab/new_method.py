@@ -51,7 +51,7 @@ host.keep_freed_memory()
 # %% [markdown]
 # ## The method
 #
-# `kinds` says where it can act (linears, norms, sublayers, keys and values, blocks, embeddings), `where` which of them it
+# `kinds` says where it can act (linears, norms, sublayers, keys and values, blocks, embeddings), `targets` which of them it
 # takes; `init` makes its leaves for one layer; `linear` is what it does to `y = x W + b`; `merge` folds it into the weights.
 
 
@@ -60,7 +60,7 @@ host.keep_freed_memory()
 class FourierFT(Method):
     n: int = 64  # coefficients per matrix
     alpha: float = 150.0
-    where: str = r"text_.*attention/(query|value)$"
+    targets: str = r"text_.*attention/(query|value)$"
     name: ClassVar[str] = "fourier"
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
     size_field: ClassVar[str] = "n"
@@ -68,17 +68,17 @@ class FourierFT(Method):
     def init(self, rng, site, base):
         return {"c": jnp.zeros(self.n)}  # zero: training starts at the base
 
-    def delta(self, theta, shape):
+    def delta(self, params, shape):
         n_in, n_out = shape
         places = jax.random.choice(jax.random.key(2024), n_in * n_out, (self.n,), replace=False)
-        spectrum = jnp.zeros(n_in * n_out).at[places].set(theta["c"]).reshape(shape)
+        spectrum = jnp.zeros(n_in * n_out).at[places].set(params["c"]).reshape(shape)
         return self.alpha * jnp.fft.ifft2(spectrum).real
 
-    def linear(self, theta, x, y, base, rng):
-        return y + x @ self.delta(theta, base["kernel"].shape)
+    def linear(self, params, x, y, base, rng):
+        return y + x @ self.delta(params, base["kernel"].shape)
 
-    def merge(self, theta, base):
-        return base | {"kernel": base["kernel"] + self.delta(theta, base["kernel"].shape)}
+    def merge(self, params, base):
+        return base | {"kernel": base["kernel"] + self.delta(params, base["kernel"].shape)}
 
 
 # %% [markdown]

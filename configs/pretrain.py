@@ -44,6 +44,6 @@ def get_config(arg=""):
     )
     for stage in c.stages.values():
         stage.steps = a.steps or stage.steps
-    c.optim.decay = 0.05
+    c.optim.weight_decay = 0.05
     c.n_heldout = 512
     return c

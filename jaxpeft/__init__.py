@@ -24,6 +24,7 @@ from jaxpeft.interchange import export_blip, export_peft, import_peft, load_tune
 from jaxpeft.methods import *  # noqa: F403  every method, by its class name
 from jaxpeft.methods import __all__ as _methods
 from jaxpeft.models.loading import load
+from jaxpeft.runtime import renamed as _renamed
 from jaxpeft.training.evaluate import generate
 from jaxpeft.training.run import load_run, run
 from jaxpeft.tree import join, split
@@ -37,3 +38,10 @@ __all__ = [
     "intercept", "join", "load", "load_run", "load_tuned", "merge", "run", "save_tuned", "solve_size", "split", "stack",
     "trainable",
 ]  # fmt: skip
+
+
+def __getattr__(name: str):
+    """Modules of version 0.1 are an ImportError that names today's."""
+    if name in _renamed.MODULES:
+        raise ImportError(f"jaxpeft.{name} is now jaxpeft.{_renamed.MODULES[name]}")
+    raise AttributeError(f"module 'jaxpeft' has no attribute {name!r}")

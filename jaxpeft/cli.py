@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 import jaxpeft
 from jaxpeft import tree
-from jaxpeft.runtime import host, registry, signals
+from jaxpeft.runtime import host, registry, renamed, signals
 
 PACKAGE = Path(jaxpeft.__file__).parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed; in a clone
@@ -206,7 +206,9 @@ def _mistake(path: str, arg: str, overrides: list[str], error: Exception) -> str
             section = key.rpartition(".")[0] or key
             beside = ", ".join(name for name in sorted(known) if name.startswith(f"{section}."))
             there = f"; {section} has {beside}" if beside else ""
+            if key in renamed.CONFIG:
+                return f"--config.{key} is now --config.{renamed.CONFIG[key]}"
             return f"--config.{key}: no such key{registry.did_you_mean(key, known)}{there}"
     while "\n" in str(error) and (error.__cause__ or error.__context__):  # absl's texts hold whole tracebacks
         error = error.__cause__ or error.__context__
-    return str(error)
+    return f"{error}{renamed.advice(error)}"

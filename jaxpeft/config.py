@@ -82,7 +82,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
 
     c.mesh = ml_collections.ConfigDict({"data": 0, "fsdp": 1, "tensor": 1})  # devices; data 0: what the others leave
     c.batch_size = 32
-    c.accumulate = 1  # microbatches per step
+    c.grad_accum = 1  # microbatches per step
     c.steps = 1200  # 0: as many as `epochs` passes over the training examples take, at least 100
     c.epochs = 0.0
     c.optim = ml_collections.ConfigDict()
@@ -91,9 +91,9 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.optim.schedule = "cosine"
     c.optim.warmup = 0.06
     c.optim.cooldown = 0.2  # of schedule 'plateau'
-    c.optim.decay = 0.0
+    c.optim.weight_decay = 0.0
     c.optim.no_decay = r"(bias|scale|position|class_embedding)$"
-    c.optim.clip = 1.0
+    c.optim.clip_norm = 1.0
     c.optim.b1 = 0.9
     c.optim.b2 = 0.999
 
@@ -132,7 +132,7 @@ def blip_recipe(c: ml_collections.ConfigDict, a, n_examples: int, lr: float) -> 
     c.model.image_size, c.model.dtype, c.model.dropout = a.image_size, a.dtype, 0.1
     c.model.extend_vocabulary = False  # WordPiece has a piece for nearly everything
     c.batch_size, c.steps = a.batch_size, a.steps or a.epochs * n_examples // a.batch_size
-    c.optim.lr, c.optim.warmup, c.optim.decay, c.optim.clip = a.lr or lr, 0.0, 0.05, 0.0
+    c.optim.lr, c.optim.warmup, c.optim.weight_decay, c.optim.clip_norm = a.lr or lr, 0.0, 0.05, 0.0
     c.optim.no_decay = ""
     c.checkpoint_every, c.eval.batch_size, c.eval.base = 1000, 32, False
 

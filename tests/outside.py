@@ -17,9 +17,9 @@ from jaxpeft.training.optim import OPTIMIZERS
 
 @dataclasses.dataclass(frozen=True)
 class Shift(Method):
-    """A learned offset of every linear's output that `where` matches."""
+    """A learned offset of every linear's output that `targets` matches."""
 
-    where: str = r"^text_decoder/blocks/mlp/down$"
+    targets: str = r"^text_decoder/blocks/mlp/down$"
     gain: float = 1.0
     name: ClassVar[str] = "shift"
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
@@ -27,11 +27,11 @@ class Shift(Method):
     def init(self, rng, site, base):
         return {"offset": jnp.zeros(site.shape[1])}
 
-    def linear(self, theta, x, y, base, rng):
-        return y + self.gain * theta["offset"].astype(y.dtype)
+    def linear(self, params, x, y, base, rng):
+        return y + self.gain * params["offset"].astype(y.dtype)
 
-    def merge(self, theta, base):
-        return base | {"bias": base["bias"] + self.gain * theta["offset"]}
+    def merge(self, params, base):
+        return base | {"bias": base["bias"] + self.gain * params["offset"]}
 
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220)}

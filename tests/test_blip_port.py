@@ -375,7 +375,7 @@ def test_methods_on_an_untied_head(copy):
     path, _ = untied(copy)
     model, params = jp.load(path)
     batch = {"image": np.zeros((1, 40, 40, 3), np.uint8), "tokens": np.full((1, 1, 3), 7, np.int32)}
-    for method in (jp.LoRA(where="head/vocabulary$", rank=2), jp.Head(matrix="untied")):
+    for method in (jp.LoRA(targets="head/vocabulary$", rank=2), jp.Head(matrix="untied")):
         variables = jp.attach(model, params, method, jax.random.key(0))
         mask = jp.trainable(method, variables)
         moved = jax.tree.map(lambda x, on: x + 0.1 * on, variables, mask)

@@ -283,7 +283,13 @@ def test_answers_for_the_server_are_written_and_not_scored(base, home, tree, tmp
 
 def test_recipes_are_the_published_ones():
     c = blip_caption_coco.get_config("")
-    assert (c.batch_size, c.steps, c.optim.lr, c.optim.decay, c.model.image_size) == (256, 11063, 1e-5, 0.05, 384)
+    assert (c.batch_size, c.steps, c.optim.lr, c.optim.weight_decay, c.model.image_size) == (
+        256,
+        11063,
+        1e-5,
+        0.05,
+        384,
+    )
     c = blip_vqa_v2.get_config("protocol=official")
     assert (c.batch_size, c.optim.lr, c.model.image_size, c.task_options.smoothing) == (256, 2e-5, 480, 0.1)
     assert c.steps == 10 * (443_757 + 214_354 + 1_445_322) // 256

@@ -45,12 +45,12 @@ def row_named(name, index=0):
 
 
 def test_parallel_adapter_without_nonlinearity_is_lora_on_that_map():
-    theta = {"down": normal(12, 3), "down_bias": jnp.zeros(3), "up": normal(3, 12), "up_bias": jnp.zeros(12)}
+    params = {"down": normal(12, 3), "down_bias": jnp.zeros(3), "up": normal(3, 12), "up_bias": jnp.zeros(12)}
     x, y = normal(2, 4, 12), normal(2, 4, 12)
     adapter = jp.ParallelAdapter(bottleneck=3, activation="linear", scale=2.0)
     lora = jp.LoRA(rank=3, alpha="2r")
-    got = adapter.sublayer(theta, x, y, None)
-    expected = lora.linear({"a": theta["down"], "b": theta["up"]}, x, y, {}, None)
+    got = adapter.sublayer(params, x, y, None)
+    expected = lora.linear({"a": params["down"], "b": params["up"]}, x, y, {}, None)
     np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -60,8 +60,8 @@ def attention(x, k_BSNH, v_BSNH, peft=None):
     return module.apply({"params": params} | ({"peft": peft} if peft else {}), *inputs, stream=None), params
 
 
-def bound_kv(method, theta):
-    return {"@kv": (sites.Bound(method, Site("", "kv", (2, 6)), theta, True),)}
+def bound_kv(method, params):
+    return {"@kv": (sites.Bound(method, Site("", "kv", (2, 6)), params, True),)}
 
 
 def test_prefix_is_the_gated_sum_of_two_attentions():
@@ -98,18 +98,20 @@ def test_gated_prefix_scales_scores_and_values_per_query():
 
 def test_serial_adapter_equation_and_pfeiffers_input():
     """y + U relu(D h + d) + u with h = y (Houlsby) or the residual stream after y is added (Pfeiffer)."""
-    theta = {"down": normal(12, 3), "down_bias": normal(3), "up": normal(3, 12), "up_bias": normal(12)}
+    params = {"down": normal(12, 3), "down_bias": normal(3), "up": normal(3, 12), "up_bias": normal(12)}
     x, y = normal(2, 4, 12), normal(2, 4, 12)
     for placement, h in (("houlsby", y), ("pfeiffer", jnp.tanh(x + y))):
         method = jp.SerialAdapter(bottleneck=3, placement=placement)
-        got = method.sublayer(theta, x, y, lambda out: jnp.tanh(x + out))
-        hidden = jnp.maximum(h @ theta["down"] + theta["down_bias"][None, None], 0)
-        np.testing.assert_allclose(got, y + hidden @ theta["up"] + theta["up_bias"][None, None], atol=1e-5, rtol=1e-4)
+        got = method.sublayer(params, x, y, lambda out: jnp.tanh(x + out))
+        hidden = jnp.maximum(h @ params["down"] + params["down_bias"][None, None], 0)
+        np.testing.assert_allclose(got, y + hidden @ params["up"] + params["up_bias"][None, None], atol=1e-5, rtol=1e-4)
 
 
 def test_pfeiffer_reads_what_the_block_normalises():
     """In a post-norm text block that is LayerNorm(x + y) with the block's own scale; zeroing the scale shows it."""
-    method = jp.SerialAdapter(where="text_decoder", bottleneck=3, placement="pfeiffer", init_weights="normal", std=1.0)
+    method = jp.SerialAdapter(
+        targets="text_decoder", bottleneck=3, placement="pfeiffer", init_weights="normal", std=1.0
+    )
     params = tiny.params()
     flat = dict(tree.flatten(params))
     for name in ("scale", "bias"):
@@ -118,31 +120,31 @@ def test_pfeiffer_reads_what_the_block_normalises():
     variables = attach(method, params)
     (bound,) = variables["peft"]["text_decoder"]["blocks"]["mlp"]["@sublayer"]
     np.testing.assert_array_equal(logits(variables), logits({"params": params}))  # reads zeros, biases are zero
-    assert np.any(bound.theta["down"] != 0)
+    assert np.any(bound.params["down"] != 0)
 
 
 def test_compacter_is_a_sum_of_kronecker_products():
     method = jp.Compacter(bottleneck=4, n=2)
-    theta = {f"down_{p}": normal(*s) for p, s in (("s", (2, 6, 1)), ("t", (2, 1, 2)))}
-    theta |= {f"up_{p}": normal(*s) for p, s in (("s", (2, 2, 1)), ("t", (2, 1, 6)))}
-    theta |= {"down_bias": normal(4), "up_bias": normal(12)}
+    params = {f"down_{p}": normal(*s) for p, s in (("s", (2, 6, 1)), ("t", (2, 1, 2)))}
+    params |= {f"up_{p}": normal(*s) for p, s in (("s", (2, 2, 1)), ("t", (2, 1, 6)))}
+    params |= {"down_bias": normal(4), "up_bias": normal(12)}
     rule = normal(2, 2, 2)
-    full = method.expand(theta, {"rule": rule}, Site("", "sublayer", (12,)))
+    full = method.expand(params, {"rule": rule}, Site("", "sublayer", (12,)))
     for part in ("down", "up"):
-        expected = sum(np.kron(rule[i], theta[f"{part}_s"][i] @ theta[f"{part}_t"][i]) for i in range(2))
+        expected = sum(np.kron(rule[i], params[f"{part}_s"][i] @ params[f"{part}_t"][i]) for i in range(2))
         np.testing.assert_allclose(full[part], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_oft_turns_blocks_without_stretching_them():
     method = jp.OFT(block=4)
-    theta = method.expand({"q": normal(3, 6)}, {}, Site("", "linear", (12, 5)))
-    for r in theta["r"]:
+    params = method.expand({"q": normal(3, 6)}, {}, Site("", "linear", (12, 5)))
+    for r in params["r"]:
         np.testing.assert_allclose(r @ r.T, np.eye(4), atol=1e-5)
         assert np.linalg.det(r) > 0
     x = normal(2, 3, 12)
-    turned = method.inputs(theta, x)
+    turned = method.inputs(params, x)
     np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
-    block = jax.scipy.linalg.block_diag(*theta["r"])
+    block = jax.scipy.linalg.block_diag(*params["r"])
     np.testing.assert_allclose(turned, x @ block, atol=1e-5)
 
 
@@ -165,11 +167,11 @@ def test_dora_with_the_norms_of_the_updated_kernel_is_lora():
 def test_pissa_starts_from_the_principal_part():
     """s A0 B0 is the best rank-r approximation of the kernel, and the base with it left out is the paper's residual."""
     kernel, method = normal(12, 9), jp.PiSSA(rank=3, alpha=6.0)
-    theta = method.init(jax.random.key(0), Site("x", "linear", (12, 9)), {"kernel": kernel, "bias": None})
+    params = method.init(jax.random.key(0), Site("x", "linear", (12, 9)), {"kernel": kernel, "bias": None})
     left, values, right = np.linalg.svd(kernel)
     best = left[:, :3] * values[:3] @ right[:3]
-    np.testing.assert_allclose(method.scale * theta["a"] @ theta["b"], best, atol=1e-5)
-    moved = theta | {"a": theta["a"] + 0.1, "b": theta["b"] - 0.1}
+    np.testing.assert_allclose(method.scale * params["a"] @ params["b"], best, atol=1e-5)
+    moved = params | {"a": params["a"] + 0.1, "b": params["b"] - 0.1}
     expected = (kernel - best) + method.scale * moved["a"] @ moved["b"]
     np.testing.assert_allclose(kernel + method.delta(moved), expected, atol=1e-5)
 
@@ -177,11 +179,11 @@ def test_pissa_starts_from_the_principal_part():
 def test_vera_equation_and_one_pair_of_matrices():
     variables = attach(jp.VeRA(rank=5))
     (shared,) = variables["peft"][sites.SHARED].values()
-    assert {k: v.shape for k, v in shared.theta.items()} == {"a": (12, 5), "b": (5, 12)}
-    theta = {"a": normal(12, 5), "b": normal(5, 7), "d": normal(5), "l": normal(7)}
+    assert {k: v.shape for k, v in shared.params.items()} == {"a": (12, 5), "b": (5, 12)}
+    params = {"a": normal(12, 5), "b": normal(5, 7), "d": normal(5), "l": normal(7)}
     x, y = normal(2, 3, 12), normal(2, 3, 7)
-    got = jp.VeRA(rank=5).linear(theta, x, y, {}, None)
-    expected = y + ((x @ theta["a"]) * theta["d"][None, None]) @ theta["b"] * theta["l"][None, None]
+    got = jp.VeRA(rank=5).linear(params, x, y, {}, None)
+    expected = y + ((x @ params["a"]) * params["d"][None, None]) @ params["b"] * params["l"][None, None]
     np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -192,20 +194,20 @@ def test_vpt_deep_puts_fresh_rows_at_every_layer():
     np.testing.assert_array_equal(out[:, :2], jnp.broadcast_to(rows[None], (3, 2, 12)))
     np.testing.assert_array_equal(out[:, 2:], x[:, 2:])
     bound = np.sqrt(6 / (3 * 8**2 + 12))
-    theta = jp.VPT(length=50, patch=8).init(jax.random.key(0), Site("vision", "embed", (12,)), {})
-    assert 0.95 * bound < np.abs(theta["rows"]).max() <= bound
+    params = jp.VPT(length=50, patch=8).init(jax.random.key(0), Site("vision", "embed", (12,)), {})
+    assert 0.95 * bound < np.abs(params["rows"]).max() <= bound
 
 
 def test_prompts_start_as_words_look_to_the_stack():
     """'vocabulary' and 'text' rows are normalised as the embedding does it; position embeddings are not added."""
     flat = tree.flatten(tiny.params())
     word, scale, bias = (flat[f"text_decoder/embed/{n}"] for n in ("word", "norm/scale", "norm/bias"))
-    variables = attach(jp.Prompt(where="^text_decoder$", length=3, start="text", text="w3 w5"))
+    variables = attach(jp.Prompt(targets="^text_decoder$", length=3, init_weights="text", text="w3 w5"))
     (bound,) = variables["peft"]["text_decoder"]["@embed"]
     ids = tiny.TOKENIZER.encode("w3 w5")[1:-1]
     rows = word[jnp.array([ids[0], ids[1], ids[0]])]
     rows = (rows - rows.mean(-1, keepdims=True)) / rows.std(-1, keepdims=True)
-    np.testing.assert_allclose(bound.theta["rows"], rows * scale[None] + bias[None], atol=1e-5)
+    np.testing.assert_allclose(bound.params["rows"], rows * scale[None] + bias[None], atol=1e-5)
 
 
 # ---------------------------------------------------------------- a method against itself
@@ -221,12 +223,12 @@ def test_folded_prefix_equals_unfolded():
 def test_prefix_mlp_is_the_papers_reparameterisation():
     """P = tanh(E W1 + b1) W2 + b2, cut into keys and values per layer."""
     method = jp.Prefix(length=3, mlp=5)
-    theta = {"embedding": normal(3, 12), "w1": normal(12, 5), "b1": normal(5)}
-    theta |= {"w2": normal(4, 5, 2, 2, 6), "b2": normal(4, 2, 2, 6)}
-    flat = method.expand(theta, {}, Site("", "kv", (2, 6), 4))
-    hidden = np.tanh(theta["embedding"] @ theta["w1"] + np.asarray(theta["b1"])[None])
+    params = {"embedding": normal(3, 12), "w1": normal(12, 5), "b1": normal(5)}
+    params |= {"w2": normal(4, 5, 2, 2, 6), "b2": normal(4, 2, 2, 6)}
+    flat = method.expand(params, {}, Site("", "kv", (2, 6), 4))
+    hidden = np.tanh(params["embedding"] @ params["w1"] + np.asarray(params["b1"])[None])
     for layer in range(4):
-        both = hidden @ theta["w2"][layer].reshape(5, -1) + np.asarray(theta["b2"][layer]).reshape(1, -1)
+        both = hidden @ params["w2"][layer].reshape(5, -1) + np.asarray(params["b2"][layer]).reshape(1, -1)
         both = both.reshape(3, 2, 2, 6)
         np.testing.assert_allclose(flat["k"][layer], both[:, 0], atol=1e-5, rtol=1e-4)
         np.testing.assert_allclose(flat["v"][layer], both[:, 1], atol=1e-5, rtol=1e-4)
@@ -240,7 +242,10 @@ def test_scoped_leaves_the_other_layers_alone(method):
 
 
 def test_mam_equals_its_parts():
-    parts = (jp.Prefix(where="^text_.*attention$", length=2), jp.ParallelAdapter(where="^text_.*mlp$", bottleneck=4))
+    parts = (
+        jp.Prefix(targets="^text_.*attention$", length=2),
+        jp.ParallelAdapter(targets="^text_.*mlp$", bottleneck=4),
+    )
     both = perturbed(attach(parts)), perturbed(attached(row_named("mam"))[0])
     np.testing.assert_array_equal(logits(both[0]), logits(both[1]))
 
@@ -259,12 +264,12 @@ def test_scoped_to_layers_equals_identity_in_the_others():
 
 def test_scoped_prefix_hides_in_the_other_layers():
     """A prefix in layer 1 only: with that layer's leaves in a prefix of all layers, hiding layer 0 gives the same."""
-    method = jp.Prefix(where="^text_encoder.*cross_attention$", length=2)
+    method = jp.Prefix(targets="^text_encoder.*cross_attention$", length=2)
     scoped = sites.expand(perturbed(attach(Scoped(method=method, layers=(1,)))))
     (bound,) = scoped["peft"]["text_encoder"]["blocks"]["cross_attention"]["@kv"]
-    assert bound.theta["on"].tolist() == [False, True] and bound.theta["k"].shape[0] == 2
-    moved = bound.theta | {"k": bound.theta["k"].at[0].set(7.0), "v": bound.theta["v"].at[0].set(-7.0)}
-    other = jax.tree.map(lambda b: dataclasses.replace(b, theta=moved), scoped["peft"], is_leaf=sites.is_bound)
+    assert bound.params["on"].tolist() == [False, True] and bound.params["k"].shape[0] == 2
+    moved = bound.params | {"k": bound.params["k"].at[0].set(7.0), "v": bound.params["v"].at[0].set(-7.0)}
+    other = jax.tree.map(lambda b: dataclasses.replace(b, params=moved), scoped["peft"], is_leaf=sites.is_bound)
     np.testing.assert_array_equal(logits(scoped), logits(scoped | {"peft": other}))
     assert np.abs(logits(scoped) - logits({"params": tiny.params()})).max() > 1e-3
 
@@ -305,9 +310,9 @@ def test_cached_decoding_equals_the_uncached_forward(row):
 def test_order_of_methods_at_a_linear():
     """OFT turns the input of everything; LoRA adds to the turned map; IA3 then scales it: merged in that order."""
     many = (
-        jp.OFT(where="decoder.*value$", block=4),
-        jp.LoRA(where="decoder.*value$", rank=2),
-        jp.IA3(where="decoder.*value$"),
+        jp.OFT(targets="decoder.*value$", block=4),
+        jp.LoRA(targets="decoder.*value$", rank=2),
+        jp.IA3(targets="decoder.*value$"),
     )
     variables = perturbed(attach(many))
     merged = jp.merge(tiny.model(), variables)
@@ -324,7 +329,7 @@ def test_dora_must_come_first():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: Scoped(where="text_decoder"), "Scoped goes around another method"),
+        (lambda: Scoped(targets="text_decoder"), "Scoped goes around another method"),
         (lambda: Gated(), "Gated goes around another method"),
         (lambda: Scoped(method=jp.BitFit(), layers=(0,)), "bitfit trains base leaves.*limit it by `where`"),
         (lambda: Scoped(method=jp.LoRA(), layers=(-1,)), "give numbers from 0"),
@@ -332,8 +337,8 @@ def test_dora_must_come_first():
         (lambda: attach(jp.OFT(block=5)), "block 5 does not divide the 12 inputs of"),
         (lambda: attach(jp.PiSSA(rank=13)), "rank is 13; .* has 12"),
         (lambda: attach(jp.Compacter(bottleneck=6)), "n=4 does not divide width 12 and bottleneck 6"),
-        (lambda: attach(jp.Prompt(where="^vision$")), "has no words to start from"),
-        (lambda: jp.Prompt(start="text"), "start='text' needs it"),
+        (lambda: attach(jp.Prompt(targets="^vision$")), "has no words to start from"),
+        (lambda: jp.Prompt(init_weights="text"), "init_weights='text' needs it"),
         (lambda: jp.Prefix(positions="both"), "positions is 'both'; choose one of keep, shift"),
         (lambda: jp.SerialAdapter(placement="middle"), "placement is 'middle'"),
         (lambda: jp.ParallelAdapter(activation="tanh"), "activation is 'tanh'"),
@@ -346,7 +351,7 @@ def test_what_makes_no_sense_is_refused_with_the_value(call, message):
 
 
 def test_scoped_prefix_with_an_mlp_folds():
-    variables = perturbed(attach(Scoped(method=jp.Prefix(length=2, mlp=3), where="encoder", layers=(1,))))
+    variables = perturbed(attach(Scoped(method=jp.Prefix(length=2, mlp=3), targets="encoder", layers=(1,))))
     folded = jp.fold(variables)
     assert {leaf.shape for leaf in jax.tree.leaves(folded["peft"])} == {(1, 2, 2, 6)}
     np.testing.assert_allclose(logits(folded), logits(variables), atol=1e-6)
@@ -372,7 +377,7 @@ def test_eight_devices_and_vmap_over_tuned_trees_equal_one_device(row):
     def step(tuned, frozen, batch):
         state = loop.TrainState(jnp.int32(0), tuned, tx.init(tuned))
         return loop.train_step(
-            state, frozen, None, batch, model=tiny.model(), task=tasks.build("vqa"), tx=tx, accumulate=1
+            state, frozen, None, batch, model=tiny.model(), task=tasks.build("vqa"), tx=tx, grad_accum=1
         )[0].tuned
 
     alone = jax.jit(step)
@@ -471,7 +476,7 @@ def test_solve_size_finds_the_size_that_stores_this_much(row):
 def test_solve_size_reports_gap_and_cap():
     near = jp.solve_size(jp.LoRA(), tiny.model(), 1000)  # 384 per unit of rank: 3 ranks are 1152, 2 are 768
     assert (near.size, near.stored, near.capped) == (3, 1152, False) and "+15.20 %" in str(near)
-    prompt = jp.solve_size(jp.Prompt(where="decoder"), tiny.model(), 10_000)
+    prompt = jp.solve_size(jp.Prompt(targets="decoder"), tiny.model(), 10_000)
     assert (prompt.size, prompt.stored, prompt.capped) == (16, 16 * 12, True) and "the most" in str(prompt)
     with pytest.raises(ValueError, match="bitfit: no size"):
         jp.solve_size(jp.BitFit(), tiny.model(), 1000)
@@ -487,14 +492,14 @@ def test_solve_size_reports_gap_and_cap():
         (jp.OFT(), 571_392),
         (jp.LayerNorms(), 58_368),
         (jp.BitFit(), 180_284),
-        (jp.BitFit(where="vision"), 102_912),
+        (jp.BitFit(targets="vision"), 102_912),
         (jp.SerialAdapter(placement="pfeiffer", bottleneck=32), 599_424),
         (jp.ParallelAdapter(bottleneck=64), 1_189_632),
         (jp.SerialAdapter(bottleneck=16), 912_960),
         (jp.Prefix(length=16), 589_824),
-        (jp.Prefix(where="self_attention", length=16), 294_912),
+        (jp.Prefix(targets="self_attention", length=16), 294_912),
         (jp.Prompt(length=100), 76_800),
-        (jp.LoRA(where=r"attention/(query|value)$"), 589_824 + 12 * 2 * 2 * 768 * 8),
+        (jp.LoRA(targets=r"attention/(query|value)$"), 589_824 + 12 * 2 * 2 * 768 * 8),
     ],
     ids=lambda x: getattr(x, "name", x),
 )

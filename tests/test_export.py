@@ -51,7 +51,7 @@ def runs(tmp_path_factory):
         ):  # fmt: skip
             c = config_of("tiny", task, method, **{"optim.lr": 0.01, "data.n_train": 4, "data.n_test": 3, "steps": 4})
             if method == "prompt":
-                c.method.where, c.method.positions, c.method.length = "^text_decoder$", "shift", 3
+                c.method.targets, c.method.positions, c.method.length = "^text_decoder$", "shift", 3
             patch.setattr(scenes, "load", with_words(plain) if words else plain)
             run.run(c, home / f"{task}-{method}", lambda *_: None)
             found[task, method] = home / f"{task}-{method}"

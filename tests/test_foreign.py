@@ -56,16 +56,16 @@ class Model(nn.Module):
 
 
 METHODS = (
-    jp.LoRA(where=r"attention/(query|value|out)$", rank=2),
-    jp.IA3(where=r"attention/key$|mlp/down$"),
-    jp.SerialAdapter(where="", bottleneck=3, placement="pfeiffer"),
-    jp.ParallelAdapter(where=r"attention$", bottleneck=2),
-    jp.BitFit(where="head"),
+    jp.LoRA(targets=r"attention/(query|value|out)$", rank=2),
+    jp.IA3(targets=r"attention/key$|mlp/down$"),
+    jp.SerialAdapter(targets="", bottleneck=3, placement="pfeiffer"),
+    jp.ParallelAdapter(targets=r"attention$", bottleneck=2),
+    jp.BitFit(targets="head"),
 )
 MERGEABLE = (
-    jp.LoRA(where=r"attention/(query|out)$|mlp/", rank=2),
-    jp.SSF(where=r"norm$|up$"),
-    jp.OFT(where="value$", block=4),
+    jp.LoRA(targets=r"attention/(query|out)$|mlp/", rank=2),
+    jp.SSF(targets=r"norm$|up$"),
+    jp.OFT(targets="value$", block=4),
 )
 STYLES = ("plain", "remat", "setup", "scan", "scan remat")
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, D)), jnp.float32)
@@ -110,7 +110,7 @@ def test_merged_equals_intercepted(style):
 
 def test_lora_here_is_the_equation():
     """One Dense by hand: x W + b + s x A B."""
-    model, params, bridge, variables = start("plain", jp.LoRA(where="head$", rank=2))
+    model, params, bridge, variables = start("plain", jp.LoRA(targets="head$", rank=2))
     variables = moved(variables)
     (bound,) = variables["peft"]["head"]["@linear"]
     model_without_head = model.apply({"params": params}, X)
@@ -123,7 +123,7 @@ def test_lora_here_is_the_equation():
 
     with nn.intercept_methods(keep):
         model.apply({"params": params}, X)
-    expected = model_without_head + 2.0 * hidden[0] @ bound.theta["a"] @ bound.theta["b"]
+    expected = model_without_head + 2.0 * hidden[0] @ bound.params["a"] @ bound.params["b"]
     np.testing.assert_allclose(bridge.apply(model, variables, X), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -134,8 +134,8 @@ def test_what_cannot_be_seen_is_refused(method):
 
 
 def test_a_pattern_that_matches_nothing_names_the_nearest():
-    with pytest.raises(ValueError, match="lora: where='attention/qurey' matches none .* nearest: .*attention/query"):
-        start("plain", jp.LoRA(where="attention/qurey"))
+    with pytest.raises(ValueError, match="lora: targets='attention/qurey' matches none .* nearest: .*attention/query"):
+        start("plain", jp.LoRA(targets="attention/qurey"))
 
 
 # ---------------------------------------------------------------- traps
@@ -160,7 +160,7 @@ def test_a_module_level_nn_jit_that_answers_from_its_cache_is_an_error():
 
     model = Cached()
     params = model.init(jax.random.key(0), X)["params"]
-    bridge = jp.intercept(jp.LoRA(where="mlp/up$", rank=2))
+    bridge = jp.intercept(jp.LoRA(targets="mlp/up$", rank=2))
     try:
         variables = moved(bridge.attach(model, params, jax.random.key(1), X))
     except ValueError as error:  # the table itself came from the cache
@@ -204,7 +204,7 @@ def test_an_unreached_site_is_an_error_unless_allowed():
 
     model = Two()
     params = model.init(jax.random.key(0), X)["params"]
-    bridge = jp.intercept(jp.LoRA(where="", rank=2))
+    bridge = jp.intercept(jp.LoRA(targets="", rank=2))
     variables = bridge.attach(model, params, jax.random.key(1), X)
     with pytest.raises(ValueError, match=r"1 sites were not reached: other \(linear\)"):
         bridge.apply(model, variables, X, method="half")
@@ -229,8 +229,8 @@ def test_a_vision_transformer_of_another_package():
         model = UViT(patch_size=4, emb_features=24, num_layers=2, num_heads=2, dropout_rate=0.0)
         fresh = model.init(jax.random.key(0), x, t, text)["params"]
         params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), fresh)
-        linear = (jp.LoRA(where=r"to_(q|v)$", rank=2), jp.IA3(where=r"to_k$|ff/net_2$", feedforward="net_2"))
-        many = (*linear, jp.ParallelAdapter(where=r"Attention/ff$", bottleneck=2), jp.LayerNorms(where=""))
+        linear = (jp.LoRA(targets=r"to_(q|v)$", rank=2), jp.IA3(targets=r"to_k$|ff/net_2$", feedforward="net_2"))
+        many = (*linear, jp.ParallelAdapter(targets=r"Attention/ff$", bottleneck=2), jp.LayerNorms(targets=""))
         bridge = jp.intercept(many)
         variables = bridge.attach(model, params, jax.random.key(1), x, t, text)
         assert sum(site.kind == "linear" for site in bridge.sites(model, x, t, text)) == 23
@@ -292,7 +292,7 @@ class One(nn.Module):
 
 def bound(model, method=None, x=X):
     params = model.init(jax.random.key(0), x)["params"]
-    bridge = jp.intercept(method or jp.LoRA(where="layer$", rank=2))
+    bridge = jp.intercept(method or jp.LoRA(targets="layer$", rank=2))
     return params, bridge, moved(bridge.attach(model, params, jax.random.key(1), x))
 
 
@@ -308,7 +308,7 @@ def bound(model, method=None, x=X):
 def test_a_linear_gets_its_method_once_however_it_is_made_and_called(model, factor):
     params, bridge, variables = bound(model)
     (one,) = variables["peft"]["layer"]["@linear"]
-    expected = model.apply({"params": params}, X) + factor * 2.0 * X @ one.theta["a"] @ one.theta["b"]
+    expected = model.apply({"params": params}, X) + factor * 2.0 * X @ one.params["a"] @ one.params["b"]
     np.testing.assert_allclose(bridge.apply(model, variables, X), expected, atol=1e-5, rtol=1e-4)
     merged = model.apply({"params": bridge.merge(model, variables, X)}, X)
     np.testing.assert_allclose(merged, expected, atol=1e-5, rtol=1e-4)
@@ -325,13 +325,13 @@ def test_a_sublayer_and_a_norm_get_their_method_once():
             return super().__call__(x) + 1
 
     model = One(lambda name: Louder(name=name))
-    params, bridge, variables = bound(model, jp.ParallelAdapter(where="layer$", bottleneck=2, scale=1.0))
+    params, bridge, variables = bound(model, jp.ParallelAdapter(targets="layer$", bottleneck=2, scale=1.0))
     (one,) = variables["peft"]["layer"]["@sublayer"]
-    t, plain = one.theta, model.apply({"params": params}, X)
+    t, plain = one.params, model.apply({"params": params}, X)
     adapter = nn.relu(X @ t["down"] + t["down_bias"][None, None]) @ t["up"] + t["up_bias"][None, None]
     np.testing.assert_allclose(bridge.apply(model, variables, X), plain + adapter, atol=1e-5, rtol=1e-4)
     model = One(lambda name: Shifted(name=name))
-    params, bridge, variables = bound(model, jp.SSF(where="layer$"))
+    params, bridge, variables = bound(model, jp.SSF(targets="layer$"))
     merged = model.apply({"params": bridge.merge(model, variables, X)}, X)
     np.testing.assert_allclose(bridge.apply(model, variables, X), merged, atol=1e-5, rtol=1e-4)
 
@@ -346,7 +346,7 @@ def test_merging_names_what_it_cannot_find():
             return nn.Dense(D, name="out")(jitted(name="mlp")(x))
 
     model = Jitted()
-    _, bridge, variables = bound(model, jp.LoRA(where="mlp/up$|out$", rank=2))
+    _, bridge, variables = bound(model, jp.LoRA(targets="mlp/up$|out$", rank=2))
     with pytest.raises(
         ValueError, match=r"1 sites that methods are bound to were not found .*: lora at mlp/up \(linear\)"
     ):
@@ -365,7 +365,7 @@ def test_foreign_names_of_sublayers_take_serial_adapters():
         ("houlsby", {"MultiHeadDotProductAttention_0", "FeedForward_3"}),
         ("pfeiffer", {"FeedForward_3"}),
     ):
-        method = jp.SerialAdapter(where="", bottleneck=2, placement=placement)
+        method = jp.SerialAdapter(targets="", bottleneck=2, placement=placement)
         params, bridge, variables = bound(model, method)
         assert set(variables["peft"]) == expected
         plain = model.apply({"params": params}, X)
@@ -374,9 +374,11 @@ def test_foreign_names_of_sublayers_take_serial_adapters():
 
 def test_an_adapter_that_finds_no_sublayer_says_what_it_looks_for():
     model = One(lambda name: Mlp(name=name))
-    message = "where='layer' matches layer; but it acts at sublayers called attention or mlp .placement='houlsby'. only"
+    message = (
+        "targets='layer' matches layer; but it acts at sublayers called attention or mlp .placement='houlsby'. only"
+    )
     with pytest.raises(ValueError, match=message):
-        bound(model, jp.SerialAdapter(where="layer", bottleneck=2))
+        bound(model, jp.SerialAdapter(targets="layer", bottleneck=2))
 
 
 class Raw(nn.Module):
@@ -395,14 +397,14 @@ class Raw(nn.Module):
     ids=["conv", "raw parameter", "own product"],
 )
 def test_what_is_out_of_reach_is_named_with_its_class(make, message):
-    with pytest.raises(ValueError, match="where='layer.' matches none of the 0 linear sites.*" + message):
+    with pytest.raises(ValueError, match="targets='layer.' matches none of the 0 linear sites.*" + message):
         bound(One(make))
 
 
 def test_nnx_modules_and_other_things_are_refused():
     from flax import nnx
 
-    bridge = jp.intercept(jp.LoRA(where="", rank=2))
+    bridge = jp.intercept(jp.LoRA(targets="", rank=2))
     with pytest.raises(ValueError, match="Linear is a flax.nnx module; methods can be put on flax.linen modules only"):
         bridge.attach(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), {}, jax.random.key(0), X)
     with pytest.raises(ValueError, match="function is no flax.linen module"):
@@ -422,7 +424,7 @@ def test_vmap_carries_the_collection_or_is_an_error(shared):
 
     axis = None if shared else 0
     model, hidden = Both(((True, axis),)), Both((("params", axis),))
-    params, bridge, variables = bound(model, jp.LoRA(where="up$", rank=2))
+    params, bridge, variables = bound(model, jp.LoRA(targets="up$", rank=2))
     plain = model.apply({"params": params}, X)
     adapted = bridge.apply(model, variables, X)
     assert np.abs(adapted - plain).max() > 1e-2
@@ -430,4 +432,4 @@ def test_vmap_carries_the_collection_or_is_an_error(shared):
         model.apply({"params": bridge.merge(model, variables, X)}, X), adapted, atol=1e-5, rtol=1e-4
     )
     with pytest.raises(ValueError, match="layer/up lies in a scan or vmap that does not carry the collection 'peft'"):
-        jp.intercept(jp.LoRA(where="up$", rank=2)).attach(hidden, params, jax.random.key(1), X)
+        jp.intercept(jp.LoRA(targets="up$", rank=2)).attach(hidden, params, jax.random.key(1), X)

@@ -174,13 +174,13 @@ def test_layers_and_heads_survive_the_way_there_and_back(tmp_path):
     "method, reason",
     [
         (jp.SerialAdapter(bottleneck=2), "serial_adapter has no PEFT type"),
-        (jp.Prompt(length=2, start="normal"), "positions='shift'"),
+        (jp.Prompt(length=2, init_weights="normal"), "positions='shift'"),
         (jp.Prefix(length=2, positions="shift"), "PEFT has it at text_decoder/blocks/self_attention only"),
-        (jp.VeRA(where="vision.*query$", rank=2), "fused matrix"),
-        (jp.OFT(where="vision.*query$", block=2), "fused matrix"),
+        (jp.VeRA(targets="vision.*query$", rank=2), "fused matrix"),
+        (jp.OFT(targets="vision.*query$", block=2), "fused matrix"),
         ((jp.LoRA(rank=2), jp.IA3()), "one PEFT directory holds one type"),
-        (jp.IA3(where="head/vocabulary$"), "it scales the bias too over there"),
-        (jp.LoRA(where="vision/patch$", rank=2), "convolution"),
+        (jp.IA3(targets="head/vocabulary$"), "it scales the bias too over there"),
+        (jp.LoRA(targets="vision/patch$", rank=2), "convolution"),
         (jp.BitFit(), "bitfit has no PEFT type"),
     ],
 )

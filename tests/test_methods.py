@@ -83,7 +83,7 @@ def test_training_moves_only_the_tuned_leaves(row):
 
 
 def _steps(state, frozen, tx):
-    step = functools.partial(loop.train_step, model=tiny.model(), task=tasks.build("vqa"), tx=tx, accumulate=1)
+    step = functools.partial(loop.train_step, model=tiny.model(), task=tasks.build("vqa"), tx=tx, grad_accum=1)
     return jax.jit(step)(state, frozen, None, tiny.batch())
 
 
@@ -132,7 +132,7 @@ def test_other_rank_is_another_program():
 @pytest.mark.parametrize(
     "method, message",
     [
-        (LoRA(where="text_decoder/blocks/self_attention/qurey$"), "nearest: .*self_attention/query"),
+        (LoRA(targets="text_decoder/blocks/self_attention/qurey$"), "nearest: .*self_attention/query"),
         (Selective(leaves="layer_norm"), "selective: 'layer_norm' matches no base leaf; nearest: .*norm"),
     ],
 )
@@ -169,7 +169,7 @@ def test_bad_fields_are_named(call, message):
 
 def test_adding_a_method_does_not_change_another_init():
     alone = tree.flatten(jp.attach(tiny.model(), tiny.params(), LoRA(rank=2), jax.random.key(0))["peft"])
-    pair = jp.attach(tiny.model(), tiny.params(), (LoRA(rank=2), LoRA(rank=1, where="query$")), jax.random.key(0))
+    pair = jp.attach(tiny.model(), tiny.params(), (LoRA(rank=2), LoRA(rank=1, targets="query$")), jax.random.key(0))
     both = tree.flatten(pair["peft"])
     assert all(np.array_equal(leaf, both[name]) for name, leaf in alone.items())
     assert any(name.endswith("query/@linear/1/lora/a") for name in both)  # the second one stands beside the first
@@ -178,15 +178,15 @@ def test_adding_a_method_does_not_change_another_init():
 def test_lora_is_the_papers_equation():
     """x W + b + alpha / r * x A B at one linear, with A U(-1/sqrt(in), 1/sqrt(in)) and B zero at init."""
     method = LoRA(rank=3, alpha=6.0)
-    theta = method.init(jax.random.key(0), Site("x", "linear", (50, 7)), {})
-    assert theta["a"].shape == (50, 3) and not theta["b"].any()
+    params = method.init(jax.random.key(0), Site("x", "linear", (50, 7)), {})
+    assert params["a"].shape == (50, 3) and not params["b"].any()
     bound = 50**-0.5
-    assert np.abs(theta["a"]).max() <= bound and np.abs(theta["a"]).max() > 0.9 * bound
+    assert np.abs(params["a"]).max() <= bound and np.abs(params["a"]).max() > 0.9 * bound
     rng = np.random.default_rng(0)
-    theta = {name: rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in theta.items()}
+    params = {name: rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in params.items()}
     x, kernel = rng.normal(size=(2, 4, 50)).astype(np.float32), rng.normal(size=(50, 7)).astype(np.float32)
-    got = method.linear(theta, jnp.asarray(x), jnp.asarray(x @ kernel), {}, None)
-    np.testing.assert_allclose(got, x @ (kernel + 2.0 * theta["a"] @ theta["b"]), rtol=1e-4, atol=1e-4)
+    got = method.linear(params, jnp.asarray(x), jnp.asarray(x @ kernel), {}, None)
+    np.testing.assert_allclose(got, x @ (kernel + 2.0 * params["a"] @ params["b"]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_lora_dropout_acts_in_training_only():
 
 
 def test_merge_into_a_tied_matrix_is_refused():
-    variables = jp.attach(tiny.model(), tiny.params(), LoRA(where="head/vocabulary$"), jax.random.key(0))
+    variables = jp.attach(tiny.model(), tiny.params(), LoRA(targets="head/vocabulary$"), jax.random.key(0))
     with pytest.raises(ValueError, match="text_decoder/head/vocabulary and text_decoder/embed/word are one matrix"):
         jp.merge(tiny.model(), variables)
 
@@ -220,7 +220,7 @@ def test_merge_into_a_tied_matrix_is_refused():
         (lambda: jp.LoRA(rank="8"), "LoRA: rank is '8'; expected int"),
         (lambda: jp.LoRA(rank=4.0), "LoRA: rank is 4.0; expected int"),
         (lambda: jp.LoRA(rank=True), "LoRA: rank is True; expected int"),
-        (lambda: jp.LoRA(where=16), "LoRA: where is 16; expected str"),
+        (lambda: jp.LoRA(targets=16), "LoRA: targets is 16; expected str"),
         (lambda: jp.SerialAdapter(scale="2"), "SerialAdapter: scale is '2'; expected float"),
         (lambda: jp.LoRA(rank_stabilized=1), "rank_stabilized is 1; expected bool"),
         (lambda: jp.Scoped(method=jp.LoRA(), layers=1), r"layers is 1; expected tuple"),

@@ -116,8 +116,8 @@ def test_rows_of_their_own_compute_what_one_matrix_computes():
     batch["tokens"][:, 0, 1] = n + 1  # yak
     np.testing.assert_array_equal(wider.apply({"params": more}, batch), whole.apply({"params": joined}, batch))
     for method in (
-        jp.PiSSA(where="head/vocabulary$", rank=2), jp.Head(matrix="untied"), jp.Prompt(where="^text_decoder$", length=2),
-        jp.LoRA(where="head/vocabulary$", rank=2),
+        jp.PiSSA(targets="head/vocabulary$", rank=2), jp.Head(matrix="untied"), jp.Prompt(targets="^text_decoder$", length=2),
+        jp.LoRA(targets="head/vocabulary$", rank=2),
     ):  # fmt: skip
         ours = sites.attach(wider, more, method, jax.random.key(0))
         theirs = sites.attach(whole, joined, method, jax.random.key(0))

@@ -24,7 +24,7 @@ REFERENCES = {
 
 def settings(name):
     c = config.get_config().optim
-    c.name, c.lr, c.schedule, c.warmup, c.clip, c.decay = name, LR, "constant", 0.0, 0.0, DECAY
+    c.name, c.lr, c.schedule, c.warmup, c.clip_norm, c.weight_decay = name, LR, "constant", 0.0, 0.0, DECAY
     return c
 
 
@@ -50,7 +50,7 @@ def test_a_rule_is_that_of_optax(name):
     c, params = settings(name), leaves()
     mask = {"kernel": True, "bias": False, "tower": {"blocks": {"kernel": True, "bias": False}}, "scalar": True}
     if name == "sgd":
-        c.decay = 0.0
+        c.weight_decay = 0.0
     ours, theirs = after(optim.optimizer(c, params, 10), params), after(REFERENCES[name](mask), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), ours, theirs)
 
@@ -58,7 +58,7 @@ def test_a_rule_is_that_of_optax(name):
 def test_muon_makes_the_momentum_of_each_layer_orthogonal():
     """The update of a matrix, and of each layer of a stack, has singular values near one; that of a bias is NAdam's."""
     c, params = settings("muon"), leaves()
-    c.decay = 0.0
+    c.weight_decay = 0.0
     moved = jax.tree.map(lambda a, b: (b - a) / LR, params, after(optim.optimizer(c, params, 10), params, n=1))
     for matrix in (moved["kernel"], *moved["tower"]["blocks"]["kernel"]):
         scale = np.sqrt(max(1, matrix.shape[1] / matrix.shape[0]))

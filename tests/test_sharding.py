@@ -57,7 +57,7 @@ def start(tuned):
     return loop.TrainState(jnp.int32(0), tuned, TX.init(tuned), jnp.uint32(0), None, jnp.bool_(True))
 
 
-STEP = functools.partial(loop.train_step, model=MODEL, task=TASK, tx=TX, accumulate=1)
+STEP = functools.partial(loop.train_step, model=MODEL, task=TASK, tx=TX, grad_accum=1)
 
 
 @functools.cache
@@ -180,7 +180,7 @@ def test_accumulation_splits_every_device_alike():
     """A microbatch is every n-th row, so that no row changes its device."""
     on = mesh("data")
     (tuned, frozen), batch = halves("lora"), tiny.batch(16)
-    step = functools.partial(STEP.func, **STEP.keywords | {"accumulate": 2})
+    step = functools.partial(STEP.func, **STEP.keywords | {"grad_accum": 2})
     placed = sharding.replicate((start(tuned), frozen), on)
     program = jax.jit(step).lower(*placed, None, sharding.shard_batch(batch, on)).compile()
     assert not re.search(r"all-to-all|all-gather|collective-permute", program.as_text())

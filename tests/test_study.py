@@ -16,7 +16,7 @@ from configs.studies import tiny
 from jaxpeft.data import pipeline, scenes
 from jaxpeft.models import loading
 from jaxpeft.runtime import files, locks
-from jaxpeft.runtime.locks import Claim
+from jaxpeft.runtime.locks import Lease
 from jaxpeft.study import config as base
 from jaxpeft.study import execute, report
 from jaxpeft.study.execute import Cell
@@ -166,7 +166,7 @@ def test_nothing_that_is_done_runs_again(config, fake, tmp_path):
 def test_a_changed_config_runs_again_only_what_it_touches(config, fake, tmp_path):
     execute.run(config, tmp_path, log=quiet)
     before, said = len(fake), []
-    config.points.vqa.optim.decay = 0.1
+    config.points.vqa.optim.weight_decay = 0.1
     execute.run(config, tmp_path, log=said.append)
     again = fake[before:]
     assert again and all(name.startswith("vqa") for name in again) and len(again) == before / 2
@@ -362,9 +362,9 @@ def test_the_rest_is_shared_by_the_workers_that_live(config, fake, tmp_path):
     state, said = execute.read(config, tmp_path), []
     first, second, third, *_ = state.todo
     execute.attempt(first, tmp_path, said.append)
-    others = [Claim(tmp_path / "claims", "another"), Claim(tmp_path / "claims", "one more")]
+    others = [Lease(tmp_path / "claims", "another"), Lease(tmp_path / "claims", "one more")]
     assert all(other.take() for other in others)
-    dead = {"host": Claim(tmp_path, "x")._me["host"], "pid": 2**22 + 1, "started": "1"}
+    dead = {"host": Lease(tmp_path, "x")._me["host"], "pid": 2**22 + 1, "started": "1"}
     (tmp_path / "claims" / "of a killed worker").write_text(json.dumps(dead))
     execute.attempt(second, tmp_path, said.append)
     for other in others:
@@ -380,7 +380,7 @@ def test_no_number_of_workers_makes_the_last_run_shorter(config, fake, tmp_path)
     state = execute.read(config, tmp_path)
     state.runs = [state.runs[0], next(run for run in state.runs if run.seed == 0 and run.id not in state.finished)]
     config.seeds = 1
-    others = [Claim(tmp_path / "claims", f"other {i}") for i in range(3)]
+    others = [Lease(tmp_path / "claims", f"other {i}") for i in range(3)]
     assert all(other.take() for other in others)
     assert execute.seconds_left(config, tmp_path, state) == 2.0
     for other in others:
@@ -444,8 +444,8 @@ def test_runs_given_up_are_said_and_leave_nothing_to_wait_for(config, fake, tmp_
 
 
 def test_a_claim_is_held_by_one(tmp_path):
-    first, second = Claim(tmp_path, "a"), Claim(tmp_path, "a")
-    assert first.take() and not second.take() and Claim(tmp_path, "b").take()
+    first, second = Lease(tmp_path, "a"), Lease(tmp_path, "a")
+    assert first.take() and not second.take() and Lease(tmp_path, "b").take()
     assert second.owner()["pid"] == os.getpid()
     first.release()
     assert second.take()
@@ -457,25 +457,25 @@ def test_a_claim_of_a_dead_process_is_free(tmp_path):
         f"from jaxpeft.locks import Claim; from pathlib import Path; assert Claim(Path({str(tmp_path)!r}), 'a').take()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert (tmp_path / "a").exists() and Claim(tmp_path, "a").owner() is None
-    taken = Claim(tmp_path, "a")
-    assert taken.take() and not Claim(tmp_path, "a").take()
+    assert (tmp_path / "a").exists() and Lease(tmp_path, "a").owner() is None
+    taken = Lease(tmp_path, "a")
+    assert taken.take() and not Lease(tmp_path, "a").take()
     taken.release()
 
 
 def test_a_claim_of_another_host_is_free_once_it_is_no_longer_touched(tmp_path, monkeypatch):
     (tmp_path / "a").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1"}))
-    assert not Claim(tmp_path, "a").take()
+    assert not Lease(tmp_path, "a").take()
     monkeypatch.setattr(locks, "STALE", 0.2)
     time.sleep(0.4)
-    taken = Claim(tmp_path, "a")
+    taken = Lease(tmp_path, "a")
     assert taken.take()
     taken.release()
 
 
 def _race(directory, start, won):
     start.wait()
-    claim = Claim(Path(directory), "a")
+    claim = Lease(Path(directory), "a")
     if claim.take():
         won.put(os.getpid())
         time.sleep(1.0)
@@ -483,7 +483,7 @@ def _race(directory, start, won):
 
 def test_of_many_who_see_a_stale_claim_one_gets_it(tmp_path):
     (tmp_path / "a").write_text(
-        json.dumps({"host": Claim(tmp_path, "x")._me["host"], "pid": 2**22 + 1, "started": "1"})
+        json.dumps({"host": Lease(tmp_path, "x")._me["host"], "pid": 2**22 + 1, "started": "1"})
     )
     context = multiprocessing.get_context("spawn")
     start, won = context.Event(), context.Queue()

@@ -72,7 +72,7 @@ def test_vqa_loss_is_weighted_answer_sums_over_questions():
 
 def test_scores_and_blind_baselines():
     task = tasks.build("vqa")
-    cases = task.cases(SPLIT, TOKENIZER)
+    cases = task.eval_examples(SPLIT, TOKENIZER)
     assert [row["answers"] for row in cases.rows][1] == ["dog"]
     assert (
         task.score(cases.rows, ["red", "dog"])["accuracy"] > task.score(cases.rows, ["cat", "dog"])["accuracy"] == 0.5
@@ -81,7 +81,7 @@ def test_scores_and_blind_baselines():
     # the majority of four answers, two alike: left out once each, (2 * 1/3 + 2 * 2/3) / 4
     assert blind["question_only"]["by_type"]["t"]["n"] == 2 and blind["question_only"]["accuracy"] == 0.75
     captioning = tasks.build("captioning")
-    caption_cases = captioning.cases(SPLIT, TOKENIZER)
+    caption_cases = captioning.eval_examples(SPLIT, TOKENIZER)
     assert [row["image_id"] for row in caption_cases.rows] == ["0", "1"]  # a picture without captions is not scored
     assert captioning.score(caption_cases.rows, ["a red dog", "blue cat"])["rouge_l"] > 0.99
 
@@ -115,7 +115,7 @@ def test_padding_of_the_last_batch_never_changes_a_score():
     pictures = pipeline.Resized(split.images, 16)
     cases, examples = (
         base.Examples(e.arrays, pictures, e.rows)
-        for e in (task.cases(split, tiny.TOKENIZER), task.examples(split, tiny.TOKENIZER))
+        for e in (task.eval_examples(split, tiny.TOKENIZER), task.examples(split, tiny.TOKENIZER))
     )
     found = []
     for size in (2, 5, 8):
@@ -158,7 +158,7 @@ WORDS = Tokenizer.from_words("red t shirt - 3 . 5 cafe a picture of".split())
 @pytest.mark.parametrize("truth", ["red", "Red", "RED ", "t-shirt", "T - Shirt", "3.5", "caf\u00e9", "Cafe\u0301"])
 def test_a_right_answer_scores_one_however_it_is_written(truth):
     task, split = tasks.build("vqa"), _answers(truth)
-    rows, written = task.cases(split, WORDS).rows, task.writable(truth, WORDS)
+    rows, written = task.eval_examples(split, WORDS).rows, task.writable(truth, WORDS)
     assert task.score(rows, [written])["accuracy"] == task.score(rows, [truth])["accuracy"] == 1
     assert task.reachable(truth, WORDS) and task.candidates(split, WORDS) is None
     ranked = tasks.build("vqa", inference="rank")
@@ -167,9 +167,9 @@ def test_a_right_answer_scores_one_however_it_is_written(truth):
 
 def test_what_the_vocabulary_lacks_is_out_of_reach_and_counted():
     task, split = tasks.build("vqa"), _answers("zebra", "yak", "red", ["red", "zebra", "zebra"])
-    rows = task.cases(split, WORDS).rows
+    rows = task.eval_examples(split, WORDS).rows
     assert task.writable("zebra", WORDS) == task.writable("yak", WORDS) == ""
-    assert [task.each(rows, [""] * 4).tolist(), task.reachable("yak", WORDS)] == [[0, 0, 0, 0], False]
+    assert [task.per_example(rows, [""] * 4).tolist(), task.reachable("yak", WORDS)] == [[0, 0, 0, 0], False]
     found = task.perfect_writer(rows, WORDS)
     assert (found["truths"], found["out_of_reach"]) == (5, 3)
     assert found["accuracy"] == (1 + 1 / 3) / 4 and found["unhindered"] == (3 + 2 / 3) / 4
@@ -183,7 +183,7 @@ def test_what_the_vocabulary_lacks_is_out_of_reach_and_counted():
 def test_answers_of_one_form_are_one_to_blind_guesses_and_lists():
     task, split = tasks.build("vqa", inference="rank"), _answers("Red", "red", "RED", "cafe")
     assert task.candidates(split, WORDS) == ["red", "cafe"]
-    assert task.blind(split, task.cases(split, WORDS).rows)["majority"]["accuracy"] == 0.75
+    assert task.blind(split, task.eval_examples(split, WORDS).rows)["majority"]["accuracy"] == 0.75
 
 
 OWN = [
@@ -198,13 +198,13 @@ def test_a_perfect_writer_reaches_the_ceiling_where_the_vocabulary_has_every_wor
     rows = [{"image_id": str(i), "captions": [text], "questions": []} for i, text in enumerate(OWN)]
     split, task = Split("test", [None] * 4, rows), tasks.build("captioning")
     tokenizer, _ = WORDS.extended(word for text in task.texts(split) for word in WORDS.unknown_words(text))
-    cases = task.cases(split, tokenizer)
+    cases = task.eval_examples(split, tokenizer)
     found = task.perfect_writer(cases.rows, tokenizer)
     assert (found["truths"], found["out_of_reach"]) == (4, 0) and found["cider_d"] == pytest.approx(10)
     poor = task.perfect_writer(cases.rows, WORDS)
     assert poor["out_of_reach"] == 4 and poor["cider_d"] < 5 < poor["unhindered"] == pytest.approx(10)
     published = tasks.build("captioning", variant="coco")  # what it was before, and is for COCO
-    assert published.perfect_writer(published.cases(split, tokenizer).rows, tokenizer)["cider_d"] < 9
+    assert published.perfect_writer(published.eval_examples(split, tokenizer).rows, tokenizer)["cider_d"] < 9
 
 
 # ---------------------------------------------------------------- limits
@@ -248,7 +248,7 @@ def test_a_cut_text_does_not_end_with_the_end_token():
         [IDS["cat"], IDS["dog"]],
     ]
     # the question encoder's frame stays whole
-    cut = tasks.build("vqa", max_question=4).cases(SPLIT, TOKENIZER).arrays["question"]
+    cut = tasks.build("vqa", max_question=4).eval_examples(SPLIT, TOKENIZER).arrays["question"]
     assert cut[0].tolist() == [IDS[w] for w in ("[ENC]", "is", "it", "[SEP]")]
 
 
@@ -256,14 +256,14 @@ def test_a_cut_text_does_not_end_with_the_end_token():
 def test_published_scores_have_the_ceiling_of_how_answers_are_made(inference, accuracy):
     """The official scorer compares unanimous answers as they are: "t - shirt" is wrong, and a ranked list has "t-shirt"."""
     task = tasks.build("vqa", variant="official2021", inference=inference)
-    rows = task.cases(_answers(["t-shirt"] * 10, ["red"] * 10), WORDS).rows
+    rows = task.eval_examples(_answers(["t-shirt"] * 10, ["red"] * 10), WORDS).rows
     found = task.perfect_writer(rows, WORDS)
     assert (found["accuracy"], found["unhindered"]) == (accuracy, 1.0)
 
 
 def test_the_ceiling_counts_what_the_limit_cuts():
     task = tasks.build("vqa", length=3)
-    rows = task.cases(_answers("red t shirt", "red"), WORDS).rows
+    rows = task.eval_examples(_answers("red t shirt", "red"), WORDS).rows
     found = task.perfect_writer(rows, WORDS)
     assert found["out_of_reach"] == 1 and found["accuracy"] == 0.5 and found["examples"] == [["red t shirt", "red t"]]
 
@@ -274,7 +274,7 @@ def test_ids_that_repeat_in_a_split_are_named(name, key):
         row | {"image_id": "0", "questions": [_q("q0", "it", ["dog"])], "captions": ["dog"]} for row in SPLIT.rows[:2]
     ]
     task = tasks.build(name)
-    cases = task.cases(Split("val", PICTURES[:2], rows), TOKENIZER)
+    cases = task.eval_examples(Split("val", PICTURES[:2], rows), TOKENIZER)
     with pytest.raises(ValueError, match=f"split 'val': {key} 'q?0' occurs twice"):
         tasks.check_ids(cases, task.id_key, "val")
 

@@ -41,8 +41,8 @@ def _state(tx, seed=0, method="lora"):
     return loop.TrainState(jnp.int32(0), tuned, tx.init(tuned)), frozen
 
 
-def _step(tx, accumulate=1, model=None):
-    fn = functools.partial(loop.train_step, model=model or tiny.model(), task=TASK, tx=tx, accumulate=accumulate)
+def _step(tx, grad_accum=1, model=None):
+    fn = functools.partial(loop.train_step, model=model or tiny.model(), task=TASK, tx=tx, grad_accum=grad_accum)
     return jax.jit(fn)
 
 
@@ -72,9 +72,9 @@ def test_eight_devices_equal_one():
 
 
 def test_a_batch_that_devices_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="batch_size 6 / accumulate 1 is not divisible by the 8 parts"):
+    with pytest.raises(ValueError, match="batch_size 6 / grad_accum 1 is not divisible by the 8 parts"):
         sharding.check_batch(6, 1, sharding.mesh())
-    with pytest.raises(ValueError, match="batch_size 16 is not divisible by accumulate 3"):
+    with pytest.raises(ValueError, match="batch_size 16 is not divisible by grad_accum 3"):
         sharding.check_batch(16, 3, sharding.mesh())
     with pytest.raises(ValueError, match=r"mesh \(data 3, fsdp 2, tensor 1\) does not fit 8 devices"):
         sharding.mesh({"data": 3, "fsdp": 2, "tensor": 1})
@@ -83,8 +83,8 @@ def test_a_batch_that_devices_do_not_divide_is_refused():
 def test_clipping_sees_tuned_leaves_only():
     """The update of a clipped step has the norm that the tuned gradient alone gives."""
     c = config.get_config().optim
-    c.clip, c.lr, c.schedule, c.warmup = 0.5, 1.0, "constant", 0.0
-    tx = optax.chain(optax.clip_by_global_norm(c.clip), optax.sgd(1.0))
+    c.clip_norm, c.lr, c.schedule, c.warmup = 0.5, 1.0, "constant", 0.0
+    tx = optax.chain(optax.clip_by_global_norm(c.clip_norm), optax.sgd(1.0))
     state, frozen = _state(tx)
     after, metrics = _step(tx)(state, frozen, None, tiny.batch())
     moved = optax.tree.norm(jax.tree.map(jnp.subtract, after.tuned, state.tuned))
@@ -93,7 +93,7 @@ def test_clipping_sees_tuned_leaves_only():
 
 def test_schedule_and_decay_groups():
     c = config.get_config().optim
-    c.lr, c.warmup, c.decay = 2.0, 0.1, 0.1
+    c.lr, c.warmup, c.weight_decay = 2.0, 0.1, 0.1
 
     def rate(step):
         return optim.schedule(c, 100)._replace(step=jnp.int32(step)).rate(c.schedule)

@@ -31,7 +31,7 @@ def get_config(arg=""):
         published = {"captioning": {"smoothing": 0.1, "max_tokens": 40, "max_words": 50, "length": 40, "variant": "coco"},
                      "vqa": {"max_question": 35, "length": 10, "variant": "official2021"}}  # fmt: skip
         c.task_options.update(published[task])
-        c.batch_size, c.optim.decay, c.eval.beams = 64, 0.05, 3
+        c.batch_size, c.optim.weight_decay, c.eval.beams = 64, 0.05, 3
         c.stop.every, c.checkpoint_every = 500, 1000
         return c
 

@@ -1,6 +1,6 @@
 """Methods on Flax Linen models that know nothing of sites: recorded once, checked, applied by interception.
 
-    bridge = jp.intercept(jp.LoRA(where="attention/(query|value)$"))
+    bridge = jp.intercept(jp.LoRA(targets="attention/(query|value)$"))
     variables = bridge.attach(model, params, jax.random.key(0), example)     # {'params': ..., 'peft': ...}
     y = jax.jit(lambda v, x: bridge.apply(model, v, x))(variables, x)        # inside the traced function, always
 
@@ -150,9 +150,9 @@ class Bridge:
                     for one in module.get_variable("peft", Site.key(kind), ()):
                         reached.add(f"{path} ({kind})")
                         if kind == "norm":
-                            y = one.method.norm(one.theta, y)
+                            y = one.method.norm(one.params, y)
                         else:
-                            y = one.method.sublayer(one.theta, x, y, x.__add__)
+                            y = one.method.sublayer(one.params, x, y, x.__add__)
                 return y
             finally:
                 active.pop()

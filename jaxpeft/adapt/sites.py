@@ -28,7 +28,7 @@ from flax import linen as nn
 from flax.serialization import from_state_dict, register_serialization_state, to_state_dict
 
 from jaxpeft import tree
-from jaxpeft.methods.base import Method, Site, Theta
+from jaxpeft.methods.base import Method, Params, Site
 from jaxpeft.methods.selective import Head
 from jaxpeft.ops import matmul
 from jaxpeft.tree import Mask, Tree
@@ -43,12 +43,12 @@ class Bound:
 
     method: Method
     site: Site
-    theta: Theta
+    params: Params
     acts: bool
 
     def tree_flatten_with_keys(self):
-        keys = tuple(sorted(self.theta))
-        children = tuple((jax.tree_util.DictKey(f"{self.method.name}/{k}"), self.theta[k]) for k in keys)
+        keys = tuple(sorted(self.params))
+        children = tuple((jax.tree_util.DictKey(f"{self.method.name}/{k}"), self.params[k]) for k in keys)
         return children, (self.method, self.site, self.acts, keys)
 
     @classmethod
@@ -58,12 +58,12 @@ class Bound:
 
 
 def _restored(bound: Bound, state: dict) -> Bound:
-    theta = {name: from_state_dict(x, state[name], name) for name, x in bound.theta.items()}
-    return dataclasses.replace(bound, theta=theta)
+    params = {name: from_state_dict(x, state[name], name) for name, x in bound.params.items()}
+    return dataclasses.replace(bound, params=params)
 
 
 # flax.serialization then keeps tuned trees too: the arrays, put back into a tree of the same methods
-register_serialization_state(Bound, lambda bound: to_state_dict(bound.theta), _restored)
+register_serialization_state(Bound, lambda bound: to_state_dict(bound.params), _restored)
 
 
 def _bound(module: nn.Module, kind: str, shape: tuple[int, ...]) -> tuple[Bound, ...]:
@@ -86,7 +86,7 @@ def linear_by(bounds, module: nn.Module, x, kernel, bias, product):
     """The map with methods around it; `product(x)` computes it where the layer is not ours."""
     for bound in bounds:
         if bound.method.on_input(bound.site):
-            x = bound.method.inputs(bound.theta, x)
+            x = bound.method.inputs(bound.params, x)
     if product is not None:
         y = product(x)
     else:
@@ -94,14 +94,14 @@ def linear_by(bounds, module: nn.Module, x, kernel, bias, product):
     for bound in bounds:
         if not bound.method.on_input(bound.site):
             rng = module.make_rng("dropout") if module.has_rng("dropout") else None
-            y = bound.method.linear(bound.theta, x, y, {"kernel": kernel, "bias": bias}, rng)
+            y = bound.method.linear(bound.params, x, y, {"kernel": kernel, "bias": bias}, rng)
     return y
 
 
 def norm(module: nn.Module, y):
     """Site of a LayerNorm's output."""
     for bound in _bound(module, "norm", y.shape[-1:]):
-        y = bound.method.norm(bound.theta, y)
+        y = bound.method.norm(bound.params, y)
     return y
 
 
@@ -109,7 +109,7 @@ def sublayer(module: nn.Module, x_BTD, y_BTD, stream):
     """Site of an attention or MLP: what it read, what it is about to add to the residual stream, and
     `stream(y_BTD)`, the residual stream after it is added."""
     for bound in _bound(module, "sublayer", y_BTD.shape[-1:]):
-        y_BTD = bound.method.sublayer(bound.theta, x_BTD, y_BTD, stream)
+        y_BTD = bound.method.sublayer(bound.params, x_BTD, y_BTD, stream)
     return y_BTD
 
 
@@ -120,7 +120,7 @@ def kv(module: nn.Module, x_BTD, k_BNSH, v_BNSH, mask_BTS):
     """
     gain_BTS, rows = None, k_BNSH.shape[0]
     for bound in _bound(module, "kv", (k_BNSH.shape[1], k_BNSH.shape[3])):
-        added = bound.method.kv(bound.theta, x_BTD)
+        added = bound.method.kv(bound.params, x_BTD)
         n_old, n_new = k_BNSH.shape[2], added.k_KNH.shape[0]
         k_BNSH, v_BNSH = (
             jnp.concatenate([jnp.broadcast_to(new[None].astype(old.dtype), (rows, *new.shape)), old], axis=2)
@@ -143,14 +143,14 @@ def kv(module: nn.Module, x_BTD, k_BNSH, v_BNSH, mask_BTS):
 def block(module: nn.Module, x_BTD):
     """Site where a sequence enters one layer of a stack."""
     for bound in _bound(module, "block", x_BTD.shape[-1:]):
-        x_BTD = bound.method.block(bound.theta, x_BTD)
+        x_BTD = bound.method.block(bound.params, x_BTD)
     return x_BTD
 
 
 def embed(module: nn.Module, x_BTD, mask_BT, as_tokens=None):
     """Site where a sequence enters a stack -> (sequence, mask), learned tokens in front. `as_tokens`: see Method."""
     for bound in _bound(module, "embed", x_BTD.shape[-1:]):
-        rows_KD = bound.method.embed(bound.theta, x_BTD, as_tokens)
+        rows_KD = bound.method.embed(bound.params, x_BTD, as_tokens)
         if rows_KD is None:
             continue
         rows_BKD = jnp.broadcast_to(rows_KD[None].astype(x_BTD.dtype), (x_BTD.shape[0], *rows_KD.shape))
@@ -181,13 +181,13 @@ def is_bound(x) -> bool:
 def expand(variables: Tree) -> Tree:
     """Variables whose methods can act: `Method.expand` at every site that needs it. Done already: returned as it is."""
     peft = variables.get("peft", {})
-    shared = {bound.method: bound.theta for bound in peft.get(SHARED, {}).values()}
+    shared = {bound.method: bound.params for bound in peft.get(SHARED, {}).values()}
 
     def one(bound):
         if bound.acts:
             return bound
-        theta = bound.method.expand(bound.theta, shared.get(bound.method, {}), bound.site)
-        return dataclasses.replace(bound, theta=theta, acts=True)
+        params = bound.method.expand(bound.params, shared.get(bound.method, {}), bound.site)
+        return dataclasses.replace(bound, params=params, acts=True)
 
     if all(bound.acts for bound in jax.tree.leaves(peft, is_leaf=is_bound)):
         return variables
@@ -202,7 +202,7 @@ def fold(variables: Tree) -> Tree:
         after = bound.method.folded()
         if after == bound.method:
             return bound
-        return Bound(after, bound.site, bound.method.fold(bound.theta, bound.site), not after.expands)
+        return Bound(after, bound.site, bound.method.fold(bound.params, bound.site), not after.expands)
 
     return dict(variables) | {"peft": jax.tree.map(one, variables.get("peft", {}), is_leaf=is_bound)}
 
@@ -259,18 +259,18 @@ def bind(table: Iterable[Site], base, method: Method | Iterable[Method], rng: ja
     """The `peft` collection for a table of sites; `base(site)` is what a method's `init` may read there."""
     methods, peft = as_methods(method), {}
     if len(set(methods)) < len(methods):
-        raise ValueError("the same method stands twice in the tuple; leave one out or give them different `where`")
+        raise ValueError("the same method stands twice in the tuple; leave one out or give them different `targets`")
     for order, one in enumerate(methods):
         hits = [site for site in table if one.selects(site)]
         if one.kinds and not hits:
             known = [site.path for site in table if site.kind in one.kinds]
-            if (near := [path for path in known if re.search(one.where, path)]) and one.acts_at:
+            if (near := [path for path in known if re.search(one.targets, path)]) and one.acts_at:
                 raise ValueError(
-                    f"{one.name}: where={one.where!r} matches {', '.join(near[:5])}; but it acts at {one.acts_at} only"
+                    f"{one.name}: targets={one.targets!r} matches {', '.join(near[:5])}; but it acts at {one.acts_at} only"
                 )
             raise ValueError(
-                f"{one.name}: where={one.where!r} matches none of the {len(known)} {'/'.join(one.kinds)} sites; "
-                f"nearest: {', '.join(tree.nearest(one.where, known))}"
+                f"{one.name}: targets={one.targets!r} matches none of the {len(known)} {'/'.join(one.kinds)} sites; "
+                f"nearest: {', '.join(tree.nearest(one.targets, known))}"
             )
         own = jax.random.fold_in(rng, order)
         if shared := one.init_shared(own, hits):
@@ -333,13 +333,13 @@ def trainable(method: Method | Iterable[Method], variables: Tree) -> Mask:
     for one in methods:
         if one.train and not any(one.trains(name) for name in base):
             raise ValueError(
-                f"{one.name}: {one.train!r} matches no base leaf{f' below {one.where!r}' if one.where else ''}; "
+                f"{one.name}: {one.train!r} matches no base leaf{f' below {one.targets!r}' if one.targets else ''}; "
                 f"nearest: {', '.join(tree.nearest(one.train, base))}"
             )
 
     def own(bound):
         on = bound.method in methods
-        return dataclasses.replace(bound, theta={name: on and name not in bound.method.fixed for name in bound.theta})
+        return dataclasses.replace(bound, params={name: on and name not in bound.method.fixed for name in bound.params})
 
     def moves(path, leaf):
         return any(one.trains(f"params/{tree.path_name(path)}") for one in methods)
@@ -379,7 +379,7 @@ def merge_at(table: Iterable[Site], model: nn.Module, variables: Tree) -> Tree:
         outer = [bound for bound in bounds if bound.method.on_input(site)]
         for bound in [*inner, *reversed(outer)]:
             fold_one = bound.method.merge if site.layers is None else jax.vmap(bound.method.merge)
-            new = fold_one(bound.theta, base_of(model, flat, site))
+            new = fold_one(bound.params, base_of(model, flat, site))
             kept = {f"{site.path}/{k}": x for k, x in new.items() if x is not None}
             flat |= {name: x.reshape(flat[name].shape) for name, x in kept.items()}
     if left:

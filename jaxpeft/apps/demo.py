@@ -119,12 +119,12 @@ def warm(writers: list[Writer], top: int = 3, log=print) -> None:
 
 def answers(writers: list[Writer], data: bytes, question: str, top: int = 3) -> list[dict]:
     """Name, group, texts and seconds of each writer that fits: with a question those that answer, else the others."""
-    picture, rows = images.decode(data, name="that was sent"), []
+    image, rows = images.decode(data, name="that was sent"), []
     for one in writers:
         if one.asks == bool(question):
             began = time.perf_counter()
             (texts,) = evaluate.generate(
-                one.model, one.variables, [picture], question or None, batch_size=1, task=one.task, top=top
+                one.model, one.variables, [image], question or None, batch_size=1, task=one.task, top=top
             )
             seconds = time.perf_counter() - began
             rows.append({"name": one.name, "group": one.group, "texts": texts, "seconds": seconds})

@@ -217,7 +217,7 @@ def run(config, workdir, log=print) -> dict:
         settings = config.copy_and_resolve_references()
         settings.steps = stage.steps
         settings.optim.update({key: stage[key] for key in ("lr", "schedule", "warmup")})
-        step = functools.partial(loop.train_step, model=model, task=task, accumulate=1)
+        step = functools.partial(loop.train_step, model=model, task=task, grad_accum=1)
         manifest = {"config": digest, "base": tree.digest(params), "data": name}
         (workdir / name).mkdir(parents=True, exist_ok=True)
         state, timing = loop.fit(
@@ -252,7 +252,7 @@ def zero_shot(model: Blip, params: Tree, config) -> dict:
     variables = {"params": {name: half[name] for name in ("vision", "text_decoder")}}
     for style in scenes.STYLES:
         held_out = scenes.load({"n_test": config.n_heldout, "captions": style}, ["test"])["test"]
-        cases, examples = task.cases(held_out, model.tokenizer), task.examples(held_out, model.tokenizer)
+        cases, examples = task.eval_examples(held_out, model.tokenizer), task.examples(held_out, model.tokenizer)
         written = [one["text"] for one in evaluate.predict(model, variables, task, cases)]
         scores[style] = {
             "cider_d": round(task.score(cases.rows, written)["cider_d"], 4),

@@ -183,7 +183,7 @@ def _group(found: dict[str, dict[int, dict]], make, fill, model):
     many, own = [], {}
     depth = {s.path: s.layers for s in sites.sites(model)}
     for (fields, layers), paths in groups.items():
-        method = make(where=rf"^({'|'.join(map(re.escape, paths))})$", **dict(fields))
+        method = make(targets=rf"^({'|'.join(map(re.escape, paths))})$", **dict(fields))
         some = depth[paths[0]] is not None and len(layers) < depth[paths[0]]
         many.append(Scoped(method=method, layers=layers) if some else method)
         for path in paths:
@@ -284,7 +284,7 @@ def _import_norms(reader, config, params):
             flat[leaf] = x if place.layers is None else flat[leaf].at[layer].set(x)
         paths.setdefault(path, set()).add(layer)
     where = rf"^({'|'.join(map(re.escape, paths))})/"
-    return (LayerNorms(where=where),), {}, tree.unflatten(params, flat, reader.source)
+    return (LayerNorms(targets=where),), {}, tree.unflatten(params, flat, reader.source)
 
 
 def _import_vera(reader, config, params):
@@ -322,14 +322,14 @@ def _import_oft(reader, config, params):
 
 def _import_prompt(reader, config, params):
     rows = reader.take("prompt_embeddings")
-    method = Prompt(where=r"^text_decoder$", length=len(rows), start="normal", positions="shift")
+    method = Prompt(targets=r"^text_decoder$", length=len(rows), init_weights="normal", positions="shift")
     return (method,), {"peft/text_decoder/@embed/0/prompt/rows": rows}, params
 
 
 def _import_prefix(reader, config, params):
     c, rows = reader.model.config, reader.take("prompt_embeddings")
     both = rows.reshape(len(rows), c.text_layers, 2, c.text_heads, -1).transpose(2, 1, 0, 3, 4)
-    method = Prefix(where=r"^text_decoder/blocks/self_attention$", length=len(rows), positions="shift")
+    method = Prefix(targets=r"^text_decoder/blocks/self_attention$", length=len(rows), positions="shift")
     path = "peft/text_decoder/blocks/self_attention/@kv/0/prefix"
     return (method,), {f"{path}/k": both[0], f"{path}/v": both[1]}, params
 

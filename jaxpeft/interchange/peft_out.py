@@ -119,7 +119,7 @@ def _head_arrays(acting) -> dict:
     """The head whole: PEFT wraps the module `cls`, whose copy of the vocabulary matrix is then its own."""
     flat = tree.flatten(acting["params"]["text_decoder"])
     bound = sites.at(acting.get("peft", {}), sites.Site(VOCABULARY, "linear", ()))
-    matrix = bound[0].theta["matrix"] if bound else vocabulary_matrix(tree.flatten(acting["params"]))
+    matrix = bound[0].params["matrix"] if bound else vocabulary_matrix(tree.flatten(acting["params"]))
     arrays = {key: flat[leaf].T if turn else flat[leaf] for key, (leaf, turn) in HEAD_KEYS.items()}
     arrays |= {"decoder.weight": matrix, "decoder.bias": flat["head/bias"]}
     return {PREFIX + HEAD + key: np.asarray(x) for key, x in arrays.items()}
@@ -139,9 +139,9 @@ def _bounds(model, acting, methods) -> dict[str, dict[int, list]]:
             place = where[site.path]
             if place.parts == 1 and place.module.endswith("patch_embedding"):
                 raise ValueError(f"{bound.method.name}: {site.path} is a convolution over there; use save_tuned")
-            theta = {name: np.asarray(x) for name, x in bound.theta.items()}
+            params = {name: np.asarray(x) for name, x in bound.params.items()}
             for i, name in enumerate(place.names()):
-                mine = {k: x if site.layers is None else x[i] for k, x in theta.items()}
+                mine = {k: x if site.layers is None else x[i] for k, x in params.items()}
                 if mine.pop("on", True):
                     found.setdefault(name, {}).setdefault(place.part, []).append((inner_of(bound.method), mine))
     return found
@@ -190,9 +190,9 @@ def _export_lora(model, acting, folded, methods):
         sizes = [kernel.shape[1] for kernel in kernels]
         a_rows, b_columns = [], []
         for part, many in sorted(parts.items()):
-            for method, theta in many:
-                pairs = [(theta["a"], theta["b"])]
-                pairs += [(theta["a0"], -theta["b0"])] if isinstance(method, PiSSA) else []
+            for method, params in many:
+                pairs = [(params["a"], params["b"])]
+                pairs += [(params["a0"], -params["b0"])] if isinstance(method, PiSSA) else []
                 for a, b in pairs:
                     a_rows.append(a.T)
                     column = np.zeros((sum(sizes), b.shape[0]), np.float32)
@@ -203,8 +203,8 @@ def _export_lora(model, acting, folded, methods):
         arrays[f"{PREFIX}{name}.lora_B.weight"] = np.concatenate(b_columns, axis=1)
         if dora:
             magnitudes = [np.sqrt(np.square(kernel).sum(0)) for kernel in kernels]
-            for part, ((_, theta),) in parts.items():
-                magnitudes[part] = theta["m"]
+            for part, ((_, params),) in parts.items():
+                magnitudes[part] = params["m"]
             arrays[f"{PREFIX}{name}.lora_magnitude_vector"] = np.concatenate(magnitudes)
         mine = sum(len(a) for a in a_rows)
         if mine != rank:
@@ -253,10 +253,10 @@ def _export_vera(model, acting, folded, methods):
     for name, parts in _bounds(model, acting, methods).items():
         if len(_whole(model, acting["params"], name, "kernel")) > 1:
             raise ValueError(f"vera: {name} is a fused matrix over there and ours acts on a part of it; use save_tuned")
-        theta = parts[0][0][1]
-        arrays |= {f"{PREFIX}{name}.vera_lambda_b": theta["l"], f"{PREFIX}{name}.vera_lambda_d": theta["d"]}
+        params = parts[0][0][1]
+        arrays |= {f"{PREFIX}{name}.vera_lambda_b": params["l"], f"{PREFIX}{name}.vera_lambda_d": params["d"]}
         targets.append(name)
-    arrays |= {f"base_model.vera_{key.upper()}": np.asarray(shared.theta[key]).T for key in ("a", "b")}
+    arrays |= {f"base_model.vera_{key.upper()}": np.asarray(shared.params[key]).T for key in ("a", "b")}
     config = {"r": method.rank, "d_initial": method.d_initial, "projection_prng_key": 0, "save_projection": True}
     return config | {
         "vera_dropout": 0.0,
@@ -303,7 +303,7 @@ def _decoder_only(model, variables, methods, kind) -> list:
             f"{method.name}: PEFT has it at {allowed} only, not at {', '.join(s.path for s in here)}; use save_tuned"
         )
     (bound,) = sites.at(variables["peft"], here[0])
-    return [method, bound.theta]
+    return [method, bound.params]
 
 
 def _virtual(model, method) -> dict:
@@ -319,14 +319,14 @@ def _virtual(model, method) -> dict:
 
 
 def _export_prompt(model, acting, folded, methods):
-    method, theta = _decoder_only(model, acting, methods, "embed")
+    method, params = _decoder_only(model, acting, methods, "embed")
     init = {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
-    return _virtual(model, method) | init, {"prompt_embeddings": np.asarray(theta["rows"])}
+    return _virtual(model, method) | init, {"prompt_embeddings": np.asarray(params["rows"])}
 
 
 def _export_prefix(model, acting, folded, methods):
-    method, theta = _decoder_only(model, acting, methods, "kv")
-    both_LCKD = np.stack([np.asarray(theta[name]).reshape(*theta[name].shape[:2], -1) for name in ("k", "v")], axis=1)
+    method, params = _decoder_only(model, acting, methods, "kv")
+    both_LCKD = np.stack([np.asarray(params[name]).reshape(*params[name].shape[:2], -1) for name in ("k", "v")], axis=1)
     rows = both_LCKD.transpose(2, 0, 1, 3).reshape(
         method.length, -1
     )  # per token: K, V of layer 0, K, V of layer 1, ...

@@ -17,7 +17,7 @@ import numpy as np
 from jaxpeft import tree
 from jaxpeft.adapt import sites
 from jaxpeft.methods import Gated, Method, Scoped
-from jaxpeft.runtime import files
+from jaxpeft.runtime import files, renamed
 from jaxpeft.runtime.registry import Unknown
 from jaxpeft.training import results
 from jaxpeft.tree import Tree
@@ -38,7 +38,7 @@ def to_json(method: Method) -> dict:
 def from_json(value: dict) -> Method:
     """The inverse of `to_json`. Raises ValueError for an unknown name or field."""
     known = {one.__name__: one for one in _subclasses(Method)}
-    fields = dict(value)
+    fields = {renamed.FIELDS.get(key, key): x for key, x in value.items()}
     cls = known.get(fields.pop("name", None))
     if cls is None:
         raise Unknown(f"unknown method {value.get('name')!r} in a manifest; known: {', '.join(sorted(known))}")

@@ -4,7 +4,7 @@ line in a module of your own, `METHODS["mine"] = Mine` (see jaxpeft/runtime/regi
 import inspect
 
 from jaxpeft.methods.adapter import Compacter, ParallelAdapter, SerialAdapter
-from jaxpeft.methods.base import Added, Method, Site, Theta
+from jaxpeft.methods.base import Added, Method, Params, Site
 from jaxpeft.methods.compose import MAM, Gated, Scoped, UniPELT
 from jaxpeft.methods.loha import LoHa
 from jaxpeft.methods.lora import DoRA, LoRA, PiSSA
@@ -24,7 +24,7 @@ _SINGLE = (
 METHODS = Registry("method", {cls.name: cls for cls in _SINGLE} | {"mam": MAM, "unipelt": UniPELT})
 
 __all__ = [
-    "HEADS", "METHODS", "Added", "Gated", "Method", "NewWords", "Scoped", "Site", "Theta", "build", "defaults",
+    "HEADS", "METHODS", "Added", "Gated", "Method", "NewWords", "Params", "Scoped", "Site", "build", "defaults",
     "MAM", "UniPELT", *(cls.__name__ for cls in _SINGLE),
 ]  # fmt: skip
 

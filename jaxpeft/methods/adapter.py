@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxpeft.methods.base import Method, Theta, at_least, kaiming, one_of
+from jaxpeft.methods.base import Method, Params, at_least, kaiming, one_of
 from jaxpeft.ops import matmul
 
 ACTIVATIONS = {
@@ -41,7 +41,7 @@ PLACEMENTS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Bottleneck(Method):
-    where: str = r"^text_"
+    targets: str = r"^text_"
     bottleneck: int = 64
     scale: float = 1.0
     activation: str = "relu"
@@ -55,7 +55,7 @@ class _Bottleneck(Method):
         one_of(self.name, "activation", self.activation, ACTIVATIONS)
         one_of(self.name, "init_weights", self.init_weights, ("zero_up", "normal"))
 
-    def init(self, rng, site, base) -> Theta:
+    def init(self, rng, site, base) -> Params:
         (width,), m = site.shape, self.bottleneck
         one, other = jax.random.split(rng)
         if self.init_weights == "normal":
@@ -65,16 +65,16 @@ class _Bottleneck(Method):
             down, up = kaiming(one, (width, m), width), jnp.zeros((m, width))
         return {"down": down, "down_bias": jnp.zeros(m), "up": up, "up_bias": jnp.zeros(width)}
 
-    def adapt(self, theta, h_BTD):
+    def adapt(self, params, h_BTD):
         """act(h D + d) U + u."""
-        theta = {name: x.astype(h_BTD.dtype) for name, x in theta.items()}
-        h_BTM = ACTIVATIONS[self.activation](matmul(h_BTD, theta["down"], theta["down_bias"]))
-        return matmul(h_BTM, theta["up"], theta["up_bias"])
+        params = {name: x.astype(h_BTD.dtype) for name, x in params.items()}
+        h_BTM = ACTIVATIONS[self.activation](matmul(h_BTD, params["down"], params["down_bias"]))
+        return matmul(h_BTM, params["up"], params["up_bias"])
 
 
 @dataclasses.dataclass(frozen=True)
 class SerialAdapter(_Bottleneck):
-    """A bottleneck after a sublayer. `where` selects towers or stacks, `placement` the sublayers in them."""
+    """A bottleneck after a sublayer. `targets` selects towers or stacks, `placement` the sublayers in them."""
 
     placement: str = "houlsby"
     name: ClassVar[str] = "serial_adapter"
@@ -91,16 +91,16 @@ class SerialAdapter(_Bottleneck):
         called = "attention or mlp" if self.placement == "houlsby" else "mlp"
         return f"sublayers called {called} (placement={self.placement!r})"
 
-    def sublayer(self, theta, x_BTD, y_BTD, stream):
+    def sublayer(self, params, x_BTD, y_BTD, stream):
         reads_BTD = stream(y_BTD) if self.placement == "pfeiffer" else y_BTD
-        return y_BTD + self.scale * self.adapt(theta, reads_BTD)
+        return y_BTD + self.scale * self.adapt(params, reads_BTD)
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelAdapter(_Bottleneck):
     """A bottleneck beside a sublayer."""
 
-    where: str = r"^text_.*mlp$"
+    targets: str = r"^text_.*mlp$"
     scale: float = 4.0
     learned_scale: bool = False  # a scalar per layer that starts at `scale`
     name: ClassVar[str] = "parallel_adapter"
@@ -109,9 +109,9 @@ class ParallelAdapter(_Bottleneck):
         scale = {"scale": jnp.float32(self.scale)} if self.learned_scale else {}
         return super().init(rng, site, base) | scale
 
-    def sublayer(self, theta, x_BTD, y_BTD, stream):
-        scale = theta["scale"].astype(y_BTD.dtype) if self.learned_scale else self.scale
-        return y_BTD + scale * self.adapt(theta, x_BTD)
+    def sublayer(self, params, x_BTD, y_BTD, stream):
+        scale = params["scale"].astype(y_BTD.dtype) if self.learned_scale else self.scale
+        return y_BTD + scale * self.adapt(params, x_BTD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,28 +129,28 @@ class Compacter(SerialAdapter):
     def init_shared(self, rng, sites):
         return {"rule": 0.01 * jax.random.normal(rng, (self.n, self.n, self.n))}
 
-    def init(self, rng, site, base) -> Theta:
+    def init(self, rng, site, base) -> Params:
         (width,), m, n = site.shape, self.bottleneck, self.n
         if width % n or m % n:
             raise ValueError(f"compacter: n={n} does not divide width {width} and bottleneck {m} at {site.path}")
         glorot = jax.nn.initializers.glorot_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
         keys = jax.random.split(rng, 4)
-        theta = {
+        params = {
             "down_s": glorot(keys[0], (n, width // n, 1)),
             "down_t": glorot(keys[1], (n, 1, m // n)),
             "up_s": glorot(keys[2], (n, m // n, 1)),
             "up_t": glorot(keys[3], (n, 1, width // n)),
         }
         if self.init_weights == "zero_up":
-            theta["up_t"] = jnp.zeros_like(theta["up_t"])
-        return theta | {"down_bias": jnp.zeros(m), "up_bias": jnp.zeros(width)}
+            params["up_t"] = jnp.zeros_like(params["up_t"])
+        return params | {"down_bias": jnp.zeros(m), "up_bias": jnp.zeros(width)}
 
-    def expand(self, theta, shared, site):
+    def expand(self, params, shared, site):
         def whole(s, t):
             """sum_i kron(rule_i, s_i t_i): (..., n, in/n, 1), (..., n, 1, out/n) -> (..., in, out)."""
             products = jnp.einsum("iab,...ixr,...iry->...axby", shared["rule"], s, t)
             a, x, b, y = products.shape[-4:]
             return products.reshape(*products.shape[:-4], a * x, b * y)
 
-        down, up = (whole(theta[f"{part}_s"], theta[f"{part}_t"]) for part in ("down", "up"))
-        return {"down": down, "down_bias": theta["down_bias"], "up": up, "up_bias": theta["up_bias"]}
+        down, up = (whole(params[f"{part}_s"], params[f"{part}_t"]) for part in ("down", "up"))
+        return {"down": down, "down_bias": params["down_bias"], "up": up, "up_bias": params["up_bias"]}

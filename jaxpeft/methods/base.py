@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass with pure functions, bound to the sites that its `where` selects.
+"""What a method is: a frozen dataclass with pure functions, bound to the sites that its `targets` selects.
 
 A method may add leaves at any kind of site (`Site.KINDS`), train base leaves in place (`trains`), or both. A method
 file overrides `init` and one or two site functions; everything else stays the identity defined here. Equal dataclasses
@@ -20,7 +20,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Theta = dict[str, jax.Array]  # one site's own leaves
+from jaxpeft.runtime import renamed
+
+Params = dict[str, jax.Array]  # one site's own leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +66,14 @@ _OURS: set[str] = set()  # names of jaxpeft's own method classes
 class Method:
     """The identity on every site. Subclasses add fields (the paper's hyper-parameters) with defaults."""
 
-    where: str = ""  # regular expression searched in site paths
+    targets: str = ""  # regular expression searched in site paths
     name: ClassVar[str] = ""  # in configs, leaf names and messages
     kinds: ClassVar[tuple[str, ...]] = ()  # kinds of site this method can act on
     train: ClassVar[str] = ""  # regular expression of base leaves trained in place; '' for none
     fixed: ClassVar[tuple[str, ...]] = ()  # own leaves that are stored but not trained
     expands: ClassVar[bool] = False  # whether `expand` must run before the leaves can act
     first: ClassVar[bool] = False  # must be the first to change a linear's output (it reads the base kernel)
-    acts_at: ClassVar[str] = ""  # for messages: what `selects` asks of a site beside kind and `where`
+    acts_at: ClassVar[str] = ""  # for messages: what `selects` asks of a site beside kind and `targets`
     size_field: ClassVar[str] = ""  # the field that a parameter budget is spent on
 
     def __init_subclass__(cls, **kwargs):
@@ -83,14 +85,16 @@ class Method:
             raise TypeError(f"jaxpeft has a method class {cls.__name__}; call yours something else")
 
     def __new__(cls, *args, **fields):
-        """Raises TypeError for fields without a name (`LoRA(16)` would set `where`) and of another type than declared."""
+        """Raises TypeError for fields without a name (`LoRA(16)` would set `targets`) and of another type than declared."""
         mine = {field.name: field.type for field in dataclasses.fields(cls)}
         if args:
-            name = next((one for one in (cls.size_field, *mine) if one and one in mine), "where")
+            name = next((one for one in (cls.size_field, *mine) if one and one in mine), "targets")
             raise TypeError(
                 f"{cls.__name__} takes named fields: {cls.__name__}({name}={args[0]!r}); it has {', '.join(mine)}"
             )
         for name, value in fields.items():
+            if name not in mine and renamed.FIELDS.get(name) in mine:
+                raise TypeError(f"{cls.__name__}: the field {name} is now {renamed.FIELDS[name]}")
             if name in mine and not _takes(mine[name], value):
                 raise TypeError(
                     f"{cls.__name__}: {name} is {value!r}; expected {getattr(mine[name], '__name__', mine[name])}"
@@ -100,7 +104,7 @@ class Method:
     # where it acts and what it trains
     def selects(self, site: Site) -> bool:
         """Whether the method binds at a site."""
-        return site.kind in self.kinds and re.search(self.where, site.path) is not None
+        return site.kind in self.kinds and re.search(self.targets, site.path) is not None
 
     def trains(self, leaf: str) -> bool:
         """Whether the base leaf 'params/...' is trained in place."""
@@ -115,33 +119,33 @@ class Method:
         return range(1, 1 << 20)
 
     # leaves
-    def init(self, rng: jax.Array, site: Site, base: dict[str, Any]) -> Theta:
+    def init(self, rng: jax.Array, site: Site, base: dict[str, Any]) -> Params:
         """Own leaves for one layer of a site. `base`: what stands there: a linear's 'kernel' and 'bias', a norm's
         'scale' and 'bias', a text stack's 'word', 'norm/scale', 'norm/bias' and 'tokenizer'."""
         raise ValueError(f"{self.name} adds nothing at a {site.kind} site")
 
-    def init_site(self, rng: jax.Array, site: Site, base: dict[str, Any]) -> Theta:
+    def init_site(self, rng: jax.Array, site: Site, base: dict[str, Any]) -> Params:
         """Own leaves for a site: `init` per layer, stacked. Methods whose layers share leaves override it."""
         if site.layers is None:
             return self.init(rng, site, base)
         rngs = jax.random.split(rng, site.layers)
         return jax.vmap(lambda key, one: self.init(key, site, one))(rngs, base)
 
-    def init_shared(self, rng: jax.Array, sites: list[Site]) -> Theta:
+    def init_shared(self, rng: jax.Array, sites: list[Site]) -> Params:
         """Leaves that all sites of the method share, stored once."""
         return {}
 
-    def expand(self, theta: Theta, shared: Theta, site: Site) -> Theta:
+    def expand(self, params: Params, shared: Params, site: Site) -> Params:
         """Stored leaves of a site -> the leaves that act, stacked for a stacked site."""
-        return theta
+        return params
 
     def folded(self) -> "Method":
         """The method whose own leaves are this one's expanded leaves, if training needs more than using it does."""
         return self
 
-    def fold(self, theta: Theta, site: Site) -> Theta:
+    def fold(self, params: Params, site: Site) -> Params:
         """Stored leaves of a site -> those of `folded()`."""
-        return self.expand(theta, {}, site)
+        return self.expand(params, {}, site)
 
     def shift(self, site: Site) -> int:
         """By how many positions the tokens of the stack at an embed site move."""
@@ -152,38 +156,38 @@ class Method:
         return False
 
     # acting
-    def inputs(self, theta: Theta, x):
+    def inputs(self, params: Params, x):
         """The input x (..., in) of a linear -> new x."""
         return x
 
-    def linear(self, theta: Theta, x, y, base: Theta, rng):
+    def linear(self, params: Params, x, y, base: Params, rng):
         """x (..., in), y (..., out) = x @ kernel + bias -> new y. `base`: 'kernel' and 'bias' (None where there is
         none). `rng` is None when nothing is random (evaluation)."""
         return y
 
-    def norm(self, theta: Theta, y):
+    def norm(self, params: Params, y):
         """The output of a LayerNorm -> new output."""
         return y
 
-    def sublayer(self, theta: Theta, x_BTD, y_BTD, stream: Callable):
+    def sublayer(self, params: Params, x_BTD, y_BTD, stream: Callable):
         """Input and output of an attention or MLP, before the residual add -> new output. `stream(y_BTD)` is the
         residual stream after y_BTD is added: normalised in a post-norm block, plain in a pre-norm one."""
         return y_BTD
 
-    def kv(self, theta: Theta, x_BTD) -> Added:
+    def kv(self, params: Params, x_BTD) -> Added:
         """Keys and values to put in front; x_BTD is what the queries are made of."""
         raise NotImplementedError(self.name)
 
-    def block(self, theta: Theta, x_BTD):
+    def block(self, params: Params, x_BTD):
         """The sequence that enters one layer of a stack -> new one."""
         return x_BTD
 
-    def embed(self, theta: Theta, x_BTD, as_tokens: Callable | None):
+    def embed(self, params: Params, x_BTD, as_tokens: Callable | None):
         """Rows (K, D) to put in front of the sequence that enters a stack. `as_tokens(rows_KD)` treats rows as word
         embeddings at positions 0..K-1 (None where the stack has no words)."""
         raise NotImplementedError(self.name)
 
-    def merge(self, theta: Theta, base: Theta) -> Theta:
+    def merge(self, params: Params, base: Params) -> Params:
         """The base leaves of one layer with this method folded in; raises where that is not exact."""
         raise ValueError(f"{self.name} cannot be merged into the base exactly; export the tuned tree instead")
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.methods.adapter import ParallelAdapter, SerialAdapter
-from jaxpeft.methods.base import Method, Theta
+from jaxpeft.methods.base import Method, Params
 from jaxpeft.methods.lora import LoRA
 from jaxpeft.methods.prefix import Prefix
 from jaxpeft.ops import matmul
@@ -31,9 +31,9 @@ class _Around(Method):
     method: Method | None = None
 
     def __post_init__(self):
-        if not isinstance(self.method, Method) or not isinstance(self.where, str):
+        if not isinstance(self.method, Method) or not isinstance(self.targets, str):
             kind = type(self).__name__
-            raise ValueError(f"{kind} goes around another method: {kind}(method=LoRA(...), where='text_decoder')")
+            raise ValueError(f"{kind} goes around another method: {kind}(method=LoRA(...), targets='text_decoder')")
 
     name = property(lambda self: self.method.name)
     kinds = property(lambda self: self.method.kinds)
@@ -43,10 +43,10 @@ class _Around(Method):
     size_field = property(lambda self: self.method.size_field)
 
     def selects(self, site):
-        return self.method.selects(site) and re.search(self.where, site.path) is not None
+        return self.method.selects(site) and re.search(self.targets, site.path) is not None
 
     def trains(self, leaf):
-        return self.method.trains(leaf) and re.search(self.where, leaf.removeprefix("params/")) is not None
+        return self.method.trains(leaf) and re.search(self.targets, leaf.removeprefix("params/")) is not None
 
     def lr_scale(self, leaf):
         return self.method.lr_scale(leaf)
@@ -69,7 +69,7 @@ class _Around(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Scoped(_Around):
-    """`method` where `where` matches too and, if `layers` (numbers from 0) is given, in those layers only."""
+    """`method` where `targets` matches too and, if `layers` (numbers from 0) is given, in those layers only."""
 
     layers: tuple[int, ...] | None = None
 
@@ -82,7 +82,7 @@ class Scoped(_Around):
             if self.method.train:
                 raise ValueError(
                     f"scoped: {self.method.name} trains base leaves, which hold all layers of a stack in one array; "
-                    "limit it by `where`, not by layers"
+                    "limit it by `targets`, not by layers"
                 )
 
     @property
@@ -100,7 +100,7 @@ class Scoped(_Around):
             raise ValueError(f"scoped: layer {self.layers[-1]} of {site.path}, which has layers 0..{site.layers - 1}")
         return dataclasses.replace(site, layers=len(self.layers))
 
-    def init_site(self, rng, site, base) -> Theta:
+    def init_site(self, rng, site, base) -> Params:
         fewer = self._fewer(site)
         if fewer is None:
             return self.method.init_site(rng, site, base)
@@ -108,93 +108,93 @@ class Scoped(_Around):
             rng, fewer, {k: x if x is None else x[jnp.array(self.layers)] for k, x in base.items()}
         )
 
-    def expand(self, theta, shared, site):
+    def expand(self, params, shared, site):
         fewer = self._fewer(site)
-        acting = self.method.expand(theta, shared, fewer or site) if self.method.expands else theta
+        acting = self.method.expand(params, shared, fewer or site) if self.method.expands else params
         if fewer is None:
             return acting
         here = jnp.array(self.layers)
         acting = {k: jnp.zeros((site.layers, *x.shape[1:]), x.dtype).at[here].set(x) for k, x in acting.items()}
         return acting | {"on": jnp.zeros(site.layers, bool).at[here].set(True)}
 
-    def fold(self, theta, site):
-        return self.method.fold(theta, self._fewer(site) or site)
+    def fold(self, params, site):
+        return self.method.fold(params, self._fewer(site) or site)
 
-    def _choose(self, theta, new, old):
-        return jnp.where(theta["on"], new, old) if "on" in theta else new
+    def _choose(self, params, new, old):
+        return jnp.where(params["on"], new, old) if "on" in params else new
 
-    def inputs(self, theta, x):
-        return self._choose(theta, self.method.inputs(theta, x), x)
+    def inputs(self, params, x):
+        return self._choose(params, self.method.inputs(params, x), x)
 
-    def linear(self, theta, x, y, base, rng):
-        return self._choose(theta, self.method.linear(theta, x, y, base, rng), y)
+    def linear(self, params, x, y, base, rng):
+        return self._choose(params, self.method.linear(params, x, y, base, rng), y)
 
-    def norm(self, theta, y):
-        return self._choose(theta, self.method.norm(theta, y), y)
+    def norm(self, params, y):
+        return self._choose(params, self.method.norm(params, y), y)
 
-    def sublayer(self, theta, x_BTD, y_BTD, stream):
-        return self._choose(theta, self.method.sublayer(theta, x_BTD, y_BTD, stream), y_BTD)
+    def sublayer(self, params, x_BTD, y_BTD, stream):
+        return self._choose(params, self.method.sublayer(params, x_BTD, y_BTD, stream), y_BTD)
 
-    def kv(self, theta, x_BTD):
-        added = self.method.kv(theta, x_BTD)
-        return added._replace(on=theta["on"]) if "on" in theta else added
+    def kv(self, params, x_BTD):
+        added = self.method.kv(params, x_BTD)
+        return added._replace(on=params["on"]) if "on" in params else added
 
-    def block(self, theta, x_BTD):
-        return self._choose(theta, self.method.block(theta, x_BTD), x_BTD)
+    def block(self, params, x_BTD):
+        return self._choose(params, self.method.block(params, x_BTD), x_BTD)
 
-    def embed(self, theta, x_BTD, as_tokens):
-        return self.method.embed(theta, x_BTD, as_tokens)
+    def embed(self, params, x_BTD, as_tokens):
+        return self.method.embed(params, x_BTD, as_tokens)
 
-    def merge(self, theta, base):
-        new = self.method.merge(theta, base)
-        return {name: self._choose(theta, new[name], base[name]) for name in new}
+    def merge(self, params, base):
+        new = self.method.merge(params, base)
+        return {name: self._choose(params, new[name], base[name]) for name in new}
 
 
 @dataclasses.dataclass(frozen=True)
 class Gated(_Around):
-    """`method` (on linear, sublayer or kv sites) times a gate of the site's input; `where` narrows it further."""
+    """`method` (on linear, sublayer or kv sites) times a gate of the site's input; `targets` narrows it further."""
 
     kinds = property(lambda self: tuple(kind for kind in self.method.kinds if kind in ("linear", "sublayer", "kv")))
     expands = property(lambda self: self.method.expands)
 
-    def init_site(self, rng, site, base) -> Theta:
+    def init_site(self, rng, site, base) -> Params:
         width = {"linear": site.shape[0], "sublayer": site.shape[0]}.get(site.kind, site.shape[0] * site.shape[-1])
         stack = () if site.layers is None else (site.layers,)
         gate = {"gate": jnp.zeros((*stack, width, 1)), "gate_bias": jnp.zeros((*stack, 1))}
         return self.method.init_site(rng, site, base) | gate
 
-    def expand(self, theta, shared, site):
-        gate = {name: theta[name] for name in ("gate", "gate_bias")}
-        inner = {name: x for name, x in theta.items() if name not in gate}
+    def expand(self, params, shared, site):
+        gate = {name: params[name] for name in ("gate", "gate_bias")}
+        inner = {name: x for name, x in params.items() if name not in gate}
         return self.method.expand(inner, shared, site) | gate
 
-    def _gate(self, theta, x):
+    def _gate(self, params, x):
         """sigmoid(x g + c): (..., 1)."""
-        return jax.nn.sigmoid(matmul(x, theta["gate"].astype(x.dtype), theta["gate_bias"].astype(x.dtype)))
+        return jax.nn.sigmoid(matmul(x, params["gate"].astype(x.dtype), params["gate_bias"].astype(x.dtype)))
 
-    def linear(self, theta, x, y, base, rng):
-        return y + self._gate(theta, x) * (self.method.linear(theta, x, y, base, rng) - y)
+    def linear(self, params, x, y, base, rng):
+        return y + self._gate(params, x) * (self.method.linear(params, x, y, base, rng) - y)
 
-    def sublayer(self, theta, x_BTD, y_BTD, stream):
-        new = self.method.sublayer({k: v for k, v in theta.items() if "gate" not in k}, x_BTD, y_BTD, stream)
-        return y_BTD + self._gate(theta, x_BTD) * (new - y_BTD)
+    def sublayer(self, params, x_BTD, y_BTD, stream):
+        new = self.method.sublayer({k: v for k, v in params.items() if "gate" not in k}, x_BTD, y_BTD, stream)
+        return y_BTD + self._gate(params, x_BTD) * (new - y_BTD)
 
-    def kv(self, theta, x_BTD):
-        return self.method.kv(theta, x_BTD)._replace(gain_BT=self._gate(theta, x_BTD)[..., 0])
+    def kv(self, params, x_BTD):
+        return self.method.kv(params, x_BTD)._replace(gain_BT=self._gate(params, x_BTD)[..., 0])
 
 
-def UniPELT(where: str = r"^text_", length: int = 10, bottleneck: int = 48, rank: int = 8, alpha: float | str = "2r"):
-    """Gated prefix, serial adapter (after the MLP) and LoRA (query and value) in the stacks that `where` selects."""
+def UniPELT(targets: str = r"^text_", length: int = 10, bottleneck: int = 48, rank: int = 8, alpha: float | str = "2r"):
+    """Gated prefix, serial adapter (after the MLP) and LoRA (query and value) in the stacks that `targets` selects."""
     adapter = SerialAdapter(bottleneck=bottleneck, placement="pfeiffer")
-    lora = LoRA(where=r"attention/(query|value)$", rank=rank, alpha=alpha)
-    parts = (Prefix(where=r"attention$", length=length), adapter, lora)
-    return tuple(Gated(method=part, where=where) for part in parts)
+    lora = LoRA(targets=r"attention/(query|value)$", rank=rank, alpha=alpha)
+    parts = (Prefix(targets=r"attention$", length=length), adapter, lora)
+    return tuple(Gated(method=part, targets=targets) for part in parts)
 
 
-def MAM(where: str = r"^text_", length: int = 30, bottleneck: int = 512, scale: float = 4.0):
-    """Prefix in every attention and scaled parallel adapter on every MLP of the stacks that `where` selects."""
+def MAM(targets: str = r"^text_", length: int = 30, bottleneck: int = 512, scale: float = 4.0):
+    """Prefix in every attention and scaled parallel adapter on every MLP of the stacks that `targets` selects."""
     parts = (
-        Prefix(where=r"attention$", length=length),
-        ParallelAdapter(where=r"mlp$", bottleneck=bottleneck, scale=scale),
+        Prefix(targets=r"attention$", length=length),
+        ParallelAdapter(targets=r"mlp$", bottleneck=bottleneck, scale=scale),
     )
-    return tuple(Scoped(method=part, where=where) for part in parts)
+    return tuple(Scoped(method=part, targets=targets) for part in parts)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.methods.base import Theta
+from jaxpeft.methods.base import Params
 from jaxpeft.methods.lora import LoRA
 from jaxpeft.ops import matmul
 
@@ -22,15 +22,15 @@ class LoHa(LoRA):
 
     name: ClassVar[str] = "loha"
 
-    def init(self, rng, site, base) -> Theta:
+    def init(self, rng, site, base) -> Params:
         (n_in, n_out), keys = site.shape, jax.random.split(rng, 3)
         shapes = {"a1": (n_in, self.rank), "b1": (self.rank, n_out), "b2": (self.rank, n_out)}
         stds = {"a1": 1.0, "b1": 0.1, "b2": 1.0}
         drawn = {k: stds[k] * jax.random.normal(key, shapes[k]) for k, key in zip(shapes, keys, strict=True)}
         return drawn | {"a2": jnp.zeros((n_in, self.rank))}
 
-    def delta(self, theta):
-        return self.scale * (theta["a1"] @ theta["b1"]) * (theta["a2"] @ theta["b2"])
+    def delta(self, params):
+        return self.scale * (params["a1"] @ params["b1"]) * (params["a2"] @ params["b2"])
 
-    def update(self, theta, x, rng):
-        return matmul(self._drop(x, rng), self.delta(theta).astype(x.dtype))
+    def update(self, params, x, rng):
+        return matmul(self._drop(x, rng), self.delta(params).astype(x.dtype))

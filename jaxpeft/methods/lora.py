@@ -23,15 +23,15 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.methods.base import Method, Theta, at_least, kaiming
+from jaxpeft.methods.base import Method, Params, at_least, kaiming
 from jaxpeft.ops import matmul, per_feature
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRA(Method):
-    """Low-rank update of the linear layers that `where` selects."""
+    """Low-rank update of the linear layers that `targets` selects."""
 
-    where: str = r"text_.*attention/(query|value)$"
+    targets: str = r"text_.*attention/(query|value)$"
     rank: int = 8
     alpha: float | str = "2r"  # a number, 'r' or '2r'
     rank_stabilized: bool = False
@@ -63,7 +63,7 @@ class LoRA(Method):
     def lr_scale(self, leaf):
         return self.lr_ratio if leaf == "b" else 1.0
 
-    def init(self, rng, site, base) -> Theta:
+    def init(self, rng, site, base) -> Params:
         n_in, n_out = site.shape
         return {"a": kaiming(rng, (n_in, self.rank), n_in), "b": jnp.zeros((self.rank, n_out), jnp.float32)}
 
@@ -72,20 +72,20 @@ class LoRA(Method):
             return x
         return jnp.where(jax.random.bernoulli(rng, 1 - self.dropout, x.shape), x / (1 - self.dropout), 0)
 
-    def update(self, theta, x, rng):
+    def update(self, params, x, rng):
         """s * dropout(x) A B."""
         x = self._drop(x, rng)
-        return matmul(matmul(x, theta["a"].astype(x.dtype)), theta["b"].astype(x.dtype)) * self.scale
+        return matmul(matmul(x, params["a"].astype(x.dtype)), params["b"].astype(x.dtype)) * self.scale
 
-    def delta(self, theta):
+    def delta(self, params):
         """What is added to the kernel (in, out)."""
-        return self.scale * theta["a"] @ theta["b"]
+        return self.scale * params["a"] @ params["b"]
 
-    def linear(self, theta, x, y, base, rng):
-        return y + self.update(theta, x, rng)
+    def linear(self, params, x, y, base, rng):
+        return y + self.update(params, x, rng)
 
-    def merge(self, theta, base) -> Theta:
-        return base | {"kernel": base["kernel"] + self.delta(theta)}
+    def merge(self, params, base) -> Params:
+        return base | {"kernel": base["kernel"] + self.delta(params)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +98,16 @@ class DoRA(LoRA):
     def init(self, rng, site, base):
         return super().init(rng, site, base) | {"m": _norms(base["kernel"])}
 
-    def linear(self, theta, x, y, base, rng):
-        update = self.update(theta, x, rng)
-        ratio = theta["m"] / jax.lax.stop_gradient(_norms(base["kernel"] + self.delta(theta)))
+    def linear(self, params, x, y, base, rng):
+        update = self.update(params, x, rng)
+        ratio = params["m"] / jax.lax.stop_gradient(_norms(base["kernel"] + self.delta(params)))
         plain = y if base["bias"] is None else y - per_feature(base["bias"].astype(y.dtype), y)
         ratio = per_feature(ratio.astype(y.dtype), y)
         return y + (ratio - 1) * plain + ratio * update  # in this form exactly y at the start
 
-    def merge(self, theta, base):
-        kernel = base["kernel"] + self.delta(theta)
-        return base | {"kernel": kernel * (theta["m"] / _norms(kernel))[None]}
+    def merge(self, params, base):
+        kernel = base["kernel"] + self.delta(params)
+        return base | {"kernel": kernel * (params["m"] / _norms(kernel))[None]}
 
 
 def _norms(kernel):
@@ -133,8 +133,8 @@ class PiSSA(LoRA):
         a, b = left[:, : self.rank] * root[None], right[: self.rank] * root[:, None]
         return {"a": a, "b": b, "a0": a, "b0": b}
 
-    def update(self, theta, x, rng):
-        return super().update(theta, x, rng) - super().update({"a": theta["a0"], "b": theta["b0"]}, x, rng)
+    def update(self, params, x, rng):
+        return super().update(params, x, rng) - super().update({"a": params["a0"], "b": params["b0"]}, x, rng)
 
-    def delta(self, theta):
-        return self.scale * (theta["a"] @ theta["b"] - theta["a0"] @ theta["b0"])
+    def delta(self, params):
+        return self.scale * (params["a"] @ params["b"] - params["a0"] @ params["b0"])

@@ -13,14 +13,14 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.methods.base import Method, Theta, at_least
+from jaxpeft.methods.base import Method, Params, at_least
 
 
 @dataclasses.dataclass(frozen=True)
 class OFT(Method):
-    """Block-diagonal rotation of the input of the linear layers that `where` selects."""
+    """Block-diagonal rotation of the input of the linear layers that `targets` selects."""
 
-    where: str = r"text_.*attention/(query|value)$"
+    targets: str = r"text_.*attention/(query|value)$"
     block: int = 32
     name: ClassVar[str] = "oft"
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
@@ -38,24 +38,24 @@ class OFT(Method):
     def on_input(self, site):
         return True
 
-    def init(self, rng, site, base) -> Theta:
+    def init(self, rng, site, base) -> Params:
         n_in = site.shape[0]
         if n_in % self.block:
             raise ValueError(f"oft: block {self.block} does not divide the {n_in} inputs of {site.path}")
         return {"q": jnp.zeros((n_in // self.block, self.block * (self.block - 1) // 2))}
 
-    def expand(self, theta, shared, site):
+    def expand(self, params, shared, site):
         upper = np.triu_indices(self.block, 1)
-        q = theta["q"]
+        q = params["q"]
         skew = jnp.zeros((*q.shape[:-1], self.block, self.block)).at[..., upper[0], upper[1]].set(q)
         skew = skew - jnp.swapaxes(skew, -1, -2)
         one = jnp.broadcast_to(jnp.eye(self.block), skew.shape)
         return {"r": jnp.linalg.solve(one + skew, one - skew)}  # the two factors commute
 
-    def inputs(self, theta, x):
-        blocks = x.reshape(-1, *theta["r"].shape[:2])
-        return jnp.einsum("XGI,GIJ->XGJ", blocks, theta["r"].astype(x.dtype)).reshape(x.shape)
+    def inputs(self, params, x):
+        blocks = x.reshape(-1, *params["r"].shape[:2])
+        return jnp.einsum("XGI,GIJ->XGJ", blocks, params["r"].astype(x.dtype)).reshape(x.shape)
 
-    def merge(self, theta, base):
-        kernel = base["kernel"].reshape(*theta["r"].shape[:2], -1)
-        return base | {"kernel": jnp.einsum("GIJ,GJO->GIO", theta["r"], kernel).reshape(base["kernel"].shape)}
+    def merge(self, params, base):
+        kernel = base["kernel"].reshape(*params["r"].shape[:2], -1)
+        return base | {"kernel": jnp.einsum("GIJ,GJO->GIO", params["r"], kernel).reshape(base["kernel"].shape)}

@@ -18,16 +18,16 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.methods.base import Added, Method, Theta, at_least, kaiming, one_of
+from jaxpeft.methods.base import Added, Method, Params, at_least, kaiming, one_of
 
 POSITIONS = ("keep", "shift")
 
 
 @dataclasses.dataclass(frozen=True)
 class Prefix(Method):
-    """Learned keys and values in the attentions that `where` selects (self-attention, cross-attention or both)."""
+    """Learned keys and values in the attentions that `targets` selects (self-attention, cross-attention or both)."""
 
-    where: str = r"text_.*attention$"
+    targets: str = r"text_.*attention$"
     length: int = 16
     mlp: int = 0  # hidden width of the reparameterisation (800 in the authors' code); 0: trained flat
     std: float = 0.02  # of the flat prefix at the start, and of E
@@ -50,13 +50,15 @@ class Prefix(Method):
 
     def selects(self, site):
         if site.kind == "embed":  # of a stack whose self-attention has the prefix: it moves the positions there
-            return self.positions == "shift" and re.search(self.where, f"{site.path}/blocks/self_attention") is not None
+            return (
+                self.positions == "shift" and re.search(self.targets, f"{site.path}/blocks/self_attention") is not None
+            )
         return super().selects(site)
 
     def shift(self, site):
         return self.length if self.positions == "shift" else 0
 
-    def init(self, rng, site, base) -> Theta:
+    def init(self, rng, site, base) -> Params:
         if site.kind == "embed":
             return {}
         return {name: self.std * jax.random.normal(key, (self.length, *site.shape)) for name, key in _two(rng, "kv")}
@@ -75,20 +77,20 @@ class Prefix(Method):
             "b2": kaiming(keys[4], (*stack, 2, n_heads, size), self.mlp),
         }
 
-    def expand(self, theta, shared, site):
+    def expand(self, params, shared, site):
         if not self.mlp or site.kind == "embed":
-            return theta
-        h_KM = jnp.tanh(theta["embedding"] @ theta["w1"] + theta["b1"][None])
-        both = jnp.einsum("KM,...MCNH->...CKNH", h_KM, theta["w2"]) + theta["b2"][..., None, :, :]
+            return params
+        h_KM = jnp.tanh(params["embedding"] @ params["w1"] + params["b1"][None])
+        both = jnp.einsum("KM,...MCNH->...CKNH", h_KM, params["w2"]) + params["b2"][..., None, :, :]
         return {"k": both[..., 0, :, :, :], "v": both[..., 1, :, :, :]}
 
     def folded(self):
         return dataclasses.replace(self, mlp=0)
 
-    def kv(self, theta, x_BTD):
-        return Added(theta["k"], theta["v"])
+    def kv(self, params, x_BTD):
+        return Added(params["k"], params["v"])
 
-    def embed(self, theta, x_BTD, as_tokens):
+    def embed(self, params, x_BTD, as_tokens):
         return None
 
 

@@ -3,7 +3,7 @@
 Prompt   Lester et al. 2021, arXiv 2104.08691: `length` learned rows before the tokens of a stack, at its input only.
          They take no position embedding and the text keeps its positions; positions='shift' is what transformers does
          with HF PEFT's prompts: rows are word embeddings at positions 0..length-1, normalised with the text, which
-         moves up by `length`. Start: 'normal' (std), 'vocabulary' (random words of the base) or 'text' (the words of
+         moves up by `length`. init_weights: 'normal' (std), 'vocabulary' (random words of the base) or 'text' (the words of
          `text`, repeated)
 VPT      Jia et al. 2022, arXiv 2203.12119: the same for a ViT ('shallow'), or fresh rows in place of the learned ones
          at the input of every layer ('deep'). Start: uniform with bound sqrt(6 / (3 patch^2 + D)). The paper writes
@@ -19,21 +19,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.methods.base import Method, Theta, at_least, one_of
+from jaxpeft.methods.base import Method, Params, at_least, one_of
 from jaxpeft.methods.prefix import POSITIONS
 
-STARTS = ("normal", "vocabulary", "text")
+INITS = ("normal", "vocabulary", "text")
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt(Method):
-    """Learned tokens at the input of the stacks that `where` selects."""
+    """Learned tokens at the input of the stacks that `targets` selects."""
 
-    where: str = r"^text_"
+    targets: str = r"^text_"
     length: int = 16
-    start: str = "vocabulary"
-    text: str = ""  # of start='text'
-    std: float = 0.02  # of start='normal'
+    init_weights: str = "vocabulary"
+    text: str = ""  # of init_weights='text'
+    std: float = 0.02  # of init_weights='normal'
     positions: str = "keep"
     name: ClassVar[str] = "prompt"
     kinds: ClassVar[tuple[str, ...]] = ("embed",)
@@ -41,10 +41,10 @@ class Prompt(Method):
 
     def __post_init__(self):
         at_least("prompt", "length", self.length, 1)
-        one_of("prompt", "start", self.start, STARTS)
+        one_of("prompt", "init_weights", self.init_weights, INITS)
         one_of("prompt", "positions", self.positions, POSITIONS)
-        if bool(self.text) != (self.start == "text"):
-            raise ValueError("prompt: `text` goes with start='text', and start='text' needs it")
+        if bool(self.text) != (self.init_weights == "text"):
+            raise ValueError("prompt: `text` goes with init_weights='text', and init_weights='text' needs it")
 
     def sizes(self, model, sites):
         """Up to as many tokens as the text stack has positions: more are longer than any text the base can read."""
@@ -53,16 +53,18 @@ class Prompt(Method):
     def shift(self, site):
         return self.length if self.positions == "shift" else 0
 
-    def init(self, rng, site, base) -> Theta:
-        if self.start == "normal":
+    def init(self, rng, site, base) -> Params:
+        if self.init_weights == "normal":
             return {"rows": self.std * jax.random.normal(rng, (self.length, *site.shape))}
         if "word" not in base:
-            raise ValueError(f"prompt: {site.path} has no words to start from; use start='normal'")
-        if self.start == "vocabulary":
+            raise ValueError(f"prompt: {site.path} has no words to start from; use init_weights='normal'")
+        if self.init_weights == "vocabulary":
             ids = jax.random.randint(rng, (self.length,), 0, base["word"].shape[0])
         else:
             if base["tokenizer"] is None:
-                raise ValueError("prompt: start='text' needs the base's vocabulary (vocab.txt beside the weights)")
+                raise ValueError(
+                    "prompt: init_weights='text' needs the base's vocabulary (vocab.txt beside the weights)"
+                )
             words = base["tokenizer"].encode(self.text)[1:-1]
             ids = np.resize(np.array(words, np.int32), self.length)
         rows = base["word"][ids]
@@ -71,19 +73,19 @@ class Prompt(Method):
             rows = rows * base["norm/scale"][None] + base["norm/bias"][None]
         return {"rows": rows}
 
-    def embed(self, theta, x_BTD, as_tokens):
+    def embed(self, params, x_BTD, as_tokens):
         if self.positions == "keep":
-            return theta["rows"]
+            return params["rows"]
         if as_tokens is None:
             raise ValueError("prompt: positions='shift' needs a stack of words; use positions='keep'")
-        return as_tokens(theta["rows"])
+        return as_tokens(params["rows"])
 
 
 @dataclasses.dataclass(frozen=True)
 class VPT(Method):
     """Learned tokens in a ViT, at its input ('shallow') or at every layer's ('deep')."""
 
-    where: str = r"^vision"
+    targets: str = r"^vision"
     length: int = 10
     depth: str = "shallow"
     patch: int = 16  # side of a patch in pixels, for the start
@@ -98,15 +100,15 @@ class VPT(Method):
     def kinds(self):
         return ("embed", "block") if self.depth == "deep" else ("embed",)
 
-    def init(self, rng, site, base) -> Theta:
+    def init(self, rng, site, base) -> Params:
         if self.depth == "deep" and site.kind == "embed":  # makes room; the first block puts its own rows there
             return {}
         bound = (6 / (3 * self.patch**2 + site.shape[0])) ** 0.5
         return {"rows": jax.random.uniform(rng, (self.length, *site.shape), jnp.float32, -bound, bound)}
 
-    def embed(self, theta, x_BTD, as_tokens):
-        return theta["rows"] if "rows" in theta else jnp.zeros((self.length, x_BTD.shape[-1]))
+    def embed(self, params, x_BTD, as_tokens):
+        return params["rows"] if "rows" in params else jnp.zeros((self.length, x_BTD.shape[-1]))
 
-    def block(self, theta, x_BTD):
-        rows = jnp.broadcast_to(theta["rows"].astype(x_BTD.dtype)[None], (x_BTD.shape[0], *theta["rows"].shape))
+    def block(self, params, x_BTD):
+        rows = jnp.broadcast_to(params["rows"].astype(x_BTD.dtype)[None], (x_BTD.shape[0], *params["rows"].shape))
         return jnp.concatenate([rows, x_BTD[:, self.length :]], axis=1)

@@ -14,7 +14,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.methods.base import Method, Theta
+from jaxpeft.methods.base import Method, Params
 from jaxpeft.ops import per_feature
 
 
@@ -22,7 +22,7 @@ from jaxpeft.ops import per_feature
 class IA3(Method):
     """Learned scales of keys, values and inner FFN activations."""
 
-    where: str = r"text_.*(attention/(key|value)|mlp/down)$"
+    targets: str = r"text_.*(attention/(key|value)|mlp/down)$"
     feedforward: str = r"mlp/down$"  # of these linears the input is scaled, of the others the output
     name: ClassVar[str] = "ia3"
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
@@ -30,45 +30,45 @@ class IA3(Method):
     def on_input(self, site):
         return re.search(self.feedforward, site.path) is not None
 
-    def init(self, rng, site, base) -> Theta:
+    def init(self, rng, site, base) -> Params:
         n_in, n_out = site.shape
         return {"l_in": jnp.ones(n_in)} if self.on_input(site) else {"l": jnp.ones(n_out)}
 
-    def inputs(self, theta, x):
-        return x * per_feature(theta["l_in"].astype(x.dtype), x) if "l_in" in theta else x
+    def inputs(self, params, x):
+        return x * per_feature(params["l_in"].astype(x.dtype), x) if "l_in" in params else x
 
-    def linear(self, theta, x, y, base, rng):
-        return y * per_feature(theta["l"].astype(y.dtype), y) if "l" in theta else y
+    def linear(self, params, x, y, base, rng):
+        return y * per_feature(params["l"].astype(y.dtype), y) if "l" in params else y
 
-    def merge(self, theta, base):
-        if "l_in" in theta:
-            return base | {"kernel": base["kernel"] * theta["l_in"][:, None]}
-        bias = None if base["bias"] is None else base["bias"] * theta["l"]
-        return {"kernel": base["kernel"] * theta["l"][None], "bias": bias}
+    def merge(self, params, base):
+        if "l_in" in params:
+            return base | {"kernel": base["kernel"] * params["l_in"][:, None]}
+        bias = None if base["bias"] is None else base["bias"] * params["l"]
+        return {"kernel": base["kernel"] * params["l"][None], "bias": bias}
 
 
 @dataclasses.dataclass(frozen=True)
 class SSF(Method):
-    """A learned scale and shift after every operation that `where` selects."""
+    """A learned scale and shift after every operation that `targets` selects."""
 
-    where: str = r"text_.*blocks/"
+    targets: str = r"text_.*blocks/"
     std: float = 0.0
     name: ClassVar[str] = "ssf"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "norm")
 
-    def init(self, rng, site, base) -> Theta:
+    def init(self, rng, site, base) -> Params:
         g, t = self.std * jax.random.normal(rng, (2, site.shape[-1]))
         return {"g": 1 + g, "t": t}
 
-    def norm(self, theta, y):
-        return y * per_feature(theta["g"].astype(y.dtype), y) + per_feature(theta["t"].astype(y.dtype), y)
+    def norm(self, params, y):
+        return y * per_feature(params["g"].astype(y.dtype), y) + per_feature(params["t"].astype(y.dtype), y)
 
-    def linear(self, theta, x, y, base, rng):
-        return self.norm(theta, y)
+    def linear(self, params, x, y, base, rng):
+        return self.norm(params, y)
 
-    def merge(self, theta, base):
+    def merge(self, params, base):
         if base["bias"] is None:
             raise ValueError("ssf shifts the output of a layer that has no bias, so there is nothing to merge into")
         (weight,) = base.keys() - {"bias"}  # a linear's kernel or a norm's scale, outputs last
-        scaled = {name: x * per_feature(theta["g"], x) if x.ndim > 1 else x * theta["g"] for name, x in base.items()}
-        return {weight: scaled[weight], "bias": scaled["bias"] + theta["t"]}
+        scaled = {name: x * per_feature(params["g"], x) if x.ndim > 1 else x * params["g"] for name, x in base.items()}
+        return {weight: scaled[weight], "bias": scaled["bias"] + params["t"]}

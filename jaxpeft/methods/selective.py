@@ -1,7 +1,7 @@
 """Training base leaves in place: full fine-tuning, the head, biases, LayerNorms, or any leaves that a pattern names.
 
 BitFit (Zaken et al. 2021, arXiv 2106.10199) trains every bias, LayerNorms' included; tuning LayerNorms alone trains
-scale and bias of each. Their `where` narrows the choice to a tower or stack.
+scale and bias of each. Their `targets` narrows the choice to a tower or stack.
 
 BLIP's head is a dense layer, GELU and LayerNorm ("transform"), then the vocabulary matrix, tied to the word embedding,
 and a free bias. `Head(matrix='transform')` trains transform and bias and leaves the matrix alone; 'untied' also
@@ -13,7 +13,7 @@ import dataclasses
 import re
 from typing import ClassVar
 
-from jaxpeft.methods.base import Method, Theta
+from jaxpeft.methods.base import Method, Params
 from jaxpeft.ops import matmul
 
 HEADS = ("none", "transform", "untied")
@@ -37,19 +37,19 @@ class Selective(Method):
 
 @dataclasses.dataclass(frozen=True)
 class BitFit(Method):
-    """Train every bias of the modules whose path `where` matches (the decoder head's vocabulary bias is one)."""
+    """Train every bias of the modules whose path `targets` matches (the decoder head's vocabulary bias is one)."""
 
-    where: str = r"^text_"
+    targets: str = r"^text_"
     name: ClassVar[str] = "bitfit"
     train: ClassVar[str] = r"bias$"
 
     def trains(self, leaf):
-        return super().trains(leaf) and re.search(self.where, leaf.removeprefix("params/")) is not None
+        return super().trains(leaf) and re.search(self.targets, leaf.removeprefix("params/")) is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerNorms(BitFit):
-    """Train scale and bias of every LayerNorm whose path `where` matches."""
+    """Train scale and bias of every LayerNorm whose path `targets` matches."""
 
     name: ClassVar[str] = "layer_norms"
     train: ClassVar[str] = r"norm\d?/(scale|bias)$"
@@ -78,7 +78,7 @@ class Full(Method):
 class Head(Method):
     """Tune the decoder's head; `matrix` says whether its vocabulary matrix is untied from the embedding and tuned."""
 
-    where: str = r"^text_decoder/head/vocabulary$"
+    targets: str = r"^text_decoder/head/vocabulary$"
     matrix: str = "transform"  # 'transform' or 'untied'
     name: ClassVar[str] = "head"
     train: ClassVar[str] = r"^params/text_decoder/head/(?!vocabulary/)"
@@ -92,14 +92,14 @@ class Head(Method):
     def kinds(self) -> tuple[str, ...]:
         return ("linear",) if self.matrix == "untied" else ()
 
-    def init(self, rng, site, base) -> Theta:
+    def init(self, rng, site, base) -> Params:
         return {
             "matrix": base["kernel"].T
         }  # (V, D), the layout of the embedding: the same product, so identity is exact
 
-    def linear(self, theta, x, y, base, rng):
-        return matmul(x, theta["matrix"].T.astype(x.dtype))
+    def linear(self, params, x, y, base, rng):
+        return matmul(x, params["matrix"].T.astype(x.dtype))
 
-    def merge(self, theta, base) -> Theta:
+    def merge(self, params, base) -> Params:
         """Where the base has a vocabulary matrix of its own; `sites.merge` refuses a tied one."""
-        return base | {"kernel": theta["matrix"].T}
+        return base | {"kernel": params["matrix"].T}

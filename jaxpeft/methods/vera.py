@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.methods.base import Method, Theta, at_least, kaiming
+from jaxpeft.methods.base import Method, Params, at_least, kaiming
 from jaxpeft.ops import matmul, per_feature
 
 
@@ -20,7 +20,7 @@ from jaxpeft.ops import matmul, per_feature
 class VeRA(Method):
     """Scales of a shared random low-rank update."""
 
-    where: str = r"text_.*attention/(query|value)$"
+    targets: str = r"text_.*attention/(query|value)$"
     rank: int = 256
     d_initial: float = 0.1
     name: ClassVar[str] = "vera"
@@ -37,20 +37,20 @@ class VeRA(Method):
         one, other = jax.random.split(rng)
         return {"a": kaiming(one, (n_in, self.rank), n_in), "b": kaiming(other, (self.rank, n_out), self.rank)}
 
-    def init(self, rng, site, base) -> Theta:
+    def init(self, rng, site, base) -> Params:
         return {"d": jnp.full((self.rank,), self.d_initial), "l": jnp.zeros((site.shape[1],))}
 
-    def expand(self, theta, shared, site):
+    def expand(self, params, shared, site):
         n_in, n_out = site.shape
         cut = {"a": shared["a"][:n_in], "b": shared["b"][:, :n_out]}
         if site.layers is not None:
             cut = {name: jnp.broadcast_to(x, (site.layers, *x.shape)) for name, x in cut.items()}
-        return theta | cut
+        return params | cut
 
-    def linear(self, theta, x, y, base, rng):
-        h = matmul(x, theta["a"].astype(x.dtype))
-        h = matmul(h * per_feature(theta["d"].astype(x.dtype), h), theta["b"].astype(x.dtype))
-        return y + h * per_feature(theta["l"].astype(x.dtype), h)
+    def linear(self, params, x, y, base, rng):
+        h = matmul(x, params["a"].astype(x.dtype))
+        h = matmul(h * per_feature(params["d"].astype(x.dtype), h), params["b"].astype(x.dtype))
+        return y + h * per_feature(params["l"].astype(x.dtype), h)
 
-    def merge(self, theta, base):
-        return base | {"kernel": base["kernel"] + theta["a"] * theta["d"][None] @ theta["b"] * theta["l"][None]}
+    def merge(self, params, base):
+        return base | {"kernel": base["kernel"] + params["a"] * params["d"][None] @ params["b"] * params["l"][None]}

@@ -20,7 +20,7 @@ STALE, BEAT = 120.0, 10.0  # seconds
 _watched: dict[Path, tuple[int, float]] = {}  # file -> (its time, since when this process has seen that time)
 
 
-class Claim:
+class Lease:
     """The right to `directory / name`, held by at most one process of any host that sees the directory."""
 
     def __init__(self, directory: Path, name: str):
@@ -99,7 +99,7 @@ def held(directory: Path) -> Iterator[None]:
 
     An owner on another host is watched until it is seen to live or STALE seconds have shown that it does not.
     """
-    claim, began = Claim(directory, ".owner"), time.monotonic()
+    claim, began = Lease(directory, ".owner"), time.monotonic()
     first = None
     while not claim.take():
         owner = claim.owner() or {}

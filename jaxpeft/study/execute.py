@@ -330,8 +330,8 @@ def _flops_per_second() -> float:
 def _traced(c) -> tuple[float, int, int]:
     """(FLOPs of a training step, bytes of image features, parameters of the base) of a point, nothing computed."""
     model = training_run.abstract_model(c)
-    n_pictures = None if c.data.name == "scenes" else c.data.n_images
-    step, shapes = preflight.step_in_shapes(c, model, n_pictures=n_pictures)
+    n_images = None if c.data.name == "scenes" else c.data.n_images
+    step, shapes = preflight.step_in_shapes(c, model, n_images=n_images)
     features = shapes[2]
     n_bytes = 0 if features is None else int(np.prod(features.shape)) * features.dtype.itemsize
     n_params = tree.count(budget.abstract_params(model))
@@ -538,7 +538,7 @@ def _live_workers(directory: Path) -> int:
     """How many workers hold a run now, on any host; at least 1. The claim of one that is gone does not count."""
     claims = directory / "claims"
     held = [path.name for path in claims.glob("[!.]*")]
-    return max(1, sum(locks.Claim(claims, name).owner() is not None for name in held))
+    return max(1, sum(locks.Lease(claims, name).owner() is not None for name in held))
 
 
 # ---------------------------------------------------------------- running
@@ -583,7 +583,7 @@ def attempt(run: Run, directory: Path, log, known: State | None = None) -> bool:
         log(f"{text}; {progress(run.study, directory, state)}")
 
     check_source(directory, run)
-    claim = locks.Claim(directory / "claims", run.id)
+    claim = locks.Lease(directory / "claims", run.id)
     if not claim.take():
         return False
     try:

@@ -24,7 +24,7 @@ class Task(abc.ABC):
     name: ClassVar[str] = ""
     question_encoder: ClassVar[bool] = False  # whether the model needs one
     main_metric: ClassVar[str] = ""  # the metric that tables and studies show
-    id_key: ClassVar[str] = ""  # of the rows of `cases`: what tells them apart
+    id_key: ClassVar[str] = ""  # of the rows of `eval_examples`: what tells them apart
     # fields that limit a text's tokens, where 0 means as many as the longest text has -> their value where there is no text
     limits: ClassVar[dict[str, int]] = {}
     limited_texts: ClassVar[dict[str, str]] = {}  # limit -> what it cuts, for messages
@@ -35,7 +35,7 @@ class Task(abc.ABC):
         """Training examples: arrays 'tokens', 'targets' (n,A,T) int32, 'weights' (n,A,T) float32, maybe 'question'."""
 
     @abc.abstractmethod
-    def cases(self, split: Split, tokenizer: Tokenizer) -> Examples:
+    def eval_examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
         """Evaluation cases, one per answer to write: arrays 'image_index' and maybe 'question'; rows for scoring."""
 
     @abc.abstractmethod
@@ -64,10 +64,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def score(self, rows: list[dict], predictions: list[str]) -> dict:
-        """Metrics of a whole split; `rows` are those of `cases`."""
+        """Metrics of a whole split; `rows` are those of `eval_examples`."""
 
     @abc.abstractmethod
-    def each(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
+    def per_example(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
         """The main metric of every case; its mean is the split's."""
 
     def scores(self, rows: list[dict], predictions: list[str]) -> dict:
@@ -154,7 +154,7 @@ class Task(abc.ABC):
                 [write(group[min(k, len(group) - 1)]) for group in groups]
                 for k in range(min(10, max(map(len, groups))))
             ]
-            which = np.argmax([self.each(rows, texts) for texts in tried], axis=0)
+            which = np.argmax([self.per_example(rows, texts) for texts in tried], axis=0)
             return [tried[k][i] for i, k in enumerate(which)]
 
         lost = [text for group in groups for text in group if self.form(written[text]) != self.form(text)]

@@ -75,7 +75,7 @@ class Captioning(Task):
         arrays["image_index"] = np.array([i for i, _ in pairs], np.int32)
         return Examples(arrays, split.images, [{"image_id": split.rows[i]["image_id"]} for i, _ in pairs])
 
-    def cases(self, split: Split, tokenizer: Tokenizer) -> Examples:
+    def eval_examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
         indices = [i for i, row in enumerate(split.rows) if row["captions"]]
         read = str if self.variant == "basic" else (lambda text: clean_caption(text, 10**6))
         rows = [
@@ -107,7 +107,7 @@ class Captioning(Task):
             {"image_id": int(row["image_id"]), "caption": text} for row, text in zip(rows, predictions, strict=True)
         ]
 
-    def each(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
+    def per_example(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
         read = VARIANTS[self.variant]
         ours = {row["image_id"]: read(text) for row, text in zip(rows, predictions, strict=True)}
         return metrics.cider_d(ours, {row["image_id"]: list(map(read, row["references"])) for row in rows})[1]
@@ -122,7 +122,7 @@ class Captioning(Task):
         described = [row for row in train.rows if row["captions"]]
         tried = often[:10] + _spread(often[10:], 10)
         known = [{"image_id": str(i), "references": row["captions"]} for i, row in enumerate(_spread(described, 100))]
-        best = max(tried, key=lambda text: self.each(known, [text] * len(known)).mean())
+        best = max(tried, key=lambda text: self.per_example(known, [text] * len(known)).mean())
         return {"constant_caption": [often[0]] * len(rows), "best_caption": [best] * len(rows)}
 
 

@@ -104,7 +104,7 @@ class Vqa(Task):
         arrays |= teacher_forced(answers, weights, 1, tokenizer.pad_id)
         return Examples(arrays, split.images, [{"question_id": q["question_id"]} for _, q in found])
 
-    def cases(self, split: Split, tokenizer: Tokenizer) -> Examples:
+    def eval_examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
         found, arrays = self._questions(split, tokenizer)
         rows = [
             {key: q[key] for key in ("question_id", "question", "type")}
@@ -172,7 +172,7 @@ class Vqa(Task):
         )
         return {"accuracy": report.pop("overall"), **report}
 
-    def each(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
+    def per_example(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
         pairs = zip(rows, predictions, strict=True)
         return np.array([metrics.vqa_accuracy(text, row["answers"], self.variant) for row, text in pairs])
 

@@ -274,7 +274,7 @@ def generate(
         raise ValueError(f"this model {'answers questions: give prompts' if asks else 'captions: give no prompts'}")
     task = task or tasks.build("vqa" if asks else "captioning")
     images = [images] if isinstance(images, str | Path) or getattr(images, "ndim", 4) == 3 else images
-    pictures = [picture if isinstance(picture, np.ndarray) else decode_image(picture) for picture in images]
+    pictures = [image if isinstance(image, np.ndarray) else decode_image(image) for image in images]
     questions = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts or [""] * len(pictures))
     if len(questions) != len(pictures):
         raise ValueError(f"{len(questions)} prompts for {len(pictures)} pictures; give one each, or one for all")
@@ -288,7 +288,7 @@ def generate(
     ]
     split = Split("generate", Resized.of(pictures, model), rows)
     task = reading(task, split, model)
-    cases = task.cases(split, model.tokenizer)
+    cases = task.eval_examples(split, model.tokenizer)
     if adapter_ids is not None:
         ids, n_trees = np.asarray(adapter_ids, np.int32), {x.shape[0] for x in jax.tree.leaves(variables["peft"])}
         if ids.shape != (len(pictures),) or len(n_trees) != 1 or not np.all((0 <= ids) & (ids < min(n_trees))):

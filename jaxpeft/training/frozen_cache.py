@@ -41,7 +41,7 @@ def name_of(model, variables, split: Split, question_NT: np.ndarray | None = Non
     return f"{split.name}-{kind}{n}-{digest}.npy"
 
 
-def table(model, variables, split: Split, pictures, directory: str | Path | None, limit: int, log=print) -> jax.Array:
+def table(model, variables, split: Split, images, directory: str | Path | None, limit: int, log=print) -> jax.Array:
     """Image tokens (n, 1 + P, D) of a split's pictures; from `directory`, and into it, where one is given. On every device
     that `variables` are on.
 
@@ -50,7 +50,7 @@ def table(model, variables, split: Split, pictures, directory: str | Path | None
     """
 
     def compute():
-        return evaluate.image_features(model, variables, pictures)
+        return evaluate.image_features(model, variables, images)
 
     if directory and split.source:
         found = _kept(Path(directory) / name_of(model, variables, split), compute, limit, log)

@@ -58,7 +58,7 @@ class NonFinite(FloatingPointError):
     """The loss or a gradient is NaN or infinite; the message names the step and the leaves."""
 
 
-def train_step(state: TrainState, frozen: Tree, features, batch: dict, *, model, task, tx, accumulate: int):
+def train_step(state: TrainState, frozen: Tree, features, batch: dict, *, model, task, tx, grad_accum: int):
     """One update of the tuned half -> (state, metrics). Gradients are of sums, divided once by the total count."""
     rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
@@ -74,11 +74,11 @@ def train_step(state: TrainState, frozen: Tree, features, batch: dict, *, model,
 
     zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.tuned))
     # every accumulate-th row: each device's share of a microbatch is in its share of the batch
-    micros = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-    if accumulate == 1:
+    micros = jax.tree.map(lambda x: x.reshape(-1, grad_accum, *x.shape[1:]).swapaxes(0, 1), batch)
+    if grad_accum == 1:
         (loss, count, grads), _ = add(zero, (0, jax.tree.map(lambda x: x[0], micros)))
     else:
-        (loss, count, grads), _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), micros))
+        (loss, count, grads), _ = jax.lax.scan(add, zero, (jnp.arange(grad_accum), micros))
     loss, grads = loss / count, jax.tree.map(lambda g: g / count, grads)
     squares_G = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
     norm = jnp.sqrt(jnp.sum(squares_G))
@@ -100,7 +100,7 @@ def check_finite(step: int, metrics: dict, names: list[str]) -> None:
         some = ", ".join(bad if len(bad) < 5 else (f"{group} ({n} leaves)" for group, n in groups.items()))
         raise NonFinite(
             f"step {step}: loss {float(metrics['loss'])}, gradients not finite in: {some or 'no leaf'}. Try a lower "
-            f"optim.lr or optim.clip, with --accept_changes to go on from what is saved, or look at the examples of this "
+            f"optim.lr or optim.clip_norm, with --accept_changes to go on from what is saved, or look at the examples of this "
             f"step"
         )
 
@@ -145,7 +145,7 @@ def fit(
     stored step depends on something else than `manifest` says, unless `accept`.
     """
     mesh = sharding.mesh(config.get("mesh"))
-    sharding.check_batch(config.batch_size, config.accumulate, mesh)
+    sharding.check_batch(config.batch_size, config.grad_accum, mesh)
     tx = optim.optimizer(config.optim, tuned, config.steps)
 
     make = functools.partial(start, tx=tx, seed=config.seed, best=validate is not None)

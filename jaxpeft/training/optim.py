@@ -23,26 +23,28 @@ SCHEDULES = ("constant", "cosine", "linear", "plateau")
 
 def adamw(config, decays):
     """Loshchilov and Hutter 2019, arXiv 1711.05101."""
-    return optax.adamw(1.0, config.b1, config.b2, weight_decay=config.decay, mask=decays)
+    return optax.adamw(1.0, config.b1, config.b2, weight_decay=config.weight_decay, mask=decays)
 
 
 def adafactor(config, decays):
     """Shazeer and Stern 2018, arXiv 1804.04235, without momentum; a step is not scaled by the size of the parameter, as
     adapters start at zero."""
     return optax.adafactor(
-        1.0, multiply_by_parameter_scale=False, weight_decay_rate=config.decay or None, weight_decay_mask=decays
+        1.0, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None, weight_decay_mask=decays
     )
 
 
 def lion(config, decays):
     """Chen et al. 2023, arXiv 2302.06675. Its b2 is 0.99 there, and its rate a third to a tenth of AdamW's."""
-    return optax.lion(1.0, config.b1, config.b2, weight_decay=config.decay, mask=decays)
+    return optax.lion(1.0, config.b1, config.b2, weight_decay=config.weight_decay, mask=decays)
 
 
 def sgd(config, decays):
     """Gradient descent with momentum b1; the decay is decoupled, as AdamW's."""
     return optax.chain(
-        optax.trace(config.b1), optax.add_decayed_weights(config.decay, decays), optax.scale_by_learning_rate(1.0)
+        optax.trace(config.b1),
+        optax.add_decayed_weights(config.weight_decay, decays),
+        optax.scale_by_learning_rate(1.0),
     )
 
 
@@ -53,7 +55,7 @@ def muon(config, decays):
         return jax.tree.map(_matrix, tree.names(params), params)
 
     return optax.contrib.muon(
-        1.0, beta=config.b1, weight_decay=config.decay, weight_decay_mask=decays, adam_b1=config.b1, adam_b2=config.b2,
+        1.0, beta=config.b1, weight_decay=config.weight_decay, weight_decay_mask=decays, adam_b1=config.b1, adam_b2=config.b2,
         muon_weight_dimension_numbers=dimensions,
     )  # fmt: skip
 
@@ -117,7 +119,7 @@ def optimizer(config, tuned: Tree, n_steps: int) -> optax.GradientTransformation
     decays = (
         jax.tree.map(lambda name: not re.search(config.no_decay, name), tree.names(tuned)) if config.no_decay else None
     )
-    steps = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    steps = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     steps.append(OPTIMIZERS.find(config.get("name", "adamw"))(config, decays))
     scales = _lr_scales(tuned)
     if any(scale != 1 for scale in jax.tree.leaves(scales)):
@@ -138,7 +140,7 @@ def _lr_scales(tuned: Tree) -> Tree:
         if not sites.is_bound(node):
             return 1.0
         return dataclasses.replace(
-            node, theta={k: x if x is None else node.method.lr_scale(k) for k, x in node.theta.items()}
+            node, params={k: x if x is None else node.method.lr_scale(k) for k, x in node.params.items()}
         )
 
     return jax.tree.map(of, tuned, is_leaf=sites.is_bound)

@@ -97,10 +97,10 @@ def _training(settings: str, splits: tuple[str, ...]) -> base.Split:
     return data.load(ml_collections.ConfigDict(json.loads(settings)), list(splits))["train"]
 
 
-def step_in_shapes(c, model, batch_size: int | None = None, n_pictures: int | None = None):
+def step_in_shapes(c, model, batch_size: int | None = None, n_images: int | None = None):
     """(step, (state, frozen, features, batch)) of a point, as shapes, with nothing read but a few rows of its data.
 
-    `n_pictures`: rows of the feature table; by default all that the run looks at.
+    `n_images`: rows of the feature table; by default all that the run looks at.
     """
     batch_size = batch_size or c.batch_size
     pipeline.check_augment(c.data.augment)
@@ -122,19 +122,19 @@ def step_in_shapes(c, model, batch_size: int | None = None, n_pictures: int | No
         shape = (*examples.arrays["question"].shape, model.config.text_width)
         examples.arrays["question_states"] = np.broadcast_to(np.float32(0), shape)
     size = model.config.image_size
-    pictures = None if cached else np.zeros((1, size, size, 3), np.uint8)
+    images = None if cached else np.zeros((1, size, size, 3), np.uint8)
     if not cached:
         examples.arrays["image_index"] = np.zeros_like(examples.arrays["image_index"])
-    examples = dataclasses.replace(examples, images=pictures)
+    examples = dataclasses.replace(examples, images=images)
     batch = pipeline.gather(examples, np.zeros(1, np.int64))
     batch = {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     tuned, frozen = tree.split(variables, mask)
     tx = optim.optimizer(c.optim, tuned, run.scheduled(c, len(examples)).steps)
     best = c.optim.schedule == "plateau"
     state = jax.eval_shape(functools.partial(loop.start, tx=tx, seed=0, best=best), tuned)
-    shape = (n_all if n_pictures is None else n_pictures, 1 + model.config.n_patches, model.config.vision_width)
+    shape = (n_all if n_images is None else n_images, 1 + model.config.n_patches, model.config.vision_width)
     features = jax.ShapeDtypeStruct(shape, model.config.dtype) if cached else None
-    step = functools.partial(loop.train_step, model=model, task=task, tx=tx, accumulate=c.accumulate)
+    step = functools.partial(loop.train_step, model=model, task=task, tx=tx, grad_accum=c.grad_accum)
     return step, (state, frozen, features, batch)
 
 
@@ -195,13 +195,13 @@ def report(config, topology: str | None = None, chip: Chip | None = None) -> str
     """The plan of a point, as text. Raises ValueError for anything that the run itself would refuse, seen from shapes."""
     devices = devices_of(topology)
     mesh = sharding.mesh(config.get("mesh"), devices)
-    sharding.check_batch(config.batch_size, config.accumulate, mesh)
+    sharding.check_batch(config.batch_size, config.grad_accum, mesh)
     model = run.abstract_model(config)
     shapes_of = functools.partial(step_in_shapes, config, model)
     step, shapes = shapes_of()
     state, frozen, features, _ = shapes
     counts = sites.counts(tree.join(state.tuned, frozen), jax.tree.map(lambda x: True, state.tuned))
-    flops = flops_of(*shapes_of(n_pictures=1), model)
+    flops = flops_of(*shapes_of(n_images=1), model)
     plan = compiled(step, shapes, model.sharding, mesh, config.journal_mb)
     where = sharding.shardings(frozen, model.sharding, mesh)
     n_frozen = sharding.bytes_per_device(frozen, where)
@@ -211,7 +211,7 @@ def report(config, topology: str | None = None, chip: Chip | None = None) -> str
     rows = [
         ("devices", f"{len(devices)} x {devices[0].device_kind}, mesh {axes}"),
         ("parameters", f"{counts['total']:,} in the base, {counts['tuned']:,} tuned, {counts['stored']:,} stored"),
-        ("batch", f"{config.batch_size}, {config.accumulate} microbatch{'es' if config.accumulate > 1 else ''}"),
+        ("batch", f"{config.batch_size}, {config.grad_accum} microbatch{'es' if config.grad_accum > 1 else ''}"),
         ("frozen per device", _mb(n_frozen)),
         ("state per device", f"{_mb(n_state)} (tuned leaves and optimizer)"),
     ]
@@ -250,7 +250,7 @@ def _roofline(config, mesh, chip: Chip, flops: float, frozen, state) -> list[tup
     """The time that a step cannot beat: its FLOPs at the peak, or its weights and state through memory once each way."""
     compute = flops / mesh.size / chip.flops
     width = jnp.dtype(config.model.dtype).itemsize
-    weights = (tree.count(frozen) + tree.count(state.tuned)) * width * 2 * config.accumulate / mesh.shape["tensor"]
+    weights = (tree.count(frozen) + tree.count(state.tuned)) * width * 2 * config.grad_accum / mesh.shape["tensor"]
     own = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / sharding.n_split(mesh)
     memory = (weights + own) / chip.bandwidth
     bound = "compute" if compute >= memory else "memory"
@@ -268,7 +268,7 @@ def _largest(config, shapes_of, model, mesh, chip: Chip | None, plan: Plan) -> s
     """The largest batch whose planned peak fits: from a line through two plans, and then planned itself."""
     if chip is None:
         return "give --chip for it"
-    unit, peaks = sharding.n_batch(mesh) * config.accumulate, {config.batch_size: plan.peak}
+    unit, peaks = sharding.n_batch(mesh) * config.grad_accum, {config.batch_size: plan.peak}
 
     def peak(n):
         if n not in peaks:

@@ -29,7 +29,7 @@ from jaxpeft.data import base, pipeline
 from jaxpeft.interchange import load_tuned, save_tuned
 from jaxpeft.methods import METHODS
 from jaxpeft.models import loading
-from jaxpeft.runtime import files, locks, registry
+from jaxpeft.runtime import files, locks, registry, renamed
 from jaxpeft.training import evaluate, optim, results, sharding
 from jaxpeft.training import frozen_cache as feature_tables
 from jaxpeft.training.loop import JOURNAL, fit, train_step
@@ -78,7 +78,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
         log(f"{workdir} is finished; this is its result\n\n{results.table(done)}")
         return done
     mesh = sharding.mesh(config.get("mesh"))
-    sharding.check_batch(config.batch_size, config.accumulate, mesh)
+    sharding.check_batch(config.batch_size, config.grad_accum, mesh)
 
     # data
     task = tasks.build(config.task, **config.task_options)
@@ -100,7 +100,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     counts = sites.counts(variables, mask)
     task, texts = with_limits(task, model, chosen, {"train": train, **held_out}, log)
     candidates = task.candidates(train, model.tokenizer)
-    cases = {name: task.cases(held_out[name], model.tokenizer) for name in config.eval.splits}
+    cases = {name: task.eval_examples(held_out[name], model.tokenizer) for name in config.eval.splits}
     yardsticks = {name: yardstick(task, train, name, some, model.tokenizer, log) for name, some in cases.items()}
     log(" + ".join(map(str, chosen)))
     log(sites.describe(variables, mask, leaves=False))
@@ -119,14 +119,14 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     if features_in:  # features of the whole split, so that every subset shares them and the step's program
         looked_at["train"] = splits["train"]
         examples.arrays["image_index"] = chosen_images[examples.arrays["image_index"]].astype(np.int32)
-    pictures = {name: pipeline.Resized.of(split.images, model) for name, split in looked_at.items()}
-    examples = dataclasses.replace(examples, images=pictures["train"])
-    cached, why = can_cache(config, mask, model, sum(map(len, pictures.values())))
+    images = {name: pipeline.Resized.of(split.images, model) for name, split in looked_at.items()}
+    examples = dataclasses.replace(examples, images=images["train"])
+    cached, why = can_cache(config, mask, model, sum(map(len, images.values())))
     log(f"image features {'computed once per picture' if cached else 'computed every step'}: {why}")
-    features = dict.fromkeys(pictures)
+    features = dict.fromkeys(images)
     if cached:
         features = {
-            name: feature_tables.table(model, variables, split, pictures[name], features_in, c.feature_bytes, log)
+            name: feature_tables.table(model, variables, split, images[name], features_in, c.feature_bytes, log)
             for name, split in looked_at.items()
         }
         examples = dataclasses.replace(examples, images=None)
@@ -158,7 +158,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     digests["data"] = {
         name: digest([Path(split.source).name, split.rows]) for name, split in {"train": train, **held_out}.items()
     }
-    step = functools.partial(train_step, model=model, task=task, accumulate=config.accumulate)
+    step = functools.partial(train_step, model=model, task=task, grad_accum=config.grad_accum)
     order = {"seed": config.seed, "augment": config.data.augment}
     manifest = {"config": digest(as_json(config)), **digests}
 
@@ -169,7 +169,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
 
     validate = None
     if until_plateau:
-        sample = validation_sample(config, task, model, held_out, pictures)
+        sample = validation_sample(config, task, model, held_out, images)
         validate = validation(config, model, task, sample, features, frozen, prepare)
         log(
             f"at most {plan.steps:,} steps (batch {plan.batch_size}, {len(examples):,} training examples); validated on "
@@ -215,12 +215,12 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     for name in config.eval.splits:
         split = held_out[name]
         scores[name], more = evaluate_split(
-            config, model, task, versions, split, cases[name], pictures[name], features[name], prepare, candidates
+            config, model, task, versions, split, cases[name], images[name], features[name], prepare, candidates
         )
         blind, guess = yardsticks[name]
         scores[name] |= blind
         if guess is not None:
-            for row, text, value in zip(more, guess, task.each(cases[name].rows, guess), strict=True):
+            for row, text, value in zip(more, guess, task.per_example(cases[name].rows, guess), strict=True):
                 row["blind"], row[f"blind_{task.main_metric}"] = text, round(float(value), 6)
             others = [one for one in ("blind", "text_only", "base") if one in more[0]]
             scores[name]["intervals"] = evaluate.intervals(more, task.main_metric, "tuned", others)
@@ -266,13 +266,13 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
         return result
     files.write_jsonl(workdir / "predictions.jsonl", rows)
     save_tuned(model, whole, chosen, workdir / "tuned")
-    pictured = ", gallery.png" if rows and config.eval.gallery else ""
-    if pictured:
+    with_gallery = ", gallery.png" if rows and config.eval.gallery else ""
+    if with_gallery:
         _gallery(workdir, held_out[config.eval.splits[0]], rows)
     files.write_json(workdir / "result.json", result)
     (workdir / JOURNAL).unlink(missing_ok=True)  # nothing is left to be cut off
     log(
-        f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl{pictured}; "
+        f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl{with_gallery}; "
         f"what was tuned: tuned/ (jp.load_run, jaxpeft generate)"
     )
     return result
@@ -286,6 +286,7 @@ def needed_splits(config) -> list[str]:
 
 def check_config(config) -> None:
     """Raise ValueError for a setting that training or evaluation would refuse, before anything is read."""
+    renamed.check_config(config)
     optim.schedule(config.optim, 1000)
     optim.OPTIMIZERS.find(config.optim.get("name", "adamw"))
     pipeline.check_augment(config.data.augment)
@@ -320,7 +321,7 @@ def load_run(workdir: str | Path, imports: Iterable[str] = ()):
             f"{workdir} has no tuned/: an older version, which did not keep it, finished this run; run again"
         )
     with files.reading(workdir, "holds no run of ours"):
-        config = ml_collections.ConfigDict(files.read_json(workdir / "config.json"))
+        config = ml_collections.ConfigDict(renamed.translated(files.read_json(workdir / "config.json")))
         result = files.read_json(workdir / "result.json", MOST_RESULT)
         try:
             return _load_run(workdir, config, result)
@@ -565,10 +566,10 @@ def _placed(variables: Tree, model, mesh, log) -> Tree:
     return sharding.put(variables, placed)
 
 
-def can_cache(config, mask, model, n_pictures: int) -> tuple[bool, str]:
+def can_cache(config, mask, model, n_images: int) -> tuple[bool, str]:
     """Whether image features may be computed once, and the reason."""
     c = model.config
-    size = n_pictures * (1 + c.n_patches) * c.vision_width * jnp.dtype(c.dtype).itemsize
+    size = n_images * (1 + c.n_patches) * c.vision_width * jnp.dtype(c.dtype).itemsize
     tuned = [name for name, on in tree.flatten(mask).items() if on and "/vision" in name]
     if tuned:
         return False, f"{tuned[0]} is tuned"
@@ -594,19 +595,19 @@ def can_cache_questions(config, mask, model, examples, images_cached: bool) -> t
 
 
 def evaluate_split(
-    config, model, task, versions: dict[str, Tree], split, cases, pictures, features, prepare, candidates=None
+    config, model, task, versions: dict[str, Tree], split, cases, images, features, prepare, candidates=None
 ):
     """Scores of each version of the model on one split, and a row per case.
 
     A split whose cases have no answers, as a test set for a server, is predicted and not scored.
     """
     blank = dataclasses.replace(cases, arrays=cases.arrays | {"image_index": np.zeros(len(cases), np.int32)})
-    cases = prepare(split.name, dataclasses.replace(cases, images=pictures))
+    cases = prepare(split.name, dataclasses.replace(cases, images=images))
     known = scored(cases)
     scores = {"n": len(cases), "scored": known}
     options = {"features": features, "batch_size": config.eval.batch_size}
     if known:
-        examples = prepare(split.name, dataclasses.replace(task.examples(split, model.tokenizer), images=pictures))
+        examples = prepare(split.name, dataclasses.replace(task.examples(split, model.tokenizer), images=images))
     rows = [{"split": split.name, **row} for row in cases.rows]
     looks = [(label, variables, cases, options) for label, variables in versions.items()]
     if config.eval.get("text_only", False) and known:
@@ -625,7 +626,7 @@ def evaluate_split(
             config.optim.schedule == "plateau" and split.name == config.stop.split
         ):  # measured in training
             scores[label]["nll"] = evaluate.nll(model, variables, task, examples, **options)
-        each = task.each(cases.rows, [one["text"] for one in written])
+        each = task.per_example(cases.rows, [one["text"] for one in written])
         for row, one, value in zip(rows, written, each, strict=True):
             row[label], row[f"{label}_score"] = one["text"], round(one["score"], 4)
             row[f"{label}_{task.main_metric}"] = round(float(value), 6)
@@ -635,18 +636,18 @@ def evaluate_split(
 def _grey(model, variables) -> jax.Array:
     """Image tokens of one picture of the mean colour, on every device that `variables` are on."""
     size = model.config.image_size
-    picture_1YXC = np.broadcast_to(np.float32(model.config.image_mean) * 255, (1, size, size, 3)).astype(np.uint8)
-    tokens_1PD = evaluate.image_features(model, variables, picture_1YXC, batch_size=1)
+    image_1YXC = np.broadcast_to(np.float32(model.config.image_mean) * 255, (1, size, size, 3)).astype(np.uint8)
+    tokens_1PD = evaluate.image_features(model, variables, image_1YXC, batch_size=1)
     on = sharding.mesh_of(variables)
     return jnp.asarray(tokens_1PD) if on is None else sharding.replicate(tokens_1PD, on)
 
 
-def validation_sample(config, task, model, held_out, pictures) -> base.Examples:
+def validation_sample(config, task, model, held_out, images) -> base.Examples:
     """At most config.stop.examples examples of config.stop.split, spread over it."""
     examples = task.examples(held_out[config.stop.split], model.tokenizer)
     some = np.unique(np.linspace(0, len(examples) - 1, min(config.stop.examples, len(examples))).astype(int))
     arrays = {name: array[some] for name, array in examples.arrays.items()}
-    return dataclasses.replace(examples, arrays=arrays, images=pictures[config.stop.split])
+    return dataclasses.replace(examples, arrays=arrays, images=images[config.stop.split])
 
 
 def validation(config, model, task, sample, features, frozen, prepare):

@@ -58,14 +58,14 @@ def n_batch(on: Mesh) -> int:
     return on.shape["data"] * on.shape["fsdp"]
 
 
-def check_batch(batch_size: int, accumulate: int, on: Mesh) -> None:
+def check_batch(batch_size: int, grad_accum: int, on: Mesh) -> None:
     """Raise ValueError where microbatches or devices do not divide the batch."""
-    if batch_size % accumulate:
-        raise ValueError(f"batch_size {batch_size} is not divisible by accumulate {accumulate}")
-    if (batch_size // accumulate) % n_batch(on):
+    if batch_size % grad_accum:
+        raise ValueError(f"batch_size {batch_size} is not divisible by grad_accum {grad_accum}")
+    if (batch_size // grad_accum) % n_batch(on):
         raise ValueError(
-            f"batch_size {batch_size} / accumulate {accumulate} is not divisible by the {n_batch(on)} parts that mesh "
-            f"{dict(on.shape)} splits a batch into; change batch_size, accumulate or mesh"
+            f"batch_size {batch_size} / grad_accum {grad_accum} is not divisible by the {n_batch(on)} parts that mesh "
+            f"{dict(on.shape)} splits a batch into; change batch_size, grad_accum or mesh"
         )
 
 

@@ -448,7 +448,7 @@ def test_sigterm_at_a_claim(tmp_path, fault):
         claimer.send_signal(signal.SIGTERM)
         assert claimer.wait(timeout=60) == 75
         claimer.communicate()
-        claim = locks.Claim(tmp_path, "run")
+        claim = locks.Lease(tmp_path, "run")
         for _ in range(2):  # the first look may remove the gate that the dead one left
             if fault.timed(claim.take):
                 break

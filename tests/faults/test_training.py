@@ -449,7 +449,7 @@ def test_out_of_memory_of_a_step(tmp_path, whole, fault):
     calls = []
 
     def step_fn(state, *args, tx):
-        return functools.partial(loop.train_step, model=None, task=toy.Task(), accumulate=1)(state, *args, tx=tx)
+        return functools.partial(loop.train_step, model=None, task=toy.Task(), grad_accum=1)(state, *args, tx=tx)
 
     def no_room(step, batch):
         calls.append(step)
@@ -467,12 +467,12 @@ def test_out_of_memory_of_a_step(tmp_path, whole, fault):
 def test_clock_set_back(tmp_path, fault, monkeypatch):
     """The clock of a host is set back, or differs between hosts, while a run is claimed."""
     monkeypatch.setattr(locks, "STALE", 0.5)
-    mine = locks.Claim(tmp_path, "run")
+    mine = locks.Lease(tmp_path, "run")
     assert mine.take()
     path = tmp_path / "run"
     elsewhere = json.loads(path.read_text()) | {"host": "elsewhere"}
     path.write_text(json.dumps(elsewhere))
-    other = locks.Claim(tmp_path, "run")
+    other = locks.Lease(tmp_path, "run")
     for shift in (0, -86400, -86400 + 1, 86400, 3):  # its owner touches it, by whatever clock
         os.utime(path, (time.time() + shift,) * 2)
         assert not other.take()

@@ -49,7 +49,7 @@ def fit(workdir, c=None, log=lambda *_: None, change=lambda step, batch: batch, 
     rng = np.random.default_rng(0)
     tuned = {"params": {"w": jnp.asarray(rng.normal(size=(256, 64)), jnp.float32), "fixed": None}}
     frozen = {"params": {"w": None, "fixed": jnp.ones(64)}}
-    step_fn = step_fn or functools.partial(loop.train_step, model=None, task=Task(), accumulate=1)
+    step_fn = step_fn or functools.partial(loop.train_step, model=None, task=Task(), grad_accum=1)
     with signals.handled():
         state, _ = loop.fit(
             c or config(), workdir, step_fn, tuned, frozen, None, lambda start: batches(start, change),

@@ -141,7 +141,7 @@ def losses():
         tuned, frozen = tree.split(variables, sites.trainable(method, variables))
         tx = optax.adamw(1e-2)
         state = loop.TrainState(jnp.int32(0), tuned, tx.init(tuned))
-        step = jax.jit(functools.partial(loop.train_step, model=model, task=build(name), tx=tx, accumulate=1))
+        step = jax.jit(functools.partial(loop.train_step, model=model, task=build(name), tx=tx, grad_accum=1))
         out = []
         for i in range(3):
             batch = tiny.batch(4, 3 if ask else 1, seed=i)
@@ -171,7 +171,7 @@ def answers():
             ConfigDict(dict(name="scenes", seed=0, n_train=64, n_val=0, n_test=8, captions="human", types=())), ["test"]
         )["test"]
         task = build("vqa", max_question=35, length=10)
-        cases = task.cases(split, model.tokenizer)
+        cases = task.eval_examples(split, model.tokenizer)
         cases = base.Examples(cases.arrays, pipeline.Resized.of(split.images, model), cases.rows)
         found["rank"] = evaluate.predict(
             model, {"params": params}, task, cases, batch_size=8, candidates=["yes", "no", "red", "2", "circle"]

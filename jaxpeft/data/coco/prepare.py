@@ -95,14 +95,14 @@ def prepare(name: str, root, out=None, *, visual_genome=False, test=True, worker
     else:
         texts["coco_captions"] = {split: [row for row in karpathy.values() if row["split"] == split]
                                   for split in coco.KARPATHY}  # fmt: skip
-    pictures = {folder: {"pictures": _jpegs(found[f"coco/{folder}"])} for folder in folders}
+    images = {folder: {"pictures": _jpegs(found[f"coco/{folder}"])} for folder in folders}
     if visual_genome and questions:
-        pictures["vg"] = {"pictures": [row for key in ("vg/VG_100K", "vg/VG_100K_2") for row in _jpegs(found[key])]}
-    everything = pictures | texts
+        images["vg"] = {"pictures": [row for key in ("vg/VG_100K", "vg/VG_100K_2") for row in _jpegs(found[key])]}
+    everything = images | texts
     if check_sizes:
         _check_sizes(everything)
     for kind, splits in texts.items():  # a text whose picture is not there is a wrong or unfinished directory
-        _check_pictures(kind, splits, pictures, on_error)
+        _check_images(kind, splits, images, on_error)
 
     for kind, splits in everything.items():
         splits = {split: rows for split, rows in splits.items() if rows}
@@ -251,8 +251,8 @@ def _check_sizes(everything) -> None:
         )
 
 
-def _check_pictures(kind, splits, pictures, on_error) -> None:
-    there = {folder: {row["image_id"] for row in some["pictures"]} for folder, some in pictures.items()}
+def _check_images(kind, splits, images, on_error) -> None:
+    there = {folder: {row["image_id"] for row in some["pictures"]} for folder, some in images.items()}
     missing = []
     for split, rows in splits.items():
         for row in rows:

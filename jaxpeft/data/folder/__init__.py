@@ -161,10 +161,10 @@ def _records(source, files, problems):
         yield from records(source.path, source.asked, problems, files.root)
         return
     for name, pictures in source.texts.items():
-        read = [picture for picture in pictures if images.is_read(picture)]
-        for picture in pictures:
-            if picture not in read:
-                problems.note("unsupported image", f"{name}: {picture}: {images.why_unread(picture)}")
+        read = [image for image in pictures if images.is_read(image)]
+        for image in pictures:
+            if image not in read:
+                problems.note("unsupported image", f"{name}: {image}: {images.why_unread(image)}")
         if read:
             yield from caption_file(files.root / name, name, read, problems)
 
@@ -232,7 +232,7 @@ def _texts(files):
         stem, end = os.path.splitext(name)
         if end.lower() == ".txt":
             beside = pictures.get(normal(stem), [])
-            read = [picture for picture in beside if images.is_read(picture)]
+            read = [image for image in beside if images.is_read(image)]
             if beside:
                 texts[name] = read or beside  # cat.heic beside cat.jpg is what cat.jpg was made from
             else:
@@ -255,21 +255,21 @@ def _nothing_found(files, texts):
 def _say_what_was_not_used(sources, rows, files, problems):
     """Notes or remarks on the images that have no text, and on text files beside images that metadata files describe."""
     if texts := sources[0].texts:
-        described = {picture for pictures in texts.values() for picture in pictures}
-        stems = {os.path.splitext(picture)[0] for picture in described}
-        for picture in files.all():
-            if picture not in described:
-                stem = os.path.splitext(os.path.basename(picture))[0]
-                problems.note("image without text", f"{picture}: no {stem}.txt is beside it")
-        for picture in files.unread():
-            if picture not in described and os.path.splitext(picture)[0] not in stems:
-                problems.remark("image not used", f"{picture}: {images.why_unread(picture)}")
+        described = {image for pictures in texts.values() for image in pictures}
+        stems = {os.path.splitext(image)[0] for image in described}
+        for image in files.all():
+            if image not in described:
+                stem = os.path.splitext(os.path.basename(image))[0]
+                problems.note("image without text", f"{image}: no {stem}.txt is beside it")
+        for image in files.unread():
+            if image not in described and os.path.splitext(image)[0] not in stems:
+                problems.remark("image not used", f"{image}: {images.why_unread(image)}")
         return
-    for picture in files.all() + files.unread():
-        if picture not in rows:
-            problems.remark("image not used", picture)
+    for image in files.all() + files.unread():
+        if image not in rows:
+            problems.remark("image not used", image)
     for name, pictures in _texts(files)[0].items():
-        if unknown := [picture for picture in pictures if picture not in rows]:
+        if unknown := [image for image in pictures if image not in rows]:
             problems.note("two annotations", f"{name} is beside {unknown[0]}, which no metadata file describes")
         else:
             problems.remark("text not read", name)

@@ -162,7 +162,7 @@ def _read(path, most=None):
         raise ValueError(f" line {line}: {reason}") from error
 
 
-def caption_file(path, name, pictures, problems):
+def caption_file(path, name, images, problems):
     """The text file beside images, called `name` in messages: each of its lines that is not empty is a caption."""
     try:
         lines = re.split(r"\r\n|\r|\n", _read(path, MOST_CAPTIONS))
@@ -177,8 +177,8 @@ def caption_file(path, name, pictures, problems):
             captions += _captions([line], f"{name} line {i}", problems)
     if not said:
         problems.note("empty caption", f"{name}: the file is empty")
-    for picture in pictures if captions else ():
-        yield _record(name, picture, None, captions=captions)
+    for image in images if captions else ():
+        yield _record(name, image, None, captions=captions)
 
 
 def detect(path, name, problems):
