@@ -32,7 +32,7 @@ from jaxpeft.models import loading
 from jaxpeft.runtime import files, locks, registry, renamed
 from jaxpeft.training import evaluate, optim, results, sharding
 from jaxpeft.training import frozen_cache as feature_tables
-from jaxpeft.training.loop import JOURNAL, fit, train_step
+from jaxpeft.training.loop import Job, fit, train_step
 from jaxpeft.tree import Tree
 
 MOST_RESULT = 1 << 30  # bytes of a result.json
@@ -162,10 +162,12 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     order = {"seed": config.seed, "augment": config.data.augment}
     manifest = {"config": digest(as_json(config)), **digests}
 
+    table = None if features["train"] is None else tree.fetch(features["train"])
+
     def batches(start):
-        return pipeline.batches(
-            examples, config.batch_size, start=start, rows=sharding.rows(config.batch_size, mesh), **order
-        )
+        rows = sharding.rows(config.batch_size, mesh)
+        stream = pipeline.batches(examples, config.batch_size, start=start, rows=rows, **order)
+        return (evaluate.with_features(batch, table) for batch in stream)
 
     validate = None
     if until_plateau:
@@ -175,20 +177,16 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
             f"at most {plan.steps:,} steps (batch {plan.batch_size}, {len(examples):,} training examples); validated on "
             f"{len(sample):,} examples of {plan.stop.split} every {plan.stop.every} steps, and the best step is kept"
         )
-    state, timing = fit(
-        plan,
-        workdir,
-        step,
-        tuned,
-        frozen,
-        features["train"],
-        batches,
-        manifest,
-        log,
-        validate,
-        model.sharding,
-        accept_changes,
+    job = Job(
+        step=step,
+        trainable=tuned,
+        frozen=frozen,
+        batches=batches,
+        manifest=manifest,
+        validate=validate,
+        rules=model.sharding,
     )
+    state, timing = fit(plan, workdir, job, log, accept_changes)
 
     # evaluation
     started = time.perf_counter()
@@ -270,7 +268,6 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     if with_gallery:
         _gallery(workdir, held_out[config.eval.splits[0]], rows)
     files.write_json(workdir / "result.json", result)
-    (workdir / JOURNAL).unlink(missing_ok=True)  # nothing is left to be cut off
     log(
         f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl{with_gallery}; "
         f"what was tuned: tuned/ (jp.load_run, jaxpeft generate)"
