@@ -74,14 +74,14 @@ def measured(config, batch_size: int, runs: int, lanes: int = 1) -> dict:
     step, state, frozen, batch = step_of(config, batch_size)
     if lanes > 1:
         state = jax.tree.map(lambda x: jnp.stack([x] * lanes), state)
-        step = jax.vmap(step, in_axes=(0, None, None, None))
+        step = jax.vmap(step, in_axes=(0, None, None))
     began = time.perf_counter()
-    compiled = jax.jit(step).lower(state, frozen, None, batch).compile()
+    compiled = jax.jit(step).lower(state, frozen, batch).compile()
     compile_s, plan = time.perf_counter() - began, compiled.memory_analysis()
     seconds = []
     for _ in range(runs + 1):
         began = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, frozen, None, batch))
+        state, _ = jax.block_until_ready(compiled(state, frozen, batch))
         seconds.append(time.perf_counter() - began)
     ms = [1000 * s for s in seconds[1:]]
     row = {"parameters": tree.count(frozen), "ms": statistics.median(ms), "least": min(ms), "most": max(ms)}

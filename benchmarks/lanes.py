@@ -25,7 +25,7 @@ def measure(task: str, method: str, lanes: list[int], runs: int, check: int) -> 
     from jaxpeft import methods, tree
     from jaxpeft.adapt import sites
     from jaxpeft.data import pipeline
-    from jaxpeft.training import loop, optim
+    from jaxpeft.training import evaluate, loop, optim
 
     bench = Bench(task, 1000)
     chosen = methods.build(method, "transform")
@@ -36,7 +36,8 @@ def measure(task: str, method: str, lanes: list[int], runs: int, check: int) -> 
     examples = bench.task.examples(bench.splits["train"], bench.model.tokenizer)
     examples = type(examples)(examples.arrays, None, examples.rows)
     stream = pipeline.batches(examples, bench.config.batch_size, seed=0)
-    batches = [jax.device_put(next(stream)) for _ in range(max(check, 8))]
+    features = bench.features["train"]
+    batches = [jax.device_put(evaluate.with_features(next(stream), features)) for _ in range(max(check, 8))]
 
     def state(lr):
         *rest, schedule = tx.init(tuned)
@@ -46,17 +47,16 @@ def measure(task: str, method: str, lanes: list[int], runs: int, check: int) -> 
     def stacked(k):
         return jax.tree.map(lambda *x: jnp.stack(x), *(state(1e-3 * (i + 1)) for i in range(k)))
 
-    features = bench.features["train"]
     alone = jax.jit(step)
-    together = {k: jax.jit(jax.vmap(step, in_axes=(0, None, None, None))) for k in lanes}
+    together = {k: jax.jit(jax.vmap(step, in_axes=(0, None, None))) for k in lanes}
     first, rows, seconds = {}, [], {k: [] for k in [1, *lanes]}
     states = {1: state(1e-3)} | {k: stacked(k) for k in lanes}
     for k in seconds:  # warm up and check
         separate = [state(1e-3 * (i + 1)) for i in range(k)]
         for i in range(check):
-            separate = [alone(one, frozen, features, batches[i])[0] for one in separate]
+            separate = [alone(one, frozen, batches[i])[0] for one in separate]
             if k > 1:
-                states[k], _ = together[k](states[k], frozen, features, batches[i])
+                states[k], _ = together[k](states[k], frozen, batches[i])
         if k > 1:
             pairs = [
                 (x, y[i]) for i, one in enumerate(separate)
@@ -68,7 +68,7 @@ def measure(task: str, method: str, lanes: list[int], runs: int, check: int) -> 
             began = time.perf_counter()
             for batch in batches[:8]:
                 call = alone if k == 1 else together[k]
-                states[k], _ = call(states[k], frozen, features, batch)
+                states[k], _ = call(states[k], frozen, batch)
             jax.block_until_ready(states[k])
             seconds[k].append((time.perf_counter() - began) / 8 / k)
     for k, values in seconds.items():

@@ -96,11 +96,11 @@ def step_of(model, method, params, batch, runs):
     state = loop.TrainState(jnp.int32(0), jax.tree.map(jnp.array, tuned), tx.init(tuned))
     step = functools.partial(loop.train_step, model=model, task=tasks.build("captioning"), tx=tx, grad_accum=1)
     started = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, None, batch).compile()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile()
     compile_s, seconds = time.perf_counter() - started, []
     for _ in range(runs + 1):
         started = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, frozen, None, batch))
+        state, _ = jax.block_until_ready(compiled(state, frozen, batch))
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:]), compile_s, planned_bytes(compiled), sites.counts(variables, mask), variables
 

@@ -107,7 +107,7 @@ class Bench:
             state = loop.TrainState(jnp.int32(0), tuned, opt, jnp.uint32(seed))
             stream = pipeline.batches(examples, self.config.batch_size, seed=seed)
             for _ in range(self.config.steps):
-                state, _ = step(state, frozen, features, next(stream))
+                state, _ = step(state, frozen, evaluate.with_features(next(stream), features))
             return tree.join(state.tuned, frozen)
 
         return run, cached, sites.counts(variables, mask)

@@ -120,25 +120,25 @@ class Jax:
         texts = {name: jnp.asarray(x[:, None]) for name, x in texts.items()}
         step_fn = functools.partial(loop.train_step, model=self.model, task=tasks.Captioning(), tx=tx, grad_accum=1)
 
-        def stepper(label, features, batch):
+        def stepper(label, batch):
             state = loop.TrainState(jnp.int32(0), *jax.tree.map(jnp.array, (tuned, tx.init(tuned))))
             started = time.perf_counter()
-            compiled = jax.jit(step_fn, donate_argnums=0).lower(state, frozen, features, batch).compile()
+            compiled = jax.jit(step_fn, donate_argnums=0).lower(state, frozen, batch).compile()
             self.seconds[label] = time.perf_counter() - started
 
             def step():
                 nonlocal state
-                state, metrics = compiled(state, frozen, features, batch)
+                state, metrics = compiled(state, frozen, batch)
                 jax.block_until_ready(state)
                 return float(metrics["loss"])
 
             return step
 
         image_BYXC = jnp.asarray(self.inputs["image"])
-        ways = {"": stepper("", None, texts | {"image": image_BYXC})}
+        ways = {"": stepper("", texts | {"image": image_BYXC})}
         if others:
-            label, features = "cached image tokens", evaluate.encode_images(self.model, variables, image_BYXC)
-            ways[label] = stepper(label, features, texts | {"image_index": jnp.arange(BATCH)})
+            label, tokens_BPD = "cached image tokens", evaluate.encode_images(self.model, variables, image_BYXC)
+            ways[label] = stepper(label, texts | {"image_tokens": tokens_BPD})
         return ways
 
     def writers(self) -> dict:

@@ -43,7 +43,7 @@ def main():
     for n in (1, args.devices):
         mesh = sharding.mesh({"fsdp": n}, jax.devices()[:n])
         step, state, frozen, batch = step_of(config, batch_size)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, frozen, None, batch))
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, frozen, batch))
         plan = preflight.compiled(step, shapes, rules, mesh)
         rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
         planned_frozen = sharding.bytes_per_device(frozen, sharding.shardings(frozen, rules, mesh))
@@ -61,7 +61,7 @@ def main():
             jitted, seconds = jax.jit(step, donate_argnums=0), []
             for _ in range(3):
                 began = time.perf_counter()
-                state, metrics = jitted(state, frozen, None, batch)
+                state, metrics = jitted(state, frozen, batch)
                 losses.setdefault(n, float(metrics["loss"]))
                 seconds.append(time.perf_counter() - began)
         found.append(

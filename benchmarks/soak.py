@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py --out results/soak
 
-Two runs of the same command, 20,000 steps of LoRA on the tiny base (captions of scenes), a checkpoint every 50 steps and
+Two runs of the same command, 20,000 steps of LoRA on the tiny base (captions of scenes), a checkpoint every second and
 each step logged, one on each half of the cores. One of them is killed with SIGKILL at random moments and started again by the
 same command. Every second: resident memory, open files and threads of each.
 
@@ -38,8 +38,8 @@ SETTINGS = {
 class Run:
     """The command, started again after each kill, and what it takes while it lives."""
 
-    def __init__(self, workdir: Path, steps: int, every: int, cores: set[int]):
-        settings = SETTINGS | {"steps": steps, "checkpoint_every": every}
+    def __init__(self, workdir: Path, steps: int, every: float, cores: set[int]):
+        settings = SETTINGS | {"steps": steps, "checkpoint_seconds": every}
         self.command = [
             "main.py",
             "--config=configs/point.py:task=captioning,method=lora,size=4",
@@ -162,7 +162,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=1.0, help="between checkpoints")
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
@@ -171,8 +171,8 @@ def main(argv=None) -> int:
     home = Path(tempfile.mkdtemp(prefix="soak-"))
     halves = set(cores[: len(cores) // 2] or cores), set(cores[len(cores) // 2 :])
     runs = {
-        "left alone": Run(home / "alone", args.steps, args.every, halves[0]),
-        f"killed {args.kills} times": Run(home / "killed", args.steps, args.every, halves[1]),
+        "left alone": Run(home / "alone", args.steps, args.seconds, halves[0]),
+        f"killed {args.kills} times": Run(home / "killed", args.steps, args.seconds, halves[1]),
     }
     alone, killed = runs.values()
     # anywhere: in steps, in saves, while starting
@@ -199,10 +199,9 @@ def main(argv=None) -> int:
     found = {
         "command": shlex.join(["python", "benchmarks/soak.py", *(argv or sys.argv[1:])]),
         "machine": results.machine(), "versions": results.versions(), "seconds": seconds,
-        "steps": args.steps, "checkpoint_every": args.every, "starts": killed.starts, "kills": killed.starts - 1,
+        "steps": args.steps, "checkpoint_seconds": args.seconds, "starts": killed.starts, "kills": killed.starts - 1,
         "steps done again after a kill": killed.repeated(), **same(alone.workdir, killed.workdir),
         "memory: bytes per step, standard error": memory, "MB at the end": float(rows[-1, 3] / 1e6),
-        "memory: bytes per checkpoint": memory[0] * args.every,
         "open files per step, standard error": files, "open files, least and most": [least[4], most[4]],
         "threads, least and most": [least[5], most[5]],
     }  # fmt: skip

@@ -51,7 +51,6 @@ def get_config(arg=""):
     for point in c.points.values():
         point.data.n_train, point.data.n_val, point.data.n_test = 1024, 256, 256
         point.steps, point.optim.schedule, point.eval.forgetting = a.steps, "cosine", False
-        point.checkpoint_every = a.steps
         if not a.cached:
             point.data.feature_bytes = 0
     return c
@@ -70,7 +69,7 @@ def lanes(config, workdir: Path) -> None:
     from jaxpeft.runtime import host
     from jaxpeft.study import execute
     from jaxpeft.training import frozen_cache as feature_tables
-    from jaxpeft.training import loop, optim
+    from jaxpeft.training import evaluate, loop, optim
     from jaxpeft.training import run as training_run
 
     host.keep_freed_memory()
@@ -106,10 +105,10 @@ def lanes(config, workdir: Path) -> None:
 
         state = jax.tree.map(lambda *x: jnp.stack(x), *(start(run.lr) for run in runs))
         step = functools.partial(loop.train_step, model=model, task=task, tx=tx, grad_accum=1)
-        step = jax.jit(jax.vmap(step, in_axes=(0, None, None, None)), donate_argnums=0)
-        batches = pipeline.batches(examples, c.batch_size, seed=c.seed)
+        step = jax.jit(jax.vmap(step, in_axes=(0, None, None)), donate_argnums=0)
+        batches, table = pipeline.batches(examples, c.batch_size, seed=c.seed), np.asarray(features["train"])
         for _ in range(c.steps):
-            state, _ = step(state, frozen, features["train"], next(batches))
+            state, _ = step(state, frozen, evaluate.with_features(next(batches), table))
         for i, run in enumerate(runs):
             versions = {"tuned": tree.join(jax.tree.map(lambda x, i=i: x[i], state.tuned), frozen)}
             metrics = {}

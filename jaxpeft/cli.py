@@ -208,6 +208,8 @@ def _mistake(path: str, arg: str, overrides: list[str], error: Exception) -> str
             there = f"; {section} has {beside}" if beside else ""
             if key in renamed.CONFIG:
                 return f"--config.{key} is now --config.{renamed.CONFIG[key]}"
+            if key in renamed.GONE:
+                return f"--config.{key} {renamed.GONE[key]}"
             return f"--config.{key}: no such key{registry.did_you_mean(key, known)}{there}"
     while "\n" in str(error) and (error.__cause__ or error.__context__):  # absl's texts hold whole tracebacks
         error = error.__cause__ or error.__context__

@@ -106,9 +106,10 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.stop.images_must_matter = False  # keep step 0 if, at the best step, texts are as likely with other pictures
 
     c.log_every = 20
-    c.checkpoint_every = 500
+    # between saves, by the clock: what a kill costs at most. A save of LoRA's state stops training for some 10 ms, so a minute
+    # is cheap; where saves are slow the loop makes them rarer. 0: every step
+    c.checkpoint_seconds = 60.0
     c.checkpoint_keep = 2  # the newest so many
-    c.journal_mb = 256  # a state (tuned leaves, optimizer) up to this is kept after every step too, for a SIGKILL
     c.check_frozen = False  # digest the frozen half before and after training
     c.eval = ml_collections.ConfigDict()
     c.eval.splits = ("test",)
@@ -134,7 +135,7 @@ def blip_recipe(c: ml_collections.ConfigDict, a, n_examples: int, lr: float) -> 
     c.batch_size, c.steps = a.batch_size, a.steps or a.epochs * n_examples // a.batch_size
     c.optim.lr, c.optim.warmup, c.optim.weight_decay, c.optim.clip_norm = a.lr or lr, 0.0, 0.05, 0.0
     c.optim.no_decay = ""
-    c.checkpoint_every, c.eval.batch_size, c.eval.base = 1000, 32, False
+    c.eval.batch_size, c.eval.base = 32, False
 
 
 def annotations(a) -> "str | dict[str, str] | None":

@@ -377,7 +377,7 @@ def test_eight_devices_and_vmap_over_tuned_trees_equal_one_device(row):
     def step(tuned, frozen, batch):
         state = loop.TrainState(jnp.int32(0), tuned, tx.init(tuned))
         return loop.train_step(
-            state, frozen, None, batch, model=tiny.model(), task=tasks.build("vqa"), tx=tx, grad_accum=1
+            state, frozen, batch, model=tiny.model(), task=tasks.build("vqa"), tx=tx, grad_accum=1
         )[0].tuned
 
     alone = jax.jit(step)

@@ -70,13 +70,13 @@ def compiled(method, name):
     batch = sharding.shard_batch(tiny.batch(8), on)
     step = jax.jit(STEP, out_shardings=(placed, sharding.replicated(on)))
     with sharding.using(state):
-        return step.lower(state, frozen, None, batch).compile(), state, frozen, batch
+        return step.lower(state, frozen, batch).compile(), state, frozen, batch
 
 
 @functools.cache
 def alone(method):
     tuned, frozen = halves(method)
-    after, metrics = jax.jit(STEP)(start(tuned), frozen, None, tiny.batch(8))
+    after, metrics = jax.jit(STEP)(start(tuned), frozen, tiny.batch(8))
     return jax.device_get((after.tuned, metrics))
 
 
@@ -84,7 +84,7 @@ def alone(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_devices_equal_one(method, name):
     step, state, frozen, batch = compiled(method, name)
-    after, metrics = step(state, frozen, None, batch)
+    after, metrics = step(state, frozen, batch)
     expected, m = alone(method)
     np.testing.assert_allclose(metrics["loss"], m["loss"], rtol=1e-6)
     flat, before = tree.flatten(expected), tree.flatten(halves(method)[0])
@@ -182,10 +182,10 @@ def test_accumulation_splits_every_device_alike():
     (tuned, frozen), batch = halves("lora"), tiny.batch(16)
     step = functools.partial(STEP.func, **STEP.keywords | {"grad_accum": 2})
     placed = sharding.replicate((start(tuned), frozen), on)
-    program = jax.jit(step).lower(*placed, None, sharding.shard_batch(batch, on)).compile()
+    program = jax.jit(step).lower(*placed, sharding.shard_batch(batch, on)).compile()
     assert not re.search(r"all-to-all|all-gather|collective-permute", program.as_text())
-    after, _ = program(*placed, None, sharding.shard_batch(batch, on))
-    alone, _ = jax.jit(STEP)(start(tuned), frozen, None, batch)
+    after, _ = program(*placed, sharding.shard_batch(batch, on))
+    alone, _ = jax.jit(STEP)(start(tuned), frozen, batch)
     for leaf, x in tree.flatten(after.tuned).items():
         np.testing.assert_allclose(x, tree.flatten(alone.tuned)[leaf], atol=1e-6, rtol=1e-6, err_msg=leaf)
 

@@ -230,7 +230,7 @@ def test_a_run_is_exported_with_a_card_that_says_what_it_is(run, tmp_path, capsy
 
 
 def test_an_adapter_is_exported_with_its_card(base, tmp_path, capsys):
-    c = config_of(base, "vqa", "lora", **{"steps": 1, "checkpoint_every": 1, "eval.gallery": False})
+    c = config_of(base, "vqa", "lora", **{"steps": 1, "eval.gallery": False})
     run_module.run(c, tmp_path / "run", quiet, command="python main.py --config=mine.py")
     arguments = ["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "adapter"), "--format", "peft"]
     assert export.main(arguments) == 0

@@ -48,7 +48,7 @@ def batch(n: int = 4, n_texts: int = 1, seed: int = 0) -> dict:
 def config_of(base, task="vqa", method="lora", head="none", **changes):
     """A run of a few steps on a handful of scenes."""
     c = config.get_config(task, method, 2, head)
-    c.base, c.steps, c.batch_size, c.log_every, c.checkpoint_every = str(base), 6, 8, 1, 3
+    c.base, c.steps, c.batch_size, c.log_every = str(base), 6, 8, 1
     c.data.n_train, c.data.n_val, c.data.n_test = 12, 0, 5
     c.eval.batch_size, c.check_frozen = 8, True
     c.update_from_flattened_dict(changes)

@@ -32,7 +32,7 @@ def get_config(arg=""):
                      "vqa": {"max_question": 35, "length": 10, "variant": "official2021"}}  # fmt: skip
         c.task_options.update(published[task])
         c.batch_size, c.optim.weight_decay, c.eval.beams = 64, 0.05, 3
-        c.stop.every, c.checkpoint_every = 500, 1000
+        c.stop.every = 500
         return c
 
     # a tenth of scenes' rates: a base of 224 million parameters

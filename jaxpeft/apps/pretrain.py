@@ -220,10 +220,14 @@ def run(config, workdir, log=print) -> dict:
         step = functools.partial(loop.train_step, model=model, task=task, grad_accum=1)
         manifest = {"config": digest, "base": tree.digest(params), "data": name}
         (workdir / name).mkdir(parents=True, exist_ok=True)
-        state, timing = loop.fit(
-            settings, workdir / name, step, {"params": params}, {"params": jax.tree.map(lambda _: None, params)}, None,
-            _batches(config, stage, make), manifest, log,
-        )  # fmt: skip
+        job = loop.Job(
+            step=step,
+            trainable={"params": params},
+            frozen={"params": jax.tree.map(lambda _: None, params)},
+            batches=_batches(config, stage, make),
+            manifest=manifest,
+        )
+        state, timing = loop.fit(settings, workdir / name, job, log)
         params, seconds[name] = jax.device_get(state.tuned["params"]), timing
         if name == "text":  # both stacks start from the same self-attention, as both of BLIP's start from BERT
             blocks = params["text_decoder"]["blocks"]

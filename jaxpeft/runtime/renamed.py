@@ -9,6 +9,11 @@ CONFIG = {  # config keys, flattened
     "optim.clip": "optim.clip_norm",
     "optim.decay": "optim.weight_decay",
 }
+# config keys that no key with another name stands for: what an error says of them; left out when a saved config is read
+GONE = {
+    "checkpoint_every": "is gone, as checkpoints are saved by the clock: set config.checkpoint_seconds (0: every step)",
+    "journal_mb": "is gone, as there is no journal any more: config.checkpoint_seconds bounds what a kill costs",
+}
 FIELDS = {"start": "init_weights", "where": "targets"}  # of methods, in code and in saved manifests
 MODULES = {  # below jaxpeft
     "budget": "adapt.budget", "checkpoint": "training.checkpoint", "claims": "study.claims",
@@ -27,7 +32,7 @@ MODULES = {  # below jaxpeft
 
 def translated(config: dict) -> dict:
     """A saved config of version 0.1, nested as JSON has it, with today's keys."""
-    config = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    config = {k: dict(value) if isinstance(value, dict) else value for k, value in config.items() if k not in GONE}
     for old, new in CONFIG.items():
         section, _, key = old.rpartition(".")
         place = config.get(section, {}) if section else config
@@ -42,6 +47,9 @@ def check_config(config) -> None:
         section, _, key = old.rpartition(".")
         if key in (config.get(section, {}) if section else config):
             raise ValueError(f"config.{old} is now config.{new}; rename it")
+    for key, said in GONE.items():
+        if key in config:
+            raise ValueError(f"config.{key} {said}")
 
 
 def advice(error: Exception) -> str:

@@ -1,35 +1,40 @@
-"""The step and the loop: one pure function, and one straight line that calls it until the steps are done.
+"""The training step, which is a pure function, and `fit`, which calls it until the steps are done.
 
-There is no trainer class and no hook. Randomness is `fold_in(seed, step)` and batches are a function of the step, so a
-resumed run repeats what the interrupted one would have done, bit for bit on the same machine.
+`fit` is read from top to bottom: there is no trainer class and there are no hooks. Randomness is `fold_in(seed, step)` and
+batches are a function of the step, so a resumed run repeats what the interrupted one would have done, bit for bit on the same
+machine.
 """
 
 import collections
+import contextlib
+import dataclasses
 import functools
 import signal
 import statistics
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from time import perf_counter as clock
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 
 from jaxpeft import tree
 from jaxpeft.runtime import signals
-from jaxpeft.training import evaluate, optim, results, sharding
+from jaxpeft.training import optim, results, sharding
 from jaxpeft.training.checkpoint import Checkpoints
-from jaxpeft.training.journal import Journal, n_bytes
 from jaxpeft.training.progress import Progress
 from jaxpeft.tree import Tree
 
-JOURNAL = Path("checkpoints", "journal")  # in a run's directory
+NOTHING, SAVE, STOP = range(3)  # what a host asks for; all hosts do the most that one of them asks for
+PAUSE = 50  # the next save waits this many times as long as the last one took: saving takes 2 % of the time at most
 
 
 class Best(NamedTuple):
-    """The tuned half with the lowest validation loss so far, for runs that stop when it no longer falls."""
+    """The trainable parameters with the lowest validation loss so far, for runs that stop when it no longer falls."""
 
     loss: jax.Array
     step: jax.Array
@@ -54,12 +59,39 @@ class TrainState(NamedTuple):
     ok: jax.Array | bool = True
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a run gives to the loop.
+
+    step: the pure step, `step(state, frozen, batch, tx=...) -> (state, metrics)`: `train_step` with a model and a task.
+    trainable, frozen: the variables, split (`tree.split`).
+    batches: `batches(n)` iterates over the batches after step n, over the rows that are this host's (`sharding.rows`).
+    manifest: what the run depends on, as JSON; a checkpoint with another one is refused.
+    validate: `validate(trainable)` is the validation loss; for the schedule 'plateau', None for the others.
+    rules: how leaves are split over the mesh.
+    """
+
+    step: Callable[..., tuple[TrainState, dict]]
+    trainable: Tree
+    frozen: Tree
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]
+    manifest: dict
+    validate: Callable[[Tree], float] | None = None
+    rules: sharding.Rules = sharding.WHOLE
+
+
 class NonFinite(FloatingPointError):
     """The loss or a gradient is NaN or infinite; the message names the step and the leaves."""
 
 
-def train_step(state: TrainState, frozen: Tree, features, batch: dict, *, model, task, tx, grad_accum: int):
-    """One update of the tuned half -> (state, metrics). Gradients are of sums, divided once by the total count."""
+def train_step(
+    state: TrainState, frozen: Tree, batch: dict[str, jax.Array], *, model: Any, task: Any, tx: Any, grad_accum: int
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of the trainable parameters -> (state, metrics). Every array of `batch` has B rows, grad_accum divides B.
+
+    Gradients are of sums over the rows, divided once by the total count. Metrics: 'loss', 'grad_norm', and 'squares' (G,), the
+    squared norm of each leaf's gradient.
+    """
     rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
     def loss_fn(tuned, micro, rng):
@@ -67,13 +99,12 @@ def train_step(state: TrainState, frozen: Tree, features, batch: dict, *, model,
 
     def add(total, indexed):
         i, micro = indexed
-        (loss, count), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.tuned, evaluate.with_features(micro, features), jax.random.fold_in(rng, i)
-        )
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, count), grads = grad_fn(state.tuned, micro, jax.random.fold_in(rng, i))
         return jax.tree.map(jnp.add, total, (loss, jnp.float32(count), grads)), None
 
     zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.tuned))
-    # every accumulate-th row: each device's share of a microbatch is in its share of the batch
+    # every grad_accum-th row: each device's share of a microbatch is in its share of the batch
     micros = jax.tree.map(lambda x: x.reshape(-1, grad_accum, *x.shape[1:]).swapaxes(0, 1), batch)
     if grad_accum == 1:
         (loss, count, grads), _ = add(zero, (0, jax.tree.map(lambda x: x[0], micros)))
@@ -86,12 +117,12 @@ def train_step(state: TrainState, frozen: Tree, features, batch: dict, *, model,
     new = (state.step + 1, optax.apply_updates(state.tuned, updates), opt)
     ok = state.ok & jnp.isfinite(loss) & jnp.isfinite(norm)
     step, tuned, opt = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, (state.step, state.tuned, state.opt))
-    metrics = {"loss": loss, "grad_norm": norm, "squares": squares_G}  # of the gradient's leaves, as `tuned` has them
+    metrics = {"loss": loss, "grad_norm": norm, "squares": squares_G}
     return state._replace(step=step, tuned=tuned, opt=opt, ok=ok), metrics
 
 
-def check_finite(step: int, metrics: dict, names: list[str]) -> None:
-    """Raise NonFinite when the loss or the gradient of any leaf is not finite; `names` of the tuned leaves, in order."""
+def check_finite(step: int, metrics: dict[str, np.ndarray], names: list[str]) -> None:
+    """Raise NonFinite when the loss or the gradient of any leaf is not finite; `names` of the trainable leaves, in order."""
     bad = [name for name, square in zip(names, metrics["squares"], strict=True) if not np.isfinite(square)]
     if bad or not np.isfinite(metrics["loss"]):
         groups = collections.Counter(
@@ -105,10 +136,10 @@ def check_finite(step: int, metrics: dict, names: list[str]) -> None:
         )
 
 
-def start(tuned: Tree, *, tx, seed: int, best: bool) -> TrainState:
+def start(tuned: Tree, *, tx: optax.GradientTransformation, seed: int, best: bool) -> TrainState:
     """The state before the first step; `best` where training validates.
 
-    Of copies: outputs that are inputs would be donated to the step, and the caller keeps reading its tuned tree.
+    Of copies: outputs that are inputs would be donated to the step, and the caller keeps reading its trainable tree.
     """
     kept = Best(jnp.float32(jnp.inf), jnp.int32(0), _copy(tuned), jnp.float32(jnp.inf), jnp.int32(0), jnp.bool_(False))
     rest = {"seed": jnp.uint32(seed), "best": kept if best else None, "ok": jnp.bool_(True)}
@@ -116,88 +147,134 @@ def start(tuned: Tree, *, tx, seed: int, best: bool) -> TrainState:
 
 
 def fit(
-    config,
+    config: ml_collections.ConfigDict,
     workdir: Path,
-    step_fn,
-    tuned: Tree,
-    frozen: Tree,
-    features,
-    batches,
-    manifest: dict,
-    log=print,
-    validate=None,
-    rules: sharding.Rules = sharding.WHOLE,
+    job: Job,
+    log: Callable[[str], object] = print,
     accept: bool = False,
-):
-    """Train `tuned` from the newest good checkpoint to `config.steps` -> (state, timing).
+) -> tuple[TrainState, dict]:
+    """Train from the newest good checkpoint in `workdir` to `config.steps` -> (state, timing).
 
-    `step_fn(state, frozen, features, batch, tx=...)` is the pure step; `batches(step)` iterates from a step on, over the
-    rows of a batch that are this host's (`sharding.rows`). Leaves go to the devices of config.mesh as `rules` say. Metrics
-    of step n are read while step n + 1 runs, so the device never waits for the log.
+    With `job.validate` the schedule is 'plateau' and config.steps a cap: when the loss has not fallen by config.stop.min_gain
+    (a share of it) in config.stop.patience validations, one before the first step and then one every config.stop.every steps,
+    the rate decays to zero over optim.cooldown of the steps done, and the parameters with the lowest loss are returned.
+    timing['stopped'] says 'plateau' or 'cap', timing['kept_step'] which step is returned.
 
-    With `validate(tuned) -> loss` the schedule is 'plateau' and config.steps a cap: when the loss has not fallen by
-    config.stop.min_gain (a share of it) in config.stop.patience validations, one before the first step and then one every
-    config.stop.every steps, the rate decays to zero over optim.cooldown of the steps done, and the tuned half with the
-    lowest loss is returned. timing['stopped'] says 'plateau' or 'cap', timing['kept_step'] which step is returned.
+    Checkpoints are saved by the clock of the first host: config.checkpoint_seconds after the last one, or later where saving
+    takes more than 1 / PAUSE of that (0: after every step), and after the last step. What ends training early (a signal, an
+    error, a loss that is not finite) leaves the last good step saved; a SIGKILL costs that time, one save and one step.
 
-    What ends training early (a signal, an error, a loss that is not finite) leaves the last good step stored; after a
-    SIGKILL at most one step is done again, where the state has no more than config.journal_mb. Raises ValueError where a
-    stored step depends on something else than `manifest` says, unless `accept`.
+    Raises ValueError where a checkpoint depends on something else than job.manifest says, unless `accept`; NonFinite; and
+    signals.Stopped after a stop was asked for.
     """
     mesh = sharding.mesh(config.get("mesh"))
     sharding.check_batch(config.batch_size, config.grad_accum, mesh)
-    tx = optim.optimizer(config.optim, tuned, config.steps)
-
-    make = functools.partial(start, tx=tx, seed=config.seed, best=validate is not None)
-    like = jax.eval_shape(make, tuned)
-    placed = sharding.shardings(like, rules, mesh)
-    timing = {"steps": config.steps, "compile_s": 0.0, "step_s": 0.0, "train_s": 0.0}
+    tx = optim.optimizer(config.optim, job.trainable, config.steps)
+    timing: dict[str, Any] = {"steps": config.steps, "compile_s": 0.0, "step_s": 0.0, "train_s": 0.0}
     checkpoints = Checkpoints(workdir / "checkpoints", config.get("checkpoint_keep", 2), log)
-    journal = Journal(workdir / JOURNAL, like, manifest, log)
-    try:
-        restored = checkpoints.restore(like, manifest, accept)
-        stored = restored[0] if restored else 0
-        newer = journal.restore(stored, accept)
-        if (restored := newer or restored) is not None:
-            log(f"resumed from step {restored[0]}{', which the journal holds' if newer else ''}")
-            state = sharding.put(restored[1]._replace(ok=np.bool_(True)), placed)
+    with contextlib.closing(checkpoints):
+        # the state, on the mesh: of the newest good checkpoint, or new
+        new_state = functools.partial(start, tx=tx, seed=config.seed, best=job.validate is not None)
+        like = jax.eval_shape(new_state, job.trainable)
+        placed = sharding.shardings(like, job.rules, mesh)
+        if (restored := checkpoints.restore(like, job.manifest, accept)) is None:
+            state = jax.jit(new_state, out_shardings=placed)(sharding.put(job.trainable, placed.tuned))
         else:
-            state = jax.jit(make, out_shardings=placed)(sharding.put(tuned, placed.tuned))
-        first = int(state.step)
-        if newer:
-            checkpoints.save(first, state, manifest)
-        if first >= _last_step(config, state):
+            log(f"resumed from step {restored[0]}")
+            state = sharding.put(restored[1]._replace(ok=np.bool_(True)), placed)
+        step = first = saved = int(state.step)
+        last = _last_step(config, state)
+        if step >= last:
             return _chosen(state, timing)
-        frozen = sharding.put(frozen, sharding.shardings(frozen, rules, mesh))
-        features = sharding.replicate(features, mesh)
-        before = tree.digest(frozen) if config.check_frozen else None
+        frozen = sharding.put(job.frozen, sharding.shardings(job.frozen, job.rules, mesh))
+        frozen_digest = tree.digest(frozen) if config.check_frozen else None
 
-        stream = batches(first)
+        # the first batch, and the step compiled for it
+        stream = job.batches(first)
         batch = sharding.shard_batch(next(stream), mesh, config.batch_size)
-        started = time.perf_counter()
+        began = clock()
         out = (placed, sharding.replicated(mesh))
-        step_fn = jax.jit(functools.partial(step_fn, tx=tx), donate_argnums=0, out_shardings=out)
+        step_fn = jax.jit(functools.partial(job.step, tx=tx), donate_argnums=0, out_shardings=out)
         with sharding.using(state):
-            step_fn = step_fn.lower(state, frozen, features, batch).compile()
-        size, most = n_bytes(state) / 1e6, config.get("journal_mb", 0)
-        if journaled := size <= most:
-            jax.block_until_ready(sharding.packed(jax.tree.leaves(state)))  # compiles it
-        timing["compile_s"] = time.perf_counter() - started
-        if 0 < most < size:
-            log(f"a state of {size:,.0f} MB is not kept after every step (journal_mb is {most}): see checkpoint_every")
+            step_fn = step_fn.lower(state, frozen, batch).compile()
+        timing["compile_s"] = clock() - began
         log(f"compiled the training step in {timing['compile_s']:.1f} s; batch {config.batch_size}")
 
-        started = time.perf_counter()
-        loop = _Loop(config, workdir, checkpoints, journal if journaled else None, manifest, log, mesh, state)
-        durations = loop.run(step_fn, frozen, features, batch, stream, validate)
-        state = loop.state
-        timing |= {"step_s": statistics.median(durations), "train_s": time.perf_counter() - started}
-        if before is not None and tree.digest(frozen) != before:
+        # the steps
+        names = list(tree.flatten(state.tuned))
+        bar = Progress(last, config.batch_size, first)
+        pending = collections.deque()  # (step, metrics, what hosts asked for) of steps dispatched and not yet looked at
+        durations = collections.deque(maxlen=1000)  # seconds of a step
+        shown = {}  # beside the loss, in the bar
+        began = tick = clock()
+        save_at = began + config.checkpoint_seconds
+
+        def asked() -> int:
+            """What this host asks for; of several hosts the first one's clock says when to save."""
+            if signals.asked() is not None:
+                return STOP
+            return SAVE if sharding.is_first() and clock() >= save_at else NOTHING
+
+        def settle(keep: int = 0) -> int:
+            """Wait for the pending steps but the newest `keep`, check and log them -> the most that a host asked for in them."""
+            most = NOTHING
+            while len(pending) > keep:
+                done, metrics, wish = pending.popleft()
+                metrics = jax.device_get(metrics)
+                check_finite(done, metrics, names)
+                loss = float(metrics["loss"])
+                if done % config.log_every == 0 or done == last:
+                    writer.write(done, loss=loss, grad_norm=float(metrics["grad_norm"]))
+                bar.update(done, loss=loss, **shown)
+                most = max(most, int(wish))
+            return most
+
+        with contextlib.closing(results.Metrics(workdir, first, log)) as writer, signals.polled():
+            try:
+                if job.validate is not None and step == 0:
+                    state, shown = _validated(config, state, job.validate, writer)
+                while step < last:
+                    step += 1
+                    state, metrics = step_fn(state, frozen, batch)
+                    pending.append((step, metrics, sharding.most_soon(asked(), mesh)))
+                    wish = settle(keep=1)  # the step before, while this one runs
+                    if step < last:
+                        batch = sharding.shard_batch(next(stream), mesh, config.batch_size)
+                    durations.append(clock() - tick)
+                    if job.validate is not None and (step % config.stop.every == 0 or step == last):
+                        wish = max(wish, settle())
+                        state, shown = _validated(config, state, job.validate, writer)
+                        bar.n_steps = last = _last_step(config, state)
+                    if jax.process_count() == 1:  # no other host has to be told
+                        wish = asked()
+                    if wish != NOTHING or step == last or config.checkpoint_seconds == 0:
+                        settle()
+                        saving = clock()
+                        if checkpoints.save(step, state, job.manifest):
+                            saved = step
+                        save_at = clock() + max(config.checkpoint_seconds, PAUSE * (clock() - saving))
+                    if wish == STOP and step < last:
+                        on_disk = checkpoints.wait()
+                        said = "which is saved; the same command goes on from it" if on_disk else "which could not be saved"
+                        log(f"\nstopped at step {step}, {said}")
+                        raise signals.Stopped("stopped", signals.asked() or signal.SIGTERM)
+                    tick = clock()
+            except Exception as error:  # save the last good step; of several hosts the others may be in another place
+                if jax.process_count() == 1:
+                    with contextlib.suppress(Exception):  # a step that ran out of memory took its state with it
+                        if not isinstance(error, NonFinite):
+                            settle()
+                        good = int(state.step)
+                        if good > saved or not checkpoints.wait():
+                            checkpoints.save(good, state, job.manifest)
+                        if good > first and checkpoints.wait():
+                            log(f"step {good} is saved; the same command goes on from it")
+                raise
+        timing |= {"step_s": statistics.median(durations), "train_s": clock() - began}
+        if frozen_digest is not None and tree.digest(frozen) != frozen_digest:
             raise AssertionError("a frozen leaf changed during training")
-        if not checkpoints.wait() and not (checkpoints.save(int(state.step), state, manifest) and checkpoints.wait()):
+        if not checkpoints.wait() and not (checkpoints.save(step, state, job.manifest) and checkpoints.wait()):
             log("the last step is not stored: should what follows be cut off, training repeats from the step before")
-    finally:
-        checkpoints.close()
     return _chosen(state, timing)
 
 
@@ -206,11 +283,16 @@ def _copy(tuned: Tree) -> Tree:
     return jax.tree.map(jnp.copy, tuned)
 
 
-def _last_step(config, state: TrainState) -> int:
-    return config.steps if state.best is None else int(state.opt[-1].n_steps)
+def _schedule(state: TrainState) -> optim.Schedule:
+    return state.opt[-1]  # pyright: ignore[reportIndexIssue]  `optim.optimizer` chains it last
 
 
-def _chosen(state: TrainState, timing: dict):
+def _last_step(config: ml_collections.ConfigDict, state: TrainState) -> int:
+    return config.steps if state.best is None else int(_schedule(state).n_steps)
+
+
+def _chosen(state: TrainState, timing: dict) -> tuple[TrainState, dict]:
+    """What `fit` returns: the state with the best parameters, where training validates."""
     if state.best is None:
         return state, timing
     stopped = "plateau" if state.best.stopped else "cap"
@@ -219,14 +301,17 @@ def _chosen(state: TrainState, timing: dict):
     return state._replace(tuned=state.best.tuned), timing
 
 
-def _validated(config, state: TrainState, loss: float) -> TrainState:
-    """The state after a validation: the better of its tuned halves kept, and the decay started if progress ended."""
-    best = jax.device_get(state.best._replace(tuned=None))
+def _validated(
+    config: ml_collections.ConfigDict, state: TrainState, validate: Callable[[Tree], float], writer: results.Metrics
+) -> tuple[TrainState, dict[str, float]]:
+    """(the state after a validation, its loss for the bar): the better parameters kept, the decay started if progress ended."""
+    assert state.best is not None
+    loss, step = validate(state.tuned), int(state.step)
+    best, s = jax.device_get((state.best._replace(tuned=None), _schedule(state)))
     if not loss < best.mark * (1 - config.stop.min_gain):
         best = best._replace(since=best.since + 1)
     else:
         best = best._replace(mark=loss, since=0)
-    s, step = jax.device_get(state.opt[-1]), int(state.step)
     if best.since >= config.stop.patience and step < s.decay_from:
         s = s._replace(decay_from=step, n_steps=min(step + max(1, round(config.optim.cooldown * step)), s.n_steps))
         best = best._replace(stopped=True)
@@ -234,114 +319,8 @@ def _validated(config, state: TrainState, loss: float) -> TrainState:
     if loss < best.loss:
         tuned, best = _copy(state.tuned), best._replace(loss=loss, step=step)
     # same types and places as before: the compiled step takes no others
-    old = (state.opt[-1], state.best._replace(tuned=None))
+    old = (_schedule(state), state.best._replace(tuned=None))
     new = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), (s, best), old)
     s, best = sharding.put(new, jax.tree.map(lambda x: x.sharding, old))
-    return state._replace(opt=(*state.opt[:-1], s), best=best._replace(tuned=tuned))
-
-
-class _Loop:
-    """The loop's state, so that whatever ends it early can store the last good step."""
-
-    def __init__(self, config, workdir, checkpoints: Checkpoints, journal: Journal | None, manifest, log, mesh, state):
-        self._config, self._checkpoints, self._journal = config, checkpoints, journal
-        self._manifest, self._log, self._mesh = manifest, log, mesh
-        self.state, self._start, self._last_step = state, int(state.step), _last_step(config, state)
-        self._names = list(tree.flatten(state.tuned))
-        self._writer = results.Metrics(workdir, self._start, log)
-        self._bar = Progress(self._last_step, config.batch_size, self._start)
-        # (step, metrics, whether a host was asked to stop, state as words or None), dispatched and not yet looked at
-        self._pending = []
-        self._stored = self._start
-        self._last_validation = {}  # for the bar
-
-    def _settle(self, keep: int = 0) -> bool:
-        """Wait for pending steps but the newest `keep`, check and log them -> whether all hosts know now that they stop."""
-        stopping = False
-        while len(self._pending) > keep:
-            step, metrics, asked, words = self._pending.pop(0)
-            metrics = jax.device_get(metrics)
-            check_finite(step, metrics, self._names)
-            if step % self._config.log_every == 0 or step == self._last_step:
-                self._writer.write(step, loss=float(metrics["loss"]), grad_norm=float(metrics["grad_norm"]))
-            self._bar.update(step, loss=float(metrics["loss"]), **self._last_validation)
-            if words is not None:
-                self._journal.write(step, words)
-            stopping |= bool(asked)
-        return stopping
-
-    def _words(self) -> jax.Array | None:
-        """The state for the journal."""
-        return sharding.packed(jax.tree.leaves(self.state)) if self._journal else None
-
-    def _store(self, step: int) -> None:
-        if self._checkpoints.save(step, self.state, self._manifest):
-            self._stored = step
-
-    def run(self, step_fn, frozen, features, batch, stream, validate) -> collections.deque[float]:
-        """All steps that are left -> seconds of each of the last thousand."""
-        try:
-            with signals.polled():
-                return self._run(step_fn, frozen, features, batch, stream, validate)
-        except Exception as error:
-            self._rescue(error)
-            raise
-        finally:
-            self._writer.close()
-
-    def _run(self, step_fn, frozen, features, batch, stream, validate) -> collections.deque[float]:
-        config, durations, step = self._config, collections.deque(maxlen=1000), self._start
-        if validate is not None and step == 0:
-            self._validate(step, validate)
-        last = time.perf_counter()
-        while step < self._last_step:
-            step += 1
-            self.state, metrics = step_fn(self.state, frozen, features, batch)
-            validated = validate is not None and (step % config.stop.every == 0 or step == self._last_step)
-            words = None if validated else self._words()  # before the next step takes the state's place
-            self._pending.append((step, metrics, sharding.any_soon(signals.asked() is not None, self._mesh), words))
-            stopping = self._settle(keep=1)
-            if step < self._last_step:  # while the step runs
-                batch = sharding.shard_batch(next(stream), self._mesh, config.batch_size)
-            durations.append(time.perf_counter() - last)
-            last = time.perf_counter()
-            if validated:
-                stopping |= self._settle()
-                self._validate(step, validate)
-                if self._journal:
-                    self._journal.write(step, self._words())
-                self._bar.n_steps = self._last_step = _last_step(config, self.state)
-                last = time.perf_counter()
-            if jax.process_count() == 1:  # no other host has to be told
-                stopping = signals.asked() is not None
-            if step % config.checkpoint_every == 0 or step == self._last_step or stopping:
-                self._settle()
-                self._store(step)
-                last = time.perf_counter()
-            if stopping and step < self._last_step:
-                saved = self._checkpoints.wait()
-                said = "which is saved; the same command goes on from it" if saved else "which could not be saved"
-                self._log(f"\nstopped at step {step}, {said}")
-                raise signals.Stopped("stopped", signals.asked() or signal.SIGTERM)
-        return durations
-
-    def _validate(self, step: int, validate) -> None:
-        loss = validate(self.state.tuned)
-        self.state = _validated(self._config, self.state, loss)
-        self._writer.write(step, validation_loss=loss)
-        self._last_validation = {"val": loss}
-
-    def _rescue(self, error: Exception) -> None:
-        """After an error: store the last good state. Not with several hosts, as the others may be in another place."""
-        if jax.process_count() > 1:
-            return
-        try:
-            if not isinstance(error, NonFinite):
-                self._settle()
-            step = int(self.state.step)
-        except Exception:  # the step that ran out of memory took its state with it, or this is a second error
-            return
-        if step > self._stored or not self._checkpoints.wait():
-            self._store(step)
-        if step > self._start and self._checkpoints.wait():
-            self._log(f"step {step} is saved; the same command goes on from it")
+    writer.write(step, validation_loss=loss)
+    return state._replace(opt=(*state.opt[:-1], s), best=best._replace(tuned=tuned)), {"val": loss}

@@ -23,7 +23,7 @@ from jaxpeft import data, tasks, tree
 from jaxpeft.adapt import budget, sites
 from jaxpeft.data import base, pipeline
 from jaxpeft.models import blip
-from jaxpeft.training import journal, loop, optim, run, sharding
+from jaxpeft.training import loop, optim, run, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +97,8 @@ def _training(settings: str, splits: tuple[str, ...]) -> base.Split:
     return data.load(ml_collections.ConfigDict(json.loads(settings)), list(splits))["train"]
 
 
-def step_in_shapes(c, model, batch_size: int | None = None, n_images: int | None = None):
-    """(step, (state, frozen, features, batch)) of a point, as shapes, with nothing read but a few rows of its data.
-
-    `n_images`: rows of the feature table; by default all that the run looks at.
-    """
+def step_in_shapes(c, model, batch_size: int | None = None):
+    """(step, (state, frozen, batch)) of a point, as shapes, with nothing read but a few rows of its data."""
     batch_size = batch_size or c.batch_size
     pipeline.check_augment(c.data.augment)
     task, chosen = tasks.build(c.task, **c.task_options), run.methods_of(c)
@@ -128,14 +125,15 @@ def step_in_shapes(c, model, batch_size: int | None = None, n_images: int | None
     examples = dataclasses.replace(examples, images=images)
     batch = pipeline.gather(examples, np.zeros(1, np.int64))
     batch = {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    if batch.pop("image_index", None) is not None and "question_states" not in batch:  # looked up on the host
+        shape = (batch_size, 1 + model.config.n_patches, model.config.vision_width)
+        batch["image_tokens"] = jax.ShapeDtypeStruct(shape, model.config.dtype)
     tuned, frozen = tree.split(variables, mask)
     tx = optim.optimizer(c.optim, tuned, run.scheduled(c, len(examples)).steps)
     best = c.optim.schedule == "plateau"
     state = jax.eval_shape(functools.partial(loop.start, tx=tx, seed=0, best=best), tuned)
-    shape = (n_all if n_images is None else n_images, 1 + model.config.n_patches, model.config.vision_width)
-    features = jax.ShapeDtypeStruct(shape, model.config.dtype) if cached else None
     step = functools.partial(loop.train_step, model=model, task=task, tx=tx, grad_accum=c.grad_accum)
-    return step, (state, frozen, features, batch)
+    return step, (state, frozen, batch)
 
 
 def flops_of(step, shapes, model) -> float:
@@ -151,19 +149,18 @@ def flops_of(step, shapes, model) -> float:
 class Plan:
     """What XLA plans for one device, in bytes, and how long planning took."""
 
-    arguments: int  # weights, optimizer, features, batch
+    arguments: int  # weights, optimizer, batch
     temporary: int  # activations and gradients
-    journal: int  # the last step's state, on its way to the host
     seconds: float
 
     @property
     def peak(self) -> int:
-        return self.arguments + self.temporary + self.journal
+        return self.arguments + self.temporary
 
 
-def compiled(step, shapes, rules, mesh, journal_mb: float = 0) -> Plan:
+def compiled(step, shapes, rules, mesh) -> Plan:
     """The plan of a step on a mesh; its results take the place of the state that is given in."""
-    state, frozen, features, batch = shapes
+    state, frozen, batch = shapes
     placed = sharding.shardings(state, rules, mesh)
 
     def at(x, where):
@@ -173,7 +170,6 @@ def compiled(step, shapes, rules, mesh, journal_mb: float = 0) -> Plan:
     arguments = (
         jax.tree.map(at, state, placed),
         jax.tree.map(at, frozen, sharding.shardings(frozen, rules, mesh)),
-        None if features is None else at(features, sharding.replicated(mesh)),
         {name: at(x, rows) for name, x in batch.items()},
     )
     began = time.perf_counter()
@@ -183,7 +179,6 @@ def compiled(step, shapes, rules, mesh, journal_mb: float = 0) -> Plan:
     return Plan(
         found.argument_size_in_bytes,
         found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes,
-        n_bytes if (n_bytes := journal.n_bytes(state)) <= journal_mb * 1e6 else 0,
         time.perf_counter() - began,
     )
 
@@ -199,10 +194,10 @@ def report(config, topology: str | None = None, chip: Chip | None = None) -> str
     model = run.abstract_model(config)
     shapes_of = functools.partial(step_in_shapes, config, model)
     step, shapes = shapes_of()
-    state, frozen, features, _ = shapes
+    state, frozen, batch = shapes
     counts = sites.counts(tree.join(state.tuned, frozen), jax.tree.map(lambda x: True, state.tuned))
-    flops = flops_of(*shapes_of(n_images=1), model)
-    plan = compiled(step, shapes, model.sharding, mesh, config.journal_mb)
+    flops = flops_of(step, shapes, model)
+    plan = compiled(step, shapes, model.sharding, mesh)
     where = sharding.shardings(frozen, model.sharding, mesh)
     n_frozen = sharding.bytes_per_device(frozen, where)
     n_state = sharding.bytes_per_device(state, sharding.shardings(state, model.sharding, mesh))
@@ -214,13 +209,7 @@ def report(config, topology: str | None = None, chip: Chip | None = None) -> str
         ("batch", f"{config.batch_size}, {config.grad_accum} microbatch{'es' if config.grad_accum > 1 else ''}"),
         ("frozen per device", _mb(n_frozen)),
         ("state per device", f"{_mb(n_state)} (tuned leaves and optimizer)"),
-    ]
-    if features is not None:
-        n_bytes = int(np.prod(features.shape)) * jnp.dtype(features.dtype).itemsize
-        rows.append(("features per device", f"{_mb(n_bytes)} ({features.shape[0]:,} pictures, computed once)"))
-    rows += [
         ("activations per device", f"{_mb(plan.temporary)} (planned, gradients included)"),
-        ("journal per device", f"{_mb(plan.journal)} (the last step's state, on its way to the disk)"),
         ("peak per device", f"{_mb(plan.peak)}{_share(plan.peak, chip)}"),
         ("FLOPs per step", f"{flops:.3g} in all, {flops / mesh.size:.3g} per device"),
     ]
@@ -273,7 +262,7 @@ def _largest(config, shapes_of, model, mesh, chip: Chip | None, plan: Plan) -> s
     def peak(n):
         if n not in peaks:
             try:
-                peaks[n] = compiled(*shapes_of(batch_size=n), model.sharding, mesh, config.journal_mb).peak
+                peaks[n] = compiled(*shapes_of(batch_size=n), model.sharding, mesh).peak
             except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise

@@ -240,25 +240,19 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def any_soon(flag: bool, on: Mesh) -> jax.Array | bool:
-    """Whether `flag` is true on any host, as an array that is ready when every host has asked; all hosts call it."""
+def most_soon(number: int, on: Mesh) -> jax.Array | int:
+    """The largest `number` of all hosts, as an array that is ready when every host has said its own; all hosts call it."""
     if jax.process_count() == 1:
-        return flag
-    flags = NamedSharding(on, PartitionSpec(AXES))
-    return _any(jax.make_array_from_callback((on.size,), flags, lambda index: np.full(1, flag)), replicated(on))
+        return number
+    of_devices = NamedSharding(on, PartitionSpec(AXES))
+    return _most(
+        jax.make_array_from_callback((on.size,), of_devices, lambda _: np.full(1, number, np.int32)), replicated(on)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _any(flags, placed):
-    return jax.lax.with_sharding_constraint(flags.any(), placed)
-
-
-def agreed(number: int) -> bool:
-    """Whether all hosts say the same number; all hosts call it."""
-    return (
-        jax.process_count() == 1
-        or len(set(multihost_utils.process_allgather(np.array(number, np.int32)).tolist())) == 1
-    )
+def _most(numbers: jax.Array, placed: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(numbers.max(), placed)
 
 
 def any_of(flag: bool) -> bool:

@@ -1,7 +1,7 @@
 """Faults while training: every one leaves the newest good step, and the same command ends where no fault would have."""
 
+import contextlib
 import errno
-import functools
 import json
 import os
 import re
@@ -78,55 +78,32 @@ def test_damage(tmp_path, whole, fault, kind):
     toy.fit(tmp_path)
     damage(kind, tmp_path / "checkpoints" / "12")
     step, said = same_end(tmp_path, whole, fault)
-    assert step == 12
+    assert step == 11
     (line,) = [line for line in said if "damaged" in line]
-    assert "checkpoint 12 is damaged" in line and "trying checkpoint 8" in line
-    assert "resumed from step 12, which the journal holds" in said
+    assert "checkpoint 12 is damaged" in line and "trying checkpoint 11" in line
     assert (tmp_path / "checkpoints" / "damaged-12").exists()
     step, said = same_end(tmp_path, whole, fault)
-    assert step == 12 and not any("journal" in line for line in said)  # written again in its place
-    fault.tried("'checkpoint 12 is damaged ... trying checkpoint 8'; put aside; 'step 12, which the journal holds'")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_damage_twice(tmp_path, whole, fault, kind):
-    """Two at once: a damaged checkpoint, and no journal."""
-    toy.fit(tmp_path)
-    damage(kind, tmp_path / "checkpoints" / "12")
-    (tmp_path / "checkpoints" / "journal").unlink()
-    step, said = same_end(tmp_path, whole, fault)
-    assert step == 8 and any("checkpoint 12 is damaged" in line and "trying checkpoint 8" in line for line in said)
-    fault.tried("'checkpoint 12 is damaged ... trying checkpoint 8'; resumed from step 8", 4)
+    assert step == 12 and not any("damaged" in line for line in said)  # written again in its place
+    fault.tried("'checkpoint 12 is damaged ... trying checkpoint 11'; put aside; resumed from step 11", 1)
 
 
 def test_all_damaged(tmp_path, whole, fault):
     """Every checkpoint damaged."""
     toy.fit(tmp_path)
-    for step in (8, 12):
+    for step in (11, 12):
         damage("truncated", tmp_path / "checkpoints" / str(step))
     step, said = same_end(tmp_path, whole, fault)
-    assert step == 12 and sum("is damaged" in line for line in said) == 2
-    fault.tried("both named; 'resumed from step 12, which the journal holds'")
+    assert step == 0 and sum("is damaged" in line for line in said) == 2
+    assert any("training starts from the beginning" in line for line in said)
+    fault.tried("both named; training starts from the beginning", 12)
 
 
-def test_everything_damaged(tmp_path, whole, fault):
-    """Three at once: every checkpoint and the journal damaged."""
-    toy.fit(tmp_path)
-    for step in (8, 12):
-        damage("truncated", tmp_path / "checkpoints" / str(step))
-    journal = tmp_path / "checkpoints" / "journal"
-    journal.write_bytes(bytes(journal.stat().st_size))
-    step, said = same_end(tmp_path, whole, fault)
-    assert step == 0 and any("training starts from the beginning" in line for line in said)
-    fault.tried("all named; training starts from the beginning", 12)
-
-
-def killed_at_random(workdir, steps, every, tries):
+def killed_at_random(workdir, steps, seconds, tries):
     """The toy, killed so many times -> after each kill (steps logged, the step gone on from, seconds until then)."""
     rng, logged, found = np.random.default_rng(0), 0, []
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
     for n in range(tries + 1):
-        program = [sys.executable, HERE / "toy.py", workdir, str(steps), str(every)]
+        program = [sys.executable, HERE / "toy.py", workdir, str(steps), str(seconds)]
         process, began = subprocess.Popen(program, env=env, stdout=subprocess.PIPE, text=True), time.perf_counter()
         went_on = 0
         for line in process.stdout:
@@ -136,58 +113,105 @@ def killed_at_random(workdir, steps, every, tries):
                 break
         if n:
             found.append((logged, went_on, time.perf_counter() - began))
-        time.sleep(rng.uniform(0.05, 0.6))
+        until = logged + rng.integers(5, 40)
+        while process.poll() is None and (steps_logged(workdir) < until or not any_saved(workdir)):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.communicate()
-        logged = len((workdir / "metrics.jsonl").read_text().splitlines())
+        logged = steps_logged(workdir)
     return found
 
 
-@pytest.mark.parametrize("every", [1, 1000])
-def test_kill(tmp_path, fault, every):
-    """kill -9 at random moments; steps between checkpoints."""
-    workdir, expected = tmp_path / "killed", toy.fit(tmp_path / "whole", toy.config(200, 1000))
-    kills = killed_at_random(workdir, 200, every, 4)
+def steps_logged(workdir):
+    lines = workdir / "metrics.jsonl"
+    return len(lines.read_text().splitlines()) if lines.exists() else 0
+
+
+def any_saved(workdir):
+    return any(path.name.isdecimal() for path in (workdir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("seconds", [0, 0.02])
+def test_kill(tmp_path, fault, seconds):
+    """kill -9 at random moments; seconds between checkpoints."""
+    workdir, expected = tmp_path / "killed", toy.fit(tmp_path / "whole", toy.rarely(200))
+    kills = killed_at_random(workdir, 200, seconds, 4)
     assert any(went_on > 0 for _, went_on, _ in kills)
     most = max(logged - went_on for logged, went_on, _ in kills)
-    assert most <= 1
-    np.testing.assert_array_equal(toy.fit(workdir, toy.config(200, every)), expected)
+    if seconds == 0:  # the step that ran, and the one that was being saved
+        assert most <= 2
+    np.testing.assert_array_equal(toy.fit(workdir, toy.config(200, seconds)), expected)
     steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 201))  # none twice, none missing
     for _, _, seconds in kills:
-        fault.tried("goes on from the last step that was logged, or the one before it", max(most, 0), seconds)
+        fault.tried("goes on from the last step that is on the disk", max(most, 0), seconds)
 
 
-def test_kill_at_every_step(tmp_path, fault, whole):
+def test_kill_at_every_step(tmp_path, fault, monkeypatch):
     """The process is gone after any of its steps (a copy of its directory goes on), with validations."""
-    c = toy.config(**{"optim.schedule": "plateau", "stop.every": 3, "stop.patience": 100, "checkpoint_every": 1000})
+    c = toy.config(**{"optim.schedule": "plateau", "stop.every": 3, "stop.patience": 100})
+    init, opened = Checkpoints.__init__, []
+
+    def noted(self, *args):
+        init(self, *args)
+        opened.append(self)
+
+    def copy(name):
+        opened[0].wait()  # what is being saved is on the disk: a copy of half a save is none that a kill could leave
+        shutil.copytree(tmp_path / "run", tmp_path / name)
 
     def validate(tuned):
         return float(np.square(np.asarray(tuned["params"]["w"])).mean())
 
     def copied(step, batch):
         if step > 2:
-            shutil.copytree(tmp_path / "run", tmp_path / f"copy {step}")
+            copy(f"copy {step}")
         return batch
 
     validations = iter((0, 3, 6, 9, 12))
 
     def copied_in_it(tuned):
-        shutil.copytree(tmp_path / "run", tmp_path / f"validation {next(validations)}")
+        copy(f"validation {next(validations)}")
         return validate(tuned)
 
     (tmp_path / "run").mkdir()
-    after = toy.fit(tmp_path / "run", c, change=copied, validate=copied_in_it)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "__init__", noted)
+        after = toy.fit(tmp_path / "run", c, change=copied, validate=copied_in_it)
     whole = after, (tmp_path / "run" / "metrics.jsonl").read_text()
     for step in range(3, 13):  # when batch `step` is made, step - 1 has been begun
-        logged = (tmp_path / f"copy {step}" / "metrics.jsonl").read_text().count('"loss"')
         resumed, _ = same_end(tmp_path / f"copy {step}", whole, fault, c, validate=validate)
-        assert resumed >= max(logged, step - 2)
-        fault.tried("goes on from the step before the one that ran", step - 1 - resumed)
+        assert resumed == step - 2
+        fault.tried("goes on from the step before the one that ran", 1)
     for step in (0, 3, 6, 9, 12):  # in a validation after step `step`, which is a part of it
         resumed, _ = same_end(tmp_path / f"validation {step}", whole, fault, c, validate=validate)
         assert resumed == max(0, step - 1)
         fault.tried("goes on from the step before the one that ran", 1)
+
+
+@pytest.mark.parametrize(
+    "seconds, per_save, steps",
+    [(0, 0.0, range(1, 31)), (4, 0.0, [4, 8, 12, 16, 20, 24, 28, 30]), (4, 0.125, [4, 11, 18, 25, 30]), (60, 0.125, [30])],
+    ids=["every step", "4 s", "4 s, but a save blocks for 0.125 s", "60 s"],
+)
+def test_the_clock(tmp_path, monkeypatch, seconds, per_save, steps):
+    """A step takes a second: saves come after `seconds`, or 50 times as long as the last one blocked; and the last step."""
+    now, saved, save = [0.0], [], Checkpoints.save
+
+    def timed(self, step, *args):
+        now[0] += per_save
+        saved.append(step)
+        return save(self, step, *args)
+
+    def second(step, batch):
+        now[0] += 1.0 if step > 1 else 0.0  # the second batch is made while the first step runs
+        return batch
+
+    monkeypatch.setattr(Checkpoints, "save", timed)
+    monkeypatch.setattr(loop, "clock", lambda: now[0])
+    toy.fit(tmp_path, toy.config(30, seconds), change=second)
+    assert saved == list(steps)
 
 
 def raise_at(moment, number=signal.SIGTERM, times=1):
@@ -205,7 +229,7 @@ def raise_at(moment, number=signal.SIGTERM, times=1):
 @pytest.mark.parametrize("moment", ["warm-up", "tracing", "step", "save", "first validation", "validation"])
 def test_sigterm(tmp_path, whole, fault, monkeypatch, moment):
     """SIGTERM."""
-    options, steps_done = {}, 0
+    c, options, steps_done = toy.rarely(), {}, 0
     if moment == "warm-up":
         options["change"] = raise_at(1)
     elif moment == "step":
@@ -215,7 +239,7 @@ def test_sigterm(tmp_path, whole, fault, monkeypatch, moment):
         def step_fn(*args, **kwargs):
             signal.raise_signal(signal.SIGTERM)  # real compilations are in test_stops.py
 
-        options["step_fn"] = step_fn
+        options["step"] = step_fn
     elif moment == "save":
         save = Checkpoints.save
 
@@ -224,12 +248,11 @@ def test_sigterm(tmp_path, whole, fault, monkeypatch, moment):
             return save(self, step, *args)
 
         monkeypatch.setattr(Checkpoints, "save", saved)
-        steps_done = 5  # the save is finished, and the next step notices
+        c, steps_done = toy.config(), 2  # the first save is finished, and the next step notices
     else:
-        c = toy.config(**{"optim.schedule": "plateau", "stop.every": 3, "stop.patience": 100})
-        monkeypatch.setattr(toy, "config", lambda: c)
+        c = toy.rarely(**{"optim.schedule": "plateau", "stop.every": 3, "stop.patience": 100})
         losses = iter(range(100, 0, -1))
-        whole = (toy.fit(tmp_path / "w", validate=lambda tuned: float(next(losses))), "")
+        whole = (toy.fit(tmp_path / "w", c, validate=lambda tuned: float(next(losses))), "")
         whole = (whole[0], (tmp_path / "w" / "metrics.jsonl").read_text())
         losses = iter(range(100, 0, -1))
 
@@ -241,33 +264,26 @@ def test_sigterm(tmp_path, whole, fault, monkeypatch, moment):
         at, steps_done = {"first validation": (100, 1), "validation": (99, 3)}[moment]
         options["validate"] = validate
     with pytest.raises(signals.Stopped) as caught:
-        toy.fit(tmp_path / "a", **options)
+        toy.fit(tmp_path / "a", c, **options)
     assert signals.exit_code(caught.value) == signals.RESTARTABLE
     monkeypatch.undo()
-    rest = {}
-    if "validate" in options:
-        rest = {"c": c, "validate": lambda tuned: float(next(losses))}
-    step, _ = same_end(tmp_path / "a", whole, fault, **rest)
+    rest = {"validate": lambda tuned: float(next(losses))} if "validate" in options else {}
+    step, _ = same_end(tmp_path / "a", whole, fault, c, **rest)
     assert step == steps_done
     fault.tried(f"stops with exit code {signals.RESTARTABLE}, goes on from step {step}")
 
 
-@pytest.mark.parametrize("holds", ["checkpoint", "journal"])
-def test_fewer_devices(tmp_path, whole, fault, monkeypatch, holds):
-    """The machine that goes on has other devices (eight, then four, then one), from where the newest step is."""
+def test_fewer_devices(tmp_path, whole, fault, monkeypatch):
+    """The machine that goes on has other devices (eight, then four, then one)."""
     mesh = sharding.mesh
     for devices, stops_at in ((8, 5), (4, 9), (1, None)):
         monkeypatch.setattr(sharding, "mesh", lambda shape, n=devices: mesh(shape, jax.devices()[:n]))
-        c, said = toy.config(checkpoint_every=1000), []
-        change = raise_at(stops_at + 1) if stops_at else lambda step, batch: batch
-        try:
+        c, said = toy.rarely(), []
+        change = raise_at(stops_at + 1) if stops_at else toy.unchanged
+        with contextlib.suppress(signals.Stopped):
             after = fault.timed(toy.fit, tmp_path, c, said.append, change=change)
-        except signals.Stopped:
-            if holds == "journal":
-                shutil.rmtree(tmp_path / "checkpoints" / str(stops_at))
         if devices < 8:
-            went_on = f"resumed from step {5 if devices == 4 else 9}"
-            assert went_on + (", which the journal holds" if holds == "journal" else "") in said, said
+            assert f"resumed from step {5 if devices == 4 else 9}" in said, said
     np.testing.assert_allclose(after, whole[0], rtol=0, atol=1e-5)  # sums over devices round otherwise
     losses = [[json.loads(line)["loss"] for line in text.splitlines()]
               for text in (whole[1], (tmp_path / "metrics.jsonl").read_text())]  # fmt: skip
@@ -296,7 +312,7 @@ def test_poisoned_batch(tmp_path, whole, fault):
     said = []
     for tries in range(2):
         with pytest.raises(loop.NonFinite, match="step 7: loss nan, gradients not finite in: params/w") as caught:
-            toy.fit(tmp_path, log=said.append, change=poison)
+            toy.fit(tmp_path, toy.rarely(), said.append, change=poison)
         assert any("step 6 is saved" in line for line in said) or tries
     assert signals.exit_code(caught.value) == signals.FATAL
     step, _ = same_end(tmp_path, whole, fault)
@@ -313,7 +329,7 @@ def test_corrupt_data_mid_epoch(tmp_path, whole, fault):
         return batch
 
     with pytest.raises(ValueError, match="cats/7.png"):
-        toy.fit(tmp_path, change=corrupt)
+        toy.fit(tmp_path, toy.rarely(), change=corrupt)
     step, _ = same_end(tmp_path, whole, fault)
     assert step == 6
     fault.tried("names the file; the step before is stored")
@@ -367,12 +383,12 @@ def test_full_disk(small_disk, whole, fault, caplog):
     after = toy.fit(workdir, log=said.append, change=fill)
     np.testing.assert_array_equal(after, whole[0])
     (line,) = [line for line in said if "could not be written" in line]
-    assert line == "checkpoint 8 could not be written (No space left on device); step 4 is kept"
+    assert line == "checkpoint 5 could not be written (No space left on device); step 4 is kept"
     loud = [one for one in caplog.records if "orbax" in one.pathname and one.levelname in ("WARNING", "ERROR")]
     assert not loud  # it would print its traceback four times
     step, _ = same_end(workdir, whole, fault)
     assert step == 12
-    fault.tried("training goes on, 'checkpoint 8 could not be written ... step 4 is kept'; step 12 written later")
+    fault.tried("training goes on, 'checkpoint 5 could not be written ... step 4 is kept'; step 12 written later")
 
 
 def test_disk_stays_full(small_disk, whole, fault):
@@ -396,8 +412,8 @@ def test_disk_stays_full(small_disk, whole, fault):
     assert any("the last step is not stored" in line for line in said)
     (small_disk / "ballast").unlink()
     step, _ = same_end(workdir, whole, fault)
-    assert step == 12  # the journal's space was taken at the start
-    fault.tried("checkpoint 4 is kept whole; the journal goes on in its own space, and step 12 is used")
+    assert step == 4
+    fault.tried("training ends, its last step is not stored; checkpoint 4 is kept whole, and what follows is repeated", 8)
 
 
 def test_read_only_disk(small_disk, whole, fault):
@@ -416,7 +432,7 @@ def test_read_only_disk(small_disk, whole, fault):
     workdir.mkdir()
     after = toy.fit(workdir, log=said.append, change=protect)
     np.testing.assert_array_equal(after, whole[0])
-    assert any("checkpoint 8 could not be written" in line for line in said), said
+    assert any("checkpoint 5 could not be written" in line for line in said), said
     assert sum("metrics.jsonl cannot be written (Read-only file system)" in line for line in said) == 1
     step, _ = same_end(workdir, whole, fault)
     assert step == 12
@@ -446,19 +462,14 @@ def test_failed_commit(tmp_path, whole, fault, monkeypatch):
 
 def test_out_of_memory_of_a_step(tmp_path, whole, fault):
     """The device runs out of memory in a step."""
-    calls = []
-
-    def step_fn(state, *args, tx):
-        return functools.partial(loop.train_step, model=None, task=toy.Task(), grad_accum=1)(state, *args, tx=tx)
 
     def no_room(step, batch):
-        calls.append(step)
         if step == 7:
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes")
         return batch
 
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
-        toy.fit(tmp_path, step_fn=step_fn, change=no_room)
+        toy.fit(tmp_path, toy.rarely(), change=no_room)
     step, _ = same_end(tmp_path, whole, fault)
     assert step == 6
     fault.tried("the step before is stored")

@@ -1,11 +1,10 @@
 """Training that compiles in a moment: a real loop, real checkpoints and real signals around a matrix with dropout.
 
-As a program, `python toy.py WORKDIR STEPS EVERY [SLEEP]` trains and says 'saved N' after each step that is on disk.
+As a program, `python toy.py WORKDIR STEPS SECONDS` trains with that time between checkpoints.
 """
 
 import functools
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +25,28 @@ class Task:
         return jnp.sum(wrong**2), jnp.float32(batch["x"].shape[0])
 
 
-def config(steps=12, every=4, **changes):
+STEP = functools.partial(loop.train_step, model=None, task=Task(), grad_accum=1)
+
+
+def config(steps=12, seconds=0.0, **changes):
+    """A run with a checkpoint after every step; `seconds`: by the clock."""
     c = defaults.get_config()
-    c.steps, c.batch_size, c.log_every, c.checkpoint_every, c.check_frozen = steps, 8, 1, every, True
+    c.steps, c.batch_size, c.log_every, c.checkpoint_seconds, c.check_frozen = steps, 8, 1, seconds, True
     c.optim.lr, c.optim.schedule, c.optim.warmup = 1e-2, "constant", 0.0
     c.update_from_flattened_dict(changes)
     return c
 
 
-def batches(start, change=lambda step, batch: batch):
+def rarely(steps=12, **changes):
+    """A run that saves its last step, and what an early end makes it save."""
+    return config(steps, 3600.0, **changes)
+
+
+def unchanged(step, batch):
+    return batch
+
+
+def batches(start, change=unchanged):
     """Endless batches, each a function of its step; `change(step, batch)` may damage one."""
     step = start
     while True:
@@ -44,35 +56,37 @@ def batches(start, change=lambda step, batch: batch):
         yield change(step, batch)
 
 
-def fit(workdir, c=None, log=lambda *_: None, change=lambda step, batch: batch, manifest=None, step_fn=None, **options):
-    """`train.fit` on the toy -> the tuned matrix after the last step."""
-    rng = np.random.default_rng(0)
-    tuned = {"params": {"w": jnp.asarray(rng.normal(size=(256, 64)), jnp.float32), "fixed": None}}
-    frozen = {"params": {"w": None, "fixed": jnp.ones(64)}}
-    step_fn = step_fn or functools.partial(loop.train_step, model=None, task=Task(), grad_accum=1)
+def quiet(*_):
+    pass
+
+
+def train(workdir, c, log=quiet, change=unchanged, accept=False, **given):
+    """`loop.fit` on the toy -> (state, timing); `given`: fields of its `loop.Job`."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(256, 64)), jnp.float32)
+    job = {
+        "step": STEP,
+        "trainable": {"params": {"w": w, "fixed": None}},
+        "frozen": {"params": {"w": None, "fixed": jnp.ones(64)}},
+        "batches": lambda start: batches(start, change),
+        "manifest": {"data": "a"},
+    }
     with signals.handled():
-        state, _ = loop.fit(
-            c or config(), workdir, step_fn, tuned, frozen, None, lambda start: batches(start, change),
-            manifest or {"data": "a"}, log, **options,
-        )  # fmt: skip
-    return np.asarray(state.tuned["params"]["w"])
+        return loop.fit(c, workdir, loop.Job(**job | given), log, accept)
+
+
+def fit(workdir, c=None, log=quiet, **options):
+    """The trained matrix after the last step."""
+    return np.asarray(train(workdir, c or config(), log, **options)[0].tuned["params"]["w"])
 
 
 if __name__ == "__main__":
     from pathlib import Path
 
     jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update(
-        "jax_disable_most_optimizations", True
-    )  # as in the tests' own process: other programs round otherwise
-    workdir, steps, every, sleep = Path(sys.argv[1]), *map(int, sys.argv[2:4]), float((*sys.argv, "0")[4])
-
-    def pause(step, batch):
-        time.sleep(sleep)
-        return batch
-
+    # as in the tests' own process: other programs round otherwise
+    jax.config.update("jax_disable_most_optimizations", True)
     try:
-        fit(workdir, config(steps, every), lambda text: print(text, flush=True), pause)
+        fit(Path(sys.argv[1]), config(int(sys.argv[2]), float(sys.argv[3])), lambda text: print(text, flush=True))
     except (ValueError, loop.NonFinite, KeyboardInterrupt) as error:
         print(signals.message(error), flush=True)
         sys.exit(signals.exit_code(error))

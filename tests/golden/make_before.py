@@ -147,7 +147,7 @@ def losses():
             batch = tiny.batch(4, 3 if ask else 1, seed=i)
             if not ask:
                 del batch["question"]
-            state, metrics = step(state, frozen, None, batch)
+            state, metrics = step(state, frozen, batch)
             out.append([float(metrics["loss"]), float(metrics["grad_norm"])])
         found[name] = out
     return found
@@ -188,7 +188,6 @@ def whole_run():
         ("vqa", "serial_adapter", "transform"),
     ):
         c = tiny.config_of("tiny", name, method, head, steps=20)
-        c.checkpoint_every = 10
         with tempfile.TemporaryDirectory() as workdir:
             result = run.run(c, workdir, log=lambda *_: None)
             lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
