@@ -1,4 +1,4 @@
-"""Names of version 0.1: what they are now. Code that uses an old one gets an error that names the new one; saved files are read."""
+"""Names of version 0.1 and what they are now: code that uses an old one gets an error that says so; saved files are read."""
 
 import re
 
@@ -9,6 +9,8 @@ CONFIG = {  # config keys, flattened
     "optim.clip": "optim.clip_norm",
     "optim.decay": "optim.weight_decay",
 }
+STUDY = {"arms": "variants", "levels": "settings", "rates": "learning_rates"}  # config keys of a study
+ROW = {"arm": "variant", "level": "setting"}  # of a row of results.jsonl
 FIELDS = {"start": "init_weights", "where": "targets"}  # of methods, in code and in saved manifests
 MODULES = {  # below jaxpeft
     "budget": "adapt.budget", "checkpoint": "training.checkpoint", "claims": "study.claims",
@@ -42,6 +44,30 @@ def check_config(config) -> None:
         section, _, key = old.rpartition(".")
         if key in (config.get(section, {}) if section else config):
             raise ValueError(f"config.{old} is now config.{new}; rename it")
+
+
+def translated_study(config: dict) -> dict:
+    """The saved config of a study of version 0.1 with today's keys."""
+    config = {STUDY.get(key, key): value for key, value in config.items()}
+    config["variants"] = {
+        name: {STUDY.get(key, key): value for key, value in one.items()} for name, one in config["variants"].items()
+    }
+    return config
+
+
+def translated_row(row: dict) -> dict:
+    """A row of a results.jsonl of version 0.1 with today's keys."""
+    return {ROW.get(key, key): value for key, value in row.items()}
+
+
+def check_study(config) -> None:
+    """Raise ValueError for a key of version 0.1 in the ConfigDict of a study, naming today's."""
+    for old, new in STUDY.items():
+        if old in config:
+            raise ValueError(f"config.{old} of a study is now config.{new}; rename it")
+    for name, variant in config.variants.items():
+        if "levels" in variant:
+            raise ValueError(f"config.variants.{name}.levels is now config.variants.{name}.settings; rename it")
 
 
 def advice(error: Exception) -> str:

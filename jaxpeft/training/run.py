@@ -258,6 +258,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
         "data_report": train.report,
         "machine": results.machine(),
         "versions": results.versions(),
+        "code": results.code(),
         "imports": imports_of(config, chosen, task),
         "status": "done",
     } | ({"command": command} if command else {})
