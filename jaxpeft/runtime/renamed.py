@@ -14,6 +14,8 @@ GONE = {
     "checkpoint_every": "is gone, as checkpoints are saved by the clock: set config.checkpoint_seconds (0: every step)",
     "journal_mb": "is gone, as there is no journal any more: config.checkpoint_seconds bounds what a kill costs",
 }
+STUDY = {"arms": "variants", "levels": "settings", "rates": "learning_rates"}  # config keys of a study
+ROW = {"arm": "variant", "level": "setting"}  # of a row of results.jsonl
 FIELDS = {"start": "init_weights", "where": "targets"}  # of methods, in code and in saved manifests
 MODULES = {  # below jaxpeft
     "budget": "adapt.budget", "checkpoint": "training.checkpoint", "claims": "study.claims",
@@ -50,6 +52,30 @@ def check_config(config) -> None:
     for key, said in GONE.items():
         if key in config:
             raise ValueError(f"config.{key} {said}")
+
+
+def translated_study(config: dict) -> dict:
+    """The saved config of a study of version 0.1 with today's keys."""
+    config = {STUDY.get(key, key): value for key, value in config.items()}
+    config["variants"] = {
+        name: {STUDY.get(key, key): value for key, value in one.items()} for name, one in config["variants"].items()
+    }
+    return config
+
+
+def translated_row(row: dict) -> dict:
+    """A row of a results.jsonl of version 0.1 with today's keys."""
+    return {ROW.get(key, key): value for key, value in row.items()}
+
+
+def check_study(config) -> None:
+    """Raise ValueError for a key of version 0.1 in the ConfigDict of a study, naming today's."""
+    for old, new in STUDY.items():
+        if old in config:
+            raise ValueError(f"config.{old} of a study is now config.{new}; rename it")
+    for name, variant in config.variants.items():
+        if "levels" in variant:
+            raise ValueError(f"config.variants.{name}.levels is now config.variants.{name}.settings; rename it")
 
 
 def advice(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """What a run leaves behind: its metrics as they come, a table on the terminal, and a gallery of test pictures."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import jax
 
-from jaxpeft.runtime import files
+from jaxpeft.runtime import files, registry
+
+PACKAGE = Path(__file__).parents[1]
+APART = ("apps", "configs", "study")  # folders that no number of a run depends on; its config is compared by itself
 
 
 class Metrics:
@@ -91,6 +95,25 @@ def versions() -> dict:
     """The packages that decide numbers."""
     names = ("jaxpeft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def _package_code() -> dict[str, str]:
+    """Python file of the package, without those in APART -> sha256."""
+    paths = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
+    return {
+        name.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in paths.items() if name.parts[0] not in APART
+    }  # fmt: skip
+
+
+_PACKAGE_CODE = _package_code()  # when the process starts: files that are edited later are not what it runs
+
+
+def code() -> str:
+    """A short digest of the code that this process runs: the package's Python files but study/, apps/ and configs/, and
+    the modules of --imports. Runs with the same config and the same code may be compared."""
+    value = json.dumps(_PACKAGE_CODE | registry.digests, sort_keys=True)
+    return hashlib.sha256(value.encode()).hexdigest()[:12]
 
 
 def memory() -> dict:

@@ -137,6 +137,7 @@ def _result(config: Config, setup: Setup, scored: scoring.Scored) -> dict:
         "task_options": dataclasses.asdict(setup.task),
         "texts": setup.facts["texts"],
         "data_report": train.report,
+        "code": results.code(),
         "machine": results.machine(),
         "versions": results.versions(),
         "imports": setups.imports_of(config, setup.methods, setup.task),
