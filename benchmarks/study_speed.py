@@ -29,6 +29,7 @@ import numpy as np
 
 from jaxpeft.data import base
 from jaxpeft.runtime import files
+from jaxpeft.training import setup
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -68,9 +69,8 @@ def lanes(config, workdir: Path) -> None:
     from jaxpeft.data import pipeline
     from jaxpeft.runtime import host
     from jaxpeft.study import execute
-    from jaxpeft.training import frozen_cache as feature_tables
     from jaxpeft.training import evaluate, loop, optim
-    from jaxpeft.training import run as training_run
+    from jaxpeft.training import frozen_cache as feature_tables
 
     host.keep_freed_memory()
     host.keep_compiled_programs()
@@ -81,7 +81,7 @@ def lanes(config, workdir: Path) -> None:
         task = tasks.build(c.task, **c.task_options)
         splits = data.load(c.data, ["train", *c.eval.splits])
         split, _ = pipeline.subset(splits["train"], seed=c.data.subset_seed, n_images=c.data.n_images)
-        model, params, chosen, _ = training_run.setup_model(c, task, split, lambda *_: None)
+        model, params, chosen, _ = setup.setup_model(c, task, split, lambda *_: None)
         variables = sites.attach(model, params, chosen, jax.random.key(c.seed))
         tuned, frozen = tree.split(variables, sites.trainable(variables))
         pictures = {
@@ -134,8 +134,8 @@ class Peer:
 
         self.c, c = run.config, run.config
         self.task = tasks.build(c.task, **c.task_options)
-        self.asks = self.task.question_encoder
-        self.tokenizer = loading.read(c.base, question_encoder=self.asks)[0].tokenizer
+        self.asks = self.task.asks
+        self.tokenizer = loading.read(c.base, task="vqa" if self.asks else "captioning")[0].tokenizer
         self.splits = data.load(c.data, ["train", *c.eval.splits])
         kind = transformers.BlipForQuestionAnswering if self.asks else transformers.BlipForConditionalGeneration
         where = r".*text_(encoder|decoder).*\.(query|value)" if self.asks else r".*text_decoder.*\.(query|value)"
@@ -270,7 +270,7 @@ def bases(workdir: Path) -> None:
     from jaxpeft.models import blip_convert, loading
 
     for task in ("captioning", "vqa"):
-        model, params, _ = loading.read("tiny", question_encoder=task == "vqa")
+        model, params, _ = loading.read("tiny", task="vqa" if task == "vqa" else "captioning")
         c, t = model.config, model.tokenizer
         ids = {"pad_token_id": t.pad_id, "bos_token_id": t.bos_id, "sep_token_id": t.sep_id, "eos_token_id": t.sep_id}
         text = {

@@ -31,7 +31,7 @@ def get_config(arg=""):
     c.data.name, c.data.augment = "coco_captions", "blip"
     c.data.data_dir = a.data_dir
     c.task_options.update(
-        smoothing=0.1, max_tokens=40, max_words=30, length=20, min_length=5, variant="coco", java=True
+        smoothing=0.1, max_tokens=40, max_words=30, max_new_tokens=16, min_length=5, variant="coco", java=True
     )
     config.blip_recipe(c, a, N_CAPTIONS, LR.get(a.method, 2e-4))
     c.eval.beams, c.eval.splits = 3, ("test",)

@@ -42,7 +42,7 @@ def get_config(arg=""):
         answer_list=a.answer_list,
         variant="official2021",
         max_question=35,
-        length=10,
+        max_new_tokens=9,
     )
     n = N_QUESTIONS[a.protocol] + (N_QUESTIONS["visual_genome"] if a.visual_genome else 0)
     config.blip_recipe(c, a, n, LR.get(a.method, 2e-4))

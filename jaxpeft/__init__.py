@@ -26,7 +26,8 @@ from jaxpeft.methods import __all__ as _methods
 from jaxpeft.models.loading import load
 from jaxpeft.runtime import renamed as _renamed
 from jaxpeft.training.evaluate import generate
-from jaxpeft.training.run import load_run, run
+from jaxpeft.training.finished import load_run
+from jaxpeft.training.run import run
 from jaxpeft.tree import join, split
 
 try:

@@ -12,7 +12,10 @@ from jaxpeft import methods, tasks
 from jaxpeft.runtime.registry import did_you_mean
 
 # texts of scenes: the longest captions have 40 words; one length for all subsets is one compiled program
-SCENES_LIMITS = {"captioning": {"max_tokens": 48, "length": 48}, "vqa": {"max_question": 35, "length": 10}}
+SCENES_LIMITS = {
+    "captioning": {"max_tokens": 48, "max_new_tokens": 44},
+    "vqa": {"max_question": 35, "max_new_tokens": 9},
+}
 
 
 def parse_arg(arg: str, **defaults) -> ml_collections.ConfigDict:

@@ -23,7 +23,7 @@ from jaxpeft.apps.pretrain import ALIASES, init, shared
 from jaxpeft.data import scenes
 from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import blip, loading
-from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.models.blip import BlipConfig, build
 
 jax.config.update("jax_num_cpu_devices", 8)  # before any array exists
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -46,7 +46,7 @@ def base(tmp_path_factory):
     """A checkpoint directory of ours: random weights, the words of scenes."""
     tokenizer = Tokenizer.from_words(scenes.WORDS)
     sizes = tiny.CONFIG | {"image_size": 64, "patch_size": 32, "vocab_size": len(tokenizer), "max_positions": 48}
-    model = Blip(BlipConfig(**sizes, question_encoder=True), tokenizer)
+    model = build(BlipConfig(**sizes, question_encoder=True), tokenizer)
     params = init(model, 0)
     del params["itm"]
     return loading.save(tmp_path_factory.mktemp("base") / "tiny", model, shared(params), aliases=ALIASES)

@@ -31,10 +31,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from jaxpeft.training import finished
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import tiny
+from jaxpeft.training.journal import Journal
 
 from jaxpeft import methods
 from jaxpeft.adapt import sites
@@ -45,9 +48,7 @@ from jaxpeft.interchange import import_peft, load_tuned, save_tuned
 from jaxpeft.models import blip_convert, loading
 from jaxpeft.runtime.files import read_safetensors
 from jaxpeft.runtime.torch_files import load_pickle
-from jaxpeft.training import run as run_module
 from jaxpeft.training import sharding
-from jaxpeft.training.journal import Journal
 
 GOLDEN = Path(__file__).with_name("golden")
 SECONDS, MEMORY = 5.0, 1 << 30
@@ -299,7 +300,7 @@ def readers(home: Path) -> dict[str, Reader]:
         "our tuned tree": Reader([tuned], _by_content, lambda d: load_tuned(model, params, d), 0.015),
         "PEFT adapter": Reader(adapters, _by_content, lambda d: import_peft(*captioner, d), 0.01),
         "journal": Reader([{"journal": _file(written)}], changed_bytes, journal, 0.05),
-        "run directory": Reader([run], _by_content, run_module.load_run, 0.005),
+        "run directory": Reader([run], _by_content, finished.load_run, 0.005),
     }  # fmt: skip
 
 

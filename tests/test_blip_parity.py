@@ -11,7 +11,7 @@ import pytest
 
 from jaxpeft import ops
 from jaxpeft.models import blip_convert
-from jaxpeft.models.blip import Blip
+from jaxpeft.models.blip import build
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 LOGITS, LOSS, GRADIENT = (
@@ -39,7 +39,7 @@ def loaded(task):
 @functools.partial(jax.jit, static_argnames=("config", "method"))
 def run(config, method, params, *args):
     """One stage of the model."""
-    return Blip(config).apply({"params": params}, *args, method=method)
+    return build(config).apply({"params": params}, *args, method=method)
 
 
 def forward(params, golden, config):
@@ -80,7 +80,7 @@ def test_image_tokens(task):
 def test_image_tokens_at_another_size():
     golden = loaded("caption")[2]
     config, params, _ = blip_convert.read_directory(GOLDEN / "blip_caption_tiny", image_size=56)
-    tokens_BPD = Blip(config).apply({"params": params}, golden["resized_images"], method="encode_image")
+    tokens_BPD = build(config).apply({"params": params}, golden["resized_images"], method="encode_image")
     assert far(tokens_BPD, golden["resized_image_tokens"]) <= LOGITS
 
 

@@ -18,7 +18,7 @@ from jaxpeft import tasks, tree
 from jaxpeft.adapt import budget, sites
 from jaxpeft.methods import Gated, Scoped, Site
 from jaxpeft.models import decode, layers
-from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.models.blip import BlipConfig, build
 from jaxpeft.training import loop, optim
 
 RNG = np.random.default_rng(0)
@@ -376,9 +376,9 @@ def test_eight_devices_and_vmap_over_tuned_trees_equal_one_device(row):
 
     def step(tuned, frozen, batch):
         state = loop.TrainState(jnp.int32(0), tuned, tx.init(tuned))
-        return loop.train_step(
-            state, frozen, batch, model=tiny.model(), task=tasks.build("vqa"), tx=tx, grad_accum=1
-        )[0].tuned
+        return loop.train_step(state, frozen, batch, model=tiny.model(), task=tasks.build("vqa"), tx=tx, grad_accum=1)[
+            0
+        ].tuned
 
     alone = jax.jit(step)
     apart = [alone(tuned, frozen, batch) for tuned, _ in trees]
@@ -505,4 +505,4 @@ def test_solve_size_reports_gap_and_cap():
 )
 def test_counts_at_blip_base(method, count):
     """The formulas of the literature, from shapes alone. VeRA stores its shared matrices beside 49,152 trained."""
-    assert budget.abstract_counts(Blip(BlipConfig()), method)["stored"] == count
+    assert budget.abstract_counts(build(BlipConfig()), method)["stored"] == count

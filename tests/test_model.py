@@ -8,7 +8,7 @@ import tiny
 
 from jaxpeft import tree
 from jaxpeft.models import blip
-from jaxpeft.models.blip import Blip, BlipConfig, position_init
+from jaxpeft.models.blip import BlipConfig, build, position_init
 
 VARIABLES = {"params": tiny.params()}
 BATCH = tiny.batch(3, n_texts=2)
@@ -111,7 +111,7 @@ def test_bfloat16_is_close_and_logits_stay_float32():
         (lambda: BlipConfig(image_size=100), "image_size 100 is not divisible by patch_size 16"),
         (lambda: tiny.model().apply(VARIABLES, np.zeros((1, 24, 24, 3), np.uint8), method="encode_image"), "24, 24, 3"),
         (
-            lambda: Blip(tiny.model().config).apply(VARIABLES, np.ones((1, 17), np.int32), method="masked_lm"),
+            lambda: build(tiny.model().config).apply(VARIABLES, np.ones((1, 17), np.int32), method="masked_lm"),
             "17 tokens",
         ),
     ],

@@ -17,8 +17,8 @@ from jaxpeft.apps.pretrain import ALIASES, init, shared
 from jaxpeft.data import scenes
 from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import loading
-from jaxpeft.models.blip import Blip, BlipConfig
-from jaxpeft.training import preflight, run, sharding
+from jaxpeft.models.blip import BlipConfig, build
+from jaxpeft.training import preflight, run, setup, sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +46,7 @@ def shapes_of(x):
 
 
 def planned(c):
-    model = run.abstract_model(c)
+    model = setup.abstract_model(c)
     return model, *preflight.step_in_shapes(c, model)
 
 
@@ -78,7 +78,7 @@ def wide(tmp_path_factory):
     """A base whose lengths eight devices divide: that of the other tests is never split."""
     tokenizer = Tokenizer.from_words(scenes.WORDS)
     sizes = tiny.CONFIG | SIZES | {"image_size": 64, "patch_size": 32, "max_positions": 48}
-    model = Blip(BlipConfig(**sizes | {"vocab_size": len(tokenizer)}, question_encoder=True), tokenizer)
+    model = build(BlipConfig(**sizes | {"vocab_size": len(tokenizer)}, question_encoder=True), tokenizer)
     params = init(model, 0)
     del params["itm"]
     return loading.save(tmp_path_factory.mktemp("wide") / "base", model, shared(params), aliases=ALIASES)
@@ -153,7 +153,7 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(base):
     memory = 3e6
     text = preflight.report(c, chip=preflight.Chip(1e12, 1e11, memory))
     n = int(number(text, "largest batch"))
-    model = run.abstract_model(c)
+    model = setup.abstract_model(c)
     mesh = sharding.mesh(c.mesh)
 
     def peak(n):

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxpeft import config
 from jaxpeft.inputs.tokenizer import SPECIAL, Tokenizer
-from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.models.blip import Blip, BlipConfig, build
 
 TOKENIZER = Tokenizer.from_words(f"w{i}" for i in range(20))
 CONFIG = dict(
@@ -20,7 +20,7 @@ CONFIG = dict(
 
 @functools.cache
 def model(question_encoder: bool = True, **overrides) -> Blip:
-    return Blip(BlipConfig(**CONFIG | {"question_encoder": question_encoder} | overrides), TOKENIZER)
+    return build(BlipConfig(**CONFIG | {"question_encoder": question_encoder} | overrides), TOKENIZER)
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def batch(n: int = 4, n_texts: int = 1, seed: int = 0) -> dict:
     tokens, weights = words(n, n_texts, 4), np.ones((n, n_texts, 4), np.float32)
     weights[0, 0, 2:] = 0
     image = rng.integers(0, 256, (n, 16, 16, 3)).astype(np.uint8)
-    return {"image": image, "question": question, "tokens": tokens, "targets": words(n, n_texts, 4), "weights": weights}
+    return {"image": image, "prompt": question, "tokens": tokens, "targets": words(n, n_texts, 4), "weights": weights}
 
 
 def config_of(base, task="vqa", method="lora", head="none", **changes):

@@ -28,8 +28,8 @@ def get_config(arg=""):
         c.base = (a.base_vqa if task == "vqa" else "") or a.base
         c.data.annotations = a.questions if task == "vqa" else a.captions
         c.model.dtype, c.model.image_size = a.dtype, {"captioning": 384, "vqa": 480}[task]
-        published = {"captioning": {"smoothing": 0.1, "max_tokens": 40, "max_words": 50, "length": 40, "variant": "coco"},
-                     "vqa": {"max_question": 35, "length": 10, "variant": "official2021"}}  # fmt: skip
+        published = {"captioning": {"smoothing": 0.1, "max_tokens": 40, "max_words": 50, "max_new_tokens": 36, "variant": "coco"},
+                     "vqa": {"max_question": 35, "max_new_tokens": 9, "variant": "official2021"}}  # fmt: skip
         c.task_options.update(published[task])
         c.batch_size, c.optim.weight_decay, c.eval.beams = 64, 0.05, 3
         c.stop.every = 500

@@ -16,7 +16,7 @@ from jaxpeft import interchange
 from jaxpeft.methods import Prefix, Prompt
 from jaxpeft.models import loading
 from jaxpeft.runtime import files, registry
-from jaxpeft.training import results, run
+from jaxpeft.training import finished, results, setup
 
 # by whether the task asks questions
 LABELS = {False: "image-to-text", True: "visual-question-answering"}
@@ -33,7 +33,7 @@ def model_card(workdir: str | Path, out: str | Path, asks: bool, code: list[str]
     """README.md of what a finished run tuned: data, method, counts, scores and how they were made, from its own files; and
     `code` to use what lies in `out`."""
     config = files.read_json(Path(workdir) / "config.json")
-    result = files.read_json(Path(workdir) / "result.json", run.MOST_RESULT)
+    result = files.read_json(Path(workdir) / "result.json", finished.MOST_RESULT)
     task, counts, data, model = result["task"], result["counts"], config["data"], result["model"]
     base = model["report"]["source"] if model.get("report", {}).get("revision") else Path(model["base"]).name
     method = result["method"] + (f", size {result['size']}" if result["size"] else "")
@@ -121,7 +121,7 @@ def code(model, task, out: str | Path, base: str = "", revision: str = "", metho
     """Lines of Python that write the text of a picture with transformers: of the merged model in `out`, or, with `base`, of
     that with the PEFT adapter in `out`."""
     quoted = functools.partial(json.dumps, ensure_ascii=False)  # as Python writes it
-    kind, out, where = CLASSES[task.question_encoder], quoted(str(out)), quoted(base or str(out))
+    kind, out, where = CLASSES[task.asks], quoted(str(out)), quoted(base or str(out))
     pinned = f', revision="{revision}"' if revision else ""
     in_decoder = any(isinstance(one, Prompt | Prefix) for one in methods)
     lines = [
@@ -137,8 +137,9 @@ def code(model, task, out: str | Path, base: str = "", revision: str = "", metho
         lines.append(f"model.text_decoder = PeftModel.from_pretrained(model.text_decoder, {out})")
     elif base:
         lines.append(f"model = PeftModel.from_pretrained(model, {out})")
-    text = quoted(getattr(task, "prompt", "what is in the picture"))
-    n_prompt = len(task.prompt_ids(model.tokenizer))
+    template = task.template(model)
+    text = quoted("what is in the picture" if task.asks else template.start_text)
+    n_prompt = len(template.start)
     settings, _ = interchange.generation(model, task, beams)
     said = ", ".join(f"{name}={value}" for name, value in settings.items())
     return [
@@ -147,7 +148,7 @@ def code(model, task, out: str | Path, base: str = "", revision: str = "", metho
         "",
         'image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")',
         f'inputs = processor(images=image, text={text}, return_tensors="pt")',
-        *([f'inputs["input_ids"][:, 0] = {model.config.enc_id}  # [ENC]'] if base and task.question_encoder else []),
+        *([f'inputs["input_ids"][:, 0] = {model.config.enc_id}  # [ENC]'] if base and task.asks else []),
         "with torch.inference_mode():",
         f"    ids = model.generate(**inputs, {said})",
         f"print(processor.decode(ids[0, {n_prompt}:], skip_special_tokens=True))  # behind the prompt",
@@ -167,9 +168,9 @@ def main(argv=None) -> int:
     try:
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise ValueError(f"{args.out} is not empty; choose a new directory")
-        model, variables, chosen, task = run.load_run(args.workdir, args.imports)
+        model, variables, chosen, task = finished.load_run(args.workdir, args.imports)
         config = files.read_json(Path(args.workdir) / "config.json")
-        base = run.pinned_base(config, files.read_json(Path(args.workdir) / "result.json", run.MOST_RESULT))
+        base = setup.pinned_base(config, files.read_json(Path(args.workdir) / "result.json", finished.MOST_RESULT))
         beams, adapter = config["eval"]["beams"], args.format == "peft"
         with_base = bool(model.config.new_words) or loading.is_ours(base)
         name, _, revision = base.partition("@")
@@ -177,7 +178,7 @@ def main(argv=None) -> int:
         pinned = revision if adapter and not with_base else ""
         lines = code(model, task, args.out, where if adapter else "", pinned, chosen, beams)
         facts = {
-            "card": model_card(args.workdir, args.out, task.question_encoder, lines, adapter),
+            "card": model_card(args.workdir, args.out, task.asks, lines, adapter),
             "task": task,
             "beams": beams,
         }

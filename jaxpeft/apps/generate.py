@@ -23,7 +23,7 @@ from jaxpeft.inputs import images
 from jaxpeft.models import loading
 from jaxpeft.runtime import host, registry
 from jaxpeft.tasks import Task
-from jaxpeft.training import evaluate, run
+from jaxpeft.training import evaluate, finished
 
 
 def pictures(paths: list[Path], n: int) -> Iterator[tuple[list[Path], list, list[str]]]:
@@ -79,10 +79,11 @@ def main(argv=None) -> int:
     host.keep_compiled_programs()
     try:
         if args.workdir:
-            model, variables, _, task = run.load_run(args.workdir, args.imports)
+            model, variables, _, task = finished.load_run(args.workdir, args.imports)
         else:
-            model, params = loading.load(args.base, question_encoder=args.question is not None)
-            variables, task = {"params": params}, tasks.build("captioning" if args.question is None else "vqa")
+            task = tasks.build("captioning" if args.question is None else "vqa")
+            model, params = loading.load(args.base, task=task.name)
+            variables = {"params": params}
         if args.prompt is not None:
             task = prompted(task, args.prompt, model.tokenizer)
         bad = unread + _write(args, model, variables, task, paths)
@@ -99,9 +100,7 @@ def prompted(task: Task, prompt: str, tokenizer) -> Task:
         raise ValueError(f"--prompt is for a model that captions; this one does {task.name}: give --question")
     if unknown := tokenizer.unknown_words(prompt):
         raise ValueError(f"--prompt {prompt!r} has words that the model does not know: {', '.join(unknown)}")
-    new = dataclasses.replace(task, prompt=prompt)
-    longer = len(new.prompt_ids(tokenizer)) - len(task.prompt_ids(tokenizer))  # `length` counts the prompt
-    return dataclasses.replace(new, length=task.length + longer) if task.length else new
+    return dataclasses.replace(task, prompt=prompt)
 
 
 def _write(args, model, variables, task, paths) -> list[str]:

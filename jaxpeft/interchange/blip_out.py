@@ -82,8 +82,8 @@ def generation(model, task, beams: int = 1) -> tuple[dict, dict]:
     each of its tokens certain after the one before. Of the releases tried, 5.23 and 5.24 follow it, and 4.53 to 5.17 ignore
     it, as they do not bias a second token. It distorts the scores of beams, so beams need the prompt in the inputs.
     """
-    prompt = task.prompt_ids(model.tokenizer)
-    length = task.length or min(task.limits["length"], model.config.max_positions)
+    search = task.search(model)
+    prompt, length = list(search.start), search.length
 
     def lengths(n_given):
         return {"max_new_tokens": length - n_given, "min_new_tokens": max(0, task.min_length - n_given)}

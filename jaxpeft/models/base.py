@@ -50,7 +50,9 @@ class VisionLanguageModel(sites.Adaptable):
 
     stages: ClassVar[tuple[Stage, ...]] = ()  # in an order in which they can be computed
     targets: ClassVar[dict[str, str]] = {}  # named groups of sites: name -> regular expression of site paths
-    sharding: ClassVar[tuple] = ()  # (pattern of leaf paths, mesh axes of its last dimensions), see training/sharding.py
+    sharding: ClassVar[
+        tuple
+    ] = ()  # (pattern of leaf paths, mesh axes of its last dimensions), see training/sharding.py
     tied: ClassVar[dict[str, str]] = {}  # path of a linear without a kernel of its own -> the leaf it reads, transposed
 
     @property
@@ -70,6 +72,10 @@ class VisionLanguageModel(sites.Adaptable):
 
     def for_task(self, task: str) -> "VisionLanguageModel":
         """The same parameters as a model of another task. Raises ValueError where they cannot do it."""
+        raise NotImplementedError
+
+    def unrolled(self) -> "VisionLanguageModel":
+        """The same model with every layer written out in its program: XLA counts the body of a loop once."""
         raise NotImplementedError
 
     def example(self) -> dict:

@@ -82,6 +82,7 @@ class BlipConfig:
     image_resample: int = images.BICUBIC  # Pillow's number of the filter that makes pictures square
     dropout: float = 0.0
     dtype: str = "float32"
+    unroll: int | None = None  # stacks of up to so many layers are written out; None: UNROLLED
     remat: str = "none"  # what the backward pass computes again: 'full', all of a layer; 'dots', all but products
 
     def __post_init__(self):
@@ -130,7 +131,7 @@ def _stack(block, config: BlipConfig, n_layers: int):
         split_rngs={True: True},
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
         length=n_layers,
-        unroll=n_layers if n_layers <= UNROLLED else 1,
+        unroll=n_layers if n_layers <= (UNROLLED if config.unroll is None else config.unroll) else 1,
     )
 
 
@@ -388,6 +389,10 @@ class Blip(VisionLanguageModel):
     @property
     def positions(self) -> int:
         return self.config.max_positions
+
+    def unrolled(self) -> "Blip":
+        layers = max(self.config.vision_layers, self.config.text_layers)
+        return self.clone(config=dataclasses.replace(self.config, unroll=layers))
 
     def for_task(self, task: str) -> "Blip":
         if task == "vqa" and not self.config.question_encoder:

@@ -18,18 +18,18 @@ from jaxpeft.inputs import images
 from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
 from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import blip_convert, downloads
-from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.models.blip import Blip, BlipConfig, build
 from jaxpeft.runtime import files
 from jaxpeft.tree import Tree
 
 ASSETS = Path(__file__).parents[1] / "assets"
-RUNTIME = ("dtype", "remat", "dropout")  # config fields that a user may set on any checkpoint
+RUNTIME = ("dtype", "remat", "dropout", "unroll")  # config fields that a user may set on any checkpoint
 
 
 def load(
     path: str | Path = "tiny",
     *,
-    question_encoder: bool | None = None,
+    task: str | None = None,
     image_size: int | None = None,
     revision: str | None = None,
     **runtime,
@@ -45,15 +45,14 @@ def load(
     Raises ValueError naming file and key for anything missing, unread or misshaped; naming the repository for what cannot
     be downloaded; and where `revision` is given with a directory, or differs from the one in `path`.
     """
-    model, params, _ = read(
-        path, question_encoder=question_encoder, image_size=image_size, revision=revision, **runtime
-    )
+    model, params, _ = read(path, task=task, image_size=image_size, revision=revision, **runtime)
     return model, params
 
 
-def read(path, *, question_encoder=None, image_size=None, revision=None, **runtime) -> tuple[Blip, Tree, dict]:
+def read(path, *, task=None, image_size=None, revision=None, **runtime) -> tuple[Blip, Tree, dict]:
     """`load` and a report of where each part came from. For a repository of the hub `source` is its name and `revision` the
     full commit that was read: given as `revision`, the same files are read again."""
+    question_encoder = None if task is None else task == "vqa"
     _check_runtime(runtime)
     directory, downloaded = _located(path, revision)
     if (directory / "manifest.json").exists():
@@ -66,19 +65,20 @@ def read(path, *, question_encoder=None, image_size=None, revision=None, **runti
     else:
         raise _missing(path)
     config, tokenizer = _with_tokenizer(config, directory, report.get("defaults", {}))
-    return Blip(dataclasses.replace(config, **runtime), tokenizer), params, report | downloaded
+    return build(dataclasses.replace(config, **runtime), tokenizer), params, report | downloaded
 
 
 def abstract(
     path,
     *,
-    question_encoder: bool = False,
+    task: str = "captioning",
     image_size: int | None = None,
     revision: str | None = None,
     **runtime,
 ) -> Blip:
     """The model of `load` from manifest.json or config.json alone, for planning: weights need not be there, and those of a
     repository are not downloaded."""
+    question_encoder = task == "vqa"
     _check_runtime(runtime)
     (directory, _), defaults = _located(path, revision, weights=False), {}
     if (directory / "manifest.json").exists():
@@ -91,7 +91,7 @@ def abstract(
     size = {} if image_size is None else {"image_size": image_size}
     config = dataclasses.replace(config, question_encoder=question_encoder, **size)
     config, tokenizer = _with_tokenizer(config, directory, defaults)
-    return Blip(dataclasses.replace(config, **runtime), tokenizer)
+    return build(dataclasses.replace(config, **runtime), tokenizer)
 
 
 def is_ours(path, revision: str | None = None) -> bool:
@@ -199,7 +199,7 @@ def _manifest(directory: Path) -> tuple[dict, BlipConfig]:
 
 def scratch(config: BlipConfig, tokenizer: Tokenizer, seed: int) -> tuple[Blip, Tree]:
     """A model with random weights: the control for what pre-training gives."""
-    model = Blip(config, tokenizer)
+    model = build(config, tokenizer)
     return model, jax.jit(lambda: model.init(jax.random.key(seed), model.example()))()["params"]
 
 
@@ -232,7 +232,7 @@ def wider(model: Blip, words) -> tuple[Blip, list[str]]:
         return model, []
     known = min(len(model.tokenizer), model.config.vocab_size)
     config = dataclasses.replace(model.config, vocab_size=len(tokenizer), new_words=len(tokenizer) - known)
-    return Blip(config, tokenizer), list(new)
+    return build(config, tokenizer), list(new)
 
 
 def extend_vocabulary(model: Blip, params: Tree, words, seed: int) -> tuple[Blip, Tree, list[str]]:
@@ -262,7 +262,7 @@ def joined(model: Blip, params: Tree) -> tuple[Blip, Tree]:
     """The model whose added words are words like others: each matrix whole, as other programs have it."""
     if not model.config.new_words:
         return model, params
-    whole = Blip(dataclasses.replace(model.config, new_words=0), model.tokenizer)
+    whole = build(dataclasses.replace(model.config, new_words=0), model.tokenizer)
     flat = tree.flatten(params)
     for name in [name for name in flat if name.rpartition("/")[2].startswith("new_")]:
         rows, matrix = flat.pop(name), name.replace("new_matrix", "vocabulary/kernel").replace("new_", "")

@@ -8,6 +8,7 @@ CONFIG = {  # config keys, flattened
     "method.where": "method.targets",
     "optim.clip": "optim.clip_norm",
     "optim.decay": "optim.weight_decay",
+    "task_options.length": "task_options.max_new_tokens",
 }
 # config keys that no key with another name stands for: what an error says of them; left out when a saved config is read
 GONE = {
@@ -36,6 +37,8 @@ def translated(config: dict) -> dict:
     """A saved config of version 0.1, nested as JSON has it, with today's keys."""
     config = {k: dict(value) if isinstance(value, dict) else value for k, value in config.items() if k not in GONE}
     for old, new in CONFIG.items():
+        if old == "task_options.length":  # it counted what a text begins with: see training/finished.py
+            continue
         section, _, key = old.rpartition(".")
         place = config.get(section, {}) if section else config
         if key in place:

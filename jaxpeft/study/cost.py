@@ -10,8 +10,7 @@ from jaxpeft import tasks, tree
 from jaxpeft.adapt import budget
 from jaxpeft.study import grid, progress, state
 from jaxpeft.study.grid import Cell, Run
-from jaxpeft.training import preflight
-from jaxpeft.training import run as training_run
+from jaxpeft.training import preflight, setup
 
 
 def dry_run(config, directory: Path) -> str:
@@ -55,11 +54,11 @@ def _measured(found: state.State, cell: Cell) -> list[float]:
 
 def _counts(c) -> dict[str, int]:
     """How many parameters a run tunes and stores, new words of its texts included."""
-    model, chosen = grid.abstract_model(c.base, c.task), training_run.methods_of(c)
+    model, chosen = grid.abstract_model(c.base, c.task), setup.methods_of(c)
     if model.tokenizer is not None and not model.tokenizer.has_pieces:
         task = tasks.build(c.task, **c.task_options)
-        model, chosen, *_ = training_run.with_new_words(c, task, model, chosen, preflight.training_texts(c))
-    return budget.abstract_counts(chosen, model)
+        model, chosen, *_ = setup.with_new_words(c, task, model, chosen, preflight.training_texts(c))
+    return budget.abstract_counts(model, chosen)
 
 
 def _steps(c) -> int:
@@ -67,7 +66,7 @@ def _steps(c) -> int:
     if c.steps:
         return c.steps
     task, model = tasks.build(c.task, **c.task_options), grid.abstract_model(c.base, c.task)
-    return training_run.scheduled(c, len(task.examples(preflight.training_texts(c), model.tokenizer))).steps
+    return setup.scheduled(c, len(task.examples(preflight.training_texts(c), task.template(model)))).steps
 
 
 def _flops_per_second() -> float:
@@ -82,10 +81,7 @@ def _flops_per_second() -> float:
 
 def _traced(c) -> tuple[float, int, int]:
     """(FLOPs of a training step, bytes of image features, parameters of the base) of a run, nothing computed."""
-    model = training_run.abstract_model(c)
-    n_images = None if c.data.name == "scenes" else c.data.n_images
-    step, shapes = preflight.step_in_shapes(c, model, n_images=n_images)
-    features = shapes[2]
-    n_bytes = 0 if features is None else int(np.prod(features.shape)) * features.dtype.itemsize
+    model = setup.abstract_model(c)
+    step, shapes, n_bytes = preflight.step_in_shapes(c, model)
     n_params = tree.count(budget.abstract_params(model))
     return preflight.flops_of(step, shapes, model), n_bytes, n_params

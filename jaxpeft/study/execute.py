@@ -22,6 +22,7 @@ from jaxpeft.study import grid, processes, progress, reruns, state
 from jaxpeft.study.grid import Run
 from jaxpeft.study.state import State
 from jaxpeft.training import run as training_run
+from jaxpeft.training import setup
 
 
 def run(
@@ -50,9 +51,7 @@ def run(
         reruns.ask(directory, rerun, found, log)
         found = state.read(config, directory)
     log(state.plan(config, found))
-    files.write_json(
-        directory / "study.json", {"config": training_run.as_json(config), "command": " ".join(command or [])}
-    )
+    files.write_json(directory / "study.json", {"config": setup.as_json(config), "command": " ".join(command or [])})
     if found.todo:
         log(progress.progress(config, directory, found))
     if elsewhere:
@@ -113,7 +112,7 @@ def execute(one: Run, directory: Path, log, keep_checkpoints: bool = False) -> b
     workdir = directory / "points" / one.id
     workdir.mkdir(parents=True, exist_ok=True)
     # before the run itself writes it: a run that fails at once is tried anew when its config is another
-    files.write_json(workdir / "config.json", training_run.as_json(one.config))
+    files.write_json(workdir / "config.json", setup.as_json(one.config))
     began = time.time()
     with (workdir / "log.txt").open("a", buffering=1) as file, contextlib.redirect_stdout(file):
         try:

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 
 import ml_collections
 
-from jaxpeft import data, methods, tasks
+from jaxpeft import data, methods
 from jaxpeft.adapt import budget
 from jaxpeft.models import loading
 from jaxpeft.runtime import renamed
-from jaxpeft.training import run as training_run
+from jaxpeft.training import setup
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -104,7 +104,7 @@ def _solved(base: str, task: str, method: str, stored: int) -> int:
 @functools.cache
 def abstract_model(base: str, task: str):
     """The model of a base for a task, from its configuration alone: weights need not be there to plan."""
-    return loading.abstract(base, question_encoder=tasks.build(task).question_encoder)
+    return loading.abstract(base, task=task)
 
 
 def learning_rates(config, cell: Cell) -> list[float]:
@@ -149,12 +149,12 @@ def check(config) -> None:
     """Raise ValueError where a base cannot be read for its task, where a setting's data cannot, or where they have fewer
     training images than a cell asks for."""
     for task in dict.fromkeys(setting["task"] for setting in config.settings.values()):
-        loading.read(config.points[task].base, question_encoder=tasks.build(task).question_encoder)
+        loading.read(config.points[task].base, task=task)
     for setting in config.settings:
         mine = [cell for cell in cells(config) if cell.setting == setting]
         most = max(mine, key=lambda cell: cell.n_images)
         c = Run(most, 0, 1.0, config).config
-        n = len(data.load(c.data, training_run.needed_splits(c))["train"].rows)
+        n = len(data.load(c.data, setup.needed_splits(c))["train"].rows)
         if most.n_images > n:
             raise ValueError(
                 f"study {config.name}: n_images has {most.n_images}, but the training split of setting {setting!r} has {n} "

@@ -21,8 +21,7 @@ from jaxpeft import tree
 from jaxpeft.runtime import files, renamed
 from jaxpeft.study import grid, reruns
 from jaxpeft.study.grid import Run
-from jaxpeft.training import results
-from jaxpeft.training import run as training_run
+from jaxpeft.training import results, setup
 
 TRIES = 3
 
@@ -82,7 +81,7 @@ def out_of_date(directory: Path, run: Run, asked: set[tuple[str, str]]) -> list[
             before = renamed.translated(before)  # a finished run of version 0.1 stands; an unfinished one cannot go on
     except FileNotFoundError:  # not begun, or just now moved to stale/ by another process
         return []
-    before, now = tree.flatten(before), tree.flatten(training_run.as_json(run.config))
+    before, now = tree.flatten(before), tree.flatten(setup.as_json(run.config))
     return sorted(key.replace("/", ".") for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 

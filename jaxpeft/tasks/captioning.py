@@ -1,6 +1,7 @@
 """Captioning: a picture in, a sentence out. BLIP's recipe (Li et al. 2022, section 5.2).
 
-A text begins with the prompt, which is given and not scored. The loss is the mean over caption tokens. One training example per reference caption. Scores: CIDEr-D, BLEU-1..4, ROUGE-L over all references.
+A text begins with the prompt, which is given and not scored. The loss is the mean over caption tokens. One training example
+per reference caption. Scores: CIDEr-D, BLEU-1..4, ROUGE-L over all references.
 """
 
 import collections
@@ -113,7 +114,9 @@ class Captioning(Task):
 
         The latter is the best of 20 captions, the ten most frequent and ten others, on 100 pictures, spread over the split.
         """
-        counts = collections.Counter(clean_caption(text, self.max_words or 10**6) for row in train.rows for text in row["captions"])
+        counts = collections.Counter(
+            clean_caption(text, self.max_words or 10**6) for row in train.rows for text in row["captions"]
+        )
         often = sorted(counts, key=lambda text: (-counts[text], text))
         described = [row for row in train.rows if row["captions"]]
         tried = often[:10] + _spread(often[10:], 10)

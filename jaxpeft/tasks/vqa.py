@@ -52,7 +52,9 @@ class Vqa(Task):
         asked = [q for row in split.rows for q in row["questions"]]
         questions = [len(template.prompt(q["question"])[0]) for q in asked]
         answers = [
-            len(template.target(answer)[0]) - len(template.start) for q in asked for answer in dict.fromkeys(q["answers"])
+            len(template.target(answer)[0]) - len(template.start)
+            for q in asked
+            for answer in dict.fromkeys(q["answers"])
         ]
         different = [len(set(q["answers"])) for q in asked]
         found = {"max_question": questions, "max_new_tokens": answers, "max_answers": different}

@@ -161,8 +161,8 @@ def worth_of_images(
 
     The mean over the n pictures; 'least' is the lower end of its one-sided 95 % interval (Student's t over pictures, as
     examples of one picture are alike). A model that learned the texts and not what they have to do with the pictures gains
-    nothing. None of fewer than 5 pictures. `examples` without outputs of stages per example; every image is swapped with up to `swaps`
-    others. `options` as of `nlls`.
+    nothing. None of fewer than 5 pictures. `examples` have no outputs of stages per example; every image is swapped with up
+    to `swaps` others. `options` as of `nlls`.
     """
     mine = examples.arrays["image_index"]
     pictures, at = np.unique(mine, return_inverse=True)

@@ -1,5 +1,6 @@
 """Directories of runs: whether one may go on in this one, and finished ones as models."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from jaxpeft import tasks, tree
 from jaxpeft.interchange import load_tuned
 from jaxpeft.models import loading
 from jaxpeft.runtime import files, registry, renamed
-from jaxpeft.training.setup import _base, as_json, pinned_base
+from jaxpeft.training.setup import as_json, pinned_base, read_base
 
 MOST_RESULT = 1 << 30  # bytes of a result.json
 
@@ -45,15 +46,17 @@ def load_run(workdir: str | Path, imports: Iterable[str] = ()):
             ) from error
 
 
-def _load_run(workdir, config, result):
-    task = tasks.build(
-        config.task, **result.get("task_options", tasks.IN_0_1.get(config.task, {}) | dict(config.task_options))
-    )
+def _load_run(workdir: Path, config, result: dict):
+    options = result.get("task_options", tasks.IN_0_1.get(config.task, {}) | dict(config.task_options))
+    length = options.pop("length", None)  # of version 0.1: counts what a text begins with
+    task = tasks.build(config.task, **options)
     config.base = pinned_base(config, result)
-    model, params, _ = _base(config, task)
+    model, params, _ = read_base(config, task)
     model, params, _ = loading.extend_vocabulary(model, params, result["model"]["new_words"], config.seed)
     if not result["model"].get("new_rows"):  # tuned by version 0.1, which kept the whole word embedding
         model, params = loading.joined(model, params)
+    if length:
+        task = dataclasses.replace(task, max_new_tokens=max(1, length - len(task.template(model).start)))
     variables, chosen = load_tuned(model, params, files.kept_in(workdir / "tuned"))
     return model, variables, chosen, task
 

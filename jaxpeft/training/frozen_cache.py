@@ -55,7 +55,9 @@ def programs(model: VisionLanguageModel, variables: Tree) -> dict[str, Program]:
         output = jax.eval_shape(run, *arguments)
         parts = [traced.lower().as_text(), *(one.digest for one in before)]
         found[stage.name] = Program(
-            leaves=frozenset(name for name, on in zip(names, used, strict=False) if on).union(*(p.leaves for p in before)),
+            leaves=frozenset(name for name, on in zip(names, used, strict=False) if on).union(
+                *(p.leaves for p in before)
+            ),
             random=used[-1] or any(one.random for one in before),
             augmented="image" in stage.reads or any(one.augmented for one in before),
             row=jax.ShapeDtypeStruct(output.shape[1:], output.dtype),
@@ -84,7 +86,7 @@ class FrozenCache:
     programs: dict[str, Program]
     directory: Path | None  # where runs share tables; None: in memory
     limit: int  # most bytes in the directory: the files that were not used for longest are deleted first
-    log: Callable[[str], None]
+    log: Callable[[str], object]
     tables: dict[tuple[str, str], np.ndarray] = dataclasses.field(default_factory=dict)  # of (split, stage), per image
 
     def fill(self, split: Split, examples: Examples, per: tuple[str, ...] = ("image", "example")) -> Examples:
@@ -107,9 +109,7 @@ class FrozenCache:
             zeros = {stage.name: np.broadcast_to(np.zeros((), row.dtype), (n, *row.shape))}
             if stage.per == "image":
                 first = {"image_index": np.zeros_like(examples.arrays["image_index"])}
-                examples = dataclasses.replace(
-                    examples, tables=examples.tables | zeros, arrays=examples.arrays | first
-                )
+                examples = dataclasses.replace(examples, tables=examples.tables | zeros, arrays=examples.arrays | first)
             else:
                 examples = dataclasses.replace(examples, arrays=examples.arrays | zeros)
         return _without(examples, self._unread({stage.name for stage in self.stages}))
@@ -159,6 +159,19 @@ def _without(examples: Examples, names: set[str]) -> Examples:
         arrays={name: x for name, x in examples.arrays.items() if name not in names},
         tables={name: x for name, x in examples.tables.items() if name not in names},
     )
+
+
+def planned(
+    config, model: VisionLanguageModel, variables: Tree, mask: Mask, n_rows: dict[str, int], *,
+    directory: Path | None = None, log: Callable[[str], object] = lambda _: None,
+) -> FrozenCache:  # fmt: skip
+    """The cache of a run; says what it computes once and, for the rest, why not. `n_rows`: see `cacheable`."""
+    found, limit = programs(model, variables), config.data.feature_bytes
+    why = cacheable(model, found, mask, config.data.augment, n_rows, limit)
+    for name, reason in why.items():
+        log(f"{name}: computed {f'every step: {reason}' if reason else 'once: no trained leaf decides it'}")
+    stages = tuple(stage for stage in model.stages if not why[stage.name])
+    return FrozenCache(model, variables, stages, found, directory, limit, log)
 
 
 def cacheable(

@@ -82,17 +82,13 @@ class Inputs:
 
 def prepare(config: Config, setup: Setup, directory: Path | None, log: Log) -> Inputs:
     """The inputs of a run. `directory`: where several runs share outputs of frozen stages; None keeps them in memory."""
-    model, (whole, chosen), limit = setup.model, setup.whole, config.data.feature_bytes
+    model, (whole, chosen) = setup.model, setup.whole
     looked_at = setup.splits | ({"train": whole} if directory else {})
     images = {name: Resized.of(split.images, model) for name, split in looked_at.items()}
-    template, programs = setup.task.template(model), frozen_cache.programs(model, setup.variables)
+    template = setup.task.template(model)
     texts = setup.task.examples(setup.splits["train"], template)
     n_rows = {"image": sum(map(len, images.values())), "example": len(texts)}
-    why = frozen_cache.cacheable(model, programs, setup.mask, config.data.augment, n_rows, limit)
-    for name, reason in why.items():
-        log(f"{name}: computed {f'every step: {reason}' if reason else 'once: no trained leaf decides it'}")
-    stages = tuple(stage for stage in model.stages if not why[stage.name])
-    cache = FrozenCache(model, setup.variables, stages, programs, directory, limit, log)
+    where = {"directory": directory, "log": log}
+    cache = frozen_cache.planned(config, model, setup.variables, setup.mask, n_rows, **where)
     subset = (whole, chosen) if directory else (None, None)
-    made = {("texts", "train"): texts}
-    return Inputs(setup.task, template, setup.splits, images, cache, *subset, made)
+    return Inputs(setup.task, template, setup.splits, images, cache, *subset, {("texts", "train"): texts})

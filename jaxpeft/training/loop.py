@@ -255,7 +255,11 @@ def fit(
                         save_at = clock() + max(config.checkpoint_seconds, PAUSE * (clock() - saving))
                     if wish == STOP and step < last:
                         on_disk = checkpoints.wait()
-                        said = "which is saved; the same command goes on from it" if on_disk else "which could not be saved"
+                        said = (
+                            "which is saved; the same command goes on from it"
+                            if on_disk
+                            else "which could not be saved"
+                        )
                         log(f"\nstopped at step {step}, {said}")
                         raise signals.Stopped("stopped", signals.asked() or signal.SIGTERM)
                     tick = clock()

@@ -106,7 +106,6 @@ def _job(plan: Config, setup: Setup, read: Inputs, log: Log) -> Job:
         rules=setup.model.sharding,
         manifest={"config": setups.digest(setups.as_json(plan)), **_digests(setup)},
     )
-    state, timing = fit(plan, workdir, job, log, accept_changes)
 
 
 def _digests(setup: Setup) -> dict:

@@ -205,9 +205,7 @@ def forgetting(config: Config, setup: Setup, inputs: Inputs, tuned: Tree) -> dic
     examples = inputs.cache.fill(split, examples, per=("image",))  # the same images as the task's own test split
     versions = {"base": {"params": setup.variables["params"]}, "tuned": tuned}
     size = config.eval.batch_size
-    scores = {
-        label: evaluate.nll(model, one, task, examples, batch_size=size) for label, one in versions.items()
-    }
+    scores = {label: evaluate.nll(model, one, task, examples, batch_size=size) for label, one in versions.items()}
     return scores | {"n": len(split.rows)}
 
 

@@ -42,7 +42,9 @@ class Setup:
     variables: Tree
     mask: Mask
     mesh: Mesh
-    originals: Tree  # the variables as they were loaded, on the host where `variables` are narrower: what `tuned/` is of
+    originals: (
+        Tree  # the variables as they were loaded, on the host where `variables` are narrower: what `tuned/` is of
+    )
     splits: dict[str, Split]  # 'train' is the part that is trained on
     whole: tuple[Split, np.ndarray]  # the whole of 'train', and which of its images that part has
     candidates: list[str] | None  # the closed list that answers are chosen from
@@ -72,7 +74,12 @@ def prepare(config: Config, log: Log) -> Setup:
     task, texts = with_limits(task, model, chosen, splits, log)
     log(" + ".join(map(str, chosen)))
     log(sites.describe(variables, mask, leaves=False))
-    facts = {"model": facts, "counts": sites.counts(variables, mask), "texts": texts, "base_digest": tree.digest(params)}
+    facts = {
+        "model": facts,
+        "counts": sites.counts(variables, mask),
+        "texts": texts,
+        "base_digest": tree.digest(params),
+    }
     dtype = config.model.get("frozen_dtype", "float32")
     placed = _placed(narrowed(variables, mask, dtype), model, mesh, log)
     originals = variables if dtype == "float32" else jax.tree.map(tree.fetch, variables)
@@ -134,7 +141,7 @@ def scheduled(config, n_examples: int) -> ml_collections.ConfigDict:
 
 def setup_model(config, task: tasks.Task, train: Split, log):
     """(model, params, methods, facts) of a config: the base, its vocabulary checked against the texts, the methods."""
-    model, params, report = _base(config, task)
+    model, params, report = read_base(config, task)
     for group, source in report.get("initialised", {}).items():
         if source != "checkpoint":
             log(f"{group} starts from {source}")
@@ -205,7 +212,7 @@ def with_limits(task: tasks.Task, model, chosen, splits: dict[str, Split], log) 
 def abstract_model(config):
     """The model of a config, from the base's configuration alone: no weights are read, no words added."""
     task = tasks.build(config.task, **config.task_options)
-    model = loading.abstract(config.base, question_encoder=task.question_encoder, **_options(config))
+    model = loading.abstract(config.base, task=task.name, **_options(config))
     if model.tokenizer is None:
         raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
     return model
@@ -222,9 +229,9 @@ def pinned_base(config, result: dict) -> str:
     return f"{config['base'].partition('@')[0]}@{revision}" if revision else str(config["base"])
 
 
-def _base(config, task: tasks.Task):
+def read_base(config, task: tasks.Task):
     """(model, params, report) that training starts from, before words are added."""
-    model, params, report = loading.read(config.base, question_encoder=task.question_encoder, **_options(config))
+    model, params, report = loading.read(config.base, task=task.name, **_options(config))
     if model.tokenizer is None:
         raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
     if config.init == "scratch":

@@ -17,7 +17,7 @@ from tiny import config_of
 from configs.studies import tiny as tiny_study
 from jaxpeft.runtime import files, locks, signals
 from jaxpeft.study import execute
-from jaxpeft.training import evaluate, frozen_cache, loop, results, run
+from jaxpeft.training import evaluate, finished, frozen_cache, loop, results, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,7 +168,7 @@ def test_sigkill_while_the_result_is_written(base, tmp_path, fault, undisturbed,
     assert undisturbed == tuple((workdir / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl"))
     assert {path.name for path in (workdir / "tuned").iterdir()} == {"tuned.safetensors", "manifest.json"}
     assert not [path for path in workdir.iterdir() if path.name.startswith(".tuned")]
-    run.load_run(workdir)
+    finished.load_run(workdir)
     fault.tried("written again whole; no step is done again, nothing is left beside it")
 
 
@@ -178,7 +178,7 @@ def test_what_an_older_version_left_half_written(base, tmp_path, fault):
     (tmp_path / "tuned" / ".tuned.safetensors").write_bytes(b"half")
     fault.timed(run.run, config_of(base), tmp_path, quiet)
     assert {path.name for path in (tmp_path / "tuned").iterdir()} == {"tuned.safetensors", "manifest.json"}
-    run.load_run(tmp_path)  # every leaf is compared with its digest
+    finished.load_run(tmp_path)  # every leaf is compared with its digest
     fault.tried("replaced")
 
 

@@ -192,7 +192,12 @@ def test_kill_at_every_step(tmp_path, fault, monkeypatch):
 
 @pytest.mark.parametrize(
     "seconds, per_save, steps",
-    [(0, 0.0, range(1, 31)), (4, 0.0, [4, 8, 12, 16, 20, 24, 28, 30]), (4, 0.125, [4, 11, 18, 25, 30]), (60, 0.125, [30])],
+    [
+        (0, 0.0, range(1, 31)),
+        (4, 0.0, [4, 8, 12, 16, 20, 24, 28, 30]),
+        (4, 0.125, [4, 11, 18, 25, 30]),
+        (60, 0.125, [30]),
+    ],
     ids=["every step", "4 s", "4 s, but a save blocks for 0.125 s", "60 s"],
 )
 def test_the_clock(tmp_path, monkeypatch, seconds, per_save, steps):
@@ -413,7 +418,9 @@ def test_disk_stays_full(small_disk, whole, fault):
     (small_disk / "ballast").unlink()
     step, _ = same_end(workdir, whole, fault)
     assert step == 4
-    fault.tried("training ends, its last step is not stored; checkpoint 4 is kept whole, and what follows is repeated", 8)
+    fault.tried(
+        "training ends, its last step is not stored; checkpoint 4 is kept whole, and what follows is repeated", 8
+    )
 
 
 def test_read_only_disk(small_disk, whole, fault):
