@@ -61,7 +61,7 @@ def attention(x, k_BSNH, v_BSNH, peft=None):
 
 
 def bound_kv(method, params):
-    return {"@kv": (sites.Bound(method, Site("", "kv", (2, 6)), params, True),)}
+    return {"@kv": (sites.Bound(method, Site("", "kv", (12, 2, 6)), params, True),)}
 
 
 def test_prefix_is_the_gated_sum_of_two_attentions():
@@ -225,7 +225,7 @@ def test_prefix_mlp_is_the_papers_reparameterisation():
     method = jp.Prefix(length=3, mlp=5)
     params = {"embedding": normal(3, 12), "w1": normal(12, 5), "b1": normal(5)}
     params |= {"w2": normal(4, 5, 2, 2, 6), "b2": normal(4, 2, 2, 6)}
-    flat = method.expand(params, {}, Site("", "kv", (2, 6), 4))
+    flat = method.expand(params, {}, Site("", "kv", (12, 2, 6), 4))
     hidden = np.tanh(params["embedding"] @ params["w1"] + np.asarray(params["b1"])[None])
     for layer in range(4):
         both = hidden @ params["w2"][layer].reshape(5, -1) + np.asarray(params["b2"][layer]).reshape(1, -1)

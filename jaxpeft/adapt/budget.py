@@ -53,7 +53,7 @@ def solve_size(model, method: Method | Iterable[Method], budget: int) -> Solved:
     Of several methods the last one with a size is changed (the adapter of MAM), and the budget is of all together.
     Raises ValueError for a method without a size, naming those that have one.
     """
-    many = sites.as_methods(method)
+    many = sites.resolved(model, method)
     index = max((i for i, one in enumerate(many) if one.size_field), default=None)
     if index is None:
         raise ValueError(f"{', '.join(one.name for one in many)}: no size to choose; it stores what it stores")

@@ -125,7 +125,7 @@ def kv(module: nn.Module, x_BTD, k_BNSH, v_BNSH, mask_BTS):
     A gain multiplies scores before, and weights after the softmax.
     """
     gain_BTS, rows = None, k_BNSH.shape[0]
-    for bound in _bound(module, "kv", (k_BNSH.shape[1], k_BNSH.shape[3])):
+    for bound in _bound(module, "kv", (x_BTD.shape[-1], k_BNSH.shape[1], k_BNSH.shape[3])):
         added = bound.method.kv(bound.params, x_BTD)
         n_old, n_new = k_BNSH.shape[2], added.k_KNH.shape[0]
         k_BNSH, v_BNSH = (
@@ -251,6 +251,11 @@ def as_methods(method: Method | Iterable[Method]) -> tuple[Method, ...]:
     return (method,) if isinstance(method, Method) else tuple(method)
 
 
+def resolved(model: nn.Module, method: Method | Iterable[Method]) -> tuple[Method, ...]:
+    """Methods with the model's groups in place of their names."""
+    return tuple(one.on(getattr(model, "targets", {})) for one in as_methods(method))
+
+
 def attach(model: nn.Module, params: Tree, method: Method | Iterable[Method], rng: jax.Array) -> Tree:
     """Bind methods to the sites of a model: {'params': the same params, 'peft': their own leaves}.
 
@@ -259,7 +264,7 @@ def attach(model: nn.Module, params: Tree, method: Method | Iterable[Method], rn
     method matches no site or trains no base leaf, with the nearest paths.
     """
     base = functools.partial(base_of, model, tree.flatten(params))
-    variables = {"params": params, "peft": bind(sites(model), base, method, rng)}
+    variables = {"params": params, "peft": bind(sites(model), base, resolved(model, method), rng)}
     trainable(variables)
     return variables
 
@@ -277,9 +282,11 @@ def bind(table: Iterable[Site], base, method: Method | Iterable[Method], rng: ja
                 raise ValueError(
                     f"{one.name}: targets={one.targets!r} matches {', '.join(near[:5])}; but it acts at {one.acts_at} only"
                 )
+            default = one.targets and one.targets == getattr(type(one), "targets", None)
             raise ValueError(
                 f"{one.name}: targets={one.targets!r} matches none of the {len(known)} {'/'.join(one.kinds)} sites; "
                 f"nearest: {', '.join(tree.nearest(one.targets, known))}"
+                + ("; the default names a group of jaxpeft's own models: give a regular expression" if default else "")
             )
         own = jax.random.fold_in(rng, order)
         shared = one.init_shared(own, hits)

@@ -41,7 +41,7 @@ PLACEMENTS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Bottleneck(Method):
-    targets: str = r"^text_"
+    targets: str = "text"
     bottleneck: int = 64
     scale: float = 1.0
     activation: str = "relu"
@@ -100,7 +100,7 @@ class SerialAdapter(_Bottleneck):
 class ParallelAdapter(_Bottleneck):
     """A bottleneck beside a sublayer."""
 
-    targets: str = r"^text_.*mlp$"
+    targets: str = "text.mlp"
     scale: float = 4.0
     learned_scale: bool = False  # a scalar per layer that starts at `scale`
     name: ClassVar[str] = "parallel_adapter"

@@ -39,7 +39,7 @@ class Site:
         "linear": ("in", "out"),  # a matrix product with its bias
         "norm": ("D",),  # the output of a LayerNorm
         "sublayer": ("D",),  # input and output of an attention or MLP, before the residual add
-        "kv": ("N", "H"),  # keys, values and mask of an attention
+        "kv": ("D", "N", "H"),  # keys, values and mask of an attention; D of what its queries are made of
         "block": ("D",),  # the sequence entering one layer of a stack
         "embed": ("D",),  # the sequence and padding mask entering a stack
     }
@@ -66,7 +66,7 @@ _OURS: set[str] = set()  # names of jaxpeft's own method classes
 class Method:
     """The identity on every site. Subclasses add fields (the paper's hyper-parameters) with defaults."""
 
-    targets: str = ""  # regular expression searched in site paths
+    targets: str = ""  # a group of the model's (`model.targets`), or a regular expression searched in site paths
     name: ClassVar[str] = ""  # in configs, leaf names and messages
     kinds: ClassVar[tuple[str, ...]] = ()  # kinds of site this method can act on
     train: ClassVar[str] = ""  # regular expression of base leaves trained in place; '' for none
@@ -100,6 +100,17 @@ class Method:
                     f"{cls.__name__}: {name} is {value!r}; expected {getattr(mine[name], '__name__', mine[name])}"
                 )
         return super().__new__(cls)
+
+    def on(self, groups: dict[str, str]) -> "Method":
+        """The method with named groups of a model (group -> regular expression) resolved; other patterns stay."""
+        found = {}
+        for name in ("targets", "leaves"):
+            if (value := getattr(self, name, None)) in groups:
+                found[name] = groups[value]
+        inner = getattr(self, "method", None)
+        if isinstance(inner, Method):
+            found["method"] = inner.on(groups)
+        return dataclasses.replace(self, **found) if found else self
 
     # where it acts and what it trains
     def selects(self, site: Site) -> bool:

@@ -33,7 +33,7 @@ class _Around(Method):
     def __post_init__(self):
         if not isinstance(self.method, Method) or not isinstance(self.targets, str):
             kind = type(self).__name__
-            raise ValueError(f"{kind} goes around another method: {kind}(method=LoRA(...), targets='text_decoder')")
+            raise ValueError(f"{kind} goes around another method: {kind}(method=LoRA(...), targets='text')")
 
     name = property(lambda self: self.method.name)
     kinds = property(lambda self: self.method.kinds)
@@ -158,9 +158,8 @@ class Gated(_Around):
     expands = property(lambda self: self.method.expands)
 
     def init_site(self, rng, site, base) -> Params:
-        width = {"linear": site.shape[0], "sublayer": site.shape[0]}.get(site.kind, site.shape[0] * site.shape[-1])
         stack = () if site.layers is None else (site.layers,)
-        gate = {"gate": jnp.zeros((*stack, width, 1)), "gate_bias": jnp.zeros((*stack, 1))}
+        gate = {"gate": jnp.zeros((*stack, site.shape[0], 1)), "gate_bias": jnp.zeros((*stack, 1))}
         return self.method.init_site(rng, site, base) | gate
 
     def expand(self, params, shared, site):
@@ -183,7 +182,7 @@ class Gated(_Around):
         return self.method.kv(params, x_BTD)._replace(gain_BT=self._gate(params, x_BTD)[..., 0])
 
 
-def UniPELT(targets: str = r"^text_", length: int = 10, bottleneck: int = 48, rank: int = 8, alpha: float | str = "2r"):
+def UniPELT(targets: str = "text", length: int = 10, bottleneck: int = 48, rank: int = 8, alpha: float | str = "2r"):
     """Gated prefix, serial adapter (after the MLP) and LoRA (query and value) in the stacks that `targets` selects."""
     adapter = SerialAdapter(bottleneck=bottleneck, placement="pfeiffer")
     lora = LoRA(targets=r"attention/(query|value)$", rank=rank, alpha=alpha)
@@ -191,7 +190,7 @@ def UniPELT(targets: str = r"^text_", length: int = 10, bottleneck: int = 48, ra
     return tuple(Gated(method=part, targets=targets) for part in parts)
 
 
-def MAM(targets: str = r"^text_", length: int = 30, bottleneck: int = 512, scale: float = 4.0):
+def MAM(targets: str = "text", length: int = 30, bottleneck: int = 512, scale: float = 4.0):
     """Prefix in every attention and scaled parallel adapter on every MLP of the stacks that `targets` selects."""
     parts = (
         Prefix(targets=r"attention$", length=length),

@@ -31,7 +31,7 @@ from jaxpeft.ops import matmul, per_feature
 class LoRA(Method):
     """Low-rank update of the linear layers that `targets` selects."""
 
-    targets: str = r"text_.*attention/(query|value)$"
+    targets: str = "text.attention.qv"
     rank: int = 8
     alpha: float | str = "2r"  # a number, 'r' or '2r'
     rank_stabilized: bool = False

@@ -20,7 +20,7 @@ from jaxpeft.methods.base import Method, Params, at_least
 class OFT(Method):
     """Block-diagonal rotation of the input of the linear layers that `targets` selects."""
 
-    targets: str = r"text_.*attention/(query|value)$"
+    targets: str = "text.attention.qv"
     block: int = 32
     name: ClassVar[str] = "oft"
     kinds: ClassVar[tuple[str, ...]] = ("linear",)

@@ -27,7 +27,7 @@ POSITIONS = ("keep", "shift")
 class Prefix(Method):
     """Learned keys and values in the attentions that `targets` selects (self-attention, cross-attention or both)."""
 
-    targets: str = r"text_.*attention$"
+    targets: str = "text.attention"
     length: int = 16
     mlp: int = 0  # hidden width of the reparameterisation (800 in the authors' code); 0: trained flat
     std: float = 0.02  # of the flat prefix at the start, and of E
@@ -61,12 +61,12 @@ class Prefix(Method):
     def init(self, rng, site, base) -> Params:
         if site.kind == "embed":
             return {}
-        return {name: self.std * jax.random.normal(key, (self.length, *site.shape)) for name, key in _two(rng, "kv")}
+        return {name: self.std * jax.random.normal(key, (self.length, *site.shape[1:])) for name, key in _two(rng, "kv")}
 
     def init_site(self, rng, site, base):
         if not self.mlp or site.kind == "embed":
             return super().init_site(rng, site, base)
-        n_heads, size = site.shape
+        _, n_heads, size = site.shape
         width, stack = n_heads * size, () if site.layers is None else (site.layers,)
         keys = jax.random.split(rng, 5)
         return {

@@ -29,7 +29,7 @@ INITS = ("normal", "vocabulary", "text")
 class Prompt(Method):
     """Learned tokens at the input of the stacks that `targets` selects."""
 
-    targets: str = r"^text_"
+    targets: str = "text"
     length: int = 16
     init_weights: str = "vocabulary"
     text: str = ""  # of init_weights='text'
@@ -85,7 +85,7 @@ class Prompt(Method):
 class VPT(Method):
     """Learned tokens in a ViT, at its input ('shallow') or at every layer's ('deep')."""
 
-    targets: str = r"^vision"
+    targets: str = "vision"
     length: int = 10
     depth: str = "shallow"
     patch: int = 16  # side of a patch in pixels, for the start

@@ -22,7 +22,7 @@ from jaxpeft.ops import per_feature
 class IA3(Method):
     """Learned scales of keys, values and inner FFN activations."""
 
-    targets: str = r"text_.*(attention/(key|value)|mlp/down)$"
+    targets: str = "text.attention.kv_mlp.down"
     feedforward: str = r"mlp/down$"  # of these linears the input is scaled, of the others the output
     name: ClassVar[str] = "ia3"
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
@@ -51,7 +51,7 @@ class IA3(Method):
 class SSF(Method):
     """A learned scale and shift after every operation that `targets` selects."""
 
-    targets: str = r"text_.*blocks/"
+    targets: str = "text.blocks"
     std: float = 0.0
     name: ClassVar[str] = "ssf"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "norm")

@@ -21,7 +21,7 @@ HEADS = ("none", "transform", "untied")
 
 @dataclasses.dataclass(frozen=True)
 class Selective(Method):
-    """Train the base leaves whose name ('params/...') contains the regular expression `leaves`."""
+    """Train the base leaves whose name ('params/...') contains the regular expression `leaves`, or a group of the model's."""
 
     leaves: str = ""
     name: ClassVar[str] = "selective"
@@ -39,7 +39,7 @@ class Selective(Method):
 class BitFit(Method):
     """Train every bias of the modules whose path `targets` matches (the decoder head's vocabulary bias is one)."""
 
-    targets: str = r"^text_"
+    targets: str = "text"
     name: ClassVar[str] = "bitfit"
     train: ClassVar[str] = r"bias$"
 
@@ -59,11 +59,15 @@ class LayerNorms(BitFit):
 class NewWords(Method):
     """Train the rows of words that were added to the base's vocabulary: embedding, output bias and nothing else.
 
-    `point.setup_model` puts it beside the method of a run whose texts have words that the base lacks.
+    `training/setup.py` puts it beside the method of a run whose texts have words that the base lacks.
     """
 
+    leaves: str = "new_words"
     name: ClassVar[str] = "new_words"
-    train: ClassVar[str] = r"^params/text_.*/new_(word|bias|matrix)$"
+
+    @property
+    def train(self) -> str:
+        return self.leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +82,19 @@ class Full(Method):
 class Head(Method):
     """Tune the decoder's head; `matrix` says whether its vocabulary matrix is untied from the embedding and tuned."""
 
-    targets: str = r"^text_decoder/head/vocabulary$"
+    targets: str = "head"
     matrix: str = "transform"  # 'transform' or 'untied'
+    leaves: str = "head.transform"  # what is trained in place
     name: ClassVar[str] = "head"
-    train: ClassVar[str] = r"^params/text_decoder/head/(?!vocabulary/)"
     first: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.matrix not in HEADS[1:]:
             raise ValueError(f"head: unknown kind {self.matrix!r}; choose one of {', '.join(HEADS)}")
+
+    @property
+    def train(self) -> str:
+        return self.leaves
 
     @property
     def kinds(self) -> tuple[str, ...]:

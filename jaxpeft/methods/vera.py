@@ -20,7 +20,7 @@ from jaxpeft.ops import matmul, per_feature
 class VeRA(Method):
     """Scales of a shared random low-rank update."""
 
-    targets: str = r"text_.*attention/(query|value)$"
+    targets: str = "text.attention.qv"
     rank: int = 256
     d_initial: float = 0.1
     name: ClassVar[str] = "vera"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.extend.core import Literal
+from jax.interpreters import partial_eval
 
 from jaxpeft import tree
 from jaxpeft.data.base import Examples, Split
@@ -50,7 +50,8 @@ def programs(model: VisionLanguageModel, variables: Tree) -> dict[str, Program]:
 
         arguments = shapes, {name: batch[name] for name in stage.reads}, key
         traced = jax.jit(run).trace(*arguments)
-        used = _used(traced.jaxpr.jaxpr)
+        jaxpr = traced.jaxpr.jaxpr
+        _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
         before = [found[name] for name in stage.reads if name in found]
         output = jax.eval_shape(run, *arguments)
         parts = [traced.lower().as_text(), *(one.digest for one in before)]
@@ -65,15 +66,6 @@ def programs(model: VisionLanguageModel, variables: Tree) -> dict[str, Program]:
         )
         batch[stage.name] = output
     return found
-
-
-def _used(jaxpr) -> list[bool]:
-    """Which inputs the outputs depend on; an equation counts as a whole, so at worst too many."""
-    needed = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
-    for equation in reversed(jaxpr.eqns):
-        if any(var in needed for var in equation.outvars):
-            needed.update(var for var in equation.invars if not isinstance(var, Literal))
-    return [var in needed for var in jaxpr.invars]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -73,6 +73,7 @@ def prepare(config: Config, log: Log) -> Setup:
     mask = sites.trainable(variables)
     task, texts = with_limits(task, model, chosen, splits, log)
     log(" + ".join(map(str, chosen)))
+    log(_towers(model, sites.methods_of(variables)))
     log(sites.describe(variables, mask, leaves=False))
     facts = {
         "model": facts,
@@ -180,6 +181,7 @@ def with_new_words(config, task: tasks.Task, model, chosen, train: Split):
 
 def with_limits(task: tasks.Task, model, chosen, splits: dict[str, Split], log) -> tuple[tasks.Task, dict]:
     """(the task with limits that fit the data and the base, {split: {limit: what it cuts}}); cuts are said."""
+    chosen = sites.resolved(model, chosen)
     shifts = [sum(one.shift(site) for one in chosen if one.selects(site)) for site in sites.sites(model)]
     template = task.template(model)
     lengths = {name: task.lengths(split, template) for name, split in splits.items()}
@@ -259,6 +261,18 @@ def narrowed(variables: Tree, mask, dtype: str) -> Tree:
         return x if tuned or not re.search("^params/.*kernel$", name) else x.astype(dtype)
 
     return jax.tree.map(one, tree.names(variables), variables, mask)
+
+
+def _towers(model: VisionLanguageModel, chosen: Iterable[Method]) -> str:
+    """Which towers the methods touch, and which they leave alone."""
+    chosen, touched = tuple(chosen), {}
+    for site in sites.sites(model):
+        name = site.path.split("/")[0]
+        leaf = f"params/{site.path}/"
+        hit = any(one.selects(site) or one.trains(f"{leaf}kernel") or one.trains(f"{leaf}bias") for one in chosen)
+        touched[name] = touched.get(name, False) or hit
+    names = {on: ", ".join(name for name, hit in touched.items() if hit == on) or "nothing" for on in (True, False)}
+    return f"adapted: {names[True]}; left alone: {names[False]}"
 
 
 def _placed(variables: Tree, model, mesh, log) -> Tree:

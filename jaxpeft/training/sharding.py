@@ -123,14 +123,15 @@ def _inherited(site: Site, spec, shape: tuple[int, ...]) -> tuple[str | None, ..
     if not site.path or not own:  # leaves that all sites share
         return ()
     leaf = {"linear": "kernel", "norm": "scale"}.get(site.kind, Site.key(site.kind))
-    axes, n = spec(f"params/{site.path}/{leaf}"), len(site.shape)
+    here = site.shape[1:] if site.kind == "kv" else site.shape
+    axes, n = spec(f"params/{site.path}/{leaf}"), len(here)
     axes = (None,) * (n - len(axes)) + tuple(axes[-n:] if axes else ())
-    if own[-n:] == site.shape:
+    if own[-n:] == here:
         return (None,) * (len(own) - n) + axes
     found = [None] * len(own)
-    if own[-1] == site.shape[-1]:
+    if own[-1] == here[-1]:
         found[-1] = axes[-1]
-    if len(own) > 1 and own[0] == site.shape[0] and axes[0] not in found:
+    if len(own) > 1 and own[0] == here[0] and axes[0] not in found:
         found[0] = axes[0]
     return tuple(found)
 
