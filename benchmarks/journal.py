@@ -52,8 +52,8 @@ RUN = [
 
 def state_of(config, method):
     """The state of training such a model, of ones."""
-    variables = budget.abstract_variables((method,), Blip(config))
-    tuned, _ = tree.split(variables, sites.trainable((method,), variables))
+    variables = budget.abstract_variables(Blip(config), (method,))
+    tuned, _ = tree.split(variables, sites.trainable(variables))
     tuned = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), tuned)
     return loop.start(tuned, tx=optim.optimizer(defaults.get_config().optim, tuned, 100), seed=0, best=False)
 

@@ -46,7 +46,7 @@ _ = host.keep_compiled_programs()
 # %% [markdown]
 # ## The grid
 #
-# `settings` are tasks from near to pre-training to far from it; `variants` are methods with their sizes. Every cell gets the same
+# `settings` are tasks from near to pre-training to far from it; `variants` are methods with sizes. Every cell gets the same
 # number of learning rates; the best on validation pictures is trained with other seeds (here there is one).
 
 # %%

@@ -586,7 +586,7 @@ def test_a_claim_is_held_by_one(tmp_path):
 
 
 def test_a_claim_of_a_dead_process_is_free(tmp_path):
-    code = f"from jaxpeft.runtime.locks import Lease; from pathlib import Path; assert Lease(Path({str(tmp_path)!r}), 'a').take()"
+    code = f"import pathlib, jaxpeft.runtime.locks as x; assert x.Lease(pathlib.Path({str(tmp_path)!r}), 'a').take()"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (tmp_path / "a").exists() and Lease(tmp_path, "a").owner() is None
     taken = Lease(tmp_path, "a")

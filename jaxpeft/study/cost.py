@@ -59,7 +59,7 @@ def _counts(c) -> dict[str, int]:
     if model.tokenizer is not None and not model.tokenizer.has_pieces:
         task = tasks.build(c.task, **c.task_options)
         model, chosen, *_ = training_run.with_new_words(c, task, model, chosen, preflight.training_texts(c))
-    return budget.abstract_counts(chosen, model)
+    return budget.abstract_counts(model, chosen)
 
 
 def _steps(c) -> int:
