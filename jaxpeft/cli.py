@@ -95,12 +95,7 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     add("--worker", type=int, default=-1, help="of a study: work for the process that started this one")
     add("--executor", default="processes", choices=["processes", "ray"], help="of a study: where its runs are done")
     add("--resources", default="CPU=1", help="with --executor=ray, per run: CPU=4,GPU=1,memory_gb=16 or CPU=8,TPU=4")
-    add(
-        "--rerun",
-        default="",
-        metavar="PATTERN",
-        help="of a study: do finished runs again whose ids match, as 'vqa*'; once",
-    )
+    add("--rerun", default="", metavar="PATTERN", help="of a study: do finished runs again, once, by id: 'vqa_*-s0-*'")
     add("--mixed_code", action="store_true", help="of a study: report cells although different code made their runs")
     add("--dry_run", action="store_true", help="of a study: print what would run and its estimated cost")
 
@@ -114,7 +109,7 @@ def _add_preflight(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace, config):
     """train, evaluate and save one run; or a study, where the config is one"""
-    if "settings" in config or "levels" in config:  # a study; `levels` is the key's old name, which gets an error there
+    if _is_study(config):
         return _study(args, config)
     if args.rerun:
         raise ValueError(f"--rerun is of a study, and --config={args.config} is one run; use a new --workdir")
@@ -136,7 +131,7 @@ def _study(args: argparse.Namespace, config):
     """do every run of a study, and write its report"""
     from jaxpeft.study import cost, execute, ray_executor, report
 
-    if "settings" not in config and "levels" not in config:
+    if not _is_study(config):
         raise ValueError(f"--config={args.config} is one run, not a study; use `jaxpeft run`")
     workdir = _workdir(args)
     _prepare_process()
@@ -151,6 +146,10 @@ def _study(args: argparse.Namespace, config):
         elsewhere = functools.partial(ray_executor.work, resources=ray_executor.Resources.parse(args.resources))
     execute.run(config, workdir, args.workers, sys.orig_argv[1:], elsewhere=elsewhere, rerun=args.rerun)
     print(report.write(workdir, args.mixed_code))
+
+
+def _is_study(config) -> bool:
+    return "settings" in config or "levels" in config  # its old name, which is an error that names the new one
 
 
 def _preflight(args: argparse.Namespace, config):

@@ -34,7 +34,9 @@ EVERYTHING = ("__init__", "__main__")  # what the package is made of, and its co
 
 # Code outside models/blip*, pre-training and BLIP's recipes that names BLIP or its parts, each with the reason.
 ALLOWED: dict[str, str] = {}
-OF_BLIP = re.compile(r"blip|question_encoder|/vision|\[DEC\]|\[ENC\]|vision_width|text_width|encode_question|text_decoder", re.I)
+OF_BLIP = re.compile(
+    r"blip|question_encoder|/vision|\[DEC\]|\[ENC\]|vision_width|text_width|encode_question|text_decoder", re.I
+)
 
 
 def modules():
@@ -85,7 +87,9 @@ def test_no_module_imports_itself_through_others():
         seen[name] = "open"
         path.append(name)
         for one in sorted(graph.get(name, ())):
-            if one != name and not (name.startswith(one + ".") or one.startswith(name + ".")):  # a package and its parts
+            if one != name and not (
+                name.startswith(one + ".") or one.startswith(name + ".")
+            ):  # a package and its parts
                 visit(one)
         path.pop()
         seen[name] = "done"

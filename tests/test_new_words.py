@@ -19,7 +19,7 @@ from jaxpeft.adapt import budget, sites
 from jaxpeft.methods import NewWords, Selective
 from jaxpeft.models import loading
 from jaxpeft.study import config as studies
-from jaxpeft.study import execute
+from jaxpeft.study import cost
 from jaxpeft.training import preflight, setup
 
 EMOJI = "\U0001f600"
@@ -77,11 +77,10 @@ def test_a_study_counts_them_before_it_runs(root, base, tmp_path):
         c.stop.split = "test"
         return c
 
-    arms = {"lora": {"method": "lora", "head": "none", "sizes": (2,), "lr": 1e-3}}
-    c = studies.study(
-        "words", "", {"captions": {"task": "captioning"}}, arms, budgets=(), n_images=(1, 7), seeds=1, make_point=make
-    )
-    said = execute.dry_run(c, tmp_path / "study")
+    variants = {"lora": {"method": "lora", "head": "none", "sizes": (2,), "lr": 1e-3}}
+    settings = {"captions": {"task": "captioning"}}
+    c = studies.study("words", "", settings, variants, budgets=(), n_images=(1, 7), seeds=1, make_point=make)
+    said = cost.dry_run(c, tmp_path / "study")
     alone = budget.abstract_counts(setup.abstract_model(make("captioning")), jp.LoRA(rank=2))["stored"]
     tables = {line.split()[0]: line.split()[2] for line in said.splitlines() if line.startswith("captions-")}
     assert tables["captions-lora2-n7"] == f"{alone + 2 * (tiny.CONFIG['text_width'] + 1):,}"

@@ -21,7 +21,7 @@ from jaxpeft.apps import demo, export, generate
 from jaxpeft.data import scenes
 from jaxpeft.data.coco import prepare
 from jaxpeft.runtime import host, registry
-from jaxpeft.study import execute
+from jaxpeft.study import grid, state
 from jaxpeft.training import run
 
 ROOT = Path(__file__).parents[1]
@@ -145,9 +145,9 @@ def _run(words):
     settings = dict(word.removeprefix("--config.").split("=", 1) for word in words if word.startswith("--config."))
     config = _config(next(word for word in words if word.startswith("--config=")))
     workdir = next(word for word in words if word.startswith("--workdir=")).removeprefix("--workdir=")
-    if "levels" in config:
-        assert execute.check(config) is None
-        assert "runs" in execute.plan(config, execute.read(config, Path(workdir)))
+    if "settings" in config:
+        assert grid.check(config) is None
+        assert "runs" in state.plan(config, state.read(config, Path(workdir)))
         return
     if "pretrain" in config:  # tests/test_pretrain.py runs it
         assert sum(config.stages[name].steps for name in config.order) > 1000

@@ -61,7 +61,9 @@ class Prefix(Method):
     def init(self, rng, site, base) -> Params:
         if site.kind == "embed":
             return {}
-        return {name: self.std * jax.random.normal(key, (self.length, *site.shape[1:])) for name, key in _two(rng, "kv")}
+        return {
+            name: self.std * jax.random.normal(key, (self.length, *site.shape[1:])) for name, key in _two(rng, "kv")
+        }
 
     def init_site(self, rng, site, base):
         if not self.mlp or site.kind == "embed":

@@ -98,7 +98,7 @@ def _sizes(config, task: str, variant) -> tuple[int, ...]:
 
 @functools.cache
 def _solved(base: str, task: str, method: str, stored: int) -> int:
-    return budget.solve_size(methods.build(method), abstract_model(base, task), stored).size
+    return budget.solve_size(abstract_model(base, task), methods.build(method), stored).size
 
 
 @functools.cache

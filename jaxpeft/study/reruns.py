@@ -1,8 +1,8 @@
 """`--rerun=PATTERN`: finished runs whose ids match are done again, once.
 
-A request is a file, DIR/reruns/NAME.json: the ids that match, each with a digest of the result that it has now. A run with
-that very result is out of date; when it is done again it has another result, so nobody does it twice. Workers, restarts after
-a kill and other launchers find the request in the directory and need no flag of their own.
+A request is a file, DIR/reruns/NAME.json: the ids that match, each with the time when its result was written. A run whose
+result has that very time is out of date; when it is done again the time is another, so nobody does it twice. Workers, restarts
+after a kill and other launchers find the request in the directory and need no flag of their own.
 
 NAME is made of the pattern and of the code. So the same command typed again, or started in several places, makes no second
 request, unless the code has changed in between. To do runs again with the same code, delete the file.
@@ -21,13 +21,13 @@ from jaxpeft.runtime import files
 from jaxpeft.training import results
 
 
-def digest(path: Path) -> str:
-    """Of the bytes of a result: runs that are done again differ at least in their seconds."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def written(directory: Path, run_id: str) -> int:
+    """When the result of a run was written, in nanoseconds. Raises FileNotFoundError where there is none."""
+    return (directory / "points" / run_id / "result.json").stat().st_mtime_ns
 
 
-def asked(directory: Path) -> set[tuple[str, str]]:
-    """(id, digest of its result) of all that was to be done again when it was asked for."""
+def asked(directory: Path) -> set[tuple[str, int]]:
+    """(id, when its result was written) of all results that are to be made again."""
     requests = [json.loads(path.read_text()) for path in (directory / "reruns").glob("[!.]*.json")]
     return {pair for one in requests for pair in one["results"].items()}
 
@@ -51,7 +51,7 @@ def ask(directory: Path, pattern: str, state, log=print) -> None:
     found = {}
     for run_id in state.finished.keys() & set(matching):
         with contextlib.suppress(FileNotFoundError):  # another launcher asked at the same time, and its work has begun
-            found[run_id] = digest(directory / "points" / run_id / "result.json")
+            found[run_id] = written(directory, run_id)
     path.parent.mkdir(exist_ok=True)
     aside = path.with_name(f".{uuid.uuid4().hex}")
     files.write_json(aside, {"pattern": pattern, "asked": time.strftime("%Y-%m-%d %H:%M:%S"), "results": found})

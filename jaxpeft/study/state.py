@@ -69,16 +69,16 @@ def read(config, directory: Path, known: State | None = None) -> State:
                 pass
 
 
-def out_of_date(directory: Path, run: Run, asked: set[tuple[str, str]]) -> list[str]:
+def out_of_date(directory: Path, run: Run, asked: set[tuple[str, int]]) -> list[str]:
     """Why a run that is there must be done again: the config keys that differ from the grid's, or --rerun. [] where
     nothing differs, and where there is no such run."""
     place = directory / "points" / run.id
     try:
         before = json.loads((place / "config.json").read_text())
         if (place / "result.json").exists():
-            if (run.id, reruns.digest(place / "result.json")) in asked:
+            if (run.id, reruns.written(directory, run.id)) in asked:
                 return ["--rerun"]
-            before = renamed.translated(before)  # a finished run of version 0.1 stands; an unfinished one cannot go on
+            before = renamed.translated(before)  # old names are no difference; an unfinished run of 0.1 cannot go on
     except FileNotFoundError:  # not begun, or just now moved to stale/ by another process
         return []
     before, now = tree.flatten(before), tree.flatten(setup.as_json(run.config))

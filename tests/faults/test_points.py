@@ -16,7 +16,7 @@ from tiny import config_of
 
 from configs.studies import tiny as tiny_study
 from jaxpeft.runtime import files, locks, signals
-from jaxpeft.study import execute
+from jaxpeft.study import execute, grid, processes, state
 from jaxpeft.training import evaluate, finished, frozen_cache, loop, results, run
 
 ROOT = Path(__file__).parents[2]
@@ -351,14 +351,14 @@ def test_a_damaged_feature_cache(tmp_path, fault):
 @pytest.fixture
 def small(monkeypatch):
     config = tiny_study.get_config()
-    monkeypatch.setattr(execute, "keep_pictures", lambda *_: None)
-    monkeypatch.setattr(execute, "check", lambda *_: None)
+    monkeypatch.setattr(execute, "keep_images", lambda *_: None)
+    monkeypatch.setattr(grid, "check", lambda *_: None)
     return config
 
 
 def test_out_of_memory_in_a_point(small, tmp_path, fault, monkeypatch):
     """Out of memory in a point of a study."""
-    runs = execute.read(small, tmp_path).todo
+    runs = state.read(small, tmp_path).todo
     bad = runs[1].id
 
     def run(config, workdir, log=print, features_in=None):
@@ -379,7 +379,7 @@ def test_out_of_memory_in_a_point(small, tmp_path, fault, monkeypatch):
 
 def test_full_disk_in_a_point(small, tmp_path, fault, monkeypatch):
     """The disk is full in a point of a study."""
-    runs = execute.read(small, tmp_path).todo
+    runs = state.read(small, tmp_path).todo
 
     def run(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "result.json")
@@ -395,9 +395,9 @@ def test_full_disk_in_a_point(small, tmp_path, fault, monkeypatch):
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
-from jaxpeft import locks
+from jaxpeft.runtime import locks
 directory, me = Path(sys.argv[1]), sys.argv[-1]
-claim = locks.Claim(directory / "claims", "a-run")
+claim = locks.Lease(directory / "claims", "a-run")
 if (directory / "failures" / "a-run.jsonl").exists():
     (directory / "done").touch()
     sys.exit(0)
@@ -412,7 +412,7 @@ def test_a_killed_worker(tmp_path, fault):
     script.write_text(WORKER)
     os.environ["PYTHONPATH"], before = str(ROOT), os.environ.get("PYTHONPATH")
     try:
-        fault.timed(execute._processes, [str(script), str(tmp_path)], 1, tmp_path, said.append)
+        fault.timed(processes.run_workers, [str(script), str(tmp_path)], 1, tmp_path, said.append)
     finally:
         os.environ.pop("PYTHONPATH")
         if before is not None:
@@ -430,16 +430,16 @@ def test_sigterm_at_a_claim(tmp_path, fault):
             """
             import sys
             from pathlib import Path
-            from jaxpeft import locks, stop
+            from jaxpeft.runtime import locks, signals
             try:
-                with stop.handled():
+                with signals.handled():
                     print("begins", flush=True)
                     while True:
-                        claim = locks.Claim(Path(sys.argv[1]), "run")
+                        claim = locks.Lease(Path(sys.argv[1]), "run")
                         if claim.take():
                             claim.release()
             except KeyboardInterrupt as error:
-                sys.exit(stop.exit_code(error))
+                sys.exit(signals.exit_code(error))
             """,
             tmp_path,
         )

@@ -109,7 +109,9 @@ def batches():
     model, _ = jp.load("tiny", task="vqa")
     with tempfile.TemporaryDirectory() as scratch:
         for name, kind, split in loaded(Path(scratch)):
-            task = build(name, max_tokens=30) if name == "captioning" else build(name, max_question=35, max_new_tokens=9)
+            task = (
+                build(name, max_tokens=30) if name == "captioning" else build(name, max_question=35, max_new_tokens=9)
+            )
             examples = task.examples(split, task.template(model))
             images = pipeline.Resized.of(split.images, model)
             for augment in ("none", "blip"):
