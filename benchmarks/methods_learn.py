@@ -71,7 +71,7 @@ class Bench:
         c.data.update({"n_train": 4096, "n_val": 256, "n_test": 512})
         c.steps, self.config = steps, c
         self.task = tasks.build(task, **c.task_options)
-        self.model, self.params, _ = loading.read("tiny", question_encoder=self.task.question_encoder)
+        self.model, self.params, _ = loading.read("tiny", task=self.task.name)
         self.splits = data.load(c.data, ["train", "val", "test"])
         size = self.model.config.image_size
         self.pictures = {name: pipeline.Resized(split.images, size) for name, split in self.splits.items()}

@@ -88,7 +88,7 @@ class FourierFT(Method):
 # the method beside the frozen base.
 
 # %%
-model, params = jp.load("tiny", question_encoder=True)
+model, params = jp.load("tiny", task="vqa")
 method = FourierFT()
 variables = jp.attach(model, params, method, jax.random.key(0))
 print(jp.counts(variables, jp.trainable(method, variables)))

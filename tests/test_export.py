@@ -172,7 +172,7 @@ def test_an_adapter_brings_a_base_that_has_the_added_words(runs, picture, capsys
         ).logits
     assert ours.shape == tuple(theirs.shape) and ours.shape[-1] == len(model.tokenizer)
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-4)
-    again, params = loading.load(out / "base", question_encoder=False)
+    again, params = loading.load(out / "base", task="captioning")
     back, many = jp.import_peft(again, params, out)
     np.testing.assert_allclose(np.asarray(again.apply(back, batch))[:, 0], ours, atol=2e-4)
     assert [one.name for one in many] == ["lora"] or many[0].name == "scoped"

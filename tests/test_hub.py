@@ -39,7 +39,7 @@ def test_round_trip_shares_what_the_aliases_say(saved):
 
 
 def test_captioning_leaves_the_question_encoder_out(saved):
-    model, params = loading.load(saved[0], question_encoder=False)
+    model, params = loading.load(saved[0], task="captioning")
     assert not model.config.question_encoder and set(params) == {"vision", "text_decoder"}
 
 

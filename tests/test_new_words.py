@@ -63,7 +63,7 @@ def test_counts_budgets_and_files_hold_the_new_rows_and_no_others(root, base, tm
     assert f"{expected['tuned']:,} tuned, {expected['stored']:,} stored" in preflight.report(c)
     model, variables, methods, _ = jp.load_run(tmp_path / "run")
     assert methods[1:] == (NewWords(),) and model.config.new_words == 2
-    original = loading.load(base, question_encoder=False)[1]
+    original = loading.load(base, task="captioning")[1]
     assert jnp.array_equal(
         variables["params"]["text_decoder"]["embed"]["word"], original["text_decoder"]["embed"]["word"]
     )

@@ -132,7 +132,7 @@ def place(tmp_path, monkeypatch):
 
 
 def _plain():
-    model, params = jp.load("tiny", question_encoder=False)
+    model, params = jp.load("tiny", task="captioning")
     return model, {"params": params}
 
 

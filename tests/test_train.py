@@ -227,7 +227,7 @@ def test_question_states_once_per_question_equal_encoding_every_step(base, tmp_p
 
 def test_question_states_are_taken_from_the_batch(base):
     """A sharp check of what the test above compares: other states give another loss."""
-    model, params, _ = loading.read(str(base), question_encoder=True)
+    model, params, _ = loading.read(str(base), task="vqa")
     split = scenes.load({"n_test": 3}, ["test"])["test"]
     examples = dataclasses.replace(TASK.examples(split, model.tokenizer), images=pipeline.Resized(split.images, 64))
     v, tables = {"params": params}, evaluate.image_features(model, {"params": params}, examples.images)
@@ -238,7 +238,7 @@ def test_question_states_are_taken_from_the_batch(base):
 
 
 def test_the_same_questions_about_other_pictures_are_other_states(base, tmp_path):
-    model, params, _ = loading.read(str(base), question_encoder=True)
+    model, params, _ = loading.read(str(base), task="vqa")
     split = scenes.load({"n_test": 3}, ["test"])["test"]
     v, pictures = {"params": params}, pipeline.Resized(split.images, 64)
     tables, here = evaluate.image_features(model, v, pictures), TASK.examples(split, model.tokenizer)
@@ -250,7 +250,7 @@ def test_the_same_questions_about_other_pictures_are_other_states(base, tmp_path
 
 
 def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(base, tmp_path):
-    model, params, _ = loading.read(str(base), question_encoder=True)
+    model, params, _ = loading.read(str(base), task="vqa")
     said, directory = [], tmp_path / "f"
 
     def table(n, limit=1 << 30):
@@ -271,7 +271,7 @@ def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(base, t
 
 
 def test_features_of_other_weights_or_pictures_have_other_names(base):
-    model, params, _ = loading.read(str(base), question_encoder=True)
+    model, params, _ = loading.read(str(base), task="vqa")
     split = scenes.load({"n_test": 3}, ["test"])["test"]
     moved = params | {"vision": jax.tree.map(lambda x: x + 1, params["vision"])}
     other = scenes.load({"n_test": 3, "seed": 1}, ["test"])["test"]
@@ -285,7 +285,7 @@ def test_features_of_other_weights_or_pictures_have_other_names(base):
         for p, q in ((params, asked), (text, asked), (params, asked + 1))
     ]
     assert len(set(names)) == 6
-    captions, _, _ = loading.read(str(base), question_encoder=False)
+    captions, _, _ = loading.read(str(base), task="captioning")
     assert frozen_cache.name_of(captions, {"params": params}, split) == names[0]  # the text side does not matter
     assert frozen_cache.name_of(model, {"params": params}, split) == names[0]
 

@@ -81,8 +81,9 @@ def main(argv=None) -> int:
         if args.workdir:
             model, variables, _, task = run.load_run(args.workdir, args.imports)
         else:
-            model, params = loading.load(args.base, question_encoder=args.question is not None)
-            variables, task = {"params": params}, tasks.build("captioning" if args.question is None else "vqa")
+            name = "captioning" if args.question is None else "vqa"
+            model, params = loading.load(args.base, task=name)
+            variables, task = {"params": params}, tasks.build(name)
         if args.prompt is not None:
             task = prompted(task, args.prompt, model.tokenizer)
         bad = unread + _write(args, model, variables, task, paths)

@@ -350,6 +350,7 @@ class Blip(sites.Adaptable):
     config: BlipConfig
     tokenizer: Tokenizer | None = None  # the words that go with `config.vocab_size`; None when the checkpoint has none
     sharding: ClassVar = SHARDING
+    model_type: ClassVar = "blip"  # the key in MODELS
 
     @property
     def tied(self) -> dict[str, str]:

@@ -159,9 +159,8 @@ def _solved(base: str, task: str, method: str, stored: int) -> int:
 
 @functools.cache
 def _model(base: str, task: str):
-    return loading.abstract(
-        base, question_encoder=tasks.build(task).question_encoder
-    )  # weights need not be there to plan
+    # weights need not be there to plan
+    return loading.abstract(base, task=training_run.task_of(tasks.build(task)))
 
 
 def rates(config, cell: Cell) -> list[float]:
@@ -192,7 +191,7 @@ def check(config) -> None:
     """Raise ValueError where a base cannot be read for its task, where a level's data cannot, or where they have fewer
     training pictures than a cell asks for."""
     for task in dict.fromkeys(level["task"] for level in config.levels.values()):
-        loading.read(config.points[task].base, question_encoder=tasks.build(task).question_encoder)
+        loading.read(config.points[task].base, task=training_run.task_of(tasks.build(task)))
     for level in config.levels:
         mine = [cell for cell in cells(config) if cell.level == level]
         most = max(mine, key=lambda cell: cell.n_images)

@@ -343,7 +343,7 @@ def _load_run(workdir, config, result):
     model, params, _ = loading.extend_vocabulary(model, params, result["model"]["new_words"], config.seed)
     if not result["model"].get("new_rows"):  # tuned by version 0.1, which kept the whole word embedding
         model, params = loading.joined(model, params)
-    variables, chosen = load_tuned(model, params, files.kept_in(workdir / "tuned"))
+    variables, chosen = load_tuned(model, params, workdir / "tuned")
     return model, variables, chosen, task
 
 
@@ -505,10 +505,15 @@ def scored(cases: base.Examples) -> bool:
 def abstract_model(config):
     """The model of a config, from the base's configuration alone: no weights are read, no words added."""
     task = tasks.build(config.task, **config.task_options)
-    model = loading.abstract(config.base, question_encoder=task.question_encoder, **_options(config))
+    model = loading.abstract(config.base, task=task_of(task), **_options(config))
     if model.tokenizer is None:
         raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
     return model
+
+
+def task_of(task: tasks.Task) -> str:
+    """What `loading` calls a task, which may be one of the user's own."""
+    return "vqa" if task.question_encoder else "captioning"
 
 
 def _options(config) -> dict:
@@ -524,11 +529,11 @@ def pinned_base(config, result: dict) -> str:
 
 def _base(config, task: tasks.Task):
     """(model, params, report) that training starts from, before words are added."""
-    model, params, report = loading.read(config.base, question_encoder=task.question_encoder, **_options(config))
+    model, params, report = loading.read(config.base, task=task_of(task), **_options(config))
     if model.tokenizer is None:
         raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
     if config.init == "scratch":
-        model, params = loading.scratch(model.config, model.tokenizer, config.seed)
+        params = loading.scratch(model, config.seed)
     elif config.init != "base":
         raise ValueError(f"init is {config.init!r}; choose 'base' (the checkpoint's weights) or 'scratch' (random)")
     return model, params, report

@@ -106,7 +106,7 @@ def loaded(scratch: Path):
 
 def batches():
     found = {}
-    model, _ = jp.load("tiny", question_encoder=True)
+    model, _ = jp.load("tiny", task="vqa")
     with tempfile.TemporaryDirectory() as scratch:
         for name, kind, split in loaded(Path(scratch)):
             task = build(name, max_tokens=30) if name == "captioning" else build(name, max_question=35, length=10)
@@ -120,7 +120,7 @@ def batches():
 
 
 def tokens():
-    model, _ = jp.load("tiny", question_encoder=True)
+    model, _ = jp.load("tiny", task="vqa")
     texts = [scenes.text(i, k) for i in range(250) for k in range(4)]
     golden = json.loads(Path("tests/golden/text.json").read_text())
     strange = ["Café  déjà-vu!!", "[SEP] [MASK] a [DEC]", "", "日本語 text", "it's 3.5\tpounds\n", "UPPER lower"]
@@ -159,7 +159,7 @@ def answers():
     images = [scenes.Images("test", 6)[i] for i in range(6)]
     asks = [scenes.record("test", i)["questions"][0]["question"] for i in range(6)]
     for ask in (False, True):
-        model, params = jp.load("tiny", question_encoder=ask)
+        model, params = jp.load("tiny", task="vqa" if ask else "captioning")
         for beams in (1, 3):
             found[f"vqa={ask} beams={beams}"] = jp.generate(
                 model, {"params": params}, images, asks if ask else None, beams=beams, top=beams
