@@ -22,7 +22,7 @@ def make(directory: Path):
 
     method, rng = jp.LoRA(rank=4), np.random.default_rng(0)
     for task in CLASSES:
-        model, params = jp.load("tiny", task="vqa" if task == "vqa" else "captioning")
+        model, params = jp.load("tiny", task=task)
         variables = jp.attach(model, params, method, jax.random.key(0))
         mask = jp.trainable(variables)
         variables = jax.tree.map(lambda x, on: x + np.float32(rng.normal(0, 0.1, x.shape)) * on, variables, mask)

@@ -135,7 +135,7 @@ class Peer:
         self.c, c = run.config, run.config
         self.task = tasks.build(c.task, **c.task_options)
         self.asks = self.task.asks
-        self.tokenizer = loading.read(c.base, task="vqa" if self.asks else "captioning")[0].tokenizer
+        self.tokenizer = loading.read(c.base, task=self.task.kind)[0].tokenizer
         self.splits = data.load(c.data, ["train", *c.eval.splits])
         kind = transformers.BlipForQuestionAnswering if self.asks else transformers.BlipForConditionalGeneration
         where = r".*text_(encoder|decoder).*\.(query|value)" if self.asks else r".*text_decoder.*\.(query|value)"
@@ -270,7 +270,7 @@ def bases(workdir: Path) -> None:
     from jaxpeft.models import blip_convert, loading
 
     for task in ("captioning", "vqa"):
-        model, params, _ = loading.read("tiny", task="vqa" if task == "vqa" else "captioning")
+        model, params, _ = loading.read("tiny", task=task)
         c, t = model.config, model.tokenizer
         ids = {"pad_token_id": t.pad_id, "bos_token_id": t.bos_id, "sep_token_id": t.sep_id, "eos_token_id": t.sep_id}
         text = {

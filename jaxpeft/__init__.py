@@ -9,7 +9,7 @@ The map, in the order in which data flow:
     checkpoint hub pretrain               what is kept, what comes in, what is shipped
 
     import jax, jaxpeft as jp
-    model, params = jp.load("tiny", question_encoder=True)
+    model, params = jp.load("tiny", task="vqa")
     method = jp.LoRA(rank=8)
     variables = jp.attach(model, params, method, jax.random.key(0))
     tuned, frozen = jp.split(variables, jp.trainable(variables))

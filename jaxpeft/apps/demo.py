@@ -71,7 +71,7 @@ def load(workdirs: list[str], bases: list[str] = (), log=print, imports: Iterabl
             model, variables, _, task = finished.load_run(given[path], imports)
             tuned.append(Writer(run_names[path], model, variables, task, group))
         log(f"loading {base}, the frozen base of {', '.join(given[path] for path in paths)} ...")
-        model, params = loading.load(base, task=task.name, image_size=size)
+        model, params = loading.load(base, task=task.kind, image_size=size)
         shown = re.sub("@([0-9a-f]{8})[0-9a-f]{32}$", r"@\1", base_names[base])  # a commit, as people write it
         name = f"{shown}, frozen" + (f", {size} pixels" if size else "")
         writers += [Writer(name, model, {"params": params}, task, group), *tuned]

@@ -309,7 +309,7 @@ def _read_if_there(path: pathlib.Path) -> dict:
 
 
 def _read_vocabulary(path: pathlib.Path) -> dict[str, int]:
-    if files.kept_in(path).stat().st_size > files.MOST_JSON:
+    if path.stat().st_size > files.MOST_JSON:
         raise ValueError(f"{path} has more than {files.MOST_JSON:,} bytes; is it a vocabulary?")
     with open(path, encoding="utf-8") as lines, files.reading(path):
         tokens = [line.rstrip("\n") for line in lines]

@@ -36,11 +36,11 @@ class Place:
 def places(config) -> dict[str, Place]:
     """Our module path -> Place, for every module with a weight, and the head's vocabulary, tied or not."""
     found = {}
-    for row in blip_convert.table(config):
-        if row.reference.endswith(".weight") and not row.leaves[0].endswith(("embed/word", "embed/position")):
-            for part, leaf in enumerate(row.leaves):
-                path = leaf.rsplit("/", 1)[0]
-                found[path] = Place(row.reference.removesuffix(".weight"), part, len(row.leaves), row.layers or None)
+    for rule in blip_convert.table(config):
+        if rule.name.endswith(".weight") and not rule.leaves[0].endswith(("embed/word", "embed/position")):
+            for part, leaf in enumerate(rule.leaves):
+                path, layers = leaf.rsplit("/", 1)[0], None if rule.layers is None else len(rule.layers)
+                found[path] = Place(rule.name.removesuffix(".weight"), part, len(rule.leaves), layers)
     # a module of its own there, which an adapter may wrap, though its weight is the word embedding
     return found | {VOCABULARY: Place(f"{HEAD}decoder", 0, 1, None)}
 

@@ -9,12 +9,16 @@ positions, V words.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 
 from jaxpeft.adapt import sites
 from jaxpeft.inputs.processor import Processor
+from jaxpeft.inputs.tokenizer import Tokenizer
+from jaxpeft.models.convert import Converter
+from jaxpeft.runtime.registry import Registry
 
 
 class Context(NamedTuple):
@@ -48,6 +52,7 @@ class VisionLanguageModel(sites.Adaptable):
     config: Any
     processor: Processor | None = dataclasses.field(default=None, compare=False, repr=False)
 
+    model_type: ClassVar[str] = ""  # the key in MODELS, and in the files of a checkpoint
     stages: ClassVar[tuple[Stage, ...]] = ()  # in an order in which they can be computed
     targets: ClassVar[dict[str, str]] = {}  # named groups of sites: name -> regular expression of site paths
     sharding: ClassVar[
@@ -68,6 +73,10 @@ class VisionLanguageModel(sites.Adaptable):
     @property
     def positions(self) -> int:
         """The most text tokens that it reads."""
+        raise NotImplementedError
+
+    def replaced(self, tokenizer: Tokenizer | None = None, **fields: Any) -> "VisionLanguageModel":
+        """The model with other fields of its config and, where given, another tokenizer; its processor follows."""
         raise NotImplementedError
 
     def for_task(self, task: str) -> "VisionLanguageModel":
@@ -110,3 +119,14 @@ class VisionLanguageModel(sites.Adaptable):
         n_rows, n_texts, n_tokens = batch["tokens"].shape
         logits_RTV = self.score(batch["tokens"].reshape(-1, n_tokens), self.context(batch))
         return logits_RTV.reshape(n_rows, n_texts, n_tokens, -1)
+
+
+def _blip() -> Converter:
+    from jaxpeft.models import blip_convert
+
+    return blip_convert.CONVERTER
+
+
+# model_type of config.json (Hugging Face) or manifest.json (ours) -> a function that gives its converter, so that a model is
+# imported when it is wanted
+MODELS: dict[str, Callable[[], Converter]] = Registry("model type", {"blip": _blip})

@@ -371,6 +371,7 @@ class Blip(VisionLanguageModel):
     config: BlipConfig
     sharding: ClassVar = SHARDING
     targets: ClassVar = TARGETS | TRAINED
+    model_type: ClassVar = "blip"  # the key in MODELS
 
     @property
     def tied(self) -> dict[str, str]:
@@ -390,14 +391,16 @@ class Blip(VisionLanguageModel):
     def positions(self) -> int:
         return self.config.max_positions
 
+    def replaced(self, tokenizer: Tokenizer | None = None, **fields) -> "Blip":
+        return build(dataclasses.replace(self.config, **fields), tokenizer or self.tokenizer)
+
     def unrolled(self) -> "Blip":
-        layers = max(self.config.vision_layers, self.config.text_layers)
-        return self.clone(config=dataclasses.replace(self.config, unroll=layers))
+        return self.replaced(unroll=max(self.config.vision_layers, self.config.text_layers))
 
     def for_task(self, task: str) -> "Blip":
         if task == "vqa" and not self.config.question_encoder:
             raise ValueError("this BLIP has no question encoder, which answering needs")
-        return self.clone(config=dataclasses.replace(self.config, question_encoder=task == "vqa"))
+        return self.replaced(question_encoder=task == "vqa")
 
     def setup(self):
         self.vision = Vision(self.config)

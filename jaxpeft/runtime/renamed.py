@@ -18,6 +18,9 @@ GONE = {
 STUDY = {"arms": "variants", "levels": "settings", "rates": "learning_rates"}  # config keys of a study
 ROW = {"arm": "variant", "level": "setting"}  # of a row of results.jsonl
 FIELDS = {"start": "init_weights", "where": "targets"}  # of methods, in code and in saved manifests
+LOADING = {
+    "question_encoder": "task='vqa' for a model that answers questions, task='captioning' for one without"
+}  # jp.load
 MODULES = {  # below jaxpeft
     "budget": "adapt.budget", "checkpoint": "training.checkpoint", "claims": "study.claims",
     "cluster": "study.ray_executor", "datasets": "data", "decode": "models.decode", "demo": "apps.demo",

@@ -34,9 +34,14 @@ class Task(abc.ABC):
     limited_texts: ClassVar[dict[str, str]] = {}  # limit -> what it cuts, for messages
     only_written: ClassVar[tuple[str, ...]] = ()  # limits that do not touch training texts
 
+    @property
+    def kind(self) -> str:
+        """Which of the models' ways to write a text the task uses; one of your own uses one of these."""
+        return "vqa" if self.asks else "captioning"
+
     def template(self, model: VisionLanguageModel) -> Template:
         """How `model` reads and writes the texts of this task."""
-        return model.processor.template(self.name)
+        return model.processor.template(self.kind)
 
     def search(self, model: VisionLanguageModel, beams: int = 1) -> decode.Search:
         """How texts of this task are written."""

@@ -49,7 +49,7 @@ class Captioning(Task):
             raise ValueError("task_options.java scores captions as COCO's are; set task_options.variant='coco' too")
 
     def template(self, model: VisionLanguageModel) -> Template:
-        return model.processor.template(self.name, prompt=self.prompt, max_words=self.max_words)
+        return model.processor.template(self.kind, prompt=self.prompt, max_words=self.max_words)
 
     def texts(self, split: Split, template: Template) -> list[str]:
         return [template.start_text, *(template.clean_text(text) for row in split.rows for text in row["captions"])]

@@ -16,7 +16,6 @@ from jaxpeft import metrics
 from jaxpeft.data.base import Examples, Split, pad_tokens
 from jaxpeft.data.pipeline import most_common
 from jaxpeft.inputs.processor import Template
-from jaxpeft.runtime import files
 from jaxpeft.tasks.base import Task, teacher_forced
 
 
@@ -130,7 +129,7 @@ class Vqa(Task):
             return None
         if self.answer_list:
             try:
-                answers = json.loads(files.kept_in(pathlib.Path(self.answer_list)).read_text("utf-8"))
+                answers = json.loads(pathlib.Path(self.answer_list).read_text("utf-8"))
             except (OSError, ValueError) as error:
                 raise ValueError(f"task_options.answer_list {self.answer_list}: {error}; give a JSON list") from error
             if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a for a in answers):

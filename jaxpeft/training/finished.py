@@ -57,7 +57,7 @@ def _load_run(workdir: Path, config, result: dict):
         model, params = loading.joined(model, params)
     if length:
         task = dataclasses.replace(task, max_new_tokens=max(1, length - len(task.template(model).start)))
-    variables, chosen = load_tuned(model, params, files.kept_in(workdir / "tuned"))
+    variables, chosen = load_tuned(model, params, workdir / "tuned")
     return model, variables, chosen, task
 
 

@@ -214,7 +214,7 @@ def with_limits(task: tasks.Task, model, chosen, splits: dict[str, Split], log) 
 def abstract_model(config):
     """The model of a config, from the base's configuration alone: no weights are read, no words added."""
     task = tasks.build(config.task, **config.task_options)
-    model = loading.abstract(config.base, task=task.name, **_options(config))
+    model = loading.abstract(config.base, task=task.kind, **_options(config))
     if model.tokenizer is None:
         raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
     return model
@@ -233,11 +233,11 @@ def pinned_base(config, result: dict) -> str:
 
 def read_base(config, task: tasks.Task):
     """(model, params, report) that training starts from, before words are added."""
-    model, params, report = loading.read(config.base, task=task.name, **_options(config))
+    model, params, report = loading.read(config.base, task=task.kind, **_options(config))
     if model.tokenizer is None:
         raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
     if config.init == "scratch":
-        model, params = loading.scratch(model.config, model.tokenizer, config.seed)
+        params = loading.scratch(model, config.seed)
     elif config.init != "base":
         raise ValueError(f"init is {config.init!r}; choose 'base' (the checkpoint's weights) or 'scratch' (random)")
     return model, params, report
