@@ -47,7 +47,9 @@ class Stage:
 
 
 class VisionLanguageModel(sites.Adaptable):
-    """Base class of the models. Fields: `config`, a frozen dataclass; `processor`, which is no part of the jit key."""
+    """Base class of the models. Functions that make another model carry `nn.nowrap`, or it would become a submodule.
+
+    Fields: `config`, a frozen dataclass; `processor`, which is no part of the jit key."""
 
     config: Any
     processor: Processor | None = dataclasses.field(default=None, compare=False, repr=False)

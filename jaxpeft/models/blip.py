@@ -391,12 +391,15 @@ class Blip(VisionLanguageModel):
     def positions(self) -> int:
         return self.config.max_positions
 
+    @nn.nowrap
     def replaced(self, tokenizer: Tokenizer | None = None, **fields) -> "Blip":
         return build(dataclasses.replace(self.config, **fields), tokenizer or self.tokenizer)
 
+    @nn.nowrap
     def unrolled(self) -> "Blip":
         return self.replaced(unroll=max(self.config.vision_layers, self.config.text_layers))
 
+    @nn.nowrap
     def for_task(self, task: str) -> "Blip":
         if task == "vqa" and not self.config.question_encoder:
             raise ValueError("this BLIP has no question encoder, which answering needs")
