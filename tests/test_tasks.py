@@ -12,6 +12,7 @@ from jaxpeft.training import evaluate
 
 TOKENIZER = Tokenizer.from_words("a picture of red blue dog cat is it".split())
 IDS = TOKENIZER.ids
+CAPTION, ANSWER = (tiny.template(name, TOKENIZER) for name in ("captioning", "vqa"))
 PICTURES = [np.full((16, 16, 3), i, np.uint8) for i in range(3)]
 
 
@@ -35,7 +36,7 @@ SPLIT = Split(
 
 
 def test_captioning_examples_by_hand():
-    examples = tasks.build("captioning").examples(SPLIT, TOKENIZER)
+    examples = tasks.build("captioning").examples(SPLIT, CAPTION)
     row = [IDS[w] for w in ("[DEC]", "a", "picture", "of", "a", "red", "dog", "[SEP]")]
     assert examples.arrays["tokens"][0, 0].tolist() == row[:-1]
     assert examples.arrays["targets"][0, 0].tolist() == row[1:]
@@ -49,8 +50,8 @@ def test_captioning_examples_by_hand():
 
 
 def test_vqa_examples_by_hand():
-    examples = tasks.build("vqa").examples(SPLIT, TOKENIZER)
-    assert examples.arrays["question"][0].tolist() == [IDS[w] for w in ("[ENC]", "is", "it", "red", "[UNK]", "[SEP]")]
+    examples = tasks.build("vqa").examples(SPLIT, ANSWER)
+    assert examples.arrays["prompt"][0].tolist() == [IDS[w] for w in ("[ENC]", "is", "it", "red", "[UNK]", "[SEP]")]
     # distinct answers, most frequent first; weight = share of the annotators
     first = [TOKENIZER.decode(row[1:].tolist()) for row in examples.arrays["tokens"][0]]
     assert first == ["red", "blue", "cat dog"]
@@ -64,7 +65,7 @@ def test_vqa_loss_is_weighted_answer_sums_over_questions():
         def apply(variables, batch, rngs=None):
             return np.zeros((*batch["targets"].shape, 20), np.float32)
 
-    examples = tasks.build("vqa").examples(SPLIT, TOKENIZER)
+    examples = tasks.build("vqa").examples(SPLIT, ANSWER)
     total, count = tasks.build("vqa").loss(Uniform, None, examples.arrays, None)
     assert count == 2
     np.testing.assert_allclose(total, (0.5 * 2 + 0.25 * 2 + 0.25 * 3 + 1 * 2) * np.log(20), rtol=1e-6)
@@ -72,7 +73,7 @@ def test_vqa_loss_is_weighted_answer_sums_over_questions():
 
 def test_scores_and_blind_baselines():
     task = tasks.build("vqa")
-    cases = task.eval_examples(SPLIT, TOKENIZER)
+    cases = task.eval_examples(SPLIT, ANSWER)
     assert [row["answers"] for row in cases.rows][1] == ["dog"]
     assert (
         task.score(cases.rows, ["red", "dog"])["accuracy"] > task.score(cases.rows, ["cat", "dog"])["accuracy"] == 0.5
@@ -81,7 +82,7 @@ def test_scores_and_blind_baselines():
     # the majority of four answers, two alike: left out once each, (2 * 1/3 + 2 * 2/3) / 4
     assert blind["question_only"]["by_type"]["t"]["n"] == 2 and blind["question_only"]["accuracy"] == 0.75
     captioning = tasks.build("captioning")
-    caption_cases = captioning.eval_examples(SPLIT, TOKENIZER)
+    caption_cases = captioning.eval_examples(SPLIT, CAPTION)
     assert [row["image_id"] for row in caption_cases.rows] == ["0", "1"]  # a picture without captions is not scored
     assert captioning.score(caption_cases.rows, ["a red dog", "blue cat"])["rouge_l"] > 0.99
 
@@ -89,7 +90,7 @@ def test_scores_and_blind_baselines():
 @pytest.mark.parametrize("name", ["captioning", "vqa"])
 def test_a_split_without_texts_is_named(name):
     with pytest.raises(ValueError, match="split 'train' has no"):
-        tasks.build(name).examples(Split("train", PICTURES[:1], SPLIT.rows[2:]), TOKENIZER)
+        tasks.build(name).examples(Split("train", PICTURES[:1], SPLIT.rows[2:]), tiny.template(name, TOKENIZER))
 
 
 def test_unknown_task_and_option():
@@ -112,10 +113,11 @@ def test_padding_of_the_last_batch_never_changes_a_score():
     """Five cases in batches of 2, 3, 5 and 8: the same answers and the same likelihood."""
     model, variables = tiny.model(), {"params": tiny.params()}
     task, split = tasks.build("vqa"), _scenario(5)
+    template = task.template(model)
     pictures = pipeline.Resized(split.images, 16)
     cases, examples = (
         base.Examples(e.arrays, pictures, e.rows)
-        for e in (task.eval_examples(split, tiny.TOKENIZER), task.examples(split, tiny.TOKENIZER))
+        for e in (task.eval_examples(split, template), task.examples(split, template))
     )
     found = []
     for size in (2, 5, 8):
@@ -153,37 +155,38 @@ def _answers(*answers):
 
 
 WORDS = Tokenizer.from_words("red t shirt - 3 . 5 cafe a picture of".split())
+WRITES = tiny.template("vqa", WORDS)
 
 
 @pytest.mark.parametrize("truth", ["red", "Red", "RED ", "t-shirt", "T - Shirt", "3.5", "caf\u00e9", "Cafe\u0301"])
 def test_a_right_answer_scores_one_however_it_is_written(truth):
     task, split = tasks.build("vqa"), _answers(truth)
-    rows, written = task.eval_examples(split, WORDS).rows, task.writable(truth, WORDS)
+    rows, written = task.eval_examples(split, WRITES).rows, task.writable(truth, WRITES)
     assert task.score(rows, [written])["accuracy"] == task.score(rows, [truth])["accuracy"] == 1
-    assert task.reachable(truth, WORDS) and task.candidates(split, WORDS) is None
+    assert task.reachable(truth, WRITES) and task.candidates(split, WRITES) is None
     ranked = tasks.build("vqa", inference="rank")
-    assert task.score(rows, ranked.candidates(split, WORDS))["accuracy"] == 1  # both ways agree
+    assert task.score(rows, ranked.candidates(split, WRITES))["accuracy"] == 1  # both ways agree
 
 
 def test_what_the_vocabulary_lacks_is_out_of_reach_and_counted():
     task, split = tasks.build("vqa"), _answers("zebra", "yak", "red", ["red", "zebra", "zebra"])
-    rows = task.eval_examples(split, WORDS).rows
-    assert task.writable("zebra", WORDS) == task.writable("yak", WORDS) == ""
-    assert [task.per_example(rows, [""] * 4).tolist(), task.reachable("yak", WORDS)] == [[0, 0, 0, 0], False]
-    found = task.perfect_writer(rows, WORDS)
+    rows = task.eval_examples(split, WRITES).rows
+    assert task.writable("zebra", WRITES) == task.writable("yak", WRITES) == ""
+    assert [task.per_example(rows, [""] * 4).tolist(), task.reachable("yak", WRITES)] == [[0, 0, 0, 0], False]
+    found = task.perfect_writer(rows, WRITES)
     assert (found["truths"], found["out_of_reach"]) == (5, 3)
     assert found["accuracy"] == (1 + 1 / 3) / 4 and found["unhindered"] == (3 + 2 / 3) / 4
     assert found["examples"][0] == ["zebra", ""]
     # of answers that are one to the model none is on the list
-    assert tasks.build("vqa", inference="rank").candidates(split, WORDS) == ["red"]
+    assert tasks.build("vqa", inference="rank").candidates(split, WRITES) == ["red"]
     with pytest.raises(ValueError, match="none of 2 answers, such as 'yak'"):
-        tasks.build("vqa", inference="rank").candidates(_answers("zebra", "yak"), WORDS)
+        tasks.build("vqa", inference="rank").candidates(_answers("zebra", "yak"), WRITES)
 
 
 def test_answers_of_one_form_are_one_to_blind_guesses_and_lists():
     task, split = tasks.build("vqa", inference="rank"), _answers("Red", "red", "RED", "cafe")
-    assert task.candidates(split, WORDS) == ["red", "cafe"]
-    assert task.blind(split, task.eval_examples(split, WORDS).rows)["majority"]["accuracy"] == 0.75
+    assert task.candidates(split, WRITES) == ["red", "cafe"]
+    assert task.blind(split, task.eval_examples(split, WRITES).rows)["majority"]["accuracy"] == 0.75
 
 
 OWN = [
@@ -197,14 +200,16 @@ OWN = [
 def test_a_perfect_writer_reaches_the_ceiling_where_the_vocabulary_has_every_word():
     rows = [{"image_id": str(i), "captions": [text], "questions": []} for i, text in enumerate(OWN)]
     split, task = Split("test", [None] * 4, rows), tasks.build("captioning")
-    tokenizer, _ = WORDS.extended(word for text in task.texts(split) for word in WORDS.unknown_words(text))
-    cases = task.eval_examples(split, tokenizer)
-    found = task.perfect_writer(cases.rows, tokenizer)
+    plain = tiny.template("captioning", WORDS)
+    tokenizer, _ = WORDS.extended(word for text in task.texts(split, plain) for word in WORDS.unknown_words(text))
+    rich = tiny.template("captioning", tokenizer)
+    cases = task.eval_examples(split, rich)
+    found = task.perfect_writer(cases.rows, rich)
     assert (found["truths"], found["out_of_reach"]) == (4, 0) and found["cider_d"] == pytest.approx(10)
-    poor = task.perfect_writer(cases.rows, WORDS)
+    poor = task.perfect_writer(cases.rows, plain)
     assert poor["out_of_reach"] == 4 and poor["cider_d"] < 5 < poor["unhindered"] == pytest.approx(10)
     published = tasks.build("captioning", variant="coco")  # what it was before, and is for COCO
-    assert published.perfect_writer(published.eval_examples(split, tokenizer).rows, tokenizer)["cider_d"] < 9
+    assert published.perfect_writer(published.eval_examples(split, rich).rows, rich)["cider_d"] < 9
 
 
 # ---------------------------------------------------------------- limits
@@ -248,7 +253,7 @@ def test_a_cut_text_does_not_end_with_the_end_token():
         [IDS["cat"], IDS["dog"]],
     ]
     # the question encoder's frame stays whole
-    cut = tasks.build("vqa", max_question=4).eval_examples(SPLIT, TOKENIZER).arrays["question"]
+    cut = tasks.build("vqa", max_question=4).eval_examples(SPLIT, TOKENIZER).arrays["prompt"]
     assert cut[0].tolist() == [IDS[w] for w in ("[ENC]", "is", "it", "[SEP]")]
 
 

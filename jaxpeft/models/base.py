@@ -9,6 +9,7 @@ positions, V words.
 """
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -123,12 +124,10 @@ class VisionLanguageModel(sites.Adaptable):
         return logits_RTV.reshape(n_rows, n_texts, n_tokens, -1)
 
 
-def _blip() -> Converter:
-    from jaxpeft.models import blip_convert
+def _of(module: str) -> Callable[[], Converter]:
+    """The converter of a module of this room, imported when it is wanted."""
+    return lambda: importlib.import_module(f"jaxpeft.models.{module}").CONVERTER
 
-    return blip_convert.CONVERTER
 
-
-# model_type of config.json (Hugging Face) or manifest.json (ours) -> a function that gives its converter, so that a model is
-# imported when it is wanted
-MODELS: dict[str, Callable[[], Converter]] = Registry("model type", {"blip": _blip})
+# model_type of config.json (Hugging Face) or manifest.json (ours) -> a function that gives its converter
+MODELS: dict[str, Callable[[], Converter]] = Registry("model type", {"blip": _of("blip_convert")})
