@@ -68,8 +68,8 @@ def lanes(config, workdir: Path) -> None:
     from jaxpeft.data import pipeline
     from jaxpeft.runtime import host
     from jaxpeft.study import execute
-    from jaxpeft.training import frozen_cache as feature_tables
     from jaxpeft.training import evaluate, loop, optim
+    from jaxpeft.training import frozen_cache as feature_tables
     from jaxpeft.training import run as training_run
 
     host.keep_freed_memory()

@@ -376,9 +376,9 @@ def test_eight_devices_and_vmap_over_tuned_trees_equal_one_device(row):
 
     def step(tuned, frozen, batch):
         state = loop.TrainState(jnp.int32(0), tuned, tx.init(tuned))
-        return loop.train_step(
-            state, frozen, batch, model=tiny.model(), task=tasks.build("vqa"), tx=tx, grad_accum=1
-        )[0].tuned
+        return loop.train_step(state, frozen, batch, model=tiny.model(), task=tasks.build("vqa"), tx=tx, grad_accum=1)[
+            0
+        ].tuned
 
     alone = jax.jit(step)
     apart = [alone(tuned, frozen, batch) for tuned, _ in trees]
