@@ -41,7 +41,7 @@ def readers(home):
 
 
 NAMES = ("torch file", "safetensors", "picture", "annotations", "tokenizer.json", "vocab.txt", "BLIP config.json",
-         "BLIP directory", "our checkpoint", "our tuned tree", "PEFT adapter", "journal", "run directory")  # fmt: skip
+         "BLIP directory", "our checkpoint", "our tuned tree", "PEFT adapter", "run directory")  # fmt: skip
 
 
 def test_no_reader_is_left_out(readers):

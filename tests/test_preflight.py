@@ -28,11 +28,11 @@ class Reached(Exception):
 
 
 def what_the_run_trains(c, tmp_path, monkeypatch):
-    """(tuned, frozen, features, batch) as `point.run` hands them to the training loop."""
+    """(trainable, frozen, batch) as `run.run` hands them to the training loop."""
     seen = []
 
-    def fit(config, workdir, step_fn, tuned, frozen, features, batches, *_, **__):
-        seen.append((tuned, frozen, features, next(iter(batches(0)))))
+    def fit(config, workdir, job, *_):
+        seen.append((job.trainable, job.frozen, next(job.batches(0))))
         raise Reached
 
     monkeypatch.setattr(run, "fit", fit)
@@ -61,13 +61,12 @@ def planned(c):
 )
 def test_the_planned_shapes_are_those_of_the_run(base, tmp_path, monkeypatch, task, method, changes):
     c = config_of(base, task, method, **changes)
-    _, _, (state, frozen, features, batch) = planned(c)
-    tuned_run, frozen_run, features_run, batch_run = what_the_run_trains(c, tmp_path, monkeypatch)
+    _, _, (state, frozen, batch) = planned(c)
+    tuned_run, frozen_run, batch_run = what_the_run_trains(c, tmp_path, monkeypatch)
     assert shapes_of(state.tuned) == shapes_of(tuned_run)
     assert shapes_of(frozen) == shapes_of(frozen_run)
-    assert (features is None) == (features_run is None)
-    if features is not None:
-        assert (features.shape[1:], features.dtype) == (features_run.shape[1:], features_run.dtype)
+    if "image_tokens" in batch:
+        assert batch["image_tokens"].shape == batch_run["image_tokens"].shape
     # texts are as long as the longest of those read, and a plan reads a few of them
     assert {name: x.dtype for name, x in batch.items()} == {name: x.dtype for name, x in batch_run.items()}
     assert {x.shape[0] for x in batch.values()} == {c.batch_size}
@@ -88,22 +87,15 @@ def wide(tmp_path_factory):
 def test_planned_bytes_are_those_on_a_device(wide, axes):
     """The arguments that XLA plans are, to the byte, what the arrays take on the first device."""
     c = config_of(wide, **{"data.augment": "crop"})  # so that the image encoder runs, and is an argument
-    model, step, (state, frozen, features, batch) = planned(c)
+    model, step, (state, frozen, batch) = planned(c)
     mesh = sharding.mesh(axes)
-    plan = preflight.compiled(step, (state, frozen, features, batch), model.sharding, mesh, c.journal_mb)
-    everywhere = sharding.put(
-        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state),
-        jax.tree.map(lambda _: sharding.replicated(mesh), state),
-    )
-    words = sharding.packed(jax.tree.leaves(everywhere))
-    assert plan.journal == words.addressable_shards[0].data.nbytes > 0
-    assert plan.peak == plan.arguments + plan.temporary + plan.journal
+    plan = preflight.compiled(step, (state, frozen, batch), model.sharding, mesh)
+    assert plan.peak == plan.arguments + plan.temporary
     rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
     taken = 0
     for one, where in (
         (state, sharding.shardings(state, model.sharding, mesh)),
         (frozen, sharding.shardings(frozen, model.sharding, mesh)),
-        (features, sharding.replicated(mesh)),
         (batch, jax.tree.map(lambda _: rows, batch)),
     ):
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), one)

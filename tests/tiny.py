@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import config
-from jaxpeft.inputs.tokenizer import SPECIAL, Tokenizer
 from jaxpeft.inputs.processor import Template
+from jaxpeft.inputs.tokenizer import SPECIAL, Tokenizer
 from jaxpeft.models.blip import Blip, BlipConfig, build, processor
 
 TOKENIZER = Tokenizer.from_words(f"w{i}" for i in range(20))

@@ -216,7 +216,7 @@ def fit(
             return SAVE if sharding.is_first() and clock() >= save_at else NOTHING
 
         def settle(keep: int = 0) -> int:
-            """Wait for the pending steps but the newest `keep`, check and log them -> the most that a host asked for in them."""
+            """Wait for the pending steps but the newest `keep`, check and log them -> the most that a host asked for."""
             most = NOTHING
             while len(pending) > keep:
                 done, metrics, wish = pending.popleft()
@@ -254,13 +254,9 @@ def fit(
                             saved = step
                         save_at = clock() + max(config.checkpoint_seconds, PAUSE * (clock() - saving))
                     if wish == STOP and step < last:
-                        on_disk = checkpoints.wait()
-                        said = (
-                            "which is saved; the same command goes on from it"
-                            if on_disk
-                            else "which could not be saved"
-                        )
-                        log(f"\nstopped at step {step}, {said}")
+                        goes_on = "is saved; the same command goes on from it"
+                        said = goes_on if checkpoints.wait() else "could not be saved"
+                        log(f"\nstopped at step {step}, which {said}")
                         raise signals.Stopped("stopped", signals.asked() or signal.SIGTERM)
                     tick = clock()
             except Exception as error:  # save the last good step; of several hosts the others may be in another place
