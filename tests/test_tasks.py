@@ -217,43 +217,48 @@ def test_a_perfect_writer_reaches_the_ceiling_where_the_vocabulary_has_every_wor
 
 def test_limits_are_the_longest_texts_up_to_the_positions():
     captioning, vqa = tasks.build("captioning"), tasks.build("vqa")
-    lengths = captioning.lengths(SPLIT, TOKENIZER)
+    lengths = captioning.lengths(SPLIT, CAPTION)
     assert lengths["max_tokens"].tolist() == [8, 6, 7]  # [DEC] a picture of ... [SEP]
-    assert (
-        captioning.limited([lengths], 16, TOKENIZER).length == 8
-        and captioning.limited([lengths], 6, TOKENIZER).length == 6
-    )
-    assert captioning.limited([], 100, TOKENIZER).length == 40  # nothing to measure
-    asked = vqa.limited([vqa.lengths(SPLIT, TOKENIZER)], 64, TOKENIZER)
-    assert (asked.max_question, asked.length) == (6, 4)
-    cut = captioning.limited([lengths], 6, TOKENIZER).cuts(lengths)
+    assert lengths["max_new_tokens"].tolist() == [4, 2, 3]  # the four tokens of the start are given
+
+    def limits(lengths, positions):
+        limited = captioning.limited(lengths, positions, CAPTION)
+        return limited.max_tokens, limited.max_new_tokens
+
+    assert limits([lengths], 16) == (8, 4) and limits([lengths], 6) == (6, 2)
+    assert limits([], 100) == (40, 36)  # nothing to measure
+    asked = vqa.limited([vqa.lengths(SPLIT, ANSWER)], 64, ANSWER)
+    assert (asked.max_question, asked.max_new_tokens) == (6, 3)
+    cut = captioning.limited([lengths], 6, CAPTION).cuts(lengths)
     assert cut["max_tokens"] == {"limit": 6, "longest": 8, "cut": 2, "of": 3} and cut["max_words"]["cut"] == 0
     words = tasks.build("captioning", max_words=2)
-    assert words.cuts(words.lengths(SPLIT, TOKENIZER))["max_words"] == {"limit": 2, "longest": 3, "cut": 1, "of": 3}
+    assert words.cuts(words.lengths(SPLIT, CAPTION))["max_words"] == {"limit": 2, "longest": 3, "cut": 1, "of": 3}
     for task, field, value, allowed in (
-        ("vqa", "length", 70, "2 to 64"), ("vqa", "length", 1, "2 to 64"), ("vqa", "max_question", 2, "3 to 64"),
-        ("captioning", "max_tokens", -1, "5 to 64"), ("captioning", "length", 4, "5 to 64"),
+        ("vqa", "max_new_tokens", 69, "1 to 63"), ("vqa", "max_new_tokens", 64, "1 to 63"),
+        ("vqa", "max_new_tokens", -1, "1 to 63"), ("vqa", "max_question", 2, "3 to 64"),
+        ("captioning", "max_tokens", -1, "5 to 64"), ("captioning", "max_tokens", 4, "5 to 64"),
+        ("captioning", "max_new_tokens", -1, "1 to 60"), ("captioning", "max_new_tokens", 61, "1 to 60"),
     ):  # fmt: skip
         with pytest.raises(
             ValueError, match=f"task_options.{field} is {value}; with this base and prompt it must be {allowed}"
         ):
-            tasks.build(task, **{field: value}).limited([], 64, TOKENIZER)
+            tasks.build(task, **{field: value}).limited([], 64, tiny.template(task, TOKENIZER))
 
 
 def test_a_cut_text_does_not_end_with_the_end_token():
-    examples = tasks.build("captioning", max_tokens=6).examples(SPLIT, TOKENIZER)
+    examples = tasks.build("captioning", max_tokens=6).examples(SPLIT, CAPTION)
     targets, weights = examples.arrays["targets"][:, 0], examples.arrays["weights"][:, 0]
     assert targets[0].tolist() == [IDS[w] for w in ("a", "picture", "of", "a", "red")]  # 'dog' is cut off
     assert targets[1].tolist() == [IDS[w] for w in ("a", "picture", "of", "dog", "[SEP]")]
     assert weights[0].tolist() == [0, 0, 0, 1, 1]
-    answers = tasks.build("vqa", length=3).examples(SPLIT, TOKENIZER).arrays
+    answers = tasks.build("vqa", max_new_tokens=2).examples(SPLIT, ANSWER).arrays
     assert answers["targets"][0].tolist() == [
         [IDS["red"], IDS["[SEP]"]],
         [IDS["blue"], IDS["[SEP]"]],
         [IDS["cat"], IDS["dog"]],
     ]
     # the question encoder's frame stays whole
-    cut = tasks.build("vqa", max_question=4).eval_examples(SPLIT, TOKENIZER).arrays["prompt"]
+    cut = tasks.build("vqa", max_question=4).eval_examples(SPLIT, ANSWER).arrays["prompt"]
     assert cut[0].tolist() == [IDS[w] for w in ("[ENC]", "is", "it", "[SEP]")]
 
 
@@ -261,15 +266,15 @@ def test_a_cut_text_does_not_end_with_the_end_token():
 def test_published_scores_have_the_ceiling_of_how_answers_are_made(inference, accuracy):
     """The official scorer compares unanimous answers as they are: "t - shirt" is wrong, and a ranked list has "t-shirt"."""
     task = tasks.build("vqa", variant="official2021", inference=inference)
-    rows = task.eval_examples(_answers(["t-shirt"] * 10, ["red"] * 10), WORDS).rows
-    found = task.perfect_writer(rows, WORDS)
+    rows = task.eval_examples(_answers(["t-shirt"] * 10, ["red"] * 10), WRITES).rows
+    found = task.perfect_writer(rows, WRITES)
     assert (found["accuracy"], found["unhindered"]) == (accuracy, 1.0)
 
 
 def test_the_ceiling_counts_what_the_limit_cuts():
-    task = tasks.build("vqa", length=3)
-    rows = task.eval_examples(_answers("red t shirt", "red"), WORDS).rows
-    found = task.perfect_writer(rows, WORDS)
+    task = tasks.build("vqa", max_new_tokens=2)
+    rows = task.eval_examples(_answers("red t shirt", "red"), WRITES).rows
+    found = task.perfect_writer(rows, WRITES)
     assert found["out_of_reach"] == 1 and found["accuracy"] == 0.5 and found["examples"] == [["red t shirt", "red t"]]
 
 
@@ -279,19 +284,19 @@ def test_ids_that_repeat_in_a_split_are_named(name, key):
         row | {"image_id": "0", "questions": [_q("q0", "it", ["dog"])], "captions": ["dog"]} for row in SPLIT.rows[:2]
     ]
     task = tasks.build(name)
-    cases = task.eval_examples(Split("val", PICTURES[:2], rows), TOKENIZER)
+    cases = task.eval_examples(Split("val", PICTURES[:2], rows), tiny.template(name, TOKENIZER))
     with pytest.raises(ValueError, match=f"split 'val': {key} 'q?0' occurs twice"):
         tasks.check_ids(cases, task.id_key, "val")
 
 
 def test_a_question_is_read_to_its_end_or_refused():
     model, variables = tiny.model(), {"params": tiny.params()}
-    task = tasks.build("vqa", max_question=4, length=4)
+    task = tasks.build("vqa", max_question=4, max_new_tokens=3)
     picture = [np.zeros((16, 16, 3), np.uint8)]
     long = " ".join(f"w{i}" for i in range(12))
     cut, whole = (
         evaluate.generate(model, variables, picture, long, task=one, top=3)
-        for one in (task, tasks.build("vqa", length=4))
+        for one in (task, tasks.build("vqa", max_new_tokens=3))
     )
     assert cut == whole  # what it was tuned with does not matter
     with pytest.raises(ValueError, match="a question of 22 tokens is longer than the 16 that the model reads"):

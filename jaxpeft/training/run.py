@@ -61,7 +61,8 @@ def run(
             return result
         setup = setups.prepare(config, log)
         yardsticks = scoring.yardsticks(config, setup, log)
-        read = inputs.prepare(config, setup, features_in and Path(features_in), log)
+        shared = Path(features_in) if features_in else None
+        read = inputs.prepare(config, setup, shared, log)
         plan = setups.scheduled(config, len(read.examples("train")))
         _begin(config, setup, workdir, changed, log)
         state, timing = fit(plan, workdir, _job(plan, setup, read, log), log, accept_changes)
