@@ -67,13 +67,13 @@ def lanes(config, workdir: Path) -> None:
     from jaxpeft import data, tasks, tree
     from jaxpeft.adapt import sites
     from jaxpeft.data import pipeline
-    from jaxpeft.runtime import host
+    from jaxpeft.runtime import host, malloc
     from jaxpeft.study import execute
     from jaxpeft.training import frozen_cache as feature_tables
     from jaxpeft.training import loop, optim
     from jaxpeft.training import run as training_run
 
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     host.keep_compiled_programs()
     rows = []
     for cell in execute.cells(config):

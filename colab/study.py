@@ -37,11 +37,11 @@ from pathlib import Path
 from IPython.display import Image, display
 
 from configs.studies import tiny
-from jaxpeft.runtime import host
+from jaxpeft.runtime import host, malloc
 from jaxpeft.study import report
 from jaxpeft.study import execute
 
-host.keep_freed_memory()
+malloc.keep_freed_memory()
 _ = host.keep_compiled_programs()
 
 # %% [markdown]

@@ -252,10 +252,7 @@ def _import_ia3(reader, config, params):
     for name in reader.modules("ia3_l"):
         vector = reader.take(f"{PREFIX}{name}.ia3_l")
         parts, start = reader.parts(name, "linear"), 0
-        is_input = any(
-            name == one or name.endswith(f".{one}") or re.fullmatch(one, name)
-            for one in inputs
-        )
+        is_input = any(name == one or name.endswith(f".{one}") or re.fullmatch(one, name) for one in inputs)
         size = parts[0][2][0] if is_input else sum(shape[1] for *_, shape in parts)
         if vector.shape != ((1, size) if is_input else (size, 1)) or (is_input and len(parts) > 1):
             raise ValueError(f"{reader.source}: {name}.ia3_l has shape {vector.shape}, which does not fit")

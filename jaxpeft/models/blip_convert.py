@@ -331,7 +331,11 @@ class _Converter:
         return read_directory(directory, image_size=image_size, question_encoder=asks, place=place, dtype=dtype)
 
     def model(
-        self, config: BlipConfig, directory: Path | None = None, defaults: Iterable[str] = (), image_size: int | None = None
+        self,
+        config: BlipConfig,
+        directory: Path | None = None,
+        defaults: Iterable[str] = (),
+        image_size: int | None = None,
     ) -> Blip:
         if directory is None:
             return Blip(config)
@@ -342,7 +346,9 @@ class _Converter:
 def _asks(task: str | None) -> bool | None:
     """Whether a task needs the question encoder; None for None."""
     if task not in (None, *TASKS):
-        raise ValueError(f"task is {task!r}; a BLIP does {' or '.join(map(repr, TASKS))}, None: what the checkpoint holds")
+        raise ValueError(
+            f"task is {task!r}; a BLIP does {' or '.join(map(repr, TASKS))}, None: what the checkpoint holds"
+        )
     return None if task is None else task == "vqa"
 
 
@@ -361,7 +367,9 @@ def _with_processor(config: BlipConfig, directory: Path, image_size: int | None)
     return dataclasses.replace(config, **said)
 
 
-def _with_tokenizer(config: BlipConfig, directory: Path, defaults: Iterable[str]) -> tuple[BlipConfig, Tokenizer | None]:
+def _with_tokenizer(
+    config: BlipConfig, directory: Path, defaults: Iterable[str]
+) -> tuple[BlipConfig, Tokenizer | None]:
     """The directory's tokenizer, and the configuration with its special ids where config.json does not have them
     (`defaults`). Raises ValueError where the two contradict each other."""
     if not any((directory / name).exists() for name in TOKENIZER_FILES):

@@ -163,7 +163,9 @@ class Table:
                         f"{source}: {second} differs from {first}, to which it is tied; this model has one of them"
                     )
         expected = {name: np.broadcast_to(np.int8(0), rule.shape) for rule in self.rules for name in rule.names()}
-        tree.check_same(expected, tensors, f"{source} (unexpected: keys that nothing reads; missing: leaves left unfilled)")
+        tree.check_same(
+            expected, tensors, f"{source} (unexpected: keys that nothing reads; missing: leaves left unfilled)"
+        )
         return tensors
 
 
@@ -367,7 +369,9 @@ def opened(directory: Path, weights: Sequence[str] = WEIGHTS) -> Checkpoint:
     index = files.read_json(directory / first)
     if not isinstance(index.get("weight_map"), dict):
         raise ValueError(f"{directory / first}: weight_map is missing")
-    shards = {name: _opened(files.beside(directory, name)) for name in sorted(set(map(str, index["weight_map"].values())))}
+    shards = {
+        name: _opened(files.beside(directory, name)) for name in sorted(set(map(str, index["weight_map"].values())))
+    }
     tensors: dict[str, Tensor] = {}
     for name, shard in shards.items():
         if twice := sorted(shard.keys() & tensors.keys()):
@@ -391,7 +395,9 @@ def _safetensors(path: Path) -> Iterator[tuple[str, _Stored]]:
         for name in file.keys():  # noqa: SIM118  no iterator
             part = file.get_slice(name)
             if part.get_dtype() not in DTYPES:
-                raise ValueError(f"{path}: {name} is of type {part.get_dtype()}, which is not read here; save it as BF16")
+                raise ValueError(
+                    f"{path}: {name} is of type {part.get_dtype()}, which is not read here; save it as BF16"
+                )
             yield name, _Stored(path, name, tuple(part.get_shape()), np.dtype(DTYPES[part.get_dtype()]))
 
 

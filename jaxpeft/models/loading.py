@@ -223,7 +223,13 @@ def save(
             del flat[name]
     config = {k: v for k, v in dataclasses.asdict(model.config).items() if k not in RUNTIME}
     stored = {name: np.asarray(x, dtype).astype(np.float32) for name, x in flat.items()}
-    manifest = {"model_type": model.model_type, "config": config, "aliases": aliases, "digest": tree.digest(stored), **facts}
+    manifest = {
+        "model_type": model.model_type,
+        "config": config,
+        "aliases": aliases,
+        "digest": tree.digest(stored),
+        **facts,
+    }
     with files.whole_directory(directory, (*TOKENIZER_FILES, "model.safetensors", "manifest.json")) as new:
         files.write_tensors(new / "model.safetensors", {name: np.asarray(x, dtype) for name, x in flat.items()})
         for name, content in model.tokenizer.files().items():
@@ -245,9 +251,7 @@ def wider(model: Any, words: Iterable[str]) -> tuple[Any, list[str]]:
     return model.clone(config=config, tokenizer=tokenizer), list(new)
 
 
-def extend_vocabulary(
-    model: Any, params: Tree, words: Iterable[str], seed: int
-) -> tuple[Any, Tree, list[str]]:
+def extend_vocabulary(model: Any, params: Tree, words: Iterable[str], seed: int) -> tuple[Any, Tree, list[str]]:
     """`wider` with parameters: the base's as they are, new rows N(0, 0.02) and new biases 0.
 
     New rows are random, so whoever adds words must also train them (`methods.NewWords`).

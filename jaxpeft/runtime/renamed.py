@@ -10,7 +10,9 @@ CONFIG = {  # config keys, flattened
     "optim.decay": "optim.weight_decay",
 }
 FIELDS = {"start": "init_weights", "where": "targets"}  # of methods, in code and in saved manifests
-LOADING = {"question_encoder": "task='vqa' for a model that answers questions, task='captioning' for one without"}  # jp.load
+LOADING = {
+    "question_encoder": "task='vqa' for a model that answers questions, task='captioning' for one without"
+}  # jp.load
 MODULES = {  # below jaxpeft
     "budget": "adapt.budget", "checkpoint": "training.checkpoint", "claims": "study.claims",
     "cluster": "study.ray_executor", "datasets": "data", "decode": "models.decode", "demo": "apps.demo",

@@ -88,7 +88,9 @@ class _Mapped:
     def record(self, info: zipfile.ZipInfo) -> memoryview:
         """A record that is stored as it is, checked against its checksum."""
         local = self.map[info.header_offset : info.header_offset + 30]  # lengths of the name and the extra field end it
-        start = info.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+        start = (
+            info.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+        )
         view = memoryview(self.map)[start : start + info.file_size]
         if local[:4] != b"PK\x03\x04" or len(view) != info.file_size or _crc(view, self.release) != info.CRC:
             raise Refused(f"damaged torch file: record {info.filename} is not what was written; fetch it again")

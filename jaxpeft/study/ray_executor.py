@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from jaxpeft.runtime import host, registry, signals
+from jaxpeft.runtime import host, malloc, registry, signals
 from jaxpeft.study import execute
 
 RUNS_A_PROCESS = 20
@@ -144,7 +144,7 @@ def _task(run: "execute.Run", directory: str, cwd: str, n_cores: int, imports=()
     lines: list[str] = []
     _take_cores(n_cores)
     with signals.handled():
-        host.keep_freed_memory()
+        malloc.keep_freed_memory()
         host.keep_compiled_programs()
         try:
             done = execute.attempt(run, Path(directory), lines.append)
