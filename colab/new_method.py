@@ -41,11 +41,11 @@ import jax, jax.numpy as jnp, numpy as np
 
 import jaxpeft as jp
 from jaxpeft.config import get_config
-from jaxpeft.runtime import host
+from jaxpeft.runtime import malloc
 from jaxpeft import methods
 from jaxpeft.methods import Method
 
-host.keep_freed_memory()
+malloc.keep_freed_memory()
 
 
 # %% [markdown]

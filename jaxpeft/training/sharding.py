@@ -10,6 +10,8 @@ one host is the case of one process.
 import contextlib
 import functools
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -170,6 +172,24 @@ def put(tree: Tree, placed: Tree) -> Tree:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(one, tree, placed)
+
+
+def placing(rules: Rules, on: Mesh) -> Callable[[str, Any], jax.Array]:
+    """The `place` of `loading.read`: a leaf (a `convert.Leaf`) goes where the rules say as soon as it is made. Of several
+    hosts each reads only what its own devices hold."""
+
+    def place(name: str, leaf: Any) -> jax.Array:
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        (sharding,) = jax.tree.leaves(shardings({"params": {name: shape}}, rules, on))
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf[...], sharding)
+        part = functools.cache(
+            lambda *bounds: leaf[tuple(slice(*bound) for bound in bounds)]
+        )  # several devices hold it
+        bounds = lambda index: (one.indices(n)[:2] for one, n in zip(index, leaf.shape, strict=True))  # noqa: E731
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: part(*bounds(index)))
+
+    return place
 
 
 def replicated(on: Mesh) -> NamedSharding:
