@@ -1,12 +1,13 @@
 """jaxpeft: parameter-efficient fine-tuning of vision-language models in JAX/Flax.
 
-The map, in the order in which data flow:
-    datasets/ tasks/ images text data     records -> examples -> batches
-    layers sites models/ methods/ tree    model + what is tuned and where
-    losses optim sharding train point     the step, the one loop, and a run from config to result
-    decode metrics evals results          answers, scores, files
-    budget interchange foreign            sizes for one budget; tuned trees to and from PyTorch; other Flax models
-    checkpoint hub pretrain               what is kept, what comes in, what is shipped
+The map, in the order of the imports: a module imports what stands above its folder, and never what stands below it.
+    runtime/ tree ops     files, signals, locks, registries, the process; trees of arrays by name; array operations
+    methods/ adapt/       what is trained, and the sites where a method meets a model; budgets; other Flax models
+    inputs/ models/       tokenizers, images, templates; the model protocol, BLIP, its converter, loading, decoding
+    data/ metrics/ tasks/ data sets -> examples -> batches; scores; captioning and VQA
+    interchange/          PEFT adapters, BLIP directories and our own format, in and out
+    training/ config      one run: setup, inputs, the loop, checkpoints, evaluation, result; the defaults of its config
+    study/ apps/ cli      a grid of runs and its report; generate, export, demo, pretrain; the `jaxpeft` command
 
     import jax, jaxpeft as jp
     model, params = jp.load("tiny", task="vqa")

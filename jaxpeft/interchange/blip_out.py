@@ -75,7 +75,7 @@ def export_blip(model, variables: Tree, directory, card: str = "", task=None, be
 
 def generation(model, task, beams: int = 1) -> tuple[dict, dict]:
     """(settings for generation_config.json, settings for the text_config of config.json) that make transformers write as
-    `jaxpeft.generate` does.
+    `jaxpeft generate` does.
 
     The first are for inputs that begin with the prompt, as in the model card's code. A plain `model.generate(**inputs)` asks
     the text decoder, whose settings transformers takes from text_config; there the prompt is a sequence bias, which makes
