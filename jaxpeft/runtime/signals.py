@@ -4,8 +4,8 @@ A training loop says that it looks (`with signals.polled()`), and then the first
 the next step with everything saved. Elsewhere (loading, compiling, evaluation) the signal raises `Stopped` as soon as
 Python runs again, and the checkpoint being written is finished on the way out. A second Ctrl-C raises at once.
 
-A program is `signals.program(main)`: after a signal it ends without the interpreter's own shutdown, in which jaxlib 0.10 crashes
-(a segmentation fault, status 139) when the signal came while XLA compiled for the CPU.
+A program is `signals.program(main)`: after a signal it ends without the interpreter's own shutdown, in which jaxlib 0.10
+crashes (a segmentation fault, status 139) when the signal came while XLA compiled for the CPU.
 """
 
 import atexit
