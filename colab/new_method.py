@@ -135,5 +135,5 @@ for name, (stored, accuracy, blind) in scores.items():
 
 # %% [markdown]
 # One seed and one learning rate each: no comparison of the two. For one, add the method to a study's `variants`
-# (`study.ipynb`). To keep a method, move the class to a file in `jaxpeft/methods/` and give it a row in `tests/methods_table.py`: the tests then check
-# identity at init, counts, gradients, merging, dtypes and saving.
+# (`study.ipynb`). To keep a method, move the class to a file in `jaxpeft/methods/` and give it a row in
+# `tests/methods_table.py`: the tests then check identity at init, counts, gradients, merging, dtypes and saving.
