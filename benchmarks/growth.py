@@ -53,7 +53,7 @@ def step_of(config, batch_size: int):
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["params"]
     params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * 0.02), shapes)
     variables = sites.attach(model, params, methods.build("lora"), jax.random.key(0))
-    tuned, frozen = tree.split(variables, sites.trainable(methods.build("lora"), variables))
+    tuned, frozen = tree.split(variables, sites.trainable(variables))
     tx = optim.optimizer(defaults.get_config().optim, tuned, 1000)
     first = [config.bos_id, 7, 8]
     ids = [[[*first, *rng.integers(9, config.vocab_size - 2, LENGTH - 4).tolist(), config.sep_id]]] * batch_size

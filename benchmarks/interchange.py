@@ -106,10 +106,10 @@ def check(name, directory) -> dict:
     torch_model = cls.from_pretrained(base_dir).eval()
     model, params = loading.load(base_dir)
     variables = jp.attach(model, params, method, jax.random.key(0))
-    mask = jp.trainable(method, variables)
+    mask = jp.trainable(variables)
     variables, batch = drawn(variables, mask), inputs(model.config, tower == "vqa")
     here, base = ours(model, variables, batch), ours(model, {"params": params}, batch)
-    jp.export_peft(model, variables, method, directory)
+    jp.export_peft(model, variables, directory)
 
     whole, inner = torch_model, torch_model.text_decoder if name in DECODER else torch_model
     base_there = theirs(whole, batch)

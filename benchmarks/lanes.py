@@ -30,7 +30,7 @@ def measure(task: str, method: str, lanes: list[int], runs: int, check: int) -> 
     bench = Bench(task, 1000)
     chosen = methods.build(method, "transform")
     variables = sites.attach(bench.model, bench.params, chosen, jax.random.key(0))
-    tuned, frozen = tree.split(variables, sites.trainable(chosen, variables))
+    tuned, frozen = tree.split(variables, sites.trainable(variables))
     tx = optim.optimizer(bench.config.optim, tuned, 1000)
     step = functools.partial(loop.train_step, model=bench.model, task=bench.task, tx=tx, grad_accum=1)
     examples = bench.task.examples(bench.splits["train"], bench.model.tokenizer)

@@ -89,7 +89,7 @@ def step_of(model, method, params, batch, runs):
     """(seconds per step, compile seconds, planned bytes, counts)."""
     variables = jax.jit(lambda p: sites.attach(model, p, method, jax.random.key(0))["peft"])(params)
     variables = {"params": params, "peft": variables}
-    mask = sites.trainable(method, variables)
+    mask = sites.trainable(variables)
     tuned, frozen = tree.split(variables, mask)
     settings = {"lr": 1e-4, "schedule": "constant", "warmup": 0.0, "decay": 0.0, "no_decay": "", "clip": 1.0}
     tx = optim.optimizer(ml_collections.ConfigDict(settings | {"b1": 0.9, "b2": 0.999}), tuned, 100)

@@ -89,7 +89,7 @@ class Bench:
     def trainer(self, methods, log):
         """run(seed, lr) -> variables; the step is compiled once for all rates and seeds."""
         variables = sites.attach(self.model, self.params, methods, jax.random.key(0))
-        mask = sites.trainable(methods, variables)
+        mask = sites.trainable(variables)
         cached = not any(on and "/vision" in name for name, on in tree.flatten(mask).items())
         examples = self.task.examples(self.splits["train"], self.model.tokenizer)
         examples = dataclasses.replace(examples, images=None if cached else self.pictures["train"])
@@ -117,7 +117,7 @@ def learn(bench, name, seeds, log=print) -> dict:
     method, middle = METHODS[name]
     solved, methods = None, [] if method is None else sites.as_methods(method)
     if any(one.size_field for one in methods):
-        solved = jp.solve_size(method, bench.model, BUDGET)
+        solved = jp.solve_size(bench.model, method, BUDGET)
         methods = sites.as_methods(solved.method)
     if name != "full":
         methods = (*methods, Head())

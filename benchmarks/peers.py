@@ -109,7 +109,7 @@ class Jax:
                 part = "crossattention" if "cross_attention" in name else "attention"
                 flat[name] = jnp.asarray(self.inputs[f"{part} {'query' if '/query/' in name else 'value'}"])
         variables = tree.unflatten(variables, flat)
-        tuned, frozen = tree.split(variables, sites.trainable(lora, variables))
+        tuned, frozen = tree.split(variables, sites.trainable(variables))
         self.trained = tree.count(tuned)
         settings = {"lr": LR, "schedule": "constant", "warmup": 0.0, "decay": 0.0, "no_decay": "", "clip": 0.0}
         tx = optim.optimizer(ml_collections.ConfigDict(settings | {"b1": 0.9, "b2": 0.999}), tuned, 1000)

@@ -83,7 +83,7 @@ def lanes(config, workdir: Path) -> None:
         split, _ = pipeline.subset(splits["train"], seed=c.data.subset_seed, n_images=c.data.n_images)
         model, params, chosen, _ = training_run.setup_model(c, task, split, lambda *_: None)
         variables = sites.attach(model, params, chosen, jax.random.key(c.seed))
-        tuned, frozen = tree.split(variables, sites.trainable(chosen, variables))
+        tuned, frozen = tree.split(variables, sites.trainable(variables))
         pictures = {
             name: pipeline.Resized(one.images, model.config.image_size)
             for name, one in (splits | {"train": split}).items()

@@ -91,7 +91,7 @@ class FourierFT(Method):
 model, params = jp.load("tiny", question_encoder=True)
 method = FourierFT()
 variables = jp.attach(model, params, method, jax.random.key(0))
-print(jp.counts(variables, jp.trainable(method, variables)))
+print(jp.counts(variables, jp.trainable(variables)))
 
 rng = np.random.default_rng(0)
 batch = {
@@ -105,7 +105,7 @@ print("fresh, largest difference:", float(jnp.abs(model.apply(variables, batch) 
 moved = jax.tree.map(
     lambda x, on: x + jnp.asarray(rng.normal(0, 1, x.shape), x.dtype) if on else x,
     variables,
-    jp.trainable(method, variables),
+    jp.trainable(variables),
 )
 acting = model.apply(moved, batch)
 merged = model.apply({"params": jp.merge(model, moved)}, batch)

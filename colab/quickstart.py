@@ -102,7 +102,7 @@ for ax, (i, q), answer in zip(axes.flat, some, answers):
 # Every leaf with its shape. Sizes, places and other methods: change `config.method`, or see `new_method.ipynb`.
 
 # %%
-print(jp.describe(variables, jp.trainable(methods, variables)))
+print(jp.describe(variables, jp.trainable(variables)))
 
 # %% [markdown]
 # Next: `your_pictures.ipynb` (a folder of yours, and back to PyTorch), `study.ipynb` (which method, at which size, with how

@@ -12,7 +12,7 @@ The map, in the order in which data flow:
     model, params = jp.load("tiny", question_encoder=True)
     method = jp.LoRA(rank=8)
     variables = jp.attach(model, params, method, jax.random.key(0))
-    tuned, frozen = jp.split(variables, jp.trainable(method, variables))
+    tuned, frozen = jp.split(variables, jp.trainable(variables))
 """
 
 from importlib import metadata as _metadata

@@ -255,7 +255,7 @@ def readers(home: Path) -> dict[str, Reader]:
     model, params = tiny.model(), tiny.params()
     chosen = (*methods.build("lora"), *methods.build("prefix"))
     variables = sites.attach(model, params, chosen, jax.random.key(0))
-    tuned = _directory(save_tuned(model, variables, chosen, home / "tuned"))
+    tuned = _directory(save_tuned(model, variables, home / "tuned"))
     adapters = [_directory(path) for path in sorted((GOLDEN / "peft").iterdir())]
     captioner = loading.load(GOLDEN / "blip_caption_tiny")
     blip = [_directory(GOLDEN / name) for name in ("blip_caption_tiny", "blip_vqa_tiny", "blip_bin_tiny")]
@@ -265,7 +265,7 @@ def readers(home: Path) -> dict[str, Reader]:
     vocabulary = {"vocab.txt": "\n".join(tiny.TOKENIZER.vocabulary).encode()}
     writer, weights = loading.load(ours)
     one = methods.build("lora")
-    save_tuned(writer, sites.attach(writer, weights, one, jax.random.key(0)), one, home / "run" / "tuned")
+    save_tuned(writer, sites.attach(writer, weights, one, jax.random.key(0)), home / "run" / "tuned")
     run = {f"tuned/{name}": data for name, data in _directory(home / "run" / "tuned").items()}
     settings = {"task": "captioning", "task_options": {}, "base": str(ours), "init": "base", "seed": 0}
     settings["model"] = {"image_size": None, "dtype": "float32", "remat": "none", "dropout": 0.0}

@@ -110,7 +110,7 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=[f"{one.name}{i}" for i, on
 @functools.cache
 def attached(row: Row):
     variables = jp.attach(tiny.model(), tiny.params(), row.build(), jax.random.key(1))
-    return variables, jp.trainable(row.build(), variables)
+    return variables, jp.trainable(variables)
 
 
 def perturbed(variables, scale=0.1, seed=3):

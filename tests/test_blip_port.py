@@ -377,13 +377,13 @@ def test_methods_on_an_untied_head(copy):
     batch = {"image": np.zeros((1, 40, 40, 3), np.uint8), "tokens": np.full((1, 1, 3), 7, np.int32)}
     for method in (jp.LoRA(targets="head/vocabulary$", rank=2), jp.Head(matrix="untied")):
         variables = jp.attach(model, params, method, jax.random.key(0))
-        mask = jp.trainable(method, variables)
+        mask = jp.trainable(variables)
         moved = jax.tree.map(lambda x, on: x + 0.1 * on, variables, mask)
         merged = jp.merge(model, moved)
         np.testing.assert_allclose(
             model.apply({"params": merged}, batch), model.apply(moved, batch), atol=1e-4, rtol=1e-4
         )
-    mask = tree.flatten(jp.trainable(jp.Head(), {"params": params}))
+    mask = tree.flatten(jp.trainable(jp.attach(model, params, jp.Head(), jax.random.key(0))))
     assert not mask["params/text_decoder/head/vocabulary/kernel"] and mask["params/text_decoder/head/dense/kernel"]
 
 

@@ -445,7 +445,7 @@ def test_lora_plus_moves_b_faster():
     moved = {}
     for ratio in (1.0, 4.0):
         variables = perturbed(attach(jp.LoRA(rank=2, lr_ratio=ratio)))
-        tuned, _ = jp.split(variables, jp.trainable(jp.LoRA(rank=2, lr_ratio=ratio), variables))
+        tuned, _ = jp.split(variables, jp.trainable(variables))
         tx = optim.optimizer(ml_collections.ConfigDict(settings), tuned, 10)
         updates, _ = tx.update(jax.tree.map(jnp.ones_like, tuned), tx.init(tuned), tuned)
         moved[ratio] = tree.flatten(updates)
@@ -457,8 +457,8 @@ def test_lora_plus_moves_b_faster():
 def test_lora_of_rank_r_equals_prefix_of_length_2r():
     """peft.md 1.8: 4 r d n_attn L == 2 l d n_attn L at l = 2 r, at any width."""
     for rank in (1, 3, 8):
-        lora = budget.abstract_counts(jp.LoRA(rank=rank), tiny.model())["stored"]
-        assert lora == budget.abstract_counts(jp.Prefix(length=2 * rank), tiny.model())["stored"]
+        lora = budget.abstract_counts(tiny.model(), jp.LoRA(rank=rank))["stored"]
+        assert lora == budget.abstract_counts(tiny.model(), jp.Prefix(length=2 * rank))["stored"]
 
 
 @pytest.mark.parametrize(
@@ -469,17 +469,17 @@ def test_solve_size_finds_the_size_that_stores_this_much(row):
     method = method[0] if len(method) == 1 else method
     field = [one for one in sites.as_methods(method) if one.size_field][-1]
     size = getattr(getattr(field, "method", field), field.size_field)
-    found = jp.solve_size(method, tiny.model(), row.stored)
+    found = jp.solve_size(tiny.model(), method, row.stored)
     assert (found.size, found.stored, found.gap, found.method) == (size, row.stored, 0, method)
 
 
 def test_solve_size_reports_gap_and_cap():
-    near = jp.solve_size(jp.LoRA(), tiny.model(), 1000)  # 384 per unit of rank: 3 ranks are 1152, 2 are 768
+    near = jp.solve_size(tiny.model(), jp.LoRA(), 1000)  # 384 per unit of rank: 3 ranks are 1152, 2 are 768
     assert (near.size, near.stored, near.capped) == (3, 1152, False) and "+15.20 %" in str(near)
-    prompt = jp.solve_size(jp.Prompt(targets="decoder"), tiny.model(), 10_000)
+    prompt = jp.solve_size(tiny.model(), jp.Prompt(targets="decoder"), 10_000)
     assert (prompt.size, prompt.stored, prompt.capped) == (16, 16 * 12, True) and "the most" in str(prompt)
     with pytest.raises(ValueError, match="bitfit: no size"):
-        jp.solve_size(jp.BitFit(), tiny.model(), 1000)
+        jp.solve_size(tiny.model(), jp.BitFit(), 1000)
 
 
 @pytest.mark.parametrize(
@@ -505,4 +505,4 @@ def test_solve_size_reports_gap_and_cap():
 )
 def test_counts_at_blip_base(method, count):
     """The formulas of the literature, from shapes alone. VeRA stores its shared matrices beside 49,152 trained."""
-    assert budget.abstract_counts(method, Blip(BlipConfig()))["stored"] == count
+    assert budget.abstract_counts(Blip(BlipConfig()), method)["stored"] == count

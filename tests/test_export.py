@@ -196,14 +196,14 @@ def test_an_adapter_of_a_hugging_face_base_names_it(tmp_path, capsys, monkeypatc
     import jax
 
     variables = jp.attach(model, params, method, jax.random.key(0))
-    jp.export_peft(model, variables, method, "out", base="owner/name", revision="a" * 40)
+    jp.export_peft(model, variables, "out", base="owner/name", revision="a" * 40)
     config = json.loads(Path("out/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "a" * 40)
     assert not Path("out/base").exists()
     words = tiny.model(False)  # that base has no tokenizer beside it
     lines = export.code(words, tasks.build("captioning", length=9), "out", "owner/name", "a" * 40)
     assert f'model = BlipForConditionalGeneration.from_pretrained("owner/name", revision="{"a" * 40}")' in lines
-    jp.export_peft(model, variables, method, "unknown")
+    jp.export_peft(model, variables, "unknown")
     assert json.loads(Path("unknown/adapter_config.json").read_text())["base_model_name_or_path"] is None
     back, _ = jp.import_peft(model, params, "out")
     assert tree.digest(back) == tree.digest(variables)

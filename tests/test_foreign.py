@@ -91,7 +91,7 @@ def test_identity_then_effect_and_every_leaf_matters(style):
     np.testing.assert_array_equal(bridge.apply(model, variables, X), plain)
     run = jax.jit(lambda v: bridge.apply(model, v, X))
     assert np.abs(run(moved(variables)) - plain).max() > 1e-2
-    tuned, frozen = jp.split(moved(variables), jp.trainable(METHODS, variables))
+    tuned, frozen = jp.split(moved(variables), jp.trainable(variables))
     grads = jax.grad(lambda t: jnp.sum(bridge.apply(model, jp.join(t, frozen), X) ** 2))(tuned)
     assert all(np.any(g != 0) for g in jax.tree.leaves(grads))
     if "scan" in style:
@@ -213,7 +213,7 @@ def test_an_unreached_site_is_an_error_unless_allowed():
 
 def test_counts_of_a_foreign_model():
     _, params, _, variables = start("scan", METHODS[0])
-    counts = sites.counts(variables, jp.trainable(METHODS[0], variables))
+    counts = sites.counts(variables, jp.trainable(variables))
     assert counts["tuned"] == L * 3 * 2 * (D + D)
 
 
@@ -236,7 +236,7 @@ def test_a_vision_transformer_of_another_package():
         assert sum(site.kind == "linear" for site in bridge.sites(model, x, t, text)) == 23
         plain = model.apply({"params": params}, x, t, text)
         np.testing.assert_array_equal(bridge.apply(model, variables, x, t, text), plain)
-        tuned, frozen = jp.split(variables, jp.trainable(many, variables))
+        tuned, frozen = jp.split(variables, jp.trainable(variables))
 
         tx = optax.adam(1e-2)
 

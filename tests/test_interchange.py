@@ -42,7 +42,7 @@ def logits(variables):
 def test_saved_and_loaded_is_bit_for_bit_what_was_tuned(row, tmp_path):
     variables, mask = attached(row)
     variables = jax.tree.map(lambda x, on: x + 0.25 if on else x, variables, mask)
-    interchange.save_tuned(tiny.model(), variables, row.build(), tmp_path / "tuned")
+    interchange.save_tuned(tiny.model(), variables, tmp_path / "tuned")
     back, methods = interchange.load_tuned(tiny.model(), tiny.params(), tmp_path / "tuned")
     expected = sites.fold(variables)
     assert tree.digest(back) == tree.digest(expected)
@@ -56,7 +56,7 @@ def test_saved_and_loaded_is_bit_for_bit_what_was_tuned(row, tmp_path):
 def saved(tmp_path):
     row = next(row for row in ROWS if row.name == "lora")
     variables = perturbed(attached(row)[0])
-    interchange.save_tuned(tiny.model(), variables, row.build(), tmp_path / "tuned")
+    interchange.save_tuned(tiny.model(), variables, tmp_path / "tuned")
     return tmp_path / "tuned"
 
 
@@ -112,7 +112,7 @@ def test_a_directory_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     row = ROWS[-1]
     with pytest.raises(ValueError, match="holds other files"):
-        interchange.save_tuned(tiny.model(), attached(row)[0], row.build(), tmp_path)
+        interchange.save_tuned(tiny.model(), attached(row)[0], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -139,7 +139,7 @@ def test_what_we_write_has_the_names_and_shapes_of_pefts_file(name, tmp_path):
     """Export what was imported: the same tensors, and the same function."""
     model, params = base()
     variables, methods = jp.import_peft(model, params, GOLDEN / "peft" / name)
-    jp.export_peft(model, variables, methods, tmp_path / "out")
+    jp.export_peft(model, variables, tmp_path / "out")
     ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (tmp_path / "out", GOLDEN / "peft" / name))
     if name in (
         "lora",
@@ -160,9 +160,9 @@ def test_layers_and_heads_survive_the_way_there_and_back(tmp_path):
     model, params = base()
     method = (jp.Scoped(method=jp.LoRA(rank=2), layers=(1,)), jp.Head(matrix="untied"))
     variables = jp.attach(model, params, method, jax.random.key(0))
-    mask = jp.trainable(method, variables)
+    mask = jp.trainable(variables)
     variables = jax.tree.map(lambda x, on: x + 0.1 if on else x, variables, mask)
-    jp.export_peft(model, variables, method, tmp_path / "out")
+    jp.export_peft(model, variables, tmp_path / "out")
     names = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert not any(".layer.0." in name for name in names) and any(".cls.predictions.decoder" in name for name in names)
     back, methods = jp.import_peft(model, params, tmp_path / "out")
@@ -188,7 +188,7 @@ def test_what_has_no_place_over_there_is_refused_with_the_reason(method, reason,
     model, params = base()
     variables = jp.attach(model, params, method, jax.random.key(0))
     with pytest.raises(ValueError, match=reason):
-        jp.export_peft(model, variables, method, tmp_path / "out")
+        jp.export_peft(model, variables, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -197,8 +197,8 @@ def exported(tmp_path):
     model, params = base()
     method = jp.LoRA(rank=2)
     variables = jp.attach(model, params, method, jax.random.key(0))
-    variables = jax.tree.map(lambda x, on: x + 0.1 if on else x, variables, jp.trainable(method, variables))
-    return jp.export_peft(model, variables, method, tmp_path / "out")
+    variables = jax.tree.map(lambda x, on: x + 0.1 if on else x, variables, jp.trainable(variables))
+    return jp.export_peft(model, variables, tmp_path / "out")
 
 
 def spoil_config(directory, **values):

@@ -143,7 +143,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(method, message):
 
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="nothing would be trained"):
-        jp.trainable((), {"params": tiny.params(), "peft": {}})
+        jp.attach(tiny.model(), tiny.params(), (), jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -251,28 +251,21 @@ def test_other_collections_are_not_trained():
     variables = jp.attach(tiny.model(), tiny.params(), LoRA(), jax.random.key(0)) | {
         "batch_stats": {"mean": jnp.ones(3)}
     }
-    assert jp.trainable(LoRA(), variables)["batch_stats"] == {"mean": False}
+    assert jp.trainable(variables)["batch_stats"] == {"mean": False}
 
 
-def test_a_mask_is_of_methods_that_the_tree_carries():
-    """PiSSA's starting factors are fixed; LoRA's rule would have trained them."""
+def test_a_tree_knows_its_methods():
+    """PiSSA's starting factors are fixed and a method of base leaves has no leaves of its own: the tree knows both."""
     model, params = tiny.model(), tiny.params()
-    pissa = jp.PiSSA(rank=2)
-    variables = jp.attach(model, params, pissa, jax.random.key(0))
-    for other in (jp.LoRA(rank=2), jp.VeRA(), jp.PiSSA(rank=3), (pissa, jp.LoRA(rank=2))):
-        with pytest.raises(ValueError, match=r"the tree does not carry \w+\(.*; it carries PiSSA"):
-            jp.trainable(other, variables)
-    with pytest.raises(ValueError, match="it carries no method"):
-        jp.trainable(jp.LoRA(), {"params": params})
-    on = [name for name, moves in tree.flatten(jp.trainable(pissa, variables)).items() if moves]
-    assert on and not any(name.endswith(("/a0", "/b0")) for name in on)
-
-
-def test_leaves_of_other_methods_in_the_tree_stay():
-    model, params = tiny.model(), tiny.params()
-    both = (jp.LoRA(rank=2), jp.IA3())
-    variables = jp.attach(model, params, both, jax.random.key(0))
-    mask = tree.flatten(jp.trainable(both[1], variables))
-    assert {name.split("/")[-2] for name, on in mask.items() if on} == {"ia3"}
-    biases = tree.flatten(jp.trainable(jp.BitFit(), variables))
-    assert not any(on for name, on in biases.items() if name.startswith("peft/"))
+    methods = (jp.PiSSA(rank=2), jp.BitFit(), jp.VeRA(targets="mlp/up$"))
+    variables = jp.attach(model, params, methods, jax.random.key(0))
+    assert sites.methods_of(variables) == sites.methods_of(jax.tree.map(lambda x: x + 1, variables)) == methods
+    on = [name for name, moves in tree.flatten(jp.trainable(variables)).items() if moves]
+    assert not any(name.endswith(("/a0", "/b0", "vera/a", "vera/b")) for name in on)
+    assert {name.split("/")[-2] for name in on if name.startswith("peft/")} == {"pissa", "vera"}
+    biases = {name for name in on if name.startswith("params/")}
+    assert biases and all(name.endswith("bias") for name in biases)
+    with pytest.raises(TypeError):
+        jp.trainable(jp.LoRA(), variables)
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        jp.trainable({"params": params})

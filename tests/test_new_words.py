@@ -52,7 +52,7 @@ def test_counts_budgets_and_files_hold_the_new_rows_and_no_others(root, base, tm
     assert result["model"]["new_words"] == ["snorkwobble", EMOJI]
     assert "vocabulary: 2 words are new to the base; their rows start random and are tuned" in said
     width = tiny.CONFIG["text_width"]
-    alone = budget.abstract_counts(jp.LoRA(rank=2), run.abstract_model(c))
+    alone = budget.abstract_counts(run.abstract_model(c), jp.LoRA(rank=2))
     expected = {key: alone[key] + 2 * (width + 1) for key in ("tuned", "stored")}  # a row and a bias each
     assert {key: result["counts"][key] for key in expected} == expected
     stored = load_file(tmp_path / "run" / "tuned" / "tuned.safetensors")
@@ -82,7 +82,7 @@ def test_a_study_counts_them_before_it_runs(root, base, tmp_path):
         "words", "", {"captions": {"task": "captioning"}}, arms, budgets=(), n_images=(1, 7), seeds=1, make_point=make
     )
     said = execute.dry_run(c, tmp_path / "study")
-    alone = budget.abstract_counts(jp.LoRA(rank=2), run.abstract_model(make("captioning")))["stored"]
+    alone = budget.abstract_counts(run.abstract_model(make("captioning")), jp.LoRA(rank=2))["stored"]
     tables = {line.split()[0]: line.split()[2] for line in said.splitlines() if line.startswith("captions-")}
     assert tables["captions-lora2-n7"] == f"{alone + 2 * (tiny.CONFIG['text_width'] + 1):,}"
     assert set(tables) == {"captions-lora2-n1", "captions-lora2-n7"}
@@ -151,7 +151,10 @@ def test_a_run_that_kept_the_whole_embedding_still_loads(root, base, tmp_path):
     model, variables, _, task = jp.load_run(tmp_path / "run")
     whole, params = loading.joined(model, variables["params"])
     old = (jp.LoRA(rank=2), Selective(leaves=r"^params/text_.*/(embed/word|head/bias|head/vocabulary/kernel)$"))
-    jp.save_tuned(whole, {"params": params, "peft": variables["peft"]}, old, tmp_path / "run" / "tuned")
+    shared = {str(i): sites.Bound(one, sites.NOWHERE, {}, True) for i, one in enumerate(old)}
+    jp.save_tuned(
+        whole, {"params": params, "peft": variables["peft"] | {sites.SHARED: shared}}, tmp_path / "run" / "tuned"
+    )
     path = tmp_path / "run" / "result.json"
     result = json.loads(path.read_text())
     del result["model"]["new_rows"], result["imports"], result["validation"]

@@ -50,7 +50,7 @@ def halves(method):
     if "peft" in variables:
         moved = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), variables["peft"])
         variables = variables | {"peft": moved}
-    return tree.split(variables, sites.trainable(chosen, variables))
+    return tree.split(variables, sites.trainable(variables))
 
 
 def start(tuned):
@@ -196,7 +196,7 @@ def test_frozen_matrices_in_bfloat16_change_nothing_where_products_are_in_bfloat
     model = tiny.model(**SIZES, dtype="bfloat16")
     chosen = methods.build(method)
     variables = sites.attach(model, params(), chosen, jax.random.key(1))
-    mask = sites.trainable(chosen, variables)
+    mask = sites.trainable(variables)
     batch, found = tiny.batch(4), []
     for dtype in ("float32", "bfloat16"):
         tuned, frozen = tree.split(run.narrowed(variables, mask, dtype), mask)

@@ -471,7 +471,7 @@ def test_runs_that_differ_in_rate_steps_or_seed_share_one_program():
 def test_features_are_cached_only_where_that_is_right(base, method, augment, size, reason):
     c = config_of(base, method=method, **{"data.augment": augment, "data.feature_bytes": size})
     model, params, chosen, _ = run.setup_model(c, TASK, scenes.load(c.data, ["train"])["train"], quiet)
-    mask = sites.trainable(chosen, sites.attach(model, params, chosen, jax.random.key(0)))
+    mask = sites.trainable(sites.attach(model, params, chosen, jax.random.key(0)))
     allowed, why = run.can_cache(c, mask, model, 100)
     assert allowed == reason.startswith("no tuned") and re.search(reason, why)
 
@@ -489,7 +489,7 @@ def test_question_states_are_cached_only_where_that_is_right(base, method, image
     c = config_of(base, method=method, **{"data.feature_bytes": size})
     split = scenes.load(c.data, ["train"])["train"]
     model, params, chosen, _ = run.setup_model(c, TASK, split, quiet)
-    mask = sites.trainable(chosen, sites.attach(model, params, chosen, jax.random.key(0)))
+    mask = sites.trainable(sites.attach(model, params, chosen, jax.random.key(0)))
     allowed, why = run.can_cache_questions(c, mask, model, TASK.examples(split, model.tokenizer), images_cached)
     assert allowed == reason.startswith("no tuned") and re.search(reason, why)
 
@@ -504,7 +504,7 @@ def test_unknown_words_extend_the_vocabulary_and_are_tuned(base, tmp_path):
     known = params["text_decoder"]["embed"]["word"]
     assert known.shape[0] + 1 == model.config.vocab_size == len(model.tokenizer) and model.config.new_words == 1
     variables = sites.attach(model, params, chosen, jax.random.key(0))
-    mask = tree.flatten(sites.trainable(chosen, variables))
+    mask = tree.flatten(sites.trainable(variables))
     tuned = {name for name, on in mask.items() if on and name.startswith("params/")}
     rows = {f"params/text_{tower}/embed/new_word" for tower in ("decoder", "encoder")}
     assert tuned == rows | {"params/text_decoder/head/new_bias"}  # and none of the words that the base knows

@@ -185,7 +185,7 @@ def test_a_question_for_a_model_that_captions_is_said(run, folder):
 def tuned(task, method):
     model, params = tiny.model(task == "vqa"), tiny.params(task == "vqa")
     variables = sites.attach(model, params, method, jax.random.key(0))
-    mask = sites.trainable(method, variables)
+    mask = sites.trainable(variables)
     drawn = np.random.default_rng(0)
     return model, jax.tree.map(lambda x, on: x + jnp.float32(drawn.normal(0, 0.1, x.shape)) * on, variables, mask)
 

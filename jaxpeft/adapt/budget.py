@@ -30,13 +30,13 @@ class Solved:
         return f"size {self.size}: {self.stored:,} stored, {100 * self.gap:+.2f} % of the budget {self.budget:,}{cap}"
 
 
-def abstract_counts(method: Method | Iterable[Method], model) -> dict[str, int]:
+def abstract_counts(model, method: Method | Iterable[Method]) -> dict[str, int]:
     """`sites.counts` of a method on a model without computing anything."""
-    variables = abstract_variables(method, model)
-    return sites.counts(variables, sites.trainable(method, variables))
+    variables = abstract_variables(model, method)
+    return sites.counts(variables, sites.trainable(variables))
 
 
-def abstract_variables(method: Method | Iterable[Method], model):
+def abstract_variables(model, method: Method | Iterable[Method]):
     """What `attach` gives, as shapes."""
     return jax.eval_shape(lambda params: sites.attach(model, params, method, jax.random.key(0)), abstract_params(model))
 
@@ -47,7 +47,7 @@ def abstract_params(model):
     return jax.eval_shape(lambda: model.init(jax.random.key(0), model.example())["params"])
 
 
-def solve_size(method: Method | Iterable[Method], model, budget: int) -> Solved:
+def solve_size(model, method: Method | Iterable[Method], budget: int) -> Solved:
     """Choose the rank, bottleneck, length or block of a method so that what it stores comes nearest `budget` scalars.
 
     Of several methods the last one with a size is changed (the adapter of MAM), and the budget is of all together.
@@ -66,7 +66,7 @@ def solve_size(method: Method | Iterable[Method], model, budget: int) -> Solved:
         return (*many[:index], _resized(one, size), *many[index + 1 :])
 
     def stored(i):
-        return abstract_counts(sized(sizes[i]), model)["stored"]
+        return abstract_counts(model, sized(sizes[i]))["stored"]
 
     high = 1  # counts rise with the size: double, then halve
     while high < len(sizes) - 1 and stored(min(high, len(sizes) - 1)) < budget:

@@ -114,7 +114,7 @@ class Bridge:
             some = ", ".join(f"{name} ({called.get(name.rpartition('/')[0], 'not called')})" for name in hidden[:5])
             raise ValueError(f"{error}; parameters that no visible Dense owns, so out of reach: {some}") from error
         variables = {"params": params, "peft": peft}
-        sites.trainable(self.methods, variables)
+        sites.trainable(variables)
         return variables
 
     def apply(self, model: nn.Module, variables: Tree, *args, strict: bool = True, **kwargs):

@@ -7,7 +7,7 @@ model needs no list of methods, an evaluation cannot forget them, and jit compil
 `params`, untouched.
 
     variables = attach(model, params, LoRA(rank=8), rng)      # {'params': ..., 'peft': ...}
-    tuned, frozen = tree.split(variables, trainable(LoRA(rank=8), variables))
+    tuned, frozen = tree.split(variables, trainable(variables))
 
 Layers are scanned, so a path has no layer index and leaves of a stacked site have a leading axis L.
 
@@ -33,13 +33,19 @@ from jaxpeft.methods.selective import Head
 from jaxpeft.ops import matmul
 from jaxpeft.tree import Mask, Tree
 
-SHARED = "_shared"  # key in the peft collection of leaves that a method's sites share
+SHARED = "_shared"  # key in the peft collection: every method in order, with the leaves that its sites share
+
+
+NOWHERE = Site("", "linear", ())
 
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """One method at one site: static method and site, traced leaves. `acts`: the leaves are the expanded ones."""
+    """One method at one site: static method and site, traced leaves. `acts`: the leaves are the expanded ones.
+
+    Under `SHARED` the site is `NOWHERE`, and the leaves are those that the method's sites share.
+    """
 
     method: Method
     site: Site
@@ -191,7 +197,8 @@ def expand(variables: Tree) -> Tree:
 
     if all(bound.acts for bound in jax.tree.leaves(peft, is_leaf=is_bound)):
         return variables
-    acting = {name: node for name, node in peft.items() if name != SHARED}
+    alone = {order: bound for order, bound in peft.get(SHARED, {}).items() if bound.acts}
+    acting = {name: node for name, node in peft.items() if name != SHARED} | ({SHARED: alone} if alone else {})
     return dict(variables) | {"peft": jax.tree.map(one, acting, is_leaf=is_bound)}
 
 
@@ -202,6 +209,8 @@ def fold(variables: Tree) -> Tree:
         after = bound.method.folded()
         if after == bound.method:
             return bound
+        if bound.site == NOWHERE and not bound.params:
+            return dataclasses.replace(bound, method=after)
         return Bound(after, bound.site, bound.method.fold(bound.params, bound.site), not after.expands)
 
     return dict(variables) | {"peft": jax.tree.map(one, variables.get("peft", {}), is_leaf=is_bound)}
@@ -251,7 +260,7 @@ def attach(model: nn.Module, params: Tree, method: Method | Iterable[Method], rn
     """
     base = functools.partial(base_of, model, tree.flatten(params))
     variables = {"params": params, "peft": bind(sites(model), base, method, rng)}
-    trainable(method, variables)
+    trainable(variables)
     return variables
 
 
@@ -273,8 +282,8 @@ def bind(table: Iterable[Site], base, method: Method | Iterable[Method], rng: ja
                 f"nearest: {', '.join(tree.nearest(one.targets, known))}"
             )
         own = jax.random.fold_in(rng, order)
-        if shared := one.init_shared(own, hits):
-            peft.setdefault(SHARED, {})[str(order)] = Bound(one, Site("", "linear", ()), shared, False)
+        shared = one.init_shared(own, hits)
+        peft.setdefault(SHARED, {})[str(order)] = Bound(one, NOWHERE, shared, not shared)
         for site in hits:
             key = jax.random.fold_in(own, zlib.crc32(f"{site.path}/{site.kind}".encode()))
             node = peft
@@ -315,20 +324,19 @@ def _with_new_rows(flat: dict, name: str):
     return flat[name] if more is None else jnp.concatenate([flat[name], more])
 
 
-def trainable(method: Method | Iterable[Method], variables: Tree) -> Mask:
+def methods_of(variables: Tree) -> tuple[Method, ...]:
+    """The methods that `attach` put into a tree, in their order."""
+    shared = variables.get("peft", {}).get(SHARED, {})
+    return tuple(shared[order].method for order in sorted(shared, key=int))
+
+
+def trainable(variables: Tree) -> Mask:
     """True for the leaves that training moves: the methods' own (less their fixed ones) and the base leaves they name.
 
-    Leaves of other methods in the tree stay as they are. Raises ValueError for a method that the tree does not carry, when a
-    method's `train` names no base leaf, and when nothing at all is trained.
+    The methods are those that `attach` put into the tree. Raises ValueError when a method's `train` names no base leaf, and
+    when nothing at all is trained.
     """
-    methods = as_methods(method)
-    bounds = [one for one in jax.tree.leaves(variables.get("peft", {}), is_leaf=is_bound) if is_bound(one)]
-    carried = dict.fromkeys(bound.method for bound in bounds)
-    for one in methods:
-        if one.kinds and one not in carried:
-            raise ValueError(
-                f"the tree does not carry {one}; it carries {' + '.join(map(str, carried)) or 'no method'}"
-            )
+    methods = methods_of(variables)
     base = [name for name in tree.flatten(variables) if name.startswith("params/")]
     for one in methods:
         if one.train and not any(one.trains(name) for name in base):
@@ -338,8 +346,7 @@ def trainable(method: Method | Iterable[Method], variables: Tree) -> Mask:
             )
 
     def own(bound):
-        on = bound.method in methods
-        return dataclasses.replace(bound, params={name: on and name not in bound.method.fixed for name in bound.params})
+        return dataclasses.replace(bound, params={name: name not in bound.method.fixed for name in bound.params})
 
     def moves(path, leaf):
         return any(one.trains(f"params/{tree.path_name(path)}") for one in methods)

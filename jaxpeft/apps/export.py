@@ -183,7 +183,7 @@ def main(argv=None) -> int:
         }
         if adapter:
             facts |= {"base": name, "revision": revision, "with_base": with_base}
-            interchange.export_peft(model, variables, chosen, args.out, **facts)
+            interchange.export_peft(model, variables, args.out, **facts)
         else:
             interchange.export_blip(model, variables, args.out, **facts)
     except ValueError as error:

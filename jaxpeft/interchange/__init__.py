@@ -1,8 +1,8 @@
 """Tuned trees in and out: Hugging Face PEFT directories, and our own for what PEFT has no type for.
 
-    export_peft(model, variables, methods, directory)     what peft.PeftModel.from_pretrained loads on transformers' BLIP
+    export_peft(model, variables, directory)     what peft.PeftModel.from_pretrained loads on transformers' BLIP
     import_peft(model, params, directory)                 -> (variables, methods)
-    save_tuned(model, variables, methods, directory)      any method: tuned.safetensors and manifest.json
+    save_tuned(model, variables, directory)      any method: tuned.safetensors and manifest.json
     load_tuned(model, params, directory)                  -> (variables, methods)
     export_blip(model, variables, directory)              everything merged: transformers loads it without PEFT
 

@@ -21,7 +21,7 @@ from jaxpeft.interchange.places import (
     places,
     vocabulary_matrix,
 )
-from jaxpeft.interchange.tuned import Methods, frozen_digest, sha, write
+from jaxpeft.interchange.tuned import frozen_digest, sha, write
 from jaxpeft.methods import (
     IA3,
     OFT,
@@ -43,7 +43,7 @@ from jaxpeft.tree import Tree
 
 
 def export_peft(
-    model, variables: Tree, methods: Methods, directory, *, base: str = "", revision: str = "", with_base: bool = False,
+    model, variables: Tree, directory, *, base: str = "", revision: str = "", with_base: bool = False,
     card: str = "", task=None, beams: int = 1,
 ) -> Path:  # fmt: skip
     """Write a directory that peft.PeftModel.from_pretrained loads on transformers' BLIP (see the head of this file).
@@ -57,8 +57,8 @@ def export_peft(
     with_base |= bool(model.config.new_words)
     model, whole = loading.joined(model, variables["params"])
     variables = variables | {"params": whole}
-    many = tuple(one.folded() for one in sites.as_methods(methods) if not isinstance(one, NewWords))
     folded = sites.fold(variables)
+    many = tuple(one for one in sites.methods_of(folded) if not isinstance(one, NewWords))
     heads = [one for one in many if isinstance(one, Head)]
     rest = [one for one in many if one not in heads]
     kinds = {_type_of(one) for one in rest}

@@ -23,7 +23,6 @@ from jaxpeft.training import results
 from jaxpeft.tree import Tree
 
 MANIFEST, TUNED = "manifest.json", "tuned.safetensors"
-Methods = Method | Iterable[Method]
 Beside = dict[str, Callable[[Path], None]]
 
 
@@ -57,9 +56,9 @@ def _subclasses(cls: type) -> Iterator[type]:
         yield from _subclasses(one)
 
 
-def frozen_digest(variables: Tree, methods: Methods) -> str:
+def frozen_digest(variables: Tree, methods: Iterable[Method]) -> str:
     """The digest of the base leaves that the methods leave alone: what a tuned tree must be put on again."""
-    many = sites.as_methods(methods)
+    many = tuple(methods)
     flat = tree.flatten(variables["params"])
     return tree.digest({n: x for n, x in flat.items() if not any(one.trains(f"params/{n}") for one in many)})
 
@@ -69,13 +68,14 @@ def sha(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def save_tuned(model, variables: Tree, methods: Methods, directory) -> Path:
+def save_tuned(model, variables: Tree, directory) -> Path:
     """Write what tuning made: own leaves (a prefix's MLP folded into its prefix) and trained base leaves, float32.
 
     Refuses to write into a directory that holds something else.
     """
-    variables, many = sites.fold(variables), tuple(one.folded() for one in sites.as_methods(methods))
-    mask = tree.flatten(sites.trainable(many, variables))
+    variables = sites.fold(variables)
+    many = sites.methods_of(variables)
+    mask = tree.flatten(sites.trainable(variables))
     flat = {name: x for name, x in tree.flatten(variables).items() if mask[name] or name.startswith("peft/")}
     arrays = {name: np.ascontiguousarray(tree.fetch(x), np.float32) for name, x in flat.items()}
     manifest = {
@@ -114,7 +114,7 @@ def _load_tuned(model, params, directory):
         )
     many = tuple(from_json(one) for one in manifest["methods"])
     variables = jax.eval_shape(lambda: sites.attach(model, params, many, jax.random.key(0)))
-    mask = tree.flatten(sites.trainable(many, variables))
+    mask = tree.flatten(sites.trainable(variables))
     flat = {name: x for name, x in tree.flatten(variables).items() if mask[name] or name.startswith("peft/")}
     tree.check_same(flat, arrays, str(directory / TUNED))
     bad = [name for name, x in arrays.items() if tree.digest({"": x}) != manifest["leaves"].get(name)]

@@ -154,7 +154,7 @@ def _sizes(config, task: str, arm) -> tuple[int, ...]:
 
 @functools.cache
 def _solved(base: str, task: str, method: str, stored: int) -> int:
-    return budget.solve_size(methods.build(method), _model(base, task), stored).size
+    return budget.solve_size(_model(base, task), methods.build(method), stored).size
 
 
 @functools.cache
@@ -306,7 +306,7 @@ def _counts(c) -> dict[str, int]:
     if model.tokenizer is not None and not model.tokenizer.has_pieces:
         task = tasks.build(c.task, **c.task_options)
         model, chosen, *_ = training_run.with_new_words(c, task, model, chosen, preflight.training_texts(c))
-    return budget.abstract_counts(chosen, model)
+    return budget.abstract_counts(model, chosen)
 
 
 def _steps(c) -> int:

@@ -109,8 +109,8 @@ def step_in_shapes(c, model, batch_size: int | None = None):
     model, chosen, *_ = run.with_new_words(c, task, model, chosen, split)
     task, _ = run.with_limits(task, model, chosen, {"train": split}, lambda *_: None)
     examples = task.examples(split, model.tokenizer)
-    variables = budget.abstract_variables(chosen, model)
-    mask = sites.trainable(chosen, variables)
+    variables = budget.abstract_variables(model, chosen)
+    mask = sites.trainable(variables)
     variables = jax.eval_shape(
         functools.partial(run.narrowed, mask=mask, dtype=c.model.get("frozen_dtype", "float32")), variables
     )

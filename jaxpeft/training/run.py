@@ -96,7 +96,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     # model, methods, split
     model, params, chosen, facts = setup_model(config, task, train, log)
     variables = sites.attach(model, params, chosen, jax.random.key(config.seed))
-    mask = sites.trainable(chosen, variables)
+    mask = sites.trainable(variables)
     counts = sites.counts(variables, mask)
     task, texts = with_limits(task, model, chosen, {"train": train, **held_out}, log)
     candidates = task.candidates(train, model.tokenizer)
@@ -263,7 +263,7 @@ def _run(config, workdir: Path, log, features_in, command: str, accept_changes: 
     if not first:
         return result
     files.write_jsonl(workdir / "predictions.jsonl", rows)
-    save_tuned(model, whole, chosen, workdir / "tuned")
+    save_tuned(model, whole, workdir / "tuned")
     with_gallery = ", gallery.png" if rows and config.eval.gallery else ""
     if with_gallery:
         _gallery(workdir, held_out[config.eval.splits[0]], rows)

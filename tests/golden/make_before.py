@@ -138,7 +138,7 @@ def losses():
         model = tiny.model(ask, dropout=0.1)
         method = methods.LoRA(rank=2, dropout=0.2)
         variables = sites.attach(model, tiny.params(ask), method, jax.random.key(0))
-        tuned, frozen = tree.split(variables, sites.trainable(method, variables))
+        tuned, frozen = tree.split(variables, sites.trainable(variables))
         tx = optax.adamw(1e-2)
         state = loop.TrainState(jnp.int32(0), tuned, tx.init(tuned))
         step = jax.jit(functools.partial(loop.train_step, model=model, task=build(name), tx=tx, grad_accum=1))

@@ -51,7 +51,7 @@ def main():
             tempfile.TemporaryDirectory() as directory
         ):  # the configuration is ours, the weights and the file are PEFT's
             directory = Path(directory) / "ours"
-            jp.export_peft(model, jp.attach(model, params, method, jax.random.key(0)), method, directory)
+            jp.export_peft(model, jp.attach(model, params, method, jax.random.key(0)), directory)
             config = peft.PeftConfig.from_pretrained(directory)
         config.inference_mode = False
         whole = transformers.BlipForConditionalGeneration.from_pretrained(base).eval()
