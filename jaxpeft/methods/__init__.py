@@ -2,6 +2,7 @@
 line in a module of your own, `METHODS["mine"] = Mine` (see jaxpeft/runtime/registry.py)."""
 
 import inspect
+from typing import Any
 
 from jaxpeft.methods.adapter import Compacter, ParallelAdapter, SerialAdapter
 from jaxpeft.methods.base import Added, Method, Params, Site
@@ -40,7 +41,7 @@ def size_field(name: str) -> str:
     return field if field in defaults(name) else ""
 
 
-def build(name: str, head: str = "none", **fields) -> tuple[Method, ...]:
+def build(name: str, head: str = "none", **fields: Any) -> tuple[Method, ...]:
     """The methods of one run: `name` with its fields and, unless head='none', the tuned head beside it."""
     cls = METHODS.find(name)
     unknown = set(fields) - set(defaults(name))
