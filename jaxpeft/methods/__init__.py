@@ -24,7 +24,7 @@ _SINGLE = (
 # name -> a method, or a function that returns several
 METHODS = Registry("method", {cls.name: cls for cls in _SINGLE} | {"mam": MAM, "unipelt": UniPELT})
 
-__all__ = [
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]  of `_SINGLE` too; it exports every public name
     "HEADS", "METHODS", "Added", "Gated", "Method", "NewWords", "Params", "Scoped", "Site", "build", "defaults",
     "MAM", "UniPELT", *(cls.__name__ for cls in _SINGLE),
 ]  # fmt: skip
