@@ -9,6 +9,7 @@ positions, V words.
 """
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,6 +19,7 @@ from jaxpeft.adapt import sites
 from jaxpeft.inputs.processor import Processor
 from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models.convert import Converter
+from jaxpeft.models.hf import HuggingFace
 from jaxpeft.runtime.registry import Registry
 
 
@@ -66,6 +68,11 @@ class VisionLanguageModel(sites.Adaptable):
     def tokenizer(self):
         """The processor's tokenizer; None where there is none."""
         return self.processor and self.processor.tokenizer
+
+    @property
+    def hf(self) -> HuggingFace | None:
+        """How transformers and PEFT have this model; None where they do not."""
+        return MODELS[self.model_type]().hf(self) if self.model_type in MODELS else None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -123,12 +130,10 @@ class VisionLanguageModel(sites.Adaptable):
         return logits_RTV.reshape(n_rows, n_texts, n_tokens, -1)
 
 
-def _blip() -> Converter:
-    from jaxpeft.models import blip_convert
+def _in(module: str) -> Callable[[], Converter]:
+    """The `CONVERTER` of a module that is imported when it is wanted."""
+    return lambda: importlib.import_module(module).CONVERTER
 
-    return blip_convert.CONVERTER
 
-
-# model_type of config.json (Hugging Face) or manifest.json (ours) -> a function that gives its converter, so that a model is
-# imported when it is wanted
-MODELS: dict[str, Callable[[], Converter]] = Registry("model type", {"blip": _blip})
+# model_type of config.json (Hugging Face) or manifest.json (ours) -> a function that gives its converter
+MODELS: dict[str, Callable[[], Converter]] = Registry("model type", {"blip": _in("jaxpeft.models.blip_convert")})
