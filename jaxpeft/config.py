@@ -46,9 +46,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.name = config_dict.placeholder(str)  # of the point in its result; made up from the settings where None
     c.task = task
     c.task_options = task_options(task, **SCENES_LIMITS.get(task, {}))
-    c.base = (
-        "tiny"  # the shipped checkpoint, a directory (ours or Hugging Face's), or owner/name[@revision] of the hub
-    )
+    c.base = "tiny"  # the shipped checkpoint, a directory (ours or Hugging Face's), or owner/name[@revision] of the hub
     c.init = "base"  # 'scratch': the same architecture with random weights, as a control
     c.seed = 0
     size_field = methods.size_field(method)

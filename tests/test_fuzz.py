@@ -19,10 +19,10 @@ from jaxpeft.apps import export
 from jaxpeft.data import folder
 from jaxpeft.data.coco import prepare
 from jaxpeft.inputs import images
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.interchange import import_peft
 from jaxpeft.models import loading
 from jaxpeft.models.blip import BlipConfig
+from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime import files
 from jaxpeft.runtime.torch_files import load_pickle
 from jaxpeft.tasks.vqa import Vqa
@@ -212,7 +212,7 @@ def test_annotations_and_a_run_cannot_link_elsewhere(tmp_path, home, readers):
     (tmp_path / "words").write_text("\n".join(tiny.TOKENIZER.vocabulary))
     (tmp_path / "a" / "vocab.txt").symlink_to("../words")
     with pytest.raises(ValueError, match=r"vocab\.txt is a link"):
-        Tokenizer.from_file(tmp_path / "a")
+        BlipTokenizer.from_file(tmp_path / "a")
     reader = readers["run directory"]
     run = tmp_path / "run"
     for name, data in reader.seeds[0].items():
@@ -305,4 +305,4 @@ def test_a_vocabulary_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MOST_JSON", 100)
     (tmp_path / "vocab.txt").write_text("\n".join(map(str, range(1000))))
     with pytest.raises(ValueError, match="is it a vocabulary"):
-        Tokenizer.from_file(tmp_path)
+        BlipTokenizer.from_file(tmp_path)

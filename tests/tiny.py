@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import config
-from jaxpeft.inputs.tokenizer import SPECIAL, Tokenizer
 from jaxpeft.models.blip import Blip, BlipConfig, build
+from jaxpeft.models.blip_tokens import SPECIAL, BlipTokenizer
 
-TOKENIZER = Tokenizer.from_words(f"w{i}" for i in range(20))
+TOKENIZER = BlipTokenizer.from_words(f"w{i}" for i in range(20))
 CONFIG = dict(
     image_size=16, patch_size=8, vision_width=12, vision_layers=2, vision_heads=3, vision_mlp=20,
     vocab_size=len(TOKENIZER), text_width=12, text_layers=2, text_heads=2, text_mlp=20, max_positions=16,

@@ -159,7 +159,9 @@ def main(argv=None) -> int:
         pinned = revision if adapter and not with_base else ""
         lines = code(model, task, args.out, where if adapter else "", pinned, chosen, beams)
         facts = {
-            "card": model_card(args.workdir, args.out, task.asks, lines, adapter, model.model_type, hf.of(model).notes(task)),
+            "card": model_card(
+                args.workdir, args.out, task.asks, lines, adapter, model.model_type, hf.of(model).notes(task)
+            ),
             "task": task,
             "beams": beams,
         }

@@ -41,10 +41,10 @@ def export_peft(
     """Write a directory that peft.PeftModel.from_pretrained loads on transformers' model.
 
     Prompt and Prefix are loaded on its text decoder (`model.hf.decoder.module`), everything else on the model. `base` and
-    `revision` say which model that is, where it is known. `with_base` writes it too, as `base/` in the directory: needed where it is no Hugging Face
-    checkpoint yet, and done in any case where words were added to it, as their rows are part of a base there. `card` is the
-    text of README.md; `task` and `beams` are for the base, as in `export_hf`. Raises ValueError, with the reason, for what
-    has no PEFT type, and for a model that transformers does not have.
+    `revision` say which model that is, where it is known. `with_base` writes it too, as `base/` in the directory: needed
+    where it is no Hugging Face checkpoint yet, and done in any case where words were added to it, as their rows are part of a
+    base there. `card` is the text of README.md; `task` and `beams` are for the base, as in `export_hf`. Raises ValueError,
+    with the reason, for what has no PEFT type, and for a model that transformers does not have.
     """
     hf.of(model)
     with_base |= bool(model.config.new_words)
