@@ -15,9 +15,9 @@ from tiny import config_of
 from jaxpeft import tasks, tree
 from jaxpeft.apps.pretrain import ALIASES, init, shared
 from jaxpeft.data import scenes
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import loading
 from jaxpeft.models.blip import BlipConfig, build
+from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.training import preflight, run, setup, sharding
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +77,7 @@ def test_the_planned_shapes_are_those_of_the_run(base, tmp_path, monkeypatch, ta
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A base whose lengths eight devices divide: that of the other tests is never split."""
-    tokenizer = Tokenizer.from_words(scenes.WORDS)
+    tokenizer = BlipTokenizer.from_words(scenes.WORDS)
     sizes = tiny.CONFIG | SIZES | {"image_size": 64, "patch_size": 32, "max_positions": 48}
     model = build(BlipConfig(**sizes | {"vocab_size": len(tokenizer)}, question_encoder=True), tokenizer)
     params = init(model, 0)

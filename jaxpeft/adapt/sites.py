@@ -422,7 +422,8 @@ def merge_at(table: Iterable[Site], model: nn.Module, variables: Tree) -> Tree:
 
 def _bound_sites(peft: Tree) -> dict[tuple[str, str], Method]:
     """(path, kind) -> the last method there, of every site that has one."""
-    bounds = (one for one in jax.tree.leaves(peft, is_leaf=is_bound) if is_bound(one) and one.site != NOWHERE)
+    acting = {name: node for name, node in peft.items() if name != SHARED}
+    bounds = (one for one in jax.tree.leaves(acting, is_leaf=is_bound) if is_bound(one))
     return {(bound.site.path, bound.site.kind): bound.method for bound in bounds}
 
 
