@@ -107,7 +107,7 @@ def memory() -> dict:
 def validation(workdir: Path, split: str, timing: dict, worth: dict | None) -> dict:
     """What validation said of a run: the loss at the first, the kept and the last step, as metrics.jsonl has it.
 
-    `timing` is that of `train.fit`, `worth` what `evals.worth_of_images` found at the kept step.
+    `timing` is that of `loop.fit`, `worth` what `evaluate.worth_of_images` found at the kept step.
     """
     path, curve = workdir / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else ():

@@ -326,7 +326,3 @@ def main():
     print(f"longest caption: {max(len(caption.split()) for row in rows for caption in row['captions'])} words")
     for kind, (majority, memory, number) in blind_accuracy(data["train"].rows, data["test"].rows).items():
         print(f"{kind:9} majority {majority:.3f}  question only {memory:.3f}  ({number} questions)")
-
-
-if __name__ == "__main__":
-    main()
