@@ -34,8 +34,8 @@ from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline
 from jaxpeft.methods import Head
 from jaxpeft.models import loading
-from jaxpeft.runtime import malloc
-from jaxpeft.training import evaluate, loop, optim, results
+from jaxpeft.runtime import host, malloc
+from jaxpeft.training import evaluate, loop, optim
 
 BUDGET, RATES = 50_000, (1 / 3, 1, 3)
 # method and the middle of its learning rates
@@ -157,7 +157,7 @@ def main():
     malloc.keep_freed_memory()
     steps = args.steps or STEPS[args.task]
     settings = {"task": args.task, "steps": steps, "seeds": args.seeds, "budget": BUDGET}
-    facts = {"command": "python " + " ".join(sys.argv), "machine": results.machine(), "versions": results.versions()}
+    facts = {"command": "python " + " ".join(sys.argv), "machine": host.machine(), "versions": host.versions()}
     done = json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "rows": []}
     if done["settings"] != settings:
         parser.error(f"{args.out} holds a run with other settings ({done['settings']}); choose another file")

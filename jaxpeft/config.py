@@ -46,9 +46,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.name = config_dict.placeholder(str)  # of the point in its result; made up from the settings where None
     c.task = task
     c.task_options = task_options(task, **SCENES_LIMITS.get(task, {}))
-    c.base = (
-        "tiny"  # the shipped checkpoint, a directory (ours or a Hugging Face BLIP), or owner/name[@revision] of the hub
-    )
+    c.base = "tiny"  # the shipped checkpoint, a directory (ours or Hugging Face's), or owner/name[@revision] of the hub
     c.init = "base"  # 'scratch': the same architecture with random weights, as a control
     c.seed = 0
     size_field = methods.size_field(method)
@@ -129,16 +127,6 @@ def task_options(task: str, **changes) -> ml_collections.ConfigDict:
     """Every option of a task with its default or what is given here, so that each can be set on the command line."""
     fields = {field.name: field.default for field in dataclasses.fields(tasks.TASKS.find(task))}
     return ml_collections.ConfigDict(fields | changes)
-
-
-def blip_recipe(c: ml_collections.ConfigDict, a, n_examples: int, lr: float) -> None:
-    """What BLIP's two published fine-tunings share; `a` are a recipe's arguments, `n_examples` an epoch's."""
-    c.model.image_size, c.model.dtype, c.model.dropout = a.image_size, a.dtype, 0.1
-    c.model.extend_vocabulary = False  # WordPiece has a piece for nearly everything
-    c.batch_size, c.steps = a.batch_size, a.steps or a.epochs * n_examples // a.batch_size
-    c.optim.lr, c.optim.warmup, c.optim.weight_decay, c.optim.clip_norm = a.lr or lr, 0.0, 0.05, 0.0
-    c.optim.no_decay = ""
-    c.eval.batch_size, c.eval.base = 32, False
 
 
 def annotations(a) -> "str | dict[str, str] | None":

@@ -42,9 +42,9 @@ from jaxpeft import methods
 from jaxpeft.adapt import sites
 from jaxpeft.data import folder
 from jaxpeft.inputs import images
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.interchange import import_peft, load_tuned, save_tuned
 from jaxpeft.models import blip_convert, loading
+from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime.files import read_safetensors
 from jaxpeft.runtime.torch_files import load_pickle
 
@@ -278,8 +278,8 @@ def readers(home: Path) -> dict[str, Reader]:
         "safetensors": Reader(tensors, changed_tensors, lambda d: read_safetensors(d / "t.safetensors"), 0.18),
         "picture": Reader(_pictures(), changed_bytes, lambda d: images.decode(d / "picture"), 0.28),
         "annotations": Reader(_annotations(), changed_settings, _parsed, 0.16, "annotations"),
-        "tokenizer.json": Reader([{"tokenizer.json": _tokenizer_json()}], changed_settings, Tokenizer.from_file, 0.05),
-        "vocab.txt": Reader([vocabulary], changed_bytes, Tokenizer.from_file, 0.05),
+        "tokenizer.json": Reader([{"tokenizer.json": _tokenizer_json()}], changed_settings, BlipTokenizer.from_file, 0.05),
+        "vocab.txt": Reader([vocabulary], changed_bytes, BlipTokenizer.from_file, 0.05),
         "BLIP config.json": Reader(
             blip, changed_settings, lambda d: blip_convert.read_config(d / "config.json", False), 0.05, "config.json"
         ),

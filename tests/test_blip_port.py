@@ -363,7 +363,7 @@ def test_live_untied_heads_compute_what_transformers_computes(copy, tmp_path):
             return there.text_decoder(torch.tensor(tokens_BT).long(), encoder_hidden_states=states).logits.numpy()
 
     np.testing.assert_allclose(logits(there), ours, atol=5e-5)
-    jp.export_blip(model, {"params": params}, tmp_path / "out")
+    jp.export_hf(model, {"params": params}, tmp_path / "out")
     again = transformers.BlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     np.testing.assert_allclose(logits(again), ours, atol=5e-5)
 

@@ -11,9 +11,9 @@ import tiny
 from PIL import Image
 
 from jaxpeft.inputs import images
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import loading
 from jaxpeft.models.blip import BlipConfig
+from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime import files
 from jaxpeft.runtime.torch_files import load_pickle
 
@@ -180,4 +180,4 @@ def test_a_vocabulary_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MOST_JSON", 100)
     (tmp_path / "vocab.txt").write_text("\n".join(map(str, range(1000))))
     with pytest.raises(ValueError, match="is it a vocabulary"):
-        Tokenizer.from_file(tmp_path)
+        BlipTokenizer.from_file(tmp_path)

@@ -9,10 +9,10 @@ from configs import pretrain as config_file
 from jaxpeft import tree
 from jaxpeft.apps import pretrain
 from jaxpeft.data import scenes
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import loading
+from jaxpeft.models.blip_tokens import BlipTokenizer
 
-TOKENIZER = Tokenizer.from_words(scenes.WORDS)
+TOKENIZER = BlipTokenizer.from_words(scenes.WORDS)
 
 
 def test_masking_is_berts():

@@ -125,8 +125,8 @@ def place(tmp_path, monkeypatch):
     ]
     Path("pics/metadata.csv").write_text("\n".join(["file_name,text", *captions]))
     Path("pics/questions.csv").write_text("\n".join(["image,question,answer", *questions]))
-    jp.export_blip(*_plain(), "path/to/blip")
-    jp.export_blip(*_plain(), "Salesforce/blip-image-captioning-base")  # a directory of that name comes before the hub
+    jp.export_hf(*_plain(), "path/to/blip")
+    jp.export_hf(*_plain(), "Salesforce/blip-image-captioning-base")  # a directory of that name comes before the hub
     mini_coco.draw("data", 6)
     return tmp_path
 

@@ -7,10 +7,10 @@ import tiny
 from jaxpeft import tasks
 from jaxpeft.data import base, pipeline
 from jaxpeft.data.base import Split
-from jaxpeft.inputs.tokenizer import SPECIAL, Tokenizer
+from jaxpeft.models.blip_tokens import SPECIAL, BlipTokenizer
 from jaxpeft.training import evaluate
 
-TOKENIZER = Tokenizer.from_words("a picture of red blue dog cat is it".split())
+TOKENIZER = BlipTokenizer.from_words("a picture of red blue dog cat is it".split())
 IDS = TOKENIZER.ids
 CAPTION, ANSWER = (tiny.template(name, TOKENIZER) for name in ("captioning", "vqa"))
 PICTURES = [np.full((16, 16, 3), i, np.uint8) for i in range(3)]
@@ -154,7 +154,7 @@ def _answers(*answers):
     return Split("test", [np.zeros((4, 4, 3), np.uint8)] * len(rows), rows)
 
 
-WORDS = Tokenizer.from_words("red t shirt - 3 . 5 cafe a picture of".split())
+WORDS = BlipTokenizer.from_words("red t shirt - 3 . 5 cafe a picture of".split())
 WRITES = tiny.template("vqa", WORDS)
 
 

@@ -20,8 +20,8 @@ from tiny import config_of
 from jaxpeft import config, tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline, scenes
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import loading
+from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime import files, signals
 from jaxpeft.training import evaluate, finished, frozen_cache, loop, optim, results, run, setup, sharding
 from jaxpeft.training.checkpoint import Checkpoints
@@ -576,7 +576,7 @@ def test_subsets_are_nested_and_batches_are_a_function_of_seed_and_step():
     assert ids[1][:5] == ids[0] and len(set(ids[1])) == 20
     other = [row["image_id"] for row in pipeline.subset(split, seed=4, n_images=5)[0].rows]
     assert other != ids[0]
-    examples = TASK.examples(split, Tokenizer.from_words(scenes.WORDS))
+    examples = TASK.examples(split, BlipTokenizer.from_words(scenes.WORDS))
     stream = pipeline.batches(examples, 7, seed=1)
     first = [next(stream) for _ in range(40)]  # 280 > 240 examples: into the second epoch
     again = next(pipeline.batches(examples, 7, seed=1, start=38))

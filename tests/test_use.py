@@ -194,7 +194,7 @@ def tuned(task, method):
 @pytest.mark.parametrize("task", ["captioning", "vqa"])
 def test_a_merged_directory_reads_back_exactly(tmp_path, task):
     model, variables = tuned(task, (jp.LoRA(rank=2), Head()))
-    jp.export_blip(model, variables, tmp_path / "out", card="# a model\n")
+    jp.export_hf(model, variables, tmp_path / "out", card="# a model\n")
     again, params = loading.load(tmp_path / "out")
     assert again.config == model.config and again.tokenizer == model.tokenizer
     expected = tree.flatten(jp.merge(model, variables))
@@ -205,7 +205,7 @@ def test_a_merged_directory_reads_back_exactly(tmp_path, task):
     assert (tmp_path / "out" / "README.md").read_text() == "# a model\n"
     (tmp_path / "out" / "mine.txt").write_text("keep me")
     with pytest.raises(ValueError, match="holds other files"):
-        jp.export_blip(model, variables, tmp_path / "out")
+        jp.export_hf(model, variables, tmp_path / "out")
 
 
 def test_a_run_is_exported_with_a_card_that_says_what_it_is(run, tmp_path, capsys):
@@ -249,7 +249,7 @@ def test_an_adapter_is_exported_with_its_card(base, tmp_path, capsys):
 )
 def test_what_is_not_exact_is_refused_before_anything_is_written(tmp_path, method, reason):
     with pytest.raises(ValueError, match=reason):
-        jp.export_blip(*tuned("captioning", method), tmp_path / "out")
+        jp.export_hf(*tuned("captioning", method), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -258,7 +258,7 @@ def test_live_transformers_loads_it_and_computes_the_same(tmp_path, task):
     torch = pytest.importorskip("torch", reason="compares with the installed transformers: pip install -e .[golden]")
     transformers = pytest.importorskip("transformers", reason="as above")
     model, variables = tuned(task, (jp.LoRA(rank=2), Head()))
-    jp.export_blip(model, variables, tmp_path)
+    jp.export_hf(model, variables, tmp_path)
     asks = task == "vqa"
     kind = transformers.BlipForQuestionAnswering if asks else transformers.BlipForConditionalGeneration
     there, info = kind.from_pretrained(tmp_path, output_loading_info=True)

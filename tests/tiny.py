@@ -8,10 +8,10 @@ import numpy as np
 
 from jaxpeft import config
 from jaxpeft.inputs.processor import Template
-from jaxpeft.inputs.tokenizer import SPECIAL, Tokenizer
 from jaxpeft.models.blip import Blip, BlipConfig, build, processor
+from jaxpeft.models.blip_tokens import SPECIAL, BlipTokenizer
 
-TOKENIZER = Tokenizer.from_words(f"w{i}" for i in range(20))
+TOKENIZER = BlipTokenizer.from_words(f"w{i}" for i in range(20))
 CONFIG = dict(
     image_size=16, patch_size=8, vision_width=12, vision_layers=2, vision_heads=3, vision_mlp=20,
     vocab_size=len(TOKENIZER), text_width=12, text_layers=2, text_heads=2, text_mlp=20, max_positions=16,
@@ -24,7 +24,7 @@ def model(question_encoder: bool = True, **overrides) -> Blip:
     return build(BlipConfig(**CONFIG | {"question_encoder": question_encoder} | overrides), TOKENIZER)
 
 
-def template(task: str, tokenizer: Tokenizer = TOKENIZER, **options) -> Template:
+def template(task: str, tokenizer: BlipTokenizer = TOKENIZER, **options) -> Template:
     """How BLIP reads and writes the texts of a task, from a tokenizer alone."""
     return processor(BlipConfig(), tokenizer).template(task, **options)
 

@@ -47,7 +47,7 @@ def main(argv=None) -> int:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--workdir", help="of a finished run")
     which.add_argument(
-        "--base", help="nothing tuned: 'tiny', a directory with a BLIP, or owner/name of the Hugging Face hub"
+        "--base", help="nothing tuned: 'tiny', a directory with a model, or owner/name of the Hugging Face hub"
     )
     parser.add_argument("--image", nargs="+", type=Path, default=[])
     parser.add_argument("--folder", type=Path, help="every picture in it and below")

@@ -26,14 +26,15 @@ import numpy as np
 from jaxpeft import ops, tree
 from jaxpeft.data import scenes
 from jaxpeft.data.base import pad_tokens
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import loading
 from jaxpeft.models.base import Context
 from jaxpeft.models.blip import Blip, BlipConfig, build, processor
+from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.ops import matmul
+from jaxpeft.runtime import host
 from jaxpeft.tasks.base import teacher_forced
 from jaxpeft.tasks.captioning import Captioning
-from jaxpeft.training import evaluate, loop, results
+from jaxpeft.training import evaluate, loop
 from jaxpeft.training.setup import as_json
 from jaxpeft.training.setup import digest as run_digest
 from jaxpeft.tree import Tree
@@ -103,7 +104,7 @@ class Pretraining:
         return (nll_BA * jnp.where(right_BA, 0.5, 0.5 / (n_texts - 1))).sum() / n_images  # both classes weigh the same
 
 
-def text_batch(tokenizer: Tokenizer, indices, rng: np.random.Generator) -> dict:
+def text_batch(tokenizer: BlipTokenizer, indices, rng: np.random.Generator) -> dict:
     """BERT's masking: 15 % of tokens are predicted; of those 80 % become [MASK], 10 % a random word, 10 % stay."""
     ids = pad_tokens([tokenizer.encode(scenes.text(0, int(i)), TEXT_LENGTH) for i in indices], 0, TEXT_LENGTH)
     maskable = (ids != tokenizer.pad_id) & (ids != tokenizer.cls_id) & (ids != tokenizer.sep_id)
@@ -154,7 +155,7 @@ def nearest_other(captions: list[str]) -> list[str]:
     return picked
 
 
-def caption_batch(tokenizer: Tokenizer, stage: str, n_texts: int, indices, rng: np.random.Generator) -> dict:
+def caption_batch(tokenizer: BlipTokenizer, stage: str, n_texts: int, indices, rng: np.random.Generator) -> dict:
     """Pictures, `n_texts` web captions each and, for matching, (own, edited, nearest other) texts."""
     template = processor(BlipConfig(), tokenizer).template("captioning")
     indices = [int(i) for i in indices]
@@ -195,7 +196,7 @@ def _batches(config, stage, make):
 def run(config, workdir, log=print) -> dict:
     """Run the stages, score the held-out pictures zero-shot, and write WORKDIR/checkpoint (what `loading.load` reads)."""
     began, workdir = time.perf_counter(), Path(workdir)
-    tokenizer = Tokenizer.from_words(scenes.WORDS)
+    tokenizer = BlipTokenizer.from_words(scenes.WORDS)
     names = ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")
     architecture = BlipConfig(
         **config.architecture,
@@ -239,8 +240,8 @@ def run(config, workdir, log=print) -> dict:
         "scores": zero_shot(model, params, config),
         "timing": seconds,
         "total_s": round(time.perf_counter() - began, 1),
-        "machine": results.machine(),
-        "versions": results.versions(),
+        "machine": host.machine(),
+        "versions": host.versions(),
     }
     stored = {name: params[name] for name in ("vision", "text_decoder", "text_encoder")}
     loading.save(workdir / "checkpoint", model, shared(stored), aliases=ALIASES, **facts)

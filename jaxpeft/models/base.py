@@ -19,6 +19,7 @@ from jaxpeft.adapt import sites
 from jaxpeft.inputs.processor import Processor
 from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models.convert import Converter
+from jaxpeft.models.hf import HuggingFace
 from jaxpeft.runtime.registry import Registry
 
 
@@ -67,6 +68,11 @@ class VisionLanguageModel(sites.Adaptable):
     def tokenizer(self):
         """The processor's tokenizer; None where there is none."""
         return self.processor and self.processor.tokenizer
+
+    @property
+    def hf(self) -> HuggingFace | None:
+        """How transformers and PEFT have this model; None where they do not."""
+        return MODELS[self.model_type]().hf(self) if self.model_type in MODELS else None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -124,10 +130,10 @@ class VisionLanguageModel(sites.Adaptable):
         return logits_RTV.reshape(n_rows, n_texts, n_tokens, -1)
 
 
-def _of(module: str) -> Callable[[], Converter]:
-    """The converter of a module of this room, imported when it is wanted."""
-    return lambda: importlib.import_module(f"jaxpeft.models.{module}").CONVERTER
+def _in(module: str) -> Callable[[], Converter]:
+    """The `CONVERTER` of a module that is imported when it is wanted."""
+    return lambda: importlib.import_module(module).CONVERTER
 
 
 # model_type of config.json (Hugging Face) or manifest.json (ours) -> a function that gives its converter
-MODELS: dict[str, Callable[[], Converter]] = Registry("model type", {"blip": _of("blip_convert")})
+MODELS: dict[str, Callable[[], Converter]] = Registry("model type", {"blip": _in("jaxpeft.models.blip_convert")})

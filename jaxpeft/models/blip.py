@@ -21,8 +21,9 @@ from flax import linen as nn
 from jaxpeft.adapt import sites
 from jaxpeft.inputs import images
 from jaxpeft.inputs.processor import Processor, Template
-from jaxpeft.inputs.tokenizer import Tokenizer, clean_caption, clean_question
+from jaxpeft.inputs.tokenizer import clean_caption, clean_question
 from jaxpeft.models.base import Cache, Context, Stage, VisionLanguageModel
+from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.models.layers import Attention, Dense, LayerNorm, Mlp, TiedDense, dropout
 from jaxpeft.ops import by_rows
 
@@ -392,7 +393,7 @@ class Blip(VisionLanguageModel):
         return self.config.max_positions
 
     @nn.nowrap
-    def replaced(self, tokenizer: Tokenizer | None = None, **fields) -> "Blip":
+    def replaced(self, tokenizer: BlipTokenizer | None = None, **fields) -> "Blip":
         return build(dataclasses.replace(self.config, **fields), tokenizer or self.tokenizer)
 
     @nn.nowrap
@@ -469,7 +470,7 @@ def _cache(cache: dict) -> Cache:
     return Cache({"self": layers["self"]}, cache | {"layers": {"cross": layers["cross"]}})
 
 
-def _captioning(tokenizer: Tokenizer, prompt: str | None = None, max_words: int = 0) -> Template:
+def _captioning(tokenizer: BlipTokenizer, prompt: str | None = None, max_words: int = 0) -> Template:
     """[DEC] a picture of <caption> [SEP]."""
     words = "a picture of" if prompt is None else prompt
     return Template(
@@ -482,7 +483,7 @@ def _captioning(tokenizer: Tokenizer, prompt: str | None = None, max_words: int 
     )
 
 
-def _vqa(tokenizer: Tokenizer) -> Template:
+def _vqa(tokenizer: BlipTokenizer) -> Template:
     """[ENC] <question> [SEP] into the encoder; the decoder writes [DEC] <answer> [SEP]."""
     return Template(
         tokenizer,
@@ -495,13 +496,13 @@ def _vqa(tokenizer: Tokenizer) -> Template:
     )
 
 
-def processor(config: BlipConfig, tokenizer: Tokenizer | None) -> Processor:
+def processor(config: BlipConfig, tokenizer: BlipTokenizer | None) -> Processor:
     """BLIP's own templates, the words of `tokenizer`, and the images that `config` says."""
     templates = {"captioning": _captioning, "vqa": _vqa}
     templates = {name: functools.partial(make, tokenizer) for name, make in templates.items()}
     return Processor(tokenizer, config.image_size, config.image_resample, config.image_mean, templates)
 
 
-def build(config: BlipConfig, tokenizer: Tokenizer | None = None) -> Blip:
+def build(config: BlipConfig, tokenizer: BlipTokenizer | None = None) -> Blip:
     """The model with its processor."""
     return Blip(config, processor(config, tokenizer))

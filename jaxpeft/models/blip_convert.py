@@ -15,9 +15,9 @@ import numpy as np
 from jaxpeft import tree
 from jaxpeft.inputs import images
 from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
-from jaxpeft.inputs.tokenizer import Tokenizer
-from jaxpeft.models import convert
+from jaxpeft.models import blip_hf, convert
 from jaxpeft.models.blip import Blip, BlipConfig, build
+from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.models.convert import Change, Dtype, Place, Rule, Table, Tensor
 from jaxpeft.runtime import files
 
@@ -342,6 +342,9 @@ class _Converter:
         config = _with_processor(config, directory, image_size)
         return build(*_with_tokenizer(config, directory, defaults))
 
+    def hf(self, model: Blip) -> blip_hf.BlipInTransformers:
+        return blip_hf.form(model, names(model.config), hf_config(model.config))
+
 
 def _asks(task: str | None) -> bool | None:
     """Whether a task needs the question encoder; None for None."""
@@ -369,12 +372,12 @@ def _with_processor(config: BlipConfig, directory: Path, image_size: int | None)
 
 def _with_tokenizer(
     config: BlipConfig, directory: Path, defaults: Iterable[str]
-) -> tuple[BlipConfig, Tokenizer | None]:
+) -> tuple[BlipConfig, BlipTokenizer | None]:
     """The directory's tokenizer, and the configuration with its special ids where config.json does not have them
     (`defaults`). Raises ValueError where the two contradict each other."""
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
         return config, None
-    tokenizer = Tokenizer.from_file(directory)
+    tokenizer = BlipTokenizer.from_file(directory)
     spare = 0 if config.question_encoder else 1  # a captioning model never reads [ENC], which may be without a row
     if len(tokenizer) - spare * (tokenizer.enc_id == len(tokenizer) - 1) > config.vocab_size:
         raise ValueError(f"{directory}: {len(tokenizer)} words for a vocabulary matrix of {config.vocab_size} rows")

@@ -75,6 +75,9 @@ class Converter(Protocol):
         """The model, with the tokenizer and the image settings of the directory; `defaults`: what the configuration did not
         say, and the tokenizer may. `image_size`: as the user chose it."""
 
+    def hf(self, model: Any) -> Any:
+        """How transformers and PEFT have the model (`HuggingFace` of models/hf.py); None where they do not."""
+
 
 # ---------------------------------------------------------------- the table
 

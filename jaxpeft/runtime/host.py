@@ -1,6 +1,7 @@
 """Before JAX looks for devices: which processes belong together, which devices there are, where compiled programs are kept."""
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -11,6 +12,22 @@ import jax
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> dict:
+    """Where a number was measured."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{len(jax.devices())} x {device.device_kind}",
+        "cores": os.cpu_count(),
+        "os": platform.platform(),
+    }
+
+
+def versions() -> dict:
+    """The packages that decide numbers."""
+    names = ("jaxpeft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
 def join_others(

@@ -21,6 +21,10 @@ FIELDS = {"start": "init_weights", "where": "targets"}  # of methods, in code an
 LOADING = {
     "question_encoder": "task='vqa' for a model that answers questions, task='captioning' for one without"
 }  # jp.load
+NAMES = {  # of jaxpeft itself
+    "export_blip": "export_hf", "expand": "adapt.sites.expand",
+    **{name: f"methods.{name}" for name in ("HEADS", "METHODS", "Added", "Params", "Site", "build", "defaults")},
+}  # fmt: skip
 MODULES = {  # below jaxpeft
     "budget": "adapt.budget", "checkpoint": "training.checkpoint", "claims": "study.claims",
     "cluster": "study.ray_executor", "datasets": "data", "decode": "models.decode", "demo": "apps.demo",

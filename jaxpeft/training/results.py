@@ -2,10 +2,7 @@
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
 import resource
 import sys
 import textwrap
@@ -79,22 +76,6 @@ def _step_of(line: str) -> int:
         return json.loads(line)["step"]
     except (ValueError, KeyError):  # the last line of a killed run
         return sys.maxsize
-
-
-def machine() -> dict:
-    """Where a number was measured."""
-    device = jax.devices()[0]
-    return {
-        "device": f"{len(jax.devices())} x {device.device_kind}",
-        "cores": os.cpu_count(),
-        "os": platform.platform(),
-    }
-
-
-def versions() -> dict:
-    """The packages that decide numbers."""
-    names = ("jaxpeft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
 def _package_code() -> dict[str, str]:

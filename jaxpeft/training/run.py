@@ -20,7 +20,7 @@ from jaxpeft import tree
 from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline
 from jaxpeft.interchange import save_tuned
-from jaxpeft.runtime import files, locks
+from jaxpeft.runtime import files, host, locks
 from jaxpeft.training import finished, inputs, results, sharding
 from jaxpeft.training import score as scoring
 from jaxpeft.training import setup as setups
@@ -138,8 +138,8 @@ def _result(config: Config, setup: Setup, scored: scoring.Scored) -> dict:
         "texts": setup.facts["texts"],
         "data_report": train.report,
         "code": results.code(),
-        "machine": results.machine(),
-        "versions": results.versions(),
+        "machine": host.machine(),
+        "versions": host.versions(),
         "imports": setups.imports_of(config, setup.methods, setup.task),
     }
 

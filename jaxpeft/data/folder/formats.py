@@ -18,7 +18,7 @@ import re
 ACCEPTED = """accepted are
   COCO captions   JSON {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
   Karpathy        JSON {"images": [{"filename", "split", "sentences": [{"raw"}]}]}
-  BLIP            JSON [{"image", "caption"}, ...] or [{"image", "question", "answer"}, ...]
+  a list          JSON [{"image", "caption"}, ...] or [{"image", "question", "answer"}, ...]
   VQA v2          questions=JSON {"questions": [{"question_id", "image_id", "question"}]}, annotations=JSON
                   {"annotations": [{"question_id", "image_id", "answers": [{"answer"}]}]}
   table           CSV with a header, or JSONL, with the columns image, caption or image, question, answer;
