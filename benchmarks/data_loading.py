@@ -78,7 +78,11 @@ def in_processes(files, size, workers):
         {"image_index": np.arange(len(files))}, pipeline.Resized(Decoded(files), size, cache_bytes=0), []
     )
     order = grain.MapDataset.range(len(files)).seed(0).shuffle().repeat().batch(BATCH)
-    made = order.seed(1).random_map(lambda indices, rng: pipeline.gather(examples, indices, ("blip", rng))["image"])
+
+    def make(indices, rng):
+        return pipeline.gather(examples, indices, "blip", rng.integers(2**63, size=len(indices)))["image"]
+
+    made = order.seed(1).random_map(make)
     stream = made.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     return stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
 

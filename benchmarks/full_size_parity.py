@@ -10,6 +10,7 @@ Exits with 1 when an error is above its tolerance or a token differs.
 
 import argparse
 import copy
+import dataclasses
 import gc
 import tempfile
 import time
@@ -119,20 +120,21 @@ def jax_stages(model, params, batch):
     """As torch_stages."""
     from jaxpeft import ops
 
-    image_BPD = model.apply({"params": params}, batch["image"], method="encode_image")
-    context_BSD, mask_BS = model.apply({"params": params}, image_BPD, batch.get("question"), method="context")
-    logits_BTV = model.apply({"params": params}, batch["tokens"], context_BSD, mask_BS, method="decode")
+    seen = {"image": batch["image"]} | ({"prompt": batch["question"]} if "question" in batch else {})
+    for stage in model.stages:
+        seen[stage.name] = model.apply({"params": params}, seen, stage.name, method="stage")
+    context = model.apply({"params": params}, seen, method="context")
+    logits_BTV = model.apply({"params": params}, batch["tokens"], context, method="score")
     scored = batch["labels"][:, 1:] != -100
     targets = np.where(scored, batch["labels"][:, 1:], 0)
     total, count = ops.token_loss(logits_BTV[:, :-1], targets, scored.astype(np.float32))
-    out = {"image_tokens": image_BPD, "logits": logits_BTV, "loss": total / count}
-    return out | ({"question_states": context_BSD} if "question" in batch else {})
+    stages = {stage.name: seen[stage.name] for stage in model.stages}
+    return stages | {"logits": logits_BTV, "loss": total / count}
 
 
 def jax_numbers(model, params, batch, task) -> dict:
     """The same by jaxpeft, in float32."""
     import jax
-    import jax.numpy as jnp
 
     from jaxpeft.models import blip_convert, decode
 
@@ -145,18 +147,20 @@ def jax_numbers(model, params, batch, task) -> dict:
     gradient = blip_convert.to_hf(jax.device_get(gradient), model.config)
     numbers |= {f"gradient {name}": gradient[name] for name in GRADIENTS[task]}
     del gradient
-    mask_BS = batch["question"] != model.config.pad_id if "question" in batch else None
-    context_BSD = out.get("question_states", out["image_tokens"])
-    args = model, {"params": params}, context_BSD, mask_BS, jnp.asarray(batch["prompt"], jnp.int32)
-    numbers["tokens, greedy"] = np.asarray(decode.greedy(*args, length=LENGTH)[0])
-    numbers[f"tokens, beam {BEAMS}"] = np.asarray(decode.beam_search(*args, beams=BEAMS, length=LENGTH)[0][:, 0])
+    c, variables = model.config, {"params": params}
+    made = {stage.name: out[stage.name] for stage in model.stages}
+    asked = {"prompt": batch["question"]} if "question" in batch else {}
+    context = model.apply(variables, made | asked, method="context")
+    ids = {"start": tuple(batch["prompt"][0].tolist()), "stop": (c.sep_id,), "pad": c.pad_id}
+    search = decode.Search(**ids, n_words=c.vocab_size, length=LENGTH)
+    numbers["tokens, greedy"] = np.asarray(decode.greedy(model, variables, context, search)[0])
+    search = dataclasses.replace(search, beams=BEAMS)
+    numbers[f"tokens, beam {BEAMS}"] = np.asarray(decode.beam_search(model, variables, context, search)[0][:, 0])
     return numbers
 
 
 def controls(model, params, batch, double, where, allowed: float) -> list[dict]:
     """Logits under transformers' class defaults, which are not BLIP's: the comparison must notice both."""
-    import dataclasses
-
     import jax
 
     from jaxpeft.models.blip import build

@@ -45,6 +45,7 @@ def step_of(config, batch_size: int):
     from jaxpeft import config as defaults
     from jaxpeft import methods, tasks, tree
     from jaxpeft.adapt import sites
+    from jaxpeft.inputs.processor import Template
     from jaxpeft.models.blip import build
     from jaxpeft.tasks.base import teacher_forced
     from jaxpeft.training import loop, optim
@@ -57,7 +58,8 @@ def step_of(config, batch_size: int):
     tx = optim.optimizer(defaults.get_config().optim, tuned, 1000)
     first = [config.bos_id, 7, 8]
     ids = [[[*first, *rng.integers(9, config.vocab_size - 2, LENGTH - 4).tolist(), config.sep_id]]] * batch_size
-    batch = teacher_forced(ids, [[1.0]] * batch_size, len(first), config.pad_id)
+    template = Template(None, start=tuple(first), stop=(config.sep_id,), pad=config.pad_id)
+    batch = teacher_forced(ids, [[1.0]] * batch_size, template)
     size = config.image_size
     batch["image"] = rng.integers(0, 256, (batch_size, size, size, 3)).astype(np.uint8)
     step = functools.partial(loop.train_step, model=model, task=tasks.build("captioning"), tx=tx, grad_accum=1)
@@ -112,8 +114,8 @@ def indices(n: int) -> dict:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096 / 1e6
 
-    tokenizer = loading.abstract("tiny").tokenizer
-    words, rng, before = tokenizer.vocabulary[7:], np.random.default_rng(0), resident()
+    task, model = tasks.build("captioning"), loading.abstract("tiny", task="captioning")
+    words, rng, before = model.tokenizer.vocabulary[7:], np.random.default_rng(0), resident()
     texts = [" ".join(words[i] for i in row) for row in rng.integers(0, len(words), (n, 10))]
     rows = [{"image_id": str(i), "captions": [text], "questions": []} for i, text in enumerate(texts)]
     split, found = Split("train", Nothing(n), rows), {"rows MB": resident() - before}
@@ -121,7 +123,7 @@ def indices(n: int) -> dict:
     half, _ = pipeline.subset(split, seed=0, fraction=0.5)
     found["half s"] = time.perf_counter() - began
     began, before = time.perf_counter(), resident()
-    examples = tasks.build("captioning").examples(split, tokenizer)
+    examples = task.examples(split, task.template(model))
     found |= {"texts s": time.perf_counter() - began, "texts MB": resident() - before}
     for name, start in (("first batch s", 0), ("resumed batch s", 10 * n)):
         began = time.perf_counter()

@@ -73,7 +73,7 @@ def inputs(config, vqa, seed=0):
     image = rng.normal(size=(2, config.image_size, config.image_size, 3)).astype(np.float32)
     tokens = rng.integers(5, config.vocab_size - 5, (2, 5)).astype(np.int32)
     batch = {"image": image, "tokens": tokens[:, None]}
-    return batch | ({"question": rng.integers(5, config.vocab_size - 5, (2, 4)).astype(np.int32)} if vqa else {})
+    return batch | ({"prompt": rng.integers(5, config.vocab_size - 5, (2, 4)).astype(np.int32)} if vqa else {})
 
 
 def ours(model, variables, batch):
@@ -86,8 +86,8 @@ def theirs(module, batch, decoder=None):
     tokens = torch.tensor(batch["tokens"][:, 0]).long()
     with torch.no_grad():
         context = module.vision_model(image)[0]
-        if "question" in batch:
-            question = torch.tensor(batch["question"]).long()
+        if "prompt" in batch:
+            question = torch.tensor(batch["prompt"]).long()
             context = module.text_encoder(question, encoder_hidden_states=context)[0]
         mask = torch.ones_like(tokens)
         out = (decoder or module.text_decoder)(input_ids=tokens, attention_mask=mask, encoder_hidden_states=context)

@@ -25,7 +25,7 @@ def measure(task: str, method: str, lanes: list[int], runs: int, check: int) -> 
     from jaxpeft import methods, tree
     from jaxpeft.adapt import sites
     from jaxpeft.data import pipeline
-    from jaxpeft.training import evaluate, loop, optim
+    from jaxpeft.training import loop, optim
 
     bench = Bench(task, 1000)
     chosen = methods.build(method, "transform")
@@ -33,11 +33,8 @@ def measure(task: str, method: str, lanes: list[int], runs: int, check: int) -> 
     tuned, frozen = tree.split(variables, sites.trainable(variables))
     tx = optim.optimizer(bench.config.optim, tuned, 1000)
     step = functools.partial(loop.train_step, model=bench.model, task=bench.task, tx=tx, grad_accum=1)
-    examples = bench.task.examples(bench.splits["train"], bench.model.tokenizer)
-    examples = type(examples)(examples.arrays, None, examples.rows)
-    stream = pipeline.batches(examples, bench.config.batch_size, seed=0)
-    features = bench.features["train"]
-    batches = [jax.device_put(evaluate.with_features(next(stream), features)) for _ in range(max(check, 8))]
+    stream = pipeline.batches(bench.examples("train", cached=True), bench.config.batch_size, seed=0)
+    batches = [jax.device_put(next(stream)) for _ in range(max(check, 8))]
 
     def state(lr):
         *rest, schedule = tx.init(tuned)

@@ -91,7 +91,14 @@ def step_of(model, method, params, batch, runs):
     variables = {"params": params, "peft": variables}
     mask = sites.trainable(variables)
     tuned, frozen = tree.split(variables, mask)
-    settings = {"lr": 1e-4, "schedule": "constant", "warmup": 0.0, "decay": 0.0, "no_decay": "", "clip": 1.0}
+    settings = {
+        "lr": 1e-4,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "weight_decay": 0.0,
+        "no_decay": "",
+        "clip_norm": 1.0,
+    }
     tx = optim.optimizer(ml_collections.ConfigDict(settings | {"b1": 0.9, "b2": 0.999}), tuned, 100)
     state = loop.TrainState(jnp.int32(0), jax.tree.map(jnp.array, tuned), tx.init(tuned))
     step = functools.partial(loop.train_step, model=model, task=tasks.build("captioning"), tx=tx, grad_accum=1)
@@ -112,10 +119,9 @@ def logits(model, variables, batch):
 
 @functools.partial(jax.jit, static_argnames="model")
 def tokens(model, variables, batch):
-    context = model.apply(variables, batch["image"], method="encode_image")
-    return decode.greedy(model, variables, context, None, jnp.full((len(context), 1), model.config.bos_id), length=12)[
-        0
-    ]
+    c, context = model.config, model.apply(variables, {"image": batch["image"]}, method="context")
+    search = decode.Search(start=(c.bos_id,), stop=(c.sep_id,), pad=c.pad_id, n_words=c.vocab_size, length=12)
+    return decode.greedy(model, variables, context, search)[0]
 
 
 def exactness(model, variables, base, batch) -> dict:

@@ -35,7 +35,7 @@ from jaxpeft.data import pipeline
 from jaxpeft.methods import Head
 from jaxpeft.models import loading
 from jaxpeft.runtime import host, malloc
-from jaxpeft.training import evaluate, loop, optim
+from jaxpeft.training import evaluate, frozen_cache, loop, optim
 
 BUDGET, RATES = 50_000, (1 / 3, 1, 3)
 # method and the middle of its learning rates
@@ -71,19 +71,26 @@ class Bench:
         c.data.update({"n_train": 4096, "n_val": 256, "n_test": 512})
         c.steps, self.config = steps, c
         self.task = tasks.build(task, **c.task_options)
-        self.model, self.params, _ = loading.read("tiny", task=self.task.name)
+        self.model, self.params, _ = loading.read("tiny", task=self.task.kind)
+        self.template = self.task.template(self.model)
         self.splits = data.load(c.data, ["train", "val", "test"])
-        size = self.model.config.image_size
-        self.pictures = {name: pipeline.Resized(split.images, size) for name, split in self.splits.items()}
+        self.pictures = {name: pipeline.Resized.of(split.images, self.model) for name, split in self.splits.items()}
         base = {"params": self.params}
-        self.features = {name: evaluate.image_features(self.model, base, one) for name, one in self.pictures.items()}
+        found, images = frozen_cache.programs(self.model, base), self.model.stages[:1]
+        self.cache = frozen_cache.FrozenCache(self.model, base, images, found, None, 0, print)
+
+    def examples(self, split, cached):
+        """What training reads."""
+        return self._filled(split, self.task.examples(self.splits[split], self.template), cached)
+
+    def _filled(self, split, examples, cached):
+        """With image features of the base in place of images, where they are `cached`."""
+        examples = dataclasses.replace(examples, images=self.pictures[split])
+        return self.cache.fill(self.splits[split], examples) if cached else examples
 
     def score(self, variables, split, cached) -> float:
-        cases = dataclasses.replace(
-            self.task.eval_examples(self.splits[split], self.model.tokenizer), images=self.pictures[split]
-        )
-        features = self.features[split] if cached else None
-        written = evaluate.predict(self.model, variables, self.task, cases, features=features, batch_size=128)
+        cases = self._filled(split, self.task.eval_examples(self.splits[split], self.template), cached)
+        written = evaluate.predict(self.model, variables, self.task, cases, batch_size=128)
         return self.task.score(cases.rows, [one["text"] for one in written])[self.task.main_metric]
 
     def trainer(self, methods, log):
@@ -91,9 +98,7 @@ class Bench:
         variables = sites.attach(self.model, self.params, methods, jax.random.key(0))
         mask = sites.trainable(variables)
         cached = not any(on and "/vision" in name for name, on in tree.flatten(mask).items())
-        examples = self.task.examples(self.splits["train"], self.model.tokenizer)
-        examples = dataclasses.replace(examples, images=None if cached else self.pictures["train"])
-        features = self.features["train"] if cached else None
+        examples = self.examples("train", cached)
         tx = optim.optimizer(self.config.optim, tree.split(variables, mask)[0], self.config.steps)
         step = functools.partial(loop.train_step, model=self.model, task=self.task, tx=tx, grad_accum=1)
         step = jax.jit(step, donate_argnums=0)
@@ -107,7 +112,7 @@ class Bench:
             state = loop.TrainState(jnp.int32(0), tuned, opt, jnp.uint32(seed))
             stream = pipeline.batches(examples, self.config.batch_size, seed=seed)
             for _ in range(self.config.steps):
-                state, _ = step(state, frozen, evaluate.with_features(next(stream), features))
+                state, _ = step(state, frozen, next(stream))
             return tree.join(state.tuned, frozen)
 
         return run, cached, sites.counts(variables, mask)
@@ -163,9 +168,8 @@ def main():
         parser.error(f"{args.out} holds a run with other settings ({done['settings']}); choose another file")
     bench = Bench(args.task, steps)
     base = bench.score({"params": bench.params}, "test", True)
-    blind = bench.task.blind(
-        bench.splits["train"], bench.task.eval_examples(bench.splits["test"], bench.model.tokenizer).rows
-    )
+    rows = bench.task.eval_examples(bench.splits["test"], bench.template).rows
+    blind = bench.task.blind(bench.splits["train"], rows)
     floor = {name: one[bench.task.main_metric] for name, one in blind.items()}
     print(
         f"{args.task}, {steps} steps, test {bench.task.main_metric}: frozen base {base:.3f}, blind {floor}", flush=True

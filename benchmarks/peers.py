@@ -99,7 +99,7 @@ class Jax:
 
         from jaxpeft import methods, tasks, tree
         from jaxpeft.adapt import sites
-        from jaxpeft.training import evaluate, loop, optim
+        from jaxpeft.training import loop, optim
 
         lora = methods.LoRA(rank=RANK)
         variables = sites.attach(self.model, self.params, lora, jax.random.key(0))
@@ -144,7 +144,8 @@ class Jax:
         image_BYXC = jnp.asarray(self.inputs["image"])
         ways = {"": stepper("", texts | {"image": image_BYXC})}
         if others:
-            label, tokens_BPD = "cached image tokens", evaluate.encode_images(self.model, variables, image_BYXC)
+            label, encode = "cached image tokens", functools.partial(self.model.apply, method="stage")
+            tokens_BPD = jax.jit(encode, static_argnums=2)(variables, {"image": image_BYXC}, "image_tokens")
             ways[label] = stepper(label, texts | {"image_tokens": tokens_BPD})
         return ways
 
@@ -155,14 +156,15 @@ class Jax:
         from jaxpeft.training import evaluate
 
         variables, image_BYXC = {"params": self.params}, jnp.asarray(self.inputs["image"])
-        prompt_BT = jnp.asarray(self.inputs["prompt"])
+        c, limits = self.model.config, {"length": LENGTH, "min_length": LENGTH}
+        ids = {"start": tuple(self.inputs["prompt"][0].tolist()), "stop": (c.sep_id,), "pad": c.pad_id}
 
         def write(beams):
-            image_BPD = evaluate.encode_images(self.model, variables, image_BYXC)
-            args, limits = (self.model, variables, image_BPD, None, prompt_BT), {"length": LENGTH, "min_length": LENGTH}
+            context = evaluate.contexts(self.model, variables, {"image": image_BYXC})
+            search = decode.Search(**ids, n_words=c.vocab_size, beams=beams, **limits)
             if beams == 1:
-                return np.asarray(decode.greedy(*args, **limits)[0])
-            return np.asarray(decode.beam_search(*args, beams=beams, **limits)[0][:, 0])
+                return np.asarray(decode.greedy(self.model, variables, context, search)[0])
+            return np.asarray(decode.beam_search(self.model, variables, context, search)[0][:, 0])
 
         return {label: functools.partial(write, beams) for label, beams in BEAMS.items()}
 

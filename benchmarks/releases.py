@@ -30,14 +30,14 @@ def make(directory: Path):
         jp.export_hf(model, {"params": params}, directory / f"{task}_base")
         jp.export_peft(model, variables, directory / f"{task}_adapter")
         batch = {"image": rng.integers(0, 256, (3, 64, 64, 3)).astype(np.uint8)}
-        batch["tokens"], batch["question"] = rng.integers(7, 70, (3, 1, 6)), rng.integers(7, 70, (3, 5))
+        batch["tokens"], batch["prompt"] = rng.integers(7, 70, (3, 1, 6)), rng.integers(7, 70, (3, 5))
         logits = np.asarray(model.apply(variables, batch))[:, 0]
         plain = np.asarray(model.apply({"params": params}, batch))[:, 0]
-        short = batch | {"question": np.where(np.arange(5) < np.array([[5], [4], [2]]), batch["question"], 0)}
+        short = batch | {"prompt": np.where(np.arange(5) < np.array([[5], [4], [2]]), batch["prompt"], 0)}
         padded = np.asarray(model.apply(variables, short))[:, 0]
         pixels = images.normalise(batch["image"]).transpose(0, 3, 1, 2)
-        np.savez(directory / f"{task}.npz", pixels=pixels, tokens=batch["tokens"][:, 0], question=batch["question"],
-                 logits=logits, plain=plain, short=short["question"], padded=padded)  # fmt: skip
+        np.savez(directory / f"{task}.npz", pixels=pixels, tokens=batch["tokens"][:, 0], question=batch["prompt"],
+                 logits=logits, plain=plain, short=short["prompt"], padded=padded)  # fmt: skip
 
 
 def check(directory: Path):

@@ -29,7 +29,6 @@ import numpy as np
 
 from jaxpeft.data import base
 from jaxpeft.runtime import files
-from jaxpeft.training import setup
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -64,13 +63,10 @@ def lanes(config, workdir: Path) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jaxpeft import data, tasks, tree
-    from jaxpeft.adapt import sites
     from jaxpeft.data import pipeline
     from jaxpeft.runtime import host, malloc
     from jaxpeft.study import grid
-    from jaxpeft.training import evaluate, loop, optim
-    from jaxpeft.training import frozen_cache as feature_tables
+    from jaxpeft.training import inputs, loop, optim, score, setup
 
     malloc.keep_freed_memory()
     host.keep_compiled_programs()
@@ -78,24 +74,10 @@ def lanes(config, workdir: Path) -> None:
     for cell in grid.cells(config):
         runs = [grid.Run(cell, 0, lr, config) for lr in grid.learning_rates(config, cell)]
         c = runs[0].config
-        task = tasks.build(c.task, **c.task_options)
-        splits = data.load(c.data, ["train", *c.eval.splits])
-        split, _ = pipeline.subset(splits["train"], seed=c.data.subset_seed, n_images=c.data.n_images)
-        model, params, chosen, _ = setup.setup_model(c, task, split, lambda *_: None)
-        variables = sites.attach(model, params, chosen, jax.random.key(c.seed))
-        tuned, frozen = tree.split(variables, sites.trainable(variables))
-        pictures = {
-            name: pipeline.Resized(one.images, model.config.image_size)
-            for name, one in (splits | {"train": split}).items()
-        }
-        features = {
-            name: feature_tables.table(
-                model, variables, one, pictures[name], workdir / "features", c.data.feature_bytes
-            )
-            for name, one in (splits | {"train": split}).items()
-        }
-        examples = task.examples(split, model.tokenizer)
-        examples = base.Examples(examples.arrays, None, examples.rows)
+        found = setup.prepare(c, lambda _: None)
+        known = score.yardsticks(c, found, lambda _: None)
+        read = inputs.prepare(c, found, workdir / "features", lambda _: None)
+        tuned, frozen = found.trainable, found.frozen
         tx = optim.optimizer(c.optim, tuned, c.steps)
 
         def start(lr, tx=tx, tuned=tuned):
@@ -104,21 +86,20 @@ def lanes(config, workdir: Path) -> None:
             return loop.TrainState(jnp.int32(0), tuned, opt, jnp.uint32(0))
 
         state = jax.tree.map(lambda *x: jnp.stack(x), *(start(run.lr) for run in runs))
-        step = functools.partial(loop.train_step, model=model, task=task, tx=tx, grad_accum=1)
+        step = functools.partial(loop.train_step, model=found.model, task=found.task, tx=tx, grad_accum=1)
         step = jax.jit(jax.vmap(step, in_axes=(0, None, None)), donate_argnums=0)
-        batches, table = pipeline.batches(examples, c.batch_size, seed=c.seed), np.asarray(features["train"])
+        batches = pipeline.batches(read.examples("train"), c.batch_size, seed=c.seed)
         for _ in range(c.steps):
-            state, _ = step(state, frozen, evaluate.with_features(next(batches), table))
+            state, _ = step(state, frozen, next(batches))
         for i, run in enumerate(runs):
-            versions = {"tuned": tree.join(jax.tree.map(lambda x, i=i: x[i], state.tuned), frozen)}
-            metrics = {}
-            for name in c.eval.splits:
-                cases = task.eval_examples(splits[name], model.tokenizer)
-                looked_at = (splits[name], cases, pictures[name], features[name])
-                metrics[name], _ = run.evaluate(c, model, task, versions, *looked_at, lambda _, x: x)
-                metrics[name] |= run.yardstick(task, split, name, cases, model.tokenizer, lambda *_: None)
-            rows.append({"id": run.id, "metrics": metrics})
+            mine = jax.tree.map(lambda x, i=i: x[i], state.tuned)
+            rows.append({"id": run.id, "metrics": score.score(c, found, read, mine, known).metrics})
     files.write_jsonl(workdir / "results.jsonl", rows)
+
+
+def without_images(examples):
+    """Texts alone; 'index' says which image each looks at."""
+    return base.Examples(examples.arrays | {"index": examples.arrays["image_index"]}, None, [])
 
 
 class Peer:
@@ -135,7 +116,8 @@ class Peer:
         self.c, c = run.config, run.config
         self.task = tasks.build(c.task, **c.task_options)
         self.asks = self.task.asks
-        self.tokenizer = loading.read(c.base, task=self.task.kind)[0].tokenizer
+        model = loading.abstract(c.base, task=self.task.kind)
+        self.template, self.search = self.task.template(model), self.task.search(model)
         self.splits = data.load(c.data, ["train", *c.eval.splits])
         kind = transformers.BlipForQuestionAnswering if self.asks else transformers.BlipForConditionalGeneration
         where = r".*text_(encoder|decoder).*\.(query|value)" if self.asks else r".*text_decoder.*\.(query|value)"
@@ -166,13 +148,13 @@ class Peer:
         """(what the decoder looks at, its mask) of a batch of the split."""
         import torch
 
-        index = batch["image_index"]
+        index = batch["index"]
         found = self.tables.get(name)
         states = self._encode([self.splits[name].images[i] for i in index]) if found is None else found[index]
         if not self.asks:
             return states, None
-        question = torch.tensor(batch["question"]).long()
-        mask = (question != self.tokenizer.pad_id).long()
+        question = torch.tensor(batch["prompt"]).long()
+        mask = (question != self.template.pad).long()
         return self.inner.text_encoder(question, mask, encoder_hidden_states=states)[0], mask
 
     def _losses(self, batch, name):
@@ -186,7 +168,7 @@ class Peer:
         if a > 1:
             states, mask = (None if x is None else x.repeat_interleave(a, 0) for x in (states, mask))
         there = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-        logits = self.inner.text_decoder(flat, (flat != self.tokenizer.pad_id).long(), **there).logits
+        logits = self.inner.text_decoder(flat, (flat != self.template.pad).long(), **there).logits
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), reduction="none")
         return losses.reshape(n, a, t)
 
@@ -204,8 +186,8 @@ class Peer:
             return step / n_warm if step < n_warm else cosine
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        examples = self.task.examples(self.splits["train"], self.tokenizer)
-        batches = pipeline.batches(base.Examples(examples.arrays, None, []), c.batch_size, seed=c.seed)
+        examples = without_images(self.task.examples(self.splits["train"], self.template))
+        batches = pipeline.batches(examples, c.batch_size, seed=c.seed)
         self.model.train()
         for _ in range(c.steps):
             batch = next(batches)
@@ -224,22 +206,22 @@ class Peer:
         from jaxpeft.data import pipeline
 
         self.model.eval()
-        c, task, tokenizer, split = self.c, self.task, self.tokenizer, self.splits[name]
-        examples, cases = task.examples(split, tokenizer), task.eval_examples(split, tokenizer)
-        total, count, texts, prompt = 0.0, 0.0, [], task.prompt_ids(tokenizer)
+        c, task, template, split = self.c, self.task, self.template, self.splits[name]
+        examples, cases = task.examples(split, template), task.eval_examples(split, template)
+        total, count, texts, prompt = 0.0, 0.0, [], list(template.start)
         with torch.no_grad():
-            for batch, n_real in pipeline.one_pass(base.Examples(examples.arrays, None, []), c.eval.batch_size):
+            for batch, n_real in pipeline.one_pass(without_images(examples), c.eval.batch_size):
                 scored = torch.tensor(batch["weights"] > 0)
                 total += float((self._losses(batch, name) * scored)[:n_real].double().sum())
                 count += float(scored[:n_real].sum())
-            for batch, n_real in pipeline.one_pass(base.Examples(cases.arrays, None, []), c.eval.batch_size):
+            for batch, n_real in pipeline.one_pass(without_images(cases), c.eval.batch_size):
                 states, mask = self._context(batch, name)
                 written = self.inner.text_decoder.generate(
                     input_ids=torch.tensor([prompt] * len(states)), encoder_hidden_states=states,
-                    encoder_attention_mask=mask, do_sample=False, num_beams=1, max_length=task.length,
-                    min_length=task.min_length, pad_token_id=tokenizer.pad_id, eos_token_id=tokenizer.sep_id,
+                    encoder_attention_mask=mask, do_sample=False, num_beams=1, max_length=self.search.length,
+                    min_length=task.min_length, pad_token_id=template.pad, eos_token_id=template.stop[0],
                 )  # fmt: skip
-                texts += [tokenizer.decode(row[len(prompt) :]) for row in written[:n_real].tolist()]
+                texts += [template.text(row[len(prompt) :]) for row in written[:n_real].tolist()]
         return task.score(cases.rows, texts) | {"nll": total / count}
 
 
@@ -264,37 +246,11 @@ def torch_points(config, workdir: Path, cached: bool) -> None:
 
 def bases(workdir: Path) -> None:
     """The shipped base as transformers directories."""
-    import torch
-    import transformers
-
-    from jaxpeft.models import blip_convert, loading
+    import jaxpeft as jp
 
     for task in ("captioning", "vqa"):
-        model, params, _ = loading.read("tiny", task=task)
-        c, t = model.config, model.tokenizer
-        ids = {"pad_token_id": t.pad_id, "bos_token_id": t.bos_id, "sep_token_id": t.sep_id, "eos_token_id": t.sep_id}
-        text = {
-            "vocab_size": c.vocab_size, "hidden_size": c.text_width, "num_hidden_layers": c.text_layers,
-            "num_attention_heads": c.text_heads, "intermediate_size": c.text_mlp, "layer_norm_eps": c.text_eps,
-            "max_position_embeddings": c.max_positions, "encoder_hidden_size": c.vision_width,
-            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **ids,
-        }  # fmt: skip
-        vision = {
-            "hidden_size": c.vision_width, "num_hidden_layers": c.vision_layers, "num_attention_heads": c.vision_heads,
-            "intermediate_size": c.vision_mlp, "image_size": c.image_size, "patch_size": c.patch_size,
-            "layer_norm_eps": c.vision_eps,
-        }  # fmt: skip
-        kind = {"captioning": "BlipForConditionalGeneration", "vqa": "BlipForQuestionAnswering"}[task]
-        settings = transformers.BlipConfig(vision_config=vision, text_config=text)
-        there = getattr(transformers, kind)(settings)
-        tensors = {name: torch.tensor(x) for name, x in blip_convert.to_hf(params, c).items()}
-        missing, extra = there.load_state_dict(tensors, strict=False)
-        # tied copies, and buffers of positions
-        left = [name for name in missing if not name.endswith((".cls.predictions.decoder.weight", ".decoder.bias"))]
-        if left or extra:
-            raise SystemExit(f"{task}: missing {left}, unexpected {extra}")
-        there.tie_weights()
-        there.save_pretrained(workdir / f"base_{task}")
+        model, params = jp.load("tiny", task=task)
+        jp.export_hf(model, {"params": params}, workdir / f"base_{task}")
 
 
 WAYS = {  # label: (frozen stages once, processes, what runs)

@@ -132,7 +132,7 @@ class Bridge:
         bound = {
             f"{b.site.path} ({b.site.kind})"
             for b in jax.tree.leaves(variables.get("peft", {}), is_leaf=sites.is_bound)
-            if sites.is_bound(b)
+            if sites.is_bound(b) and b.site != sites.NOWHERE
         }
         reached, active = set(), []
 
