@@ -58,6 +58,7 @@ def _import_peft(model: VisionLanguageModel, params: Tree, directory: Path) -> t
     many = (*many, *head)
     # as shapes: what a file asks for is made only when its tensors have been seen to be that large
     variables = jax.eval_shape(lambda: sites.attach(model, params, many, jax.random.key(0)))
+    many = sites.methods_of(variables)
     if reader.matrix is not None:
         own[f"peft/{reader.form.head.vocabulary}/@linear/0/{Head.name}/matrix"] = reader.matrix
     flat = tree.flatten(variables)
