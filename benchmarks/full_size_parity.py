@@ -1,4 +1,4 @@
-"""Full-size BLIP against transformers: the same drawn weights, read by `jaxpeft.hub` from a transformers directory.
+"""Full-size BLIP against transformers: the same drawn weights, read by `jaxpeft.models.loading` from a transformers directory.
 
     python benchmarks/full_size_parity.py --task caption --out caption.json
     python benchmarks/full_size_parity.py --task vqa --out vqa.json

@@ -150,9 +150,9 @@ def main():
     if args.indices:
         return print(json.dumps(indices(args.indices)))
     from jaxpeft.models.blip import BlipConfig
-    from jaxpeft.runtime import host
+    from jaxpeft.runtime import host, malloc
 
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     host.keep_compiled_programs()
     tiny = BlipConfig(**TINY)
     base = BlipConfig() if args.size == "base" else tiny

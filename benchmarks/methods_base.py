@@ -31,7 +31,7 @@ from jaxpeft import tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.models import decode
 from jaxpeft.models.blip import BlipConfig, build
-from jaxpeft.runtime import host
+from jaxpeft.runtime import host, malloc
 from jaxpeft.training import loop, optim
 
 TINY = {"vision_width": 64, "vision_layers": 2, "vision_heads": 4, "vision_mlp": 96, "text_width": 64, "text_layers": 2}
@@ -139,7 +139,7 @@ def main():
     parser.add_argument("--size", choices=("base", "tiny"), default="base")
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     config = BlipConfig(**({"image_size": 224} | (TINY if args.size == "tiny" else {})))
     model = build(config)
     params = jax.jit(lambda: model.init(jax.random.key(0), model.example()))()["params"]

@@ -34,7 +34,7 @@ from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline
 from jaxpeft.methods import Head
 from jaxpeft.models import loading
-from jaxpeft.runtime import host
+from jaxpeft.runtime import host, malloc
 from jaxpeft.training import evaluate, loop, optim
 
 BUDGET, RATES = 50_000, (1 / 3, 1, 3)
@@ -154,7 +154,7 @@ def main():
     parser.add_argument("--steps", type=int, help="600 (vqa), 200 (captioning)")
     parser.add_argument("--only", nargs="*", choices=METHODS, default=[*METHODS])
     args = parser.parse_args()
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     steps = args.steps or STEPS[args.task]
     settings = {"task": args.task, "steps": steps, "seeds": args.seeds, "budget": BUDGET}
     facts = {"command": "python " + " ".join(sys.argv), "machine": host.machine(), "versions": host.versions()}

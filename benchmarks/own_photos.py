@@ -29,7 +29,7 @@ from PIL import Image
 from reference import ROOT
 
 import jaxpeft as jp
-from jaxpeft.runtime import files, host
+from jaxpeft.runtime import files, host, malloc
 from jaxpeft.training import evaluate
 
 KINDS = {
@@ -140,7 +140,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     sys.path[:0] = [str(ROOT)]  # for configs/
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     rows = []
     with tempfile.TemporaryDirectory() as home:
         home = Path(home)

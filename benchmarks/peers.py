@@ -86,8 +86,9 @@ class Jax:
 
     def __init__(self, directory, threads: int):
         from jaxpeft.models import loading
+        from jaxpeft.runtime import malloc
 
-        pass
+        malloc.keep_freed_memory()  # as main.py does; where both are in one process, torch gains from it too
         self.inputs, self.seconds = np.load(directory / "inputs.npz"), {}
         self.model, self.params = loading.load(directory)
 

@@ -67,12 +67,12 @@ def lanes(config, workdir: Path) -> None:
     from jaxpeft import data, tasks, tree
     from jaxpeft.adapt import sites
     from jaxpeft.data import pipeline
-    from jaxpeft.runtime import host
+    from jaxpeft.runtime import host, malloc
     from jaxpeft.study import grid
     from jaxpeft.training import evaluate, loop, optim
     from jaxpeft.training import frozen_cache as feature_tables
 
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     host.keep_compiled_programs()
     rows = []
     for cell in grid.cells(config):

@@ -37,10 +37,10 @@ from pathlib import Path
 from IPython.display import Image, display
 
 from configs.studies import tiny
-from jaxpeft.runtime import host
+from jaxpeft.runtime import host, malloc
 from jaxpeft.study import cost, execute, report
 
-host.keep_freed_memory()
+malloc.keep_freed_memory()
 _ = host.keep_compiled_programs()
 
 # %% [markdown]

@@ -1,12 +1,13 @@
 """jaxpeft: parameter-efficient fine-tuning of vision-language models in JAX/Flax.
 
-A folder a room, in the order of the imports:
-    runtime/ tree ops                 files, locks, signals; names and masks of leaves; small array operations
-    methods/ adapt/                   what is trained, and where it acts in a model
-    inputs/ models/                   texts and images; models, their checkpoints, and decoding
-    data/ metrics/ tasks/             records; scores; what goes in and what comes out
-    interchange/                      tuned trees to and from Hugging Face, and our own files
-    training/ config study/ apps/     one run, its settings, many runs, and programs around them
+The map, in the order of the imports: a module imports what stands above its folder, and never what stands below it.
+    runtime/ tree ops     files, signals, locks, registries, the process; trees of arrays by name; array operations
+    methods/ adapt/       what is trained, and the sites where a method meets a model; budgets; other Flax models
+    inputs/ models/       tokenizers, images, templates; the model protocol, BLIP, its converter, loading, decoding
+    data/ metrics/ tasks/ data sets -> examples -> batches; scores; captioning and VQA
+    interchange/          PEFT adapters, Hugging Face directories and our own format, in and out
+    training/ config      one run: setup, inputs, the loop, checkpoints, evaluation, result; the defaults of its config
+    study/ apps/ cli      a grid of runs and its report; generate, export, demo, pretrain; the `jaxpeft` command
 
     import jax, jaxpeft as jp
     model, params = jp.load("tiny", task="vqa")

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 import jaxpeft
 from jaxpeft import tree
-from jaxpeft.runtime import host, registry, renamed, signals
+from jaxpeft.runtime import host, malloc, registry, renamed, signals
 
 PACKAGE = Path(jaxpeft.__file__).parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed; in a clone
@@ -163,7 +163,7 @@ def _preflight(args: argparse.Namespace, config):
 
 
 def _prepare_process() -> None:
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     host.keep_compiled_programs()
     logging.set_verbosity(logging.WARNING)  # orbax logs every step of every save
 

@@ -79,7 +79,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.data.captions = "human"  # of scenes; 'web': the style of pre-training
     c.data.types = ()  # of scenes: the types of questions kept; () is all
     c.data.augment = "none"  # 'crop', 'crop_flip', 'blip' (and RandAugment), of pictures at their native size
-    c.data.feature_bytes = 4 << 30  # most memory for image features kept when the image encoder is frozen
+    c.data.feature_bytes = 4 << 30  # most memory for the outputs of one frozen stage (image tokens, question states)
 
     c.mesh = ml_collections.ConfigDict({"data": 0, "fsdp": 1, "tensor": 1})  # devices; data 0: what the others leave
     c.batch_size = 32

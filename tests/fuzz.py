@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import tiny
-from jaxpeft.training.journal import Journal
 
 from jaxpeft import methods
 from jaxpeft.adapt import sites
@@ -48,7 +47,6 @@ from jaxpeft.models import blip_convert, loading
 from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime.files import read_safetensors
 from jaxpeft.runtime.torch_files import load_pickle
-from jaxpeft.training import sharding
 
 GOLDEN = Path(__file__).with_name("golden")
 SECONDS, MEMORY = 5.0, 1 << 30
@@ -273,21 +271,11 @@ def readers(home: Path) -> dict[str, Reader]:
     settings = {"task": "captioning", "task_options": {}, "base": str(ours), "init": "base", "seed": 0}
     settings["model"] = {"image_size": None, "dtype": "float32", "remat": "none", "dropout": 0.0}
     run |= {"config.json": json.dumps(settings).encode(), "result.json": _RESULT}
-    state = {"w": jax.numpy.arange(300.0), "step": jax.numpy.int32(2)}
-    written = home / "journal"
-    for step in (1, 2):
-        Journal(written, state, {"config": "a"}).write(step, sharding.packed(jax.tree.leaves(state)))
-
-    def journal(directory):
-        """One that is damaged counts as none."""
-        if Journal(directory / "journal", state, {"config": "a"}).restore(0) is None:
-            raise ValueError("no state")
-
     return {
         "torch file": Reader(
-            [{"t.pth": _file(GOLDEN / "torch_tiny.pth")}], changed_archive, lambda d: load_pickle(d / "t.pth"), 0.15
+            [{"t.pth": _file(GOLDEN / "torch_tiny.pth")}], changed_archive, lambda d: load_pickle(d / "t.pth"), 0.18
         ),
-        "safetensors": Reader(tensors, changed_tensors, lambda d: read_safetensors(d / "t.safetensors"), 0.16),
+        "safetensors": Reader(tensors, changed_tensors, lambda d: read_safetensors(d / "t.safetensors"), 0.18),
         "picture": Reader(_pictures(), changed_bytes, lambda d: images.decode(d / "picture"), 0.28),
         "annotations": Reader(_annotations(), changed_settings, _parsed, 0.16, "annotations"),
         "tokenizer.json": Reader([{"tokenizer.json": _tokenizer_json()}], changed_settings, BlipTokenizer.from_file, 0.05),
@@ -299,7 +287,6 @@ def readers(home: Path) -> dict[str, Reader]:
         "our checkpoint": Reader([_directory(ours)], _by_content, lambda d: loading.read(d), 0.01),
         "our tuned tree": Reader([tuned], _by_content, lambda d: load_tuned(model, params, d), 0.015),
         "PEFT adapter": Reader(adapters, _by_content, lambda d: import_peft(*captioner, d), 0.01),
-        "journal": Reader([{"journal": _file(written)}], changed_bytes, journal, 0.05),
         "run directory": Reader([run], _by_content, finished.load_run, 0.005),
     }  # fmt: skip
 

@@ -45,6 +45,7 @@ def left(workdir):
     return lines, json.loads((workdir / "result.json").read_text()), load_file(workdir / "tuned" / "tuned.safetensors")
 
 
+OFTEN = {"checkpoint_seconds": 1e-9}
 SPLIT = {"mesh.fsdp": 4}  # weights over both hosts: each writes its parts of a checkpoint, digests are of parts
 
 
@@ -77,24 +78,19 @@ def test_two_hosts_train_as_one_with_the_same_devices(undisturbed, base, tmp_pat
 
 
 def test_what_hosts_do_after_a_kill_equals_the_undisturbed_run(undisturbed, base, tmp_path):
-    """Process 1 dies with step 4 done; both are started again. Bit for bit: lines, scores, weights."""
-    processes = start(tmp_path, base, _kill_at=5)
+    """Process 1 dies before step 5 is logged; both are started again. Bit for bit: lines, scores, weights.
+
+    Checkpoints are by the clock of the first host, which says after every step that it is time; all hosts know a step later.
+    """
+    processes = start(tmp_path, base, _kill_at=5, **OFTEN)
     assert processes[1].wait(timeout=240) == -signal.SIGKILL
-    logged = logged_steps(tmp_path)
     processes[0].kill()  # a scheduler does that; alone it would end by itself after 100 s without a heartbeat
     finish(processes)
     assert not (tmp_path / "result.json").exists()
-    ended = finish(start(tmp_path, base))
+    ended = finish(start(tmp_path, base, **OFTEN))
     assert [code for code, _ in ended] == [0, 0], ended[0][1][-2000:]
-    (resumed,) = {
-        int(found[1]) for _, said in ended for found in re.finditer(r"resumed from step (\d+), which the jo", said)
-    }
-    assert resumed >= max(3, logged - 1)  # the checkpoint is of step 3
+    assert int(re.search(r"resumed from step (\d+)\n", ended[0][1])[1]) in (2, 4)  # 4 was being saved
     same(undisturbed, tmp_path)
-
-
-def logged_steps(workdir):
-    return len((workdir / "metrics.jsonl").read_text().splitlines())
 
 
 def same(undisturbed, workdir):
@@ -113,7 +109,6 @@ def test_a_signal_to_one_host_stops_all_at_the_same_step(undisturbed, base, tmp_
     ended = finish(start(tmp_path / "cut", base, _term_at=2, **SPLIT))
     assert [code for code, _ in ended] == [75, 75], ended
     assert "stopped at step 5, which is saved" in ended[0][1]  # the others know when a step begun after it is done
-    (tmp_path / "cut" / "checkpoints" / "journal").unlink()
     ended = finish(start(tmp_path / "cut", base, **SPLIT))
     assert [code for code, _ in ended] == [0, 0], ended[0][1][-2000:]
     assert "resumed from step 5\n" in ended[0][1]

@@ -17,7 +17,7 @@ from configs import folder
 from jaxpeft import data, tasks, tree
 from jaxpeft.adapt import budget, sites
 from jaxpeft.methods import NewWords, Selective
-from jaxpeft.models import loading
+from jaxpeft.models import blip, loading
 from jaxpeft.study import config as studies
 from jaxpeft.study import cost
 from jaxpeft.training import preflight, setup
@@ -95,7 +95,7 @@ def test_one_emoji_changes_nothing_for_a_base_with_word_pieces(root, base, tmp_p
     c = config(root, base, tmp_path)
     split = data.load(c.data, ["train"])["train"]
     chosen = setup.methods_of(c)
-    with_pieces = type(model)(model.config, pieces)
+    with_pieces = blip.build(model.config, pieces)
     same, methods, unknown, new = setup.with_new_words(c, tasks.build("captioning"), with_pieces, chosen, split)
     assert (same, methods, new) == (with_pieces, chosen, []) and set(unknown) >= {EMOJI, "snorkwobble"}
     wider, methods, unknown, new = setup.with_new_words(c, tasks.build("captioning"), model, chosen, split)

@@ -81,7 +81,7 @@ def evals_of(workdir, split):
     model, variables, _, task = jp.load_run(workdir)
     keys = ("root", "annotations", "data_dir", "val_fraction")
     found = own.load({key: c[key] for key in keys}, ["train", "val", "test"])[split]
-    examples = task.examples(found, model.tokenizer)
+    examples = task.examples(found, task.template(model))
     pictures = pipeline.Resized.of(found.images, model)
     return evaluate.nll(model, variables, task, base.Examples(examples.arrays, pictures, examples.rows), batch_size=8)
 
@@ -247,7 +247,7 @@ def test_the_best_step_can_be_kept_all_the_same(root, base, tmp_path, losses):
 def losses(monkeypatch):
     """Validation losses, given one by one; and pictures that do not matter."""
     given = []
-    monkeypatch.setattr(run, "validation", lambda *_: lambda tuned: given.pop(0))
+    monkeypatch.setattr(score, "validation", lambda *_: lambda tuned: given.pop(0))
     monkeypatch.setattr(evaluate, "worth_of_images", lambda *_, **__: {"gain": 0.1, "least": -0.1, "n": 30})
     return given
 

@@ -28,11 +28,11 @@ class Reached(Exception):
 
 
 def what_the_run_trains(c, tmp_path, monkeypatch):
-    """(tuned, frozen, features, batch) as `point.run` hands them to the training loop."""
+    """(trainable, frozen, batch) as `run.run` hands them to the training loop."""
     seen = []
 
-    def fit(config, workdir, step_fn, tuned, frozen, features, batches, *_, **__):
-        seen.append((tuned, frozen, features, next(iter(batches(0)))))
+    def fit(config, workdir, job, *_):
+        seen.append((job.trainable, job.frozen, next(job.batches(0))))
         raise Reached
 
     monkeypatch.setattr(run, "fit", fit)
@@ -61,13 +61,14 @@ def planned(c):
 )
 def test_the_planned_shapes_are_those_of_the_run(base, tmp_path, monkeypatch, task, method, changes):
     c = config_of(base, task, method, **changes)
-    _, _, (state, frozen, features, batch) = planned(c)
-    tuned_run, frozen_run, features_run, batch_run = what_the_run_trains(c, tmp_path, monkeypatch)
+    _, _, (state, frozen, batch), n_bytes = planned(c)
+    tuned_run, frozen_run, batch_run = what_the_run_trains(c, tmp_path, monkeypatch)
+    row = batch_run.get("image_tokens", np.zeros((1, 0)))[0]  # computed once for every image that is read
+    assert n_bytes == (c.data.n_train + c.data.n_val + c.data.n_test) * row.nbytes
     assert shapes_of(state.tuned) == shapes_of(tuned_run)
     assert shapes_of(frozen) == shapes_of(frozen_run)
-    assert (features is None) == (features_run is None)
-    if features is not None:
-        assert (features.shape[1:], features.dtype) == (features_run.shape[1:], features_run.dtype)
+    if "image_tokens" in batch:
+        assert batch["image_tokens"].shape == batch_run["image_tokens"].shape
     # texts are as long as the longest of those read, and a plan reads a few of them
     assert {name: x.dtype for name, x in batch.items()} == {name: x.dtype for name, x in batch_run.items()}
     assert {x.shape[0] for x in batch.values()} == {c.batch_size}
@@ -88,22 +89,16 @@ def wide(tmp_path_factory):
 def test_planned_bytes_are_those_on_a_device(wide, axes):
     """The arguments that XLA plans are, to the byte, what the arrays take on the first device."""
     c = config_of(wide, **{"data.augment": "crop"})  # so that the image encoder runs, and is an argument
-    model, step, (state, frozen, features, batch) = planned(c)
+    model, step, (state, frozen, batch), n_bytes = planned(c)
+    assert n_bytes == 0  # nothing is computed once
     mesh = sharding.mesh(axes)
-    plan = preflight.compiled(step, (state, frozen, features, batch), model.sharding, mesh, c.journal_mb)
-    everywhere = sharding.put(
-        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state),
-        jax.tree.map(lambda _: sharding.replicated(mesh), state),
-    )
-    words = sharding.packed(jax.tree.leaves(everywhere))
-    assert plan.journal == words.addressable_shards[0].data.nbytes > 0
-    assert plan.peak == plan.arguments + plan.temporary + plan.journal
+    plan = preflight.compiled(step, (state, frozen, batch), model.sharding, mesh)
+    assert plan.peak == plan.arguments + plan.temporary
     rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
     taken = 0
     for one, where in (
         (state, sharding.shardings(state, model.sharding, mesh)),
         (frozen, sharding.shardings(frozen, model.sharding, mesh)),
-        (features, sharding.replicated(mesh)),
         (batch, jax.tree.map(lambda _: rows, batch)),
     ):
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), one)
@@ -124,10 +119,10 @@ def test_flops_count_every_layer():
         model = tiny.model(vision_layers=n_layers, text_layers=n_layers)
         params = jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["params"]
 
-        def loss(params, batch):
-            return task.loss(model, {"params": params}, batch, None)[0]
+        def step(params, batch, model):
+            return jax.grad(lambda params: task.loss(model, {"params": params}, batch, None)[0])(params)
 
-        return preflight.flops_of(jax.grad(loss), (params, batch[n]), model)
+        return preflight.flops_of(step, (params, batch[n]), model)
 
     one, two, four = flops(1), flops(2), flops(4)
     assert two > 1.2 * one
@@ -136,9 +131,9 @@ def test_flops_count_every_layer():
 
 
 def test_flops_are_those_of_the_products():
-    model = tiny.model()  # names a number of layers only
+    model = tiny.model()  # says what is written out, and is not used
     a, b = jax.ShapeDtypeStruct((32, 64), np.float32), jax.ShapeDtypeStruct((64, 16), np.float32)
-    assert preflight.flops_of(lambda a, b: a @ b, (a, b), model) == 2 * 32 * 64 * 16
+    assert preflight.flops_of(lambda a, b, model: a @ b, (a, b), model) == 2 * 32 * 64 * 16
 
 
 # ---------------------------------------------------------------- what is printed
@@ -157,7 +152,8 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(base):
     mesh = sharding.mesh(c.mesh)
 
     def peak(n):
-        return preflight.compiled(*preflight.step_in_shapes(c, model, n), model.sharding, mesh).peak
+        step, shapes, _ = preflight.step_in_shapes(c, model, n)
+        return preflight.compiled(step, shapes, model.sharding, mesh).peak
 
     assert n % 8 == 0
     assert peak(n) <= memory < peak(2 * n)

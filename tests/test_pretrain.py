@@ -82,7 +82,7 @@ def test_sharing_ties_all_but_self_attention():
         batch = tiny.batch()
         variables = {"params": pretrain.shared(params)}
         image_BPD = tiny.model().apply(variables, batch["image"], method="encode_image")
-        return jnp.sum(tiny.model().apply(variables, image_BPD, batch["question"], method="encode_question") ** 3)
+        return jnp.sum(tiny.model().apply(variables, image_BPD, batch["prompt"], method="encode_question") ** 3)
 
     grads = {name: bool(np.any(g != 0)) for name, g in tree.flatten(jax.grad(loss)(params)).items()}
     assert grads["text_decoder/blocks/cross_attention/value/kernel"] and grads["text_decoder/embed/word"]

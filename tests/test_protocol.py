@@ -89,11 +89,11 @@ def test_searches_equal_a_loop_without_cache(name, beams):
     else:
         tokens, score = decode.beam_search(MODEL, variables(name), context, search)
     for i in range(len(LENGTHS)):
-        log_probs = (
-            lambda text, i=i: np.asarray(  # noqa: E731
-                jax.nn.log_softmax(alone(name)(b["image"][i], b["prompt"][i], [*text, 7])[-1][: len(WORDS)])
-            )
-        )
+
+        def log_probs(text, i=i):
+            logits = alone(name)(b["image"][i], b["prompt"][i], [*text, 7])
+            return np.asarray(jax.nn.log_softmax(logits[-1][: len(WORDS)]))
+
         found = loop_search(log_probs, beams, 5, WORDS.sep_id)
         for k, (text, value) in enumerate(found[:beams]):
             assert [t for t in np.asarray(tokens[i, k]).tolist() if t != WORDS.pad_id] == text

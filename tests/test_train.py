@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+import toy
 from tiny import config_of
 
 from jaxpeft import config, tasks, tree
@@ -21,7 +22,7 @@ from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline, scenes
 from jaxpeft.models import loading
 from jaxpeft.models.blip_tokens import BlipTokenizer
-from jaxpeft.runtime import files
+from jaxpeft.runtime import files, signals
 from jaxpeft.training import evaluate, finished, frozen_cache, loop, optim, results, run, setup, sharding
 from jaxpeft.training.checkpoint import Checkpoints
 
@@ -32,43 +33,63 @@ def quiet(*_):
     pass
 
 
-def _state(tx, seed=0, method="lora"):
-    from jaxpeft import methods
+class Weighted:
+    """Weighted least squares: rows of a batch count unequally, as texts of unequal length do. BLIP's step: test_sharding.py."""
 
-    chosen = methods.build(method)
-    variables = sites.attach(tiny.model(), tiny.params(), chosen, jax.random.key(seed))
-    tuned, frozen = tree.split(variables, sites.trainable(variables))
+    def loss(self, model, variables, batch, rngs):
+        params = variables["params"]
+        wrong_BY = batch["x"] @ params["kernel"] + params["fixed"][None] - batch["y"]
+        return jnp.sum(batch["weight"][:, None] * wrong_BY**2), jnp.sum(batch["weight"])
+
+
+def _state(tx):
+    rng = np.random.default_rng(0)
+    kernel, fixed = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 3), (3,)))
+    tuned, frozen = {"params": {"kernel": kernel, "fixed": None}}, {"params": {"kernel": None, "fixed": fixed}}
     return loop.TrainState(jnp.int32(0), tuned, tx.init(tuned)), frozen
 
 
-def _step(tx, grad_accum=1, model=None):
-    fn = functools.partial(loop.train_step, model=model or tiny.model(), task=TASK, tx=tx, grad_accum=grad_accum)
-    return jax.jit(fn)
+def _batch(n):
+    rng = np.random.default_rng(1)
+    weight = np.arange(1, n + 1, dtype=np.float32)
+    return {"weight": weight} | {name: rng.normal(size=(n, k)).astype(np.float32) for name, k in (("x", 5), ("y", 3))}
 
 
-def test_microbatches_add_up_to_the_batch():
-    tx = optax.sgd(0.1)
-    state, frozen = _state(tx)
-    batch = tiny.batch(4)
-    whole, m1 = _step(tx)(state, frozen, None, batch)
-    parts, m2 = _step(tx, 2)(state, frozen, None, batch)
+def _step(tx, grad_accum=1):
+    return jax.jit(functools.partial(loop.train_step, model=None, task=Weighted(), tx=tx, grad_accum=grad_accum))
+
+
+def test_a_step_follows_the_gradient_of_the_mean_over_the_counts():
+    """Against the gradient written out by hand."""
+    state, frozen = _state(optax.sgd(0.1))
+    batch, kernel = _batch(4), np.float64(state.tuned["params"]["kernel"])
+    after, metrics = _step(optax.sgd(0.1))(state, frozen, batch)
+    wrong = batch["x"] @ kernel + np.float64(frozen["params"]["fixed"]) - batch["y"]
+    share = batch["weight"][:, None] / batch["weight"].sum()
+    gradient = 2 * batch["x"].T @ (share * wrong)
+    np.testing.assert_allclose(metrics["loss"], (share * wrong**2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt((gradient**2).sum()), rtol=1e-5)
+    np.testing.assert_allclose(after.tuned["params"]["kernel"], kernel - 0.1 * gradient, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grad_accum", [2, 4])
+def test_microbatches_add_up_to_the_batch(grad_accum):
+    state, frozen = _state(optax.sgd(0.1))
+    whole, m1 = _step(optax.sgd(0.1))(state, frozen, _batch(8))
+    parts, m2 = _step(optax.sgd(0.1), grad_accum)(state, frozen, _batch(8))
     np.testing.assert_allclose(m1["loss"], m2["loss"], rtol=1e-5)
-    for name, leaf in tree.flatten(whole.tuned).items():
-        np.testing.assert_allclose(leaf, tree.flatten(parts.tuned)[name], atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(*(one.tuned["params"]["kernel"] for one in (whole, parts)), atol=1e-6)
 
 
 def test_eight_devices_equal_one():
-    tx = optax.sgd(0.1)
-    state, frozen = _state(tx)
-    batch = tiny.batch(8)
-    one, m1 = _step(tx)(state, frozen, None, batch)
+    state, frozen = _state(optax.sgd(0.1))
+    one, m1 = _step(optax.sgd(0.1))(state, frozen, _batch(8))
     mesh = sharding.mesh()
     assert mesh.size == 8
     many = sharding.replicate((state, frozen), mesh)
-    eight, m8 = _step(tx)(*many, None, sharding.shard_batch(batch, mesh))
+    eight, m8 = _step(optax.sgd(0.1))(*many, sharding.shard_batch(_batch(8), mesh))
     np.testing.assert_allclose(m1["loss"], m8["loss"], rtol=1e-5)
-    for name, leaf in tree.flatten(one.tuned).items():
-        np.testing.assert_allclose(leaf, tree.flatten(eight.tuned)[name], atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(*(one.tuned["params"]["kernel"] for one in (one, eight)), atol=1e-6)
 
 
 def test_a_batch_that_devices_do_not_divide_is_refused():
@@ -80,15 +101,22 @@ def test_a_batch_that_devices_do_not_divide_is_refused():
         sharding.mesh({"data": 3, "fsdp": 2, "tensor": 1})
 
 
-def test_clipping_sees_tuned_leaves_only():
-    """The update of a clipped step has the norm that the tuned gradient alone gives."""
-    c = config.get_config().optim
-    c.clip_norm, c.lr, c.schedule, c.warmup = 0.5, 1.0, "constant", 0.0
-    tx = optax.chain(optax.clip_by_global_norm(c.clip_norm), optax.sgd(1.0))
+def test_clipping_sees_trainable_leaves_only():
+    """The update of a clipped step has the norm that the trainable gradient alone gives; the frozen one is far larger."""
+    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(1.0))
     state, frozen = _state(tx)
-    after, metrics = _step(tx)(state, frozen, None, tiny.batch())
+    batch = _batch(4)
+    batch |= {"x": 1e-3 * batch["x"], "y": 1e3 * batch["y"]}
+    after, metrics = _step(tx)(state, frozen, batch)
     moved = optax.tree.norm(jax.tree.map(jnp.subtract, after.tuned, state.tuned))
-    np.testing.assert_allclose(moved, min(0.5, metrics["grad_norm"]), rtol=1e-4)
+    assert metrics["grad_norm"] > 0.5
+    np.testing.assert_allclose(moved, 0.5, rtol=1e-4)
+    tx = optax.chain(optax.clip_by_global_norm(10.0), optax.sgd(1.0))
+    state, frozen = _state(tx)
+    after, metrics = _step(tx)(state, frozen, batch)
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, after.tuned, state.tuned))
+    assert 0.5 < metrics["grad_norm"] < 10.0  # what is frozen would clip it
+    np.testing.assert_allclose(moved, metrics["grad_norm"], rtol=1e-4)
 
 
 def test_schedule_and_decay_groups():
@@ -102,7 +130,7 @@ def test_schedule_and_decay_groups():
     tuned = {"dense": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}, "norm": {"scale": jnp.ones(2)}}
     c.schedule, c.warmup = "constant", 0.0
     tx = optim.optimizer(c, tuned, 10)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, tuned), tx.init(tuned), tuned)
+    updates = jax.jit(lambda tuned: tx.update(jax.tree.map(jnp.zeros_like, tuned), tx.init(tuned), tuned)[0])(tuned)
     assert np.all(updates["dense"]["kernel"] < 0)  # no gradient: what moves is decay
     assert not updates["dense"]["bias"].any() and not updates["norm"]["scale"].any()
 
@@ -115,15 +143,31 @@ def test_bad_optimizer_settings_are_named(key, value, message):
         optim.schedule(c, 10)
 
 
-def test_nan_stops_with_step_and_leaf():
-    tx = optax.sgd(0.1)
-    state, frozen = _state(tx, method="full")
-    frozen_or_tuned = tree.flatten(state.tuned)
-    bad = frozen_or_tuned | {"params/vision/norm/bias": frozen_or_tuned["params/vision/norm/bias"].at[0].set(jnp.nan)}
-    state = state._replace(tuned=tree.unflatten(state.tuned, bad))
-    _, metrics = _step(tx)(state, frozen, None, tiny.batch())
-    with pytest.raises(loop.NonFinite, match="step 7: loss nan.*params/vision"):
-        loop.check_finite(7, jax.device_get(metrics), list(tree.flatten(state.tuned)))
+def test_nan_is_an_error_that_names_the_step_and_the_leaves():
+    names = list(tree.flatten({"params": tiny.params()}))
+    fine = {"loss": np.float32(1.0), "squares": np.ones(len(names), np.float32)}
+    loop.check_finite(7, fine, names)
+    vision = np.array([name.startswith("params/vision") for name in names])
+    with pytest.raises(loop.NonFinite, match=rf"step 7: loss 1.0, .* in: params/vision \({vision.sum()} leaves\)"):
+        loop.check_finite(7, fine | {"squares": np.where(vision, np.inf, 1.0)}, names)
+    one = np.array([name == "params/vision/norm/bias" for name in names])
+    with pytest.raises(loop.NonFinite, match="gradients not finite in: params/vision/norm/bias. Try a lower optim.lr"):
+        loop.check_finite(7, fine | {"squares": np.where(one, np.nan, 1.0)}, names)
+    with pytest.raises(loop.NonFinite, match="step 7: loss nan, gradients not finite in: no leaf"):
+        loop.check_finite(7, fine | {"loss": np.float32(np.nan)}, names)
+
+
+def test_after_a_nan_nothing_changes_any_more():
+    """However many steps are dispatched behind it."""
+    step = _step(tx := optax.adam(0.1))
+    state, frozen = _state(tx)
+    bad = _batch(4)
+    bad["x"][2, 1] = np.nan
+    good, _ = step(state, frozen, _batch(4))
+    after, _ = step(good, frozen, bad)
+    later, _ = step(after, frozen, _batch(4))
+    assert good.ok and not later.ok
+    assert tree.digest(later._replace(ok=True)) == tree.digest(good._replace(ok=True))
 
 
 @pytest.mark.parametrize("task", ["vqa", "captioning"])
@@ -139,7 +183,7 @@ def test_a_run_leaves_its_files(base, tmp_path, task):
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "gallery.png").read_bytes()[:4] == b"\x89PNG"
-    assert (tmp_path / "checkpoints" / "6").exists() and not (tmp_path / loop.JOURNAL).exists()
+    assert (tmp_path / "checkpoints" / "6").exists()
     listed = json.loads((tmp_path / "sites.json").read_text())
     assert sum(row["trained"] for row in listed) == on_disk["counts"]["tuned"]
     table = results.table(on_disk)
@@ -147,29 +191,17 @@ def test_a_run_leaves_its_files(base, tmp_path, task):
     assert run.run(c, tmp_path, quiet) == on_disk  # finished: nothing is done again
 
 
-def test_resume_is_bit_exact(base, tmp_path, monkeypatch):
-    """Six steps equal three, a stop, and three more: weights, optimizer, data order, dropout."""
-    options = {"model.dropout": 0.1, "method.dropout": 0.1}
-    whole = run.run(config_of(base, **options), tmp_path / "whole", quiet)
-
-    settle = results.Metrics.write
-
-    def stop_at_three(self, step, **values):
-        settle(self, step, **values)
-        if step == 2:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(results.Metrics, "write", stop_at_three)
-    with pytest.raises(KeyboardInterrupt):
-        run.run(config_of(base, **options), tmp_path / "parts", quiet)
-    monkeypatch.undo()
-    assert not (tmp_path / "parts" / "result.json").exists()
-    said = []
-    resumed = run.run(config_of(base, **options), tmp_path / "parts", said.append)
-    assert any("resumed from step 3" in line for line in said)
-    assert resumed["metrics"] == whole["metrics"]
-    files = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
-    assert files[0] == files[1]
+def test_a_run_that_stops_at_a_plateau_says_so(base, tmp_path):
+    """End to end: what validation measures decides, and is in the result."""
+    c = config_of(base, **{"optim.schedule": "plateau", "optim.cooldown": 0.5, "steps": 20, "data.n_val": 5})
+    c.stop.every, c.stop.patience, c.stop.min_gain = 1, 2, 0.5  # a gain that no step makes
+    result = run.run(c, tmp_path, quiet)
+    timing, said = result["timing"], result["validation"]
+    assert (timing["steps"], timing["stopped"]) == (3, "plateau")  # 2 without progress, and half of it
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    curve = [row["validation_loss"] for row in logged if "validation_loss" in row]
+    assert len(curve) == 4 and (said["first"], said["last"]) == (curve[0], curve[-1])
+    assert said["kept"] == min(curve) == curve[timing["kept_step"]]
 
 
 def test_another_config_in_the_same_workdir_is_refused(base, tmp_path):
@@ -290,82 +322,129 @@ def test_features_of_other_weights_or_pictures_have_other_names(base):
     assert frozen_cache.name_of(model, {"params": params}, split) == names[0]
 
 
-def plateau_of(base, **changes):
-    c = config_of(
-        base, **({"optim.schedule": "plateau", "optim.cooldown": 0.5, "steps": 20, "data.n_val": 5} | changes)
-    )
-    c.stop.every, c.stop.patience, c.checkpoint_every = 1, 2, 4
-    return c
+# ---------------------------------------------------------------- the loop, on the toy of tests/faults
 
 
-@pytest.fixture
-def losses(monkeypatch):
-    """Validation losses, given one by one."""
-    given = []
-    monkeypatch.setattr(run, "validation", lambda *_: lambda tuned: given.pop(0))
-    return given
+def plateau(**changes):
+    defaults = {"steps": 20, "optim.schedule": "plateau", "optim.cooldown": 0.5, "stop.every": 1, "stop.patience": 2}
+    return toy.rarely(**defaults | changes)
 
 
-def test_training_stops_when_validation_does(base, tmp_path, losses):
-    """Falling for 3 steps, then not for 2: at step 5 the decay starts and takes half as long again."""
-    losses += [4.0, 3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
-    result = run.run(plateau_of(base), tmp_path, quiet)
-    assert not losses
-    assert (result["timing"]["steps"], result["timing"]["stopped"]) == (7, "plateau")
-    np.testing.assert_allclose(result["timing"]["validation_loss"], 0.9, rtol=1e-6)
-    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    curve = [(row["step"], row["validation_loss"]) for row in logged if "validation_loss" in row]
-    assert curve == list(enumerate([4.0, 3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]))
-    said = result["validation"]
-    assert (said["first"], said["kept_step"], said["last_step"], said["last"]) == (4.0, 6, 7, 1.2)
-    np.testing.assert_allclose(said["kept"], 0.9, rtol=1e-6)
+def stopped_at(workdir, losses, **changes):
+    """(steps, why) of a run with these validation losses, each of which is asked for."""
+    left = iter(losses)
+    _, timing = toy.train(workdir, plateau(**changes), validate=lambda _: next(left))
+    assert not list(left)
+    return timing["steps"], timing["stopped"]
 
 
-def test_patience_starts_again_with_progress(base, tmp_path, losses):
-    """One validation without progress, progress, one without: no two in a row until steps 6 and 7."""
-    losses += [4.0, 3.0, 3.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
-    result = run.run(plateau_of(base), tmp_path, quiet)
-    assert (result["timing"]["steps"], result["timing"]["stopped"]) == (11, "plateau")  # 7, and half of it rounded
+def test_a_stopped_loop_goes_on_bit_for_bit(tmp_path):
+    """Six steps equal three, a stop, and three more: weights, optimizer, order of batches, dropout, lines of the log."""
+    whole, _ = toy.train(tmp_path / "whole", toy.rarely(6))
+    with pytest.raises(signals.Stopped):
+        toy.train(tmp_path / "parts", toy.rarely(6), change=signalled_at(4))
+    said = []
+    parts, _ = toy.train(tmp_path / "parts", toy.rarely(6), said.append)
+    assert "resumed from step 3" in said
+    assert tree.digest(parts) == tree.digest(whole)
+    assert len({(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")}) == 1
 
 
-def test_a_gain_below_the_least_is_no_progress_and_the_cap_is_said(base, tmp_path, losses):
-    losses += [1.1, 1.0, 0.999, 0.998, 0.997, 0.996]
-    result = run.run(plateau_of(base), tmp_path / "a", quiet)
-    assert (result["timing"]["steps"], result["timing"]["stopped"]) == (5, "plateau")  # 3, and half of it rounded
-    losses += [1.0 / n for n in range(1, 22)]
-    result = run.run(plateau_of(base), tmp_path / "b", quiet)
-    assert (result["timing"]["steps"], result["timing"]["stopped"]) == (20, "cap")
+def signalled_at(moment):
+    """SIGTERM while step `moment` - 1 runs and the next batch is made."""
 
-
-def test_the_best_tuned_half_is_kept(base, tmp_path, losses):
-    """What is evaluated is the tree of the step with the lowest validation loss, not the last one."""
-    losses += [4.0, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0]
-    overfit = run.run(plateau_of(base, **{"optim.warmup": 0.0}), tmp_path / "a", quiet)
-    assert overfit["timing"]["steps"] == 6
-    losses += [4.0, 3.0, 1.0]
-    short = run.run(plateau_of(base, steps=2, **{"optim.warmup": 0.0, "optim.cooldown": 1e-9}), tmp_path / "b", quiet)
-    assert short["metrics"] == overfit["metrics"]
-
-
-def test_a_plateau_resumes_bit_exact(base, tmp_path, losses, monkeypatch):
-    given = [4.0, 3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
-    losses += given
-    whole = run.run(plateau_of(base), tmp_path / "whole", quiet)
-    write = results.Metrics.write
-
-    def stop_at_five(self, step, **values):
-        write(self, step, **values)
-        if step == 5 and "validation_loss" in values:
+    def change(step, batch):
+        if step == moment:
             signal.raise_signal(signal.SIGTERM)
+        return batch
 
-    losses += given
-    monkeypatch.setattr(results.Metrics, "write", stop_at_five)
-    with pytest.raises(KeyboardInterrupt):
-        run.run(plateau_of(base), tmp_path / "parts", quiet)
-    monkeypatch.setattr(results.Metrics, "write", write)
-    parts = run.run(plateau_of(base), tmp_path / "parts", quiet)
-    assert not losses and parts["metrics"] == whole["metrics"]
-    assert parts["timing"]["stopped"] == "plateau" and parts["timing"]["steps"] == 7
+    return change
+
+
+def test_training_stops_when_validation_does(tmp_path):
+    """Falling for 3 steps, then not for 2: at step 5 the decay starts and takes half as long again."""
+    losses = [4.0, 3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
+    left = iter(losses)
+    _, timing = toy.train(tmp_path, plateau(), validate=lambda _: next(left))
+    assert (timing["steps"], timing["stopped"], timing["kept_step"]) == (7, "plateau", 6)
+    np.testing.assert_allclose(timing["validation_loss"], 0.9, rtol=1e-6)
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["validation_loss"]) for row in logged if "validation_loss" in row] == list(
+        enumerate(losses)
+    )
+    said = results.validation(tmp_path, "val", timing, None)
+    assert (said["first"], said["kept_step"], said["last_step"], said["last"]) == (4.0, 6, 7, 1.2)
+
+
+def test_patience_starts_again_with_progress(tmp_path):
+    """One validation without progress, progress, one without: no two in a row until steps 6 and 7."""
+    losses = [4.0, 3.0, 3.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert stopped_at(tmp_path, losses) == (11, "plateau")  # 7, and half of it rounded
+
+
+def test_a_gain_below_the_least_is_no_progress_and_the_cap_is_said(tmp_path):
+    small = stopped_at(tmp_path / "a", [1.1, 1.0, 0.999, 0.998, 0.997, 0.996])
+    assert small == (5, "plateau")  # 3, and half of it rounded
+    assert stopped_at(tmp_path / "b", [1.0 / n for n in range(1, 22)]) == (20, "cap")
+
+
+def test_the_best_parameters_are_returned(tmp_path):
+    """Those of the step with the lowest validation loss, not the last ones."""
+    left, seen = iter([4.0, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0]), []
+
+    def validate(tuned):
+        seen.append(tree.digest(tuned))
+        return next(left)
+
+    state, timing = toy.train(tmp_path, plateau(**{"optim.warmup": 0.0}), validate=validate)
+    assert (timing["steps"], timing["kept_step"], len(set(seen))) == (6, 2, 7)
+    assert tree.digest(state.tuned) == seen[2]
+
+
+def test_a_plateau_resumes_bit_exact(tmp_path):
+    """A stop in the validation that starts the decay."""
+    losses = [4.0, 3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2]
+    left = iter(losses)
+    whole, _ = toy.train(tmp_path / "whole", plateau(), validate=lambda _: next(left))
+    left = iter(losses)
+
+    def validate(_):
+        loss = next(left)
+        if len(losses) - left.__length_hint__() == 6:  # the sixth: after step 5
+            signal.raise_signal(signal.SIGTERM)
+        return loss
+
+    with pytest.raises(signals.Stopped):
+        toy.train(tmp_path / "parts", plateau(), validate=validate)
+    parts, timing = toy.train(tmp_path / "parts", plateau(), validate=lambda _: next(left))
+    assert tree.digest(parts) == tree.digest(whole) and not list(left)
+    assert timing["stopped"] == "plateau" and timing["steps"] == 7
+
+
+def test_metrics_of_a_step_are_read_while_the_next_one_runs(tmp_path, monkeypatch):
+    """The order of events: step n + 1 is dispatched, then the line of step n is written, then batch n + 2 is made."""
+    events, write, most_soon = [], results.Metrics.write, sharding.most_soon
+
+    def dispatched(*args):  # called once, after each step is dispatched
+        events.append("step")
+        return most_soon(*args)
+
+    def written(self, step, **values):
+        events.append(f"line {step}")
+        write(self, step, **values)
+
+    def made(step, batch):
+        events.append(f"batch {step}")
+        return batch
+
+    monkeypatch.setattr(sharding, "most_soon", dispatched)
+    monkeypatch.setattr(results.Metrics, "write", written)
+    toy.train(tmp_path, toy.rarely(3), change=made)
+    expected = "batch 1, step, batch 2, step, line 1, batch 3, step, line 2, line 3"
+    assert ", ".join(events) == expected
+
+
+# ---------------------------------------------------------------- what is compiled, and what is computed once
 
 
 def test_runs_that_differ_in_rate_steps_or_seed_share_one_program():
@@ -373,10 +452,10 @@ def test_runs_that_differ_in_rate_steps_or_seed_share_one_program():
     c, texts = config.get_config().optim, []
     for lr, n_steps, seed in ((1e-3, 10, 0), (3e-3, 20, 1)):
         c.lr = lr
-        state, frozen = _state(optax.sgd(0.1))
-        tx = optim.optimizer(c, state.tuned, n_steps)
-        state = loop.TrainState(jnp.int32(0), state.tuned, tx.init(state.tuned), jnp.uint32(seed))
-        texts.append(_step(tx).lower(state, frozen, None, tiny.batch()).as_text())
+        state, frozen = _state(
+            tx := optim.optimizer(c, {"params": {"kernel": jnp.ones((5, 3)), "fixed": None}}, n_steps)
+        )
+        texts.append(_step(tx).lower(state._replace(seed=jnp.uint32(seed)), frozen, _batch(4)).as_text())
     assert texts[0] == texts[1]
 
 

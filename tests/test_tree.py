@@ -1,10 +1,12 @@
 """Splitting, joining, naming and comparing trees."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxpeft import tree
+from jaxpeft.training import sharding
 
 TREE = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.zeros(3)}, "b": (jnp.ones(2), jnp.ones(1))}
 
@@ -48,6 +50,26 @@ def test_digest_sees_one_bit_a_name_and_a_dtype():
     digests = [{"a": changed}, {"b": plain["a"]}, {"a": plain["a"].astype(jnp.bfloat16)}, {"a": plain["a"].T}]
     assert len({tree.digest(t) for t in [plain, *digests]}) == 5
     assert tree.digest({"a": np.asarray(plain["a"])}) == tree.digest(plain)
+
+
+def test_packed_words_hold_every_bit():
+    odd = {"nan": np.array([np.nan, -np.nan, -0.0, np.inf], np.float32), "i": np.array([-1, 2**31 - 1], np.int32)}
+    odd["nan"].view(np.uint32)[0] |= 12345  # a payload
+    odd |= {
+        "half": np.arange(7).astype(jnp.bfloat16),
+        "ok": np.array([True, False]),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+    layout = tree.layout(odd)
+    back = tree.unpack(np.asarray(sharding.packed([jnp.asarray(x) for x in odd.values()])), layout)
+    assert tree.digest(back) == tree.digest(odd)
+    with pytest.raises(ValueError, match="14 words of uint32, expected 15"):
+        tree.unpack(np.zeros(14, np.uint32), layout)
+    for dtype in ("O", "float64"):
+        with pytest.raises(ValueError, match="32 bits at most"):
+            tree.unpack(np.zeros(3, np.uint32), [["x", dtype, [3]]])
+    with pytest.raises(ValueError, match="float64 does not fit|int64 does not fit"), jax.enable_x64(True):
+        sharding.packed([jnp.zeros(3, jnp.int64)])
 
 
 def test_nearest_ranks_by_likeness():

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import config
-from jaxpeft.models.blip import Blip, BlipConfig, build
+from jaxpeft.inputs.processor import Template
+from jaxpeft.models.blip import Blip, BlipConfig, build, processor
 from jaxpeft.models.blip_tokens import SPECIAL, BlipTokenizer
 
 TOKENIZER = BlipTokenizer.from_words(f"w{i}" for i in range(20))
@@ -21,6 +22,11 @@ CONFIG = dict(
 @functools.cache
 def model(question_encoder: bool = True, **overrides) -> Blip:
     return build(BlipConfig(**CONFIG | {"question_encoder": question_encoder} | overrides), TOKENIZER)
+
+
+def template(task: str, tokenizer: BlipTokenizer = TOKENIZER, **options) -> Template:
+    """How BLIP reads and writes the texts of a task, from a tokenizer alone."""
+    return processor(BlipConfig(), tokenizer).template(task, **options)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Processes that make one run together, as a program for the tests: `python two_processes.py WORKDIR BASE PORT ID N SETTINGS`.
 
-SETTINGS is JSON: changes of the config, by dotted key, and '_kill_at': a step at which process 1 kills itself.
+SETTINGS is JSON: changes of the config, by dotted key, and what happens to the last process when it comes to log a step:
+'_kill_at' (SIGKILL) and '_term_at' (SIGTERM). Its clock stands still, as only the first host's may matter.
 """
 
 import json
@@ -12,7 +13,7 @@ import jax
 from tiny import config_of
 
 from jaxpeft.runtime import host, signals
-from jaxpeft.training import loop, run
+from jaxpeft.training import loop, results, run
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_disable_most_optimizations", True)
@@ -24,17 +25,19 @@ def main(workdir, base, port, me, n, settings):
     if int(n) > 1:
         assert host.join_others("auto", f"127.0.0.1:{port}", int(n), int(me))
     if int(me) == int(n) - 1:  # the last process: others learn of what happens to it
-        settle = loop._Loop._settle
+        write = results.Metrics.write
 
-        def then(self, keep=0):
-            step = self._pending[0][0] if len(self._pending) > keep else 0
-            if step and step == kill_at:
+        def then(self, step, **values):
+            if step == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if step and step == term_at:
+            if step == term_at:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return settle(self, keep)
+            write(self, step, **values)
 
-        loop._Loop._settle = then
+        results.Metrics.write = then
+        if int(n) > 1:
+            loop.clock = lambda: 0.0
+    loop.PAUSE = 0  # so that checkpoint_seconds alone decides
     try:
         with signals.handled():
             run.run(config_of(base, **settings), workdir)

@@ -28,9 +28,9 @@ def get_config(arg=""):
         c.base = (a.base_vqa if task == "vqa" else "") or a.base
         c.data.annotations = a.questions if task == "vqa" else a.captions
         c.model.dtype, c.model.image_size = a.dtype, {"captioning": 384, "vqa": 480}[task]
-        published = {"captioning": {"smoothing": 0.1, "max_tokens": 40, "max_words": 50, "max_new_tokens": 36, "variant": "coco"},
-                     "vqa": {"max_question": 35, "max_new_tokens": 9, "variant": "official2021"}}  # fmt: skip
-        c.task_options.update(published[task])
+        captions = {"smoothing": 0.1, "max_tokens": 40, "max_words": 50, "max_new_tokens": 36, "variant": "coco"}
+        answers = {"max_question": 35, "max_new_tokens": 9, "variant": "official2021"}
+        c.task_options.update({"captioning": captions, "vqa": answers}[task])
         c.batch_size, c.optim.weight_decay, c.eval.beams = 64, 0.05, 3
         c.stop.every = 500
         return c

@@ -26,7 +26,7 @@ import numpy as np
 from jaxpeft.inputs import images
 from jaxpeft.models import loading
 from jaxpeft.models.base import VisionLanguageModel
-from jaxpeft.runtime import files, host, registry
+from jaxpeft.runtime import files, host, malloc, registry
 from jaxpeft.tasks.base import Task
 from jaxpeft.training import evaluate, finished, setup
 from jaxpeft.tree import Tree
@@ -220,7 +220,7 @@ def main(argv=None) -> None:
         import uvicorn
     except ImportError:
         sys.exit("error: the page needs the extra `demo`: pip install 'jaxpeft[demo]'")
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     host.keep_compiled_programs()
     log = functools.partial(print, flush=True)  # seen at once, also in a file or a pipe
     try:

@@ -21,7 +21,7 @@ from jaxpeft import tasks
 from jaxpeft.data.folder.files import Files
 from jaxpeft.inputs import images
 from jaxpeft.models import loading
-from jaxpeft.runtime import host, registry
+from jaxpeft.runtime import host, malloc, registry
 from jaxpeft.tasks import Task
 from jaxpeft.training import evaluate, finished
 
@@ -75,7 +75,7 @@ def main(argv=None) -> int:
         parser.error(f"no pictures: give --image or a --folder that holds some{some}")
     if args.out and not args.out.absolute().parent.is_dir():
         parser.error(f"--out {args.out}: its directory does not exist")
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     host.keep_compiled_programs()
     try:
         if args.workdir:

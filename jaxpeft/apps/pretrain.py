@@ -194,7 +194,7 @@ def _batches(config, stage, make):
 
 
 def run(config, workdir, log=print) -> dict:
-    """Run the stages, score the held-out pictures zero-shot, and write WORKDIR/checkpoint (what `hub.load` reads)."""
+    """Run the stages, score the held-out pictures zero-shot, and write WORKDIR/checkpoint (what `loading.load` reads)."""
     began, workdir = time.perf_counter(), Path(workdir)
     tokenizer = BlipTokenizer.from_words(scenes.WORDS)
     names = ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")

@@ -128,7 +128,9 @@ def gather(examples: Examples, indices, augment: str = "none", seeds=None) -> di
     return batch
 
 
-def one_pass(examples: Examples, batch_size: int, rows=slice(None)) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+def one_pass(
+    examples: Examples, batch_size: int, rows: np.ndarray | slice = slice(None)
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """Every example once, in order: (batch, number of real rows); the last batch repeats its last row to be full.
 
     `rows`: which rows of a batch are made.

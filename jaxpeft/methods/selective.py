@@ -13,7 +13,9 @@ import dataclasses
 import re
 from typing import ClassVar
 
-from jaxpeft.methods.base import Method, Params
+import jax
+
+from jaxpeft.methods.base import Base, Method, Params, Site
 from jaxpeft.ops import matmul
 
 HEADS = ("none", "transform", "untied")
@@ -26,7 +28,7 @@ class Selective(Method):
     leaves: str = ""
     name: ClassVar[str] = "selective"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.leaves:
             raise ValueError("selective: `leaves` is empty; give a regular expression of base leaves, such as 'norm'")
 
@@ -43,7 +45,7 @@ class BitFit(Method):
     name: ClassVar[str] = "bitfit"
     train: ClassVar[str] = r"bias$"
 
-    def trains(self, leaf):
+    def trains(self, leaf: str) -> bool:
         return super().trains(leaf) and re.search(self.targets, leaf.removeprefix("params/")) is not None
 
 
@@ -88,7 +90,7 @@ class Head(Method):
     name: ClassVar[str] = "head"
     first: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.matrix not in HEADS[1:]:
             raise ValueError(f"head: unknown kind {self.matrix!r}; choose one of {', '.join(HEADS)}")
 
@@ -100,14 +102,14 @@ class Head(Method):
     def kinds(self) -> tuple[str, ...]:
         return ("linear",) if self.matrix == "untied" else ()
 
-    def init(self, rng, site, base) -> Params:
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         return {
             "matrix": base["kernel"].T
         }  # (V, D), the layout of the embedding: the same product, so identity is exact
 
-    def linear(self, params, x, y, base, rng):
+    def linear(self, params: Params, x: jax.Array, y: jax.Array, base: Base, rng: jax.Array | None) -> jax.Array:
         return matmul(x, params["matrix"].T.astype(x.dtype))
 
-    def merge(self, params, base) -> Params:
+    def merge(self, params: Params, base: Base) -> Params:
         """Where the base has a vocabulary matrix of its own; `sites.merge` refuses a tied one."""
         return base | {"kernel": params["matrix"].T}

@@ -11,7 +11,7 @@ positions, V words.
 import dataclasses
 import importlib
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 
@@ -59,13 +59,16 @@ class VisionLanguageModel(sites.Adaptable):
     model_type: ClassVar[str] = ""  # the key in MODELS, and in the files of a checkpoint
     stages: ClassVar[tuple[Stage, ...]] = ()  # in an order in which they can be computed
     targets: ClassVar[dict[str, str]] = {}  # named groups of sites: name -> regular expression of site paths
-    sharding: ClassVar[
-        tuple
-    ] = ()  # (pattern of leaf paths, mesh axes of its last dimensions), see training/sharding.py
+    # (pattern of leaf paths, mesh axes of its last dimensions), see training/sharding.py
+    sharding: ClassVar[tuple[tuple[str, tuple[str | None, ...]], ...]] = ()
     tied: ClassVar[dict[str, str]] = {}  # path of a linear without a kernel of its own -> the leaf it reads, transposed
 
+    if TYPE_CHECKING:  # Flax gives every module one, which its type does not say
+
+        def __hash__(self) -> int: ...
+
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer | None:
         """The processor's tokenizer; None where there is none."""
         return self.processor and self.processor.tokenizer
 

@@ -1,7 +1,7 @@
 """Files: written whole or not at all, and read with bounds where others made them.
 
 Nothing in a file of others is run, sizes are bounded before memory is taken, and whatever is wrong is a ValueError that names
-the file. Pickled tensors have a reader of their own, `torch_files`; pictures have `images`.
+the file. Pickled tensors have a reader of their own, `torch_files`; pictures have `inputs.images`.
 """
 
 import contextlib

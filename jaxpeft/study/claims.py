@@ -257,16 +257,11 @@ def judge(finals: Sequence[Final], replicates: int = REPLICATES) -> list[Verdict
     for setting in settings:
         table = tables[setting]
         if tasks[setting] == "vqa":
-            test, unit = (
-                "mean slope over methods is above 0; refuted below 0 or within the margin",
-                "score per doubling",
-            )
-            for claim, axis, words in (
-                ("C1", "data", "more data helps"),
-                ("C2", "size", "more tunable parameters help"),
-            ):
-                effect = trend(table, axis, peft)
-                add(claim, f"VQA: {words}", test, setting, unit, effect, verdict_positive, scale=0.2)
+            test = "mean slope over methods is above 0; refuted below 0 or within the margin"
+            words = {"C1": "more data helps", "C2": "more tunable parameters help"}
+            for claim, axis in (("C1", "data"), ("C2", "size")):
+                effect, unit = trend(table, axis, peft), "score per doubling"
+                add(claim, f"VQA: {words[claim]}", test, setting, unit, effect, verdict_positive, scale=0.2)
         else:
             test = "fitted change from least to most data lies within the margin (two one-sided tests)"
             statement = "captioning: data size does not matter"

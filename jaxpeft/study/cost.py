@@ -18,7 +18,7 @@ def dry_run(config, directory: Path) -> str:
 
     Seconds are measured where the directory has a finished run of the same setting, variant and size. Else they are
     estimated: FLOPs of a step, at half of what a matrix product reaches on this device, times the cap on steps. Memory is
-    that of parameters, optimizer and image features, without activations.
+    that of parameters, optimizer and cached stages, without activations.
     """
     found = state.read(config, directory)
     left, total, rows = progress.runs_left(config, found), 0.0, []
@@ -80,7 +80,7 @@ def _flops_per_second() -> float:
 
 
 def _traced(c) -> tuple[float, int, int]:
-    """(FLOPs of a training step, bytes of image features, parameters of the base) of a run, nothing computed."""
+    """(FLOPs of a training step, bytes of cached stages, parameters of the base) of a run, nothing computed."""
     model = setup.abstract_model(c)
     step, shapes, n_bytes = preflight.step_in_shapes(c, model)
     n_params = tree.count(budget.abstract_params(model))

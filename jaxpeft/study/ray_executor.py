@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 import jaxpeft
-from jaxpeft.runtime import host, registry, signals
+from jaxpeft.runtime import host, malloc, registry, signals
 from jaxpeft.study import execute, state
 from jaxpeft.study.grid import Run
 
@@ -145,7 +145,7 @@ def _task(run: Run, directory: str, cwd: str, n_cores: int, imports=()) -> list[
     lines: list[str] = []
     os.environ["PJRT_NPROC"] = str(n_cores)  # XLA's threads: Ray counts cores, and keeps no process to its own
     with signals.handled():
-        host.keep_freed_memory()
+        malloc.keep_freed_memory()
         host.keep_compiled_programs()
         try:
             done = execute.attempt(run, Path(directory), lines.append)

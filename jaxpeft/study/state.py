@@ -4,7 +4,7 @@ DIR/study.json          the config and the command
 DIR/points/ID/          one run, as `main.py` leaves it for a single point: result.json, predictions.jsonl, ...
 DIR/claims/ID           who is working on it; survives its owner by at most locks.STALE seconds, then others take over
 DIR/failures/ID.jsonl   a line per failed try; after TRIES the run is given up and reported as failed
-DIR/features/           image features that the runs share, where nothing tuned is in the image encoder
+DIR/features/           outputs of frozen stages (image tokens, question states) that the runs share
 DIR/reruns/             what --rerun asked for (reruns.py)
 DIR/stale/              runs that were done again, because their config changed or --rerun asked for it
 DIR/results.jsonl       a line per run: what the report reads

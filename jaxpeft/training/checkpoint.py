@@ -10,7 +10,9 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,7 +60,7 @@ def _digests(flat: dict[str, jax.Array]) -> dict[str, dict[str, str]]:
     return digests
 
 
-def check_manifest(what: str, stored: dict, now: dict, accept: bool, log) -> None:
+def check_manifest(what: str, stored: dict, now: dict, accept: bool, log: Callable[[str], object]) -> None:
     """Raise ValueError naming what differs between the manifest that was `stored` and the one `now`; `accept`: only say it."""
     differs = {k: (stored.get(k), v) for k, v in now.items() if stored.get(k) != v}
     if differs:
@@ -68,7 +70,7 @@ def check_manifest(what: str, stored: dict, now: dict, accept: bool, log) -> Non
         log(f"{what} was made by another run, accepted as asked ({rows})")
 
 
-def _leaves_that_differ(differs: dict[str, tuple]):
+def _leaves_that_differ(differs: dict[str, tuple[Any, Any]]) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """(key, (before, now)), with 'data/train' for an entry of a dictionary."""
     for key, (a, b) in differs.items():
         if isinstance(a, dict) and isinstance(b, dict):
@@ -92,14 +94,14 @@ class Checkpoints:
     """Steps under one directory, the newest `keep` of them. `log` hears of damaged steps, and once of steps that cannot be
     written until one can be again."""
 
-    def __init__(self, directory: str | Path, keep: int = 2, log=print):
+    def __init__(self, directory: str | Path, keep: int = 2, log: Callable[[str], object] = print) -> None:
         self._directory, self._keep, self._log = Path(directory).absolute(), keep, log
         self._saving: int | None = None  # the step that is being written
         self._failing = False
         logging.getLogger("absl").addFilter(_not_orbax)
         self._open()
 
-    def _open(self):
+    def _open(self) -> None:
         # directories made in the background, on a full disk, leave threads that wait for them, and the process with them,
         # for five minutes (orbax 0.12.8)
         background = ocp.AsyncOptions(create_directories_asynchronously=False)
@@ -166,10 +168,10 @@ class Checkpoints:
         """
         flat_like = {name.replace("/", "|"): leaf for name, leaf in tree.flatten(like).items()}
         for step in sorted(self._manager.all_steps(), reverse=True):
+            stored, flat, error = {}, {}, None
             try:
                 stored = self._read_manifest(step)
                 flat = self._read(step, stored)
-                error = None
             except Exception as damage:  # orbax raises six types on damage; any of them means: not this step
                 error = damage
             if sharding.any_of(error is not None):

@@ -6,8 +6,9 @@ every case counts exactly once. The variables carry their methods, so base and t
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast, overload
 
 import jax
 import numpy as np
@@ -19,18 +20,27 @@ from jaxpeft.data.pipeline import Resized, one_pass
 from jaxpeft.inputs.images import decode as decode_image
 from jaxpeft.metrics import bootstrap
 from jaxpeft.models import decode
-from jaxpeft.models.base import Context
+from jaxpeft.models.base import Context, VisionLanguageModel
 from jaxpeft.runtime import signals
 from jaxpeft.tasks.base import Task
 from jaxpeft.training import sharding
 from jaxpeft.tree import Tree
 
+Batch = Mapping[str, jax.Array | np.ndarray]
+Picture = np.ndarray | str | Path
+Pictures = Sequence[Picture] | np.ndarray | str | Path
+Ids = Sequence[int] | np.ndarray
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def _on_its_devices(function):
+
+def _on_its_devices(
+    function: Callable[Concatenate[VisionLanguageModel, Tree, P], R],
+) -> Callable[Concatenate[VisionLanguageModel, Tree, P], R]:
     """Run `function(model, variables, ...)` with the mesh of its variables set."""
 
     @functools.wraps(function)
-    def run(model, variables, *args, **kwargs):
+    def run(model: VisionLanguageModel, variables: Tree, *args: P.args, **kwargs: P.kwargs) -> R:
         with sharding.using(variables):
             return function(model, variables, *args, **kwargs)
 
@@ -38,17 +48,17 @@ def _on_its_devices(function):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "name"))
-def _stage(model, variables: Tree, batch: dict, name: str):
+def _stage(model: VisionLanguageModel, variables: Tree, batch: Batch, name: str) -> jax.Array:
     return model.apply(variables, batch, name, method="stage")
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def contexts(model, variables: Tree, batch: dict) -> Context:
+def contexts(model: VisionLanguageModel, variables: Tree, batch: Batch) -> Context:
     """What texts are written about; jitted once per model."""
     return model.apply(variables, batch, method="context")
 
 
-def passes(variables: Tree, examples: Examples, batch_size: int):
+def passes(variables: Tree, examples: Examples, batch_size: int) -> Iterator[tuple[Batch, int]]:
     """`one_pass` on the devices that hold `variables`; of several hosts each makes its rows. Batches that their number does
     not divide are made larger."""
     on = sharding.mesh_of(variables)
@@ -64,14 +74,23 @@ def passes(variables: Tree, examples: Examples, batch_size: int):
 
 
 @_on_its_devices
-def stage_outputs(model, variables: Tree, examples: Examples, name: str, batch_size: int = 64) -> np.ndarray:
+def stage_outputs(
+    model: VisionLanguageModel, variables: Tree, examples: Examples, name: str, batch_size: int = 64
+) -> np.ndarray:
     """The output of a stage for every example, (n, ...); what it reads must be in the examples' batches."""
     batches = passes(variables, examples, batch_size)
     return np.concatenate([tree.fetch(_stage(model, variables, batch, name))[:n] for batch, n in batches])
 
 
 def predict(
-    model, variables: Tree, task: Task, examples: Examples, *, batch_size: int = 64, beams: int = 1, candidates=None
+    model: VisionLanguageModel,
+    variables: Tree,
+    task: Task,
+    examples: Examples,
+    *,
+    batch_size: int = 64,
+    beams: int = 1,
+    candidates: Sequence[str] | None = None,
 ) -> list[dict]:
     """One {'text', 'score'} per example, in order; score is the (length-normalised, for beams) log-probability in nats.
 
@@ -83,7 +102,9 @@ def predict(
 
 
 @_on_its_devices
-def ranked(model, variables: Tree, task: Task, examples: Examples, *, batch_size: int = 64, beams: int = 1):
+def ranked(
+    model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, *, batch_size: int = 64, beams: int = 1
+) -> list[list[dict[str, Any]]]:
     """Per example the `beams` best texts as {'text', 'score'}, best first; different tokens may read the same."""
     template, written = task.template(model), []
     search = task.search(model, beams)
@@ -97,12 +118,20 @@ def ranked(model, variables: Tree, task: Task, examples: Examples, *, batch_size
 
 
 @_on_its_devices
-def _best_of(model, variables, task, examples, candidates, batch_size):
+def _best_of(
+    model: VisionLanguageModel,
+    variables: Tree,
+    task: Task,
+    examples: Examples,
+    candidates: Sequence[str],
+    batch_size: int,
+) -> list[dict[str, Any]]:
     template, found = task.template(model), []
     room = task.max_new_tokens and task.max_new_tokens + len(template.start)
     lead = [] if template.start else [template.pad]
     answers_AT = pad_tokens([[*lead, *template.target(text, room)[0]] for text in candidates], template.pad)
-    options = {"pad": template.pad, "k": task.rank_k, "smoothing": task.smoothing}
+    k = task.rank_k  # pyright: ignore[reportAttributeAccessIssue]  of a task that answers from a list
+    options = {"pad": template.pad, "k": k, "smoothing": task.smoothing}
     for batch, n_real in passes(variables, examples, batch_size):
         context = contexts(model, variables, batch)
         which_BK, score_BK = decode.rank(model, variables, context, answers_AT, **options)
@@ -111,7 +140,9 @@ def _best_of(model, variables, task, examples, candidates, batch_size):
     return found
 
 
-def _write(model, variables, batch, search: decode.Search):
+def _write(
+    model: VisionLanguageModel, variables: Tree, batch: Batch, search: decode.Search
+) -> tuple[jax.Array, jax.Array]:
     """(tokens_BKT, score_BK) of the K = beams best texts per row."""
     context = contexts(model, variables, batch)
     if search.beams == 1:
@@ -121,10 +152,12 @@ def _write(model, variables, batch, search: decode.Search):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "search"))
-def _write_mixed(model, variables, batch, search: decode.Search):
+def _write_mixed(
+    model: VisionLanguageModel, variables: Tree, batch: Batch, search: decode.Search
+) -> tuple[jax.Array, jax.Array]:
     """`_write` with a tuned tree per row: batch['adapter'] indexes the leading axis of every leaf of `peft`."""
 
-    def one(row):
+    def one(row: Batch) -> tuple[jax.Array, jax.Array]:
         mine = variables | {"peft": jax.tree.map(lambda x: x[row["adapter"]], variables["peft"])}
         row = {name: x[None] for name, x in row.items() if name != "adapter"}
         tokens_1KT, score_1K = _write(model, mine, row, search)
@@ -134,12 +167,14 @@ def _write_mixed(model, variables, batch, search: decode.Search):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "task"))
-def _nll(model, task, variables, batch):
+def _nll(model: VisionLanguageModel, task: Task, variables: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return task.nll(model, variables, batch)
 
 
 @_on_its_devices
-def nlls(model, variables: Tree, task: Task, examples: Examples, *, batch_size: int = 64) -> np.ndarray:
+def nlls(
+    model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, *, batch_size: int = 64
+) -> np.ndarray:
     """Per example the negative log-likelihood of the reference tokens, in nats, and their number: (n, 2) float64."""
     found = []
     for batch, n_real in passes(variables, examples, batch_size):
@@ -148,14 +183,14 @@ def nlls(model, variables: Tree, task: Task, examples: Examples, *, batch_size: 
     return np.concatenate(found)
 
 
-def nll(model, variables: Tree, task: Task, examples: Examples, **options) -> float:
+def nll(model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, **options: Any) -> float:
     """Mean negative log-likelihood of the reference tokens, in nats per token; `options` as of `nlls`."""
     total, count = nlls(model, variables, task, examples, **options).sum(axis=0)
     return float(total / count)
 
 
 def worth_of_images(
-    model, variables: Tree, task: Task, examples: Examples, *, swaps: int = 4, **options
+    model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, *, swaps: int = 4, **options: Any
 ) -> dict | None:
     """By how many nats an example is likelier with its own picture than with that of another: {'gain', 'least', 'n'}.
 
@@ -187,10 +222,10 @@ def intervals(rows: list[dict], metric: str, label: str, others: Iterable[str]) 
     _, group_N = np.unique([row["image_id"] for row in rows], return_inverse=True)
     size_G = np.bincount(group_N)
 
-    def interval(value_N):
+    def interval(value_N: np.ndarray) -> list[float]:
         sum_G = np.bincount(group_N, value_N)
 
-        def mean(rng):
+        def mean(rng: np.random.Generator | None) -> float:
             some = slice(None) if rng is None else rng.integers(len(size_G), size=len(size_G))
             return sum_G[some].sum() / size_G[some].sum()
 
@@ -200,7 +235,7 @@ def intervals(rows: list[dict], metric: str, label: str, others: Iterable[str]) 
     return {label: interval(value[label])} | {f"{label} - {o}": interval(value[label] - value[o]) for o in others}
 
 
-def reading(task: Task, split: Split, model) -> Task:
+def reading(task: Task, split: Split, model: VisionLanguageModel) -> Task:
     """The task with room for the questions of a split, whatever it was tuned with. Raises ValueError for one that the model
     cannot read to its end."""
     if not task.asks:
@@ -213,18 +248,28 @@ def reading(task: Task, split: Split, model) -> Task:
     return dataclasses.replace(task, max_question=longest)
 
 
+@overload
 def generate(
-    model,
+    model: VisionLanguageModel, variables: Tree, images: Pictures, prompts: Sequence[str] | str | None = None, *,
+    beams: int = 3, batch_size: int = 16, task: Task | None = None, adapter_ids: Ids | None = None, top: None = None,
+) -> list[str]: ...  # fmt: skip
+@overload
+def generate(
+    model: VisionLanguageModel, variables: Tree, images: Pictures, prompts: Sequence[str] | str | None = None, *,
+    beams: int = 3, batch_size: int = 16, task: Task | None = None, adapter_ids: Ids | None = None, top: int,
+) -> list[list[dict[str, Any]]]: ...  # fmt: skip
+def generate(
+    model: VisionLanguageModel,
     variables: Tree,
-    images,
-    prompts=None,
+    images: Pictures,
+    prompts: Sequence[str] | str | None = None,
     *,
     beams: int = 3,
     batch_size: int = 16,
     task: Task | None = None,
-    adapter_ids=None,
+    adapter_ids: Ids | None = None,
     top: int | None = None,
-):
+) -> list[str] | list[list[dict[str, Any]]]:
     """Text for pictures: a caption each, or with `prompts` (one question per picture, or one for all) an answer each. One
     picture alone, an array or a path, is a list of one.
 
@@ -238,8 +283,9 @@ def generate(
     if name not in model.tasks:
         raise ValueError(f"this model {'captions: give no prompts' if prompts else 'answers questions: give prompts'}")
     task = task or tasks.build(name)
-    images = [images] if isinstance(images, str | Path) or getattr(images, "ndim", 4) == 3 else images
-    pictures = [image if isinstance(image, np.ndarray) else decode_image(image) for image in images]
+    alone = isinstance(images, str | Path) or getattr(images, "ndim", 4) == 3
+    some = cast(Sequence[Picture], [images] if alone else images)
+    pictures = [image if isinstance(image, np.ndarray) else decode_image(image) for image in some]
     questions = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts or [""] * len(pictures))
     if len(questions) != len(pictures):
         raise ValueError(f"{len(questions)} prompts for {len(pictures)} pictures; give one each, or one for all")
@@ -264,4 +310,4 @@ def generate(
     found = ranked(model, variables, task, cases, batch_size=batch_size, beams=max(beams, top or 1))
     if top is None:
         return [best["text"] for best, *_ in found]
-    return [list({one["text"]: one for one in reversed(some)}.values())[::-1][:top] for some in found]
+    return [list({one["text"]: one for one in reversed(texts)}.values())[::-1][:top] for texts in found]

@@ -10,14 +10,18 @@ import ml_collections
 
 from jaxpeft import tasks, tree
 from jaxpeft.interchange import load_tuned
+from jaxpeft.methods import Method
 from jaxpeft.models import loading
+from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import files, registry, renamed
-from jaxpeft.training.setup import as_json, pinned_base, read_base
+from jaxpeft.training.setup import Config, Log, as_json, pinned_base, read_base
+from jaxpeft.tree import Tree
 
 MOST_RESULT = 1 << 30  # bytes of a result.json
+Finished = tuple[VisionLanguageModel, Tree, tuple[Method, ...], tasks.Task]
 
 
-def load_run(workdir: str | Path, imports: Iterable[str] = ()):
+def load_run(workdir: str | Path, imports: Iterable[str] = ()) -> Finished:
     """(model, variables, methods, task) of a finished run, for `generate`, `merge` and the exports.
 
     `imports`: modules with the run's own method or task, which are imported first (see runtime/registry.py); nothing that
@@ -46,7 +50,7 @@ def load_run(workdir: str | Path, imports: Iterable[str] = ()):
             ) from error
 
 
-def _load_run(workdir: Path, config, result: dict):
+def _load_run(workdir: Path, config: Config, result: dict) -> Finished:
     options = result.get("task_options", tasks.IN_0_1.get(config.task, {}) | dict(config.task_options))
     length = options.pop("length", None)  # of version 0.1: counts what a text begins with
     task = tasks.build(config.task, **options)
@@ -61,7 +65,7 @@ def _load_run(workdir: Path, config, result: dict):
     return model, variables, chosen, task
 
 
-def check_workdir(config, workdir: Path, accept: bool = False, log=print) -> bool:
+def check_workdir(config: Config, workdir: Path, accept: bool = False, log: Log = print) -> bool:
     """Whether a run with another config lives in `workdir`. Raises ValueError, with the differences, or, with `accept`, says
     them."""
     if not (workdir / "config.json").exists():

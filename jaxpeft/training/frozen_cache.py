@@ -24,6 +24,7 @@ from jaxpeft import tree
 from jaxpeft.data.base import Examples, Split
 from jaxpeft.models.base import Stage, VisionLanguageModel
 from jaxpeft.training import evaluate, sharding
+from jaxpeft.training.optim import Config
 from jaxpeft.tree import Mask, Tree
 
 
@@ -45,7 +46,7 @@ def programs(model: VisionLanguageModel, variables: Tree) -> dict[str, Program]:
     names, key, found = list(tree.flatten(shapes)), jax.eval_shape(lambda: jax.random.key(0)), {}
     for stage in model.stages:
 
-        def run(variables, inputs, key, name=stage.name):
+        def run(variables: Tree, inputs: dict[str, jax.Array], key: jax.Array, name: str = stage.name) -> jax.Array:
             return model.apply(variables, inputs, name, method="stage", rngs={"dropout": key})
 
         arguments = shapes, {name: batch[name] for name in stage.reads}, key
@@ -118,6 +119,7 @@ class FrozenCache:
     def _per_image(self, stage: Stage, split: Split, examples: Examples) -> np.ndarray:
         key = (split.name, stage.name)
         if key not in self.tables:
+            assert examples.images is not None  # only `fill` takes them away
             n = len(examples.images)
             every = Examples({"image_index": np.arange(n, dtype=np.int32)}, examples.images, [], examples.tables)
             ids = [row["image_id"] for row in split.rows]
@@ -131,7 +133,7 @@ class FrozenCache:
         return self._kept(stage, split, examples, [split.source, ids, *content])
 
     def _kept(self, stage: Stage, split: Split, examples: Examples, content: list) -> np.ndarray:
-        def compute():
+        def compute() -> np.ndarray:
             return evaluate.stage_outputs(self.model, self.variables, examples, stage.name)
 
         if not self.directory or not split.source:  # '' says nothing of where images are from
@@ -154,7 +156,7 @@ def _without(examples: Examples, names: set[str]) -> Examples:
 
 
 def planned(
-    config, model: VisionLanguageModel, variables: Tree, mask: Mask, n_rows: dict[str, int], *,
+    config: Config, model: VisionLanguageModel, variables: Tree, mask: Mask, n_rows: dict[str, int], *,
     directory: Path | None = None, log: Callable[[str], object] = lambda _: None,
 ) -> FrozenCache:  # fmt: skip
     """The cache of a run; says what it computes once and, for the rest, why not. `n_rows`: see `cacheable`."""
@@ -194,7 +196,7 @@ def cacheable(
     return why
 
 
-def _kept(path: Path, compute, limit: int, log) -> np.ndarray:
+def _kept(path: Path, compute: Callable[[], np.ndarray], limit: int, log: Callable[[str], object]) -> np.ndarray:
     """What `compute` returns, memory-mapped from `path`, which is written first where it is not there."""
     stored = None
     if path.exists():
@@ -204,7 +206,8 @@ def _kept(path: Path, compute, limit: int, log) -> np.ndarray:
                 os.utime(path)
         except (ValueError, OSError) as error:  # truncated by something else than this module
             log(f"{path} cannot be read ({error}); computed again")
-    if not sharding.any_of(stored is None):
+    missing = sharding.any_of(stored is None)  # asked by all hosts
+    if stored is not None and not missing:
         return stored
     computed = compute()  # all hosts together
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

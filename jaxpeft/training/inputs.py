@@ -37,7 +37,7 @@ class Inputs:
     def eval_examples(self, name: str) -> Examples:
         """What texts are written for."""
 
-        def make():
+        def make() -> Examples:
             return self._filled(name, self.task.eval_examples(self.splits[name], self.template))
 
         return self._once(("eval", name), make)
@@ -45,7 +45,7 @@ class Inputs:
     def validation(self, name: str, most: int, per: tuple[str, ...] = BOTH) -> Examples:
         """At most `most` examples of a split, spread over it; `per`: which stages are filled in."""
 
-        def make():
+        def make() -> Examples:
             examples = self._texts(name)
             some = np.unique(np.linspace(0, len(examples) - 1, min(most, len(examples))).astype(int))
             arrays = {key: array[some] for key, array in examples.arrays.items()}
@@ -56,7 +56,8 @@ class Inputs:
     def without_images(self, name: str) -> Examples:
         """`eval_examples` that all look at one grey image."""
         processor = self.cache.model.processor
-        colour = np.uint8(np.float32(processor.image_mean) * 255)
+        assert processor is not None  # `self.template` is of it
+        colour = (np.asarray(processor.image_mean, np.float32) * 255).astype(np.uint8)
         grey = np.broadcast_to(colour, (processor.image_size, processor.image_size, 3))
         examples = self.task.eval_examples(self.splits[name], self.template)
         index = np.zeros(len(examples), np.int32)

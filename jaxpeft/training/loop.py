@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 
@@ -53,7 +52,7 @@ class TrainState(NamedTuple):
 
     step: jax.Array
     tuned: Tree
-    opt: optax.OptState
+    opt: Any  # of optax; that of `optim.optimizer` is a tuple that ends with its Schedule
     seed: jax.Array | int = 0
     best: Best | None = None
     ok: jax.Array | bool = True
@@ -94,10 +93,10 @@ def train_step(
     """
     rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
-    def loss_fn(tuned, micro, rng):
+    def loss_fn(tuned: Tree, micro: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
         return task.loss(model, tree.join(tuned, frozen), micro, {"dropout": rng})
 
-    def add(total, indexed):
+    def add(total: Tree, indexed: tuple[Any, dict[str, jax.Array]]) -> tuple[Tree, None]:
         i, micro = indexed
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, count), grads = grad_fn(state.tuned, micro, jax.random.fold_in(rng, i))
@@ -147,7 +146,7 @@ def start(tuned: Tree, *, tx: optax.GradientTransformation, seed: int, best: boo
 
 
 def fit(
-    config: ml_collections.ConfigDict,
+    config: optim.Config,
     workdir: Path,
     job: Job,
     log: Callable[[str], object] = print,
@@ -167,11 +166,11 @@ def fit(
     Raises ValueError where a checkpoint depends on something else than job.manifest says, unless `accept`; NonFinite; and
     signals.Stopped after a stop was asked for.
     """
-    mesh = sharding.mesh(config.get("mesh"))
+    mesh = sharding.mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.grad_accum, mesh)
     tx = optim.optimizer(config.optim, job.trainable, config.steps)
     timing: dict[str, Any] = {"steps": config.steps, "compile_s": 0.0, "step_s": 0.0, "train_s": 0.0}
-    checkpoints = Checkpoints(workdir / "checkpoints", config.get("checkpoint_keep", 2), log)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint_keep, log)
     with contextlib.closing(checkpoints):
         # the state, on the mesh: of the newest good checkpoint, or new
         new_state = functools.partial(start, tx=tx, seed=config.seed, best=job.validate is not None)
@@ -216,7 +215,7 @@ def fit(
             return SAVE if sharding.is_first() and clock() >= save_at else NOTHING
 
         def settle(keep: int = 0) -> int:
-            """Wait for the pending steps but the newest `keep`, check and log them -> the most that a host asked for in them."""
+            """Wait for the pending steps but the newest `keep`, check and log them -> the most that a host asked for."""
             most = NOTHING
             while len(pending) > keep:
                 done, metrics, wish = pending.popleft()
@@ -254,13 +253,9 @@ def fit(
                             saved = step
                         save_at = clock() + max(config.checkpoint_seconds, PAUSE * (clock() - saving))
                     if wish == STOP and step < last:
-                        on_disk = checkpoints.wait()
-                        said = (
-                            "which is saved; the same command goes on from it"
-                            if on_disk
-                            else "which could not be saved"
-                        )
-                        log(f"\nstopped at step {step}, {said}")
+                        goes_on = "is saved; the same command goes on from it"
+                        said = goes_on if checkpoints.wait() else "could not be saved"
+                        log(f"\nstopped at step {step}, which {said}")
                         raise signals.Stopped("stopped", signals.asked() or signal.SIGTERM)
                     tick = clock()
             except Exception as error:  # save the last good step; of several hosts the others may be in another place
@@ -288,10 +283,10 @@ def _copy(tuned: Tree) -> Tree:
 
 
 def _schedule(state: TrainState) -> optim.Schedule:
-    return state.opt[-1]  # pyright: ignore[reportIndexIssue]  `optim.optimizer` chains it last
+    return state.opt[-1]
 
 
-def _last_step(config: ml_collections.ConfigDict, state: TrainState) -> int:
+def _last_step(config: optim.Config, state: TrainState) -> int:
     return config.steps if state.best is None else int(_schedule(state).n_steps)
 
 
@@ -306,7 +301,7 @@ def _chosen(state: TrainState, timing: dict) -> tuple[TrainState, dict]:
 
 
 def _validated(
-    config: ml_collections.ConfigDict, state: TrainState, validate: Callable[[Tree], float], writer: results.Metrics
+    config: optim.Config, state: TrainState, validate: Callable[[Tree], float], writer: results.Metrics
 ) -> tuple[TrainState, dict[str, float]]:
     """(the state after a validation, its loss for the bar): the better parameters kept, the decay started if progress ended."""
     assert state.best is not None

@@ -6,7 +6,7 @@ gradients and no state is kept for frozen leaves. The masks inside are for what 
 
 import dataclasses
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,18 @@ import optax.contrib
 from jaxpeft import tree
 from jaxpeft.adapt import sites
 from jaxpeft.runtime.registry import Registry
-from jaxpeft.tree import Tree
+from jaxpeft.tree import Mask, Tree
 
+Config = Any  # an ml_collections.ConfigDict, which says of each of its values that it may be of any type
 SCHEDULES = ("constant", "cosine", "linear", "plateau")
 
 
-def adamw(config, decays):
+def adamw(config: Config, decays: Mask | None) -> optax.GradientTransformation:
     """Loshchilov and Hutter 2019, arXiv 1711.05101."""
     return optax.adamw(1.0, config.b1, config.b2, weight_decay=config.weight_decay, mask=decays)
 
 
-def adafactor(config, decays):
+def adafactor(config: Config, decays: Mask | None) -> optax.GradientTransformation:
     """Shazeer and Stern 2018, arXiv 1804.04235, without momentum; a step is not scaled by the size of the parameter, as
     adapters start at zero."""
     return optax.adafactor(
@@ -34,12 +35,12 @@ def adafactor(config, decays):
     )
 
 
-def lion(config, decays):
+def lion(config: Config, decays: Mask | None) -> optax.GradientTransformation:
     """Chen et al. 2023, arXiv 2302.06675. Its b2 is 0.99 there, and its rate a third to a tenth of AdamW's."""
     return optax.lion(1.0, config.b1, config.b2, weight_decay=config.weight_decay, mask=decays)
 
 
-def sgd(config, decays):
+def sgd(config: Config, decays: Mask | None) -> optax.GradientTransformation:
     """Gradient descent with momentum b1; the decay is decoupled, as AdamW's."""
     return optax.chain(
         optax.trace(config.b1),
@@ -48,10 +49,10 @@ def sgd(config, decays):
     )
 
 
-def muon(config, decays):
+def muon(config: Config, decays: Mask | None) -> optax.GradientTransformation:
     """Jordan 2024: momentum b1, made orthogonal, for matrices (each layer's of a stack); Adam without decay for the rest."""
 
-    def dimensions(params):
+    def dimensions(params: Tree) -> Tree:
         return jax.tree.map(_matrix, tree.names(params), params)
 
     return optax.contrib.muon(
@@ -60,7 +61,7 @@ def muon(config, decays):
     )  # fmt: skip
 
 
-def _matrix(name: str, x) -> optax.contrib.MuonDimensionNumbers | None:
+def _matrix(name: str, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
     """The axes of a matrix, behind that of a stack's layers; None for what is no matrix, as a stack's biases (L, D)."""
     layers = int("/blocks/" in name)
     return optax.contrib.MuonDimensionNumbers(layers, layers + 1) if x.ndim == 2 + layers else None
@@ -90,7 +91,7 @@ class Schedule(NamedTuple):
         return self.lr * jnp.where(self.step < self.n_warm, self.step / jnp.maximum(self.n_warm, 1), after)
 
 
-def schedule(config, n_steps: int) -> Schedule:
+def schedule(config: Config, n_steps: int) -> Schedule:
     """`optim.schedule` at step 0: warm-up over `warmup`, and for 'plateau' a decay over the last `cooldown`, as shares
     of all steps. With 'plateau' steps are the most there may be: the loop starts the decay where validation stops
     improving."""
@@ -108,7 +109,7 @@ def schedule(config, n_steps: int) -> Schedule:
     return Schedule(jnp.int32(0), jnp.float32(config.lr), *whole)
 
 
-def optimizer(config, tuned: Tree, n_steps: int) -> optax.GradientTransformation:
+def optimizer(config: Config, tuned: Tree, n_steps: int) -> optax.GradientTransformation:
     """The rule `config.name` with global-norm clipping; leaves whose name contains `no_decay` (a regular expression) do not
     decay.
 
@@ -125,18 +126,20 @@ def optimizer(config, tuned: Tree, n_steps: int) -> optax.GradientTransformation
     if any(scale != 1 for scale in jax.tree.leaves(scales)):
         steps.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, scales)))
 
-    def scaled(updates, s, params=None):
-        rate = s.rate(kind)
-        return jax.tree.map(lambda u: u * rate.astype(u.dtype), updates), s._replace(step=s.step + 1)
+    def init(params: Tree) -> Schedule:
+        return jax.tree.map(jnp.array, start)  # copies, because a state's buffers may be donated
 
-    # copies, because a state's buffers may be donated
-    return optax.chain(*steps, optax.GradientTransformation(lambda _: jax.tree.map(jnp.array, start), scaled))
+    def scaled(updates: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, Schedule]:
+        rate = state.rate(kind)
+        return jax.tree.map(lambda u: u * rate.astype(u.dtype), updates), state._replace(step=state.step + 1)
+
+    return optax.chain(*steps, optax.GradientTransformation(init, scaled))
 
 
 def _lr_scales(tuned: Tree) -> Tree:
     """The tree with each leaf replaced by the multiple of the learning rate that its method asks for."""
 
-    def of(node):
+    def of(node: Tree) -> Tree:
         if not sites.is_bound(node):
             return 1.0
         return dataclasses.replace(

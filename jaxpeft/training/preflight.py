@@ -13,16 +13,25 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from jaxpeft import data, tasks, tree
 from jaxpeft.adapt import budget, sites
 from jaxpeft.data import base, pipeline
+from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.training import frozen_cache, loop, optim, setup, sharding
+from jaxpeft.training.setup import Config
+from jaxpeft.tree import Tree
+
+Step = Callable[..., tuple[loop.TrainState, dict[str, jax.Array]]]
+Shapes = tuple[loop.TrainState, Tree, dict[str, jax.ShapeDtypeStruct]]  # what a step takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +69,7 @@ def chip_of(said: str | None, topology: str | None) -> Chip | None:
     return Chip(flops * 1e12, bandwidth * 1e9, memory * 1e9)
 
 
-def devices_of(topology: str | None):
+def devices_of(topology: str | None) -> list[Any]:
     """The devices to plan for: of a TPU topology by name, else this machine's."""
     if not topology:
         return jax.devices()
@@ -77,7 +86,7 @@ def devices_of(topology: str | None):
 # ---------------------------------------------------------------- the step, in shapes
 
 
-def training_texts(c) -> base.Split:
+def training_texts(c: Config) -> base.Split:
     """The training pictures of a point, for their texts; of scenes, whose texts are much alike, 64."""
     if c.data.name != "scenes":
         whole = {key: value for key, value in setup.as_json(c.data).items() if key not in SUBSET}
@@ -96,7 +105,7 @@ def _training(settings: str, splits: tuple[str, ...]) -> base.Split:
     return data.load(ml_collections.ConfigDict(json.loads(settings)), list(splits))["train"]
 
 
-def step_in_shapes(c, model, batch_size: int | None = None):
+def step_in_shapes(c: Config, model: VisionLanguageModel, batch_size: int | None = None) -> tuple[Step, Shapes, int]:
     """(step, (state, frozen, batch), bytes of the outputs of frozen stages on the host) of a run, as shapes, with nothing
     read but a few rows of its data."""
     batch_size = batch_size or c.batch_size
@@ -117,6 +126,7 @@ def step_in_shapes(c, model, batch_size: int | None = None):
     cache = frozen_cache.planned(c, model, variables, mask, n_rows)
     tables = ((stage, cache.programs[stage.name].row) for stage in cache.stages)
     n_bytes = sum(n_rows[stage.per] * row.size * row.dtype.itemsize for stage, row in tables)
+    assert model.processor is not None  # `task.template` asked it
     size, index = model.processor.image_size, np.zeros_like(examples.arrays["image_index"])
     examples = dataclasses.replace(
         examples, images=np.zeros((1, size, size, 3), np.uint8), arrays=examples.arrays | {"image_index": index}
@@ -131,10 +141,12 @@ def step_in_shapes(c, model, batch_size: int | None = None):
     return step, (state, frozen, batch), n_bytes
 
 
-def flops_of(step, shapes, model) -> float:
+def flops_of(step: Step, shapes: Shapes, model: VisionLanguageModel) -> float:
     """FLOPs of one step on all devices together. XLA counts the body of a loop once, so layers are written out."""
     step = functools.partial(step, model=model.unrolled())
-    return float(jax.jit(step).lower(*shapes).cost_analysis()["flops"])
+    costs = jax.jit(step).lower(*shapes).cost_analysis()
+    assert costs is not None  # no backend of JAX lacks it
+    return float(costs["flops"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,15 +162,15 @@ class Plan:
         return self.arguments + self.temporary
 
 
-def compiled(step, shapes, rules, mesh) -> Plan:
+def compiled(step: Step, shapes: Shapes, rules: sharding.Rules, mesh: Mesh) -> Plan:
     """The plan of a step on a mesh; its results take the place of the state that is given in."""
     state, frozen, batch = shapes
     placed = sharding.shardings(state, rules, mesh)
 
-    def at(x, where):
+    def at(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+    rows = NamedSharding(mesh, sharding.BATCH)
     arguments = (
         jax.tree.map(at, state, placed),
         jax.tree.map(at, frozen, sharding.shardings(frozen, rules, mesh)),
@@ -168,6 +180,7 @@ def compiled(step, shapes, rules, mesh) -> Plan:
     jitted = jax.jit(functools.partial(step), donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
     with sharding.using_mesh(mesh):
         found = jitted.lower(*arguments).compile().memory_analysis()
+    assert found is not None  # no backend of JAX lacks it
     return Plan(
         found.argument_size_in_bytes,
         found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes,
@@ -178,7 +191,7 @@ def compiled(step, shapes, rules, mesh) -> Plan:
 # ---------------------------------------------------------------- the report
 
 
-def report(config, topology: str | None = None, chip: Chip | None = None) -> str:
+def report(config: Config, topology: str | None = None, chip: Chip | None = None) -> str:
     """The plan of a point, as text. Raises ValueError for anything that the run itself would refuse, seen from shapes."""
     devices = devices_of(topology)
     mesh = sharding.mesh(config.get("mesh"), devices)
@@ -227,7 +240,9 @@ def _share(n: float, chip: Chip | None) -> str:
     )
 
 
-def _roofline(config, mesh, chip: Chip, flops: float, frozen, state) -> list[tuple[str, str]]:
+def _roofline(
+    config: Config, mesh: Mesh, chip: Chip, flops: float, frozen: Tree, state: loop.TrainState
+) -> list[tuple[str, str]]:
     """The time that a step cannot beat: its FLOPs at the peak, or its weights and state through memory once each way."""
     compute = flops / mesh.size / chip.flops
     width = jnp.dtype(config.model.dtype).itemsize
@@ -245,13 +260,21 @@ def _roofline(config, mesh, chip: Chip, flops: float, frozen, state) -> list[tup
     ]
 
 
-def _largest(config, shapes_of, model, mesh, chip: Chip | None, plan: Plan) -> str:
+def _largest(
+    config: Config,
+    shapes_of: Callable[..., tuple[Step, Shapes, int]],
+    model: VisionLanguageModel,
+    mesh: Mesh,
+    chip: Chip | None,
+    plan: Plan,
+) -> str:
     """The largest batch whose planned peak fits: from a line through two plans, and then planned itself."""
     if chip is None:
         return "give --chip for it"
-    unit, peaks = sharding.n_batch(mesh) * config.grad_accum, {config.batch_size: plan.peak}
+    unit = sharding.n_batch(mesh) * config.grad_accum
+    peaks: dict[int, float] = {config.batch_size: plan.peak}
 
-    def peak(n):
+    def peak(n: int) -> float:
         if n not in peaks:
             try:
                 peaks[n] = compiled(*shapes_of(batch_size=n)[:2], model.sharding, mesh).peak

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import TextIO
 
 import jax
 
@@ -9,7 +10,9 @@ import jax
 class Progress:
     """`update(step, ...)` after every step; prints at most every `every` seconds, and always the last step."""
 
-    def __init__(self, n_steps: int, batch_size: int, start: int = 0, every: float | None = None, out=None):
+    def __init__(
+        self, n_steps: int, batch_size: int, start: int = 0, every: float | None = None, out: TextIO | None = None
+    ) -> None:
         self._out = out or sys.stdout
         self._live = self._out.isatty()
         self._silent = jax.process_index() > 0  # of several processes the first one speaks

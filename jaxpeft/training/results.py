@@ -7,7 +7,9 @@ import resource
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -24,7 +26,7 @@ class Metrics:
     training can go on without them.
     """
 
-    def __init__(self, workdir: Path, start: int, log=print):
+    def __init__(self, workdir: Path, start: int, log: Callable[[str], object] = print) -> None:
         self._path, self._board, self._log = workdir / "metrics.jsonl", None, log
         self._waiting, self._size, self._failing = "", 0, False  # `_size`: bytes of the file that are whole lines
         if jax.process_index() > 0:
@@ -41,7 +43,7 @@ class Metrics:
         except ImportError:
             pass
 
-    def write(self, step: int, **values) -> None:
+    def write(self, step: int, **values: Any) -> None:
         if jax.process_index() > 0:
             return
         self._waiting += json.dumps({"step": step, **values}) + "\n"
@@ -107,7 +109,7 @@ def memory() -> dict:
 def validation(workdir: Path, split: str, timing: dict, worth: dict | None) -> dict:
     """What validation said of a run: the loss at the first, the kept and the last step, as metrics.jsonl has it.
 
-    `timing` is that of `train.fit`, `worth` what `evals.worth_of_images` found at the kept step.
+    `timing` is that of `loop.fit`, `worth` what `evaluate.worth_of_images` found at the kept step.
     """
     path, curve = workdir / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else ():

@@ -61,7 +61,7 @@ def run(
             return result
         setup = setups.prepare(config, log)
         yardsticks = scoring.yardsticks(config, setup, log)
-        read = inputs.prepare(config, setup, features_in and Path(features_in), log)
+        read = inputs.prepare(config, setup, Path(features_in) if features_in else None, log)
         plan = setups.scheduled(config, len(read.examples("train")))
         _begin(config, setup, workdir, changed, log)
         state, timing = fit(plan, workdir, _job(plan, setup, read, log), log, accept_changes)
@@ -163,7 +163,7 @@ def _save(config: Config, setup: Setup, workdir: Path, whole: Tree, found: tuple
     )
 
 
-def point_id(config) -> str:
+def point_id(config: Config) -> str:
     """A readable, stable name of a point."""
     name = config.method.name + (f"{config.size}" if config.size else "")
     head = "" if config.head == "none" else f"+{config.head}"

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
@@ -23,9 +22,9 @@ from jaxpeft.models import loading
 from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import registry, renamed
 from jaxpeft.training import optim, sharding
+from jaxpeft.training.optim import Config
 from jaxpeft.tree import Mask, Tree
 
-Config = ml_collections.ConfigDict
 Log = Callable[[str], object]
 DTYPES = ("float32", "bfloat16")
 LEAST_STEPS = 100  # where epochs decide: a few images are seen often, and the best step is kept
@@ -115,7 +114,7 @@ def load_splits(config: Config) -> tuple[dict[str, Split], tuple[Split, np.ndarr
     return splits | {"train": part}, (whole, chosen)
 
 
-def check_config(config) -> None:
+def check_config(config: Config) -> None:
     """Raise ValueError for a setting that training or evaluation would refuse, before anything is read."""
     renamed.check_config(config)
     optim.schedule(config.optim, 1000)
@@ -129,7 +128,7 @@ def check_config(config) -> None:
             )
 
 
-def scheduled(config, n_examples: int) -> ml_collections.ConfigDict:
+def scheduled(config: Config, n_examples: int) -> Config:
     """The config with numbers where they follow from the data: `steps` from `epochs`, `stop.every` from the steps."""
     c = config.copy_and_resolve_references()
     if not c.steps:
@@ -140,7 +139,9 @@ def scheduled(config, n_examples: int) -> ml_collections.ConfigDict:
     return c
 
 
-def setup_model(config, task: tasks.Task, train: Split, log):
+def setup_model(
+    config: Config, task: tasks.Task, train: Split, log: Log
+) -> tuple[VisionLanguageModel, Tree, tuple[Method, ...], dict[str, Any]]:
     """(model, params, methods, facts) of a config: the base, its vocabulary checked against the texts, the methods."""
     model, params, report = read_base(config, task)
     for group, source in report.get("initialised", {}).items():
@@ -163,15 +164,18 @@ def setup_model(config, task: tasks.Task, train: Split, log):
     return model, params, chosen, facts | {"unknown_words": len(unknown), "new_words": new, "new_rows": True}
 
 
-def with_new_words(config, task: tasks.Task, model, chosen, train: Split):
+def with_new_words(
+    config: Config, task: tasks.Task, model: VisionLanguageModel, chosen: tuple[Method, ...], train: Split
+) -> tuple[VisionLanguageModel, tuple[Method, ...], collections.Counter[str], list[str]]:
     """(model, methods, words that stay unknown, words that are added) for the training texts; no parameters are needed.
 
     Words are added where the vocabulary has no pieces to spell them from: the tiny base's. The methods then train their rows.
     """
-    texts = task.texts(train, task.template(model))
-    found = (word for text in texts for word in model.tokenizer.unknown_words(text))
+    texts, tokenizer = task.texts(train, task.template(model)), model.tokenizer
+    assert tokenizer is not None  # `task.template` asked it
+    found = (word for text in texts for word in tokenizer.unknown_words(text))
     unknown = collections.Counter(dict(sorted(collections.Counter(found).items())))
-    if not config.model.extend_vocabulary or model.tokenizer.has_pieces:
+    if not config.model.extend_vocabulary or tokenizer.has_pieces:
         return model, chosen, unknown, []
     model, new = loading.wider(model, list(unknown))
     if new and not any(isinstance(one, methods.Full) for one in chosen):
@@ -179,7 +183,9 @@ def with_new_words(config, task: tasks.Task, model, chosen, train: Split):
     return model, chosen, collections.Counter(), new
 
 
-def with_limits(task: tasks.Task, model, chosen, splits: dict[str, Split], log) -> tuple[tasks.Task, dict]:
+def with_limits(
+    task: tasks.Task, model: VisionLanguageModel, chosen: tuple[Method, ...], splits: dict[str, Split], log: Log
+) -> tuple[tasks.Task, dict]:
     """(the task with limits that fit the data and the base, {split: {limit: what it cuts}}); cuts are said."""
     chosen = sites.resolved(model, chosen)
     shifts = [sum(one.shift(site) for one in chosen if one.selects(site)) for site in sites.sites(model)]
@@ -211,7 +217,7 @@ def with_limits(task: tasks.Task, model, chosen, splits: dict[str, Split], log) 
     return task, texts
 
 
-def abstract_model(config):
+def abstract_model(config: Config) -> VisionLanguageModel:
     """The model of a config, from the base's configuration alone: no weights are read, no words added."""
     task = tasks.build(config.task, **config.task_options)
     model = loading.abstract(config.base, task=task.kind, **_options(config))
@@ -220,18 +226,18 @@ def abstract_model(config):
     return model
 
 
-def _options(config) -> dict:
+def _options(config: Config) -> dict:
     c = config.model
     return {"image_size": c.image_size, "dtype": c.dtype, "remat": c.remat, "dropout": c.dropout}
 
 
-def pinned_base(config, result: dict) -> str:
+def pinned_base(config: Config, result: dict) -> str:
     """The base of a finished run: of a repository of the hub the very commit that was tuned, as 'owner/name@commit'."""
     revision = result.get("model", {}).get("report", {}).get("revision")
     return f"{config['base'].partition('@')[0]}@{revision}" if revision else str(config["base"])
 
 
-def read_base(config, task: tasks.Task):
+def read_base(config: Config, task: tasks.Task) -> tuple[VisionLanguageModel, Tree, dict[str, Any]]:
     """(model, params, report) that training starts from, before words are added."""
     model, params, report = loading.read(config.base, task=task.kind, **_options(config))
     if model.tokenizer is None:
@@ -243,13 +249,13 @@ def read_base(config, task: tasks.Task):
     return model, params, report
 
 
-def methods_of(config) -> tuple[methods.Method, ...]:
+def methods_of(config: Config) -> tuple[methods.Method, ...]:
     """The methods that a config names."""
     fields = {key: value for key, value in config.method.items() if key != "name"}
     return methods.build(config.method.name, config.head, **fields)
 
 
-def narrowed(variables: Tree, mask, dtype: str) -> Tree:
+def narrowed(variables: Tree, mask: Mask, dtype: str) -> Tree:
     """Frozen matrices in `dtype`. In bfloat16 with model.dtype bfloat16 that is what every product casts them to, so nothing
     changes. Word embeddings stay as they are: they are added to others in float32 before anything is rounded."""
     if dtype == "float32":
@@ -257,7 +263,7 @@ def narrowed(variables: Tree, mask, dtype: str) -> Tree:
     if dtype != "bfloat16":
         raise ValueError(f"model.frozen_dtype is {dtype!r}; choose float32 or bfloat16")
 
-    def one(name, x, tuned):
+    def one(name: str, x: jax.Array, tuned: bool) -> jax.Array:
         return x if tuned or not re.search("^params/.*kernel$", name) else x.astype(dtype)
 
     return jax.tree.map(one, tree.names(variables), variables, mask)
@@ -275,7 +281,7 @@ def _towers(model: VisionLanguageModel, chosen: Iterable[Method]) -> str:
     return f"adapted: {names[True]}; left alone: {names[False]}"
 
 
-def _placed(variables: Tree, model, mesh, log) -> Tree:
+def _placed(variables: Tree, model: VisionLanguageModel, mesh: Mesh, log: Log) -> Tree:
     """The variables on the mesh as the model's rules say, with a line about what that means where there are devices."""
     placed = sharding.shardings(variables, model.sharding, mesh)
     if mesh.size > 1:
@@ -287,18 +293,18 @@ def _placed(variables: Tree, model, mesh, log) -> Tree:
     return sharding.put(variables, placed)
 
 
-def imports_of(config, chosen, task: tasks.Task) -> list[str]:
+def imports_of(config: Config, chosen: Iterable[Method], task: tasks.Task) -> list[str]:
     """The modules outside jaxpeft that a run's method, task, data set, optimizer and metrics come from."""
     entries = [METHODS[config.method.name], *map(type, chosen), type(task), data.DATASETS[config.data.name]]
     entries.append(optim.OPTIMIZERS[config.optim.get("name", "adamw")])
     return registry.modules_of(entries + [metrics.METRICS[name] for name in task.metrics])
 
 
-def as_json(config) -> dict:
+def as_json(config: Config) -> dict:
     """A config as plain JSON values."""
     return json.loads(config.to_json_best_effort())
 
 
-def digest(value) -> str:
+def digest(value: object) -> str:
     """What a checkpoint remembers of a JSON value it must not be mixed up with."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

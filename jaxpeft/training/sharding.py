@@ -10,6 +10,9 @@ one host is the case of one process.
 import contextlib
 import functools
 import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +32,7 @@ Rules = tuple[
 WHOLE: Rules = (("", ()),)  # every device holds every leaf
 
 
-def mesh(shape=None, devices=None) -> Mesh:
+def mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """Devices as (data, fsdp, tensor); `shape` has some of these keys. data, 0 if not given, stands for what remains then.
 
     Raises ValueError for another key, and where the product is not the number of devices.
@@ -49,8 +52,8 @@ def mesh(shape=None, devices=None) -> Mesh:
             f"three must be their number (data 0: what remains)"
         )
     # jax.make_mesh makes Explicit axes by default, under which gathers from sharded tables need annotations
-    shape = (len(devices) // (fsdp * tensor), fsdp, tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    sizes = (len(devices) // (fsdp * tensor), fsdp, tensor)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def n_batch(on: Mesh) -> int:
@@ -88,12 +91,12 @@ def shardings(tree: Tree, rules: Rules, on: Mesh) -> Tree:
         uncovered.append(name)
         return ()
 
-    def place(shape, axes) -> NamedSharding:
+    def place(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
         axes = (None,) * (len(shape) - len(axes)) + tuple(axes) if len(shape) >= len(axes) else (None,) * len(shape)
         fits = (a if a and n % on.shape[a] == 0 else None for n, a in zip(shape, axes, strict=True))
         return NamedSharding(on, PartitionSpec(*fits))
 
-    def of(path, node):
+    def of(path: tuple, node: Tree) -> Tree:
         name = path_name(path)
         if sites.is_bound(node):
             axes = functools.partial(_inherited, node.site, spec)
@@ -113,7 +116,7 @@ def shardings(tree: Tree, rules: Rules, on: Mesh) -> Tree:
     return found
 
 
-def _inherited(site: Site, spec, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+def _inherited(site: Site, spec: Callable[[str], tuple], shape: tuple[int, ...]) -> tuple[str | None, ...]:
     """The axes of an own leaf: a dimension as long as the site's is split as the site's is.
 
     So LoRA's A (in, R) and B (R, out) follow the kernel's input and output, and a prefix (K, N, H) the heads. Where two
@@ -163,13 +166,31 @@ def n_split(on: Mesh) -> int:
 def put(tree: Tree, placed: Tree) -> Tree:
     """Every leaf where `placed` says. Hosts give the same values, and each keeps the parts of its own devices."""
 
-    def one(x, sharding):
+    def one(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable or isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.device_put(x, sharding)
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(one, tree, placed)
+
+
+def placing(rules: Rules, on: Mesh) -> Callable[[str, Any], jax.Array]:
+    """The `place` of `loading.read`: a leaf (a `convert.Leaf`) goes where the rules say as soon as it is made. Of several
+    hosts each reads only what its own devices hold."""
+
+    def place(name: str, leaf: Any) -> jax.Array:
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        (sharding,) = jax.tree.leaves(shardings({"params": {name: shape}}, rules, on))
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf[...], sharding)
+        part = functools.cache(
+            lambda *bounds: leaf[tuple(slice(*bound) for bound in bounds)]
+        )  # several devices hold it
+        bounds = lambda index: (one.indices(n)[:2] for one, n in zip(index, leaf.shape, strict=True))  # noqa: E731
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: part(*bounds(index)))
+
+    return place
 
 
 def replicated(on: Mesh) -> NamedSharding:
@@ -195,10 +216,11 @@ def shard_batch(batch: dict[str, np.ndarray], on: Mesh, n: int | None = None) ->
     sharding = NamedSharding(on, BATCH)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
+    assert n is not None, "each host has some rows of the batch: n is how many it has in all"
     mine = rows(n, on)
 
-    def one(x):
-        def part(index):
+    def one(x: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(n)
             first = int(np.searchsorted(mine, start))
             return x[first : first + stop - start]
@@ -208,13 +230,13 @@ def shard_batch(batch: dict[str, np.ndarray], on: Mesh, n: int | None = None) ->
     return {name: one(np.asarray(x)) for name, x in batch.items()}
 
 
-def packed(leaves: list) -> jax.Array:
+def packed(leaves: list[jax.Array]) -> jax.Array:
     """`tree.pack` of arrays, begun on the devices that hold them and whole on each; all hosts call it."""
     return _packer(mesh_of(leaves))(leaves)
 
 
 @functools.lru_cache(maxsize=4)
-def _packer(on: Mesh | None):
+def _packer(on: Mesh | None) -> Callable[[list[jax.Array]], jax.Array]:
     return jax.jit(pack, out_shardings=None if on is None else replicated(on))
 
 
@@ -226,12 +248,12 @@ def mesh_of(tree: Tree) -> Mesh | None:
     return None
 
 
-def using(tree: Tree):
+def using(tree: Tree) -> AbstractContextManager:
     """A context in which what is traced splits its batch over the devices that hold `tree` (`ops.by_rows`)."""
     return using_mesh(mesh_of(tree))
 
 
-def using_mesh(on: Mesh | None):
+def using_mesh(on: Mesh | None) -> AbstractContextManager:
     """`using` for a mesh."""
     return contextlib.nullcontext() if on is None or on.size == 1 else jax.set_mesh(on)
 

@@ -17,7 +17,7 @@ from tiny import config_of
 from configs.studies import tiny as tiny_study
 from jaxpeft.runtime import files, locks, signals
 from jaxpeft.study import execute, grid, processes, state
-from jaxpeft.training import evaluate, finished, frozen_cache, loop, results, run
+from jaxpeft.training import evaluate, finished, frozen_cache, loop, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +39,7 @@ def test_two_launchers(base, tmp_path, fault):
         """
         import sys, time
         from pathlib import Path
-        from jaxpeft import locks
+        from jaxpeft.runtime import locks
         with locks.held(Path(sys.argv[1])):
             print("held", flush=True)
             time.sleep(600)
@@ -132,15 +132,16 @@ import os, signal, sys
 sys.path[:0] = [sys.argv[3]]
 import conftest  # devices and options of the tests' own process: other programs round otherwise
 from tiny import config_of
-from jaxpeft import point, results
-name, real = sys.argv[4], results.write_text
+from jaxpeft.runtime import files
+from jaxpeft.training import run
+name, real = sys.argv[4], files.write_text
 
 def write_text(path, text):
     if path.name == name:
         os.kill(os.getpid(), signal.SIGKILL)
     real(path, text)
 
-tensors = results.write_tensors
+tensors = files.write_tensors
 
 def write_tensors(path, *rest):
     if path.name == name:
@@ -148,8 +149,8 @@ def write_tensors(path, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
     tensors(path, *rest)
 
-results.write_text, results.write_tensors = write_text, write_tensors
-point.run(config_of(sys.argv[1]), sys.argv[2], lambda *_: None)
+files.write_text, files.write_tensors = write_text, write_tensors
+run.run(config_of(sys.argv[1]), sys.argv[2], lambda *_: None)
 """
 
 
@@ -189,7 +190,7 @@ def test_a_full_disk_while_the_result_is_written(base, tmp_path, fault, monkeypa
     def full(*_):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(results, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError) as caught:
         run.run(config_of(base), tmp_path, quiet)
     assert signals.exit_code(caught.value) == 75 and "No space left on device (" in signals.message(caught.value)

@@ -60,7 +60,7 @@ class Watched:
             self.lines.append("")
             self._seen.notify()
 
-    def wait_for(self, text, seconds=120):
+    def wait_for(self, text, seconds=300):
         with self._seen:
             assert self._seen.wait_for(lambda: self.has(text) or self.lines[-1:] == [""], seconds), self.lines[-5:]
             assert self.has(text), "".join(self.lines)[-2000:]

@@ -136,7 +136,7 @@ def any_saved(workdir):
 def test_kill(tmp_path, fault, seconds):
     """kill -9 at random moments; seconds between checkpoints."""
     workdir, expected = tmp_path / "killed", toy.fit(tmp_path / "whole", toy.rarely(200))
-    kills = killed_at_random(workdir, 200, seconds, 4)
+    kills = killed_at_random(workdir, 200, seconds, 2)
     assert any(went_on > 0 for _, went_on, _ in kills)
     most = max(logged - went_on for logged, went_on, _ in kills)
     if seconds == 0:  # the step that ran, and the one that was being saved
