@@ -57,8 +57,13 @@ class Shout(Captioning):
 
     name: ClassVar[str] = "shout"
 
-    def clean(self, text):
-        return " ".join(word for word in super().clean(text).split() for _ in range(2))
+    def template(self, model):
+        template = super().template(model)
+
+        def twice(text):
+            return " ".join(word for word in template.clean_text(text).split() for _ in range(2))
+
+        return dataclasses.replace(template, clean_text=twice)
 
 
 def plain(config, decays):

@@ -296,11 +296,10 @@ def test_cached_decoding_equals_the_uncached_forward(row):
     @jax.jit
     def both_ways(variables, batch):
         apply = functools.partial(tiny.model().apply, variables)
-        context, mask = apply(apply(batch["image"], method="encode_image"), batch["question"], method="context")
-        tokens = batch["tokens"][:, 0]
-        first, cache = apply(tokens[:, :2], context, mask, 4, method="decode_start")
-        second, _ = apply(tokens[:, 2], cache, mask, method="decode_step")
-        return apply(tokens, context, mask, method="decode"), first, second
+        context, tokens = apply(batch, method="context"), batch["tokens"][:, 0]
+        first, cache = apply(tokens[:, :2], context, 4, method="start")
+        second, _ = apply(tokens[:, 2], cache, context, method="step")
+        return apply(tokens, context, method="score"), first, second
 
     whole, first, second = both_ways(perturbed(attached(row)[0]), tiny.batch())
     np.testing.assert_allclose(first, whole[:, 1], atol=2e-5, rtol=1e-4)
@@ -331,7 +330,7 @@ def test_dora_must_come_first():
     [
         (lambda: Scoped(targets="text_decoder"), "Scoped goes around another method"),
         (lambda: Gated(), "Gated goes around another method"),
-        (lambda: Scoped(method=jp.BitFit(), layers=(0,)), "bitfit trains base leaves.*limit it by `where`"),
+        (lambda: Scoped(method=jp.BitFit(), layers=(0,)), "bitfit trains base leaves.*limit it by `targets`"),
         (lambda: Scoped(method=jp.LoRA(), layers=(-1,)), "give numbers from 0"),
         (lambda: attach(Scoped(method=jp.LoRA(), layers=(2,))), "layer 2 of .* which has layers 0..1"),
         (lambda: attach(jp.OFT(block=5)), "block 5 does not divide the 12 inputs of"),
@@ -436,9 +435,9 @@ def test_lora_plus_moves_b_faster():
         "lr": 1e-2,
         "schedule": "constant",
         "warmup": 0.0,
-        "decay": 0.0,
+        "weight_decay": 0.0,
         "no_decay": "",
-        "clip": 1.0,
+        "clip_norm": 1.0,
         "b1": 0.9,
         "b2": 0.999,
     }

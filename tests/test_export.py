@@ -120,13 +120,15 @@ def test_a_plain_generate_knows_prompt_and_length(runs, picture, capsys):
     out = exported(runs["captioning", "lora"], capsys)
     model, variables, _, task = jp.load_run(runs["captioning", "lora"])
     said = json.loads((Path(out) / "generation_config.json").read_text())
-    n_prompt = len(task.prompt_ids(model.tokenizer))
-    assert (said["max_new_tokens"], said["min_new_tokens"]) == (task.length - n_prompt, task.min_length - n_prompt)
+    template = task.template(model)
+    n_prompt, prompt = len(template.start), template.start_text
+    assert (n_prompt, prompt) == (4, "a picture of")
+    assert (said["max_new_tokens"], said["min_new_tokens"]) == (task.max_new_tokens, task.min_length - n_prompt)
     assert said["num_beams"] == 1
     there = transformers.BlipForConditionalGeneration.from_pretrained(out).eval()
     processor = transformers.BlipProcessor.from_pretrained(out)
-    assert there.text_decoder.generation_config.max_new_tokens == task.length - 1
-    prompted = processor(images=Image.open("untagged.jpg"), text=task.prompt, return_tensors="pt")
+    assert there.text_decoder.generation_config.max_new_tokens == n_prompt + task.max_new_tokens - 1
+    prompted = processor(images=Image.open("untagged.jpg"), text=prompt, return_tensors="pt")
     plain = processor(images=Image.open("untagged.jpg"), return_tensors="pt")
     assert "input_ids" not in plain
     version = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -134,7 +136,7 @@ def test_a_plain_generate_knows_prompt_and_length(runs, picture, capsys):
         assert torch.equal(there.generate(**plain), there.generate(**prompted))
     (expected,) = jp.generate(model, variables, "untagged.jpg", beams=1, task=task)
     text = processor.decode(there.generate(**prompted)[0], skip_special_tokens=True)
-    assert text.removeprefix(task.prompt).strip() == expected
+    assert text.removeprefix(prompt).strip() == expected
 
 
 def test_beams_are_those_of_the_run(runs, picture, capsys):
@@ -144,7 +146,7 @@ def test_beams_are_those_of_the_run(runs, picture, capsys):
     assert json.loads(Path("out/generation_config.json").read_text())["num_beams"] == 3
     settings, unprompted = model.hf.generation(task, beams=3)
     assert "num_beams" not in unprompted and len(unprompted["sequence_bias"]) == 3  # a picture of
-    assert [ids for ids, _ in unprompted["sequence_bias"]] == [task.prompt_ids(model.tokenizer)[:n] for n in (2, 3, 4)]
+    assert [ids for ids, _ in unprompted["sequence_bias"]] == [list(task.template(model).start[:n]) for n in (2, 3, 4)]
 
 
 def test_an_adapter_brings_a_base_that_has_the_added_words(runs, picture, capsys):
@@ -182,7 +184,7 @@ def test_an_adapter_brings_a_base_that_has_the_added_words(runs, picture, capsys
 def test_any_prompt_is_python_on_the_card_and_no_part_of_the_caption(runs, picture, capsys, prompt):
     model, variables, _, task = jp.load_run(runs["captioning", "lora"])
     task = dataclasses.replace(task, prompt=prompt)
-    lines = export.code(model, task, "out")
+    lines = model.hf.code(task, "out")
     jp.export_hf(model, variables, "out", card="\n".join(["```python", *lines, "```"]), task=task)
     (expected,) = jp.generate(model, variables, picture, beams=1, task=task)
     assert pasted("out", capsys) == expected
@@ -201,7 +203,7 @@ def test_an_adapter_of_a_hugging_face_base_names_it(tmp_path, capsys, monkeypatc
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "a" * 40)
     assert not Path("out/base").exists()
     words = tiny.model(False)  # that base has no tokenizer beside it
-    lines = export.code(words, tasks.build("captioning", length=9), "out", "owner/name", "a" * 40)
+    lines = words.hf.code(tasks.build("captioning", max_new_tokens=5), "out", "owner/name", "a" * 40)
     assert f'model = BlipForConditionalGeneration.from_pretrained("owner/name", revision="{"a" * 40}")' in lines
     jp.export_peft(model, variables, "unknown")
     assert json.loads(Path("unknown/adapter_config.json").read_text())["base_model_name_or_path"] is None

@@ -12,6 +12,7 @@ import tiny
 
 from jaxpeft import methods, tasks, tree
 from jaxpeft.adapt import sites
+from jaxpeft.data.base import Examples
 from jaxpeft.training import evaluate, loop, setup, sharding
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
@@ -167,8 +168,10 @@ def test_evaluation_on_a_mesh_is_that_of_one_device(name):
     variables = {"params": params()}
     there = sharding.put(variables, sharding.shardings(variables, MODEL.sharding, on))
     pictures = list(tiny.batch(5)["image"])
-    alone = evaluate.image_features(MODEL, variables, pictures, batch_size=3)
-    np.testing.assert_allclose(evaluate.image_features(MODEL, there, pictures, batch_size=3), alone, atol=2e-6)
+    examples = Examples({"image_index": np.arange(5)}, pictures, [])
+    tokens = [evaluate.stage_outputs(MODEL, one, examples, "image_tokens", batch_size=3) for one in (variables, there)]
+    assert len(tokens[0]) == 5
+    np.testing.assert_allclose(*tokens, atol=2e-6)
     questions = ["w1 w2", "w3", "w4", "w5 w6 w7", "w8"]
     options = {"beams": 2, "batch_size": 3}
     assert evaluate.generate(MODEL, there, pictures, questions, **options) == evaluate.generate(

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from tiny import config_of
 from jaxpeft import config, tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline, scenes
+from jaxpeft.methods import Head, LoRA
 from jaxpeft.models import loading
 from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime import files, signals
@@ -232,7 +234,7 @@ def test_features_on_disk_equal_features_in_memory(base, tmp_path):
     plain = run.run(config_of(base, **options), tmp_path / "plain", quiet)
     shared = run.run(config_of(base, **options), tmp_path / "shared", quiet, tmp_path / "features")
     files = sorted((tmp_path / "features").iterdir())
-    assert [path.name.rsplit("-", 1)[0] for path in files] == ["test-5", "train-12"]
+    assert kinds(tmp_path / "features") == ["test-image_tokens-5", "train-image_tokens-12"]
     before = [path.stat().st_ino for path in files]
     again = run.run(config_of(base, **options), tmp_path / "again", quiet, tmp_path / "features")
     assert [path.stat().st_ino for path in files] == before
@@ -242,53 +244,95 @@ def test_features_on_disk_equal_features_in_memory(base, tmp_path):
     )
 
 
+def kinds(directory):
+    """The files of tables without what their content decides: split, stage and number of rows."""
+    return sorted(path.name.rsplit("-", 1)[0] for path in directory.iterdir())
+
+
 def test_question_states_once_per_question_equal_encoding_every_step(base, tmp_path, monkeypatch):
     """Where only the decoder is tuned the question encoder is frozen too; in memory and from disk."""
-    options = {"method": "head", "data.n_images": 7}
+    options, cacheable = {"method": "head", "data.n_images": 7}, frozen_cache.cacheable
     shared = run.run(config_of(base, **options), tmp_path / "shared", quiet, tmp_path / "features")
-    names = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "features").iterdir())
-    assert names == ["test-5", "test-questions-30", "train-12", "train-questions-42"]
+    sizes = ["test-image_tokens-5", "test-question_states-30", "train-image_tokens-12", "train-question_states-42"]
+    assert kinds(tmp_path / "features") == sizes
     in_memory = run.run(config_of(base, **options), tmp_path / "memory", quiet)
-    monkeypatch.setattr(run, "can_cache_questions", lambda *_: (False, "asked not to"))
-    plain = run.run(config_of(base, **options), tmp_path / "plain", quiet)
+    asked_not_to = {"question_states": "asked not to"}
+    monkeypatch.setattr(frozen_cache, "cacheable", lambda *args: cacheable(*args) | asked_not_to)
+    said = []
+    plain = run.run(config_of(base, **options), tmp_path / "plain", said.append)
+    assert "image_tokens: computed once: no trained leaf decides it" in said
+    assert "question_states: computed every step: asked not to" in said
     for one in (shared, in_memory):
         for label in ("base", "tuned"):
             a, b = (run["metrics"]["test"][label]["nll"] for run in (one, plain))
             np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def test_question_states_are_taken_from_the_batch(base):
-    """A sharp check of what the test above compares: other states give another loss."""
-    model, params, _ = loading.read(str(base), task="vqa")
+@pytest.fixture(scope="module")
+def asked(base):
+    """(model, variables, split, examples) of questions about three pictures."""
+    model, params = loading.load(base, task="vqa")
     split = scenes.load({"n_test": 3}, ["test"])["test"]
-    examples = dataclasses.replace(TASK.examples(split, model.tokenizer), images=pipeline.Resized(split.images, 64))
-    v, tables = {"params": params}, evaluate.image_features(model, {"params": params}, examples.images)
-    asked = frozen_cache.with_questions(model, v, split, examples, tables, None, 0)
-    plain, same = (evaluate.nll(model, v, TASK, one, features=tables) for one in (examples, asked))
-    asked.arrays["question_states"] = asked.arrays["question_states"] + 1
-    assert abs(same - plain) <= 1e-6 * plain < abs(evaluate.nll(model, v, TASK, asked, features=tables) - plain)
+    return model, {"params": params}, split, examples_of(model, split)
 
 
-def test_the_same_questions_about_other_pictures_are_other_states(base, tmp_path):
-    model, params, _ = loading.read(str(base), task="vqa")
-    split = scenes.load({"n_test": 3}, ["test"])["test"]
-    v, pictures = {"params": params}, pipeline.Resized(split.images, 64)
-    tables, here = evaluate.image_features(model, v, pictures), TASK.examples(split, model.tokenizer)
+def examples_of(model, split):
+    images = pipeline.Resized.of(split.images, model)
+    return dataclasses.replace(TASK.examples(split, TASK.template(model)), images=images)
+
+
+def cache_of(model, variables, directory=None, limit=1 << 30, log=quiet):
+    """A cache of every stage."""
+    found = frozen_cache.programs(model, variables)
+    return frozen_cache.FrozenCache(model, variables, model.stages, found, directory, limit, log)
+
+
+def test_what_stages_read_is_left_out_of_batches(asked):
+    """And a batch holds the rows that belong to its examples."""
+    model, variables, split, examples = asked
+    cache = cache_of(model, variables)
+    tokens, states = cache.fill(split, examples, per=("image",)), cache.fill(split, examples)
+    rows = np.array([16, 2])
+    batch, small, smallest = (pipeline.gather(one, rows) for one in (examples, tokens, states))
+    texts = {"prompt", "tokens", "targets", "weights"}
+    assert [set(one) for one in (batch, small, smallest)] == [
+        texts | {"image"}, texts | {"image_tokens"}, texts | {"question_states"},
+    ]  # fmt: skip
+    np.testing.assert_allclose(
+        small["image_tokens"], model.apply(variables, batch, "image_tokens", method="stage"), atol=2e-6
+    )
+    expected = model.apply(variables, small, "question_states", method="stage")
+    np.testing.assert_allclose(smallest["question_states"], expected, atol=2e-6)
+
+
+def test_question_states_are_taken_from_the_batch(asked):
+    """A sharp check of what a test above compares: other states give another loss."""
+    model, variables, split, examples = asked
+    cached = cache_of(model, variables).fill(split, examples)
+    plain, same = (evaluate.nll(model, variables, TASK, one) for one in (examples, cached))
+    cached.arrays["question_states"] = cached.arrays["question_states"] + 1
+    assert abs(same - plain) <= 1e-6 * plain < abs(evaluate.nll(model, variables, TASK, cached) - plain)
+
+
+def test_the_same_questions_about_other_pictures_are_other_states(asked, tmp_path):
+    model, variables, split, here = asked
     moved = dataclasses.replace(here, arrays=here.arrays | {"image_index": (here.arrays["image_index"] + 1) % 3})
     for examples in (here, moved):
-        kept = frozen_cache.with_questions(model, v, split, examples, tables, tmp_path, 1 << 30)
-        expected = evaluate.question_states(model, v, examples, tables)
+        kept = cache_of(model, variables, tmp_path).fill(split, examples)
+        tokens = cache_of(model, variables).fill(split, examples, per=("image",))
+        expected = evaluate.stage_outputs(model, variables, tokens, "question_states")
         np.testing.assert_array_equal(kept.arrays["question_states"], expected)
+    assert kinds(tmp_path) == ["test-image_tokens-3", *["test-question_states-18"] * 2]
 
 
-def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(base, tmp_path):
-    model, params, _ = loading.read(str(base), task="vqa")
+def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(asked, tmp_path):
+    model, variables, *_ = asked
     said, directory = [], tmp_path / "f"
 
     def table(n, limit=1 << 30):
         split = scenes.load({"n_test": n}, ["test"])["test"]
-        pictures = pipeline.Resized(split.images, 64)
-        return frozen_cache.table(model, {"params": params}, split, pictures, directory, limit, said.append)
+        cache = cache_of(model, variables, directory, limit, said.append)
+        return cache.fill(split, examples_of(model, split), per=("image",)).tables["image_tokens"]
 
     first = table(3)
     (path,) = directory.iterdir()
@@ -299,27 +343,39 @@ def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(base, t
     assert len(said) == 1  # it was written again
     os.utime(path, (1, 1))
     table(4, limit=path.stat().st_size)  # no room for both: the one unused for longest goes
-    assert [p.name.rsplit("-", 1)[0] for p in directory.iterdir()] == ["test-4"]
+    assert kinds(directory) == ["test-image_tokens-4"]
 
 
-def test_features_of_other_weights_or_pictures_have_other_names(base):
-    model, params, _ = loading.read(str(base), task="vqa")
-    split = scenes.load({"n_test": 3}, ["test"])["test"]
-    moved = params | {"vision": jax.tree.map(lambda x: x + 1, params["vision"])}
-    other = scenes.load({"n_test": 3, "seed": 1}, ["test"])["test"]
-    names = [
-        frozen_cache.name_of(model, {"params": p}, s) for p, s in ((params, split), (moved, split), (params, other))
-    ]
-    asked = np.ones((3, 2), np.int32)
-    text = params | {"text_encoder": jax.tree.map(lambda x: x + 1, params["text_encoder"])}
-    names += [
-        frozen_cache.name_of(model, {"params": p}, split, q)
-        for p, q in ((params, asked), (text, asked), (params, asked + 1))
-    ]
-    assert len(set(names)) == 6
-    captions, _, _ = loading.read(str(base), task="captioning")
-    assert frozen_cache.name_of(captions, {"params": params}, split) == names[0]  # the text side does not matter
-    assert frozen_cache.name_of(model, {"params": params}, split) == names[0]
+def test_features_of_other_weights_or_pictures_have_other_names(base, asked, tmp_path):
+    model, variables, split, examples = asked
+    params, other = variables["params"], scenes.load({"n_test": 3, "seed": 1}, ["test"])["test"]
+    n_made = itertools.count()
+
+    def names(model, variables, split, examples):
+        """The file of each stage."""
+        directory = tmp_path / str(next(n_made))
+        cache_of(model, variables, directory).fill(split, examples)
+        return {path.name.split("-")[1]: path.name for path in directory.iterdir()}
+
+    def moved(tower):
+        return {"params": params | {tower: jax.tree.map(lambda x: x + 1, params[tower])}}
+
+    asked_else = dataclasses.replace(examples, arrays=examples.arrays | {"prompt": examples.arrays["prompt"] + 1})
+    plain = names(model, variables, split, examples)
+    vision, text = (names(model, moved(tower), split, examples) for tower in ("vision", "text_encoder"))
+    pictures = names(model, variables, other, examples)
+    questions = names(model, variables, split, asked_else)
+    assert len({one["image_tokens"] for one in (plain, vision, pictures)}) == 3
+    assert len({one["question_states"] for one in (plain, vision, pictures, text, questions)}) == 5
+    assert plain["image_tokens"] == text["image_tokens"] == questions["image_tokens"]
+    # nor does it matter what else a model has, and what is tuned elsewhere
+    captions = loading.load(base, task="captioning")[0]
+    assert names(captions, variables, split, examples) == {"image_tokens": plain["image_tokens"]}
+    tuned = sites.attach(model, params, Head(), jax.random.key(0))
+    assert names(model, tuned, split, examples) == plain
+    tuned = sites.attach(model, params, LoRA(rank=2), jax.random.key(0))
+    there = names(model, tuned, split, examples)
+    assert there["image_tokens"] == plain["image_tokens"] and there["question_states"] != plain["question_states"]
 
 
 # ---------------------------------------------------------------- the loop, on the toy of tests/faults
@@ -459,39 +515,46 @@ def test_runs_that_differ_in_rate_steps_or_seed_share_one_program():
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize(
-    "method, augment, size, reason",
-    [
-        ("full", "none", 1 << 30, "params/vision/.* is tuned"),
-        ("lora", "crop", 1 << 30, "augmented"),
-        ("lora", "none", 10, "would take"),
-        ("lora", "none", 1 << 30, "no tuned leaf"),
-    ],
-)
-def test_features_are_cached_only_where_that_is_right(base, method, augment, size, reason):
-    c = config_of(base, method=method, **{"data.augment": augment, "data.feature_bytes": size})
+ROOM = 1 << 20  # bytes
+
+
+def why_every_step(base, stage, method, augment="none", n_images=10, n_questions=60, limit=ROOM, dropout=0.0):
+    """Why a stage is computed every step; '' where once is enough."""
+    c = config_of(base, method=method, **{"data.augment": augment, "model.dropout": dropout})
     model, params, chosen, _ = setup.setup_model(c, TASK, scenes.load(c.data, ["train"])["train"], quiet)
-    mask = sites.trainable(sites.attach(model, params, chosen, jax.random.key(0)))
-    allowed, why = run.can_cache(c, mask, model, 100)
-    assert allowed == reason.startswith("no tuned") and re.search(reason, why)
+    variables = sites.attach(model, params, chosen, jax.random.key(0))
+    found, n_rows = frozen_cache.programs(model, variables), {"image": n_images, "example": n_questions}
+    return frozen_cache.cacheable(model, found, sites.trainable(variables), augment, n_rows, limit)[stage]
 
 
 @pytest.mark.parametrize(
-    "method, images_cached, size, reason",
+    "method, changes, reason",
     [
-        ("lora", True, 1 << 30, "peft/text_encoder.* is tuned"),
-        ("head", False, 1 << 30, "image features are computed every step"),
-        ("head", True, 10, "would take"),
-        ("head", True, 1 << 30, "no tuned leaf is in the question encoder"),
+        ("full", {}, "params/vision/.* is trained"),
+        ("lora", {"augment": "crop"}, r"images are augmented \(crop\)"),
+        ("lora", {"n_images": ROOM // 100}, "its outputs would take .* GB, more than data.feature_bytes"),
+        ("lora", {"limit": 10}, "its outputs would take"),
+        ("lora", {"dropout": 0.1}, "$"),  # it acts in the text stacks
+        ("lora", {}, "$"),
     ],
 )
-def test_question_states_are_cached_only_where_that_is_right(base, method, images_cached, size, reason):
-    c = config_of(base, method=method, **{"data.feature_bytes": size})
-    split = scenes.load(c.data, ["train"])["train"]
-    model, params, chosen, _ = setup.setup_model(c, TASK, split, quiet)
-    mask = sites.trainable(sites.attach(model, params, chosen, jax.random.key(0)))
-    allowed, why = run.can_cache_questions(c, mask, model, TASK.examples(split, model.tokenizer), images_cached)
-    assert allowed == reason.startswith("no tuned") and re.search(reason, why)
+def test_features_are_cached_only_where_that_is_right(base, method, changes, reason):
+    assert re.match(reason, why_every_step(base, "image_tokens", method, **changes))
+
+
+@pytest.mark.parametrize(
+    "method, changes, reason",
+    [
+        ("lora", {}, "peft/text_encoder.* is trained"),
+        ("head", {"augment": "crop"}, r"images are augmented \(crop\)"),
+        ("head", {"n_images": ROOM}, "it reads image_tokens, which is computed every step"),
+        ("head", {"dropout": 0.1}, "it has dropout"),
+        ("head", {"n_questions": ROOM}, "its outputs would take .* GB, more than data.feature_bytes"),
+        ("head", {}, "$"),
+    ],
+)
+def test_question_states_are_cached_only_where_that_is_right(base, method, changes, reason):
+    assert re.match(reason, why_every_step(base, "question_states", method, **changes))
 
 
 def test_unknown_words_extend_the_vocabulary_and_are_tuned(base, tmp_path):
@@ -576,14 +639,14 @@ def test_subsets_are_nested_and_batches_are_a_function_of_seed_and_step():
     assert ids[1][:5] == ids[0] and len(set(ids[1])) == 20
     other = [row["image_id"] for row in pipeline.subset(split, seed=4, n_images=5)[0].rows]
     assert other != ids[0]
-    examples = TASK.examples(split, BlipTokenizer.from_words(scenes.WORDS))
+    examples = TASK.examples(split, tiny.template("vqa", BlipTokenizer.from_words(scenes.WORDS)))
     stream = pipeline.batches(examples, 7, seed=1)
     first = [next(stream) for _ in range(40)]  # 280 > 240 examples: into the second epoch
     again = next(pipeline.batches(examples, 7, seed=1, start=38))
     for name, array in first[38].items():
         np.testing.assert_array_equal(array, again[name])
-    seen = np.concatenate([batch["question"] for batch in first])[:240]
-    assert len(np.unique(seen, axis=0)) == len(np.unique(examples.arrays["question"], axis=0))  # an epoch is complete
+    seen = np.concatenate([batch["prompt"] for batch in first])[:240]
+    assert len(np.unique(seen, axis=0)) == len(np.unique(examples.arrays["prompt"], axis=0))  # an epoch is complete
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ def _load_tuned(model, params, directory):
         )
     many = tuple(from_json(one) for one in manifest["methods"])
     variables = jax.eval_shape(lambda: sites.attach(model, params, many, jax.random.key(0)))
+    many = sites.methods_of(variables)
     mask = tree.flatten(sites.trainable(variables))
     flat = {name: x for name, x in tree.flatten(variables).items() if mask[name] or name.startswith("peft/")}
     tree.check_same(flat, arrays, str(directory / TUNED))
