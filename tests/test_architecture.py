@@ -133,3 +133,28 @@ def test_modules_of_version_0_1_say_where_they_are(name):
 
     with pytest.raises(ImportError, match=rf"jaxpeft\.{name} is now jaxpeft\.\w+\.\w+"):
         getattr(jaxpeft, name)
+
+
+@pytest.mark.parametrize(
+    "name, now", [("export_blip", "export_hf"), ("METHODS", "methods.METHODS"), ("expand", "adapt.sites.expand")]
+)
+def test_names_that_moved_say_where_they_are(name, now):
+    import jaxpeft
+
+    with pytest.raises(ImportError, match=rf"jaxpeft\.{name} is now jaxpeft\.{now}$"):
+        getattr(jaxpeft, name)
+
+
+def test_what_is_public_are_the_methods_and_some_twenty_functions():
+    import types
+
+    import jaxpeft
+    from jaxpeft.methods import METHODS, Gated, Method, NewWords, Scoped
+
+    public = {
+        name
+        for name, value in vars(jaxpeft).items()
+        if not (name.startswith("_") or isinstance(value, types.ModuleType))
+    }
+    methods = {one.__name__ for one in (*METHODS.values(), Gated, Method, NewWords, Scoped)}
+    assert public == set(jaxpeft.__all__) and methods < public and len(public - methods) <= 24

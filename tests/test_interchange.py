@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import prefix_lm
 import pytest
 import tiny
 from methods_table import ROWS, attached, every_row, perturbed
@@ -190,6 +191,27 @@ def test_what_has_no_place_over_there_is_refused_with_the_reason(method, reason,
     with pytest.raises(ValueError, match=reason):
         jp.export_peft(model, variables, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_transformers_does_not_have_is_refused(tmp_path):
+    model, params = prefix_lm.model(), prefix_lm.params()
+    variables = jp.attach(model, params, jp.LoRA(rank=2), jax.random.key(0))
+    for export in (jp.export_hf, jp.export_peft):
+        with pytest.raises(ValueError, match="PrefixLM has no Hugging Face form; use save_tuned"):
+            export(model, variables, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="PrefixLM has no Hugging Face form"):
+        jp.import_peft(model, params, GOLDEN / "peft" / "lora")
+    back, _ = jp.load_tuned(model, params, jp.save_tuned(model, variables, tmp_path / "tuned"))
+    assert tree.digest(back) == tree.digest(variables)
+
+
+def test_every_linear_and_norm_has_a_place():
+    """Of both towers and both tasks: the sites of a model are the places that its Hugging Face form knows."""
+    for asks in (True, False):
+        model = tiny.model(asks)
+        found = {site.path for site in sites.sites(model) if site.kind in ("linear", "norm")}
+        assert found == set(model.hf.places)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import pathlib
+import pickle
 
 import pytest
 
@@ -146,6 +147,18 @@ def test_a_word_is_whole_even_if_pieces_could_spell_it(bert):
     bigger, new = bert.extended(["surfboards"])
     assert new == ("surfboards",) and bert.covers("surfboards")
     assert bigger.encode("surfboards") == [bert.cls_id, len(bert), bert.sep_id]
+
+
+def test_a_model_adds_special_tokens_to_berts():
+    words = ["dec", "enc", "[", "]", "a"]
+    plain, blip = tokenizer.Tokenizer.from_words(words), BlipTokenizer.from_words(words)
+    assert blip.special == SPECIAL == (*plain.special, "[DEC]", "[ENC]")
+    assert blip.vocabulary == (*SPECIAL, *plain.vocabulary[5:])
+    same = tokenizer.Tokenizer(blip.vocabulary)  # where [DEC] is a word like others
+    assert same != blip and same.digest() == blip.digest()
+    assert (same.decode([blip.bos_id, blip.ids["a"]]), blip.decode([blip.bos_id, blip.ids["a"]])) == ("[DEC] a", "a")
+    back = pickle.loads(pickle.dumps(blip))
+    assert type(back) is BlipTokenizer and back == blip == blip.extended([])[0]
 
 
 def test_tokenizers_are_values():

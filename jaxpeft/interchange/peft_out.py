@@ -61,10 +61,11 @@ def export_peft(
     if heads and kind in ("PROMPT_TUNING", "PREFIX_TUNING", "LN_TUNING"):
         raise ValueError(f"a {kind} directory cannot hold a tuned head; use save_tuned")
     acting = sites.expand(folded)
-    config, arrays = _EXPORT[kind](model, acting, folded, rest)
+    form = hf.of(model)
+    config, arrays = _EXPORT[kind](form, acting, folded, rest)
     if heads:
-        config["modules_to_save"] = [hf.of(model).head.saved_as]
-        arrays |= _head_arrays(hf.of(model).head, acting)
+        config["modules_to_save"] = [form.head.saved_as]
+        arrays |= _head_arrays(form.head, acting)
     everything = {
         "peft_type": kind,
         "task_type": None,
@@ -123,10 +124,10 @@ def _head_arrays(head: hf.HeadPlace, acting: Tree) -> dict[str, np.ndarray]:
     return {f"{PREFIX}{head.module}.{key}": np.asarray(x) for key, x in arrays.items()}
 
 
-def _bounds(model: VisionLanguageModel, acting: Tree, methods: list[Method]) -> dict[str, dict[int, list]]:
+def _bounds(form: hf.HuggingFace, acting: Tree, methods: list[Method]) -> dict[str, dict[int, list]]:
     """HF module name -> {part: [(method, leaves of that layer), ...]} of the linear sites that the methods bind."""
-    form, found = hf.of(model), {}
-    for site in sites.sites(model):
+    found = {}
+    for site in sites.sites(form.model):
         for bound in sites.at(acting.get("peft", {}), site):
             if bound.method not in methods:
                 continue
@@ -145,9 +146,9 @@ def _bounds(model: VisionLanguageModel, acting: Tree, methods: list[Method]) -> 
     return found
 
 
-def _kernels(model: VisionLanguageModel, params: Tree, name: str) -> list[np.ndarray]:
+def _kernels(form: hf.HuggingFace, params: Tree, name: str) -> list[np.ndarray]:
     """The base's kernel (in, out) of every part of an HF module."""
-    form, flat, found = hf.of(model), tree.flatten(params), {}
+    flat, found = tree.flatten(params), {}
     for path, place in form.places.items():
         if name in place.names():
             x = form.head.matrix(flat).T if path == form.head.vocabulary else np.asarray(flat[f"{path}/kernel"])
@@ -158,7 +159,7 @@ def _kernels(model: VisionLanguageModel, params: Tree, name: str) -> list[np.nda
 _Written = tuple[dict, dict[str, np.ndarray]]  # fields of the configuration, tensors
 
 
-def _export_lora(model: VisionLanguageModel, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
+def _export_lora(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     inner = [inner_of(one) for one in methods]
     dora = {isinstance(one, DoRA) for one in inner}
     if len(dora) > 1:
@@ -185,8 +186,8 @@ def _export_lora(model: VisionLanguageModel, acting: Tree, folded: Tree, methods
         "alpha_pattern": {},
     }
     arrays, targets = {}, []
-    for name, parts in _bounds(model, acting, methods).items():
-        kernels = _kernels(model, acting["params"], name)
+    for name, parts in _bounds(form, acting, methods).items():
+        kernels = _kernels(form, acting["params"], name)
         sizes = [kernel.shape[1] for kernel in kernels]
         a_rows, b_columns = [], []
         for part, many in sorted(parts.items()):
@@ -214,10 +215,10 @@ def _export_lora(model: VisionLanguageModel, acting: Tree, folded: Tree, methods
     return config | {"target_modules": sorted(targets)}, arrays
 
 
-def _export_ia3(model: VisionLanguageModel, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
+def _export_ia3(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     arrays, targets, inputs = {}, [], []
-    for name, parts in _bounds(model, acting, methods).items():
-        sizes = [kernel.shape[1] for kernel in _kernels(model, acting["params"], name)]
+    for name, parts in _bounds(form, acting, methods).items():
+        sizes = [kernel.shape[1] for kernel in _kernels(form, acting["params"], name)]
         thetas = {part: many[0][1] for part, many in parts.items()}
         if any(len(many) > 1 for many in parts.values()) or (
             len(sizes) > 1 and any("l_in" in t for t in thetas.values())
@@ -234,9 +235,9 @@ def _export_ia3(model: VisionLanguageModel, acting: Tree, folded: Tree, methods:
     return config | {"fan_in_fan_out": False, "init_ia3_weights": True}, arrays
 
 
-def _export_norms(model: VisionLanguageModel, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
+def _export_norms(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     flat, arrays, targets = tree.flatten(acting["params"]), {}, []
-    for path, place in hf.of(model).places.items():
+    for path, place in form.places.items():
         if f"{path}/scale" in flat and any(one.trains(f"params/{path}/scale") for one in methods):
             for i, name in enumerate(place.names()):
                 for ours, theirs in (("scale", "weight"), ("bias", "bias")):
@@ -246,12 +247,12 @@ def _export_norms(model: VisionLanguageModel, acting: Tree, folded: Tree, method
     return {"target_modules": sorted(targets)}, arrays
 
 
-def _export_vera(model: VisionLanguageModel, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
+def _export_vera(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     (method,) = _only(methods)
     arrays, targets = {}, []
     (shared,) = folded["peft"][sites.SHARED].values()
-    for name, parts in _bounds(model, acting, methods).items():
-        if len(_kernels(model, acting["params"], name)) > 1:
+    for name, parts in _bounds(form, acting, methods).items():
+        if len(_kernels(form, acting["params"], name)) > 1:
             raise ValueError(f"vera: {name} is a fused matrix over there and ours acts on a part of it; use save_tuned")
         params = parts[0][0][1]
         arrays |= {f"{PREFIX}{name}.vera_lambda_b": params["l"], f"{PREFIX}{name}.vera_lambda_d": params["d"]}
@@ -266,13 +267,13 @@ def _export_vera(model: VisionLanguageModel, acting: Tree, folded: Tree, methods
     }, arrays
 
 
-def _export_oft(model: VisionLanguageModel, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
+def _export_oft(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     (method,) = _only(methods)
     if isinstance(methods[0], Scoped) and methods[0].layers is not None:
         raise ValueError("oft in some layers only: use save_tuned")
     arrays, targets = {}, []
-    for name, parts in _bounds(model, folded, methods).items():
-        if len(_kernels(model, acting["params"], name)) > 1:
+    for name, parts in _bounds(form, folded, methods).items():
+        if len(_kernels(form, acting["params"], name)) > 1:
             raise ValueError(
                 f"oft: {name} is a fused matrix over there and ours turns the input of a part; use save_tuned"
             )
@@ -294,9 +295,9 @@ def _only(methods: list[Method]) -> list[Method]:
     return [inner_of(methods[0])]
 
 
-def _decoder_only(model: VisionLanguageModel, variables: Tree, methods: list[Method], kind: str) -> list:
-    (method,), decoder = _only(methods), hf.of(model).decoder
-    here = [s for s in sites.sites(model) if s.kind == kind and method.selects(s)]
+def _decoder_only(form: hf.HuggingFace, variables: Tree, methods: list[Method], kind: str) -> list:
+    (method,), decoder = _only(methods), form.decoder
+    here = [s for s in sites.sites(form.model) if s.kind == kind and method.selects(s)]
     allowed = {"kv": decoder.attention, "embed": decoder.embed}[kind]
     if [s.path for s in here] != [allowed]:
         raise ValueError(
@@ -306,8 +307,7 @@ def _decoder_only(model: VisionLanguageModel, variables: Tree, methods: list[Met
     return [method, bound.params]
 
 
-def _virtual(model: VisionLanguageModel, method: Method) -> dict:
-    decoder = hf.of(model).decoder
+def _virtual(decoder: hf.Decoder, method: Method) -> dict:
     return {
         "task_type": "CAUSAL_LM",
         "num_virtual_tokens": method.length,
@@ -318,19 +318,19 @@ def _virtual(model: VisionLanguageModel, method: Method) -> dict:
     }
 
 
-def _export_prompt(model: VisionLanguageModel, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
-    method, params = _decoder_only(model, acting, methods, "embed")
+def _export_prompt(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
+    method, params = _decoder_only(form, acting, methods, "embed")
     init = {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
-    return _virtual(model, method) | init, {"prompt_embeddings": np.asarray(params["rows"])}
+    return _virtual(form.decoder, method) | init, {"prompt_embeddings": np.asarray(params["rows"])}
 
 
-def _export_prefix(model: VisionLanguageModel, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
-    method, params = _decoder_only(model, acting, methods, "kv")
+def _export_prefix(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
+    method, params = _decoder_only(form, acting, methods, "kv")
     both_LCKD = np.stack([np.asarray(params[name]).reshape(*params[name].shape[:2], -1) for name in ("k", "v")], axis=1)
     rows = both_LCKD.transpose(2, 0, 1, 3).reshape(
         method.length, -1
     )  # per token: K, V of layer 0, K, V of layer 1, ...
-    return _virtual(model, method) | {"prefix_projection": False, "encoder_hidden_size": None}, {
+    return _virtual(form.decoder, method) | {"prefix_projection": False, "encoder_hidden_size": None}, {
         "prompt_embeddings": rows
     }
 
