@@ -1,4 +1,4 @@
-"""Names of version 0.1: what they are now. Code that uses an old one gets an error that names the new one; saved files are read."""
+"""Names of version 0.1: what they are now. Code that uses an old one gets an error with the new one; saved files are read."""
 
 import re
 
