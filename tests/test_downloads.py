@@ -472,10 +472,11 @@ def test_offline_with_files_that_another_program_downloaded(server, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config.json": b'{"model_type": "bert"}'}, "config.json: model_type 'bert', architectures None; only model_type "
-                                                     "'blip' with one of BlipForConditionalGeneration, BlipForQuestionAn"),
+        ({"config.json": b'{"model_type": "bert"}'}, "config.json: model_type 'bert' is unknown; the known ones are blip"),
+        ({"config.json": b'{"model_type": "blip", "architectures": ["BlipForImageTextRetrieval"]}'},
+         "only model_type 'blip' with one of BlipForConditionalGeneration, BlipForQuestionAn"),
         ({"config.json": b"<html>"}, "config.json is not JSON"),
-        ({"config.json": None}, "config.json is missing; a transformers BLIP directory has it beside the weights"),
+        ({"config.json": None}, "config.json is missing; a Hugging Face checkpoint has it beside the weights"),
         ({"manifest.json": b"{}"}, "manifest.json is not a manifest of ours"),
     ],
 )  # fmt: skip

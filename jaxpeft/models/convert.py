@@ -10,6 +10,7 @@ Every tensor of a checkpoint is read, or dropped by a rule that says why, or nam
 filled once. So a checkpoint is never twice in memory, and a host of several reads only the parts of its own devices.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -139,7 +140,7 @@ class Table:
             ("tensor", [name for rule in self.rules for name in rule.names()]),
             ("leaf", [leaf for rule in self.rules for leaf in rule.leaves]),
         ):
-            if twice := sorted({name for name in names if names.count(name) > 1}):
+            if twice := [name for name, n in collections.Counter(names).items() if n > 1]:
                 raise ValueError(f"the table has two rules for the {kind} {twice[0]}")
 
     def renamed(self, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

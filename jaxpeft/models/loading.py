@@ -75,6 +75,7 @@ def read(
     else:
         config, params, report = _read_ours(directory, kind, manifest, task, image_size, place, param_dtype)
     model = kind.model(config, directory, report.get("defaults", ()), image_size)
+    tree.check_same(shapes(model), tree.flatten(params), f"{directory}: what the converter made")
     return _with(model, runtime), params, report | downloaded
 
 
@@ -160,6 +161,8 @@ def _located(path: str | Path, revision: str | None, *, weights: bool = True) ->
 
 def _check_settings(directory: Path) -> None:
     """Raise ValueError unless manifest.json or config.json describes a model that can be read."""
+    if not any((directory / name).exists() for name in downloads.FIRST):
+        raise ValueError("config.json is missing; a Hugging Face checkpoint has it beside the weights")
     kind, manifest = _kind(directory, directory)
     if manifest is None:
         kind.read_config(directory, None)
