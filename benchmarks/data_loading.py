@@ -25,7 +25,7 @@ from PIL import Image
 from jaxpeft.data import base, pipeline
 from jaxpeft.data.randaugment import randaugment
 from jaxpeft.inputs import images
-from jaxpeft.training import results
+from jaxpeft.runtime import host
 
 N, BATCH = 256, 32
 
@@ -165,8 +165,8 @@ def main(_):
             name: {"median": round(statistics.median(v), 1), "range": [round(min(v), 1), round(max(v), 1)]}
             for name, v in found.items()
         },
-        "machine": results.machine(),
-        "versions": results.versions(),
+        "machine": host.machine(),
+        "versions": host.versions(),
     }
     Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
     for name, one in report["pictures per second"].items():

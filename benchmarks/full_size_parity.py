@@ -1,4 +1,4 @@
-"""Full-size BLIP against transformers: the same drawn weights, read by `jaxpeft.hub` from a transformers directory.
+"""Full-size BLIP against transformers: the same drawn weights, read by `jaxpeft.models.loading` from a transformers directory.
 
     python benchmarks/full_size_parity.py --task caption --out caption.json
     python benchmarks/full_size_parity.py --task vqa --out vqa.json
@@ -159,11 +159,11 @@ def controls(model, params, batch, double, where, allowed: float) -> list[dict]:
 
     import jax
 
-    from jaxpeft.models.blip import Blip
+    from jaxpeft.models.blip import build
 
     rows = []
     for field, value in CLASS_DEFAULTS.items():
-        wrong = Blip(dataclasses.replace(model.config, **{field: value}))
+        wrong = build(dataclasses.replace(model.config, **{field: value}))
         logits_BTV = jax.jit(lambda params, wrong=wrong: jax_stages(wrong, params, batch)["logits"])(params)
         far = float(np.abs(np.asarray(logits_BTV) - double["logits"])[where].max())
         rows.append({"wrong on purpose": f"{field} = {value}", "logits are off by": far,

@@ -45,11 +45,11 @@ def step_of(config, batch_size: int):
     from jaxpeft import config as defaults
     from jaxpeft import methods, tasks, tree
     from jaxpeft.adapt import sites
-    from jaxpeft.models.blip import Blip
+    from jaxpeft.models.blip import build
     from jaxpeft.tasks.base import teacher_forced
     from jaxpeft.training import loop, optim
 
-    model, rng = Blip(config), np.random.default_rng(0)
+    model, rng = build(config), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["params"]
     params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * 0.02), shapes)
     variables = sites.attach(model, params, methods.build("lora"), jax.random.key(0))
@@ -150,9 +150,9 @@ def main():
     if args.indices:
         return print(json.dumps(indices(args.indices)))
     from jaxpeft.models.blip import BlipConfig
-    from jaxpeft.runtime import host
+    from jaxpeft.runtime import host, malloc
 
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     host.keep_compiled_programs()
     tiny = BlipConfig(**TINY)
     base = BlipConfig() if args.size == "base" else tiny

@@ -30,7 +30,7 @@ import jaxpeft as jp
 from jaxpeft.adapt import sites
 from jaxpeft.methods import Head, Scoped
 from jaxpeft.models import loading
-from jaxpeft.training import results
+from jaxpeft.runtime import host
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 TEXT = r"text_decoder.*attention/(query|value)$"
@@ -57,7 +57,7 @@ CASES = {
     "Prefix": (jp.Prefix(targets="^text_decoder.*self_attention$", length=3, positions="shift"), "caption"),
 }
 DECODER = ("Prompt", "Prefix")
-VOCABULARY = jp.Site("text_decoder/head/vocabulary", "linear", (0, 0))
+VOCABULARY = sites.Site("text_decoder/head/vocabulary", "linear", (0, 0))
 
 
 def drawn(variables, mask, seed=0):
@@ -187,11 +187,11 @@ def main():
         if len(rows) == 1:
             print("  ".join(key.ljust(36 if key == "method" else 19) for key in one))
         print("  ".join(value.ljust(36 if key == "method" else 19) for key, value in one.items()), flush=True)
-    versions = results.versions() | {one.__name__: one.__version__ for one in (peft, torch, transformers)}
+    versions = host.versions() | {one.__name__: one.__version__ for one in (peft, torch, transformers)}
     if args.out:
         facts = {
             "command": "python " + " ".join(sys.argv),
-            "machine": results.machine(),
+            "machine": host.machine(),
             "versions": versions,
             "rows": rows,
         }

@@ -91,9 +91,9 @@ def main():
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     reference.use_threads(args.threads)
-    from jaxpeft.runtime import host
+    from jaxpeft.runtime import malloc
 
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     rows = [
         row for task in ("vqa", "captioning") for row in measure(task, args.method, args.lanes, args.runs, args.check)
     ]

@@ -30,9 +30,9 @@ import jaxpeft as jp
 from jaxpeft import tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.models import decode
-from jaxpeft.models.blip import Blip, BlipConfig
-from jaxpeft.runtime import host
-from jaxpeft.training import loop, optim, results
+from jaxpeft.models.blip import BlipConfig, build
+from jaxpeft.runtime import host, malloc
+from jaxpeft.training import loop, optim
 
 TINY = {"vision_width": 64, "vision_layers": 2, "vision_heads": 4, "vision_mlp": 96, "text_width": 64, "text_layers": 2}
 TINY |= {"text_heads": 4, "text_mlp": 96, "vocab_size": 200, "bos_id": 5, "enc_id": 6, "sep_id": 3, "cls_id": 2}
@@ -139,9 +139,9 @@ def main():
     parser.add_argument("--size", choices=("base", "tiny"), default="base")
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     config = BlipConfig(**({"image_size": 224} | (TINY if args.size == "tiny" else {})))
-    model = Blip(config)
+    model = build(config)
     params = jax.jit(lambda: model.init(jax.random.key(0), model.example()))()["params"]
     batch = make_batch(config)
     base = logits(model, {"params": params}, batch)
@@ -159,8 +159,8 @@ def main():
         if args.out:
             facts = {
                 "command": "python " + " ".join(sys.argv),
-                "machine": results.machine(),
-                "versions": results.versions(),
+                "machine": host.machine(),
+                "versions": host.versions(),
             }
             files.write_json(args.out, facts | {"failed": bad, "rows": rows})
         merge = "-" if row["merge"] is None else f"{row['merge']:.1e}, tokens {'equal' if row['tokens'] else 'DIFFER'}"

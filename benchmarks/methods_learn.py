@@ -34,8 +34,8 @@ from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline
 from jaxpeft.methods import Head
 from jaxpeft.models import loading
-from jaxpeft.runtime import host
-from jaxpeft.training import evaluate, loop, optim, results
+from jaxpeft.runtime import host, malloc
+from jaxpeft.training import evaluate, loop, optim
 
 BUDGET, RATES = 50_000, (1 / 3, 1, 3)
 # method and the middle of its learning rates
@@ -71,7 +71,7 @@ class Bench:
         c.data.update({"n_train": 4096, "n_val": 256, "n_test": 512})
         c.steps, self.config = steps, c
         self.task = tasks.build(task, **c.task_options)
-        self.model, self.params, _ = loading.read("tiny", question_encoder=self.task.question_encoder)
+        self.model, self.params, _ = loading.read("tiny", task=self.task.name)
         self.splits = data.load(c.data, ["train", "val", "test"])
         size = self.model.config.image_size
         self.pictures = {name: pipeline.Resized(split.images, size) for name, split in self.splits.items()}
@@ -154,10 +154,10 @@ def main():
     parser.add_argument("--steps", type=int, help="600 (vqa), 200 (captioning)")
     parser.add_argument("--only", nargs="*", choices=METHODS, default=[*METHODS])
     args = parser.parse_args()
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     steps = args.steps or STEPS[args.task]
     settings = {"task": args.task, "steps": steps, "seeds": args.seeds, "budget": BUDGET}
-    facts = {"command": "python " + " ".join(sys.argv), "machine": results.machine(), "versions": results.versions()}
+    facts = {"command": "python " + " ".join(sys.argv), "machine": host.machine(), "versions": host.versions()}
     done = json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "rows": []}
     if done["settings"] != settings:
         parser.error(f"{args.out} holds a run with other settings ({done['settings']}); choose another file")

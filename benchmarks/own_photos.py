@@ -29,8 +29,8 @@ from PIL import Image
 from reference import ROOT
 
 import jaxpeft as jp
-from jaxpeft.runtime import files, host
-from jaxpeft.training import evaluate, results
+from jaxpeft.runtime import files, host, malloc
+from jaxpeft.training import evaluate
 
 KINDS = {
     "animals/amphibians": "amphibian", "animals/birds": "bird", "animals/fish": "fish", "animals/insects": "insect",
@@ -140,7 +140,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     sys.path[:0] = [str(ROOT)]  # for configs/
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     rows = []
     with tempfile.TemporaryDirectory() as home:
         home = Path(home)
@@ -157,7 +157,7 @@ def main():
                 if name == "grey":
                     rows[-1]["captions - grey"] = above_grey(home / f"captions-{seed}", workdir)
         curve(home / "captions-0", rows[0]["validation"]["kept_step"], args.out.with_suffix(".png"))
-    found = {"machine": results.machine(), "versions": results.versions(), "rows": rows}
+    found = {"machine": host.machine(), "versions": host.versions(), "rows": rows}
     files.write_json(args.out, found)
     for one in rows:
         print(one["run"], one["seed"], one["cider_d"], "kept", one["validation"]["kept_step"], one["wall_s"], "s")

@@ -86,9 +86,9 @@ class Jax:
 
     def __init__(self, directory, threads: int):
         from jaxpeft.models import loading
-        from jaxpeft.runtime import host
+        from jaxpeft.runtime import malloc
 
-        host.keep_freed_memory()  # as main.py does; where both are in one process, torch gains from it too
+        malloc.keep_freed_memory()  # as main.py does; where both are in one process, torch gains from it too
         self.inputs, self.seconds = np.load(directory / "inputs.npz"), {}
         self.model, self.params = loading.load(directory)
 
@@ -111,7 +111,14 @@ class Jax:
         variables = tree.unflatten(variables, flat)
         tuned, frozen = tree.split(variables, sites.trainable(variables))
         self.trained = tree.count(tuned)
-        settings = {"lr": LR, "schedule": "constant", "warmup": 0.0, "decay": 0.0, "no_decay": "", "clip": 0.0}
+        settings = {
+            "lr": LR,
+            "schedule": "constant",
+            "warmup": 0.0,
+            "weight_decay": 0.0,
+            "no_decay": "",
+            "clip_norm": 0.0,
+        }
         tx = optim.optimizer(ml_collections.ConfigDict(settings | {"b1": 0.9, "b2": 0.999}), tuned, 1000)
         tokens_BT = self.inputs["tokens"]
         scored_BT = np.zeros(tokens_BT.shape, np.float32)  # the last position has no target, as in transformers

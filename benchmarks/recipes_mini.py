@@ -67,10 +67,10 @@ def main():
 
     from configs import blip_caption_coco, blip_vqa_v2
     from jaxpeft.data.coco import prepare
-    from jaxpeft.runtime import host
+    from jaxpeft.runtime import malloc
     from jaxpeft.training import run
 
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     report = {}
     with tempfile.TemporaryDirectory() as place:
         tree, home = mini_coco.draw(Path(place, "data"), args.pictures), Path(place, "prepared")

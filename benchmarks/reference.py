@@ -128,7 +128,7 @@ def facts() -> dict:
     """Command, machine and versions: what a number needs beside it. Imports jax."""
     import importlib.metadata
 
-    from jaxpeft.training import results
+    from jaxpeft.runtime import host
 
     info = Path("/proc/cpuinfo")
     model = (
@@ -136,13 +136,13 @@ def facts() -> dict:
         if info.exists()
         else []
     )
-    machine = results.machine() | {"cpu": model[0] if model else platform.processor()}
+    machine = host.machine() | {"cpu": model[0] if model else platform.processor()}
     machine |= {"threads": int(os.environ["OMP_NUM_THREADS"]), "load_before": round(os.getloadavg()[0], 2)}
     if hasattr(os, "sysconf"):
         machine["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     installed = {found.metadata["Name"] for found in importlib.metadata.distributions()}
     peers = [name for name in ("torch", "transformers", "peft") if name in installed]
-    versions = results.versions() | {name: importlib.metadata.version(name) for name in peers}
+    versions = host.versions() | {name: importlib.metadata.version(name) for name in peers}
     return {"command": " ".join(["python", *sys.argv]), "machine": machine, "versions": versions}
 
 

@@ -22,12 +22,12 @@ def make(directory: Path):
 
     method, rng = jp.LoRA(rank=4), np.random.default_rng(0)
     for task in CLASSES:
-        model, params = jp.load("tiny", question_encoder=task == "vqa")
+        model, params = jp.load("tiny", task=task)
         variables = jp.attach(model, params, method, jax.random.key(0))
         mask = jp.trainable(variables)
         variables = jax.tree.map(lambda x, on: x + np.float32(rng.normal(0, 0.1, x.shape)) * on, variables, mask)
-        jp.export_blip(model, variables, directory / f"{task}_merged")
-        jp.export_blip(model, {"params": params}, directory / f"{task}_base")
+        jp.export_hf(model, variables, directory / f"{task}_merged")
+        jp.export_hf(model, {"params": params}, directory / f"{task}_base")
         jp.export_peft(model, variables, directory / f"{task}_adapter")
         batch = {"image": rng.integers(0, 256, (3, 64, 64, 3)).astype(np.uint8)}
         batch["tokens"], batch["question"] = rng.integers(7, 70, (3, 1, 6)), rng.integers(7, 70, (3, 5))

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import point as point_config
 from configs import quickstart
-from jaxpeft.training import results, run
+from jaxpeft.runtime import host
+from jaxpeft.training import run
 
 POINTS = {
     "captioning_1k": "task=captioning,method=full,n_images=1000,steps=600",
@@ -75,8 +76,8 @@ def main():
     keep = ("point", "n_train_images", "counts", "metrics", "timing", "digests", "seeds")
     facts = {
         "command": "python " + " ".join(sys.argv),
-        "machine": results.machine(),
-        "versions": results.versions(),
+        "machine": host.machine(),
+        "versions": host.versions(),
         "gates": gates,
         "blind_8k": blind,
         "points": {name: {key: run[key] for key in keep} for name, run in found.items()},

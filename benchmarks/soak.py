@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxpeft.training import results
+from jaxpeft.runtime import host
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -198,7 +198,7 @@ def main(argv=None) -> int:
     memory, files = slope(rows[:, 1], rows[:, 3]), slope(rows[:, 1], rows[:, 4])
     found = {
         "command": shlex.join(["python", "benchmarks/soak.py", *(argv or sys.argv[1:])]),
-        "machine": results.machine(), "versions": results.versions(), "seconds": seconds,
+        "machine": host.machine(), "versions": host.versions(), "seconds": seconds,
         "steps": args.steps, "checkpoint_seconds": args.seconds, "starts": killed.starts, "kills": killed.starts - 1,
         "steps done again after a kill": killed.repeated(), **same(alone.workdir, killed.workdir),
         "memory: bytes per step, standard error": memory, "MB at the end": float(rows[-1, 3] / 1e6),

@@ -8,7 +8,7 @@ processes with an empty compilation cache, from start to results on disk, on the
 
 - one by one: one process. Every stage each step, or image features once.
 - two processes: pinned to a core each, sharing points by claims.
-- lanes: the three rates of a cell in one vmapped program, evaluated one after the other; features once.
+- lanes: the three learning rates of a cell in one vmapped program, evaluated one after the other; features once.
 - transformers + peft: the twelve LoRA points, from the same base, batches, rates and steps (this package's loader feeds
   both), AdamW in eager mode; images under no_grad each step, or once. The twelve points of jaxpeft stand beside it.
 
@@ -29,6 +29,7 @@ import numpy as np
 
 from jaxpeft.data import base
 from jaxpeft.runtime import files
+from jaxpeft.training import setup
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -38,16 +39,16 @@ PEERS = ("lora",)  # what the loop in PyTorch runs
 def get_config(arg=""):
     """The study, for `main.py --config=benchmarks/study_speed.py:cached=false`."""
     from jaxpeft import config
-    from jaxpeft.study import config as base
+    from jaxpeft.study import config as studies
 
     a = config.parse_arg(arg, steps=100, cached=True, only="")
-    arms = {
-        "lora": base.arm("lora", 3e-3, "none", (4, 16), alpha="r"),
-        "prefix": base.arm("prefix", 3e-2, "none", (8, 32)),
+    variants = {
+        "lora": studies.variant("lora", 3e-3, "none", (4, 16), alpha="r"),
+        "prefix": studies.variant("prefix", 3e-2, "none", (8, 32)),
     }
-    arms = {name: one for name, one in arms.items() if a.only in ("", name)}
-    levels = ("captions_human", "vqa_unstated")
-    c = base.study("speed", __doc__, levels, arms, budgets=(), n_images=(1024,), seeds=1, note="timing only")
+    variants = {name: one for name, one in variants.items() if a.only in ("", name)}
+    settings = ("captions_human", "vqa_unstated")
+    c = studies.study("speed", __doc__, settings, variants, budgets=(), n_images=(1024,), seeds=1, note="timing only")
     for point in c.points.values():
         point.data.n_train, point.data.n_val, point.data.n_test = 1024, 256, 256
         point.steps, point.optim.schedule, point.eval.forgetting = a.steps, "cosine", False
@@ -57,7 +58,7 @@ def get_config(arg=""):
 
 
 def lanes(config, workdir: Path) -> None:
-    """The study with the rates of each cell side by side in one program; results.jsonl as a study leaves it."""
+    """The study with the learning rates of each cell side by side in one program; results.jsonl as a study leaves it."""
     import functools
 
     import jax
@@ -66,22 +67,21 @@ def lanes(config, workdir: Path) -> None:
     from jaxpeft import data, tasks, tree
     from jaxpeft.adapt import sites
     from jaxpeft.data import pipeline
-    from jaxpeft.runtime import host
-    from jaxpeft.study import execute
+    from jaxpeft.runtime import host, malloc
+    from jaxpeft.study import grid
     from jaxpeft.training import evaluate, loop, optim
     from jaxpeft.training import frozen_cache as feature_tables
-    from jaxpeft.training import run as training_run
 
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     host.keep_compiled_programs()
     rows = []
-    for cell in execute.cells(config):
-        runs = [execute.Run(cell, 0, lr, config) for lr in execute.rates(config, cell)]
+    for cell in grid.cells(config):
+        runs = [grid.Run(cell, 0, lr, config) for lr in grid.learning_rates(config, cell)]
         c = runs[0].config
         task = tasks.build(c.task, **c.task_options)
         splits = data.load(c.data, ["train", *c.eval.splits])
         split, _ = pipeline.subset(splits["train"], seed=c.data.subset_seed, n_images=c.data.n_images)
-        model, params, chosen, _ = training_run.setup_model(c, task, split, lambda *_: None)
+        model, params, chosen, _ = setup.setup_model(c, task, split, lambda *_: None)
         variables = sites.attach(model, params, chosen, jax.random.key(c.seed))
         tuned, frozen = tree.split(variables, sites.trainable(variables))
         pictures = {
@@ -134,8 +134,8 @@ class Peer:
 
         self.c, c = run.config, run.config
         self.task = tasks.build(c.task, **c.task_options)
-        self.asks = self.task.question_encoder
-        self.tokenizer = loading.read(c.base, question_encoder=self.asks)[0].tokenizer
+        self.asks = self.task.asks
+        self.tokenizer = loading.read(c.base, task=self.task.kind)[0].tokenizer
         self.splits = data.load(c.data, ["train", *c.eval.splits])
         kind = transformers.BlipForQuestionAnswering if self.asks else transformers.BlipForConditionalGeneration
         where = r".*text_(encoder|decoder).*\.(query|value)" if self.asks else r".*text_decoder.*\.(query|value)"
@@ -247,14 +247,14 @@ def torch_points(config, workdir: Path, cached: bool) -> None:
     """The LoRA points with transformers and peft, one by one; base_TASK directories are in `workdir`."""
     import reference
 
-    from jaxpeft.study import execute
+    from jaxpeft.study import grid
 
     reference.quiet_torch(len(os.sched_getaffinity(0)))
     reference.golden().pass_cross_attention_mask()
     rows = []
-    for cell in execute.cells(config):
-        for lr in execute.rates(config, cell):
-            run = execute.Run(cell, 0, lr, config)
+    for cell in grid.cells(config):
+        for lr in grid.learning_rates(config, cell):
+            run = grid.Run(cell, 0, lr, config)
             peer = Peer(run, workdir / f"base_{run.config.task}", cached)
             peer.train()
             metrics = {name: {"tuned": peer.evaluate(name)} for name in run.config.eval.splits}
@@ -270,7 +270,7 @@ def bases(workdir: Path) -> None:
     from jaxpeft.models import blip_convert, loading
 
     for task in ("captioning", "vqa"):
-        model, params, _ = loading.read("tiny", question_encoder=task == "vqa")
+        model, params, _ = loading.read("tiny", task=task)
         c, t = model.config, model.tokenizer
         ids = {"pad_token_id": t.pad_id, "bos_token_id": t.bos_id, "sep_token_id": t.sep_id, "eos_token_id": t.sep_id}
         text = {

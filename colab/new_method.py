@@ -41,11 +41,11 @@ import jax, jax.numpy as jnp, numpy as np
 
 import jaxpeft as jp
 from jaxpeft.config import get_config
-from jaxpeft.runtime import host
+from jaxpeft.runtime import malloc
 from jaxpeft import methods
 from jaxpeft.methods import Method
 
-host.keep_freed_memory()
+malloc.keep_freed_memory()
 
 
 # %% [markdown]
@@ -88,7 +88,7 @@ class FourierFT(Method):
 # the method beside the frozen base.
 
 # %%
-model, params = jp.load("tiny", question_encoder=True)
+model, params = jp.load("tiny", task="vqa")
 method = FourierFT()
 variables = jp.attach(model, params, method, jax.random.key(0))
 print(jp.counts(variables, jp.trainable(variables)))
@@ -96,7 +96,7 @@ print(jp.counts(variables, jp.trainable(variables)))
 rng = np.random.default_rng(0)
 batch = {
     "image": rng.integers(0, 256, (2, 64, 64, 3)).astype(np.uint8),
-    "question": rng.integers(7, 60, (2, 6)).astype(np.int32),
+    "prompt": rng.integers(7, 60, (2, 6)).astype(np.int32),
     "tokens": rng.integers(7, 60, (2, 1, 4)).astype(np.int32),
 }
 plain = model.apply({"params": params}, batch)
@@ -117,7 +117,8 @@ print(
 # ## Train it like any other
 #
 # A line in `methods.METHODS`, and every config, size solver, study and command knows it by name. In a file of your own, say
-# `mine.py`, `--imports=mine` brings it to `main.py`, `jaxpeft.generate`, `jaxpeft.export` and `jaxpeft.demo`.
+# `mine.py`, `--imports=mine` brings it to `main.py` and to the commands `jaxpeft run`, `study`, `generate`, `export` and
+# `demo`.
 
 # %%
 methods.METHODS["fourier"] = FourierFT
@@ -133,6 +134,6 @@ for name, (stored, accuracy, blind) in scores.items():
     print(f"{name}: {stored:,} parameters stored, accuracy {accuracy:.3f} (blind guess {blind:.3f})")
 
 # %% [markdown]
-# One seed and one rate each: no comparison of the two. For one, add the method to a study's `arms` (`study.ipynb`). To keep a
-# method, move the class to a file in `jaxpeft/methods/` and give it a row in `tests/methods_table.py`: the tests then check
-# identity at init, counts, gradients, merging, dtypes and saving.
+# One seed and one learning rate each: no comparison of the two. For one, add the method to a study's `variants`
+# (`study.ipynb`). To keep a method, move the class to a file in `jaxpeft/methods/` and give it a row in
+# `tests/methods_table.py`: the tests then check identity at init, counts, gradients, merging, dtypes and saving.

@@ -40,9 +40,9 @@ import jax, matplotlib.pyplot as plt
 import jaxpeft as jp
 from configs import quickstart
 from jaxpeft import data
-from jaxpeft.runtime import host
+from jaxpeft.runtime import malloc
 
-host.keep_freed_memory()  # faster steps on CPU
+malloc.keep_freed_memory()  # faster steps on CPU
 print(jax.devices())
 
 # %% [markdown]

@@ -37,23 +37,22 @@ from pathlib import Path
 from IPython.display import Image, display
 
 from configs.studies import tiny
-from jaxpeft.runtime import host
-from jaxpeft.study import report
-from jaxpeft.study import execute
+from jaxpeft.runtime import host, malloc
+from jaxpeft.study import cost, execute, report
 
-host.keep_freed_memory()
+malloc.keep_freed_memory()
 _ = host.keep_compiled_programs()
 
 # %% [markdown]
 # ## The grid
 #
-# `levels` are tasks from near to pre-training to far from it; `arms` are methods with their sizes. Every cell gets the same
+# `settings` are tasks from near to pre-training to far from it; `variants` are methods with sizes. Every cell gets the same
 # number of learning rates; the best on validation pictures is trained with other seeds (here there is one).
 
 # %%
 config = tiny.get_config(f"steps={4 if TINY else 80},seeds=1,small={TINY}")
 directory = Path("runs/study")
-print(execute.dry_run(config, directory))
+print(cost.dry_run(config, directory))
 
 # %% [markdown]
 # ## Run

@@ -41,10 +41,10 @@ from PIL import Image
 
 import jaxpeft as jp
 from configs import folder
-from jaxpeft.runtime import host
+from jaxpeft.runtime import malloc
 from jaxpeft.data import scenes
 
-host.keep_freed_memory()
+malloc.keep_freed_memory()
 
 # your folder, and your base: a BLIP of the Hugging Face hub such as "Salesforce/blip-image-captioning-base" (which is
 # downloaded, 990 MB), a directory with one, or the shipped "tiny", which knows drawn scenes only

@@ -16,6 +16,7 @@ model; a PEFT method has no published rate: `lr` is ours and not tuned.
 """
 
 from jaxpeft import config
+from jaxpeft.models import blip_recipe
 
 N_CAPTIONS = 566_435  # of the 113,287 training pictures
 LR = {"full": 1e-5, "lora": 2e-4, "serial_adapter": 2e-4, "parallel_adapter": 2e-4, "prompt": 3e-2, "prefix": 1e-3}
@@ -31,8 +32,8 @@ def get_config(arg=""):
     c.data.name, c.data.augment = "coco_captions", "blip"
     c.data.data_dir = a.data_dir
     c.task_options.update(
-        smoothing=0.1, max_tokens=40, max_words=30, length=20, min_length=5, variant="coco", java=True
+        smoothing=0.1, max_tokens=40, max_words=30, max_new_tokens=16, min_length=5, variant="coco", java=True
     )
-    config.blip_recipe(c, a, N_CAPTIONS, LR.get(a.method, 2e-4))
+    blip_recipe.fine_tuning(c, a, N_CAPTIONS, LR.get(a.method, 2e-4))
     c.eval.beams, c.eval.splits = 3, ("test",)
     return c

@@ -18,6 +18,7 @@ rate: `lr` is ours and not tuned.
 """
 
 from jaxpeft import config
+from jaxpeft.models import blip_recipe
 
 N_QUESTIONS = {"karpathy": 605_102, "official": 658_111, "visual_genome": 1_445_322}
 LR = {"full": 2e-5, "lora": 2e-4, "serial_adapter": 2e-4, "parallel_adapter": 2e-4, "prompt": 3e-2, "prefix": 1e-3}
@@ -42,9 +43,9 @@ def get_config(arg=""):
         answer_list=a.answer_list,
         variant="official2021",
         max_question=35,
-        length=10,
+        max_new_tokens=9,
     )
     n = N_QUESTIONS[a.protocol] + (N_QUESTIONS["visual_genome"] if a.visual_genome else 0)
-    config.blip_recipe(c, a, n, LR.get(a.method, 2e-4))
+    blip_recipe.fine_tuning(c, a, n, LR.get(a.method, 2e-4))
     c.eval.splits = ("test",) if a.protocol == "karpathy" else ("test_dev", "test")
     return c

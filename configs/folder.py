@@ -21,7 +21,7 @@ the pictures: step 0 is kept, and the run says so (with 5 to 19 validation pictu
 nothing is tested). --config.optim.schedule=cosine --config.steps=1000 trains so many steps without validation and keeps
 the last.
 Limits. Texts are as long as they are, up to what the base reads; --config.task_options.max_tokens=40 (captions),
-.length=10 (answers) or .max_question=35 cut them, and every cut is counted. Answers and captions are compared without
+.max_new_tokens=9 (answers) or .max_question=35 cut them, and every cut is counted. Answers and captions are compared without
 case, accents and the spacing of punctuation; --config.task_options.variant=official2021 scores answers as VQA v2's
 server does, =coco captions as COCO's. --config.data.on_error=skip drops rows that are broken and counts them in
 result.json.

@@ -1,15 +1,16 @@
 """jaxpeft: parameter-efficient fine-tuning of vision-language models in JAX/Flax.
 
-The map, in the order in which data flow:
-    datasets/ tasks/ images text data     records -> examples -> batches
-    layers sites models/ methods/ tree    model + what is tuned and where
-    losses optim sharding train point     the step, the one loop, and a run from config to result
-    decode metrics evals results          answers, scores, files
-    budget interchange foreign            sizes for one budget; tuned trees to and from PyTorch; other Flax models
-    checkpoint hub pretrain               what is kept, what comes in, what is shipped
+The map, in the order of the imports: a module imports what stands above its folder, and never what stands below it.
+    runtime/ tree ops     files, signals, locks, registries, the process; trees of arrays by name; array operations
+    methods/ adapt/       what is trained, and the sites where a method meets a model; budgets; other Flax models
+    inputs/ models/       tokenizers, images, templates; the model protocol, BLIP, its converter, loading, decoding
+    data/ metrics/ tasks/ data sets -> examples -> batches; scores; captioning and VQA
+    interchange/          PEFT adapters, Hugging Face directories and our own format, in and out
+    training/ config      one run: setup, inputs, the loop, checkpoints, evaluation, result; the defaults of its config
+    study/ apps/ cli      a grid of runs and its report; generate, export, demo, pretrain; the `jaxpeft` command
 
     import jax, jaxpeft as jp
-    model, params = jp.load("tiny", question_encoder=True)
+    model, params = jp.load("tiny", task="vqa")
     method = jp.LoRA(rank=8)
     variables = jp.attach(model, params, method, jax.random.key(0))
     tuned, frozen = jp.split(variables, jp.trainable(variables))
@@ -19,14 +20,40 @@ from importlib import metadata as _metadata
 
 from jaxpeft.adapt.budget import solve_size
 from jaxpeft.adapt.linen_bridge import intercept
-from jaxpeft.adapt.sites import attach, counts, describe, expand, fold, merge, stack, trainable
-from jaxpeft.interchange import export_blip, export_peft, import_peft, load_tuned, save_tuned
-from jaxpeft.methods import *  # noqa: F403  every method, by its class name
-from jaxpeft.methods import __all__ as _methods
+from jaxpeft.adapt.sites import attach, counts, describe, fold, merge, stack, trainable
+from jaxpeft.interchange import export_hf, export_peft, import_peft, load_tuned, save_tuned
+from jaxpeft.methods import (
+    IA3,
+    MAM,
+    OFT,
+    SSF,
+    VPT,
+    BitFit,
+    Compacter,
+    DoRA,
+    Full,
+    Gated,
+    Head,
+    LayerNorms,
+    LoHa,
+    LoRA,
+    Method,
+    NewWords,
+    ParallelAdapter,
+    PiSSA,
+    Prefix,
+    Prompt,
+    Scoped,
+    Selective,
+    SerialAdapter,
+    UniPELT,
+    VeRA,
+)  # fmt: skip
 from jaxpeft.models.loading import load
 from jaxpeft.runtime import renamed as _renamed
 from jaxpeft.training.evaluate import generate
-from jaxpeft.training.run import load_run, run
+from jaxpeft.training.finished import load_run
+from jaxpeft.training.run import run
 from jaxpeft.tree import join, split
 
 try:
@@ -34,14 +61,16 @@ try:
 except _metadata.PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 __all__ = [
-    *_methods, "attach", "counts", "describe", "expand", "export_blip", "export_peft", "fold", "generate", "import_peft",
-    "intercept", "join", "load", "load_run", "load_tuned", "merge", "run", "save_tuned", "solve_size", "split", "stack",
-    "trainable",
+    "BitFit", "Compacter", "DoRA", "Full", "Gated", "Head", "IA3", "LayerNorms", "LoHa", "LoRA", "MAM", "Method", "NewWords",
+    "OFT", "ParallelAdapter", "PiSSA", "Prefix", "Prompt", "SSF", "Scoped", "Selective", "SerialAdapter", "UniPELT", "VPT",
+    "VeRA",
+    "attach", "counts", "describe", "export_hf", "export_peft", "fold", "generate", "import_peft", "intercept", "join", "load",
+    "load_run", "load_tuned", "merge", "run", "save_tuned", "solve_size", "split", "stack", "trainable",
 ]  # fmt: skip
 
 
-def __getattr__(name: str):
-    """Modules of version 0.1 are an ImportError that names today's."""
-    if name in _renamed.MODULES:
-        raise ImportError(f"jaxpeft.{name} is now jaxpeft.{_renamed.MODULES[name]}")
+def __getattr__(name: str) -> None:
+    """Names of version 0.1 are an ImportError that names today's."""
+    if name in _renamed.MODULES | _renamed.NAMES:
+        raise ImportError(f"jaxpeft.{name} is now jaxpeft.{(_renamed.MODULES | _renamed.NAMES)[name]}")
     raise AttributeError(f"module 'jaxpeft' has no attribute {name!r}")

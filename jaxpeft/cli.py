@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 import jaxpeft
 from jaxpeft import tree
-from jaxpeft.runtime import host, registry, renamed, signals
+from jaxpeft.runtime import host, malloc, registry, renamed, signals
 
 PACKAGE = Path(jaxpeft.__file__).parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed; in a clone
@@ -95,6 +95,8 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     add("--worker", type=int, default=-1, help="of a study: work for the process that started this one")
     add("--executor", default="processes", choices=["processes", "ray"], help="of a study: where its runs are done")
     add("--resources", default="CPU=1", help="with --executor=ray, per run: CPU=4,GPU=1,memory_gb=16 or CPU=8,TPU=4")
+    add("--rerun", default="", metavar="PATTERN", help="of a study: do finished runs again, once, by id: 'vqa_*-s0-*'")
+    add("--mixed_code", action="store_true", help="of a study: report cells although different code made their runs")
     add("--dry_run", action="store_true", help="of a study: print what would run and its estimated cost")
 
 
@@ -107,8 +109,10 @@ def _add_preflight(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace, config):
     """train, evaluate and save one run; or a study, where the config is one"""
-    if "levels" in config:
+    if _is_study(config):
         return _study(args, config)
+    if args.rerun:
+        raise ValueError(f"--rerun is of a study, and --config={args.config} is one run; use a new --workdir")
     if args.preflight:
         return _preflight(args, config)
     from jaxpeft.apps import pretrain
@@ -125,21 +129,27 @@ def _run(args: argparse.Namespace, config):
 
 def _study(args: argparse.Namespace, config):
     """do every run of a study, and write its report"""
-    from jaxpeft.study import execute, ray_executor, report
+    from jaxpeft.study import cost, execute, ray_executor, report
 
-    if "levels" not in config:
+    if not _is_study(config):
         raise ValueError(f"--config={args.config} is one run, not a study; use `jaxpeft run`")
     workdir = _workdir(args)
     _prepare_process()
     if args.worker >= 0:
         return execute.work(config, workdir)
     if args.dry_run:
-        return print(execute.dry_run(config, workdir))
+        if args.rerun:
+            raise ValueError("--dry_run writes nothing, and --rerun does; leave one of them out")
+        return print(cost.dry_run(config, workdir))
     elsewhere = None
     if args.executor == "ray":
         elsewhere = functools.partial(ray_executor.work, resources=ray_executor.Resources.parse(args.resources))
-    execute.run(config, workdir, args.workers, sys.orig_argv[1:], elsewhere=elsewhere)
-    print(report.write(workdir))
+    execute.run(config, workdir, args.workers, sys.orig_argv[1:], elsewhere=elsewhere, rerun=args.rerun)
+    print(report.write(workdir, args.mixed_code))
+
+
+def _is_study(config) -> bool:
+    return "settings" in config or "levels" in config  # its old name, which is an error that names the new one
 
 
 def _preflight(args: argparse.Namespace, config):
@@ -153,7 +163,7 @@ def _preflight(args: argparse.Namespace, config):
 
 
 def _prepare_process() -> None:
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     host.keep_compiled_programs()
     logging.set_verbosity(logging.WARNING)  # orbax logs every step of every save
 
@@ -206,8 +216,8 @@ def _mistake(path: str, arg: str, overrides: list[str], error: Exception) -> str
             section = key.rpartition(".")[0] or key
             beside = ", ".join(name for name in sorted(known) if name.startswith(f"{section}."))
             there = f"; {section} has {beside}" if beside else ""
-            if key in renamed.CONFIG:
-                return f"--config.{key} is now --config.{renamed.CONFIG[key]}"
+            if new := (renamed.CONFIG | renamed.STUDY).get(key):
+                return f"--config.{key} is now --config.{new}"
             if key in renamed.GONE:
                 return f"--config.{key} {renamed.GONE[key]}"
             return f"--config.{key}: no such key{registry.did_you_mean(key, known)}{there}"

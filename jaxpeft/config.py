@@ -12,7 +12,10 @@ from jaxpeft import methods, tasks
 from jaxpeft.runtime.registry import did_you_mean
 
 # texts of scenes: the longest captions have 40 words; one length for all subsets is one compiled program
-SCENES_LIMITS = {"captioning": {"max_tokens": 48, "length": 48}, "vqa": {"max_question": 35, "length": 10}}
+SCENES_LIMITS = {
+    "captioning": {"max_tokens": 48, "max_new_tokens": 44},
+    "vqa": {"max_question": 35, "max_new_tokens": 9},
+}
 
 
 def parse_arg(arg: str, **defaults) -> ml_collections.ConfigDict:
@@ -43,9 +46,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.name = config_dict.placeholder(str)  # of the point in its result; made up from the settings where None
     c.task = task
     c.task_options = task_options(task, **SCENES_LIMITS.get(task, {}))
-    c.base = (
-        "tiny"  # the shipped checkpoint, a directory (ours or a Hugging Face BLIP), or owner/name[@revision] of the hub
-    )
+    c.base = "tiny"  # the shipped checkpoint, a directory (ours or Hugging Face's), or owner/name[@revision] of the hub
     c.init = "base"  # 'scratch': the same architecture with random weights, as a control
     c.seed = 0
     size_field = methods.size_field(method)
@@ -78,7 +79,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.data.captions = "human"  # of scenes; 'web': the style of pre-training
     c.data.types = ()  # of scenes: the types of questions kept; () is all
     c.data.augment = "none"  # 'crop', 'crop_flip', 'blip' (and RandAugment), of pictures at their native size
-    c.data.feature_bytes = 4 << 30  # most memory for image features kept when the image encoder is frozen
+    c.data.feature_bytes = 4 << 30  # most memory for the outputs of one frozen stage (image tokens, question states)
 
     c.mesh = ml_collections.ConfigDict({"data": 0, "fsdp": 1, "tensor": 1})  # devices; data 0: what the others leave
     c.batch_size = 32
@@ -126,16 +127,6 @@ def task_options(task: str, **changes) -> ml_collections.ConfigDict:
     """Every option of a task with its default or what is given here, so that each can be set on the command line."""
     fields = {field.name: field.default for field in dataclasses.fields(tasks.TASKS.find(task))}
     return ml_collections.ConfigDict(fields | changes)
-
-
-def blip_recipe(c: ml_collections.ConfigDict, a, n_examples: int, lr: float) -> None:
-    """What BLIP's two published fine-tunings share; `a` are a recipe's arguments, `n_examples` an epoch's."""
-    c.model.image_size, c.model.dtype, c.model.dropout = a.image_size, a.dtype, 0.1
-    c.model.extend_vocabulary = False  # WordPiece has a piece for nearly everything
-    c.batch_size, c.steps = a.batch_size, a.steps or a.epochs * n_examples // a.batch_size
-    c.optim.lr, c.optim.warmup, c.optim.weight_decay, c.optim.clip_norm = a.lr or lr, 0.0, 0.05, 0.0
-    c.optim.no_decay = ""
-    c.eval.batch_size, c.eval.base = 32, False
 
 
 def annotations(a) -> "str | dict[str, str] | None":

@@ -21,9 +21,9 @@ import tiny
 
 from jaxpeft.apps.pretrain import ALIASES, init, shared
 from jaxpeft.data import scenes
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import blip, loading
-from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.models.blip import BlipConfig, build
+from jaxpeft.models.blip_tokens import BlipTokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)  # before any array exists
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -44,9 +44,9 @@ def programs_are_dropped():
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A checkpoint directory of ours: random weights, the words of scenes."""
-    tokenizer = Tokenizer.from_words(scenes.WORDS)
+    tokenizer = BlipTokenizer.from_words(scenes.WORDS)
     sizes = tiny.CONFIG | {"image_size": 64, "patch_size": 32, "vocab_size": len(tokenizer), "max_positions": 48}
-    model = Blip(BlipConfig(**sizes, question_encoder=True), tokenizer)
+    model = build(BlipConfig(**sizes, question_encoder=True), tokenizer)
     params = init(model, 0)
     del params["itm"]
     return loading.save(tmp_path_factory.mktemp("base") / "tiny", model, shared(params), aliases=ALIASES)

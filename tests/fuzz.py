@@ -31,6 +31,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from jaxpeft.training import finished
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
@@ -40,12 +42,11 @@ from jaxpeft import methods
 from jaxpeft.adapt import sites
 from jaxpeft.data import folder
 from jaxpeft.inputs import images
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.interchange import import_peft, load_tuned, save_tuned
 from jaxpeft.models import blip_convert, loading
+from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime.files import read_safetensors
 from jaxpeft.runtime.torch_files import load_pickle
-from jaxpeft.training import run as run_module
 
 GOLDEN = Path(__file__).with_name("golden")
 SECONDS, MEMORY = 5.0, 1 << 30
@@ -277,8 +278,8 @@ def readers(home: Path) -> dict[str, Reader]:
         "safetensors": Reader(tensors, changed_tensors, lambda d: read_safetensors(d / "t.safetensors"), 0.18),
         "picture": Reader(_pictures(), changed_bytes, lambda d: images.decode(d / "picture"), 0.28),
         "annotations": Reader(_annotations(), changed_settings, _parsed, 0.16, "annotations"),
-        "tokenizer.json": Reader([{"tokenizer.json": _tokenizer_json()}], changed_settings, Tokenizer.from_file, 0.05),
-        "vocab.txt": Reader([vocabulary], changed_bytes, Tokenizer.from_file, 0.05),
+        "tokenizer.json": Reader([{"tokenizer.json": _tokenizer_json()}], changed_settings, BlipTokenizer.from_file, 0.05),
+        "vocab.txt": Reader([vocabulary], changed_bytes, BlipTokenizer.from_file, 0.05),
         "BLIP config.json": Reader(
             blip, changed_settings, lambda d: blip_convert.read_config(d / "config.json", False), 0.05, "config.json"
         ),
@@ -286,7 +287,7 @@ def readers(home: Path) -> dict[str, Reader]:
         "our checkpoint": Reader([_directory(ours)], _by_content, lambda d: loading.read(d), 0.01),
         "our tuned tree": Reader([tuned], _by_content, lambda d: load_tuned(model, params, d), 0.015),
         "PEFT adapter": Reader(adapters, _by_content, lambda d: import_peft(*captioner, d), 0.01),
-        "run directory": Reader([run], _by_content, run_module.load_run, 0.005),
+        "run directory": Reader([run], _by_content, finished.load_run, 0.005),
     }  # fmt: skip
 
 

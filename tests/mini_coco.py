@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from jaxpeft.data import scenes
-from jaxpeft.data.scenes.text import record
+from jaxpeft.data.scenes.texts import record
 
 _TOP = {"info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "license": {}}
 

@@ -11,7 +11,8 @@ import pytest
 
 from jaxpeft import ops
 from jaxpeft.models import blip_convert
-from jaxpeft.models.blip import Blip
+from jaxpeft.models.base import Context
+from jaxpeft.models.blip import build
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 LOGITS, LOSS, GRADIENT = (
@@ -39,18 +40,23 @@ def loaded(task):
 @functools.partial(jax.jit, static_argnames=("config", "method"))
 def run(config, method, params, *args):
     """One stage of the model."""
-    return Blip(config).apply({"params": params}, *args, method=method)
+    return build(config).apply({"params": params}, *args, method=method)
+
+
+def score(config, params, tokens_RT, memory_BSD, mask_BS=None):
+    """Logits of texts about a context."""
+    context = Context(memory_BSD, mask_BS, np.zeros(len(memory_BSD), np.int32))
+    return run(config, "score", params, tokens_RT, context)
 
 
 def forward(params, golden, config):
     """(image tokens, question states or None, logits of the golden texts)"""
     image_BPD = run(config, "encode_image", params, golden["images"])
     if not config.question_encoder:
-        return image_BPD, None, run(config, "decode", params, golden["tokens"], image_BPD, None)
+        return image_BPD, None, score(config, params, golden["tokens"], image_BPD)
     mask_BT, owner = golden["question_mask"] == 1, golden["owner"]
     states_BTD = run(config, "encode_question", params, image_BPD, golden["questions"], mask_BT)
-    args = golden["answers"], states_BTD[owner], mask_BT[owner]
-    return image_BPD, states_BTD, run(config, "decode", params, *args)
+    return image_BPD, states_BTD, score(config, params, golden["answers"], states_BTD[owner], mask_BT[owner])
 
 
 @functools.cache
@@ -80,7 +86,7 @@ def test_image_tokens(task):
 def test_image_tokens_at_another_size():
     golden = loaded("caption")[2]
     config, params, _ = blip_convert.read_directory(GOLDEN / "blip_caption_tiny", image_size=56)
-    tokens_BPD = Blip(config).apply({"params": params}, golden["resized_images"], method="encode_image")
+    tokens_BPD = build(config).apply({"params": params}, golden["resized_images"], method="encode_image")
     assert far(tokens_BPD, golden["resized_image_tokens"]) <= LOGITS
 
 
@@ -99,7 +105,7 @@ def test_one_question_for_several_answers_needs_no_copies_of_its_states():
     _, states_BTD, expected = outputs("vqa")
     rows = np.array([0, 1, 3, 4])  # two answers of question 0, two of question 2
     one, mask_BT = np.array([0, 2]), golden["question_mask"] == 1
-    logits_BTV = run(config, "decode", params, golden["answers"][rows], states_BTD[one], mask_BT[one])
+    logits_BTV = score(config, params, golden["answers"][rows], states_BTD[one], mask_BT[one])
     assert far(logits_BTV, expected[rows], valid("vqa")[rows]) <= 1e-5
 
 
@@ -109,7 +115,7 @@ def test_masked_question_tokens_do_not_matter():
     questions, mask_BT, owner, answers = (golden[k] for k in ("questions", "question_mask", "owner", "answers"))
     mask_BT = mask_BT == 1
     junk = np.where(mask_BT[..., None], states_BTD, 50.0)
-    np.testing.assert_array_equal(run(config, "decode", params, answers, junk[owner], mask_BT[owner]), logits_BTV)
+    np.testing.assert_array_equal(score(config, params, answers, junk[owner], mask_BT[owner]), logits_BTV)
     again = run(config, "encode_question", params, image_BPD, np.where(mask_BT, questions, 33), mask_BT)
     np.testing.assert_array_equal(np.asarray(again)[mask_BT], states_BTD[mask_BT])
     row, length = slice(1, 2), int(mask_BT[1].sum())
@@ -179,7 +185,7 @@ def test_an_all_ones_question_mask_is_another_answer():
     config, params, golden = loaded("vqa")
     states_BTD = outputs("vqa")[1][golden["owner"]]
     everything = np.ones(states_BTD.shape[:2], bool)
-    logits_BTV = np.asarray(run(config, "decode", params, golden["answers"], states_BTD, everything))
+    logits_BTV = np.asarray(score(config, params, golden["answers"], states_BTD, everything))
     wrong, where = golden["wrong/question_mask"], valid("vqa")[:N_WRONG]
     assert far(logits_BTV[:N_WRONG], wrong, where) <= LOGITS
     assert far(golden["logits"][:N_WRONG], wrong, where) > 10 * LOGITS

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from jaxpeft import tree
 from jaxpeft.inputs import images
 from jaxpeft.models import blip_convert, loading
-from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.models.blip import BlipConfig, build
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CAPTION, VQA, MINIMAL = (GOLDEN / f"blip_{name}_tiny" for name in ("caption", "vqa", "bin"))
@@ -33,7 +33,7 @@ def config_of(directory):
 
 
 def shapes(config):
-    model = Blip(config)
+    model = build(config)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["params"]
 
 
@@ -363,7 +363,7 @@ def test_live_untied_heads_compute_what_transformers_computes(copy, tmp_path):
             return there.text_decoder(torch.tensor(tokens_BT).long(), encoder_hidden_states=states).logits.numpy()
 
     np.testing.assert_allclose(logits(there), ours, atol=5e-5)
-    jp.export_blip(model, {"params": params}, tmp_path / "out")
+    jp.export_hf(model, {"params": params}, tmp_path / "out")
     again = transformers.BlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     np.testing.assert_allclose(logits(again), ours, atol=5e-5)
 

@@ -13,7 +13,7 @@ SIZES, N_IMAGES = (2, 4, 8, 16, 32), (256, 1024, 4096, 16384)
 REPLICATES = 200
 
 
-def finals(score, task="vqa", level=None, methods=("lora", "prefix"), n=400, seeds=3, noise=0.3, seed=0):
+def finals(score, task="vqa", setting=None, methods=("lora", "prefix"), n=400, seeds=3, noise=0.3, seed=0):
     """Runs on both axes whose scores scatter around score(method, size, n_images)."""
     rng, out = np.random.default_rng(seed), []
     easy = rng.normal(0, noise, n)  # some examples are easier than others, for every run
@@ -26,10 +26,10 @@ def finals(score, task="vqa", level=None, methods=("lora", "prefix"), n=400, see
                 for k in range(seeds):
                     mean = score(method, size, n_images)
                     each = mean + easy + rng.normal(0, 0.01) + rng.normal(0, noise / 2, n)
-                    arm = method if method == "full" else f"{method}_head"
+                    variant = method if method == "full" else f"{method}_head"
                     stored = 1000 * size or 10**6
                     out.append(
-                        Final(level or task, task, arm, method, size, n_images, stored, k, each, True, mean)
+                        Final(setting or task, task, variant, method, size, n_images, stored, k, each, True, mean)
                     )  # fmt: skip
     return out
 
@@ -139,7 +139,7 @@ def test_the_interaction_compares_slopes(vqa, captioning, expected):
 
 def test_only_seeds_that_every_cell_has_are_used():
     found = finals(by_data(0.03))
-    assert verdict("C1", [f for f in found if not (f.arm == "lora_head" and f.seed == 2)]).n_seeds == 2
+    assert verdict("C1", [f for f in found if not (f.variant == "lora_head" and f.seed == 2)]).n_seeds == 2
 
 
 def test_a_cell_with_a_run_at_the_cap_is_left_out_whole():

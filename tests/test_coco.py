@@ -303,24 +303,26 @@ def test_recipes_are_the_published_ones():
 @pytest.mark.parametrize(("k", "chunk"), [(3, 2), (7, 16), (5, 5)])
 def test_rank_is_two_stages_of_whole_losses(k, chunk):
     model, params, batch = tiny.model(), tiny.params(), tiny.batch(3)
-    context, mask = model.apply({"params": params}, batch, method="batch_context")
+    context = model.apply({"params": params}, batch, method="context")
     words = range(7, 14)
     answers = np.zeros((7, 5), np.int32)
     for row, word in zip(answers, words, strict=True):
         n = 1 + word % 3
         row[: n + 2] = [model.config.bos_id, *[word] * n, model.config.sep_id]
-    which, score = decode.rank(model, {"params": params}, context, mask, answers, k=k, smoothing=0.1, chunk=chunk)
+    which, score = decode.rank(
+        model, {"params": params}, context, answers, pad=model.config.pad_id, k=k, smoothing=0.1, chunk=chunk
+    )
 
     start = jnp.full((3, 1), model.config.bos_id)
-    first = model.apply({"params": params}, start, context, mask, method="decode")[:, 0]
-    whole = jax.jit(lambda *args: model.apply({"params": params}, *args, method="decode"))
+    first = model.apply({"params": params}, start, context, method="score")[:, 0]
+    whole = jax.jit(lambda *args: model.apply({"params": params}, *args, method="score"))
     for i in range(3):
         allowed = np.argsort(-np.asarray(first[i, answers[:, 1]]), kind="stable")[:k]
         expected = {}
         for a in allowed:
             n = int((answers[a] != 0).sum())
             tokens = jnp.asarray(answers[a : a + 1, : n - 1])
-            logits = whole(tokens, context[i : i + 1], mask[i : i + 1])
+            logits = whole(tokens, jax.tree.map(lambda x, i=i: x[i : i + 1], context))
             expected[int(a)] = -float(ops.token_nll(logits, jnp.asarray(answers[a : a + 1, 1:n]), 0.1).sum())
         order = sorted(expected, key=lambda a: -expected[a])
         assert np.asarray(which[i]).tolist() == order
@@ -352,7 +354,7 @@ def test_the_closed_list_is_the_most_frequent_first(tmp_path):
 def test_visual_genomes_answers_weigh_a_fifth():
     rows = [{"image_id": "vg1", "captions": [], "questions": [
         {"question_id": "vg1", "question": "w1", "answers": ["w2"], "type": "vg", "weight": 0.2}]}]  # fmt: skip
-    examples = build("vqa").examples(base.Split("train", [None], rows), tiny.TOKENIZER)
+    examples = build("vqa").examples(base.Split("train", [None], rows), tiny.template("vqa"))
     assert examples.arrays["weights"].max() == np.float32(0.2)
 
 
@@ -381,9 +383,9 @@ def test_ptb_tokens_and_meteor():
 def test_jit_of_rank_is_compiled_once():
     before = decode.rank._cache_size()
     model, params, batch = tiny.model(), tiny.params(), tiny.batch(3)
-    context, mask = model.apply({"params": params}, batch, method="batch_context")
+    context = model.apply({"params": params}, batch, method="context")
     answers = np.array([[5, 7, 3], [5, 8, 3]], np.int32)
     for seed in range(2):
         moved = jax.tree.map(lambda x, s=seed: x + s, params)
-        decode.rank(model, {"params": moved}, context, mask, answers, k=2)
+        decode.rank(model, {"params": moved}, context, answers, pad=model.config.pad_id, k=2)
     assert decode.rank._cache_size() == before + 1

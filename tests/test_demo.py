@@ -45,14 +45,14 @@ def events(monkeypatch):
     def load_run(workdir, imports=()):
         found.append(("run", workdir))
         task = json.loads((demo.Path(workdir) / "config.json").read_text())["task"]
-        return None, None, None, types.SimpleNamespace(name=task, question_encoder=task == "vqa")
+        return None, None, None, types.SimpleNamespace(kind=task)
 
     def load(base, **options):
         found.append(("base", base, *options.values()))
         return None, None
 
-    monkeypatch.setattr(demo.point, "load_run", load_run)
-    monkeypatch.setattr(demo.hub, "load", load)
+    monkeypatch.setattr(demo.finished, "load_run", load_run)
+    monkeypatch.setattr(demo.loading, "load", load)
     return found
 
 
@@ -84,10 +84,10 @@ def test_each_base_has_the_runs_tuned_from_it_right_behind_it(finished, events):
         ["elsewhere/blip"],
     ]
     assert [event[1:] for event in events if event[0] == "base"] == [
-        ("tiny", False, None),
-        ("checkpoints/blip", False, None),
-        ("tiny", True, None),
-        ("tiny", False, 384),  # pictures as the run had them
+        ("tiny", "captioning", None),
+        ("checkpoints/blip", "captioning", None),
+        ("tiny", "vqa", None),
+        ("tiny", "captioning", 384),  # pictures as the run had them
         ("elsewhere/blip",),
     ]
 
@@ -98,11 +98,11 @@ def test_a_line_comes_before_every_load(finished, events, monkeypatch):
     assert events == [
         f"loading {run} ...", ("run", run),
         f"loading {other} ...", ("run", other),
-        f"loading tiny, the frozen base of {run}, {other} ...", ("base", "tiny", True, None),
+        f"loading tiny, the frozen base of {run}, {other} ...", ("base", "tiny", "vqa", None),
         "loading blip ...", ("base", "blip"),
     ]  # fmt: skip
-    monkeypatch.setattr(demo.evals, "generate", lambda *args, **_: events.append("compiled"))
-    model = types.SimpleNamespace(config=types.SimpleNamespace(question_encoder=False))
+    monkeypatch.setattr(demo.evaluate, "generate", lambda *args, **_: events.append("compiled"))
+    model = types.SimpleNamespace(tasks=("captioning",))
     demo.warm([Writer("one", model, {}, None, 0), Writer("two", model, {}, None, 0)], log=events.append)
     assert events[8:] == ["compiling one ...", "compiled", "compiling two ...", "compiled"]
 
@@ -212,12 +212,12 @@ def serving(app):
 @pytest.fixture
 def replies(monkeypatch):
     """What /writers and /write send for two bases with a run of each; a model writes its own name."""
-    model = types.SimpleNamespace(config=types.SimpleNamespace(question_encoder=False))
+    model = types.SimpleNamespace(tasks=("captioning",))
     writers = [
         Writer(name, model, name, None, group) for name, group in (("base", 0), ("run", 0), ("base 2", 1), ("run 2", 1))
     ]
     monkeypatch.setattr(images, "decode", lambda data, name: np.zeros((8, 8, 3), np.uint8))
-    monkeypatch.setattr(demo.evals, "generate", lambda model, name, *_, **__: [[{"text": name, "score": -1.0}]])
+    monkeypatch.setattr(demo.evaluate, "generate", lambda model, name, *_, **__: [[{"text": name, "score": -1.0}]])
     with serving(demo.app(writers)) as address:
         return {"writers": fetch(f"{address}/writers")[1], "write": fetch(f"{address}/write", b"a picture")[1]}
 

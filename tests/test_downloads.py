@@ -528,12 +528,3 @@ def test_files_in_the_store_that_repositories_share_are_read(server):
     assert loading.read(NAME, revision=COMMIT)[2] == expected and server.requests == []
     assert {path.name for path in snapshot().iterdir()} == READ and all(file.exists() for file in files.values())
     assert not huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE).warnings  # the library takes them as they are
-
-
-def test_a_link_out_of_the_cache_is_not_followed(server, tmp_path):
-    loading.load(NAME)
-    path = snapshot() / "vocab.txt"
-    (tmp_path / "secret").write_bytes(path.read_bytes())
-    path.unlink()
-    path.symlink_to(tmp_path / "secret")
-    assert "vocab.txt is a link to" in refused(revision=COMMIT)

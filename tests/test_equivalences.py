@@ -18,7 +18,7 @@ from jaxpeft import tasks, tree
 from jaxpeft.adapt import budget, sites
 from jaxpeft.methods import Gated, Scoped, Site
 from jaxpeft.models import decode, layers
-from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.models.blip import BlipConfig, build
 from jaxpeft.training import loop, optim
 
 RNG = np.random.default_rng(0)
@@ -61,7 +61,7 @@ def attention(x, k_BSNH, v_BSNH, peft=None):
 
 
 def bound_kv(method, params):
-    return {"@kv": (sites.Bound(method, Site("", "kv", (2, 6)), params, True),)}
+    return {"@kv": (sites.Bound(method, Site("", "kv", (12, 2, 6)), params, True),)}
 
 
 def test_prefix_is_the_gated_sum_of_two_attentions():
@@ -225,7 +225,7 @@ def test_prefix_mlp_is_the_papers_reparameterisation():
     method = jp.Prefix(length=3, mlp=5)
     params = {"embedding": normal(3, 12), "w1": normal(12, 5), "b1": normal(5)}
     params |= {"w2": normal(4, 5, 2, 2, 6), "b2": normal(4, 2, 2, 6)}
-    flat = method.expand(params, {}, Site("", "kv", (2, 6), 4))
+    flat = method.expand(params, {}, Site("", "kv", (12, 2, 6), 4))
     hidden = np.tanh(params["embedding"] @ params["w1"] + np.asarray(params["b1"])[None])
     for layer in range(4):
         both = hidden @ params["w2"][layer].reshape(5, -1) + np.asarray(params["b2"][layer]).reshape(1, -1)
@@ -505,4 +505,4 @@ def test_solve_size_reports_gap_and_cap():
 )
 def test_counts_at_blip_base(method, count):
     """The formulas of the literature, from shapes alone. VeRA stores its shared matrices beside 49,152 trained."""
-    assert budget.abstract_counts(Blip(BlipConfig()), method)["stored"] == count
+    assert budget.abstract_counts(build(BlipConfig()), method)["stored"] == count

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import config_of
 
 import jaxpeft as jp
-from jaxpeft import interchange, tasks, tree
+from jaxpeft import tasks, tree
 from jaxpeft.apps import export
 from jaxpeft.data import scenes
 from jaxpeft.models import loading
@@ -86,7 +86,7 @@ def exported(run, capsys, *more) -> str:
     return "out"
 
 
-@pytest.mark.parametrize("format", ["blip", "peft"])
+@pytest.mark.parametrize("format", ["merged", "peft"])
 def test_the_cards_code_writes_the_caption(runs, picture, capsys, format):
     run = runs["captioning", "lora"]
     out = exported(run, capsys, "--format", format)
@@ -97,7 +97,7 @@ def test_the_cards_code_writes_the_caption(runs, picture, capsys, format):
     assert pasted(out, capsys, picture="untagged.jpg") == on_its_side
 
 
-@pytest.mark.parametrize("format", ["blip", "peft"])
+@pytest.mark.parametrize("format", ["merged", "peft"])
 def test_the_cards_code_answers(runs, picture, capsys, format):
     run = runs["vqa", "lora"]
     out = exported(run, capsys, "--format", format)
@@ -140,9 +140,9 @@ def test_a_plain_generate_knows_prompt_and_length(runs, picture, capsys):
 def test_beams_are_those_of_the_run(runs, picture, capsys):
     run = runs["captioning", "lora"]
     model, variables, _, task = jp.load_run(run)
-    jp.export_blip(model, variables, "out", task=task, beams=3)
+    jp.export_hf(model, variables, "out", task=task, beams=3)
     assert json.loads(Path("out/generation_config.json").read_text())["num_beams"] == 3
-    settings, unprompted = interchange.generation(model, task, beams=3)
+    settings, unprompted = model.hf.generation(task, beams=3)
     assert "num_beams" not in unprompted and len(unprompted["sequence_bias"]) == 3  # a picture of
     assert [ids for ids, _ in unprompted["sequence_bias"]] == [task.prompt_ids(model.tokenizer)[:n] for n in (2, 3, 4)]
 
@@ -172,7 +172,7 @@ def test_an_adapter_brings_a_base_that_has_the_added_words(runs, picture, capsys
         ).logits
     assert ours.shape == tuple(theirs.shape) and ours.shape[-1] == len(model.tokenizer)
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-4)
-    again, params = loading.load(out / "base", question_encoder=False)
+    again, params = loading.load(out / "base", task="captioning")
     back, many = jp.import_peft(again, params, out)
     np.testing.assert_allclose(np.asarray(again.apply(back, batch))[:, 0], ours, atol=2e-4)
     assert [one.name for one in many] == ["lora"] or many[0].name == "scoped"
@@ -183,7 +183,7 @@ def test_any_prompt_is_python_on_the_card_and_no_part_of_the_caption(runs, pictu
     model, variables, _, task = jp.load_run(runs["captioning", "lora"])
     task = dataclasses.replace(task, prompt=prompt)
     lines = export.code(model, task, "out")
-    jp.export_blip(model, variables, "out", card="\n".join(["```python", *lines, "```"]), task=task)
+    jp.export_hf(model, variables, "out", card="\n".join(["```python", *lines, "```"]), task=task)
     (expected,) = jp.generate(model, variables, picture, beams=1, task=task)
     assert pasted("out", capsys) == expected
 

@@ -2,30 +2,20 @@
 
 import json
 import pickle
-import re
-import shutil
 import struct
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import fuzz
 import pytest
 import tiny
 from PIL import Image
 
-from jaxpeft.apps import export
-from jaxpeft.data import folder
-from jaxpeft.data.coco import prepare
 from jaxpeft.inputs import images
-from jaxpeft.inputs.tokenizer import Tokenizer
-from jaxpeft.interchange import import_peft
 from jaxpeft.models import loading
 from jaxpeft.models.blip import BlipConfig
+from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime import files
 from jaxpeft.runtime.torch_files import load_pickle
-from jaxpeft.tasks.vqa import Vqa
 
 INPUTS = 4_000
 
@@ -60,31 +50,6 @@ def test_damaged_and_hostile_files_are_refused(readers, home, name):
     outcome = fuzz.run(name, reader, range(max(10, round(INPUTS * reader.share))), home)
     assert not outcome.failures, outcome.failures[0]["failure"]
     assert outcome.refused > 0
-
-
-def test_coverage_guides_inputs_to_new_code_and_a_failure_ends_it(tmp_path):
-    """fuzz_coverage.py, in processes of its own as libFuzzer needs them."""
-    pytest.importorskip(
-        "atheris", reason="needs atheris: pip install -e .[fuzz]; it is there for Linux, Python below 3.14"
-    )
-    import fuzz_coverage
-
-    found = fuzz_coverage.run("vocab.txt", 400, tmp_path, seed=1)
-    assert found["failed"] == 0 and found["inputs"] >= 400 and found["branches"] > found["branches at first"] > 0
-    program = f"""
-import sys
-from pathlib import Path
-sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
-import fuzz_coverage, fuzz
-def wrong(directory):
-    if b"Q" in (directory / "f").read_bytes():
-        raise KeyError("Q")
-fuzz.readers = lambda home: {{"x": fuzz.Reader([{{"f": b"abc"}}], fuzz.changed_bytes, wrong, 1.0)}}
-fuzz_coverage.one_reader("x", Path({str(tmp_path)!r}), ["-runs=20000", "-seed=1", "-artifact_prefix={tmp_path}/"])
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode and "KeyError: 'Q'" in done.stdout + done.stderr
-    assert any(b"Q" in path.read_bytes()[2:] for path in tmp_path.glob("crash-*"))
 
 
 def test_a_failure_is_seen(home, monkeypatch):
@@ -153,93 +118,13 @@ def test_files_beside_a_file_stay_beside_it(tmp_path, name):
     assert files.beside(tmp_path, "model-00001-of-00002.safetensors").parent == tmp_path
 
 
-def copied(source, directory, link):
-    """The files of a directory, with the one named `link` as a link to where it was, outside."""
-    directory.mkdir(parents=True)
-    for path in source.iterdir():
-        if path.name == link:
-            (directory / link).symlink_to(path.resolve())
-        elif path.is_file() and (link, path.name) != ("pytorch_model.bin", "model.safetensors"):  # which comes first
-            shutil.copy(path, directory)
-    return directory
-
-
-@pytest.mark.parametrize(
-    ("source", "link", "read"),
-    [
-        ("blip_caption_tiny", "config.json", loading.read),
-        ("blip_caption_tiny", "model.safetensors", loading.read),
-        ("blip_bin_tiny", "pytorch_model.bin", loading.read),
-        ("peft/*", "adapter_config.json", lambda d: import_peft(*loading.load(fuzz.GOLDEN / "blip_caption_tiny"), d)),
-        ("peft/*", "adapter_model.safetensors", lambda d: import_peft(*loading.load(fuzz.GOLDEN / "blip_caption_tiny"), d)),
-    ],
-)  # fmt: skip
-def test_a_link_out_of_a_directory_is_not_followed(tmp_path, source, link, read):
-    source = sorted(fuzz.GOLDEN.glob(source))[0]
-    directory = copied(source, tmp_path / "a", link)
-    with pytest.raises(ValueError, match=rf"{re.escape(link)} is a link to .*, outside of its directory"):
-        read(directory)
-    (directory / link).unlink()
-    shutil.copy(source / link, directory / "elsewhere.in.it")
-    (directory / link).symlink_to("elsewhere.in.it")
-    read(directory)  # a link that stays inside is no harm
-    (tmp_path / "named").symlink_to(directory)
-    read(tmp_path / "named")  # nor is the name of the directory itself
-
-
-def test_links_of_the_hugging_face_cache_are_followed(tmp_path):
-    """models--a--b/snapshots/REVISION/NAME -> ../../blobs/DIGEST, as huggingface_hub lays files out."""
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for i, path in enumerate((fuzz.GOLDEN / "blip_caption_tiny").iterdir()):
-        shutil.copy(path, blobs / f"{i:040x}")
-        (snapshot / path.name).symlink_to(f"../../blobs/{i:040x}")
-    loading.load(snapshot)
-    (tmp_path / "secret").write_text("{}")
-    (snapshot / "config.json").unlink()
-    (snapshot / "config.json").symlink_to("../../../secret")
-    with pytest.raises(ValueError, match="outside of its directory"):
-        loading.load(snapshot)
-
-
-def test_annotations_and_a_run_cannot_link_elsewhere(tmp_path, home, readers):
+def test_links_are_followed(tmp_path):
+    """A directory of links is how people and Hugging Face's cache share weights: NAME -> ../../blobs/DIGEST."""
+    source = fuzz.GOLDEN / "blip_caption_tiny"
     (tmp_path / "a").mkdir()
-    (tmp_path / "outside.jsonl").write_text('{"image": "a.png", "caption": "x"}')
-    (tmp_path / "a" / "captions.jsonl").symlink_to("../outside.jsonl")
-    rows, problems = folder.parse(str(tmp_path / "a" / "captions.jsonl"), tmp_path / "a")
-    assert not rows and "outside of its directory" in str(problems)
-    (tmp_path / "words").write_text("\n".join(tiny.TOKENIZER.vocabulary))
-    (tmp_path / "a" / "vocab.txt").symlink_to("../words")
-    with pytest.raises(ValueError, match=r"vocab\.txt is a link"):
-        Tokenizer.from_file(tmp_path / "a")
-    reader = readers["run directory"]
-    run = tmp_path / "run"
-    for name, data in reader.seeds[0].items():
-        (run / name).parent.mkdir(parents=True, exist_ok=True)
-        (run / name).write_bytes(data)
-    reader.read(run)
-    for name, reads in (
-        ("config.json", reader.read),
-        ("result.json", lambda run: export.model_card(run, "out", False, [])),
-    ):
-        shutil.move(run / name, tmp_path / name)
-        (run / name).symlink_to(tmp_path / name)
-        with pytest.raises(ValueError, match=rf"{re.escape(name)} is a link"):
-            reads(run)
-        (run / name).unlink()
-        shutil.move(tmp_path / name, run / name)
-    for name in ("answers.json", "coco.json"):
-        (tmp_path / name).write_text('["a"]')
-        (tmp_path / "a" / name).symlink_to(tmp_path / name)
-    with pytest.raises(ValueError, match=r"answers\.json is a link"):
-        Vqa(inference="rank", answer_list=str(tmp_path / "a" / "answers.json")).candidates(None, None)
-    with pytest.raises(ValueError, match=r"coco\.json is a link"):
-        prepare._read(tmp_path / "a" / "coco.json", None)
-    shutil.move(run / "tuned", tmp_path / "tuned")
-    (run / "tuned").symlink_to(tmp_path / "tuned")
-    with pytest.raises(ValueError, match="tuned is a link to"):
-        reader.read(run)
+    for path in source.iterdir():
+        (tmp_path / "a" / path.name).symlink_to(path.resolve())
+    assert loading.read(tmp_path / "a")[2]["digest"] == loading.read(source)[2]["digest"]
 
 
 def test_an_index_cannot_name_a_file_elsewhere(tmp_path):
@@ -248,16 +133,6 @@ def test_an_index_cannot_name_a_file_elsewhere(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../x.safetensors"}}))
     with pytest.raises(ValueError, match="plain names"):
         loading.read(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "text", ["(a+)+$", "(a|b)*c", "(.*)(.*)(.*)(.*)(.*)x", "a" * 501, "[", 3, None, "(?P<n>a)(?P<n>b)"]
-)
-def test_patterns_that_could_take_for_ever_or_are_broken_are_refused(text):
-    with pytest.raises(ValueError):
-        files.pattern(text, "here")
-    for good in ("q_proj", r"encoder\.layer\.\d+\.attention", ".*attention.self.query", "layers.[0-9].fc1"):
-        assert isinstance(files.pattern(good, "here"), re.Pattern)
 
 
 @pytest.mark.parametrize(
@@ -305,4 +180,4 @@ def test_a_vocabulary_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MOST_JSON", 100)
     (tmp_path / "vocab.txt").write_text("\n".join(map(str, range(1000))))
     with pytest.raises(ValueError, match="is it a vocabulary"):
-        Tokenizer.from_file(tmp_path)
+        BlipTokenizer.from_file(tmp_path)

@@ -39,7 +39,7 @@ def test_round_trip_shares_what_the_aliases_say(saved):
 
 
 def test_captioning_leaves_the_question_encoder_out(saved):
-    model, params = loading.load(saved[0], question_encoder=False)
+    model, params = loading.load(saved[0], task="captioning")
     assert not model.config.question_encoder and set(params) == {"vision", "text_decoder"}
 
 
@@ -263,7 +263,7 @@ def test_two_processor_files_that_disagree_are_refused(tmp_path):
 def test_an_export_carries_the_processor(tmp_path):
     half = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 1}
     model, params = loading.load(hf(tmp_path / "half", preprocessor_config=BLIP_PROCESSOR | half))
-    interchange.export_blip(model, {"params": params}, tmp_path / "out")
+    interchange.export_hf(model, {"params": params}, tmp_path / "out")
     assert loading.load(tmp_path / "out")[0] == model
     again = loading.save(tmp_path / "ours", model, params, aliases={}, dtype="float32")
     assert loading.load(again)[0] == model

@@ -8,27 +8,30 @@ import tiny
 
 from jaxpeft import tree
 from jaxpeft.models import blip
-from jaxpeft.models.blip import Blip, BlipConfig, position_init
+from jaxpeft.models.base import Context
+from jaxpeft.models.blip import BlipConfig, build, position_init
 
 VARIABLES = {"params": tiny.params()}
 BATCH = tiny.batch(3, n_texts=2)
 
 
 def _context():
-    model = tiny.model()
-    image_BPD = model.apply(VARIABLES, BATCH["image"], method="encode_image")
-    return model.apply(VARIABLES, image_BPD, BATCH["question"], method="context")
+    return tiny.model().apply(VARIABLES, {name: BATCH[name] for name in ("image", "prompt")}, method="context")
+
+
+def _rows(context, change):
+    return jax.tree.map(change, context)
 
 
 def test_decoder_is_causal_and_looks_at_everything_before():
     """The loss of position t has gradient at word embeddings of positions <= t only, and at each of them."""
-    model, (context, mask) = tiny.model(), _context()
+    model, context = tiny.model(), _rows(_context(), lambda x: x[:1])
     tokens = np.array([[7, 8, 9, 10]], np.int32)  # distinct words, so an embedding row is a position
 
     def loss(word_VD, t):
         flat = tree.flatten(VARIABLES["params"]) | {"text_decoder/embed/word": word_VD}
         params = tree.unflatten(VARIABLES["params"], flat)
-        logits = model.apply({"params": params}, tokens, context[:1], mask[:1], method="decode")
+        logits = model.apply({"params": params}, tokens, context, method="score")
         return jnp.sum(logits[0, t] * jnp.cos(jnp.arange(logits.shape[-1])) * (jnp.arange(logits.shape[-1]) > 10))
 
     word_VD = VARIABLES["params"]["text_decoder"]["embed"]["word"]
@@ -39,16 +42,14 @@ def test_decoder_is_causal_and_looks_at_everything_before():
 
 def test_padded_question_words_do_not_matter():
     model = tiny.model()
-    junk = BATCH | {"question": BATCH["question"].copy()}
-    mask_BT = jnp.asarray(BATCH["question"] != 0)
-    junk["question"][0, 3:] = 9
+    junk = BATCH | {"prompt": BATCH["prompt"].copy()}
+    mask_BT = jnp.asarray(BATCH["prompt"] != 0)
+    junk["prompt"][0, 3:] = 9
     image_BPD = model.apply(VARIABLES, BATCH["image"], method="encode_image")
-    states = [
-        model.apply(VARIABLES, image_BPD, b["question"], mask_BT, method="encode_question") for b in (BATCH, junk)
-    ]
+    states = [model.apply(VARIABLES, image_BPD, b["prompt"], mask_BT, method="encode_question") for b in (BATCH, junk)]
     np.testing.assert_array_equal(states[0][0, :3], states[1][0, :3])
     logits = [
-        model.apply(VARIABLES, b["tokens"][0], s[:1], mask_BT[:1], method="decode")
+        model.apply(VARIABLES, b["tokens"][0], Context(s[:1], mask_BT[:1], jnp.zeros(1, jnp.int32)), method="score")
         for b, s in zip((BATCH, junk), states, strict=True)
     ]
     np.testing.assert_array_equal(*logits)
@@ -56,10 +57,10 @@ def test_padded_question_words_do_not_matter():
 
 def test_texts_of_one_picture_equal_texts_of_its_copies():
     """Folding A texts into the queries of one context is the same as repeating the context."""
-    model, (context, mask) = tiny.model(), _context()
+    model, context = tiny.model(), _context()
     tokens = BATCH["tokens"].reshape(6, -1)
-    folded = model.apply(VARIABLES, tokens, context, mask, method="decode")
-    repeated = model.apply(VARIABLES, tokens, jnp.repeat(context, 2, 0), jnp.repeat(mask, 2, 0), method="decode")
+    folded = model.apply(VARIABLES, tokens, context, method="score")
+    repeated = model.apply(VARIABLES, tokens, _rows(context, lambda x: jnp.repeat(x, 2, 0)), method="score")
     np.testing.assert_allclose(folded, repeated, atol=1e-5)
 
 
@@ -111,7 +112,7 @@ def test_bfloat16_is_close_and_logits_stay_float32():
         (lambda: BlipConfig(image_size=100), "image_size 100 is not divisible by patch_size 16"),
         (lambda: tiny.model().apply(VARIABLES, np.zeros((1, 24, 24, 3), np.uint8), method="encode_image"), "24, 24, 3"),
         (
-            lambda: Blip(tiny.model().config).apply(VARIABLES, np.ones((1, 17), np.int32), method="masked_lm"),
+            lambda: build(tiny.model().config).apply(VARIABLES, np.ones((1, 17), np.int32), method="masked_lm"),
             "17 tokens",
         ),
     ],

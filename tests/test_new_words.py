@@ -17,10 +17,10 @@ from configs import folder
 from jaxpeft import data, tasks, tree
 from jaxpeft.adapt import budget, sites
 from jaxpeft.methods import NewWords, Selective
-from jaxpeft.models import loading
+from jaxpeft.models import blip, loading
 from jaxpeft.study import config as studies
-from jaxpeft.study import execute
-from jaxpeft.training import preflight, run
+from jaxpeft.study import cost
+from jaxpeft.training import preflight, setup
 
 EMOJI = "\U0001f600"
 
@@ -52,7 +52,7 @@ def test_counts_budgets_and_files_hold_the_new_rows_and_no_others(root, base, tm
     assert result["model"]["new_words"] == ["snorkwobble", EMOJI]
     assert "vocabulary: 2 words are new to the base; their rows start random and are tuned" in said
     width = tiny.CONFIG["text_width"]
-    alone = budget.abstract_counts(run.abstract_model(c), jp.LoRA(rank=2))
+    alone = budget.abstract_counts(setup.abstract_model(c), jp.LoRA(rank=2))
     expected = {key: alone[key] + 2 * (width + 1) for key in ("tuned", "stored")}  # a row and a bias each
     assert {key: result["counts"][key] for key in expected} == expected
     stored = load_file(tmp_path / "run" / "tuned" / "tuned.safetensors")
@@ -63,7 +63,7 @@ def test_counts_budgets_and_files_hold_the_new_rows_and_no_others(root, base, tm
     assert f"{expected['tuned']:,} tuned, {expected['stored']:,} stored" in preflight.report(c)
     model, variables, methods, _ = jp.load_run(tmp_path / "run")
     assert methods[1:] == (NewWords(),) and model.config.new_words == 2
-    original = loading.load(base, question_encoder=False)[1]
+    original = loading.load(base, task="captioning")[1]
     assert jnp.array_equal(
         variables["params"]["text_decoder"]["embed"]["word"], original["text_decoder"]["embed"]["word"]
     )
@@ -77,12 +77,11 @@ def test_a_study_counts_them_before_it_runs(root, base, tmp_path):
         c.stop.split = "test"
         return c
 
-    arms = {"lora": {"method": "lora", "head": "none", "sizes": (2,), "lr": 1e-3}}
-    c = studies.study(
-        "words", "", {"captions": {"task": "captioning"}}, arms, budgets=(), n_images=(1, 7), seeds=1, make_point=make
-    )
-    said = execute.dry_run(c, tmp_path / "study")
-    alone = budget.abstract_counts(run.abstract_model(make("captioning")), jp.LoRA(rank=2))["stored"]
+    variants = {"lora": {"method": "lora", "head": "none", "sizes": (2,), "lr": 1e-3}}
+    settings = {"captions": {"task": "captioning"}}
+    c = studies.study("words", "", settings, variants, budgets=(), n_images=(1, 7), seeds=1, make_point=make)
+    said = cost.dry_run(c, tmp_path / "study")
+    alone = budget.abstract_counts(setup.abstract_model(make("captioning")), jp.LoRA(rank=2))["stored"]
     tables = {line.split()[0]: line.split()[2] for line in said.splitlines() if line.startswith("captions-")}
     assert tables["captions-lora2-n7"] == f"{alone + 2 * (tiny.CONFIG['text_width'] + 1):,}"
     assert set(tables) == {"captions-lora2-n1", "captions-lora2-n7"}
@@ -92,17 +91,17 @@ def test_one_emoji_changes_nothing_for_a_base_with_word_pieces(root, base, tmp_p
     words = loading.load(base)[0].tokenizer
     pieces = dataclasses.replace(words, vocabulary=(*words.vocabulary[:-1], "##s"))
     assert pieces.has_pieces and not words.has_pieces
-    model = run.abstract_model(config(root, base, tmp_path))
+    model = setup.abstract_model(config(root, base, tmp_path))
     c = config(root, base, tmp_path)
     split = data.load(c.data, ["train"])["train"]
-    chosen = run.methods_of(c)
-    with_pieces = type(model)(model.config, pieces)
-    same, methods, unknown, new = run.with_new_words(c, tasks.build("captioning"), with_pieces, chosen, split)
+    chosen = setup.methods_of(c)
+    with_pieces = blip.build(model.config, pieces)
+    same, methods, unknown, new = setup.with_new_words(c, tasks.build("captioning"), with_pieces, chosen, split)
     assert (same, methods, new) == (with_pieces, chosen, []) and set(unknown) >= {EMOJI, "snorkwobble"}
-    wider, methods, unknown, new = run.with_new_words(c, tasks.build("captioning"), model, chosen, split)
+    wider, methods, unknown, new = setup.with_new_words(c, tasks.build("captioning"), model, chosen, split)
     assert wider.config.new_words == 2 and NewWords() in methods and not unknown and new == ["snorkwobble", EMOJI]
     c.model.extend_vocabulary = False
-    assert run.with_new_words(c, tasks.build("captioning"), model, chosen, split)[3] == []
+    assert setup.with_new_words(c, tasks.build("captioning"), model, chosen, split)[3] == []
 
 
 def test_rows_of_their_own_compute_what_one_matrix_computes():

@@ -14,7 +14,7 @@ import jaxpeft as jp
 from configs import folder
 from jaxpeft import tasks
 from jaxpeft.data import base, pipeline
-from jaxpeft.training import evaluate, results, run
+from jaxpeft.training import evaluate, results, run, score, setup
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 180, 30), "yellow": (230, 220, 20)}
 
@@ -81,7 +81,7 @@ def evals_of(workdir, split):
     model, variables, _, task = jp.load_run(workdir)
     keys = ("root", "annotations", "data_dir", "val_fraction")
     found = own.load({key: c[key] for key in keys}, ["train", "val", "test"])[split]
-    examples = task.examples(found, model.tokenizer)
+    examples = task.examples(found, task.template(model))
     pictures = pipeline.Resized.of(found.images, model)
     return evaluate.nll(model, variables, task, base.Examples(examples.arrays, pictures, examples.rows), batch_size=8)
 
@@ -106,14 +106,14 @@ def test_where_pictures_teach_nothing_step_0_is_kept(runs):
 def test_steps_follow_from_the_pictures_and_are_never_too_few(root):
     c = folder.get_config(f"root={root},annotations=captions.csv")
     for n, steps, every in ((1, 100, 2), (64, 100, 2), (1000, 938, 23), (100_000, 93_750, 2344)):
-        plan = run.scheduled(c, n)
+        plan = setup.scheduled(c, n)
         assert (plan.steps, plan.stop.every) == (steps, every) and c.steps == c.stop.every == 0
     c.steps, c.stop.every = 7, 3  # what is set is set
-    assert (run.scheduled(c, 10).steps, run.scheduled(c, 10).stop.every) == (7, 3)
+    assert (setup.scheduled(c, 10).steps, setup.scheduled(c, 10).stop.every) == (7, 3)
     c.steps = 0
     c.epochs = 0.0
     with pytest.raises(ValueError, match="steps is 0 and epochs is 0.0; one of the two must be above 0"):
-        run.scheduled(c, 10)
+        setup.scheduled(c, 10)
 
 
 @pytest.mark.parametrize("n", [3, 4, 12])
@@ -247,7 +247,7 @@ def test_the_best_step_can_be_kept_all_the_same(root, base, tmp_path, losses):
 def losses(monkeypatch):
     """Validation losses, given one by one; and pictures that do not matter."""
     given = []
-    monkeypatch.setattr(run, "validation", lambda *_: lambda tuned: given.pop(0))
+    monkeypatch.setattr(score, "validation", lambda *_: lambda tuned: given.pop(0))
     monkeypatch.setattr(evaluate, "worth_of_images", lambda *_, **__: {"gain": 0.1, "least": -0.1, "n": 30})
     return given
 
@@ -258,10 +258,10 @@ def losses(monkeypatch):
 )
 def test_few_validation_pictures_decide_by_their_mean(gain, least, n, kept):
     c = folder.get_config("root=x")
-    said = run.why_step_0(c, {"images": {"gain": gain, "least": least, "n": n}, "best_step": 5})
+    said = score.why_step_0(c, {"images": {"gain": gain, "least": least, "n": n}, "best_step": 5})
     assert (said == "") == kept
-    assert run.why_step_0(c, {"images": None, "best_step": 5}) == ""
-    assert "never fell below" in run.why_step_0(c, {"images": None, "best_step": 0})
+    assert score.why_step_0(c, {"images": None, "best_step": 5}) == ""
+    assert "never fell below" in score.why_step_0(c, {"images": None, "best_step": 0})
 
 
 def test_validation_is_read_from_lines_that_a_full_disk_cut(tmp_path):

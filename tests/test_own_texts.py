@@ -11,8 +11,8 @@ from tiny import config_of
 import jaxpeft as jp
 from configs import folder, point
 from jaxpeft import config as defaults
+from jaxpeft import data
 from jaxpeft.training import evaluate, results
-from jaxpeft.training import run as runs
 
 COLOURS = {"Red": (220, 30, 30), "Blue T-shirt": (30, 30, 220), "Caf\u00e9 3.5": (30, 180, 30)}
 
@@ -62,15 +62,15 @@ def test_a_right_answer_of_own_data_scores_one(root, tmp_path, inference):
     test = result["metrics"]["test"]
     assert test["tuned"]["nll"] < 0.2 and test["tuned"]["accuracy"] == 1.0 and test["tuned"]["variant"] == "basic"
     assert test["perfect_writer"]["accuracy"] == 1.0 and test["perfect_writer"]["out_of_reach"] == 0
-    # 'caf\u00e9 3.5' is four words: with [DEC] and [SEP] six
-    assert result["task_options"]["length"] == 6 and result["texts"]["train"]["length"]["cut"] == 0
+    # 'caf\u00e9 3.5' is four words: with [SEP] five
+    assert result["task_options"]["max_new_tokens"] == 5 and result["texts"]["train"]["max_new_tokens"]["cut"] == 0
     assert any("perfect writer 1.000 (0 of" in line for line in before_training(said))
     table = results.table(result)
     assert (
         table.splitlines()[1].split() == ["accuracy", "nll"] and "perfect writer" in table
     )  # no column without a heading
     _, _, _, task = jp.load_run(tmp_path / "run")
-    assert (task.length, task.max_question) == (6, result["task_options"]["max_question"])
+    assert (task.max_new_tokens, task.max_question) == (5, result["task_options"]["max_question"])
 
 
 def test_captions_of_own_data_reach_ten(root, tmp_path):
@@ -81,7 +81,12 @@ def test_captions_of_own_data_reach_ten(root, tmp_path):
 
 
 def test_a_low_ceiling_and_cuts_are_said_before_training(root, base, tmp_path):
-    changes = {"model.extend_vocabulary": False, "steps": 1, "task_options.length": 4, "task_options.max_question": 4}
+    changes = {
+        "model.extend_vocabulary": False,
+        "steps": 1,
+        "task_options.max_new_tokens": 3,
+        "task_options.max_question": 4,
+    }
     said = []
     result = jp.run(config(root, base, tmp_path, **changes), tmp_path / "run", said.append)
     writer, first = result["metrics"]["test"]["perfect_writer"], before_training(said)
@@ -89,7 +94,9 @@ def test_a_low_ceiling_and_cuts_are_said_before_training(root, base, tmp_path):
     assert any(
         "warning: test: the right texts as this base can write them score" in x and "becomes" in x for x in first
     )
-    assert any("warning: train: " in x and "task_options.length=4 and are cut; the longest has 6" in x for x in first)
+    assert any(
+        "warning: train: " in x and "task_options.max_new_tokens=3 and are cut; the longest has 5" in x for x in first
+    )
     assert result["texts"]["test"]["max_question"]["cut"] > 0 and result["model"]["unknown_words"] > 0
 
 
@@ -123,14 +130,14 @@ def test_two_files_of_one_split_may_both_begin_at_one(root, base, tmp_path):
 
 
 def test_ids_that_repeat_are_said_before_training(base, tmp_path, monkeypatch):
-    load = runs.data.load
+    load = data.load
 
     def twice(*args):
         splits = load(*args)
         splits["test"].rows[1] = splits["test"].rows[1] | {"questions": splits["test"].rows[0]["questions"]}
         return splits
 
-    monkeypatch.setattr(runs.data, "load", twice)
+    monkeypatch.setattr(data, "load", twice)
     said = []
     with pytest.raises(ValueError, match="split 'test': question_id .* occurs twice"):
         jp.run(config_of(base), tmp_path, said.append)
@@ -143,7 +150,7 @@ def test_ids_that_repeat_are_said_before_training(base, tmp_path, monkeypatch):
 def test_every_option_of_a_task_can_be_set_on_the_command_line(make):
     c = make()
     limit = {"captioning": "max_tokens", "vqa": "max_question"}[c.task]
-    assert {"smoothing", "length", "min_length", "variant", limit} <= set(c.task_options)
+    assert {"smoothing", "max_new_tokens", "min_length", "variant", limit} <= set(c.task_options)
     with pytest.raises(ValueError, match="unknown task 'ocr'"):
         defaults.task_options("ocr")
 
@@ -156,7 +163,7 @@ def test_a_run_of_version_0_1_is_loaded_with_the_limits_it_had(root, base, tmp_p
     result.write_text(json.dumps(value))
     (tmp_path / "run" / "config.json").write_text(json.dumps(written | {"task_options": {}}))
     model, variables, _, task = jp.load_run(tmp_path / "run")
-    assert (task.length, task.max_question, task.variant) == (10, 35, "official2021")
+    assert (task.max_new_tokens, task.max_question, task.variant) == (9, 35, "official2021")
     assert len(evaluate.generate(model, variables, [np.zeros((9, 9, 3), np.uint8)], "what is this", task=task)) == 1
 
 

@@ -15,10 +15,10 @@ from tiny import config_of
 from jaxpeft import tasks, tree
 from jaxpeft.apps.pretrain import ALIASES, init, shared
 from jaxpeft.data import scenes
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import loading
-from jaxpeft.models.blip import Blip, BlipConfig
-from jaxpeft.training import preflight, run, sharding
+from jaxpeft.models.blip import BlipConfig, build
+from jaxpeft.models.blip_tokens import BlipTokenizer
+from jaxpeft.training import preflight, run, setup, sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +46,7 @@ def shapes_of(x):
 
 
 def planned(c):
-    model = run.abstract_model(c)
+    model = setup.abstract_model(c)
     return model, *preflight.step_in_shapes(c, model)
 
 
@@ -61,8 +61,10 @@ def planned(c):
 )
 def test_the_planned_shapes_are_those_of_the_run(base, tmp_path, monkeypatch, task, method, changes):
     c = config_of(base, task, method, **changes)
-    _, _, (state, frozen, batch) = planned(c)
+    _, _, (state, frozen, batch), n_bytes = planned(c)
     tuned_run, frozen_run, batch_run = what_the_run_trains(c, tmp_path, monkeypatch)
+    row = batch_run.get("image_tokens", np.zeros((1, 0)))[0]  # computed once for every image that is read
+    assert n_bytes == (c.data.n_train + c.data.n_val + c.data.n_test) * row.nbytes
     assert shapes_of(state.tuned) == shapes_of(tuned_run)
     assert shapes_of(frozen) == shapes_of(frozen_run)
     if "image_tokens" in batch:
@@ -75,9 +77,9 @@ def test_the_planned_shapes_are_those_of_the_run(base, tmp_path, monkeypatch, ta
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A base whose lengths eight devices divide: that of the other tests is never split."""
-    tokenizer = Tokenizer.from_words(scenes.WORDS)
+    tokenizer = BlipTokenizer.from_words(scenes.WORDS)
     sizes = tiny.CONFIG | SIZES | {"image_size": 64, "patch_size": 32, "max_positions": 48}
-    model = Blip(BlipConfig(**sizes | {"vocab_size": len(tokenizer)}, question_encoder=True), tokenizer)
+    model = build(BlipConfig(**sizes | {"vocab_size": len(tokenizer)}, question_encoder=True), tokenizer)
     params = init(model, 0)
     del params["itm"]
     return loading.save(tmp_path_factory.mktemp("wide") / "base", model, shared(params), aliases=ALIASES)
@@ -87,7 +89,8 @@ def wide(tmp_path_factory):
 def test_planned_bytes_are_those_on_a_device(wide, axes):
     """The arguments that XLA plans are, to the byte, what the arrays take on the first device."""
     c = config_of(wide, **{"data.augment": "crop"})  # so that the image encoder runs, and is an argument
-    model, step, (state, frozen, batch) = planned(c)
+    model, step, (state, frozen, batch), n_bytes = planned(c)
+    assert n_bytes == 0  # nothing is computed once
     mesh = sharding.mesh(axes)
     plan = preflight.compiled(step, (state, frozen, batch), model.sharding, mesh)
     assert plan.peak == plan.arguments + plan.temporary
@@ -116,10 +119,10 @@ def test_flops_count_every_layer():
         model = tiny.model(vision_layers=n_layers, text_layers=n_layers)
         params = jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["params"]
 
-        def loss(params, batch):
-            return task.loss(model, {"params": params}, batch, None)[0]
+        def step(params, batch, model):
+            return jax.grad(lambda params: task.loss(model, {"params": params}, batch, None)[0])(params)
 
-        return preflight.flops_of(jax.grad(loss), (params, batch[n]), model)
+        return preflight.flops_of(step, (params, batch[n]), model)
 
     one, two, four = flops(1), flops(2), flops(4)
     assert two > 1.2 * one
@@ -128,9 +131,9 @@ def test_flops_count_every_layer():
 
 
 def test_flops_are_those_of_the_products():
-    model = tiny.model()  # names a number of layers only
+    model = tiny.model()  # says what is written out, and is not used
     a, b = jax.ShapeDtypeStruct((32, 64), np.float32), jax.ShapeDtypeStruct((64, 16), np.float32)
-    assert preflight.flops_of(lambda a, b: a @ b, (a, b), model) == 2 * 32 * 64 * 16
+    assert preflight.flops_of(lambda a, b, model: a @ b, (a, b), model) == 2 * 32 * 64 * 16
 
 
 # ---------------------------------------------------------------- what is printed
@@ -145,11 +148,12 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(base):
     memory = 3e6
     text = preflight.report(c, chip=preflight.Chip(1e12, 1e11, memory))
     n = int(number(text, "largest batch"))
-    model = run.abstract_model(c)
+    model = setup.abstract_model(c)
     mesh = sharding.mesh(c.mesh)
 
     def peak(n):
-        return preflight.compiled(*preflight.step_in_shapes(c, model, n), model.sharding, mesh).peak
+        step, shapes, _ = preflight.step_in_shapes(c, model, n)
+        return preflight.compiled(step, shapes, model.sharding, mesh).peak
 
     assert n % 8 == 0
     assert peak(n) <= memory < peak(2 * n)

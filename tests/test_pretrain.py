@@ -9,10 +9,10 @@ from configs import pretrain as config_file
 from jaxpeft import tree
 from jaxpeft.apps import pretrain
 from jaxpeft.data import scenes
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import loading
+from jaxpeft.models.blip_tokens import BlipTokenizer
 
-TOKENIZER = Tokenizer.from_words(scenes.WORDS)
+TOKENIZER = BlipTokenizer.from_words(scenes.WORDS)
 
 
 def test_masking_is_berts():
@@ -82,7 +82,7 @@ def test_sharing_ties_all_but_self_attention():
         batch = tiny.batch()
         variables = {"params": pretrain.shared(params)}
         image_BPD = tiny.model().apply(variables, batch["image"], method="encode_image")
-        return jnp.sum(tiny.model().apply(variables, image_BPD, batch["question"], method="encode_question") ** 3)
+        return jnp.sum(tiny.model().apply(variables, image_BPD, batch["prompt"], method="encode_question") ** 3)
 
     grads = {name: bool(np.any(g != 0)) for name, g in tree.flatten(jax.grad(loss)(params)).items()}
     assert grads["text_decoder/blocks/cross_attention/value/kernel"] and grads["text_decoder/embed/word"]

@@ -21,7 +21,7 @@ from jaxpeft.apps import demo, export, generate
 from jaxpeft.data import scenes
 from jaxpeft.data.coco import prepare
 from jaxpeft.runtime import host, registry
-from jaxpeft.study import execute
+from jaxpeft.study import grid, state
 from jaxpeft.training import run
 
 ROOT = Path(__file__).parents[1]
@@ -125,14 +125,14 @@ def place(tmp_path, monkeypatch):
     ]
     Path("pics/metadata.csv").write_text("\n".join(["file_name,text", *captions]))
     Path("pics/questions.csv").write_text("\n".join(["image,question,answer", *questions]))
-    jp.export_blip(*_plain(), "path/to/blip")
-    jp.export_blip(*_plain(), "Salesforce/blip-image-captioning-base")  # a directory of that name comes before the hub
+    jp.export_hf(*_plain(), "path/to/blip")
+    jp.export_hf(*_plain(), "Salesforce/blip-image-captioning-base")  # a directory of that name comes before the hub
     mini_coco.draw("data", 6)
     return tmp_path
 
 
 def _plain():
-    model, params = jp.load("tiny", question_encoder=False)
+    model, params = jp.load("tiny", task="captioning")
     return model, {"params": params}
 
 
@@ -145,9 +145,9 @@ def _run(words):
     settings = dict(word.removeprefix("--config.").split("=", 1) for word in words if word.startswith("--config."))
     config = _config(next(word for word in words if word.startswith("--config=")))
     workdir = next(word for word in words if word.startswith("--workdir=")).removeprefix("--workdir=")
-    if "levels" in config:
-        assert execute.check(config) is None
-        assert "runs" in execute.plan(config, execute.read(config, Path(workdir)))
+    if "settings" in config:
+        assert grid.check(config) is None
+        assert "runs" in state.plan(config, state.read(config, Path(workdir)))
         return
     if "pretrain" in config:  # tests/test_pretrain.py runs it
         assert sum(config.stages[name].steps for name in config.order) > 1000

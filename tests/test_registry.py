@@ -1,5 +1,6 @@
 """Methods, data sets, tasks, optimizers and metrics from a module outside the package, all the way to `generate`."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ from jaxpeft import interchange, methods, metrics, tasks
 from jaxpeft.data import DATASETS
 from jaxpeft.methods import METHODS, LoRA
 from jaxpeft.runtime import registry
-from jaxpeft.training import optim
+from jaxpeft.training import optim, results
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
@@ -58,7 +59,7 @@ def home(tmp_path_factory):
     return home, said
 
 
-def test_a_run_uses_all_of_it_and_says_where_it_came_from(home):
+def test_a_run_uses_all_of_it_and_says_where_it_came_from(home, monkeypatch):
     home, said = home
     result = json.loads((home / "run" / "result.json").read_text())
     test = result["metrics"]["test"]
@@ -66,6 +67,9 @@ def test_a_run_uses_all_of_it_and_says_where_it_came_from(home):
     assert test["tuned"]["words"] > 2 and test["tuned"]["exact_match"] == 0.0  # every word twice is no reference
     assert test["tuned"]["nll"] < 0.7 * test["base"]["nll"]  # the offsets learned, by the optimizer from outside
     assert "words" in said and "exact_match" in said  # columns of the table
+    module = hashlib.sha256((home / "my_things.py").read_bytes()).hexdigest()
+    monkeypatch.setattr(registry, "digests", {"my_things": module})
+    assert result["code"] == results.code()  # the package's and the module's
     assert result["counts"]["tuned"] == result["counts"]["stored"] == 3 * 128 + 129  # three layers; a word
 
 

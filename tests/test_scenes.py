@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from jaxpeft.data import scenes
-from jaxpeft.data.scenes import COLORS, HELD_PAIRS, SHAPES, SIZES, Scene, Thing, text, world
+from jaxpeft.data.scenes import COLORS, HELD_PAIRS, SHAPES, SIZES, Scene, Thing, texts, world
 
-PLAIN = {synonym: word for word, synonym in text.SYNONYMS.items()}
+PLAIN = {synonym: word for word, synonym in texts.SYNONYMS.items()}
 PICTURED = scenes.SPLITS
 
 
@@ -178,7 +178,7 @@ def test_shapes_and_colors_are_told_apart():
 def parse_human(caption, things):
     """What a human caption says: [(size or None, colour, shape, quadrant)]; asserts that its count is right."""
     words = plain(caption)
-    number = text.NUMBERS[len(things)]
+    number = texts.NUMBERS[len(things)]
     opening = re.match(r"(there (is|are) )?(the picture shows )?(\w+)( shapes?)? (a )?", " ".join(words))
     assert opening[4] == number, caption
     assert (opening[5] or " shape").endswith("s") == (len(things) > 1)
@@ -248,7 +248,7 @@ def answer_from_scene(question, things):
 
     def matching(words):
         keep = [word for word in words if word not in ("shape", "shapes", "one", "anything")]
-        singular = {plural: shape for shape, plural in text.PLURALS.items()}
+        singular = {plural: shape for shape, plural in texts.PLURALS.items()}
         keep = [singular.get(word, word) for word in keep]
         assert all(word in (*COLORS, *SHAPES, *SIZES) for word in keep), question
         return [thing for thing in things if set(keep) <= {thing.color, thing.shape, thing.size}]
@@ -265,7 +265,7 @@ def answer_from_scene(question, things):
 
     rules = {
         r"is there (?:a )?(.+)": lambda a: yes(matching(a.split())),
-        r"how many (.+) are there": lambda a: text.NUMBERS[len(matching(a.split()))],
+        r"how many (.+) are there": lambda a: texts.NUMBERS[len(matching(a.split()))],
         r"what color is the shape at the (.+)": lambda a: at(a).color,
         r"what color is the (.+)": lambda a: only(matching(a.split())).color,
         r"what is at the (.+)": lambda a: at(a).shape,

@@ -1,9 +1,10 @@
 """The grid, who works on what, and what is run again; points are trained in test_train.py and replaced here."""
 
-import ast
+import hashlib
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,14 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.studies import tiny
+from configs.studies import scenes_full, tiny
 from jaxpeft.data import pipeline, scenes
 from jaxpeft.models import loading
-from jaxpeft.runtime import files, locks
+from jaxpeft.runtime import files, locks, registry
 from jaxpeft.runtime.locks import Lease
-from jaxpeft.study import config as base
-from jaxpeft.study import execute, report
-from jaxpeft.study.execute import Cell
+from jaxpeft.study import config as studies
+from jaxpeft.study import cost, execute, grid, progress, report, reruns
+from jaxpeft.study.grid import Cell
+from jaxpeft.study.report import figures, page
+from jaxpeft.study.report.rows import as_csv, consistency
+from jaxpeft.study.state import State, read
+from jaxpeft.training import results, setup
 
 SCORES = {"val": {0.003: 0.5, 0.009: 0.6, 0.03: 0.7, 0.09: 0.7}, "test": {0.003: 0.9, 0.009: 0.1, 0.03: 0.3, 0.09: 0.2}}
 
@@ -27,7 +32,7 @@ SCORES = {"val": {0.003: 0.5, 0.009: 0.6, 0.03: 0.7, 0.09: 0.7}, "test": {0.003:
 @pytest.fixture
 def config():
     c = tiny.get_config("steps=3")
-    c.levels.captions_human.lr_scale = 1.0  # the same rates for both levels: SCORES tells which is best
+    c.settings.captions_human.lr_scale = 1.0  # the same rates for both settings: SCORES tells which is best
     return c
 
 
@@ -60,7 +65,7 @@ def fake_point(config, workdir, log=print, features_in=None):
     result = {"main_metric": metric, "metrics": scores, "timing": timing, "status": "done", "task": task}
     result |= {"counts": {"tuned": 10 * (config.size + 1), "stored": 10 * (config.size + 1), "total": 1000}}
     result |= {"forgetting": {"base": 0.5, "tuned": 0.7, "n": 4}, "lr": config.optim.lr}
-    result |= {"machine": {"device": "a"}, "versions": {"jax": "b"}, "digests": {"base": "c"}}
+    result |= {"machine": {"device": "a"}, "versions": {"jax": "b"}, "digests": {"base": "c"}, "code": results.code()}
     files.write_json(Path(workdir) / "result.json", result)
     return result
 
@@ -74,7 +79,7 @@ def fake(monkeypatch):
         return fake_point(config, workdir)
 
     monkeypatch.setattr(execute.training_run, "run", run)
-    monkeypatch.setattr(execute, "keep_pictures", lambda *_: None)
+    monkeypatch.setattr(execute, "keep_images", lambda *_: None)
     return ran
 
 
@@ -83,23 +88,23 @@ def quiet(*_):
 
 
 def test_the_grid_is_both_axes_through_the_middle(config):
-    cells = execute.cells(config)
-    of_lora = [(c.size, c.n_images) for c in cells if c.level == "vqa_stated" and c.arm == "lora_head"]
+    cells = grid.cells(config)
+    of_lora = [(c.size, c.n_images) for c in cells if c.setting == "vqa_stated" and c.variant == "lora_head"]
     assert of_lora == [(8, 64), (2, 256), (8, 256)]
     assert len(cells) == len(set(cells)) == 2 * (3 + 3 + 2)
     config.cross = True
-    assert len(execute.cells(config)) == 2 * (4 + 4 + 2)
+    assert len(grid.cells(config)) == 2 * (4 + 4 + 2)
 
 
 def test_every_cell_has_the_same_number_of_rates_and_ids_are_stable(config):
-    named = execute.runs(config, {})
-    assert len({run.id for run in named}) == len(named) == 2 * len(execute.cells(config))
+    named = grid.runs(config, {})
+    assert len({run.id for run in named}) == len(named) == 2 * len(grid.cells(config))
     assert named[0].id == "captions_human-head-n64-s0-lr0.003"
-    assert all(len(execute.rates(config, cell)) == 2 for cell in execute.cells(config))
+    assert all(len(grid.learning_rates(config, cell)) == 2 for cell in grid.cells(config))
 
 
 def test_a_run_is_a_config_that_main_runs_alone(config):
-    run = execute.Run(Cell("vqa_stated", "lora_head", 8, 64), 1, 0.003, config)
+    run = grid.Run(Cell("vqa_stated", "lora_head", 8, 64), 1, 0.003, config)
     c = run.config
     assert (c.method.name, c.method.rank, c.head, c.optim.lr) == ("lora", 8, "transform", 0.003)
     assert (c.seed, c.data.subset_seed, c.data.n_images, tuple(c.data.types)) == (
@@ -112,33 +117,35 @@ def test_a_run_is_a_config_that_main_runs_alone(config):
 
 
 def test_sizes_are_solved_for_the_budget_and_prompt_is_capped():
-    c = base.study("x", "", ("vqa_stated",), base.arms("none", prompts=()), (2000, 20_000, 10**6), (64,))
-    sizes = {arm: [cell.size for cell in execute.cells(c) if cell.arm == arm] for arm in c.arms}
-    assert all(sizes[arm] == sorted(set(sizes[arm])) for arm in sizes)
+    c = studies.study("x", "", ("vqa_stated",), studies.variants("none", prompts=()), (2000, 20_000, 10**6), (64,))
+    sizes = {variant: [cell.size for cell in grid.cells(c) if cell.variant == variant] for variant in c.variants}
+    assert all(sizes[variant] == sorted(set(sizes[variant])) for variant in sizes)
     assert len(sizes["lora"]) == 3 and len(sizes["prompt"]) < 3
 
 
 def test_more_pictures_than_there_are_is_said_before_anything_is_written(config, tmp_path):
     config.n_images = (64, 1000)
     with pytest.raises(
-        ValueError, match=r"n_images has 1000, but the training split of level 'captions_human' has 256"
+        ValueError, match=r"n_images has 1000, but the training split of setting 'captions_human' has 256"
     ):
         execute.run(config, tmp_path / "study", workers=1)
     assert not (tmp_path / "study").exists()
 
 
 def test_a_level_scales_the_rates_of_every_arm(config):
-    config.levels.captions_human.lr_scale = 2.0
-    config.levels.vqa_stated.lr_scale = 0.5
-    found = {cell.level: execute.rates(config, cell) for cell in execute.cells(config) if cell.arm == "lora_head"}
+    config.settings.captions_human.lr_scale = 2.0
+    config.settings.vqa_stated.lr_scale = 0.5
+    found = {
+        cell.setting: grid.learning_rates(config, cell) for cell in grid.cells(config) if cell.variant == "lora_head"
+    }
     assert found == {"captions_human": [0.006, 0.018], "vqa_stated": [0.0015, 0.0045]}
-    assert "lr_scale" not in execute.Run(execute.cells(config)[0], 0, 0.006, config).config
+    assert "lr_scale" not in grid.Run(grid.cells(config)[0], 0, 0.006, config).config
 
 
 def test_the_rate_is_chosen_on_validation_and_never_on_test(config, fake, tmp_path):
     execute.run(config, tmp_path, log=quiet)
     later = [name for name in fake if "-s1-" in name]
-    assert len(later) == len(execute.cells(config))
+    assert len(later) == len(grid.cells(config))
     # by test scores it would be .003 and .03; .03 and .09 are equal on validation: the smaller one
     assert {name.rsplit("lr", 1)[1] for name in later if "prefix" not in name} == {"0.009"}
     assert {name.rsplit("lr", 1)[1] for name in later if "prefix" in name} == {"0.03"}
@@ -147,20 +154,20 @@ def test_the_rate_is_chosen_on_validation_and_never_on_test(config, fake, tmp_pa
 def test_subsets_of_a_seed_nest_and_are_the_same_for_every_method(config):
     split = scenes.load({"n_train": 300}, ["train"])["train"]
     ids = {}
-    for arm, size in (("lora_head", 8), ("prefix_head", 16)):
+    for variant, size in (("lora_head", 8), ("prefix_head", 16)):
         for n in (64, 256):
-            c = execute.Run(Cell("vqa_stated", arm, size, n), 1, 0.01, config).config.data
+            c = grid.Run(Cell("vqa_stated", variant, size, n), 1, 0.01, config).config.data
             taken, _ = pipeline.subset(split, seed=c.subset_seed, n_images=c.n_images)
-            ids[arm, n] = [row["image_id"] for row in taken.rows]
+            ids[variant, n] = [row["image_id"] for row in taken.rows]
     assert ids["lora_head", 64] == ids["prefix_head", 64] == ids["lora_head", 256][:64]
 
 
 def test_nothing_that_is_done_runs_again(config, fake, tmp_path):
     rows = execute.run(config, tmp_path, log=quiet)
-    assert len(rows) == len(fake) == execute.n_runs(config)
+    assert len(rows) == len(fake) == grid.n_runs(config)
     said = []
     assert execute.run(config, tmp_path, log=said.append) == rows
-    assert len(fake) == execute.n_runs(config) and "48 done, 0 to do" in said[0]
+    assert len(fake) == grid.n_runs(config) and "48 done, 0 to do" in said[0]
 
 
 def test_a_changed_config_runs_again_only_what_it_touches(config, fake, tmp_path):
@@ -170,70 +177,196 @@ def test_a_changed_config_runs_again_only_what_it_touches(config, fake, tmp_path
     execute.run(config, tmp_path, log=said.append)
     again = fake[before:]
     assert again and all(name.startswith("vqa") for name in again) and len(again) == before / 2
-    assert "out of date, runs again: vqa_stated-head-n256-s0-lr0.003 (config)" in said[0]
+    assert "out of date, runs again: vqa_stated-head-n256-s0-lr0.003 (optim.weight_decay)" in said[0]
     assert len(list((tmp_path / "stale").iterdir())) == before / 2  # kept, not deleted
 
 
-def test_a_changed_method_runs_again_only_its_points(config, fake, tmp_path, monkeypatch):
+def test_a_run_given_up_or_cut_off_is_done_anew_when_its_config_changes(config, fake, tmp_path, monkeypatch):
+    """Its checkpoints belong to another run, and its failures too."""
+    works, bad = execute.training_run.run, "vqa_stated-head-n64-s0-lr0.003"
+
+    def fails(config, workdir, log=print, features_in=None):
+        if config.name == bad and config.optim.weight_decay != 0.1:
+            raise FloatingPointError("loss is nan")
+        return works(config, workdir)
+
+    monkeypatch.setattr(execute.training_run, "run", fails)
     execute.run(config, tmp_path, log=quiet)
-    before, source = len(fake), execute.source()
-    monkeypatch.setattr(execute, "source", lambda: source | {"methods/prefix.py": "new"})
+    cut_off = tmp_path / "points" / "vqa_stated-head-n64-s0-lr0.009"
+    (cut_off / "result.json").unlink()
+    (cut_off / "checkpoint").touch()
+    config.points.vqa.optim.weight_decay = 0.1
+    rows = execute.run(config, tmp_path, log=quiet)
+    assert len(rows) == grid.n_runs(config) and all(row["status"] == "done" for row in rows)
+    assert not (cut_off / "checkpoint").exists() and not list((tmp_path / "failures").iterdir())
+
+
+def test_old_names_in_the_config_of_a_finished_run_are_no_difference(config, fake, tmp_path):
+    """Those of version 0.1. Whatever else differs is another config."""
     execute.run(config, tmp_path, log=quiet)
-    assert fake[before:] and all("prefix" in name for name in fake[before:])
+    before = len(fake)
+    path = tmp_path / "points" / "vqa_stated-head-n64-s0-lr0.003" / "config.json"
+    old = json.loads(path.read_text())
+    old["optim"]["decay"] = old["optim"].pop("weight_decay")
+    files.write_json(path, old)
+    execute.run(config, tmp_path, log=quiet)
+    assert len(fake) == before
+    files.write_json(path, old | {"batch_size": 1})
+    execute.run(config, tmp_path, log=quiet)
+    assert fake[before:] == ["vqa_stated-head-n64-s0-lr0.003"]
 
 
-def test_a_process_with_other_code_than_the_newest_start_stops(config, fake, tmp_path, monkeypatch):
-    """Two that differ would set each other's results aside for ever; one with the same code, for what it does, goes on."""
-    real = execute.training_run.run
-
-    def edited(*args, **kwargs):
-        if len(fake) == 3:  # somebody starts the study again, with an edited method
-            files.write_json(tmp_path / "source.json", execute.source() | {"methods/prefix.py": "new"})
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(execute.training_run, "run", edited)
-    with pytest.raises(
-        ValueError, match=r"^methods/prefix\.py changed after this study.* start the same command again"
-    ):
-        execute.run(config, tmp_path, log=quiet)
-    done = list(fake)
-    assert 3 < len(done) < execute.n_runs(config) and not any("prefix" in name for name in done[4:])
-    assert not list((tmp_path / "claims").glob("[!.]*"))
-    rows = execute.run(config, tmp_path, log=quiet)  # a new start is the newest
-    assert all(row["status"] == "done" for row in rows) and len(fake) == len(set(fake))
+@pytest.mark.parametrize("old, new", [("arms", "variants"), ("levels", "settings"), ("rates", "learning_rates")])
+def test_an_old_name_in_a_config_is_an_error_that_names_the_new_one(config, tmp_path, old, new):
+    config[old] = config[new]
+    with pytest.raises(ValueError, match=rf"config\.{old} of a study is now config\.{new}"):
+        execute.run(config, tmp_path)
+    del config[old]
+    config.variants.head.levels = ("vqa_stated",)
+    with pytest.raises(ValueError, match=r"config\.variants\.head\.levels is now config\.variants\.head\.settings"):
+        grid.cells(config)
 
 
-def test_every_file_that_a_point_does_not_import_is_known_to_be_apart():
-    """Else a change in the demo, say, would run whole studies again."""
-    names = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): name for name in execute.source()}
-    reached, todo = set(), ["point"]
-    while todo:
-        module = todo.pop()
-        if module in reached or module not in names:
-            continue
-        reached.add(module)
-        for node in ast.walk(ast.parse((execute.PACKAGE / names[module]).read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jaxpeft":
-                inside = node.module.removeprefix("jaxpeft").removeprefix(".")
-                todo += [inside, *(f"{inside}.{one.name}".removeprefix(".") for one in node.names)]
-    apart = {module for module, name in names.items() if name.startswith(execute.APART)}
-    assert {"train", "hub", "models.blip", "tree"} <= reached - apart
-    assert set(names) - reached - apart == {"models"} - reached
+# ---------------------------------------------------------------- the code that made a run
 
 
-def test_comments_and_docstrings_are_not_code(tmp_path):
-    versions = (
-        "def f(x):\n    return x + 1\n",
-        '"""About."""\n\n\ndef f(x):  # why\n    """Docs."""\n    return x + 1\n',
-        "def f(x):\n    return x + 2\n",
+def test_the_code_is_the_package_without_what_numbers_do_not_depend_on(tmp_path, monkeypatch):
+    for name in ("tree.py", "methods/lora.py", "study/grid.py", "apps/demo.py", "configs/point.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(results, "PACKAGE", tmp_path)
+    assert set(results._package_code()) == {"tree.py", "methods/lora.py"}
+    before = results._package_code()
+    (tmp_path / "methods/lora.py").write_text("other")
+    assert [name for name, digest in results._package_code().items() if digest != before[name]] == ["methods/lora.py"]
+    real = Path(results.__file__).parents[1]
+    monkeypatch.setattr(results, "PACKAGE", real)
+    assert (
+        results._package_code()["training/run.py"]
+        == hashlib.sha256((real / "training/run.py").read_bytes()).hexdigest()
     )
-    digests = []
-    for i, text in enumerate(versions):
-        path = tmp_path / f"{i}.py"
+
+
+def test_the_code_has_the_modules_of_imports_as_they_were_imported(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "digests", {})
+    path, codes = tmp_path / "a_method_of_mine.py", [results.code()]
+    for text in ("x = 1\n", "x = 2\n"):
         path.write_text(text)
-        digests.append(execute._code_of(path))
-    assert digests[2] not in digests[:2]
-    assert digests[0] == digests[1]
+        registry.load([str(path)])
+        codes.append(results.code())
+    assert codes[0] != codes[1] == codes[2]  # the second text is not what this process runs
+    registry.digests.clear()
+    del sys.modules[path.stem]
+    registry.load([str(path)])
+    assert results.code() not in codes
+
+
+def test_other_code_alone_does_nothing_again_and_is_said(config, fake, tmp_path, monkeypatch):
+    execute.run(config, tmp_path, log=quiet)
+    before, said, old = len(fake), [], results.code()
+    monkeypatch.setattr(results, "code", lambda: "edited")
+    rows = execute.run(config, tmp_path, log=said.append)
+    assert len(fake) == before and {row["code"] for row in rows} == {old}
+    assert (
+        "48 of 48 finished runs were made by other code" in said[0]
+        and "--rerun='captions_human-head-n256-*'" in said[0]
+    )
+    assert "48 runs" in report.write(tmp_path)  # all of one code
+
+
+def test_rerun_does_what_matches_again_once_for_each_code(config, fake, tmp_path, monkeypatch):
+    execute.run(config, tmp_path, log=quiet)
+    before, pattern = len(fake), "vqa_stated-head-n64-*"
+    again = [f"vqa_stated-head-n64-s{end}" for end in ("0-lr0.003", "0-lr0.009", "1-lr0.009")]
+    said = []
+    execute.run(config, tmp_path, log=said.append, rerun=pattern)
+    assert fake[before:] == again and f"runs again: {again[0]} (--rerun)" in said[0]
+    assert sorted(path.name.rsplit(".", 1)[0] for path in (tmp_path / "stale").iterdir()) == again
+    execute.run(config, tmp_path, log=said.append, rerun=pattern)  # the same command again
+    execute.run(config, tmp_path, log=said.append)
+    assert fake[before:] == again and any(
+        "is not asked for again; to do these runs once more, delete" in one for one in said
+    )
+    monkeypatch.setattr(results, "code", lambda: "edited")
+    execute.run(config, tmp_path, log=quiet, rerun=pattern)
+    assert fake[before:] == again * 2
+
+
+def test_rerun_goes_on_after_a_stop_and_in_workers_that_were_not_told(config, fake, tmp_path, monkeypatch):
+    execute.run(config, tmp_path, log=quiet)
+    before, works = len(fake), execute.training_run.run
+
+    def stopped(config, workdir, log=print, features_in=None):
+        if len(fake) == before + 5:
+            raise KeyboardInterrupt
+        return works(config, workdir)
+
+    monkeypatch.setattr(execute.training_run, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        execute.run(config, tmp_path, log=quiet, rerun="vqa_stated-*")
+    monkeypatch.setattr(execute.training_run, "run", works)
+    execute.attempt(read(config, tmp_path).todo[0], tmp_path, quiet)  # a worker, which ends
+    assert len(fake) == before + 6
+    execute.run(config, tmp_path, log=quiet, rerun="vqa_stated-*")
+    execute.work(config, tmp_path, log=quiet)
+    assert sorted(fake[before:]) == sorted(name for name in fake[:before] if name.startswith("vqa_stated-"))
+
+
+def test_of_two_launchers_that_ask_at_once_one_is_heard(config, fake, tmp_path, monkeypatch):
+    """The other one asks, and its first run is done again, between the look of the one and its own request."""
+    execute.run(config, tmp_path, log=quiet)
+    before, state, write = len(fake), read(config, tmp_path), files.write_json
+
+    def slow(path, value):
+        monkeypatch.setattr(reruns.files, "write_json", write)
+        reruns.ask(tmp_path, "vqa_stated-*", state, quiet)
+        execute.attempt(read(config, tmp_path).todo[0], tmp_path, quiet)
+        write(path, value)
+
+    monkeypatch.setattr(reruns.files, "write_json", slow)
+    reruns.ask(tmp_path, "vqa_stated-*", state, quiet)
+    assert len(fake) == before + 1 and len(list((tmp_path / "reruns").iterdir())) == 1
+    execute.run(config, tmp_path, log=quiet, rerun="vqa_stated-*")
+    assert sorted(fake[before:]) == sorted(name for name in fake[:before] if name.startswith("vqa_stated-"))
+
+
+def test_rerun_gives_up_runs_another_chance_and_refuses_what_matches_nothing(config, fake, tmp_path, monkeypatch):
+    works, bad = execute.training_run.run, "vqa_stated-head-n64-s0-lr0.003"
+
+    def fails(config, workdir, log=print, features_in=None):
+        if config.name == bad:
+            raise FloatingPointError("loss is nan")
+        return works(config, workdir)
+
+    monkeypatch.setattr(execute.training_run, "run", fails)
+    execute.run(config, tmp_path, log=quiet)
+    monkeypatch.setattr(execute.training_run, "run", works)
+    assert bad not in fake
+    with pytest.raises(
+        ValueError, match=r"--rerun=vqa_started\* matches no run of this study; ids are like captions_human-"
+    ):
+        execute.run(config, tmp_path, log=quiet, rerun="vqa_started*")
+    rows = execute.run(config, tmp_path, log=quiet, rerun=bad)
+    assert bad in fake and all(row["status"] == "done" for row in rows)
+
+
+def test_runs_of_one_cell_by_different_code_are_not_compared_unless_asked(config, fake, tmp_path, monkeypatch):
+    execute.run(config, tmp_path, log=quiet)
+    old = results.code()
+    monkeypatch.setattr(results, "code", lambda: "edited")
+    execute.run(config, tmp_path, log=quiet, rerun="vqa_stated-head-n64-s0-lr0.003")
+    with pytest.raises(ValueError) as caught:
+        report.write(tmp_path)
+    said = str(caught.value)
+    assert f"vqa_stated-head-n64-s0-lr0.009, vqa_stated-head-n64-s1-lr0.009 by {old}" in said
+    assert "vqa_stated-head-n64-s0-lr0.003 by edited" in said and "--mixed_code" in said and "n256" not in said
+    assert not (tmp_path / "report").exists()
+    report.write(tmp_path, mixed_code=True)
+    assert "made by different code" in (tmp_path / "report" / "index.html").read_text().lower()
+    pattern = re.search(r"--rerun='(.*?)'", said)[1]  # the fix that it names
+    execute.run(config, tmp_path, log=quiet, rerun=pattern)
+    report.write(tmp_path)
+    assert "made by different code" not in (tmp_path / "report" / "index.html").read_text().lower()
 
 
 def test_a_failed_run_is_tried_three_times_and_stops_no_other(config, fake, tmp_path, monkeypatch):
@@ -251,7 +384,7 @@ def test_a_failed_run_is_tried_three_times_and_stops_no_other(config, fake, tmp_
     bad = "vqa_stated-head-n64-s0-lr0.003"
     assert fake.count(bad) == 3
     assert [row["error"] for row in rows if row["status"] == "failed"] == ["FloatingPointError: loss is nan"]
-    assert sum(row["status"] == "done" for row in rows) == execute.n_runs(config) - 1
+    assert sum(row["status"] == "done" for row in rows) == grid.n_runs(config) - 1
     assert f"given up after 3 tries: {bad}" in said[-1]
     assert f"{bad}</td>" in (report.write(tmp_path) and (tmp_path / "report" / "index.html").read_text())
 
@@ -270,19 +403,19 @@ def test_a_dry_run_needs_no_weights_and_counts_every_cell(tmp_path, monkeypatch)
     """manifest and vocabulary are enough to plan; counts are those of the methods, whatever the picture size."""
     for name in ("manifest.json", "vocab.txt"):
         (tmp_path / name).write_bytes((loading.ASSETS / "tiny" / name).read_bytes())
-    monkeypatch.setattr(execute, "_flops_per_second", lambda: 1e11)
+    monkeypatch.setattr(cost, "_flops_per_second", lambda: 1e11)
     planned = []
     for where in (str(tmp_path), "tiny"):
         config = tiny.get_config("steps=3,small=true")
         for one in config.points.values():
             one.base = where
-        planned.append(execute.dry_run(config, tmp_path / "none"))
+        planned.append(cost.dry_run(config, tmp_path / "none"))
     assert planned[0] == planned[1]
     assert "15 runs left" in planned[0]
     config.points.vqa.base = str(tmp_path)
     with pytest.raises(ValueError, match="model.safetensors is missing"):  # before a run of it begins
         execute.run(config, tmp_path / "none", log=quiet)
-    assert all(str(cell) in planned[0] for cell in execute.cells(config))
+    assert all(str(cell) in planned[0] for cell in grid.cells(config))
     assert not (tmp_path / "none").exists()
 
 
@@ -329,7 +462,7 @@ def test_runs_of_an_earlier_start_are_counted_and_not_timed(config, fake, tmp_pa
 
 def test_what_other_workers_finish_is_in_every_workers_count(config, fake, tmp_path):
     """Two workers that both looked when nothing was done, and a third one that looks now."""
-    state, said = execute.read(config, tmp_path), []
+    state, said = read(config, tmp_path), []
     for run in state.todo[:3]:
         assert execute.attempt(run, tmp_path, said.append, state)
     execute.attempt(state.todo[3], tmp_path, said.append)
@@ -338,13 +471,12 @@ def test_what_other_workers_finish_is_in_every_workers_count(config, fake, tmp_p
 
 def test_of_two_workers_that_end_at_once_one_is_the_first(config, fake, tmp_path, monkeypatch):
     """Another worker's result is there, and newer, before this one looks."""
-    works, state, said = execute.training_run.run, execute.read(config, tmp_path), []
+    works, state, said = execute.training_run.run, read(config, tmp_path), []
     mine, other = state.todo[:2]
 
     def run(config, workdir, log=print, features_in=None):
         where = tmp_path / "points" / other.id
         where.mkdir(parents=True)
-        files.write_json(where / "depends_on.json", execute.depends_on(other.config))
         fake_point(other.config, where)
         soon = time.time() + 5
         os.utime(where / "result.json", (soon, soon))
@@ -353,13 +485,13 @@ def test_of_two_workers_that_end_at_once_one_is_the_first(config, fake, tmp_path
     monkeypatch.setattr(execute.training_run, "run", run)
     execute.attempt(mine, tmp_path, said.append, state)
     assert ends(said) == ["1 of 48 runs done, ETA about 0:01:34"]
-    state = execute.read(config, tmp_path)
-    found = execute.progress(config, tmp_path, execute.as_of(other, tmp_path, state))
+    state = read(config, tmp_path)
+    found = progress.progress(config, tmp_path, progress.as_of(other, tmp_path, state))
     assert found == "2 of 48 runs done, ETA about 0:01:32"
 
 
 def test_the_rest_is_shared_by_the_workers_that_live(config, fake, tmp_path):
-    state, said = execute.read(config, tmp_path), []
+    state, said = read(config, tmp_path), []
     first, second, third, *_ = state.todo
     execute.attempt(first, tmp_path, said.append)
     others = [Lease(tmp_path / "claims", "another"), Lease(tmp_path / "claims", "one more")]
@@ -375,49 +507,49 @@ def test_the_rest_is_shared_by_the_workers_that_live(config, fake, tmp_path):
 
 
 def test_no_number_of_workers_makes_the_last_run_shorter(config, fake, tmp_path):
-    state = execute.read(config, tmp_path)
+    state = read(config, tmp_path)
     execute.attempt(state.todo[0], tmp_path, quiet)
-    state = execute.read(config, tmp_path)
+    state = read(config, tmp_path)
     state.runs = [state.runs[0], next(run for run in state.runs if run.seed == 0 and run.id not in state.finished)]
     config.seeds = 1
     others = [Lease(tmp_path / "claims", f"other {i}") for i in range(3)]
     assert all(other.take() for other in others)
-    assert execute.seconds_left(config, tmp_path, state) == 2.0
+    assert progress.seconds_left(config, tmp_path, state) == 2.0
     for other in others:
         other.release()
 
 
 def test_a_run_is_expected_to_take_what_those_most_like_it_took(config, tmp_path):
-    """A large arm late in the grid is not taken for a small one as soon as any of its kind is finished."""
+    """A large variant late in the grid is not taken for a small one as soon as any of its kind is finished."""
     took = {
         Cell("a", "lora", 2, 64): 10.0,
         Cell("a", "lora", 2, 256): 30.0,
         Cell("a", "full", 0, 64): 100.0,
         Cell("b", "lora", 2, 64): 1000.0,
     }
-    run = [execute.Run(cell, 0, 1.0, config) for cell in took]
+    run = [grid.Run(cell, 0, 1.0, config) for cell in took]
     finished = {
         one.id: {"timing": {"total_s": took[one.cell], "steps": 0, "step_s": 0.0, "train_s": 0.0}} for one in run
     }
     for one in run:
         (tmp_path / "points" / one.id).mkdir(parents=True)
         (tmp_path / "points" / one.id / "result.json").touch()
-    measured = execute._measured(tmp_path, execute.State(finished, {}, {}, run))
+    measured = progress._measured(tmp_path, State(finished, {}, {}, run))
     expected = {
         Cell("a", "lora", 2, 64): 10.0,  # its cell
         Cell("a", "lora", 2, 512): 20.0,  # its size: between 10 and 30
-        Cell("a", "lora", 8, 64): 20.0,  # its arm
-        Cell("a", "prefix", 4, 64): 30.0,  # its level: the middle of 10, 30 and 100
+        Cell("a", "lora", 8, 64): 20.0,  # its variant
+        Cell("a", "prefix", 4, 64): 30.0,  # its setting: the middle of 10, 30 and 100
         Cell("c", "lora", 2, 64): 65.0,  # any: between 30 and 100
     }
-    assert {cell: execute._expected(cell, measured) for cell in expected} == expected
+    assert {cell: progress._expected(cell, measured) for cell in expected} == expected
 
 
 def test_the_steps_before_an_interruption_count_in_what_a_run_takes():
     whole = {"total_s": 30.0, "steps": 100, "step_s": 0.2, "train_s": 22.0}  # 20 s of steps, and 2 s of validation
-    assert execute._seconds(whole) == 30.0
+    assert progress._seconds(whole) == 30.0
     tail = {"total_s": 12.0, "steps": 100, "step_s": 0.2, "train_s": 4.0}  # the same run, its last 20 steps
-    assert execute._seconds(tail) == 28.0
+    assert progress._seconds(tail) == 28.0
 
 
 def test_runs_given_up_are_said_and_leave_nothing_to_wait_for(config, fake, tmp_path, monkeypatch):
@@ -453,9 +585,7 @@ def test_a_claim_is_held_by_one(tmp_path):
 
 
 def test_a_claim_of_a_dead_process_is_free(tmp_path):
-    code = (
-        f"from jaxpeft.locks import Claim; from pathlib import Path; assert Claim(Path({str(tmp_path)!r}), 'a').take()"
-    )
+    code = f"import pathlib, jaxpeft.runtime.locks as x; assert x.Lease(pathlib.Path({str(tmp_path)!r}), 'a').take()"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (tmp_path / "a").exists() and Lease(tmp_path, "a").owner() is None
     taken = Lease(tmp_path, "a")
@@ -473,12 +603,12 @@ def test_a_claim_of_another_host_is_free_once_it_is_no_longer_touched(tmp_path, 
     taken.release()
 
 
-def _race(directory, start, won):
-    start.wait()
+def _race(directory, together, won):
+    together.wait()
     claim = Lease(Path(directory), "a")
     if claim.take():
         won.put(os.getpid())
-        time.sleep(1.0)
+    together.wait()  # who has it lives until all have tried
 
 
 def test_of_many_who_see_a_stale_claim_one_gets_it(tmp_path):
@@ -486,11 +616,10 @@ def test_of_many_who_see_a_stale_claim_one_gets_it(tmp_path):
         json.dumps({"host": Lease(tmp_path, "x")._me["host"], "pid": 2**22 + 1, "started": "1"})
     )
     context = multiprocessing.get_context("spawn")
-    start, won = context.Event(), context.Queue()
-    racers = [context.Process(target=_race, args=(str(tmp_path), start, won)) for _ in range(4)]
+    together, won = context.Barrier(4), context.Queue()
+    racers = [context.Process(target=_race, args=(str(tmp_path), together, won)) for _ in range(4)]
     for racer in racers:
         racer.start()
-    start.set()
     for racer in racers:
         racer.join()
     assert won.get(timeout=5) and won.empty()
@@ -507,48 +636,89 @@ def done(config, fake, tmp_path):
 
 
 def test_long_tables_are_folded_and_methods_keep_their_order_and_marks(done):
-    short, long = (report._table(["a"], [[i] for i in range(n)]) for n in (report.LONG, report.LONG + 1))
-    assert "<details>" not in short and f"<summary>{report.LONG + 1} rows</summary>" in long
+    short, long = (page._table(["a"], [[i] for i in range(n)]) for n in (page.LONG, page.LONG + 1))
+    assert "<details>" not in short and f"<summary>{page.LONG + 1} rows</summary>" in long
     found = report.read(done)
-    head, lora = (report.style(found, arm) for arm in ("head", "lora_head"))
+    head, lora = (figures.style(found, variant) for variant in ("head", "lora_head"))
     assert "markerfacecolor" not in lora and "markerfacecolor" not in head
-    found.settings["config"]["arms"]["lora"] = found.settings["config"]["arms"]["lora_head"] | {"head": "none"}
-    assert report.style(found, "lora") == lora | {"markerfacecolor": "white"}
-    (legend,) = report.figure_axis(report.read(done), "data").legends
+    found.config["variants"]["lora"] = found.config["variants"]["lora_head"] | {"head": "none"}
+    assert figures.style(found, "lora") == lora | {"markerfacecolor": "white"}
+    (legend,) = figures.figure_axis(report.read(done), "data").legends
     names = [text.get_text().removesuffix("_head") for text in legend.get_texts()]
-    assert names == sorted(names, key=list(report.STYLE).index) and len(names) > 1
+    assert names == sorted(names, key=list(figures.STYLE).index) and len(names) > 1
 
 
 def test_the_report_reads_files_only_and_is_one_page(done, monkeypatch):
-    monkeypatch.setattr(execute, "Run", None)
+    monkeypatch.setattr(grid, "Run", None)
     line = report.write(done)
     page = (done / "report" / "index.html").read_text()
     assert "48 runs" in line and "<img" in page
     assert "http" not in page.replace("http-equiv", "") and 'src="data:image/png;base64,' in page
     assert "a &lt;note&gt;" in page and "width=device-width" in page
-    assert {path.name for path in (done / "report").glob("*.png")} == {f"{name}.png" for name in report.FIGURES}
+    assert {path.name for path in (done / "report").glob("*.png")} == {f"{name}.png" for name in figures.FIGURES}
     table = (done / "report" / "results.csv").read_text().splitlines()
-    assert len(table) == 49 and table[0].startswith("id,level,task,arm")
+    assert len(table) == 49 and table[0].startswith("id,setting,task,variant")
 
 
 def test_the_consistency_of_a_level_is_the_share_the_base_has(done):
-    rows = report.consistency(report.read(done))
-    assert [row["level"] for row in rows] == ["captions_human", "vqa_stated"]
+    rows = consistency(report.read(done))
+    assert [row["setting"] for row in rows] == ["captions_human", "vqa_stated"]
     assert all(row["frozen base"] == 0.05 and row["best tuned"] == 0.3 for row in rows)
     np.testing.assert_allclose([row["consistency"] for row in rows], 0.05 / 0.3)
 
 
 def test_rates_at_the_edge_of_the_search_are_listed(done):
-    edges = report._edges(report.read(done))
+    edges = page._edges(report.read(done))
     assert {edge[2] for edge in edges if "prefix" not in edge[0]} == {"largest"}
     assert {edge[2] for edge in edges if "prefix" in edge[0]} == {"smallest"}
 
 
 def test_the_front_is_what_nothing_beats():
     points = [(1, 0.5), (2, 0.4), (3, 0.7), (3, 0.6), (4, 0.7), (0.5, 0.1)]
-    assert report.pareto(points) == [(0.5, 0.1), (1, 0.5), (3, 0.7)]
+    assert figures.pareto(points) == [(0.5, 0.1), (1, 0.5), (3, 0.7)]
 
 
 def test_no_results_is_said(tmp_path):
     with pytest.raises(ValueError, match="has no results.jsonl; run the study first"):
         report.write(tmp_path)
+
+
+OLD = {"settings": "levels", "variants": "arms", "learning_rates": "rates", "setting": "level", "variant": "arm"}
+
+
+def test_a_study_of_version_0_1_is_reported_as_today(done):
+    """Old names, and no code in its results."""
+    report.write(done)
+    made = {path.name: path.read_bytes() for path in (done / "report").iterdir()}
+    about = json.loads((done / "study.json").read_text())
+    about["config"]["variants"] = {
+        name: {OLD.get(key, key): x for key, x in one.items()} for name, one in about["config"]["variants"].items()
+    }
+    about["config"] = {OLD.get(key, key): value for key, value in about["config"].items()}
+    files.write_json(done / "study.json", about)
+    lines = [json.loads(line) for line in (done / "results.jsonl").read_text().splitlines()]
+    old = [{OLD.get(key, key): value for key, value in row.items() if key != "code"} for row in lines]
+    files.write_jsonl(done / "results.jsonl", old)
+    report.write(done)
+    assert {path.name: path.read_bytes() for path in (done / "report").iterdir()} == made
+    old[0]["code"] = "new"
+    files.write_jsonl(done / "results.jsonl", old)
+    with pytest.raises(
+        ValueError, match=f"{old[0]['id']} by new; .* by version 0.1|by version 0.1.* {old[0]['id']} by new"
+    ):
+        report.read(done)
+
+
+def test_the_640_runs_of_version_0_1_give_the_same_table(tmp_path, monkeypatch):
+    """results/scenes_full: every row, and with it every choice of a learning rate. Its predictions are not kept there."""
+    kept = Path(__file__).parents[1] / "results" / "scenes_full"
+    (tmp_path / "results.jsonl").symlink_to(kept / "results.jsonl")
+    config = setup.as_json(scenes_full.get_config())
+    config = {OLD.get(key, key): value for key, value in config.items()}
+    files.write_json(tmp_path / "study.json", {"config": config})
+    monkeypatch.setattr("jaxpeft.study.report.rows._final", lambda row, directory: row["id"])
+    study = report.read(tmp_path)
+    (_, *rows), (_, *expected) = as_csv(study.rows).splitlines(), (kept / "results.csv").read_text().splitlines()
+    assert len(rows) == 640 and rows == expected
+    claims = json.loads((kept / "claims.json").read_text())
+    assert [list(row.values()) for row in consistency(study)] == [list(row.values()) for row in claims["consistency"]]

@@ -7,11 +7,12 @@ import tiny
 from jaxpeft import tasks
 from jaxpeft.data import base, pipeline
 from jaxpeft.data.base import Split
-from jaxpeft.inputs.tokenizer import SPECIAL, Tokenizer
+from jaxpeft.models.blip_tokens import SPECIAL, BlipTokenizer
 from jaxpeft.training import evaluate
 
-TOKENIZER = Tokenizer.from_words("a picture of red blue dog cat is it".split())
+TOKENIZER = BlipTokenizer.from_words("a picture of red blue dog cat is it".split())
 IDS = TOKENIZER.ids
+CAPTION, ANSWER = (tiny.template(name, TOKENIZER) for name in ("captioning", "vqa"))
 PICTURES = [np.full((16, 16, 3), i, np.uint8) for i in range(3)]
 
 
@@ -35,7 +36,7 @@ SPLIT = Split(
 
 
 def test_captioning_examples_by_hand():
-    examples = tasks.build("captioning").examples(SPLIT, TOKENIZER)
+    examples = tasks.build("captioning").examples(SPLIT, CAPTION)
     row = [IDS[w] for w in ("[DEC]", "a", "picture", "of", "a", "red", "dog", "[SEP]")]
     assert examples.arrays["tokens"][0, 0].tolist() == row[:-1]
     assert examples.arrays["targets"][0, 0].tolist() == row[1:]
@@ -49,8 +50,8 @@ def test_captioning_examples_by_hand():
 
 
 def test_vqa_examples_by_hand():
-    examples = tasks.build("vqa").examples(SPLIT, TOKENIZER)
-    assert examples.arrays["question"][0].tolist() == [IDS[w] for w in ("[ENC]", "is", "it", "red", "[UNK]", "[SEP]")]
+    examples = tasks.build("vqa").examples(SPLIT, ANSWER)
+    assert examples.arrays["prompt"][0].tolist() == [IDS[w] for w in ("[ENC]", "is", "it", "red", "[UNK]", "[SEP]")]
     # distinct answers, most frequent first; weight = share of the annotators
     first = [TOKENIZER.decode(row[1:].tolist()) for row in examples.arrays["tokens"][0]]
     assert first == ["red", "blue", "cat dog"]
@@ -64,7 +65,7 @@ def test_vqa_loss_is_weighted_answer_sums_over_questions():
         def apply(variables, batch, rngs=None):
             return np.zeros((*batch["targets"].shape, 20), np.float32)
 
-    examples = tasks.build("vqa").examples(SPLIT, TOKENIZER)
+    examples = tasks.build("vqa").examples(SPLIT, ANSWER)
     total, count = tasks.build("vqa").loss(Uniform, None, examples.arrays, None)
     assert count == 2
     np.testing.assert_allclose(total, (0.5 * 2 + 0.25 * 2 + 0.25 * 3 + 1 * 2) * np.log(20), rtol=1e-6)
@@ -72,7 +73,7 @@ def test_vqa_loss_is_weighted_answer_sums_over_questions():
 
 def test_scores_and_blind_baselines():
     task = tasks.build("vqa")
-    cases = task.eval_examples(SPLIT, TOKENIZER)
+    cases = task.eval_examples(SPLIT, ANSWER)
     assert [row["answers"] for row in cases.rows][1] == ["dog"]
     assert (
         task.score(cases.rows, ["red", "dog"])["accuracy"] > task.score(cases.rows, ["cat", "dog"])["accuracy"] == 0.5
@@ -81,7 +82,7 @@ def test_scores_and_blind_baselines():
     # the majority of four answers, two alike: left out once each, (2 * 1/3 + 2 * 2/3) / 4
     assert blind["question_only"]["by_type"]["t"]["n"] == 2 and blind["question_only"]["accuracy"] == 0.75
     captioning = tasks.build("captioning")
-    caption_cases = captioning.eval_examples(SPLIT, TOKENIZER)
+    caption_cases = captioning.eval_examples(SPLIT, CAPTION)
     assert [row["image_id"] for row in caption_cases.rows] == ["0", "1"]  # a picture without captions is not scored
     assert captioning.score(caption_cases.rows, ["a red dog", "blue cat"])["rouge_l"] > 0.99
 
@@ -89,7 +90,7 @@ def test_scores_and_blind_baselines():
 @pytest.mark.parametrize("name", ["captioning", "vqa"])
 def test_a_split_without_texts_is_named(name):
     with pytest.raises(ValueError, match="split 'train' has no"):
-        tasks.build(name).examples(Split("train", PICTURES[:1], SPLIT.rows[2:]), TOKENIZER)
+        tasks.build(name).examples(Split("train", PICTURES[:1], SPLIT.rows[2:]), tiny.template(name, TOKENIZER))
 
 
 def test_unknown_task_and_option():
@@ -112,10 +113,11 @@ def test_padding_of_the_last_batch_never_changes_a_score():
     """Five cases in batches of 2, 3, 5 and 8: the same answers and the same likelihood."""
     model, variables = tiny.model(), {"params": tiny.params()}
     task, split = tasks.build("vqa"), _scenario(5)
+    template = task.template(model)
     pictures = pipeline.Resized(split.images, 16)
     cases, examples = (
         base.Examples(e.arrays, pictures, e.rows)
-        for e in (task.eval_examples(split, tiny.TOKENIZER), task.examples(split, tiny.TOKENIZER))
+        for e in (task.eval_examples(split, template), task.examples(split, template))
     )
     found = []
     for size in (2, 5, 8):
@@ -152,38 +154,39 @@ def _answers(*answers):
     return Split("test", [np.zeros((4, 4, 3), np.uint8)] * len(rows), rows)
 
 
-WORDS = Tokenizer.from_words("red t shirt - 3 . 5 cafe a picture of".split())
+WORDS = BlipTokenizer.from_words("red t shirt - 3 . 5 cafe a picture of".split())
+WRITES = tiny.template("vqa", WORDS)
 
 
 @pytest.mark.parametrize("truth", ["red", "Red", "RED ", "t-shirt", "T - Shirt", "3.5", "caf\u00e9", "Cafe\u0301"])
 def test_a_right_answer_scores_one_however_it_is_written(truth):
     task, split = tasks.build("vqa"), _answers(truth)
-    rows, written = task.eval_examples(split, WORDS).rows, task.writable(truth, WORDS)
+    rows, written = task.eval_examples(split, WRITES).rows, task.writable(truth, WRITES)
     assert task.score(rows, [written])["accuracy"] == task.score(rows, [truth])["accuracy"] == 1
-    assert task.reachable(truth, WORDS) and task.candidates(split, WORDS) is None
+    assert task.reachable(truth, WRITES) and task.candidates(split, WRITES) is None
     ranked = tasks.build("vqa", inference="rank")
-    assert task.score(rows, ranked.candidates(split, WORDS))["accuracy"] == 1  # both ways agree
+    assert task.score(rows, ranked.candidates(split, WRITES))["accuracy"] == 1  # both ways agree
 
 
 def test_what_the_vocabulary_lacks_is_out_of_reach_and_counted():
     task, split = tasks.build("vqa"), _answers("zebra", "yak", "red", ["red", "zebra", "zebra"])
-    rows = task.eval_examples(split, WORDS).rows
-    assert task.writable("zebra", WORDS) == task.writable("yak", WORDS) == ""
-    assert [task.per_example(rows, [""] * 4).tolist(), task.reachable("yak", WORDS)] == [[0, 0, 0, 0], False]
-    found = task.perfect_writer(rows, WORDS)
+    rows = task.eval_examples(split, WRITES).rows
+    assert task.writable("zebra", WRITES) == task.writable("yak", WRITES) == ""
+    assert [task.per_example(rows, [""] * 4).tolist(), task.reachable("yak", WRITES)] == [[0, 0, 0, 0], False]
+    found = task.perfect_writer(rows, WRITES)
     assert (found["truths"], found["out_of_reach"]) == (5, 3)
     assert found["accuracy"] == (1 + 1 / 3) / 4 and found["unhindered"] == (3 + 2 / 3) / 4
     assert found["examples"][0] == ["zebra", ""]
     # of answers that are one to the model none is on the list
-    assert tasks.build("vqa", inference="rank").candidates(split, WORDS) == ["red"]
+    assert tasks.build("vqa", inference="rank").candidates(split, WRITES) == ["red"]
     with pytest.raises(ValueError, match="none of 2 answers, such as 'yak'"):
-        tasks.build("vqa", inference="rank").candidates(_answers("zebra", "yak"), WORDS)
+        tasks.build("vqa", inference="rank").candidates(_answers("zebra", "yak"), WRITES)
 
 
 def test_answers_of_one_form_are_one_to_blind_guesses_and_lists():
     task, split = tasks.build("vqa", inference="rank"), _answers("Red", "red", "RED", "cafe")
-    assert task.candidates(split, WORDS) == ["red", "cafe"]
-    assert task.blind(split, task.eval_examples(split, WORDS).rows)["majority"]["accuracy"] == 0.75
+    assert task.candidates(split, WRITES) == ["red", "cafe"]
+    assert task.blind(split, task.eval_examples(split, WRITES).rows)["majority"]["accuracy"] == 0.75
 
 
 OWN = [
@@ -197,14 +200,16 @@ OWN = [
 def test_a_perfect_writer_reaches_the_ceiling_where_the_vocabulary_has_every_word():
     rows = [{"image_id": str(i), "captions": [text], "questions": []} for i, text in enumerate(OWN)]
     split, task = Split("test", [None] * 4, rows), tasks.build("captioning")
-    tokenizer, _ = WORDS.extended(word for text in task.texts(split) for word in WORDS.unknown_words(text))
-    cases = task.eval_examples(split, tokenizer)
-    found = task.perfect_writer(cases.rows, tokenizer)
+    plain = tiny.template("captioning", WORDS)
+    tokenizer, _ = WORDS.extended(word for text in task.texts(split, plain) for word in WORDS.unknown_words(text))
+    rich = tiny.template("captioning", tokenizer)
+    cases = task.eval_examples(split, rich)
+    found = task.perfect_writer(cases.rows, rich)
     assert (found["truths"], found["out_of_reach"]) == (4, 0) and found["cider_d"] == pytest.approx(10)
-    poor = task.perfect_writer(cases.rows, WORDS)
+    poor = task.perfect_writer(cases.rows, plain)
     assert poor["out_of_reach"] == 4 and poor["cider_d"] < 5 < poor["unhindered"] == pytest.approx(10)
     published = tasks.build("captioning", variant="coco")  # what it was before, and is for COCO
-    assert published.perfect_writer(published.eval_examples(split, tokenizer).rows, tokenizer)["cider_d"] < 9
+    assert published.perfect_writer(published.eval_examples(split, rich).rows, rich)["cider_d"] < 9
 
 
 # ---------------------------------------------------------------- limits
@@ -212,43 +217,48 @@ def test_a_perfect_writer_reaches_the_ceiling_where_the_vocabulary_has_every_wor
 
 def test_limits_are_the_longest_texts_up_to_the_positions():
     captioning, vqa = tasks.build("captioning"), tasks.build("vqa")
-    lengths = captioning.lengths(SPLIT, TOKENIZER)
+    lengths = captioning.lengths(SPLIT, CAPTION)
     assert lengths["max_tokens"].tolist() == [8, 6, 7]  # [DEC] a picture of ... [SEP]
-    assert (
-        captioning.limited([lengths], 16, TOKENIZER).length == 8
-        and captioning.limited([lengths], 6, TOKENIZER).length == 6
-    )
-    assert captioning.limited([], 100, TOKENIZER).length == 40  # nothing to measure
-    asked = vqa.limited([vqa.lengths(SPLIT, TOKENIZER)], 64, TOKENIZER)
-    assert (asked.max_question, asked.length) == (6, 4)
-    cut = captioning.limited([lengths], 6, TOKENIZER).cuts(lengths)
+    assert lengths["max_new_tokens"].tolist() == [4, 2, 3]  # the four tokens of the start are given
+
+    def limits(lengths, positions):
+        limited = captioning.limited(lengths, positions, CAPTION)
+        return limited.max_tokens, limited.max_new_tokens
+
+    assert limits([lengths], 16) == (8, 4) and limits([lengths], 6) == (6, 2)
+    assert limits([], 100) == (40, 36)  # nothing to measure
+    asked = vqa.limited([vqa.lengths(SPLIT, ANSWER)], 64, ANSWER)
+    assert (asked.max_question, asked.max_new_tokens) == (6, 3)
+    cut = captioning.limited([lengths], 6, CAPTION).cuts(lengths)
     assert cut["max_tokens"] == {"limit": 6, "longest": 8, "cut": 2, "of": 3} and cut["max_words"]["cut"] == 0
     words = tasks.build("captioning", max_words=2)
-    assert words.cuts(words.lengths(SPLIT, TOKENIZER))["max_words"] == {"limit": 2, "longest": 3, "cut": 1, "of": 3}
+    assert words.cuts(words.lengths(SPLIT, CAPTION))["max_words"] == {"limit": 2, "longest": 3, "cut": 1, "of": 3}
     for task, field, value, allowed in (
-        ("vqa", "length", 70, "2 to 64"), ("vqa", "length", 1, "2 to 64"), ("vqa", "max_question", 2, "3 to 64"),
-        ("captioning", "max_tokens", -1, "5 to 64"), ("captioning", "length", 4, "5 to 64"),
+        ("vqa", "max_new_tokens", 69, "1 to 63"), ("vqa", "max_new_tokens", 64, "1 to 63"),
+        ("vqa", "max_new_tokens", -1, "1 to 63"), ("vqa", "max_question", 2, "3 to 64"),
+        ("captioning", "max_tokens", -1, "5 to 64"), ("captioning", "max_tokens", 4, "5 to 64"),
+        ("captioning", "max_new_tokens", -1, "1 to 60"), ("captioning", "max_new_tokens", 61, "1 to 60"),
     ):  # fmt: skip
         with pytest.raises(
             ValueError, match=f"task_options.{field} is {value}; with this base and prompt it must be {allowed}"
         ):
-            tasks.build(task, **{field: value}).limited([], 64, TOKENIZER)
+            tasks.build(task, **{field: value}).limited([], 64, tiny.template(task, TOKENIZER))
 
 
 def test_a_cut_text_does_not_end_with_the_end_token():
-    examples = tasks.build("captioning", max_tokens=6).examples(SPLIT, TOKENIZER)
+    examples = tasks.build("captioning", max_tokens=6).examples(SPLIT, CAPTION)
     targets, weights = examples.arrays["targets"][:, 0], examples.arrays["weights"][:, 0]
     assert targets[0].tolist() == [IDS[w] for w in ("a", "picture", "of", "a", "red")]  # 'dog' is cut off
     assert targets[1].tolist() == [IDS[w] for w in ("a", "picture", "of", "dog", "[SEP]")]
     assert weights[0].tolist() == [0, 0, 0, 1, 1]
-    answers = tasks.build("vqa", length=3).examples(SPLIT, TOKENIZER).arrays
+    answers = tasks.build("vqa", max_new_tokens=2).examples(SPLIT, ANSWER).arrays
     assert answers["targets"][0].tolist() == [
         [IDS["red"], IDS["[SEP]"]],
         [IDS["blue"], IDS["[SEP]"]],
         [IDS["cat"], IDS["dog"]],
     ]
     # the question encoder's frame stays whole
-    cut = tasks.build("vqa", max_question=4).eval_examples(SPLIT, TOKENIZER).arrays["question"]
+    cut = tasks.build("vqa", max_question=4).eval_examples(SPLIT, ANSWER).arrays["prompt"]
     assert cut[0].tolist() == [IDS[w] for w in ("[ENC]", "is", "it", "[SEP]")]
 
 
@@ -256,15 +266,15 @@ def test_a_cut_text_does_not_end_with_the_end_token():
 def test_published_scores_have_the_ceiling_of_how_answers_are_made(inference, accuracy):
     """The official scorer compares unanimous answers as they are: "t - shirt" is wrong, and a ranked list has "t-shirt"."""
     task = tasks.build("vqa", variant="official2021", inference=inference)
-    rows = task.eval_examples(_answers(["t-shirt"] * 10, ["red"] * 10), WORDS).rows
-    found = task.perfect_writer(rows, WORDS)
+    rows = task.eval_examples(_answers(["t-shirt"] * 10, ["red"] * 10), WRITES).rows
+    found = task.perfect_writer(rows, WRITES)
     assert (found["accuracy"], found["unhindered"]) == (accuracy, 1.0)
 
 
 def test_the_ceiling_counts_what_the_limit_cuts():
-    task = tasks.build("vqa", length=3)
-    rows = task.eval_examples(_answers("red t shirt", "red"), WORDS).rows
-    found = task.perfect_writer(rows, WORDS)
+    task = tasks.build("vqa", max_new_tokens=2)
+    rows = task.eval_examples(_answers("red t shirt", "red"), WRITES).rows
+    found = task.perfect_writer(rows, WRITES)
     assert found["out_of_reach"] == 1 and found["accuracy"] == 0.5 and found["examples"] == [["red t shirt", "red t"]]
 
 
@@ -274,19 +284,19 @@ def test_ids_that_repeat_in_a_split_are_named(name, key):
         row | {"image_id": "0", "questions": [_q("q0", "it", ["dog"])], "captions": ["dog"]} for row in SPLIT.rows[:2]
     ]
     task = tasks.build(name)
-    cases = task.eval_examples(Split("val", PICTURES[:2], rows), TOKENIZER)
+    cases = task.eval_examples(Split("val", PICTURES[:2], rows), tiny.template(name, TOKENIZER))
     with pytest.raises(ValueError, match=f"split 'val': {key} 'q?0' occurs twice"):
         tasks.check_ids(cases, task.id_key, "val")
 
 
 def test_a_question_is_read_to_its_end_or_refused():
     model, variables = tiny.model(), {"params": tiny.params()}
-    task = tasks.build("vqa", max_question=4, length=4)
+    task = tasks.build("vqa", max_question=4, max_new_tokens=3)
     picture = [np.zeros((16, 16, 3), np.uint8)]
     long = " ".join(f"w{i}" for i in range(12))
     cut, whole = (
         evaluate.generate(model, variables, picture, long, task=one, top=3)
-        for one in (task, tasks.build("vqa", length=4))
+        for one in (task, tasks.build("vqa", max_new_tokens=3))
     )
     assert cut == whole  # what it was tuned with does not matter
     with pytest.raises(ValueError, match="a question of 22 tokens is longer than the 16 that the model reads"):

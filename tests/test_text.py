@@ -9,6 +9,7 @@ import pathlib
 import pytest
 
 from jaxpeft.inputs import tokenizer
+from jaxpeft.models.blip_tokens import SPECIAL, BlipTokenizer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "text.json").read_text())
@@ -29,7 +30,7 @@ def bert(tmp_path_factory):
     """A tokenizer read from the small BERT vocabulary, without [DEC] and [ENC], as a HF directory."""
     folder = tmp_path_factory.mktemp("bert")
     (folder / "vocab.txt").write_text("\n".join(EXPECTED["vocabulary"]) + "\n", encoding="utf-8")
-    return tokenizer.Tokenizer.from_file(folder)
+    return BlipTokenizer.from_file(folder)
 
 
 def test_from_file_appends_dec_then_enc_and_finds_special_ids(bert, tmp_path):
@@ -40,7 +41,7 @@ def test_from_file_appends_dec_then_enc_and_finds_special_ids(bert, tmp_path):
     ]  # fmt: skip
     again = tmp_path / "again.txt"
     again.write_text("\n".join(bert.vocabulary), encoding="utf-8")
-    assert tokenizer.Tokenizer.from_file(str(again)) == bert  # a file; the tokens are there already; no last newline
+    assert BlipTokenizer.from_file(str(again)) == bert  # a file; the tokens are there already; no last newline
 
 
 def test_from_file_reads_tokenizer_json_and_refuses_what_it_cannot_do(bert, tmp_path):
@@ -48,16 +49,16 @@ def test_from_file_reads_tokenizer_json_and_refuses_what_it_cannot_do(bert, tmp_
     spec = {"model": model, "added_tokens": [{"id": 1111, "content": "[DEC]"}, {"id": 0, "content": "[PAD]"}]}
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(spec))
-    assert tokenizer.Tokenizer.from_file(tmp_path) == bert
+    assert BlipTokenizer.from_file(tmp_path) == bert
     path.write_text(json.dumps({"model": model, "added_tokens": [{"id": 5000, "content": "[DEC]"}]}))
     with pytest.raises(ValueError, match="are not 0 to 1111"):
-        tokenizer.Tokenizer.from_file(tmp_path)
+        BlipTokenizer.from_file(tmp_path)
     path.write_text(json.dumps({"model": {"type": "BPE", "vocab": {}}}))
     with pytest.raises(ValueError, match="BPE"):
-        tokenizer.Tokenizer.from_file(tmp_path)
+        BlipTokenizer.from_file(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     with pytest.raises(ValueError, match="do_lower_case=false"):
-        tokenizer.Tokenizer.from_file(tmp_path)
+        BlipTokenizer.from_file(tmp_path)
 
 
 @pytest.mark.parametrize("index", range(len(make.TEXTS)))
@@ -77,7 +78,7 @@ def test_full_vocabulary_equals_transformers():
     transformers = pytest.importorskip("transformers", reason="live comparison with BertTokenizer")
     folder = pathlib.Path(package.__path__[0]) / "model"
     assert hashlib.sha256((folder / "vocab.txt").read_bytes()).hexdigest() == make.SHA256
-    ours = tokenizer.Tokenizer.from_file(folder / "vocab.txt")
+    ours = BlipTokenizer.from_file(folder / "vocab.txt")
     assert (len(ours), ours.bos_id, ours.enc_id, ours.cls_id, ours.sep_id) == (30524, 30522, 30523, 101, 102)
     assert ours.encode("a picture of") == [101, 1037, 3861, 1997, 102]
     theirs = transformers.BertTokenizer(str(folder / "vocab.txt"))
@@ -115,14 +116,14 @@ def test_decode_stops_at_sep_or_pad_and_drops_special_tokens(bert):
 
 
 def test_text_never_becomes_a_special_token(bert):
-    special = {bert.ids[token] for token in tokenizer.SPECIAL} - {bert.unk_id}
+    special = {bert.ids[token] for token in SPECIAL} - {bert.unk_id}
     assert not special & set(bert.encode("[SEP] a [PAD] dog [DEC] [ENC] [CLS] [MASK]")[1:-1])
 
 
 def test_word_level_vocabulary_round_trips():
     words = "red green cube left of ? the is".split()
-    found = tokenizer.Tokenizer.from_words([*words, "red"])
-    assert found.vocabulary == (*tokenizer.SPECIAL, *sorted(words))
+    found = BlipTokenizer.from_words([*words, "red"])
+    assert found.vocabulary == (*SPECIAL, *sorted(words))
     assert (found.pad_id, found.bos_id, found.enc_id) == (0, 5, 6)
     question = "is the red cube left of the green cube?"
     assert found.decode(found.encode(question)) == question
@@ -133,7 +134,7 @@ def test_word_level_vocabulary_round_trips():
 
 
 def test_extended_appends_new_whole_words_only():
-    base = tokenizer.Tokenizer.from_words(["red", "cube"])
+    base = BlipTokenizer.from_words(["red", "cube"])
     bigger, new = base.extended(["teal", "red", "disc", "teal"])
     assert new == ("teal", "disc")
     assert bigger.vocabulary == base.vocabulary + new
@@ -148,8 +149,8 @@ def test_a_word_is_whole_even_if_pieces_could_spell_it(bert):
 
 
 def test_tokenizers_are_values():
-    one, same = (tokenizer.Tokenizer.from_words(words) for words in (["b", "a"], ["a", "b"]))
-    other = tokenizer.Tokenizer.from_words(["a", "c"])
+    one, same = (BlipTokenizer.from_words(words) for words in (["b", "a"], ["a", "b"]))
+    other = BlipTokenizer.from_words(["a", "c"])
     assert one == same and hash(one) == hash(same) and one.digest() == same.digest()
     assert one != other and one.digest() != other.digest()
     assert len(one.digest()) == 64
@@ -160,16 +161,16 @@ def test_tokenizers_are_values():
 @pytest.mark.parametrize("word", ("t-shirt", "Red", "two words", "", "caf\u00e9", "##ing", "[SEP]"))
 def test_words_that_no_text_gives_are_refused(word):
     with pytest.raises(ValueError, match="can never be a token"):
-        tokenizer.Tokenizer.from_words(["red", word])
+        BlipTokenizer.from_words(["red", word])
     with pytest.raises(ValueError, match="can never be a token"):
-        tokenizer.Tokenizer.from_words(["red"]).extended([word])
+        BlipTokenizer.from_words(["red"]).extended([word])
 
 
 def test_bad_vocabularies_are_named():
     with pytest.raises(ValueError, match="'red' occurs twice"):
-        tokenizer.Tokenizer((*tokenizer.SPECIAL, "red", "blue", "red"))
+        BlipTokenizer((*SPECIAL, "red", "blue", "red"))
     with pytest.raises(ValueError, match=r"lacks \[MASK\], \[DEC\]"):
-        tokenizer.Tokenizer(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[ENC]", "red"))
+        BlipTokenizer(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[ENC]", "red"))
 
 
 # ---------------------------------------------------------------- all files of a directory
@@ -199,12 +200,12 @@ ADDED = {
 
 
 def test_added_words_are_read_beside_vocab_txt(tmp_path):
-    both = tokenizer.Tokenizer.from_file(directory(tmp_path / "both", **ADDED))
+    both = BlipTokenizer.from_file(directory(tmp_path / "both", **ADDED))
     assert both.vocabulary[10:] == ("[DEC]", "[ENC]", "zebra", "yak") and (both.bos_id, both.enc_id) == (10, 11)
     assert both.pieces("a ZEBRA") == [5, 12] and both.pieces("zebras") == [12, both.unk_id]
     assert both.pieces("yaks") == [both.unk_id] and both.pieces("yak") == [13]
     assert both.decode([5, 12, 13]) == "a zebra yak" and both.covers("a zebra")
-    simple = tokenizer.Tokenizer.from_file(directory(tmp_path / "simple", added_tokens=ADDED["added_tokens"]))
+    simple = BlipTokenizer.from_file(directory(tmp_path / "simple", added_tokens=ADDED["added_tokens"]))
     assert simple.pieces("zebra") == [12] and len(simple) == 13
     assert both.unknown_words("a Zebra ate yaks") == ["ate", "yaks"]
     more, new = both.extended(["gnu", "zebra"])
@@ -213,23 +214,21 @@ def test_added_words_are_read_beside_vocab_txt(tmp_path):
 
 def test_what_is_written_reads_back_equal(tmp_path):
     for name, files in (("plain", {}), ("added", ADDED), ("accents", {"tokenizer_config": {"strip_accents": False}})):
-        before = tokenizer.Tokenizer.from_file(directory(tmp_path / name, **files))
+        before = BlipTokenizer.from_file(directory(tmp_path / name, **files))
         out = tmp_path / f"{name}-out"
         out.mkdir()
         for file, content in before.files().items():
             (out / file).write_text(content, encoding="utf-8")
-        after = tokenizer.Tokenizer.from_file(out)
+        after = BlipTokenizer.from_file(out)
         assert after == before and hash(after) == hash(before) and after.digest() == before.digest(), name
         assert after.pieces("a zebra caf\u00e9") == before.pieces("a zebra caf\u00e9")
 
 
 def test_accents_are_kept_where_the_file_says_so(tmp_path):
-    usual = tokenizer.Tokenizer.from_file(directory(tmp_path / "usual", tokenizer_config={"strip_accents": None}))
-    kept = tokenizer.Tokenizer.from_file(directory(tmp_path / "kept", tokenizer_config={"strip_accents": False}))
+    usual = BlipTokenizer.from_file(directory(tmp_path / "usual", tokenizer_config={"strip_accents": None}))
+    kept = BlipTokenizer.from_file(directory(tmp_path / "kept", tokenizer_config={"strip_accents": False}))
     assert (usual.pieces("Caf\u00e9"), kept.pieces("Caf\u00e9")) == ([8], [9]) and usual != kept
-    chinese = tokenizer.Tokenizer.from_file(
-        directory(tmp_path / "c", tokenizer_config={"tokenize_chinese_chars": False})
-    )
+    chinese = BlipTokenizer.from_file(directory(tmp_path / "c", tokenizer_config={"tokenize_chinese_chars": False}))
     assert chinese.words("\u4e00\u53ea") == ["\u4e00\u53ea"] and usual.words("\u4e00\u53ea") == ["\u4e00", "\u53ea"]
 
 
@@ -255,10 +254,10 @@ def test_accents_are_kept_where_the_file_says_so(tmp_path):
 )  # fmt: skip
 def test_files_that_contradict_each_other_or_bert_are_refused(tmp_path, files, message):
     if message is None:  # JSON keys are texts, values may be: both are numbers
-        assert tokenizer.Tokenizer.from_file(directory(tmp_path / "x", **files)).pieces("zebra") == [10]
+        assert BlipTokenizer.from_file(directory(tmp_path / "x", **files)).pieces("zebra") == [10]
         return
     with pytest.raises(ValueError, match=message):
-        tokenizer.Tokenizer.from_file(directory(tmp_path / "x", **files))
+        BlipTokenizer.from_file(directory(tmp_path / "x", **files))
 
 
 def test_a_panic_of_the_library_is_a_value_error():
@@ -277,13 +276,13 @@ def test_a_panic_of_the_library_is_a_value_error():
     with pytest.raises(KeyboardInterrupt), tokenizer._library_errors("mine"):
         raise KeyboardInterrupt
     with pytest.raises(ValueError, match="cannot be tokenised"):
-        tokenizer.Tokenizer.from_words(["a"]).encode("lone \ud83d surrogate")
+        BlipTokenizer.from_words(["a"]).encode("lone \ud83d surrogate")
 
 
 def test_a_tokenizer_is_pickled_as_a_value(tmp_path):
     import pickle
 
-    before = tokenizer.Tokenizer.from_file(directory(tmp_path / "x", **ADDED))
+    before = BlipTokenizer.from_file(directory(tmp_path / "x", **ADDED))
     after = pickle.loads(pickle.dumps(before))
     assert after == before and after.pieces("zebra [SEP]") == before.pieces("zebra [SEP]")
 
@@ -296,7 +295,7 @@ def test_live_added_words_equal_transformers(tmp_path):
     theirs.add_tokens(["[ENC]"], special_tokens=True)
     theirs.add_tokens(["zebra", "Gr\u00f6\u00dfe", transformers.AddedToken("yak", single_word=True)])
     theirs.save_pretrained(tmp_path / "out")
-    ours = tokenizer.Tokenizer.from_file(tmp_path / "out")
+    ours = BlipTokenizer.from_file(tmp_path / "out")
     for source in (
         "a ZEBRA and zebras",
         "gr\u00f6\u00dfe GR\u00d6SSE Gr\u00f6\u00dfe",

@@ -127,3 +127,15 @@ def test_the_top_must_be_a_dictionary(tmp_path):
         archive.writestr("data.pkl", pickle.dumps([1, 2], protocol=2))
     with pytest.raises(ValueError, match="holds a list"):
         load_pickle(path)
+
+
+def test_a_changed_byte_of_a_tensor_is_found(tmp_path):
+    """The archive has a checksum of every record; a mapped file is checked against it too."""
+    data = bytearray(FILE.read_bytes())
+    with zipfile.ZipFile(FILE) as archive:
+        info = next(one for one in archive.infolist() if one.filename.endswith("data/0"))
+    data[info.header_offset + 30 + len(info.filename) + 70 + info.file_size // 2] ^= 1
+    path = tmp_path / "changed.pth"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"changed\.pth: (damaged torch file: record|the pickle|damaged)"):
+        load_pickle(path)

@@ -20,10 +20,10 @@ from tiny import config_of
 from jaxpeft import config, tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline, scenes
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import loading
+from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime import files, signals
-from jaxpeft.training import evaluate, frozen_cache, loop, optim, results, run, sharding
+from jaxpeft.training import evaluate, finished, frozen_cache, loop, optim, results, run, setup, sharding
 from jaxpeft.training.checkpoint import Checkpoints
 
 TASK = tasks.build("vqa")
@@ -205,17 +205,17 @@ def test_a_run_that_stops_at_a_plateau_says_so(base, tmp_path):
 
 
 def test_another_config_in_the_same_workdir_is_refused(base, tmp_path):
-    files.write_json(tmp_path / "config.json", run.as_json(config_of(base)))
-    run.check_workdir(config_of(base), tmp_path)
+    files.write_json(tmp_path / "config.json", setup.as_json(config_of(base)))
+    finished.check_workdir(config_of(base), tmp_path)
     with pytest.raises(ValueError, match=r"another config.*optim/lr: 0.003 -> 0.1"):
-        run.check_workdir(config_of(base, **{"optim.lr": 0.1}), tmp_path)
+        finished.check_workdir(config_of(base, **{"optim.lr": 0.1}), tmp_path)
 
 
 def test_a_mistake_leaves_nothing_that_blocks_the_corrected_rerun(base, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint at"):
         run.run(config_of("nowhere"), tmp_path, quiet)
     assert not list(tmp_path.iterdir())  # its lock too is gone
-    run.check_workdir(config_of(base), tmp_path)
+    finished.check_workdir(config_of(base), tmp_path)
 
 
 def test_cached_features_equal_encoding_every_step(base, tmp_path):
@@ -259,7 +259,7 @@ def test_question_states_once_per_question_equal_encoding_every_step(base, tmp_p
 
 def test_question_states_are_taken_from_the_batch(base):
     """A sharp check of what the test above compares: other states give another loss."""
-    model, params, _ = loading.read(str(base), question_encoder=True)
+    model, params, _ = loading.read(str(base), task="vqa")
     split = scenes.load({"n_test": 3}, ["test"])["test"]
     examples = dataclasses.replace(TASK.examples(split, model.tokenizer), images=pipeline.Resized(split.images, 64))
     v, tables = {"params": params}, evaluate.image_features(model, {"params": params}, examples.images)
@@ -270,7 +270,7 @@ def test_question_states_are_taken_from_the_batch(base):
 
 
 def test_the_same_questions_about_other_pictures_are_other_states(base, tmp_path):
-    model, params, _ = loading.read(str(base), question_encoder=True)
+    model, params, _ = loading.read(str(base), task="vqa")
     split = scenes.load({"n_test": 3}, ["test"])["test"]
     v, pictures = {"params": params}, pipeline.Resized(split.images, 64)
     tables, here = evaluate.image_features(model, v, pictures), TASK.examples(split, model.tokenizer)
@@ -282,7 +282,7 @@ def test_the_same_questions_about_other_pictures_are_other_states(base, tmp_path
 
 
 def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(base, tmp_path):
-    model, params, _ = loading.read(str(base), question_encoder=True)
+    model, params, _ = loading.read(str(base), task="vqa")
     said, directory = [], tmp_path / "f"
 
     def table(n, limit=1 << 30):
@@ -303,7 +303,7 @@ def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(base, t
 
 
 def test_features_of_other_weights_or_pictures_have_other_names(base):
-    model, params, _ = loading.read(str(base), question_encoder=True)
+    model, params, _ = loading.read(str(base), task="vqa")
     split = scenes.load({"n_test": 3}, ["test"])["test"]
     moved = params | {"vision": jax.tree.map(lambda x: x + 1, params["vision"])}
     other = scenes.load({"n_test": 3, "seed": 1}, ["test"])["test"]
@@ -317,7 +317,7 @@ def test_features_of_other_weights_or_pictures_have_other_names(base):
         for p, q in ((params, asked), (text, asked), (params, asked + 1))
     ]
     assert len(set(names)) == 6
-    captions, _, _ = loading.read(str(base), question_encoder=False)
+    captions, _, _ = loading.read(str(base), task="captioning")
     assert frozen_cache.name_of(captions, {"params": params}, split) == names[0]  # the text side does not matter
     assert frozen_cache.name_of(model, {"params": params}, split) == names[0]
 
@@ -459,7 +459,7 @@ def test_runs_that_differ_in_rate_steps_or_seed_share_one_program():
 )
 def test_features_are_cached_only_where_that_is_right(base, method, augment, size, reason):
     c = config_of(base, method=method, **{"data.augment": augment, "data.feature_bytes": size})
-    model, params, chosen, _ = run.setup_model(c, TASK, scenes.load(c.data, ["train"])["train"], quiet)
+    model, params, chosen, _ = setup.setup_model(c, TASK, scenes.load(c.data, ["train"])["train"], quiet)
     mask = sites.trainable(sites.attach(model, params, chosen, jax.random.key(0)))
     allowed, why = run.can_cache(c, mask, model, 100)
     assert allowed == reason.startswith("no tuned") and re.search(reason, why)
@@ -477,7 +477,7 @@ def test_features_are_cached_only_where_that_is_right(base, method, augment, siz
 def test_question_states_are_cached_only_where_that_is_right(base, method, images_cached, size, reason):
     c = config_of(base, method=method, **{"data.feature_bytes": size})
     split = scenes.load(c.data, ["train"])["train"]
-    model, params, chosen, _ = run.setup_model(c, TASK, split, quiet)
+    model, params, chosen, _ = setup.setup_model(c, TASK, split, quiet)
     mask = sites.trainable(sites.attach(model, params, chosen, jax.random.key(0)))
     allowed, why = run.can_cache_questions(c, mask, model, TASK.examples(split, model.tokenizer), images_cached)
     assert allowed == reason.startswith("no tuned") and re.search(reason, why)
@@ -488,7 +488,7 @@ def test_unknown_words_extend_the_vocabulary_and_are_tuned(base, tmp_path):
     split = scenes.load(c.data, ["train"])["train"]
     split.rows[0] = copy.deepcopy(split.rows[0])  # rows are shared by all who load them
     split.rows[0]["questions"][0]["question"] = "is there a zebra"
-    model, params, chosen, facts = run.setup_model(c, TASK, split, quiet)
+    model, params, chosen, facts = setup.setup_model(c, TASK, split, quiet)
     assert facts["new_words"] == ["zebra"] and model.tokenizer.vocabulary[-1] == "zebra"
     known = params["text_decoder"]["embed"]["word"]
     assert known.shape[0] + 1 == model.config.vocab_size == len(model.tokenizer) and model.config.new_words == 1
@@ -500,7 +500,7 @@ def test_unknown_words_extend_the_vocabulary_and_are_tuned(base, tmp_path):
     c.model.extend_vocabulary = False
     assert facts["unknown_words"] == 0  # none is left after the extension
     said = []
-    facts = run.setup_model(c, TASK, split, said.append)[3]
+    facts = setup.setup_model(c, TASK, split, said.append)[3]
     assert (facts["new_words"], facts["unknown_words"]) == ([], 1)
     assert "warning: 1 different words of the training texts (1 in all) are unknown to the base" in said[-1]
 
@@ -565,7 +565,7 @@ def test_subsets_are_nested_and_batches_are_a_function_of_seed_and_step():
     assert ids[1][:5] == ids[0] and len(set(ids[1])) == 20
     other = [row["image_id"] for row in pipeline.subset(split, seed=4, n_images=5)[0].rows]
     assert other != ids[0]
-    examples = TASK.examples(split, Tokenizer.from_words(scenes.WORDS))
+    examples = TASK.examples(split, BlipTokenizer.from_words(scenes.WORDS))
     stream = pipeline.batches(examples, 7, seed=1)
     first = [next(stream) for _ in range(40)]  # 280 > 240 examples: into the second epoch
     again = next(pipeline.batches(examples, 7, seed=1, start=38))

@@ -1,5 +1,6 @@
 """What a run leaves for use: the tuned model again, texts from the command line, a plain BLIP for transformers."""
 
+import dataclasses
 import importlib.metadata
 import json
 import shutil
@@ -20,13 +21,13 @@ from safetensors.numpy import load_file
 from tiny import config_of
 
 import jaxpeft as jp
-from jaxpeft import tree
+from jaxpeft import tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.apps import demo, export, generate
 from jaxpeft.data import scenes
 from jaxpeft.inputs import images
 from jaxpeft.methods import Head
-from jaxpeft.models import blip_convert, loading
+from jaxpeft.models import blip_convert, decode, loading
 from jaxpeft.training import evaluate
 from jaxpeft.training import run as run_module
 
@@ -193,7 +194,7 @@ def tuned(task, method):
 @pytest.mark.parametrize("task", ["captioning", "vqa"])
 def test_a_merged_directory_reads_back_exactly(tmp_path, task):
     model, variables = tuned(task, (jp.LoRA(rank=2), Head()))
-    jp.export_blip(model, variables, tmp_path / "out", card="# a model\n")
+    jp.export_hf(model, variables, tmp_path / "out", card="# a model\n")
     again, params = loading.load(tmp_path / "out")
     assert again.config == model.config and again.tokenizer == model.tokenizer
     expected = tree.flatten(jp.merge(model, variables))
@@ -204,7 +205,7 @@ def test_a_merged_directory_reads_back_exactly(tmp_path, task):
     assert (tmp_path / "out" / "README.md").read_text() == "# a model\n"
     (tmp_path / "out" / "mine.txt").write_text("keep me")
     with pytest.raises(ValueError, match="holds other files"):
-        jp.export_blip(model, variables, tmp_path / "out")
+        jp.export_hf(model, variables, tmp_path / "out")
 
 
 def test_a_run_is_exported_with_a_card_that_says_what_it_is(run, tmp_path, capsys):
@@ -248,7 +249,7 @@ def test_an_adapter_is_exported_with_its_card(base, tmp_path, capsys):
 )
 def test_what_is_not_exact_is_refused_before_anything_is_written(tmp_path, method, reason):
     with pytest.raises(ValueError, match=reason):
-        jp.export_blip(*tuned("captioning", method), tmp_path / "out")
+        jp.export_hf(*tuned("captioning", method), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -257,7 +258,7 @@ def test_live_transformers_loads_it_and_computes_the_same(tmp_path, task):
     torch = pytest.importorskip("torch", reason="compares with the installed transformers: pip install -e .[golden]")
     transformers = pytest.importorskip("transformers", reason="as above")
     model, variables = tuned(task, (jp.LoRA(rank=2), Head()))
-    jp.export_blip(model, variables, tmp_path)
+    jp.export_hf(model, variables, tmp_path)
     asks = task == "vqa"
     kind = transformers.BlipForQuestionAnswering if asks else transformers.BlipForConditionalGeneration
     there, info = kind.from_pretrained(tmp_path, output_loading_info=True)
@@ -275,7 +276,7 @@ def test_live_transformers_loads_it_and_computes_the_same(tmp_path, task):
     batch = {"image": image_BYXC, "tokens": tokens_BT[:, None]}
     question_BT = rng.integers(7, 20, (3, 4)).astype(np.int32)
     if asks:
-        batch["question"] = question_BT
+        batch["prompt"] = question_BT
     here = np.asarray(model.apply(variables, batch))[:, 0]
     with torch.no_grad():
         states = there.vision_model(pixels)[0]
@@ -284,12 +285,13 @@ def test_live_transformers_loads_it_and_computes_the_same(tmp_path, task):
         logits = there.text_decoder(torch.tensor(tokens_BT).long(), encoder_hidden_states=states).logits
     np.testing.assert_allclose(logits.numpy(), here, atol=2e-5)
 
-    context_BSD, mask_BS = evaluate.contexts(model, variables, {name: jnp.asarray(x) for name, x in batch.items()})
-    prompt_BT = jnp.full((3, 1), model.config.bos_id)
-    ours = evaluate.decode.greedy(model, variables, context_BSD, mask_BS, prompt_BT, length=8)[0]
+    context = evaluate.contexts(model, variables, {name: jnp.asarray(x) for name, x in batch.items()})
+    search = tasks.build(task).search(model)
+    search = dataclasses.replace(search, start=(model.config.bos_id,), length=8, min_length=0)
+    ours = decode.greedy(model, variables, context, search)[0]
     with torch.no_grad():
         written = there.text_decoder.generate(
-            input_ids=torch.tensor(np.asarray(prompt_BT)).long(), encoder_hidden_states=states, max_length=8,
+            input_ids=torch.full((3, 1), model.config.bos_id), encoder_hidden_states=states, max_length=8,
             do_sample=False, eos_token_id=model.config.sep_id, pad_token_id=model.config.pad_id,
         )  # fmt: skip
     assert np.array_equal(written.numpy(), np.asarray(ours)[:, : written.shape[1]])
@@ -411,8 +413,10 @@ def test_another_prompt_begins_the_text(run, folder, capsys):
     assert generate.main([*arguments, "--prompt", "a red"]) == 0
     said = capsys.readouterr().out
     other = generate.prompted(task, "a red", model.tokenizer)
-    room = [one.length - len(one.prompt_ids(model.tokenizer)) for one in (task, other)]
-    assert other.prompt == "a red" and room[0] == room[1]  # as many words after it as after the old one
+    # as many words after it as after the old one
+    room = [one.search(model).length - len(one.template(model).start) for one in (task, other)]
+    assert other.prompt == "a red" and room == [task.max_new_tokens] * 2
+    assert len(other.template(model).start) == len(task.template(model).start) - 1
     (expected,) = jp.generate(model, variables, folder / "0.png", beams=1, task=other)
     assert f": {expected} (" in said
     for prompt, message in (("a snorkwobble", "has words that the model does not know: snorkwobble"),):

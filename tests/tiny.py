@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import config
-from jaxpeft.inputs.tokenizer import SPECIAL, Tokenizer
-from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.inputs.processor import Template
+from jaxpeft.models.blip import Blip, BlipConfig, build, processor
+from jaxpeft.models.blip_tokens import SPECIAL, BlipTokenizer
 
-TOKENIZER = Tokenizer.from_words(f"w{i}" for i in range(20))
+TOKENIZER = BlipTokenizer.from_words(f"w{i}" for i in range(20))
 CONFIG = dict(
     image_size=16, patch_size=8, vision_width=12, vision_layers=2, vision_heads=3, vision_mlp=20,
     vocab_size=len(TOKENIZER), text_width=12, text_layers=2, text_heads=2, text_mlp=20, max_positions=16,
@@ -20,7 +21,12 @@ CONFIG = dict(
 
 @functools.cache
 def model(question_encoder: bool = True, **overrides) -> Blip:
-    return Blip(BlipConfig(**CONFIG | {"question_encoder": question_encoder} | overrides), TOKENIZER)
+    return build(BlipConfig(**CONFIG | {"question_encoder": question_encoder} | overrides), TOKENIZER)
+
+
+def template(task: str, tokenizer: BlipTokenizer = TOKENIZER, **options) -> Template:
+    """How BLIP reads and writes the texts of a task, from a tokenizer alone."""
+    return processor(BlipConfig(), tokenizer).template(task, **options)
 
 
 @functools.cache
@@ -42,7 +48,7 @@ def batch(n: int = 4, n_texts: int = 1, seed: int = 0) -> dict:
     tokens, weights = words(n, n_texts, 4), np.ones((n, n_texts, 4), np.float32)
     weights[0, 0, 2:] = 0
     image = rng.integers(0, 256, (n, 16, 16, 3)).astype(np.uint8)
-    return {"image": image, "question": question, "tokens": tokens, "targets": words(n, n_texts, 4), "weights": weights}
+    return {"image": image, "prompt": question, "tokens": tokens, "targets": words(n, n_texts, 4), "weights": weights}
 
 
 def config_of(base, task="vqa", method="lora", head="none", **changes):

@@ -12,7 +12,7 @@ neither the data nor an accelerator was at hand.
 """
 
 from jaxpeft import config
-from jaxpeft.study import config as base
+from jaxpeft.study import config as studies
 
 N_IMAGES = (1_000, 5_000, 20_000, 50_000, 80_000)  # nested; VQAv2's training and COCO's have 82,783 and 113,287
 
@@ -24,23 +24,23 @@ def get_config(arg=""):
     )  # fmt: skip
 
     def point(task):
-        c = base.until_plateau(config.folder(config.get_config(task), a.root), steps=40_000)
+        c = studies.until_plateau(config.folder(config.get_config(task), a.root), steps=40_000)
         c.base = (a.base_vqa if task == "vqa" else "") or a.base
         c.data.annotations = a.questions if task == "vqa" else a.captions
         c.model.dtype, c.model.image_size = a.dtype, {"captioning": 384, "vqa": 480}[task]
-        published = {"captioning": {"smoothing": 0.1, "max_tokens": 40, "max_words": 50, "length": 40, "variant": "coco"},
-                     "vqa": {"max_question": 35, "length": 10, "variant": "official2021"}}  # fmt: skip
-        c.task_options.update(published[task])
+        captions = {"smoothing": 0.1, "max_tokens": 40, "max_words": 50, "max_new_tokens": 36, "variant": "coco"}
+        answers = {"max_question": 35, "max_new_tokens": 9, "variant": "official2021"}
+        c.task_options.update({"captioning": captions, "vqa": answers}[task])
         c.batch_size, c.optim.weight_decay, c.eval.beams = 64, 0.05, 3
         c.stop.every = 500
         return c
 
     # a tenth of scenes' rates: a base of 224 million parameters
-    arms = base.arms() | base.arms("none") | base.CONTROLS
-    arms = {name: one | {"lr": one["lr"] / 10} for name, one in arms.items()}
-    arms["full"] = arms["full"] | {"lr": 1e-5}  # BLIP's for captioning
-    levels = {"captions_coco": {"task": "captioning"}, "vqa_v2": {"task": "vqa"}}
-    return base.study(
-        "paper", __doc__, levels, arms, budgets=(150_000, 500_000, 1_500_000, 5_000_000, 15_000_000), n_images=N_IMAGES,
-        seeds=a.seeds, rates=(0.1, 0.3, 1.0, 3.0, 10.0), make_point=point,
+    variants = studies.variants() | studies.variants("none") | studies.CONTROLS
+    variants = {name: one | {"lr": one["lr"] / 10} for name, one in variants.items()}
+    variants["full"] = variants["full"] | {"lr": 1e-5}  # BLIP's for captioning
+    settings = {"captions_coco": {"task": "captioning"}, "vqa_v2": {"task": "vqa"}}
+    return studies.study(
+        "paper", __doc__, settings, variants, budgets=(150_000, 500_000, 1_500_000, 5_000_000, 15_000_000), n_images=N_IMAGES,
+        seeds=a.seeds, learning_rates=(0.1, 0.3, 1.0, 3.0, 10.0), make_point=point,
     )  # fmt: skip

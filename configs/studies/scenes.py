@@ -8,14 +8,14 @@ direction. One seed, one learning rate, short caps: a smoke study. `scenes_full.
 """
 
 from jaxpeft import config
-from jaxpeft.study import config as base
+from jaxpeft.study import config as studies
 
 
 def get_config(arg=""):
     a = config.parse_arg(arg, vqa_steps=1200, caption_steps=400)
-    c = base.study(
-        "scenes", __doc__, ("captions_human", "vqa_unstated"), base.arms() | {"head": base.CONTROLS["head"]},
-        budgets=(20_000, 50_000, 120_000), n_images=(256, 16384), seeds=1, rates=(1.0,),
+    c = studies.study(
+        "scenes", __doc__, ("captions_human", "vqa_unstated"), studies.variants() | {"head": studies.CONTROLS["head"]},
+        budgets=(20_000, 50_000, 120_000), n_images=(256, 16384), seeds=1, learning_rates=(1.0,),
         note="Smoke study: one seed and one learning rate per method, so no verdict here is evidence about the methods.",
     )  # fmt: skip
     c.points.vqa.steps, c.points.captioning.steps = a.vqa_steps, a.caption_steps

@@ -6,14 +6,14 @@ direction. Each cell: three learning rates a factor of three apart, the best on 
 
     python main.py --config=configs/studies/scenes_full.py --workdir=runs/study_scenes_full
 
-The levels run from near to far: captions as in pre-training (LoRA and the head alone, to place the scale),
+The settings run from near to far: captions as in pre-training (LoRA and the head alone, to place the scale),
 captions in a new style, and questions on what captions do not say. The five methods have the classifier's transform tuned
-beside them; without it they stand at the middle size and all pictures. `levels=all` gives every method every level, and
+beside them; without it they stand at the middle size and all pictures. `settings=all` gives every method every setting, and
 adds questions on what captions do say.
 """
 
 from jaxpeft import config
-from jaxpeft.study import config as base
+from jaxpeft.study import config as studies
 
 MAIN = ("captions_human", "vqa_unstated")
 NEAR = ("lora_head", "head")
@@ -21,19 +21,20 @@ N_IMAGES = (64, 256, 1024, 4096, 16384)
 
 
 def get_config(arg=""):
-    a = config.parse_arg(arg, levels="main", seeds=3, vqa_steps=3000, caption_steps=2000)
-    if a.levels not in ("main", "all"):
-        raise ValueError(f"levels is {a.levels!r}; choose main or all")
+    a = config.parse_arg(arg, settings="main", seeds=3, vqa_steps=3000, caption_steps=2000)
+    if a.settings not in ("main", "all"):
+        raise ValueError(f"settings is {a.settings!r}; choose main or all")
     plain = {
-        name: one | {"budgets": (50_000,), "n_images": N_IMAGES[-1:]} for name, one in base.arms("none", (8,)).items()
+        name: one | {"budgets": (50_000,), "n_images": N_IMAGES[-1:]}
+        for name, one in studies.variants("none", (8,)).items()
     }
-    arms = base.arms() | plain | base.CONTROLS
+    variants = studies.variants() | plain | studies.CONTROLS
     # every step of full fine-tuning runs the image encoder: ten times the time, so at two shares of the data only
-    arms["full"] = arms["full"] | {"n_images": (256, 16384)}
-    if a.levels == "main":
-        arms = {name: one if name in NEAR else one | {"levels": MAIN} for name, one in arms.items()}
-    c = base.study(
-        "scenes_full", __doc__, ("captions_web", *MAIN) if a.levels == "main" else tuple(base.LEVELS), arms,
+    variants["full"] = variants["full"] | {"n_images": (256, 16384)}
+    if a.settings == "main":
+        variants = {name: one if name in NEAR else one | {"settings": MAIN} for name, one in variants.items()}
+    c = studies.study(
+        "scenes_full", __doc__, ("captions_web", *MAIN) if a.settings == "main" else tuple(studies.SETTINGS), variants,
         budgets=(5_000, 15_000, 50_000, 150_000, 450_000), n_images=N_IMAGES, seeds=a.seeds,
     )  # fmt: skip
     c.points.vqa.steps, c.points.captioning.steps = a.vqa_steps, a.caption_steps

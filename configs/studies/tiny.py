@@ -6,22 +6,22 @@ Hypothesis: none; a smoke test of the study's engine and report.
 """
 
 from jaxpeft import config
-from jaxpeft.study import config as base
+from jaxpeft.study import config as studies
 
 
 def get_config(arg=""):
     a = config.parse_arg(arg, steps=60, seeds=2, small=False)  # small: 10 runs a seed, for tests
-    arms = {
-        "lora_head": base.arm("lora", 3e-3, sizes=(2, 8)),
-        "prefix_head": base.arm("prefix", 3e-2, sizes=(4, 16)),
-        "head": base.CONTROLS["head"],
+    variants = {
+        "lora_head": studies.variant("lora", 3e-3, sizes=(2, 8)),
+        "prefix_head": studies.variant("prefix", 3e-2, sizes=(4, 16)),
+        "head": studies.CONTROLS["head"],
     }
-    levels = ("vqa_stated",) if a.small else ("captions_human", "vqa_stated")
+    settings = ("vqa_stated",) if a.small else ("captions_human", "vqa_stated")
     if a.small:
-        del arms["prefix_head"]
-    c = base.study(
-        "tiny", __doc__, levels, arms, budgets=(), n_images=(64, 256), seeds=a.seeds,
-        rates=(1.0, 3.0), note="smoke test: a few steps, no evidence",
+        del variants["prefix_head"]
+    c = studies.study(
+        "tiny", __doc__, settings, variants, budgets=(), n_images=(64, 256), seeds=a.seeds,
+        learning_rates=(1.0, 3.0), note="smoke test: a few steps, no evidence",
     )  # fmt: skip
     for point in c.points.values():
         point.data.n_train, point.data.n_val, point.data.n_test = 256, 64, 64

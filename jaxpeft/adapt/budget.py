@@ -5,9 +5,11 @@ import functools
 from collections.abc import Iterable
 
 import jax
+from flax import linen as nn
 
 from jaxpeft.adapt import sites
 from jaxpeft.methods import Gated, Method, Scoped
+from jaxpeft.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,35 +27,35 @@ class Solved:
         """How far the count is from the budget, as a share of it."""
         return self.stored / self.budget - 1
 
-    def __str__(self):
+    def __str__(self) -> str:
         cap = ", the most this method can hold" if self.capped else ""
         return f"size {self.size}: {self.stored:,} stored, {100 * self.gap:+.2f} % of the budget {self.budget:,}{cap}"
 
 
-def abstract_counts(model, method: Method | Iterable[Method]) -> dict[str, int]:
+def abstract_counts(model: nn.Module, method: Method | Iterable[Method]) -> dict[str, int]:
     """`sites.counts` of a method on a model without computing anything."""
     variables = abstract_variables(model, method)
     return sites.counts(variables, sites.trainable(variables))
 
 
-def abstract_variables(model, method: Method | Iterable[Method]):
+def abstract_variables(model: nn.Module, method: Method | Iterable[Method]) -> Tree:
     """What `attach` gives, as shapes."""
     return jax.eval_shape(lambda params: sites.attach(model, params, method, jax.random.key(0)), abstract_params(model))
 
 
 @functools.lru_cache(maxsize=32)
-def abstract_params(model):
+def abstract_params(model: nn.Module) -> Tree:
     """The parameters of a model, as shapes."""
     return jax.eval_shape(lambda: model.init(jax.random.key(0), model.example())["params"])
 
 
-def solve_size(model, method: Method | Iterable[Method], budget: int) -> Solved:
+def solve_size(model: nn.Module, method: Method | Iterable[Method], budget: int) -> Solved:
     """Choose the rank, bottleneck, length or block of a method so that what it stores comes nearest `budget` scalars.
 
     Of several methods the last one with a size is changed (the adapter of MAM), and the budget is of all together.
     Raises ValueError for a method without a size, naming those that have one.
     """
-    many = sites.as_methods(method)
+    many = sites.resolved(model, method)
     index = max((i for i, one in enumerate(many) if one.size_field), default=None)
     if index is None:
         raise ValueError(f"{', '.join(one.name for one in many)}: no size to choose; it stores what it stores")
@@ -62,10 +64,10 @@ def solve_size(model, method: Method | Iterable[Method], budget: int) -> Solved:
     one = many[index]
     sizes = one.sizes(model, [site for site in sites.sites(model) if one.selects(site)])
 
-    def sized(size):
+    def sized(size: int) -> tuple[Method, ...]:
         return (*many[:index], _resized(one, size), *many[index + 1 :])
 
-    def stored(i):
+    def stored(i: int) -> int:
         return abstract_counts(model, sized(sizes[i]))["stored"]
 
     high = 1  # counts rise with the size: double, then halve
@@ -84,5 +86,5 @@ def solve_size(model, method: Method | Iterable[Method], budget: int) -> Solved:
 
 def _resized(method: Method, size: int) -> Method:
     if isinstance(method, Gated | Scoped):
-        return dataclasses.replace(method, method=_resized(method.method, size))
+        return dataclasses.replace(method, method=_resized(method.inner, size))
     return dataclasses.replace(method, **{method.size_field: size})

@@ -20,19 +20,25 @@ jitted around it cannot be stale.
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
+from flax.linen.module import InterceptorContext
 
 from jaxpeft import tree
 from jaxpeft.adapt import sites
 from jaxpeft.methods import Method, Site
+from jaxpeft.methods.base import Stream
 from jaxpeft.tree import Tree
 
 KINDS = ("linear", "norm", "sublayer")
+Call = Callable[..., Any]  # a method of a foreign module
+Args = tuple[Any, ...]  # what it is called with
+Kwargs = dict[str, Any]
 
 
 def intercept(methods: Method | Iterable[Method]) -> "Bridge":
@@ -51,14 +57,14 @@ class Bridge:
 
     methods: tuple[Method, ...]
 
-    def sites(self, model: nn.Module, *args, **kwargs) -> tuple[Site, ...]:
+    def sites(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
         """Every place that methods can act on in `model(*args, **kwargs)`, from one abstract trace of `init`.
 
         Raises ValueError where a scan hides modules or stacks them along another axis than 0.
         """
         return self._sites(model, args, kwargs)[0]
 
-    def _sites(self, model, args, kwargs):
+    def _sites(self, model: nn.Module, args: Args, kwargs: Kwargs) -> tuple[tuple[Site, ...], dict[str, str]]:
         """(sites, {path: class name} of every module that was called)"""
         if not isinstance(model, nn.Module):
             what = "a flax.nnx module" if isinstance(model, nnx.Module) else "no flax.linen module"
@@ -66,7 +72,7 @@ class Bridge:
         seen: dict[tuple[str, str], tuple[int, ...]] = {}
         called: dict[str, str] = {}
 
-        def record(call, call_args, call_kwargs, context):
+        def record(call: Call, call_args: Args, call_kwargs: Kwargs, context: InterceptorContext) -> Any:
             y = call(*call_args, **call_kwargs)
             module = context.module
             called.setdefault("/".join(module.path), type(module).__name__)
@@ -76,7 +82,7 @@ class Bridge:
                     module.put_variable("peft", Site.key(kind), jnp.zeros(shape))
             return y
 
-        def trace():
+        def trace() -> Tree:
             with nn.intercept_methods(record):
                 return model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, *args, **kwargs)
 
@@ -98,7 +104,7 @@ class Bridge:
             table.append(Site(path, kind, shape, found.shape[0] if stacked else None))
         return tuple(table), called
 
-    def attach(self, model: nn.Module, params: Tree, rng: jax.Array, *args, **kwargs) -> Tree:
+    def attach(self, model: nn.Module, params: Tree, rng: jax.Array, *args: Any, **kwargs: Any) -> Tree:
         """{'params': the same params, 'peft': own leaves}; `args` are what the model is called with (shapes matter).
 
         Raises ValueError when a method matches nothing (with the nearest paths), as `sites.attach` does.
@@ -117,7 +123,7 @@ class Bridge:
         sites.trainable(variables)
         return variables
 
-    def apply(self, model: nn.Module, variables: Tree, *args, strict: bool = True, **kwargs):
+    def apply(self, model: nn.Module, variables: Tree, *args: Any, strict: bool = True, **kwargs: Any) -> Any:
         """`model.apply` with the methods acting. Call it inside the function that you jit.
 
         Raises ValueError when a bound site was not reached; strict=False allows it (another entry point of the model).
@@ -130,7 +136,7 @@ class Bridge:
         }
         reached, active = set(), []
 
-        def act(call, call_args, call_kwargs, context):
+        def act(call: Call, call_args: Args, call_kwargs: Kwargs, context: InterceptorContext) -> Any:
             module = context.module
             if context.method_name != "__call__":
                 return call(*call_args, **call_kwargs)
@@ -167,7 +173,7 @@ class Bridge:
             )
         return result
 
-    def merge(self, model: nn.Module, variables: Tree, *args, **kwargs) -> Tree:
+    def merge(self, model: nn.Module, variables: Tree, *args: Any, **kwargs: Any) -> Tree:
         """Plain params with the methods folded in, where that is exact (see `sites.merge`)."""
         return sites.merge_at(self.sites(model, *args, **kwargs), model, variables)
 
@@ -175,7 +181,7 @@ class Bridge:
 LINEARS, NORMS = (nn.Dense, nn.DenseGeneral), (nn.LayerNorm, nn.RMSNorm)
 
 
-def _own_call(context, classes) -> bool:
+def _own_call(context: InterceptorContext, classes: tuple[type[nn.Module], ...]) -> bool:
     """Whether the method that runs is the `__call__` that one of these classes itself defines: a subclass that calls it by
     `super()` is intercepted twice, and a subclass with another product never comes here."""
     function = context.orig_method.func
@@ -184,23 +190,23 @@ def _own_call(context, classes) -> bool:
     )
 
 
-def _first_name(context) -> str:
+def _first_name(context: InterceptorContext) -> str:
     return list(inspect.signature(context.orig_method.func).parameters)[1]  # after self
 
 
-def _first(context, args, kwargs):
+def _first(context: InterceptorContext, args: Args, kwargs: Kwargs) -> Any:
     """What a module is called on, by position or by name; None where it takes nothing."""
     if args or not kwargs:
         return args[0] if args else None
     return kwargs.get(_first_name(context))
 
 
-def _with_first(context, call, args, kwargs, x):
+def _with_first(context: InterceptorContext, call: Call, args: Args, kwargs: Kwargs, x: Any) -> Any:
     """The call with `x` in place of what it was called on."""
     return call(x, *args[1:], **kwargs) if args else call(**kwargs | {_first_name(context): x})
 
 
-def _kinds(context, x, y):
+def _kinds(context: InterceptorContext, x: Any, y: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(kind, shape) of the sites at a call on x that just returned y."""
     module = context.module
     if context.method_name != "__call__" or not hasattr(y, "shape") or not hasattr(x, "shape"):
@@ -217,24 +223,24 @@ def _kinds(context, x, y):
         yield "sublayer", y.shape[-1:]
 
 
-def _n_axes(module) -> int:
+def _n_axes(module: nn.Module) -> int:
     axis = getattr(module, "axis", -1)
     return len(axis) if isinstance(axis, list | tuple) else 1
 
 
-def _trailing(module, x) -> bool:
+def _trailing(module: nn.Module, x: jax.Array) -> bool:
     """Whether a DenseGeneral contracts the last axes, in order: then it is a matrix product of flattened axes."""
     axis = getattr(module, "axis", -1)
     axes = [a % x.ndim for a in (axis if isinstance(axis, list | tuple) else (axis,))]
     return axes == list(range(x.ndim - len(axes), x.ndim))
 
 
-def _linear(bounds, module, x, call):
+def _linear(bounds: tuple[sites.Bound, ...], module: nn.Module, x: jax.Array, call: Stream) -> jax.Array:
     """The linear with its axes flattened to (..., in) -> (..., out) for the methods, and back. `call(x)` computes it."""
     lead = x.shape[: x.ndim - _n_axes(module)]
     shapes = {}
 
-    def product(flat_x):
+    def product(flat_x: jax.Array) -> jax.Array:
         y = call(flat_x.reshape(x.shape))
         shapes["y"] = y.shape
         return y.reshape(*lead, -1)

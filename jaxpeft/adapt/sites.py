@@ -20,7 +20,8 @@ import dataclasses
 import functools
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from flax import linen as nn
 from flax.serialization import from_state_dict, register_serialization_state, to_state_dict
 
 from jaxpeft import tree
-from jaxpeft.methods.base import Method, Params, Site
+from jaxpeft.methods.base import Base, Method, Params, Site, Stream
 from jaxpeft.methods.selective import Head
 from jaxpeft.ops import matmul
 from jaxpeft.tree import Mask, Tree
@@ -37,6 +38,7 @@ SHARED = "_shared"  # key in the peft collection: every method in order, with th
 
 
 NOWHERE = Site("", "linear", ())
+Static = tuple[Method, Site, bool, tuple[str, ...]]  # of a `Bound`: method, site, `acts`, names of its leaves
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -52,13 +54,13 @@ class Bound:
     params: Params
     acts: bool
 
-    def tree_flatten_with_keys(self):
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, jax.Array], ...], Static]:
         keys = tuple(sorted(self.params))
         children = tuple((jax.tree_util.DictKey(f"{self.method.name}/{k}"), self.params[k]) for k in keys)
         return children, (self.method, self.site, self.acts, keys)
 
     @classmethod
-    def tree_unflatten(cls, static, children):
+    def tree_unflatten(cls, static: Static, children: Iterable[jax.Array]) -> "Bound":
         method, site, acts, keys = static
         return cls(method, site, dict(zip(keys, children, strict=True)), acts)
 
@@ -83,12 +85,19 @@ def _bound(module: nn.Module, kind: str, shape: tuple[int, ...]) -> tuple[Bound,
     return bounds
 
 
-def linear(module: nn.Module, x, kernel, bias=None):
+def linear(module: nn.Module, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """Site of a linear map: x (..., in) @ kernel (in, out) + bias (out,), in the dtype of x."""
     return linear_by(_bound(module, "linear", kernel.shape), module, x, kernel, bias, None)
 
 
-def linear_by(bounds, module: nn.Module, x, kernel, bias, product):
+def linear_by(
+    bounds: tuple[Bound, ...],
+    module: nn.Module,
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    product: Stream | None,
+) -> jax.Array:
     """The map with methods around it; `product(x)` computes it where the layer is not ours."""
     for bound in bounds:
         if bound.method.on_input(bound.site):
@@ -104,14 +113,14 @@ def linear_by(bounds, module: nn.Module, x, kernel, bias, product):
     return y
 
 
-def norm(module: nn.Module, y):
+def norm(module: nn.Module, y: jax.Array) -> jax.Array:
     """Site of a LayerNorm's output."""
     for bound in _bound(module, "norm", y.shape[-1:]):
         y = bound.method.norm(bound.params, y)
     return y
 
 
-def sublayer(module: nn.Module, x_BTD, y_BTD, stream):
+def sublayer(module: nn.Module, x_BTD: jax.Array, y_BTD: jax.Array, stream: Stream) -> jax.Array:
     """Site of an attention or MLP: what it read, what it is about to add to the residual stream, and
     `stream(y_BTD)`, the residual stream after it is added."""
     for bound in _bound(module, "sublayer", y_BTD.shape[-1:]):
@@ -119,13 +128,15 @@ def sublayer(module: nn.Module, x_BTD, y_BTD, stream):
     return y_BTD
 
 
-def kv(module: nn.Module, x_BTD, k_BNSH, v_BNSH, mask_BTS):
+def kv(
+    module: nn.Module, x_BTD: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, mask_BTS: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     """Site of an attention's keys, values and mask -> (keys, values, mask, gain_BTS or None). x_BTD makes the queries.
 
     A gain multiplies scores before, and weights after the softmax.
     """
     gain_BTS, rows = None, k_BNSH.shape[0]
-    for bound in _bound(module, "kv", (k_BNSH.shape[1], k_BNSH.shape[3])):
+    for bound in _bound(module, "kv", (x_BTD.shape[-1], k_BNSH.shape[1], k_BNSH.shape[3])):
         added = bound.method.kv(bound.params, x_BTD)
         n_old, n_new = k_BNSH.shape[2], added.k_KNH.shape[0]
         k_BNSH, v_BNSH = (
@@ -146,14 +157,16 @@ def kv(module: nn.Module, x_BTD, k_BNSH, v_BNSH, mask_BTS):
     return k_BNSH, v_BNSH, mask_BTS, gain_BTS
 
 
-def block(module: nn.Module, x_BTD):
+def block(module: nn.Module, x_BTD: jax.Array) -> jax.Array:
     """Site where a sequence enters one layer of a stack."""
     for bound in _bound(module, "block", x_BTD.shape[-1:]):
         x_BTD = bound.method.block(bound.params, x_BTD)
     return x_BTD
 
 
-def embed(module: nn.Module, x_BTD, mask_BT, as_tokens=None):
+def embed(
+    module: nn.Module, x_BTD: jax.Array, mask_BT: jax.Array | None, as_tokens: Stream | None = None
+) -> tuple[jax.Array, jax.Array | None]:
     """Site where a sequence enters a stack -> (sequence, mask), learned tokens in front. `as_tokens`: see Method."""
     for bound in _bound(module, "embed", x_BTD.shape[-1:]):
         rows_KD = bound.method.embed(bound.params, x_BTD, as_tokens)
@@ -175,11 +188,11 @@ class Adaptable(nn.Module):
     """A model with sites: its `apply` expands what methods store into what acts."""
 
     @nn.nowrap
-    def apply(self, variables, *args, **kwargs):
+    def apply(self, variables: Tree, *args: Any, **kwargs: Any) -> Any:
         return super().apply(expand(variables), *args, **kwargs)
 
 
-def is_bound(x) -> bool:
+def is_bound(x: object) -> TypeGuard[Bound]:
     """Whether a node of a tree is a `Bound`."""
     return isinstance(x, Bound)
 
@@ -189,7 +202,7 @@ def expand(variables: Tree) -> Tree:
     peft = variables.get("peft", {})
     shared = {bound.method: bound.params for bound in peft.get(SHARED, {}).values()}
 
-    def one(bound):
+    def one(bound: Bound) -> Bound:
         if bound.acts:
             return bound
         params = bound.method.expand(bound.params, shared.get(bound.method, {}), bound.site)
@@ -205,7 +218,7 @@ def expand(variables: Tree) -> Tree:
 def fold(variables: Tree) -> Tree:
     """The same function with what only training needs folded away: a prefix's MLP becomes the prefix that it makes."""
 
-    def one(bound):
+    def one(bound: Bound) -> Bound:
         after = bound.method.folded()
         if after == bound.method:
             return bound
@@ -217,7 +230,7 @@ def fold(variables: Tree) -> Tree:
 
 
 def stack(trees: Iterable[Tree]) -> Tree:
-    """Several tuned trees on one base as one, every own leaf with a leading axis: see `evals.generate(adapter_ids=...)`.
+    """Several tuned trees on one base as one, every own leaf with a leading axis: see `evaluate.generate(adapter_ids=...)`.
 
     Raises ValueError when they are of different methods or shapes, or when they differ in base leaves.
     """
@@ -251,6 +264,11 @@ def as_methods(method: Method | Iterable[Method]) -> tuple[Method, ...]:
     return (method,) if isinstance(method, Method) else tuple(method)
 
 
+def resolved(model: nn.Module, method: Method | Iterable[Method]) -> tuple[Method, ...]:
+    """Methods with the model's groups in place of their names."""
+    return tuple(one.on(getattr(model, "targets", {})) for one in as_methods(method))
+
+
 def attach(model: nn.Module, params: Tree, method: Method | Iterable[Method], rng: jax.Array) -> Tree:
     """Bind methods to the sites of a model: {'params': the same params, 'peft': their own leaves}.
 
@@ -259,12 +277,14 @@ def attach(model: nn.Module, params: Tree, method: Method | Iterable[Method], rn
     method matches no site or trains no base leaf, with the nearest paths.
     """
     base = functools.partial(base_of, model, tree.flatten(params))
-    variables = {"params": params, "peft": bind(sites(model), base, method, rng)}
+    variables = {"params": params, "peft": bind(sites(model), base, resolved(model, method), rng)}
     trainable(variables)
     return variables
 
 
-def bind(table: Iterable[Site], base, method: Method | Iterable[Method], rng: jax.Array) -> Tree:
+def bind(
+    table: Iterable[Site], base: Callable[[Site], Base], method: Method | Iterable[Method], rng: jax.Array
+) -> Tree:
     """The `peft` collection for a table of sites; `base(site)` is what a method's `init` may read there."""
     methods, peft = as_methods(method), {}
     if len(set(methods)) < len(methods):
@@ -277,9 +297,11 @@ def bind(table: Iterable[Site], base, method: Method | Iterable[Method], rng: ja
                 raise ValueError(
                     f"{one.name}: targets={one.targets!r} matches {', '.join(near[:5])}; but it acts at {one.acts_at} only"
                 )
+            default = one.targets and one.targets == getattr(type(one), "targets", None)
             raise ValueError(
                 f"{one.name}: targets={one.targets!r} matches none of the {len(known)} {'/'.join(one.kinds)} sites; "
                 f"nearest: {', '.join(tree.nearest(one.targets, known))}"
+                + ("; the default names a group of jaxpeft's own models: give a regular expression" if default else "")
             )
         own = jax.random.fold_in(rng, order)
         shared = one.init_shared(own, hits)
@@ -301,7 +323,7 @@ def bind(table: Iterable[Site], base, method: Method | Iterable[Method], rng: ja
     return peft
 
 
-def base_of(model: nn.Module, flat: dict, site: Site) -> dict:
+def base_of(model: nn.Module, flat: dict[str, Any], site: Site) -> Base:
     """What of the base stands at a site, stacked as it is: see `Method.init`. A tied kernel is read where it is stored."""
     if site.kind == "norm":
         return {name: flat.get(f"{site.path}/{name}") for name in ("scale", "bias")}
@@ -318,7 +340,7 @@ def base_of(model: nn.Module, flat: dict, site: Site) -> dict:
     return {"kernel": kernel, "bias": None if bias is None else bias.reshape(*lead, site.shape[1])}
 
 
-def _with_new_rows(flat: dict, name: str):
+def _with_new_rows(flat: dict[str, Any], name: str) -> jax.Array:
     """A word embedding, and after it the rows of words that were added to the base."""
     more = flat.get(re.sub("word$", "new_word", name))
     return flat[name] if more is None else jnp.concatenate([flat[name], more])
@@ -345,10 +367,10 @@ def trainable(variables: Tree) -> Mask:
                 f"nearest: {', '.join(tree.nearest(one.train, base))}"
             )
 
-    def own(bound):
+    def own(bound: Bound) -> Bound:
         return dataclasses.replace(bound, params={name: name not in bound.method.fixed for name in bound.params})
 
-    def moves(path, leaf):
+    def moves(path: tuple[Any, ...], leaf: jax.Array) -> bool:
         return any(one.trains(f"params/{tree.path_name(path)}") for one in methods)
 
     mask = jax.tree.map(lambda _: False, dict(variables))  # batch statistics of foreign models, for one, stay
@@ -400,7 +422,8 @@ def merge_at(table: Iterable[Site], model: nn.Module, variables: Tree) -> Tree:
 
 def _bound_sites(peft: Tree) -> dict[tuple[str, str], Method]:
     """(path, kind) -> the last method there, of every site that has one."""
-    bounds = (one for one in jax.tree.leaves(peft, is_leaf=is_bound) if is_bound(one))
+    acting = {name: node for name, node in peft.items() if name != SHARED}
+    bounds = (one for one in jax.tree.leaves(acting, is_leaf=is_bound) if is_bound(one))
     return {(bound.site.path, bound.site.kind): bound.method for bound in bounds}
 
 
@@ -442,7 +465,11 @@ def describe(variables: Tree, mask: Mask, leaves: bool = True) -> str:
     """One table of counts: a line per leaf (unless `leaves` is False), per tower and kind of site, and in all: shape,
     scalars trained, scalars stored, and the share of the base's scalars that is trained."""
     rows, total = report(variables, mask), tree.count(variables["params"])
-    lines = [("leaf" if leaves else "", "shape", "trained", "stored", "% of base")]
+    lines: list[tuple[str, str, int, int]] = []
+
+    def add(name: str, some: list[dict]) -> None:
+        lines.append((name, "", sum(row["trained"] for row in some), sum(row["stored"] for row in some)))
+
     for row in rows if leaves else ():
         lines.append((row["leaf"], "x".join(map(str, row["shape"])) or "scalar", row["trained"], row["stored"]))
     groups: dict[str, list] = {}
@@ -451,10 +478,10 @@ def describe(variables: Tree, mask: Mask, leaves: bool = True) -> str:
         kind = "base leaves" if collection == "params" else "shared" if tower == SHARED else rest[-4].removeprefix("@")
         groups.setdefault(kind if kind == "shared" else f"{tower}: {kind}", []).append(row)
     for name, mine in groups.items():
-        lines.append((name, "", *(sum(row[key] for row in mine) for key in ("trained", "stored"))))
-    lines.append(("sum", "", *(sum(row[key] for row in rows) for key in ("trained", "stored"))))
-    text = [lines[0]]
-    for leaf, shape, trained, stored in lines[1:]:
+        add(name, mine)
+    add("sum", rows)
+    text = [("leaf" if leaves else "", "shape", "trained", "stored", "% of base")]
+    for leaf, shape, trained, stored in lines:
         text.append((leaf, shape, f"{trained:,}", f"{stored:,}", f"{100 * trained / total:.3f}"))
     widths = [max(map(len, column)) for column in zip(*text, strict=True)]
     body = [

@@ -25,9 +25,10 @@ import numpy as np
 
 from jaxpeft.inputs import images
 from jaxpeft.models import loading
-from jaxpeft.runtime import files, host, registry
+from jaxpeft.models.base import VisionLanguageModel
+from jaxpeft.runtime import files, host, malloc, registry
 from jaxpeft.tasks.base import Task
-from jaxpeft.training import evaluate, run
+from jaxpeft.training import evaluate, finished, setup
 from jaxpeft.tree import Tree
 
 PAGE = Path(__file__).with_name("demo.html")
@@ -40,7 +41,7 @@ class Writer:
     """A model that the page offers: a tuned run, or the base of some of them."""
 
     name: str
-    model: loading.Blip
+    model: VisionLanguageModel
     variables: Tree
     task: Task | None
     group: int  # a frozen base and the runs tuned from it have the same one, and the page puts them side by side
@@ -48,7 +49,7 @@ class Writer:
     @property
     def asks(self) -> bool:
         """Whether it answers questions; else it captions."""
-        return self.model.config.question_encoder
+        return "vqa" in self.model.tasks
 
 
 def load(workdirs: list[str], bases: list[str] = (), log=print, imports: Iterable[str] = ()) -> list[Writer]:
@@ -67,10 +68,10 @@ def load(workdirs: list[str], bases: list[str] = (), log=print, imports: Iterabl
         tuned = []
         for path in paths:
             log(f"loading {given[path]} ...")
-            model, variables, _, task = run.load_run(given[path], imports)
+            model, variables, _, task = finished.load_run(given[path], imports)
             tuned.append(Writer(run_names[path], model, variables, task, group))
         log(f"loading {base}, the frozen base of {', '.join(given[path] for path in paths)} ...")
-        model, params = loading.load(base, question_encoder=task.question_encoder, image_size=size)
+        model, params = loading.load(base, task=task.kind, image_size=size)
         shown = re.sub("@([0-9a-f]{8})[0-9a-f]{32}$", r"@\1", base_names[base])  # a commit, as people write it
         name = f"{shown}, frozen" + (f", {size} pixels" if size else "")
         writers += [Writer(name, model, {"params": params}, task, group), *tuned]
@@ -91,7 +92,7 @@ def _base_of(workdir: Path) -> tuple[str, int | None, str]:
             )
     with files.reading(workdir, "holds no run of ours"):
         settings = files.read_json(workdir / "config.json")
-        base = run.pinned_base(settings, files.read_json(workdir / "result.json", run.MOST_RESULT))
+        base = setup.pinned_base(settings, files.read_json(workdir / "result.json", finished.MOST_RESULT))
         size = settings.get("model", {}).get("image_size")
         return base, size and int(size), str(settings["task"])
 
@@ -219,7 +220,7 @@ def main(argv=None) -> None:
         import uvicorn
     except ImportError:
         sys.exit("error: the page needs the extra `demo`: pip install 'jaxpeft[demo]'")
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     host.keep_compiled_programs()
     log = functools.partial(print, flush=True)  # seen at once, also in a file or a pipe
     try:

@@ -1,26 +1,26 @@
 """A tuned run as files for transformers and PEFT, with a model card whose code runs as it stands.
 
-jaxpeft export --workdir runs/mine --out merged                  BLIP with the method folded in: no adapter needed
+jaxpeft export --workdir runs/mine --out merged                  the model with the method folded in: no adapter needed
 jaxpeft export --workdir runs/mine --out adapter --format peft   an adapter for PeftModel.from_pretrained
 
 If the base is not a Hugging Face checkpoint ('tiny'), or words were added to it, it is written too, as adapter/base.
 """
 
 import argparse
-import functools
-import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jaxpeft import interchange
-from jaxpeft.methods import Prefix, Prompt
-from jaxpeft.models import loading
-from jaxpeft.runtime import files, registry
-from jaxpeft.training import results, run
+from jaxpeft.methods import Method, Prefix, Prompt
+from jaxpeft.models import hf, loading
+from jaxpeft.models.base import VisionLanguageModel
+from jaxpeft.runtime import files, registry, renamed
+from jaxpeft.tasks import Task
+from jaxpeft.training import finished, results, setup
 
 # by whether the task asks questions
 LABELS = {False: "image-to-text", True: "visual-question-answering"}
-CLASSES = {False: "BlipForConditionalGeneration", True: "BlipForQuestionAnswering"}
 
 TOKENIZERS = {
     "basic": "splitting at spaces and punctuation, without case and accents",
@@ -29,11 +29,19 @@ TOKENIZERS = {
 }
 
 
-def model_card(workdir: str | Path, out: str | Path, asks: bool, code: list[str], adapter: bool = False) -> str:
+def model_card(
+    workdir: str | Path,
+    out: str | Path,
+    asks: bool,
+    code: list[str],
+    adapter: bool = False,
+    kind: str = "",
+    notes: Sequence[str] = (),
+) -> str:
     """README.md of what a finished run tuned: data, method, counts, scores and how they were made, from its own files; and
-    `code` to use what lies in `out`."""
-    config = files.read_json(Path(workdir) / "config.json")
-    result = files.read_json(Path(workdir) / "result.json", run.MOST_RESULT)
+    `code` to use what lies in `out`, with `notes` on it. `kind`: the model's type, as a tag."""
+    config = renamed.translated(files.read_json(Path(workdir) / "config.json"))
+    result = files.read_json(Path(workdir) / "result.json", finished.MOST_RESULT)
     task, counts, data, model = result["task"], result["counts"], config["data"], result["model"]
     base = model["report"]["source"] if model.get("report", {}).get("revision") else Path(model["base"]).name
     method = result["method"] + (f", size {result['size']}" if result["size"] else "")
@@ -46,7 +54,7 @@ def model_card(workdir: str | Path, out: str | Path, asks: bool, code: list[str]
         f"library_name: {'peft' if adapter else 'transformers'}",
         f"pipeline_tag: {LABELS[asks]}",
         f"base_model: {base}",
-        f"tags: [blip, jaxpeft, {result['method']}]",
+        f"tags: [{', '.join(filter(None, (kind, 'jaxpeft', result['method'])))}]",
         "---",
     ]
     lines = [
@@ -63,7 +71,7 @@ def model_card(workdir: str | Path, out: str | Path, asks: bool, code: list[str]
         + " |",
         *([f"| step kept | {kept['kept_step']:,}, by validation |"] if (kept := result.get("validation")) else []),
         f"| steps x batch | {result['timing']['steps']:,} x {config['batch_size']} |",
-        f"| learning rate | {optim['lr']:g}, {optim['schedule']}, decay {optim['decay']:g} |",
+        f"| learning rate | {optim['lr']:g}, {optim['schedule']}, decay {optim['weight_decay']:g} |",
         f"| picture size | {config['model']['image_size'] or 'that of the base'} |",
         f"| seeds | {seeds['seed']}, subset {seeds['subset']} |",
     ]
@@ -103,12 +111,8 @@ def model_card(workdir: str | Path, out: str | Path, asks: bool, code: list[str]
         f"`{out}` is where these files were written; `picture.jpg` is yours.",
         "",
     ]
-    if asks:
-        lines += [
-            "Ask questions of one length at a time, or one by one: transformers attends to the padding of questions "
-            "(`generate` in every release tried; from 4.54 on the decoder too), so answers in a padded batch may differ.",
-            "",
-        ]
+    for note in notes:
+        lines += [note, ""]
     lines += [
         "The licences of the base model and of the pictures apply; this file does not know them. "
         "Not evaluated for any use beyond the scores above.",
@@ -117,41 +121,19 @@ def model_card(workdir: str | Path, out: str | Path, asks: bool, code: list[str]
     return "\n".join(header + lines)
 
 
-def code(model, task, out: str | Path, base: str = "", revision: str = "", methods=(), beams: int = 1) -> list[str]:
+def code(
+    model: VisionLanguageModel,
+    task: Task,
+    out: str | Path,
+    base: str = "",
+    revision: str = "",
+    methods: Iterable[Method] = (),
+    beams: int = 1,
+) -> list[str]:
     """Lines of Python that write the text of a picture with transformers: of the merged model in `out`, or, with `base`, of
     that with the PEFT adapter in `out`."""
-    quoted = functools.partial(json.dumps, ensure_ascii=False)  # as Python writes it
-    kind, out, where = CLASSES[task.question_encoder], quoted(str(out)), quoted(base or str(out))
-    pinned = f', revision="{revision}"' if revision else ""
     in_decoder = any(isinstance(one, Prompt | Prefix) for one in methods)
-    lines = [
-        "import torch",
-        "from PIL import Image, ImageOps",
-        *(["from peft import PeftModel"] if base else []),
-        f"from transformers import {kind}, BlipProcessor",
-        "",
-        f"processor = BlipProcessor.from_pretrained({where}{pinned})",
-        f"model = {kind}.from_pretrained({where}{pinned})",
-    ]
-    if base and in_decoder:
-        lines.append(f"model.text_decoder = PeftModel.from_pretrained(model.text_decoder, {out})")
-    elif base:
-        lines.append(f"model = PeftModel.from_pretrained(model, {out})")
-    text = quoted(getattr(task, "prompt", "what is in the picture"))
-    n_prompt = len(task.prompt_ids(model.tokenizer))
-    settings, _ = interchange.generation(model, task, beams)
-    said = ", ".join(f"{name}={value}" for name, value in settings.items())
-    return [
-        *lines,
-        "model.eval()",
-        "",
-        'image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")',
-        f'inputs = processor(images=image, text={text}, return_tensors="pt")',
-        *([f'inputs["input_ids"][:, 0] = {model.config.enc_id}  # [ENC]'] if base and task.question_encoder else []),
-        "with torch.inference_mode():",
-        f"    ids = model.generate(**inputs, {said})",
-        f"print(processor.decode(ids[0, {n_prompt}:], skip_special_tokens=True))  # behind the prompt",
-    ]
+    return hf.of(model).code(task, str(out), base, revision, in_decoder, beams)
 
 
 def main(argv=None) -> int:
@@ -161,15 +143,15 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--workdir", required=True, help="of a finished run")
     parser.add_argument("--out", required=True, type=Path, help="a new directory")
-    parser.add_argument("--format", choices=("blip", "peft"), default="blip")
+    parser.add_argument("--format", choices=("merged", "peft"), default="merged")
     registry.add_argument(parser)
     args = parser.parse_args(argv)
     try:
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise ValueError(f"{args.out} is not empty; choose a new directory")
-        model, variables, chosen, task = run.load_run(args.workdir, args.imports)
+        model, variables, chosen, task = finished.load_run(args.workdir, args.imports)
         config = files.read_json(Path(args.workdir) / "config.json")
-        base = run.pinned_base(config, files.read_json(Path(args.workdir) / "result.json", run.MOST_RESULT))
+        base = setup.pinned_base(config, files.read_json(Path(args.workdir) / "result.json", finished.MOST_RESULT))
         beams, adapter = config["eval"]["beams"], args.format == "peft"
         with_base = bool(model.config.new_words) or loading.is_ours(base)
         name, _, revision = base.partition("@")
@@ -177,7 +159,9 @@ def main(argv=None) -> int:
         pinned = revision if adapter and not with_base else ""
         lines = code(model, task, args.out, where if adapter else "", pinned, chosen, beams)
         facts = {
-            "card": model_card(args.workdir, args.out, task.question_encoder, lines, adapter),
+            "card": model_card(
+                args.workdir, args.out, task.asks, lines, adapter, model.model_type, hf.of(model).notes(task)
+            ),
             "task": task,
             "beams": beams,
         }
@@ -185,7 +169,7 @@ def main(argv=None) -> int:
             facts |= {"base": name, "revision": revision, "with_base": with_base}
             interchange.export_peft(model, variables, args.out, **facts)
         else:
-            interchange.export_blip(model, variables, args.out, **facts)
+            interchange.export_hf(model, variables, args.out, **facts)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

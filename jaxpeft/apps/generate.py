@@ -21,9 +21,9 @@ from jaxpeft import tasks
 from jaxpeft.data.folder.files import Files
 from jaxpeft.inputs import images
 from jaxpeft.models import loading
-from jaxpeft.runtime import host, registry
+from jaxpeft.runtime import host, malloc, registry
 from jaxpeft.tasks import Task
-from jaxpeft.training import evaluate, run
+from jaxpeft.training import evaluate, finished
 
 
 def pictures(paths: list[Path], n: int) -> Iterator[tuple[list[Path], list, list[str]]]:
@@ -47,7 +47,7 @@ def main(argv=None) -> int:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--workdir", help="of a finished run")
     which.add_argument(
-        "--base", help="nothing tuned: 'tiny', a directory with a BLIP, or owner/name of the Hugging Face hub"
+        "--base", help="nothing tuned: 'tiny', a directory with a model, or owner/name of the Hugging Face hub"
     )
     parser.add_argument("--image", nargs="+", type=Path, default=[])
     parser.add_argument("--folder", type=Path, help="every picture in it and below")
@@ -75,14 +75,15 @@ def main(argv=None) -> int:
         parser.error(f"no pictures: give --image or a --folder that holds some{some}")
     if args.out and not args.out.absolute().parent.is_dir():
         parser.error(f"--out {args.out}: its directory does not exist")
-    host.keep_freed_memory()
+    malloc.keep_freed_memory()
     host.keep_compiled_programs()
     try:
         if args.workdir:
-            model, variables, _, task = run.load_run(args.workdir, args.imports)
+            model, variables, _, task = finished.load_run(args.workdir, args.imports)
         else:
-            model, params = loading.load(args.base, question_encoder=args.question is not None)
-            variables, task = {"params": params}, tasks.build("captioning" if args.question is None else "vqa")
+            task = tasks.build("captioning" if args.question is None else "vqa")
+            model, params = loading.load(args.base, task=task.name)
+            variables = {"params": params}
         if args.prompt is not None:
             task = prompted(task, args.prompt, model.tokenizer)
         bad = unread + _write(args, model, variables, task, paths)
@@ -99,9 +100,7 @@ def prompted(task: Task, prompt: str, tokenizer) -> Task:
         raise ValueError(f"--prompt is for a model that captions; this one does {task.name}: give --question")
     if unknown := tokenizer.unknown_words(prompt):
         raise ValueError(f"--prompt {prompt!r} has words that the model does not know: {', '.join(unknown)}")
-    new = dataclasses.replace(task, prompt=prompt)
-    longer = len(new.prompt_ids(tokenizer)) - len(task.prompt_ids(tokenizer))  # `length` counts the prompt
-    return dataclasses.replace(new, length=task.length + longer) if task.length else new
+    return dataclasses.replace(task, prompt=prompt)
 
 
 def _write(args, model, variables, task, paths) -> list[str]:

@@ -26,15 +26,17 @@ import numpy as np
 from jaxpeft import ops, tree
 from jaxpeft.data import scenes
 from jaxpeft.data.base import pad_tokens
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import loading
-from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.models.base import Context
+from jaxpeft.models.blip import Blip, BlipConfig, build, processor
+from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.ops import matmul
-from jaxpeft.tasks.base import ended, teacher_forced
+from jaxpeft.runtime import host
+from jaxpeft.tasks.base import teacher_forced
 from jaxpeft.tasks.captioning import Captioning
-from jaxpeft.training import evaluate, loop, results
-from jaxpeft.training.run import as_json
-from jaxpeft.training.run import digest as run_digest
+from jaxpeft.training import evaluate, loop
+from jaxpeft.training.setup import as_json
+from jaxpeft.training.setup import digest as run_digest
 from jaxpeft.tree import Tree
 
 ALIASES = {f"text_encoder/{part}": f"text_decoder/{part}" for part in ("embed",)} | {
@@ -43,7 +45,9 @@ ALIASES = {f"text_encoder/{part}": f"text_decoder/{part}" for part in ("embed",)
 }
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 TEXT_LENGTH = 28  # tokens of a pre-training text, specials included
-TASK = Captioning(max_tokens=40, length=40, variant="coco")  # what the held-out scores in the manifest were made with
+TASK = Captioning(
+    max_tokens=40, max_new_tokens=36, variant="coco"
+)  # what the held-out scores in the manifest were made with
 
 
 def shared(params: Tree) -> Tree:
@@ -81,7 +85,8 @@ class Pretraining:
             return total / count, jnp.float32(1)
         image_BPD = apply(batch["image"], method="encode_image")
         n_images, n_texts, n_tokens = batch["tokens"].shape
-        logits_BTV = apply(batch["tokens"].reshape(-1, n_tokens), image_BPD, method="decode")
+        context = Context(image_BPD, None, jnp.zeros(n_images, jnp.int32))
+        logits_BTV = apply(batch["tokens"].reshape(-1, n_tokens), context, method="score")
         logits_BATV = logits_BTV.reshape(n_images, n_texts, n_tokens, -1)
         total, count = ops.token_loss(logits_BATV, batch["targets"], batch["weights"])
         loss = total / count
@@ -99,7 +104,7 @@ class Pretraining:
         return (nll_BA * jnp.where(right_BA, 0.5, 0.5 / (n_texts - 1))).sum() / n_images  # both classes weigh the same
 
 
-def text_batch(tokenizer: Tokenizer, indices, rng: np.random.Generator) -> dict:
+def text_batch(tokenizer: BlipTokenizer, indices, rng: np.random.Generator) -> dict:
     """BERT's masking: 15 % of tokens are predicted; of those 80 % become [MASK], 10 % a random word, 10 % stay."""
     ids = pad_tokens([tokenizer.encode(scenes.text(0, int(i)), TEXT_LENGTH) for i in indices], 0, TEXT_LENGTH)
     maskable = (ids != tokenizer.pad_id) & (ids != tokenizer.cls_id) & (ids != tokenizer.sep_id)
@@ -150,17 +155,14 @@ def nearest_other(captions: list[str]) -> list[str]:
     return picked
 
 
-def caption_batch(tokenizer: Tokenizer, stage: str, n_texts: int, indices, rng: np.random.Generator) -> dict:
+def caption_batch(tokenizer: BlipTokenizer, stage: str, n_texts: int, indices, rng: np.random.Generator) -> dict:
     """Pictures, `n_texts` web captions each and, for matching, (own, edited, nearest other) texts."""
-    prompt = TASK.prompt_ids(tokenizer)
+    template = processor(BlipConfig(), tokenizer).template("captioning")
     indices = [int(i) for i in indices]
     captions = [scenes.web_captions("pretrain", i, n_texts) for i in indices]
-    prefix = TASK.prompt + " "
-    bodies = [[text.removeprefix(prefix) for text in group] for group in captions]
-    ids = [
-        [ended(prompt + tokenizer.pieces(text), TEXT_LENGTH, tokenizer.sep_id) for text in group] for group in bodies
-    ]
-    batch = teacher_forced(ids, [[1.0] * n_texts] * len(ids), len(prompt), tokenizer.pad_id)
+    bodies = [[text.removeprefix(f"{template.start_text} ") for text in group] for group in captions]
+    ids = [[template.target(text, TEXT_LENGTH)[0] for text in group] for group in bodies]
+    batch = teacher_forced(ids, [[1.0] * n_texts] * len(ids), template)
     short = TEXT_LENGTH - 1 - batch["tokens"].shape[-1]  # one shape for every batch
     batch = {name: np.pad(x, ((0, 0), (0, 0), (0, short))) for name, x in batch.items()}
     batch["image"] = np.stack([scenes.render(scenes.scene("pretrain", i)) for i in indices])
@@ -192,9 +194,9 @@ def _batches(config, stage, make):
 
 
 def run(config, workdir, log=print) -> dict:
-    """Run the stages, score the held-out pictures zero-shot, and write WORKDIR/checkpoint (what `hub.load` reads)."""
+    """Run the stages, score the held-out pictures zero-shot, and write WORKDIR/checkpoint (what `loading.load` reads)."""
     began, workdir = time.perf_counter(), Path(workdir)
-    tokenizer = Tokenizer.from_words(scenes.WORDS)
+    tokenizer = BlipTokenizer.from_words(scenes.WORDS)
     names = ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")
     architecture = BlipConfig(
         **config.architecture,
@@ -202,7 +204,7 @@ def run(config, workdir, log=print) -> dict:
         question_encoder=True,
         **{name: getattr(tokenizer, name) for name in names},
     )
-    model = Blip(architecture, tokenizer)
+    model = build(architecture, tokenizer)
     params, seconds, digest = init(model, config.seed), {}, run_digest(as_json(config))
     log(f"{tree.count(params):,} stored parameters, {tree.count(shared(params)):,} in the model")
     for name in config.order:
@@ -238,8 +240,8 @@ def run(config, workdir, log=print) -> dict:
         "scores": zero_shot(model, params, config),
         "timing": seconds,
         "total_s": round(time.perf_counter() - began, 1),
-        "machine": results.machine(),
-        "versions": results.versions(),
+        "machine": host.machine(),
+        "versions": host.versions(),
     }
     stored = {name: params[name] for name in ("vision", "text_decoder", "text_encoder")}
     loading.save(workdir / "checkpoint", model, shared(stored), aliases=ALIASES, **facts)
@@ -252,11 +254,12 @@ def zero_shot(model: Blip, params: Tree, config) -> dict:
     """Held-out pictures: CIDEr-D and nats per token against web captions (as trained) and against human ones."""
     task, scores = TASK, {}
     half = jax.tree.map(lambda x: jnp.asarray(np.float16(x), jnp.float32), shared(params))  # what is stored
-    model = Blip(dataclasses.replace(model.config, question_encoder=False), model.tokenizer)
+    model = model.for_task("captioning")
     variables = {"params": {name: half[name] for name in ("vision", "text_decoder")}}
     for style in scenes.STYLES:
         held_out = scenes.load({"n_test": config.n_heldout, "captions": style}, ["test"])["test"]
-        cases, examples = task.eval_examples(held_out, model.tokenizer), task.examples(held_out, model.tokenizer)
+        template = task.template(model)
+        cases, examples = task.eval_examples(held_out, template), task.examples(held_out, template)
         written = [one["text"] for one in evaluate.predict(model, variables, task, cases)]
         scores[style] = {
             "cider_d": round(task.score(cases.rows, written)["cider_d"], 4),

@@ -47,14 +47,16 @@ def progress_bars() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """What a task makes of a split: arrays with one row per example, the pictures, and what scoring needs per example.
+    """What a task makes of a split: arrays with one row per example, the images, and what scoring needs per example.
 
-    arrays['image_index'] (n,) says which picture an example looks at; the others go to the model as they are.
+    arrays['image_index'] (n,) says which image an example looks at; the others go to the model as they are. `tables` hold
+    outputs of frozen stages with one row per image; where they stand in for the images, `images` is None.
     """
 
     arrays: dict[str, np.ndarray]
-    images: Sequence
+    images: Sequence | None
     rows: list[dict]
+    tables: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __len__(self):
         return len(self.arrays["image_index"])

@@ -50,7 +50,7 @@ class Resized(Sequence):
     @classmethod
     def of(cls, source: Sequence, model) -> "Resized":
         """Pictures as `model` takes them."""
-        return cls(source, model.config.image_size, model.config.image_resample)
+        return cls(source, model.processor.image_size, model.processor.resample)
 
     def __len__(self):
         return len(self.source)
@@ -111,13 +111,14 @@ def batches(
 
 
 def gather(examples: Examples, indices, augment: str = "none", seeds=None) -> dict[str, np.ndarray]:
-    """One batch: the arrays' rows at `indices` and, unless features stand in for them, the pictures.
+    """One batch: the rows of arrays and tables at `indices` and, unless tables stand in for them, the images.
 
-    `seeds`: one per picture, for augmenting it.
+    `seeds`: one per image, for augmenting it.
     """
     batch = {name: array[indices] for name, array in examples.arrays.items()}
+    wanted = batch.pop("image_index")
+    batch |= {name: table[wanted] for name, table in examples.tables.items()}
     if examples.images is not None:
-        wanted = batch.pop("image_index")
         if augment != "none":
             rngs = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
             pictures = [examples.images.augmented(i, augment, rng) for i, rng in zip(wanted, rngs, strict=True)]
@@ -127,7 +128,9 @@ def gather(examples: Examples, indices, augment: str = "none", seeds=None) -> di
     return batch
 
 
-def one_pass(examples: Examples, batch_size: int, rows=slice(None)) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+def one_pass(
+    examples: Examples, batch_size: int, rows: np.ndarray | slice = slice(None)
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """Every example once, in order: (batch, number of real rows); the last batch repeats its last row to be full.
 
     `rows`: which rows of a batch are made.

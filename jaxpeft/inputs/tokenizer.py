@@ -2,8 +2,7 @@
 
 The tokenizer is the `tokenizers` library's (Devlin et al. 2018, arXiv:1810.04805) behind a small wrapper that is a value:
 its ids equal those of transformers 5.23 `BertTokenizer` (tests/test_text.py), except that special tokens inside a user's
-text stay text: "[SEP]" in a caption is three ordinary words.
-BLIP (Li et al. 2022, arXiv:2201.12086) adds [DEC], which starts a decoder, and [ENC], which starts a question encoder.
+text stay text: "[SEP]" in a caption is three ordinary words. A model may add special tokens of its own: see `Tokenizer`.
 """
 
 import contextlib
@@ -15,13 +14,14 @@ import pathlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import ClassVar, Self, TypeVar
 
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from jaxpeft.runtime import files
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 FILES = ("vocab.txt", "tokenizer.json")  # either makes a directory one with a tokenizer
 
 
@@ -40,7 +40,11 @@ class AddedWord:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A vocabulary as a value: tokenizers with equal fields are equal and hash alike, so a base that is loaded twice is
-    compiled once. A token's id is its index in `vocabulary`; the last ones may be `added` words."""
+    compiled once. A token's id is its index in `vocabulary`; the last ones may be `added` words.
+
+    A model whose texts need more special tokens subclasses it, with these behind BERT's in `special`; they are appended where
+    a file does not have them.
+    """
 
     vocabulary: tuple[str, ...]
     added: tuple[AddedWord, ...] = ()
@@ -51,20 +55,20 @@ class Tokenizer:
     cls_id: int = dataclasses.field(init=False)
     sep_id: int = dataclasses.field(init=False)
     mask_id: int = dataclasses.field(init=False)
-    bos_id: int = dataclasses.field(init=False)  # [DEC]
-    enc_id: int = dataclasses.field(init=False)
     ids: dict[str, int] = dataclasses.field(init=False, repr=False)
     library: tokenizers.Tokenizer = dataclasses.field(init=False, repr=False)
+
+    special: ClassVar[tuple[str, ...]] = SPECIAL  # the tokens that stand for no text
 
     def __post_init__(self):
         ids = {token: i for i, token in enumerate(self.vocabulary)}
         if len(ids) < len(self.vocabulary):
             twice = next(token for i, token in enumerate(self.vocabulary) if ids[token] != i)
             raise ValueError(f"token {twice!r} occurs twice in the vocabulary; every token must have one id")
-        missing = [token for token in SPECIAL if token not in ids]
+        missing = [token for token in self.special if token not in ids]
         if missing:
             raise ValueError(f"the vocabulary lacks {', '.join(missing)}; Tokenizer.from_words adds all special tokens")
-        names = ("pad_id", "unk_id", "cls_id", "sep_id", "mask_id", "bos_id", "enc_id")
+        names = ("pad_id", "unk_id", "cls_id", "sep_id", "mask_id")
         for name, token in zip(names, SPECIAL, strict=True):
             object.__setattr__(self, name, ids[token])
         object.__setattr__(self, "ids", ids)
@@ -81,38 +85,38 @@ class Tokenizer:
             )
             built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
             built.post_processor = processors.BertProcessing(("[SEP]", self.sep_id), ("[CLS]", self.cls_id))
-            built.add_special_tokens([token for token in SPECIAL if token in pieces])
+            built.add_special_tokens([token for token in self.special if token in pieces])
             for token in self.vocabulary[first:]:  # the library numbers them in this order
                 built.add_tokens([words.get(token, tokenizers.AddedToken(token, special=True, normalized=False))])
             built.encode_special_tokens = True  # in a user's text they are text
         return built
 
     def __eq__(self, other):
-        return isinstance(other, Tokenizer) and self.digest() == other.digest()
+        return type(other) is type(self) and self.digest() == other.digest()
 
     def __hash__(self):
         return hash(self.digest())
 
     def __reduce__(self):
-        return Tokenizer, (self.vocabulary, self.added, self.strip_accents, self.split_chinese)
+        return type(self), (self.vocabulary, self.added, self.strip_accents, self.split_chinese)
 
     @classmethod
-    def from_words(cls, words: Iterable[str]) -> "Tokenizer":
+    def from_words(cls, words: Iterable[str]) -> Self:
         """A word-level vocabulary for small models: the special tokens, then the distinct words, sorted."""
-        return cls(SPECIAL + tuple(sorted({_whole(word) for word in words})))
+        return cls(cls.special + tuple(sorted({_whole(word) for word in words})))
 
     @classmethod
-    def from_file(cls, path) -> "Tokenizer":
+    def from_file(cls, path: str | pathlib.Path) -> Self:
         """A `vocab.txt` (one token a line), or a Hugging Face directory with `vocab.txt` or a WordPiece `tokenizer.json`.
 
-        Words that were added later are read from tokenizer.json, added_tokens.json and tokenizer_config.json. [DEC], then
-        [ENC], are appended when absent, as BLIP does: 30522 and 30523 for bert-base-uncased. Raises ValueError, naming the
-        file, for what is not an uncased BERT tokenizer, and where two files contradict each other.
+        Words that were added later are read from tokenizer.json, added_tokens.json and tokenizer_config.json. Special
+        tokens that a model adds to BERT's are appended when absent. Raises ValueError, naming the file, for what is not an
+        uncased BERT tokenizer, and where two files contradict each other.
         """
         path = pathlib.Path(path)
-        return _read_directory(path) if path.is_dir() else _with_blip_tokens(_read_vocabulary(path), {}, {}, path)
+        return _read_directory(cls, path) if path.is_dir() else _made(cls, _read_vocabulary(path), {}, {}, path)
 
-    def extended(self, words: Iterable[str]) -> tuple["Tokenizer", tuple[str, ...]]:
+    def extended(self, words: Iterable[str]) -> tuple[Self, tuple[str, ...]]:
         """(a tokenizer with the words that are no tokens yet appended in order, those words); old ids stay."""
         words = list(words)
         for word in words:
@@ -151,10 +155,7 @@ class Tokenizer:
         return found
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
-        """[CLS] pieces [SEP]; pieces are cut so that at most `max_length` ids come out, [SEP] included. No padding.
-
-        BLIP overwrites the first id with [DEC] (captions, answers) or [ENC] (questions); that is the task's business.
-        """
+        """[CLS] pieces [SEP]; pieces are cut so that at most `max_length` ids come out, [SEP] included. No padding."""
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length is {max_length}; it must be at least 2, for [CLS] and [SEP]")
         pieces = self.pieces(text)
@@ -190,7 +191,7 @@ class Tokenizer:
                 raise ValueError(f"id {i} is not in the vocabulary; ids are 0 to {len(self.vocabulary) - 1}")
             if i in (self.sep_id, self.pad_id):
                 break
-            if self.vocabulary[i] not in SPECIAL:
+            if self.vocabulary[i] not in self.special:
                 tokens.append(self.vocabulary[i])
         return _clean_up(" ".join(tokens).replace(" ##", ""))
 
@@ -251,8 +252,10 @@ def _whole(word):
 
 # ---------------------------------------------------------------------------------------------- reading
 
+T = TypeVar("T", bound=Tokenizer)
 
-def _read_directory(directory: pathlib.Path) -> Tokenizer:
+
+def _read_directory(cls: type[T], directory: pathlib.Path) -> T:
     """The tokenizer of a Hugging Face directory, from all files that say something of it."""
     settings = _read_if_there(directory / "tokenizer_config.json")
     if settings.get("do_lower_case", True) is not True:
@@ -267,7 +270,7 @@ def _read_directory(directory: pathlib.Path) -> Tokenizer:
     source, added, trained = directory / "tokenizer.json", {}, None
     if source.is_file():
         with files.reading(source, "is no tokenizer.json"):
-            trained, added, said = _read_tokenizer_json(source)
+            trained, added, said = _read_tokenizer_json(source, cls.special)
         for name, value in said.items():  # transformers writes both files from one tokenizer
             if name in options and options[name] != value and _key(name) in settings:
                 raise ValueError(
@@ -295,9 +298,9 @@ def _read_directory(directory: pathlib.Path) -> Tokenizer:
             for i, spec in tokens.items():
                 if not str(i).isdecimal():
                     raise ValueError(f"{path}: an added token has the id {i!r}; expected a whole number")
-                _add(int(i), {"content": spec} if isinstance(spec, str) else spec, trained, added, path)
+                _add(int(i), {"content": spec} if isinstance(spec, str) else spec, trained, added, path, cls.special)
     with files.reading(source, "is no BERT vocabulary"):
-        return _with_blip_tokens(trained, added, options, source)
+        return _made(cls, trained, added, options, source)
 
 
 def _key(option: str) -> str:
@@ -309,7 +312,7 @@ def _read_if_there(path: pathlib.Path) -> dict:
 
 
 def _read_vocabulary(path: pathlib.Path) -> dict[str, int]:
-    if files.kept_in(path).stat().st_size > files.MOST_JSON:
+    if path.stat().st_size > files.MOST_JSON:
         raise ValueError(f"{path} has more than {files.MOST_JSON:,} bytes; is it a vocabulary?")
     with open(path, encoding="utf-8") as lines, files.reading(path):
         tokens = [line.rstrip("\n") for line in lines]
@@ -320,7 +323,9 @@ def _read_vocabulary(path: pathlib.Path) -> dict[str, int]:
     return ids
 
 
-def _read_tokenizer_json(path) -> tuple[dict[str, int], dict[str, AddedWord], dict]:
+def _read_tokenizer_json(
+    path: pathlib.Path, special: tuple[str, ...]
+) -> tuple[dict[str, int], dict[str, AddedWord], dict]:
     """(trained tokens, added words, options); raises ValueError for anything that BERT's tokenizer does not have."""
     spec = files.read_json(path)
     model, normalizer = spec["model"], spec.get("normalizer") or {}
@@ -343,11 +348,18 @@ def _read_tokenizer_json(path) -> tuple[dict[str, int], dict[str, AddedWord], di
     if not all(isinstance(token, str) and type(i) is int for token, i in trained.items()):
         raise ValueError(f"{path}: a vocabulary is an object of texts and whole numbers")
     for one in spec.get("added_tokens") or ():
-        _add(one["id"], one, trained, added, path)
+        _add(one["id"], one, trained, added, path, special)
     return trained, added, options if normalizer else {}
 
 
-def _add(i: int, spec: dict, trained: dict[str, int], added: dict[str, AddedWord], path) -> None:
+def _add(
+    i: int,
+    spec: dict,
+    trained: dict[str, int],
+    added: dict[str, AddedWord],
+    path: pathlib.Path,
+    special: tuple[str, ...],
+) -> None:
     """Take over an added token: a new row, and unless it is a special token the words it is found in."""
     content = spec["content"]
     if not isinstance(content, str) or not content or type(i) is not int:
@@ -359,7 +371,7 @@ def _add(i: int, spec: dict, trained: dict[str, int], added: dict[str, AddedWord
         )
     new = content not in trained
     trained[content] = i
-    if spec.get("special") or content in SPECIAL or content in added or not new:
+    if spec.get("special") or content in special or content in added or not new:
         return
     flags = {key: spec[key] for key in ("normalized", "single_word", "lstrip", "rstrip") if key in spec}
     if not all(isinstance(value, bool) for value in flags.values()):
@@ -367,13 +379,13 @@ def _add(i: int, spec: dict, trained: dict[str, int], added: dict[str, AddedWord
     added[content] = AddedWord(content, **flags)
 
 
-def _with_blip_tokens(trained: dict[str, int], added: dict[str, AddedWord], options: dict, path) -> Tokenizer:
+def _made(cls: type[T], trained: dict[str, int], added: dict[str, AddedWord], options: dict, path: pathlib.Path) -> T:
     tokens = sorted(trained, key=trained.get)
     if [trained[token] for token in tokens] != list(range(len(tokens))):
         raise ValueError(f"the ids in {path} are not 0 to {len(tokens) - 1}; every id must belong to one token")
-    tokens += [token for token in ("[DEC]", "[ENC]") if token not in trained]
+    tokens += [token for token in cls.special if token not in trained and token not in SPECIAL]
     later = tuple(added[token] for token in tokens if token in added)
-    return Tokenizer(tuple(tokens), later, **options)
+    return cls(tuple(tokens), later, **options)
 
 
 # ---------------------------------------------------------------------------------------------- normal form

@@ -1,4 +1,4 @@
-"""A directory of HF PEFT for transformers' BLIP -> a tuned tree on our params; every tensor is read or it is an error."""
+"""A directory of HF PEFT -> a tuned tree on our params; every tensor is read or it is an error."""
 
 import json
 import re
@@ -11,25 +11,30 @@ import numpy as np
 
 from jaxpeft import tree
 from jaxpeft.adapt import sites
-from jaxpeft.interchange.places import CONFIG, HEAD, HEAD_KEYS, PREFIX, VOCABULARY, WEIGHTS, places, vocabulary_matrix
 from jaxpeft.interchange.tuned import check_base, read, sha
 from jaxpeft.methods import IA3, OFT, DoRA, Head, LayerNorms, LoRA, Method, Prefix, Prompt, Scoped, VeRA
+from jaxpeft.models import hf
+from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import files
 from jaxpeft.tree import Tree
 
+PREFIX = "base_model.model."  # of PEFT's names, before transformers'
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-def import_peft(model, params: Tree, directory) -> tuple[Tree, tuple[Method, ...]]:
-    """(variables, methods) of a PEFT directory for transformers' BLIP, on our params of the same base.
 
-    Reads LORA (with rslora, dora, rank and alpha patterns, modules_to_save cls), IA3, LN_TUNING, VERA, OFT (exact Cayley
-    transform), PROMPT_TUNING and PREFIX_TUNING of the text decoder. Raises ValueError for anything that it would have to
-    leave out: other types, unread or missing tensors, shapes, a base or an alpha that the file was not written with.
+def import_peft(model: VisionLanguageModel, params: Tree, directory: str | Path) -> tuple[Tree, tuple[Method, ...]]:
+    """(variables, methods) of a PEFT directory for the model as transformers has it, on our params of the same base.
+
+    Reads LORA (with rslora, dora, rank and alpha patterns, modules_to_save of the head), IA3, LN_TUNING, VERA, OFT (exact
+    Cayley transform), PROMPT_TUNING and PREFIX_TUNING of the text decoder. Raises ValueError for anything that it would have
+    to leave out: other types, unread or missing tensors, shapes, a base or an alpha that the file was not written with; and
+    for a model that transformers does not have.
     """
     with files.reading(directory, "is not what PEFT writes"):
         return _import_peft(model, params, Path(directory))
 
 
-def _import_peft(model, params, directory):
+def _import_peft(model: VisionLanguageModel, params: Tree, directory: Path) -> tuple[Tree, tuple[Method, ...]]:
     if (directory / "adapter_model.bin").exists() and not (directory / WEIGHTS).exists():
         raise ValueError(
             f"{directory} holds adapter_model.bin, a pickle; save it as {WEIGHTS}: in PyTorch, "
@@ -54,7 +59,7 @@ def _import_peft(model, params, directory):
     # as shapes: what a file asks for is made only when its tensors have been seen to be that large
     variables = jax.eval_shape(lambda: sites.attach(model, params, many, jax.random.key(0)))
     if reader.matrix is not None:
-        own["peft/text_decoder/head/vocabulary/@linear/0/head/matrix"] = reader.matrix
+        own[f"peft/{reader.form.head.vocabulary}/@linear/0/{Head.name}/matrix"] = reader.matrix
     flat = tree.flatten(variables)
     tree.check_same({n: x for n, x in flat.items() if n.startswith("peft/")}, own, str(directory / WEIGHTS))
     base = {f"params/{name}": x for name, x in tree.flatten(params).items()}
@@ -113,17 +118,17 @@ def _check_fields(config: dict, kind: str, source: str) -> None:
 class _Reader:
     """Tensors of a file, each taken once, by HF module."""
 
-    def __init__(self, model, arrays, source):
+    def __init__(self, model: VisionLanguageModel, arrays: dict[str, np.ndarray], source: str):
         self.model, self.source, self.left = model, source, dict(arrays)
+        self.form = hf.of(model)
         self.matrix = None  # an untied vocabulary matrix, if there is one
-        self.where = places(model.config)
         self.by_module: dict[str, list] = {}
-        for path, place in self.where.items():
+        for path, place in self.form.places.items():
             for i, name in enumerate(place.names()):
                 self.by_module.setdefault(name, []).append((path, i, place))
 
     def modules(self, suffix) -> list[str]:
-        """Modules that have a tensor with this suffix; raises where BLIP has no such module."""
+        """Modules that have a tensor with this suffix; raises where the model has no such module."""
         end = f".{suffix}"
         found = [
             k.removeprefix(PREFIX).removesuffix(end) for k in self.left if k.startswith(PREFIX) and k.endswith(end)
@@ -153,22 +158,26 @@ class _Reader:
             )
 
 
-def _take_head(reader, config, params):
+_Found = tuple[tuple[Method, ...], dict[str, np.ndarray], Tree]  # methods, their leaves, params
+
+
+def _take_head(reader: _Reader, config: dict, params: Tree) -> tuple[tuple[Method, ...], Tree]:
     """(methods, params) of modules_to_save: the head, which PEFT unties."""
-    saved = config.get("modules_to_save") or []
+    saved, head = config.get("modules_to_save") or [], reader.form.head
     if not saved:
         return (), params
-    if list(saved) != ["cls"]:
-        raise ValueError(f"{reader.source}: modules_to_save {saved} is not read; only ['cls'], the head, is")
+    if list(saved) != [head.saved_as]:
+        raise ValueError(f"{reader.source}: modules_to_save {saved} is not read; only {[head.saved_as]}, the head, is")
     flat = dict(tree.flatten(params))
-    for key, (leaf, turn) in HEAD_KEYS.items():
-        x = reader.take(PREFIX + HEAD + key)
-        flat[f"text_decoder/{leaf}"] = jnp.asarray(x.T if turn else x)
-    matrix = reader.take(PREFIX + HEAD + "decoder.weight")
-    if not np.array_equal(reader.take(PREFIX + HEAD + "decoder.bias"), np.asarray(flat["text_decoder/head/bias"])):
+    start = f"{PREFIX}{head.module}."
+    for key, leaf in head.leaves.items():
+        x = reader.take(start + key)
+        flat[leaf] = jnp.asarray(x.T if leaf.endswith("/kernel") else x)
+    matrix = reader.take(f"{start}{head.linear}.weight")
+    if not np.array_equal(reader.take(f"{start}{head.linear}.bias"), np.asarray(flat[head.bias])):
         raise ValueError(f"{reader.source}: the head has two different vocabulary biases")
     params = tree.unflatten(params, flat, reader.source)
-    if np.array_equal(matrix, vocabulary_matrix(flat)):
+    if np.array_equal(matrix, head.matrix(flat)):
         return (Head(),), params
     reader.matrix = matrix
     return (Head(matrix="untied"),), params
@@ -195,7 +204,7 @@ def _group(found: dict[str, dict[int, dict]], make, fill, model):
     return tuple(many), own
 
 
-def _import_lora(reader, config, params):
+def _import_lora(reader: _Reader, config: dict, params: Tree) -> _Found:
     dora, found = bool(config.get("use_dora")), {}
     for name in reader.modules("lora_A.weight"):
         a = reader.take(f"{PREFIX}{name}.lora_A.weight")
@@ -218,7 +227,7 @@ def _import_lora(reader, config, params):
                 mine["m"] = m[start : start + n_out]
             found.setdefault(path, {})[layer] = mine
             start += n_out
-    fused = {path for path in found if reader.where[path].parts > 1}
+    fused = {path for path in found if reader.form.places[path].parts > 1}
     for path in fused:  # of a fused matrix each part keeps the ranks that reach it in some layer
         keep = np.any([np.any(one["b"] != 0, axis=1) for one in found[path].values()], axis=0)
         for one in found[path].values():
@@ -240,27 +249,23 @@ def _import_lora(reader, config, params):
 def _pattern(patterns, name, default):
     """PEFT's rank_pattern and alpha_pattern: regular expressions that end the module name."""
     for pattern, value in (patterns or {}).items():
-        if files.pattern(pattern, "a pattern of adapter_config.json").fullmatch(name) or any(
-            files.pattern(pattern, "").fullmatch(name, i + 1) for i, c in enumerate(name) if c == "."
-        ):
+        expression = re.compile(pattern)
+        if expression.fullmatch(name) or any(expression.fullmatch(name, i + 1) for i, c in enumerate(name) if c == "."):
             return value
     return default
 
 
-def _import_ia3(reader, config, params):
+def _import_ia3(reader: _Reader, config: dict, params: Tree) -> _Found:
     inputs, found = config.get("feedforward_modules") or [], {}
     inputs = [inputs] if isinstance(inputs, str) else inputs
     for name in reader.modules("ia3_l"):
         vector = reader.take(f"{PREFIX}{name}.ia3_l")
         parts, start = reader.parts(name, "linear"), 0
-        is_input = any(
-            name == one or name.endswith(f".{one}") or files.pattern(one, "feedforward_modules").fullmatch(name)
-            for one in inputs
-        )
+        is_input = any(name == one or name.endswith(f".{one}") or re.fullmatch(one, name) for one in inputs)
         size = parts[0][2][0] if is_input else sum(shape[1] for *_, shape in parts)
         if vector.shape != ((1, size) if is_input else (size, 1)) or (is_input and len(parts) > 1):
             raise ValueError(f"{reader.source}: {name}.ia3_l has shape {vector.shape}, which does not fit")
-        if parts[0][0] == VOCABULARY and not is_input:
+        if parts[0][0] == reader.form.head.vocabulary and not is_input:
             raise ValueError(
                 f"{reader.source}: {name}.ia3_l scales the vocabulary's bias there and not here; it is not read"
             )
@@ -268,13 +273,13 @@ def _import_ia3(reader, config, params):
             one = {"l_in": vector[0]} if is_input else {"l": vector[start : start + n_out, 0]}
             found.setdefault(path, {})[layer] = one | {"fields": {"feedforward": "" if is_input else "(?!)"}}
             start += n_out
-    for path in [p for p in found if reader.where[p].parts > 1]:
+    for path in [p for p in found if reader.form.places[p].parts > 1]:
         if all(np.all(one["l"] == 1) for one in found[path].values()):
             del found[path]
     return *_group(found, IA3, ("l", "l_in"), reader.model), params
 
 
-def _import_norms(reader, config, params):
+def _import_norms(reader: _Reader, config: dict, params: Tree) -> _Found:
     flat, paths = dict(tree.flatten(params)), {}
     for name in reader.modules("ln_tuning_layers.weight"):
         (path, layer, place) = reader.by_module[name][0]
@@ -287,7 +292,7 @@ def _import_norms(reader, config, params):
     return (LayerNorms(targets=where),), {}, tree.unflatten(params, flat, reader.source)
 
 
-def _import_vera(reader, config, params):
+def _import_vera(reader: _Reader, config: dict, params: Tree) -> _Found:
     found = {}
     for name in reader.modules("vera_lambda_b"):
         ((path, layer, _), *more) = reader.parts(name, "linear")
@@ -304,7 +309,7 @@ def _import_vera(reader, config, params):
     return many, own | {f"peft/{sites.SHARED}/0/vera/{key}": x for key, x in shared.items()}, params
 
 
-def _import_oft(reader, config, params):
+def _import_oft(reader: _Reader, config: dict, params: Tree) -> _Found:
     if config.get("use_cayley_neumann", True):
         raise ValueError(
             f"{reader.source}: use_cayley_neumann=True is a truncated series of the inverse rotation, which is not read; "
@@ -320,17 +325,17 @@ def _import_oft(reader, config, params):
     return *_group(found, OFT, ("q",), reader.model), params
 
 
-def _import_prompt(reader, config, params):
-    rows = reader.take("prompt_embeddings")
-    method = Prompt(targets=r"^text_decoder$", length=len(rows), init_weights="normal", positions="shift")
-    return (method,), {"peft/text_decoder/@embed/0/prompt/rows": rows}, params
+def _import_prompt(reader: _Reader, config: dict, params: Tree) -> _Found:
+    rows, path = reader.take("prompt_embeddings"), reader.form.decoder.embed
+    method = Prompt(targets=f"^{path}$", length=len(rows), init_weights="normal", positions="shift")
+    return (method,), {f"peft/{path}/@embed/0/prompt/rows": rows}, params
 
 
-def _import_prefix(reader, config, params):
-    c, rows = reader.model.config, reader.take("prompt_embeddings")
-    both = rows.reshape(len(rows), c.text_layers, 2, c.text_heads, -1).transpose(2, 1, 0, 3, 4)
-    method = Prefix(targets=r"^text_decoder/blocks/self_attention$", length=len(rows), positions="shift")
-    path = "peft/text_decoder/blocks/self_attention/@kv/0/prefix"
+def _import_prefix(reader: _Reader, config: dict, params: Tree) -> _Found:
+    decoder, rows = reader.form.decoder, reader.take("prompt_embeddings")
+    both = rows.reshape(len(rows), decoder.layers, 2, decoder.heads, -1).transpose(2, 1, 0, 3, 4)
+    method = Prefix(targets=f"^{decoder.attention}$", length=len(rows), positions="shift")
+    path = f"peft/{decoder.attention}/@kv/0/prefix"
     return (method,), {f"{path}/k": both[0], f"{path}/v": both[1]}, params
 
 

@@ -1,4 +1,4 @@
-"""A tuned tree -> a directory that HF PEFT loads on transformers' BLIP. See the package's docstring for what has a type."""
+"""A tuned tree -> a directory that HF PEFT loads on transformers' model. See the package's docstring for what has a type."""
 
 import json
 import re
@@ -9,18 +9,8 @@ import numpy as np
 
 from jaxpeft import tree
 from jaxpeft.adapt import sites
-from jaxpeft.interchange.blip_out import export_blip
-from jaxpeft.interchange.places import (
-    CONFIG,
-    HEAD,
-    HEAD_KEYS,
-    PREFIX,
-    VOCABULARY,
-    WEIGHTS,
-    inner_of,
-    places,
-    vocabulary_matrix,
-)
+from jaxpeft.interchange.hf_out import export_hf
+from jaxpeft.interchange.peft_in import CONFIG, PREFIX, WEIGHTS
 from jaxpeft.interchange.tuned import frozen_digest, sha, write
 from jaxpeft.methods import (
     IA3,
@@ -37,23 +27,26 @@ from jaxpeft.methods import (
     Scoped,
     VeRA,
 )
-from jaxpeft.models import loading
+from jaxpeft.models import hf, loading
+from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import files
+from jaxpeft.tasks import Task
 from jaxpeft.tree import Tree
 
 
 def export_peft(
-    model, variables: Tree, directory, *, base: str = "", revision: str = "", with_base: bool = False,
-    card: str = "", task=None, beams: int = 1,
+    model: VisionLanguageModel, variables: Tree, directory: str | Path, *, base: str = "", revision: str = "",
+    with_base: bool = False, card: str = "", task: Task | None = None, beams: int = 1,
 ) -> Path:  # fmt: skip
-    """Write a directory that peft.PeftModel.from_pretrained loads on transformers' BLIP (see the head of this file).
+    """Write a directory that peft.PeftModel.from_pretrained loads on transformers' model.
 
-    Prompt and Prefix are loaded on `model.text_decoder`, everything else on the model. `base` and `revision` say which model
-    that is, where it is known. `with_base` writes it too, as `base/` in the directory: needed where it is no Hugging Face
-    checkpoint yet, and done in any case where words were added to it, as their rows are part of a base there. `card` is the
-    text of README.md; `task` and `beams` are for the base, as in `export_blip`. Raises ValueError, with the reason, for what
-    has no PEFT type.
+    Prompt and Prefix are loaded on its text decoder (`model.hf.decoder.module`), everything else on the model. `base` and
+    `revision` say which model that is, where it is known. `with_base` writes it too, as `base/` in the directory: needed
+    where it is no Hugging Face checkpoint yet, and done in any case where words were added to it, as their rows are part of a
+    base there. `card` is the text of README.md; `task` and `beams` are for the base, as in `export_hf`. Raises ValueError,
+    with the reason, for what has no PEFT type, and for a model that transformers does not have.
     """
+    hf.of(model)
     with_base |= bool(model.config.new_words)
     model, whole = loading.joined(model, variables["params"])
     variables = variables | {"params": whole}
@@ -70,8 +63,8 @@ def export_peft(
     acting = sites.expand(folded)
     config, arrays = _EXPORT[kind](model, acting, folded, rest)
     if heads:
-        config["modules_to_save"] = ["cls"]
-        arrays |= _head_arrays(acting)
+        config["modules_to_save"] = [hf.of(model).head.saved_as]
+        arrays |= _head_arrays(hf.of(model).head, acting)
     everything = {
         "peft_type": kind,
         "task_type": None,
@@ -86,9 +79,14 @@ def export_peft(
     facts = {"config": sha(everything), "frozen": frozen_digest(variables, many)}
     beside = {"README.md": lambda path: files.write_text(path, card)} if card else {}
     if with_base:
-        beside["base"] = lambda path: export_blip(model, {"params": variables["params"]}, path, task=task, beams=beams)
+        beside["base"] = lambda path: export_hf(model, {"params": variables["params"]}, path, task=task, beams=beams)
     metadata = {"format": "pt", "jaxpeft": json.dumps(facts)}
     return write(directory, CONFIG, everything, WEIGHTS, arrays, metadata, beside)
+
+
+def inner_of(method: Method) -> Method:
+    """The method inside a `Scoped`, or the method."""
+    return method.method if isinstance(method, Scoped) else method
 
 
 _TYPES: dict[type, str] = {  # by the class itself: a subclass computes something else
@@ -115,29 +113,29 @@ def _type_of(method: Method) -> str:
     return kind
 
 
-def _head_arrays(acting) -> dict:
-    """The head whole: PEFT wraps the module `cls`, whose copy of the vocabulary matrix is then its own."""
-    flat = tree.flatten(acting["params"]["text_decoder"])
-    bound = sites.at(acting.get("peft", {}), sites.Site(VOCABULARY, "linear", ()))
-    matrix = bound[0].params["matrix"] if bound else vocabulary_matrix(tree.flatten(acting["params"]))
-    arrays = {key: flat[leaf].T if turn else flat[leaf] for key, (leaf, turn) in HEAD_KEYS.items()}
-    arrays |= {"decoder.weight": matrix, "decoder.bias": flat["head/bias"]}
-    return {PREFIX + HEAD + key: np.asarray(x) for key, x in arrays.items()}
+def _head_arrays(head: hf.HeadPlace, acting: Tree) -> dict[str, np.ndarray]:
+    """The head whole: PEFT wraps its module, whose copy of the vocabulary matrix is then its own."""
+    flat = tree.flatten(acting["params"])
+    bound = sites.at(acting.get("peft", {}), sites.Site(head.vocabulary, "linear", ()))
+    matrix = bound[0].params["matrix"] if bound else head.matrix(flat)
+    arrays = {key: flat[leaf].T if leaf.endswith("/kernel") else flat[leaf] for key, leaf in head.leaves.items()}
+    arrays |= {f"{head.linear}.weight": matrix, f"{head.linear}.bias": flat[head.bias]}
+    return {f"{PREFIX}{head.module}.{key}": np.asarray(x) for key, x in arrays.items()}
 
 
-def _bounds(model, acting, methods) -> dict[str, dict[int, list]]:
+def _bounds(model: VisionLanguageModel, acting: Tree, methods: list[Method]) -> dict[str, dict[int, list]]:
     """HF module name -> {part: [(method, leaves of that layer), ...]} of the linear sites that the methods bind."""
-    where, found = places(model.config), {}
+    form, found = hf.of(model), {}
     for site in sites.sites(model):
         for bound in sites.at(acting.get("peft", {}), site):
             if bound.method not in methods:
                 continue
-            if site.path == VOCABULARY and isinstance(bound.method, IA3):
+            if site.path == form.head.vocabulary and isinstance(bound.method, IA3):
                 raise ValueError(
                     f"{bound.method.name}: at {site.path} it scales the bias too over there; use save_tuned"
                 )
-            place = where[site.path]
-            if place.parts == 1 and place.module.endswith("patch_embedding"):
+            place = form.places[site.path]
+            if place.convolution:
                 raise ValueError(f"{bound.method.name}: {site.path} is a convolution over there; use save_tuned")
             params = {name: np.asarray(x) for name, x in bound.params.items()}
             for i, name in enumerate(place.names()):
@@ -147,18 +145,20 @@ def _bounds(model, acting, methods) -> dict[str, dict[int, list]]:
     return found
 
 
-def _whole(model, params, name, leaf) -> list[np.ndarray]:
-    """The base's kernel (in, out) or bias of every part of an HF module."""
-    flat, found = tree.flatten(params), {}
-    for path, place in places(model.config).items():
+def _kernels(model: VisionLanguageModel, params: Tree, name: str) -> list[np.ndarray]:
+    """The base's kernel (in, out) of every part of an HF module."""
+    form, flat, found = hf.of(model), tree.flatten(params), {}
+    for path, place in form.places.items():
         if name in place.names():
-            tied = path == VOCABULARY and leaf == "kernel"
-            x = vocabulary_matrix(flat).T if tied else np.asarray(flat[f"{path}/{leaf}"])
+            x = form.head.matrix(flat).T if path == form.head.vocabulary else np.asarray(flat[f"{path}/kernel"])
             found[place.part] = x if place.layers is None else x[place.names().index(name)]
     return [found[part] for part in sorted(found)]
 
 
-def _export_lora(model, acting, folded, methods):
+_Written = tuple[dict, dict[str, np.ndarray]]  # fields of the configuration, tensors
+
+
+def _export_lora(model: VisionLanguageModel, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     inner = [inner_of(one) for one in methods]
     dora = {isinstance(one, DoRA) for one in inner}
     if len(dora) > 1:
@@ -186,7 +186,7 @@ def _export_lora(model, acting, folded, methods):
     }
     arrays, targets = {}, []
     for name, parts in _bounds(model, acting, methods).items():
-        kernels = _whole(model, acting["params"], name, "kernel")
+        kernels = _kernels(model, acting["params"], name)
         sizes = [kernel.shape[1] for kernel in kernels]
         a_rows, b_columns = [], []
         for part, many in sorted(parts.items()):
@@ -214,10 +214,10 @@ def _export_lora(model, acting, folded, methods):
     return config | {"target_modules": sorted(targets)}, arrays
 
 
-def _export_ia3(model, acting, folded, methods):
+def _export_ia3(model: VisionLanguageModel, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     arrays, targets, inputs = {}, [], []
     for name, parts in _bounds(model, acting, methods).items():
-        sizes = [kernel.shape[1] for kernel in _whole(model, acting["params"], name, "kernel")]
+        sizes = [kernel.shape[1] for kernel in _kernels(model, acting["params"], name)]
         thetas = {part: many[0][1] for part, many in parts.items()}
         if any(len(many) > 1 for many in parts.values()) or (
             len(sizes) > 1 and any("l_in" in t for t in thetas.values())
@@ -234,9 +234,9 @@ def _export_ia3(model, acting, folded, methods):
     return config | {"fan_in_fan_out": False, "init_ia3_weights": True}, arrays
 
 
-def _export_norms(model, acting, folded, methods):
+def _export_norms(model: VisionLanguageModel, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     flat, arrays, targets = tree.flatten(acting["params"]), {}, []
-    for path, place in places(model.config).items():
+    for path, place in hf.of(model).places.items():
         if f"{path}/scale" in flat and any(one.trains(f"params/{path}/scale") for one in methods):
             for i, name in enumerate(place.names()):
                 for ours, theirs in (("scale", "weight"), ("bias", "bias")):
@@ -246,12 +246,12 @@ def _export_norms(model, acting, folded, methods):
     return {"target_modules": sorted(targets)}, arrays
 
 
-def _export_vera(model, acting, folded, methods):
+def _export_vera(model: VisionLanguageModel, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     (method,) = _only(methods)
     arrays, targets = {}, []
     (shared,) = folded["peft"][sites.SHARED].values()
     for name, parts in _bounds(model, acting, methods).items():
-        if len(_whole(model, acting["params"], name, "kernel")) > 1:
+        if len(_kernels(model, acting["params"], name)) > 1:
             raise ValueError(f"vera: {name} is a fused matrix over there and ours acts on a part of it; use save_tuned")
         params = parts[0][0][1]
         arrays |= {f"{PREFIX}{name}.vera_lambda_b": params["l"], f"{PREFIX}{name}.vera_lambda_d": params["d"]}
@@ -266,13 +266,13 @@ def _export_vera(model, acting, folded, methods):
     }, arrays
 
 
-def _export_oft(model, acting, folded, methods):
+def _export_oft(model: VisionLanguageModel, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     (method,) = _only(methods)
     if isinstance(methods[0], Scoped) and methods[0].layers is not None:
         raise ValueError("oft in some layers only: use save_tuned")
     arrays, targets = {}, []
     for name, parts in _bounds(model, folded, methods).items():
-        if len(_whole(model, acting["params"], name, "kernel")) > 1:
+        if len(_kernels(model, acting["params"], name)) > 1:
             raise ValueError(
                 f"oft: {name} is a fused matrix over there and ours turns the input of a part; use save_tuned"
             )
@@ -288,16 +288,16 @@ def _export_oft(model, acting, folded, methods):
     return config | {"init_weights": True, "target_modules": sorted(targets)}, arrays
 
 
-def _only(methods):
+def _only(methods: list[Method]) -> list[Method]:
     if len(methods) != 1:
         raise ValueError(f"one PEFT directory holds one {methods[0].name}; use save_tuned")
     return [inner_of(methods[0])]
 
 
-def _decoder_only(model, variables, methods, kind) -> list:
-    (method,) = _only(methods)
+def _decoder_only(model: VisionLanguageModel, variables: Tree, methods: list[Method], kind: str) -> list:
+    (method,), decoder = _only(methods), hf.of(model).decoder
     here = [s for s in sites.sites(model) if s.kind == kind and method.selects(s)]
-    allowed = {"kv": "text_decoder/blocks/self_attention", "embed": "text_decoder"}[kind]
+    allowed = {"kv": decoder.attention, "embed": decoder.embed}[kind]
     if [s.path for s in here] != [allowed]:
         raise ValueError(
             f"{method.name}: PEFT has it at {allowed} only, not at {', '.join(s.path for s in here)}; use save_tuned"
@@ -306,25 +306,25 @@ def _decoder_only(model, variables, methods, kind) -> list:
     return [method, bound.params]
 
 
-def _virtual(model, method) -> dict:
-    c = model.config
+def _virtual(model: VisionLanguageModel, method: Method) -> dict:
+    decoder = hf.of(model).decoder
     return {
         "task_type": "CAUSAL_LM",
         "num_virtual_tokens": method.length,
-        "token_dim": c.text_width,
+        "token_dim": decoder.width,
         "num_transformer_submodules": 1,
-        "num_attention_heads": c.text_heads,
-        "num_layers": c.text_layers,
+        "num_attention_heads": decoder.heads,
+        "num_layers": decoder.layers,
     }
 
 
-def _export_prompt(model, acting, folded, methods):
+def _export_prompt(model: VisionLanguageModel, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     method, params = _decoder_only(model, acting, methods, "embed")
     init = {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
     return _virtual(model, method) | init, {"prompt_embeddings": np.asarray(params["rows"])}
 
 
-def _export_prefix(model, acting, folded, methods):
+def _export_prefix(model: VisionLanguageModel, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     method, params = _decoder_only(model, acting, methods, "kv")
     both_LCKD = np.stack([np.asarray(params[name]).reshape(*params[name].shape[:2], -1) for name in ("k", "v")], axis=1)
     rows = both_LCKD.transpose(2, 0, 1, 3).reshape(

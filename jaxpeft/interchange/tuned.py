@@ -17,9 +17,8 @@ import numpy as np
 from jaxpeft import tree
 from jaxpeft.adapt import sites
 from jaxpeft.methods import Gated, Method, Scoped
-from jaxpeft.runtime import files, renamed
+from jaxpeft.runtime import files, host, renamed
 from jaxpeft.runtime.registry import Unknown
-from jaxpeft.training import results
 from jaxpeft.tree import Tree
 
 MANIFEST, TUNED = "manifest.json", "tuned.safetensors"
@@ -89,7 +88,7 @@ def save_tuned(model, variables: Tree, directory) -> Path:
             if one.selects(s)
         ],
         "leaves": {name: tree.digest({"": x}) for name, x in arrays.items()},
-        "versions": results.versions(),
+        "versions": host.versions(),
     }
     metadata = {"jaxpeft": sha([manifest[key] for key in ("methods", "frozen_digest", "leaves")])}
     return write(directory, MANIFEST, manifest, TUNED, arrays, metadata)

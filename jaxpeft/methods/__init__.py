@@ -2,6 +2,7 @@
 line in a module of your own, `METHODS["mine"] = Mine` (see jaxpeft/runtime/registry.py)."""
 
 import inspect
+from typing import Any
 
 from jaxpeft.methods.adapter import Compacter, ParallelAdapter, SerialAdapter
 from jaxpeft.methods.base import Added, Method, Params, Site
@@ -23,7 +24,7 @@ _SINGLE = (
 # name -> a method, or a function that returns several
 METHODS = Registry("method", {cls.name: cls for cls in _SINGLE} | {"mam": MAM, "unipelt": UniPELT})
 
-__all__ = [
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]  of `_SINGLE` too; it exports every public name
     "HEADS", "METHODS", "Added", "Gated", "Method", "NewWords", "Params", "Scoped", "Site", "build", "defaults",
     "MAM", "UniPELT", *(cls.__name__ for cls in _SINGLE),
 ]  # fmt: skip
@@ -40,7 +41,7 @@ def size_field(name: str) -> str:
     return field if field in defaults(name) else ""
 
 
-def build(name: str, head: str = "none", **fields) -> tuple[Method, ...]:
+def build(name: str, head: str = "none", **fields: Any) -> tuple[Method, ...]:
     """The methods of one run: `name` with its fields and, unless head='none', the tuned head beside it."""
     cls = METHODS.find(name)
     unknown = set(fields) - set(defaults(name))

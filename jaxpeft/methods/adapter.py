@@ -16,13 +16,14 @@ default for all, so that methods do not differ in where they start. init='normal
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxpeft.methods.base import Method, Params, at_least, kaiming, one_of
+from jaxpeft.methods.base import Base, Method, Params, Site, Stream, at_least, kaiming, one_of
 from jaxpeft.ops import matmul
 
 ACTIVATIONS = {
@@ -41,7 +42,7 @@ PLACEMENTS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Bottleneck(Method):
-    targets: str = r"^text_"
+    targets: str = "text"
     bottleneck: int = 64
     scale: float = 1.0
     activation: str = "relu"
@@ -50,12 +51,12 @@ class _Bottleneck(Method):
     kinds: ClassVar[tuple[str, ...]] = ("sublayer",)
     size_field: ClassVar[str] = "bottleneck"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self.name, "bottleneck", self.bottleneck, 1)
         one_of(self.name, "activation", self.activation, ACTIVATIONS)
         one_of(self.name, "init_weights", self.init_weights, ("zero_up", "normal"))
 
-    def init(self, rng, site, base) -> Params:
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         (width,), m = site.shape, self.bottleneck
         one, other = jax.random.split(rng)
         if self.init_weights == "normal":
@@ -65,7 +66,7 @@ class _Bottleneck(Method):
             down, up = kaiming(one, (width, m), width), jnp.zeros((m, width))
         return {"down": down, "down_bias": jnp.zeros(m), "up": up, "up_bias": jnp.zeros(width)}
 
-    def adapt(self, params, h_BTD):
+    def adapt(self, params: Params, h_BTD: jax.Array) -> jax.Array:
         """act(h D + d) U + u."""
         params = {name: x.astype(h_BTD.dtype) for name, x in params.items()}
         h_BTM = ACTIVATIONS[self.activation](matmul(h_BTD, params["down"], params["down_bias"]))
@@ -79,19 +80,19 @@ class SerialAdapter(_Bottleneck):
     placement: str = "houlsby"
     name: ClassVar[str] = "serial_adapter"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self.name, "placement", self.placement, PLACEMENTS)
 
-    def selects(self, site):
+    def selects(self, site: Site) -> bool:
         return super().selects(site) and re.search(PLACEMENTS[self.placement], site.path) is not None
 
     @property
-    def acts_at(self):
+    def acts_at(self) -> str:
         called = "attention or mlp" if self.placement == "houlsby" else "mlp"
         return f"sublayers called {called} (placement={self.placement!r})"
 
-    def sublayer(self, params, x_BTD, y_BTD, stream):
+    def sublayer(self, params: Params, x_BTD: jax.Array, y_BTD: jax.Array, stream: Stream) -> jax.Array:
         reads_BTD = stream(y_BTD) if self.placement == "pfeiffer" else y_BTD
         return y_BTD + self.scale * self.adapt(params, reads_BTD)
 
@@ -100,16 +101,16 @@ class SerialAdapter(_Bottleneck):
 class ParallelAdapter(_Bottleneck):
     """A bottleneck beside a sublayer."""
 
-    targets: str = r"^text_.*mlp$"
+    targets: str = "text.mlp"
     scale: float = 4.0
     learned_scale: bool = False  # a scalar per layer that starts at `scale`
     name: ClassVar[str] = "parallel_adapter"
 
-    def init(self, rng, site, base):
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         scale = {"scale": jnp.float32(self.scale)} if self.learned_scale else {}
         return super().init(rng, site, base) | scale
 
-    def sublayer(self, params, x_BTD, y_BTD, stream):
+    def sublayer(self, params: Params, x_BTD: jax.Array, y_BTD: jax.Array, stream: Stream) -> jax.Array:
         scale = params["scale"].astype(y_BTD.dtype) if self.learned_scale else self.scale
         return y_BTD + scale * self.adapt(params, x_BTD)
 
@@ -123,13 +124,13 @@ class Compacter(SerialAdapter):
     name: ClassVar[str] = "compacter"
     expands: ClassVar[bool] = True
 
-    def sizes(self, model, sites):
+    def sizes(self, model: nn.Module, sites: list[Site]) -> Sequence[int]:
         return range(self.n, 1 << 20, self.n)
 
-    def init_shared(self, rng, sites):
+    def init_shared(self, rng: jax.Array, sites: list[Site]) -> Params:
         return {"rule": 0.01 * jax.random.normal(rng, (self.n, self.n, self.n))}
 
-    def init(self, rng, site, base) -> Params:
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         (width,), m, n = site.shape, self.bottleneck, self.n
         if width % n or m % n:
             raise ValueError(f"compacter: n={n} does not divide width {width} and bottleneck {m} at {site.path}")
@@ -145,8 +146,8 @@ class Compacter(SerialAdapter):
             params["up_t"] = jnp.zeros_like(params["up_t"])
         return params | {"down_bias": jnp.zeros(m), "up_bias": jnp.zeros(width)}
 
-    def expand(self, params, shared, site):
-        def whole(s, t):
+    def expand(self, params: Params, shared: Params, site: Site) -> Params:
+        def whole(s: jax.Array, t: jax.Array) -> jax.Array:
             """sum_i kron(rule_i, s_i t_i): (..., n, in/n, 1), (..., n, 1, out/n) -> (..., in, out)."""
             products = jnp.einsum("iab,...ixr,...iry->...axby", shared["rule"], s, t)
             a, x, b, y = products.shape[-4:]

@@ -14,15 +14,18 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from jaxpeft.runtime import renamed
 
 Params = dict[str, jax.Array]  # one site's own leaves
+Base = dict[str, Any]  # what stands at a site: arrays by name, None for a bias that is not there, a tokenizer
+Stream = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Site:
         "linear": ("in", "out"),  # a matrix product with its bias
         "norm": ("D",),  # the output of a LayerNorm
         "sublayer": ("D",),  # input and output of an attention or MLP, before the residual add
-        "kv": ("N", "H"),  # keys, values and mask of an attention
+        "kv": ("D", "N", "H"),  # keys, values and mask of an attention; D of what its queries are made of
         "block": ("D",),  # the sequence entering one layer of a stack
         "embed": ("D",),  # the sequence and padding mask entering a stack
     }
@@ -66,7 +69,7 @@ _OURS: set[str] = set()  # names of jaxpeft's own method classes
 class Method:
     """The identity on every site. Subclasses add fields (the paper's hyper-parameters) with defaults."""
 
-    targets: str = ""  # regular expression searched in site paths
+    targets: str = ""  # a group of the model's (`model.targets`), or a regular expression searched in site paths
     name: ClassVar[str] = ""  # in configs, leaf names and messages
     kinds: ClassVar[tuple[str, ...]] = ()  # kinds of site this method can act on
     train: ClassVar[str] = ""  # regular expression of base leaves trained in place; '' for none
@@ -76,7 +79,7 @@ class Method:
     acts_at: ClassVar[str] = ""  # for messages: what `selects` asks of a site beside kind and `targets`
     size_field: ClassVar[str] = ""  # the field that a parameter budget is spent on
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raises TypeError for a class with the name of one of jaxpeft's: saved files know a method by its class's name."""
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith("jaxpeft."):
@@ -84,7 +87,7 @@ class Method:
         elif cls.__name__ in _OURS:
             raise TypeError(f"jaxpeft has a method class {cls.__name__}; call yours something else")
 
-    def __new__(cls, *args, **fields):
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
         """Raises TypeError for fields without a name (`LoRA(16)` would set `targets`) and of another type than declared."""
         mine = {field.name: field.type for field in dataclasses.fields(cls)}
         if args:
@@ -101,6 +104,17 @@ class Method:
                 )
         return super().__new__(cls)
 
+    def on(self, groups: dict[str, str]) -> "Method":
+        """The method with named groups of a model (group -> regular expression) resolved; other patterns stay."""
+        found = {}
+        for name in ("targets", "leaves"):
+            if (value := getattr(self, name, None)) in groups:
+                found[name] = groups[value]
+        inner = getattr(self, "method", None)
+        if isinstance(inner, Method):
+            found["method"] = inner.on(groups)
+        return dataclasses.replace(self, **found) if found else self
+
     # where it acts and what it trains
     def selects(self, site: Site) -> bool:
         """Whether the method binds at a site."""
@@ -114,17 +128,17 @@ class Method:
         """Multiplies the learning rate of an own leaf (LoRA+)."""
         return 1.0
 
-    def sizes(self, model, sites: list[Site]) -> Sequence[int]:
+    def sizes(self, model: nn.Module, sites: list[Site]) -> Sequence[int]:
         """The sensible values of `size_field` at the sites of a model, ascending."""
         return range(1, 1 << 20)
 
     # leaves
-    def init(self, rng: jax.Array, site: Site, base: dict[str, Any]) -> Params:
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         """Own leaves for one layer of a site. `base`: what stands there: a linear's 'kernel' and 'bias', a norm's
         'scale' and 'bias', a text stack's 'word', 'norm/scale', 'norm/bias' and 'tokenizer'."""
         raise ValueError(f"{self.name} adds nothing at a {site.kind} site")
 
-    def init_site(self, rng: jax.Array, site: Site, base: dict[str, Any]) -> Params:
+    def init_site(self, rng: jax.Array, site: Site, base: Base) -> Params:
         """Own leaves for a site: `init` per layer, stacked. Methods whose layers share leaves override it."""
         if site.layers is None:
             return self.init(rng, site, base)
@@ -156,43 +170,43 @@ class Method:
         return False
 
     # acting
-    def inputs(self, params: Params, x):
+    def inputs(self, params: Params, x: jax.Array) -> jax.Array:
         """The input x (..., in) of a linear -> new x."""
         return x
 
-    def linear(self, params: Params, x, y, base: Params, rng):
+    def linear(self, params: Params, x: jax.Array, y: jax.Array, base: Base, rng: jax.Array | None) -> jax.Array:
         """x (..., in), y (..., out) = x @ kernel + bias -> new y. `base`: 'kernel' and 'bias' (None where there is
         none). `rng` is None when nothing is random (evaluation)."""
         return y
 
-    def norm(self, params: Params, y):
+    def norm(self, params: Params, y: jax.Array) -> jax.Array:
         """The output of a LayerNorm -> new output."""
         return y
 
-    def sublayer(self, params: Params, x_BTD, y_BTD, stream: Callable):
+    def sublayer(self, params: Params, x_BTD: jax.Array, y_BTD: jax.Array, stream: Stream) -> jax.Array:
         """Input and output of an attention or MLP, before the residual add -> new output. `stream(y_BTD)` is the
         residual stream after y_BTD is added: normalised in a post-norm block, plain in a pre-norm one."""
         return y_BTD
 
-    def kv(self, params: Params, x_BTD) -> Added:
+    def kv(self, params: Params, x_BTD: jax.Array) -> Added:
         """Keys and values to put in front; x_BTD is what the queries are made of."""
         raise NotImplementedError(self.name)
 
-    def block(self, params: Params, x_BTD):
+    def block(self, params: Params, x_BTD: jax.Array) -> jax.Array:
         """The sequence that enters one layer of a stack -> new one."""
         return x_BTD
 
-    def embed(self, params: Params, x_BTD, as_tokens: Callable | None):
+    def embed(self, params: Params, x_BTD: jax.Array, as_tokens: Stream | None) -> jax.Array | None:
         """Rows (K, D) to put in front of the sequence that enters a stack. `as_tokens(rows_KD)` treats rows as word
-        embeddings at positions 0..K-1 (None where the stack has no words)."""
+        embeddings at positions 0..K-1 (None where the stack has no words). None: nothing is put there."""
         raise NotImplementedError(self.name)
 
-    def merge(self, params: Params, base: Params) -> Params:
+    def merge(self, params: Params, base: Base) -> Base:
         """The base leaves of one layer with this method folded in; raises where that is not exact."""
         raise ValueError(f"{self.name} cannot be merged into the base exactly; export the tuned tree instead")
 
 
-def _takes(kind, value) -> bool:
+def _takes(kind: Any, value: object) -> bool:
     """Whether a field that is declared as `kind` takes a value: float a whole number too, no number a bool."""
     origin = typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):
@@ -205,18 +219,18 @@ def _takes(kind, value) -> bool:
     return not isinstance(kind, type) or isinstance(value, (tuple, list) if kind is tuple else kind)
 
 
-def kaiming(rng, shape, n_in: int):
+def kaiming(rng: jax.Array, shape: tuple[int, ...], n_in: int) -> jax.Array:
     """Kaiming-uniform with a = sqrt(5), the default of torch's Linear: U(-1/sqrt(in), 1/sqrt(in))."""
     return jax.random.uniform(rng, shape, jnp.float32, -(n_in**-0.5), n_in**-0.5)
 
 
-def one_of(method: str, field: str, value: str, allowed) -> None:
+def one_of(method: str, field: str, value: str, allowed: Collection[str]) -> None:
     """Raise ValueError unless a field has one of its allowed values."""
     if value not in allowed:
         raise ValueError(f"{method}: {field} is {value!r}; choose one of {', '.join(allowed)}")
 
 
-def at_least(method: str, field: str, value, least) -> None:
+def at_least(method: str, field: str, value: float, least: float) -> None:
     """Raise ValueError when a field is below its least value."""
     if value < least:
         raise ValueError(f"{method}: {field} is {value}; it must be at least {least}")

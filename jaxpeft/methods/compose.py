@@ -13,12 +13,15 @@ MAM      Mix-And-Match (He et al. 2021, arXiv 2110.04366, section 4.6): a small 
 
 import dataclasses
 import re
+import typing
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from jaxpeft.methods.adapter import ParallelAdapter, SerialAdapter
-from jaxpeft.methods.base import Method, Params
+from jaxpeft.methods.base import Added, Base, Method, Params, Site, Stream
 from jaxpeft.methods.lora import LoRA
 from jaxpeft.methods.prefix import Prefix
 from jaxpeft.ops import matmul
@@ -30,41 +33,63 @@ class _Around(Method):
 
     method: Method | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.method, Method) or not isinstance(self.targets, str):
             kind = type(self).__name__
-            raise ValueError(f"{kind} goes around another method: {kind}(method=LoRA(...), targets='text_decoder')")
+            raise ValueError(f"{kind} goes around another method: {kind}(method=LoRA(...), targets='text')")
 
-    name = property(lambda self: self.method.name)
-    kinds = property(lambda self: self.method.kinds)
-    train = property(lambda self: self.method.train)
-    fixed = property(lambda self: self.method.fixed)
-    first = property(lambda self: self.method.first)
-    size_field = property(lambda self: self.method.size_field)
+    @property
+    def inner(self) -> Method:
+        """`method`, which `__post_init__` saw."""
+        return typing.cast(Method, self.method)
 
-    def selects(self, site):
-        return self.method.selects(site) and re.search(self.targets, site.path) is not None
+    @property
+    def name(self) -> str:
+        return self.inner.name
 
-    def trains(self, leaf):
-        return self.method.trains(leaf) and re.search(self.targets, leaf.removeprefix("params/")) is not None
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return self.inner.kinds
 
-    def lr_scale(self, leaf):
-        return self.method.lr_scale(leaf)
+    @property
+    def train(self) -> str:
+        return self.inner.train
 
-    def sizes(self, model, sites):
-        return self.method.sizes(model, sites)
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        return self.inner.fixed
 
-    def shift(self, site):
-        return self.method.shift(site)
+    @property
+    def first(self) -> bool:
+        return self.inner.first
 
-    def on_input(self, site):
-        return self.method.on_input(site)
+    @property
+    def size_field(self) -> str:
+        return self.inner.size_field
 
-    def folded(self):
-        return dataclasses.replace(self, method=self.method.folded())
+    def selects(self, site: Site) -> bool:
+        return self.inner.selects(site) and re.search(self.targets, site.path) is not None
 
-    def init_shared(self, rng, sites):
-        return self.method.init_shared(rng, sites)
+    def trains(self, leaf: str) -> bool:
+        return self.inner.trains(leaf) and re.search(self.targets, leaf.removeprefix("params/")) is not None
+
+    def lr_scale(self, leaf: str) -> float:
+        return self.inner.lr_scale(leaf)
+
+    def sizes(self, model: nn.Module, sites: list[Site]) -> Sequence[int]:
+        return self.inner.sizes(model, sites)
+
+    def shift(self, site: Site) -> int:
+        return self.inner.shift(site)
+
+    def on_input(self, site: Site) -> bool:
+        return self.inner.on_input(site)
+
+    def folded(self) -> Method:
+        return dataclasses.replace(self, method=self.inner.folded())
+
+    def init_shared(self, rng: jax.Array, sites: list[Site]) -> Params:
+        return self.inner.init_shared(rng, sites)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,26 +98,26 @@ class Scoped(_Around):
 
     layers: tuple[int, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
             if not self.layers or self.layers[0] < 0:
                 raise ValueError(f"scoped: layers is {self.layers}; give numbers from 0")
-            if self.method.train:
+            if self.inner.train:
                 raise ValueError(
-                    f"scoped: {self.method.name} trains base leaves, which hold all layers of a stack in one array; "
+                    f"scoped: {self.inner.name} trains base leaves, which hold all layers of a stack in one array; "
                     "limit it by `targets`, not by layers"
                 )
 
     @property
-    def expands(self):
-        return self.layers is not None or self.method.expands
+    def expands(self) -> bool:
+        return self.layers is not None or self.inner.expands
 
-    def selects(self, site):
+    def selects(self, site: Site) -> bool:
         return super().selects(site) and (self.layers is None or site.layers is not None or site.kind == "embed")
 
-    def _fewer(self, site):
+    def _fewer(self, site: Site) -> Site | None:
         """The site as the method inside sees it, or None where layers mean nothing."""
         if self.layers is None or site.layers is None:
             return None
@@ -100,53 +125,53 @@ class Scoped(_Around):
             raise ValueError(f"scoped: layer {self.layers[-1]} of {site.path}, which has layers 0..{site.layers - 1}")
         return dataclasses.replace(site, layers=len(self.layers))
 
-    def init_site(self, rng, site, base) -> Params:
+    def init_site(self, rng: jax.Array, site: Site, base: Base) -> Params:
         fewer = self._fewer(site)
         if fewer is None:
-            return self.method.init_site(rng, site, base)
-        return self.method.init_site(
+            return self.inner.init_site(rng, site, base)
+        return self.inner.init_site(
             rng, fewer, {k: x if x is None else x[jnp.array(self.layers)] for k, x in base.items()}
         )
 
-    def expand(self, params, shared, site):
+    def expand(self, params: Params, shared: Params, site: Site) -> Params:
         fewer = self._fewer(site)
-        acting = self.method.expand(params, shared, fewer or site) if self.method.expands else params
+        acting = self.inner.expand(params, shared, fewer or site) if self.inner.expands else params
         if fewer is None:
             return acting
         here = jnp.array(self.layers)
         acting = {k: jnp.zeros((site.layers, *x.shape[1:]), x.dtype).at[here].set(x) for k, x in acting.items()}
         return acting | {"on": jnp.zeros(site.layers, bool).at[here].set(True)}
 
-    def fold(self, params, site):
-        return self.method.fold(params, self._fewer(site) or site)
+    def fold(self, params: Params, site: Site) -> Params:
+        return self.inner.fold(params, self._fewer(site) or site)
 
-    def _choose(self, params, new, old):
+    def _choose(self, params: Params, new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(params["on"], new, old) if "on" in params else new
 
-    def inputs(self, params, x):
-        return self._choose(params, self.method.inputs(params, x), x)
+    def inputs(self, params: Params, x: jax.Array) -> jax.Array:
+        return self._choose(params, self.inner.inputs(params, x), x)
 
-    def linear(self, params, x, y, base, rng):
-        return self._choose(params, self.method.linear(params, x, y, base, rng), y)
+    def linear(self, params: Params, x: jax.Array, y: jax.Array, base: Base, rng: jax.Array | None) -> jax.Array:
+        return self._choose(params, self.inner.linear(params, x, y, base, rng), y)
 
-    def norm(self, params, y):
-        return self._choose(params, self.method.norm(params, y), y)
+    def norm(self, params: Params, y: jax.Array) -> jax.Array:
+        return self._choose(params, self.inner.norm(params, y), y)
 
-    def sublayer(self, params, x_BTD, y_BTD, stream):
-        return self._choose(params, self.method.sublayer(params, x_BTD, y_BTD, stream), y_BTD)
+    def sublayer(self, params: Params, x_BTD: jax.Array, y_BTD: jax.Array, stream: Stream) -> jax.Array:
+        return self._choose(params, self.inner.sublayer(params, x_BTD, y_BTD, stream), y_BTD)
 
-    def kv(self, params, x_BTD):
-        added = self.method.kv(params, x_BTD)
+    def kv(self, params: Params, x_BTD: jax.Array) -> Added:
+        added = self.inner.kv(params, x_BTD)
         return added._replace(on=params["on"]) if "on" in params else added
 
-    def block(self, params, x_BTD):
-        return self._choose(params, self.method.block(params, x_BTD), x_BTD)
+    def block(self, params: Params, x_BTD: jax.Array) -> jax.Array:
+        return self._choose(params, self.inner.block(params, x_BTD), x_BTD)
 
-    def embed(self, params, x_BTD, as_tokens):
-        return self.method.embed(params, x_BTD, as_tokens)
+    def embed(self, params: Params, x_BTD: jax.Array, as_tokens: Stream | None) -> jax.Array | None:
+        return self.inner.embed(params, x_BTD, as_tokens)
 
-    def merge(self, params, base):
-        new = self.method.merge(params, base)
+    def merge(self, params: Params, base: Base) -> Base:
+        new = self.inner.merge(params, base)
         return {name: self._choose(params, new[name], base[name]) for name in new}
 
 
@@ -154,36 +179,42 @@ class Scoped(_Around):
 class Gated(_Around):
     """`method` (on linear, sublayer or kv sites) times a gate of the site's input; `targets` narrows it further."""
 
-    kinds = property(lambda self: tuple(kind for kind in self.method.kinds if kind in ("linear", "sublayer", "kv")))
-    expands = property(lambda self: self.method.expands)
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(kind for kind in self.inner.kinds if kind in ("linear", "sublayer", "kv"))
 
-    def init_site(self, rng, site, base) -> Params:
-        width = {"linear": site.shape[0], "sublayer": site.shape[0]}.get(site.kind, site.shape[0] * site.shape[-1])
+    @property
+    def expands(self) -> bool:
+        return self.inner.expands
+
+    def init_site(self, rng: jax.Array, site: Site, base: Base) -> Params:
         stack = () if site.layers is None else (site.layers,)
-        gate = {"gate": jnp.zeros((*stack, width, 1)), "gate_bias": jnp.zeros((*stack, 1))}
-        return self.method.init_site(rng, site, base) | gate
+        gate = {"gate": jnp.zeros((*stack, site.shape[0], 1)), "gate_bias": jnp.zeros((*stack, 1))}
+        return self.inner.init_site(rng, site, base) | gate
 
-    def expand(self, params, shared, site):
+    def expand(self, params: Params, shared: Params, site: Site) -> Params:
         gate = {name: params[name] for name in ("gate", "gate_bias")}
         inner = {name: x for name, x in params.items() if name not in gate}
-        return self.method.expand(inner, shared, site) | gate
+        return self.inner.expand(inner, shared, site) | gate
 
-    def _gate(self, params, x):
+    def _gate(self, params: Params, x: jax.Array) -> jax.Array:
         """sigmoid(x g + c): (..., 1)."""
         return jax.nn.sigmoid(matmul(x, params["gate"].astype(x.dtype), params["gate_bias"].astype(x.dtype)))
 
-    def linear(self, params, x, y, base, rng):
-        return y + self._gate(params, x) * (self.method.linear(params, x, y, base, rng) - y)
+    def linear(self, params: Params, x: jax.Array, y: jax.Array, base: Base, rng: jax.Array | None) -> jax.Array:
+        return y + self._gate(params, x) * (self.inner.linear(params, x, y, base, rng) - y)
 
-    def sublayer(self, params, x_BTD, y_BTD, stream):
-        new = self.method.sublayer({k: v for k, v in params.items() if "gate" not in k}, x_BTD, y_BTD, stream)
+    def sublayer(self, params: Params, x_BTD: jax.Array, y_BTD: jax.Array, stream: Stream) -> jax.Array:
+        new = self.inner.sublayer({k: v for k, v in params.items() if "gate" not in k}, x_BTD, y_BTD, stream)
         return y_BTD + self._gate(params, x_BTD) * (new - y_BTD)
 
-    def kv(self, params, x_BTD):
-        return self.method.kv(params, x_BTD)._replace(gain_BT=self._gate(params, x_BTD)[..., 0])
+    def kv(self, params: Params, x_BTD: jax.Array) -> Added:
+        return self.inner.kv(params, x_BTD)._replace(gain_BT=self._gate(params, x_BTD)[..., 0])
 
 
-def UniPELT(targets: str = r"^text_", length: int = 10, bottleneck: int = 48, rank: int = 8, alpha: float | str = "2r"):
+def UniPELT(
+    targets: str = "text", length: int = 10, bottleneck: int = 48, rank: int = 8, alpha: float | str = "2r"
+) -> tuple[Gated, ...]:
     """Gated prefix, serial adapter (after the MLP) and LoRA (query and value) in the stacks that `targets` selects."""
     adapter = SerialAdapter(bottleneck=bottleneck, placement="pfeiffer")
     lora = LoRA(targets=r"attention/(query|value)$", rank=rank, alpha=alpha)
@@ -191,7 +222,7 @@ def UniPELT(targets: str = r"^text_", length: int = 10, bottleneck: int = 48, ra
     return tuple(Gated(method=part, targets=targets) for part in parts)
 
 
-def MAM(targets: str = r"^text_", length: int = 30, bottleneck: int = 512, scale: float = 4.0):
+def MAM(targets: str = "text", length: int = 30, bottleneck: int = 512, scale: float = 4.0) -> tuple[Scoped, ...]:
     """Prefix in every attention and scaled parallel adapter on every MLP of the stacks that `targets` selects."""
     parts = (
         Prefix(targets=r"attention$", length=length),

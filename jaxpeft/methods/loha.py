@@ -11,7 +11,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.methods.base import Params
+from jaxpeft.methods.base import Base, Params, Site
 from jaxpeft.methods.lora import LoRA
 from jaxpeft.ops import matmul
 
@@ -22,15 +22,15 @@ class LoHa(LoRA):
 
     name: ClassVar[str] = "loha"
 
-    def init(self, rng, site, base) -> Params:
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         (n_in, n_out), keys = site.shape, jax.random.split(rng, 3)
         shapes = {"a1": (n_in, self.rank), "b1": (self.rank, n_out), "b2": (self.rank, n_out)}
         stds = {"a1": 1.0, "b1": 0.1, "b2": 1.0}
         drawn = {k: stds[k] * jax.random.normal(key, shapes[k]) for k, key in zip(shapes, keys, strict=True)}
         return drawn | {"a2": jnp.zeros((n_in, self.rank))}
 
-    def delta(self, params):
+    def delta(self, params: Params) -> jax.Array:
         return self.scale * (params["a1"] @ params["b1"]) * (params["a2"] @ params["b2"])
 
-    def update(self, params, x, rng):
+    def update(self, params: Params, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         return matmul(self._drop(x, rng), self.delta(params).astype(x.dtype))

@@ -18,12 +18,14 @@ The size of the step depends on alpha's policy, and in a sweep over ranks that i
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
-from jaxpeft.methods.base import Method, Params, at_least, kaiming
+from jaxpeft.methods.base import Base, Method, Params, Site, at_least, kaiming
 from jaxpeft.ops import matmul, per_feature
 
 
@@ -31,7 +33,7 @@ from jaxpeft.ops import matmul, per_feature
 class LoRA(Method):
     """Low-rank update of the linear layers that `targets` selects."""
 
-    targets: str = r"text_.*attention/(query|value)$"
+    targets: str = "text.attention.qv"
     rank: int = 8
     alpha: float | str = "2r"  # a number, 'r' or '2r'
     rank_stabilized: bool = False
@@ -41,7 +43,7 @@ class LoRA(Method):
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
     size_field: ClassVar[str] = "rank"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self.name, "rank", self.rank, 1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"{self.name}: dropout is {self.dropout}; it must be in [0, 1)")
@@ -53,38 +55,38 @@ class LoRA(Method):
     @property
     def scale(self) -> float:
         """s of the equation."""
-        alpha = {"r": self.rank, "2r": 2 * self.rank}.get(self.alpha, self.alpha)
+        alpha = {"r": self.rank, "2r": 2 * self.rank}[self.alpha] if isinstance(self.alpha, str) else self.alpha
         return alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
-    def sizes(self, model, sites):
+    def sizes(self, model: nn.Module, sites: list[Site]) -> Sequence[int]:
         """Up to the rank that a kernel can have."""
         return range(1, max(min(site.shape) for site in sites) + 1)
 
-    def lr_scale(self, leaf):
+    def lr_scale(self, leaf: str) -> float:
         return self.lr_ratio if leaf == "b" else 1.0
 
-    def init(self, rng, site, base) -> Params:
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         n_in, n_out = site.shape
         return {"a": kaiming(rng, (n_in, self.rank), n_in), "b": jnp.zeros((self.rank, n_out), jnp.float32)}
 
-    def _drop(self, x, rng):
+    def _drop(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         if not self.dropout or rng is None:
             return x
         return jnp.where(jax.random.bernoulli(rng, 1 - self.dropout, x.shape), x / (1 - self.dropout), 0)
 
-    def update(self, params, x, rng):
+    def update(self, params: Params, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         """s * dropout(x) A B."""
         x = self._drop(x, rng)
         return matmul(matmul(x, params["a"].astype(x.dtype)), params["b"].astype(x.dtype)) * self.scale
 
-    def delta(self, params):
+    def delta(self, params: Params) -> jax.Array:
         """What is added to the kernel (in, out)."""
         return self.scale * params["a"] @ params["b"]
 
-    def linear(self, params, x, y, base, rng):
+    def linear(self, params: Params, x: jax.Array, y: jax.Array, base: Base, rng: jax.Array | None) -> jax.Array:
         return y + self.update(params, x, rng)
 
-    def merge(self, params, base) -> Params:
+    def merge(self, params: Params, base: Base) -> Params:
         return base | {"kernel": base["kernel"] + self.delta(params)}
 
 
@@ -95,22 +97,22 @@ class DoRA(LoRA):
     name: ClassVar[str] = "dora"
     first: ClassVar[bool] = True
 
-    def init(self, rng, site, base):
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         return super().init(rng, site, base) | {"m": _norms(base["kernel"])}
 
-    def linear(self, params, x, y, base, rng):
+    def linear(self, params: Params, x: jax.Array, y: jax.Array, base: Base, rng: jax.Array | None) -> jax.Array:
         update = self.update(params, x, rng)
         ratio = params["m"] / jax.lax.stop_gradient(_norms(base["kernel"] + self.delta(params)))
         plain = y if base["bias"] is None else y - per_feature(base["bias"].astype(y.dtype), y)
         ratio = per_feature(ratio.astype(y.dtype), y)
         return y + (ratio - 1) * plain + ratio * update  # in this form exactly y at the start
 
-    def merge(self, params, base):
+    def merge(self, params: Params, base: Base) -> Base:
         kernel = base["kernel"] + self.delta(params)
         return base | {"kernel": kernel * (params["m"] / _norms(kernel))[None]}
 
 
-def _norms(kernel):
+def _norms(kernel: jax.Array) -> jax.Array:
     """The norm of each output's weights, (out,)."""
     return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=0))
 
@@ -122,10 +124,10 @@ class PiSSA(LoRA):
     name: ClassVar[str] = "pissa"
     fixed: ClassVar[tuple[str, ...]] = ("a0", "b0")
 
-    def sizes(self, model, sites):
+    def sizes(self, model: nn.Module, sites: list[Site]) -> Sequence[int]:
         return range(1, min(min(site.shape) for site in sites) + 1)
 
-    def init(self, rng, site, base):
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         if self.rank > min(site.shape):
             raise ValueError(f"pissa: rank is {self.rank}; {site.path} of shape {site.shape} has {min(site.shape)}")
         left, values, right = jnp.linalg.svd(base["kernel"], full_matrices=False)
@@ -133,8 +135,8 @@ class PiSSA(LoRA):
         a, b = left[:, : self.rank] * root[None], right[: self.rank] * root[:, None]
         return {"a": a, "b": b, "a0": a, "b0": b}
 
-    def update(self, params, x, rng):
+    def update(self, params: Params, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         return super().update(params, x, rng) - super().update({"a": params["a0"], "b": params["b0"]}, x, rng)
 
-    def delta(self, params):
+    def delta(self, params: Params) -> jax.Array:
         return self.scale * (params["a"] @ params["b"] - params["a0"] @ params["b0"])

@@ -13,12 +13,13 @@ HF PEFT puts a prefix in the key-value cache (needed to export there); by defaul
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.methods.base import Added, Method, Params, at_least, kaiming, one_of
+from jaxpeft.methods.base import Added, Base, Method, Params, Site, Stream, at_least, kaiming, one_of
 
 POSITIONS = ("keep", "shift")
 
@@ -27,7 +28,7 @@ POSITIONS = ("keep", "shift")
 class Prefix(Method):
     """Learned keys and values in the attentions that `targets` selects (self-attention, cross-attention or both)."""
 
-    targets: str = r"text_.*attention$"
+    targets: str = "text.attention"
     length: int = 16
     mlp: int = 0  # hidden width of the reparameterisation (800 in the authors' code); 0: trained flat
     std: float = 0.02  # of the flat prefix at the start, and of E
@@ -35,38 +36,40 @@ class Prefix(Method):
     name: ClassVar[str] = "prefix"
     size_field: ClassVar[str] = "length"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least("prefix", "length", self.length, 1)
         at_least("prefix", "mlp", self.mlp, 0)
         one_of("prefix", "positions", self.positions, POSITIONS)
 
     @property
-    def kinds(self):
+    def kinds(self) -> tuple[str, ...]:
         return ("kv", "embed") if self.positions == "shift" else ("kv",)
 
     @property
-    def expands(self):
+    def expands(self) -> bool:
         return self.mlp > 0
 
-    def selects(self, site):
+    def selects(self, site: Site) -> bool:
         if site.kind == "embed":  # of a stack whose self-attention has the prefix: it moves the positions there
             return (
                 self.positions == "shift" and re.search(self.targets, f"{site.path}/blocks/self_attention") is not None
             )
         return super().selects(site)
 
-    def shift(self, site):
+    def shift(self, site: Site) -> int:
         return self.length if self.positions == "shift" else 0
 
-    def init(self, rng, site, base) -> Params:
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         if site.kind == "embed":
             return {}
-        return {name: self.std * jax.random.normal(key, (self.length, *site.shape)) for name, key in _two(rng, "kv")}
+        return {
+            name: self.std * jax.random.normal(key, (self.length, *site.shape[1:])) for name, key in _two(rng, "kv")
+        }
 
-    def init_site(self, rng, site, base):
+    def init_site(self, rng: jax.Array, site: Site, base: Base) -> Params:
         if not self.mlp or site.kind == "embed":
             return super().init_site(rng, site, base)
-        n_heads, size = site.shape
+        _, n_heads, size = site.shape
         width, stack = n_heads * size, () if site.layers is None else (site.layers,)
         keys = jax.random.split(rng, 5)
         return {
@@ -77,22 +80,22 @@ class Prefix(Method):
             "b2": kaiming(keys[4], (*stack, 2, n_heads, size), self.mlp),
         }
 
-    def expand(self, params, shared, site):
+    def expand(self, params: Params, shared: Params, site: Site) -> Params:
         if not self.mlp or site.kind == "embed":
             return params
         h_KM = jnp.tanh(params["embedding"] @ params["w1"] + params["b1"][None])
         both = jnp.einsum("KM,...MCNH->...CKNH", h_KM, params["w2"]) + params["b2"][..., None, :, :]
         return {"k": both[..., 0, :, :, :], "v": both[..., 1, :, :, :]}
 
-    def folded(self):
+    def folded(self) -> Method:
         return dataclasses.replace(self, mlp=0)
 
-    def kv(self, params, x_BTD):
+    def kv(self, params: Params, x_BTD: jax.Array) -> Added:
         return Added(params["k"], params["v"])
 
-    def embed(self, params, x_BTD, as_tokens):
+    def embed(self, params: Params, x_BTD: jax.Array, as_tokens: Stream | None) -> jax.Array | None:
         return None
 
 
-def _two(rng, names):
+def _two(rng: jax.Array, names: str) -> Iterator[tuple[str, jax.Array]]:
     return zip(names, jax.random.split(rng), strict=True)

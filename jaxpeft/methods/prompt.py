@@ -13,13 +13,15 @@ Learned tokens never leave the stack: what follows sees as many tokens as withou
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
-from jaxpeft.methods.base import Method, Params, at_least, one_of
+from jaxpeft.methods.base import Base, Method, Params, Site, Stream, at_least, one_of
 from jaxpeft.methods.prefix import POSITIONS
 
 INITS = ("normal", "vocabulary", "text")
@@ -29,7 +31,7 @@ INITS = ("normal", "vocabulary", "text")
 class Prompt(Method):
     """Learned tokens at the input of the stacks that `targets` selects."""
 
-    targets: str = r"^text_"
+    targets: str = "text"
     length: int = 16
     init_weights: str = "vocabulary"
     text: str = ""  # of init_weights='text'
@@ -39,21 +41,21 @@ class Prompt(Method):
     kinds: ClassVar[tuple[str, ...]] = ("embed",)
     size_field: ClassVar[str] = "length"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least("prompt", "length", self.length, 1)
         one_of("prompt", "init_weights", self.init_weights, INITS)
         one_of("prompt", "positions", self.positions, POSITIONS)
         if bool(self.text) != (self.init_weights == "text"):
             raise ValueError("prompt: `text` goes with init_weights='text', and init_weights='text' needs it")
 
-    def sizes(self, model, sites):
+    def sizes(self, model: nn.Module, sites: list[Site]) -> Sequence[int]:
         """Up to as many tokens as the text stack has positions: more are longer than any text the base can read."""
         return range(1, model.config.max_positions + 1)
 
-    def shift(self, site):
+    def shift(self, site: Site) -> int:
         return self.length if self.positions == "shift" else 0
 
-    def init(self, rng, site, base) -> Params:
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         if self.init_weights == "normal":
             return {"rows": self.std * jax.random.normal(rng, (self.length, *site.shape))}
         if "word" not in base:
@@ -73,7 +75,7 @@ class Prompt(Method):
             rows = rows * base["norm/scale"][None] + base["norm/bias"][None]
         return {"rows": rows}
 
-    def embed(self, params, x_BTD, as_tokens):
+    def embed(self, params: Params, x_BTD: jax.Array, as_tokens: Stream | None) -> jax.Array | None:
         if self.positions == "keep":
             return params["rows"]
         if as_tokens is None:
@@ -85,30 +87,30 @@ class Prompt(Method):
 class VPT(Method):
     """Learned tokens in a ViT, at its input ('shallow') or at every layer's ('deep')."""
 
-    targets: str = r"^vision"
+    targets: str = "vision"
     length: int = 10
     depth: str = "shallow"
     patch: int = 16  # side of a patch in pixels, for the start
     name: ClassVar[str] = "vpt"
     size_field: ClassVar[str] = "length"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least("vpt", "length", self.length, 1)
         one_of("vpt", "depth", self.depth, ("shallow", "deep"))
 
     @property
-    def kinds(self):
+    def kinds(self) -> tuple[str, ...]:
         return ("embed", "block") if self.depth == "deep" else ("embed",)
 
-    def init(self, rng, site, base) -> Params:
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         if self.depth == "deep" and site.kind == "embed":  # makes room; the first block puts its own rows there
             return {}
         bound = (6 / (3 * self.patch**2 + site.shape[0])) ** 0.5
         return {"rows": jax.random.uniform(rng, (self.length, *site.shape), jnp.float32, -bound, bound)}
 
-    def embed(self, params, x_BTD, as_tokens):
+    def embed(self, params: Params, x_BTD: jax.Array, as_tokens: Stream | None) -> jax.Array | None:
         return params["rows"] if "rows" in params else jnp.zeros((self.length, x_BTD.shape[-1]))
 
-    def block(self, params, x_BTD):
+    def block(self, params: Params, x_BTD: jax.Array) -> jax.Array:
         rows = jnp.broadcast_to(params["rows"].astype(x_BTD.dtype)[None], (x_BTD.shape[0], *params["rows"].shape))
         return jnp.concatenate([rows, x_BTD[:, self.length :]], axis=1)

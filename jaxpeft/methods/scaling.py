@@ -14,7 +14,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.methods.base import Method, Params
+from jaxpeft.methods.base import Base, Method, Params, Site
 from jaxpeft.ops import per_feature
 
 
@@ -22,25 +22,25 @@ from jaxpeft.ops import per_feature
 class IA3(Method):
     """Learned scales of keys, values and inner FFN activations."""
 
-    targets: str = r"text_.*(attention/(key|value)|mlp/down)$"
+    targets: str = "text.attention.kv_mlp.down"
     feedforward: str = r"mlp/down$"  # of these linears the input is scaled, of the others the output
     name: ClassVar[str] = "ia3"
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
 
-    def on_input(self, site):
+    def on_input(self, site: Site) -> bool:
         return re.search(self.feedforward, site.path) is not None
 
-    def init(self, rng, site, base) -> Params:
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         n_in, n_out = site.shape
         return {"l_in": jnp.ones(n_in)} if self.on_input(site) else {"l": jnp.ones(n_out)}
 
-    def inputs(self, params, x):
+    def inputs(self, params: Params, x: jax.Array) -> jax.Array:
         return x * per_feature(params["l_in"].astype(x.dtype), x) if "l_in" in params else x
 
-    def linear(self, params, x, y, base, rng):
+    def linear(self, params: Params, x: jax.Array, y: jax.Array, base: Base, rng: jax.Array | None) -> jax.Array:
         return y * per_feature(params["l"].astype(y.dtype), y) if "l" in params else y
 
-    def merge(self, params, base):
+    def merge(self, params: Params, base: Base) -> Base:
         if "l_in" in params:
             return base | {"kernel": base["kernel"] * params["l_in"][:, None]}
         bias = None if base["bias"] is None else base["bias"] * params["l"]
@@ -51,22 +51,22 @@ class IA3(Method):
 class SSF(Method):
     """A learned scale and shift after every operation that `targets` selects."""
 
-    targets: str = r"text_.*blocks/"
+    targets: str = "text.blocks"
     std: float = 0.0
     name: ClassVar[str] = "ssf"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "norm")
 
-    def init(self, rng, site, base) -> Params:
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         g, t = self.std * jax.random.normal(rng, (2, site.shape[-1]))
         return {"g": 1 + g, "t": t}
 
-    def norm(self, params, y):
+    def norm(self, params: Params, y: jax.Array) -> jax.Array:
         return y * per_feature(params["g"].astype(y.dtype), y) + per_feature(params["t"].astype(y.dtype), y)
 
-    def linear(self, params, x, y, base, rng):
+    def linear(self, params: Params, x: jax.Array, y: jax.Array, base: Base, rng: jax.Array | None) -> jax.Array:
         return self.norm(params, y)
 
-    def merge(self, params, base):
+    def merge(self, params: Params, base: Base) -> Base:
         if base["bias"] is None:
             raise ValueError("ssf shifts the output of a layer that has no bias, so there is nothing to merge into")
         (weight,) = base.keys() - {"bias"}  # a linear's kernel or a norm's scale, outputs last

@@ -13,7 +13,9 @@ import dataclasses
 import re
 from typing import ClassVar
 
-from jaxpeft.methods.base import Method, Params
+import jax
+
+from jaxpeft.methods.base import Base, Method, Params, Site
 from jaxpeft.ops import matmul
 
 HEADS = ("none", "transform", "untied")
@@ -21,12 +23,12 @@ HEADS = ("none", "transform", "untied")
 
 @dataclasses.dataclass(frozen=True)
 class Selective(Method):
-    """Train the base leaves whose name ('params/...') contains the regular expression `leaves`."""
+    """Train the base leaves whose name ('params/...') contains the regular expression `leaves`, or a group of the model's."""
 
     leaves: str = ""
     name: ClassVar[str] = "selective"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.leaves:
             raise ValueError("selective: `leaves` is empty; give a regular expression of base leaves, such as 'norm'")
 
@@ -39,11 +41,11 @@ class Selective(Method):
 class BitFit(Method):
     """Train every bias of the modules whose path `targets` matches (the decoder head's vocabulary bias is one)."""
 
-    targets: str = r"^text_"
+    targets: str = "text"
     name: ClassVar[str] = "bitfit"
     train: ClassVar[str] = r"bias$"
 
-    def trains(self, leaf):
+    def trains(self, leaf: str) -> bool:
         return super().trains(leaf) and re.search(self.targets, leaf.removeprefix("params/")) is not None
 
 
@@ -59,11 +61,15 @@ class LayerNorms(BitFit):
 class NewWords(Method):
     """Train the rows of words that were added to the base's vocabulary: embedding, output bias and nothing else.
 
-    `point.setup_model` puts it beside the method of a run whose texts have words that the base lacks.
+    `training/setup.py` puts it beside the method of a run whose texts have words that the base lacks.
     """
 
+    leaves: str = "new_words"
     name: ClassVar[str] = "new_words"
-    train: ClassVar[str] = r"^params/text_.*/new_(word|bias|matrix)$"
+
+    @property
+    def train(self) -> str:
+        return self.leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,28 +84,32 @@ class Full(Method):
 class Head(Method):
     """Tune the decoder's head; `matrix` says whether its vocabulary matrix is untied from the embedding and tuned."""
 
-    targets: str = r"^text_decoder/head/vocabulary$"
+    targets: str = "head"
     matrix: str = "transform"  # 'transform' or 'untied'
+    leaves: str = "head.transform"  # what is trained in place
     name: ClassVar[str] = "head"
-    train: ClassVar[str] = r"^params/text_decoder/head/(?!vocabulary/)"
     first: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.matrix not in HEADS[1:]:
             raise ValueError(f"head: unknown kind {self.matrix!r}; choose one of {', '.join(HEADS)}")
+
+    @property
+    def train(self) -> str:
+        return self.leaves
 
     @property
     def kinds(self) -> tuple[str, ...]:
         return ("linear",) if self.matrix == "untied" else ()
 
-    def init(self, rng, site, base) -> Params:
+    def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         return {
             "matrix": base["kernel"].T
         }  # (V, D), the layout of the embedding: the same product, so identity is exact
 
-    def linear(self, params, x, y, base, rng):
+    def linear(self, params: Params, x: jax.Array, y: jax.Array, base: Base, rng: jax.Array | None) -> jax.Array:
         return matmul(x, params["matrix"].T.astype(x.dtype))
 
-    def merge(self, params, base) -> Params:
+    def merge(self, params: Params, base: Base) -> Params:
         """Where the base has a vocabulary matrix of its own; `sites.merge` refuses a tied one."""
         return base | {"kernel": params["matrix"].T}

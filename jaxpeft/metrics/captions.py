@@ -190,7 +190,7 @@ def tokenize(caption: str) -> str:
 
 
 def plain_words(caption: str) -> str:
-    """The words of a caption in `text.normal_form`, without punctuation: for captions of one's own, in any language."""
+    """The words of a caption in `tokenizer.normal_form`, without punctuation: for captions of one's own, in any language."""
     return " ".join(word for word in normal_form(caption).split() if not (len(word) == 1 and is_mark(word)))
 
 

@@ -39,7 +39,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], variant: str = "offici
     divided by that; one answer is an exact match. So a unanimous answer scores 1 for every n, in any order.
 
     Strings are compared after clean-up:
-      basic: both sides in `text.normal_form`, which knows no vocabulary and no language: for one's own data.
+      basic: both sides in `tokenizer.normal_form`, which knows no vocabulary and no language: for one's own data.
     Published numbers of VQA v2 come from two scorers that clean up differently; both leave unanimous answers alone:
       official2021: the VQA server's since March 2021. Prediction and answers both get punctuation, case, number words,
         articles and contractions normalised; with unanimous answers neither does, so "Yes" does not match ten times

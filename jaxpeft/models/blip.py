@@ -1,7 +1,7 @@
 """BLIP (Li et al. 2022, arXiv 2201.12086): a ViT, a text decoder and, for VQA, a question encoder.
 
-Captioning:  image -> encode_image -> decode(caption)
-VQA:         image -> encode_image -> encode_question -> decode(answer), which looks at the question states only
+Captioning:  image -> encode_image -> score(caption)
+VQA:         image -> encode_image -> encode_question -> score(answer), which looks at the question states only
 
 The ViT is pre-norm, the text stacks are post-norm as BERT's; every text layer has self-attention, cross-attention and
 an MLP. The vocabulary matrix is tied to the word embedding. Stages are separate methods, so a frozen one can be
@@ -9,6 +9,7 @@ computed once. All widths, epsilons and head counts are explicit: a wrong one ch
 """
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -19,7 +20,10 @@ from flax import linen as nn
 
 from jaxpeft.adapt import sites
 from jaxpeft.inputs import images
-from jaxpeft.inputs.tokenizer import Tokenizer
+from jaxpeft.inputs.processor import Processor, Template
+from jaxpeft.inputs.tokenizer import clean_caption, clean_question
+from jaxpeft.models.base import Cache, Context, Stage, VisionLanguageModel
+from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.models.layers import Attention, Dense, LayerNorm, Mlp, TiedDense, dropout
 from jaxpeft.ops import by_rows
 
@@ -79,6 +83,7 @@ class BlipConfig:
     image_resample: int = images.BICUBIC  # Pillow's number of the filter that makes pictures square
     dropout: float = 0.0
     dtype: str = "float32"
+    unroll: int | None = None  # stacks of up to so many layers are written out; None: UNROLLED
     remat: str = "none"  # what the backward pass computes again: 'full', all of a layer; 'dots', all but products
 
     def __post_init__(self):
@@ -127,7 +132,7 @@ def _stack(block, config: BlipConfig, n_layers: int):
         split_rngs={True: True},
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
         length=n_layers,
-        unroll=n_layers if n_layers <= UNROLLED else 1,
+        unroll=n_layers if n_layers <= (UNROLLED if config.unroll is None else config.unroll) else 1,
     )
 
 
@@ -344,17 +349,62 @@ SHARDING = (
 )
 
 
-class Blip(sites.Adaptable):
-    """The model. Every stage is a method for `apply(..., method=...)`; `__call__` is the training forward."""
+TARGETS = {
+    "text": r"^text_",
+    "text.stack": r"^text_(encoder|decoder)$",
+    "text.attention": r"^text_.*attention$",
+    "text.attention.qv": r"^text_.*attention/(query|value)$",
+    "text.attention.kv_mlp.down": r"^text_.*(attention/(key|value)|mlp/down)$",
+    "text.blocks": r"^text_.*blocks/",
+    "text.mlp": r"^text_.*mlp$",
+    "vision": r"^vision",
+    "head": r"^text_decoder/head/vocabulary$",
+}
+TRAINED = {  # groups of base leaves
+    "head.transform": r"^params/text_decoder/head/(?!vocabulary/)",
+    "new_words": r"^params/text_.*/new_(word|bias|matrix)$",
+}
+
+
+class Blip(VisionLanguageModel):
+    """The model. A captioner's context is its image tokens; with a question encoder it is the question's states."""
 
     config: BlipConfig
-    tokenizer: Tokenizer | None = None  # the words that go with `config.vocab_size`; None when the checkpoint has none
     sharding: ClassVar = SHARDING
+    targets: ClassVar = TARGETS | TRAINED
+    model_type: ClassVar = "blip"  # the key in MODELS
 
     @property
     def tied(self) -> dict[str, str]:
-        """Path of a linear without a kernel of its own -> the leaf that it reads, transposed."""
         return {} if self.config.untied_head else {"text_decoder/head/vocabulary": "text_decoder/embed/word"}
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        image = Stage("image_tokens", ("image",), "image")
+        states = Stage("question_states", ("image_tokens", "prompt"), "example")
+        return (image, states) if self.config.question_encoder else (image,)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return ("vqa",) if self.config.question_encoder else ("captioning",)
+
+    @property
+    def positions(self) -> int:
+        return self.config.max_positions
+
+    @nn.nowrap
+    def replaced(self, tokenizer: BlipTokenizer | None = None, **fields) -> "Blip":
+        return build(dataclasses.replace(self.config, **fields), tokenizer or self.tokenizer)
+
+    @nn.nowrap
+    def unrolled(self) -> "Blip":
+        return self.replaced(unroll=max(self.config.vision_layers, self.config.text_layers))
+
+    @nn.nowrap
+    def for_task(self, task: str) -> "Blip":
+        if task == "vqa" and not self.config.question_encoder:
+            raise ValueError("this BLIP has no question encoder, which answering needs")
+        return self.replaced(question_encoder=task == "vqa")
 
     def setup(self):
         self.vision = Vision(self.config)
@@ -363,60 +413,96 @@ class Blip(sites.Adaptable):
             self.text_encoder = TextStack(self.config, head=False)
 
     def encode_image(self, image_BYXC):
-        """uint8 pictures, or floats already normalised -> image tokens (B, 1 + P, vision_width)."""
+        """uint8 images, or floats already normalised -> image tokens (B, 1 + P, vision_width)."""
         if image_BYXC.dtype == jnp.uint8:
             c = self.config
             mean_C, std_C = (jnp.asarray(x, jnp.float32)[None, None, None] for x in (c.image_mean, c.image_std))
             image_BYXC = (image_BYXC.astype(jnp.float32) / 255 - mean_C) / std_C
         return self.vision(image_BYXC)
 
-    def encode_question(self, image_BPD, question_BT, mask_BT=None):
+    def encode_question(self, image_BPD, prompt_BT, mask_BT=None):
         """Question ids (first one enc_id) -> question states (B, T, text_width); mask defaults to non-pad."""
-        mask_BT = question_BT != self.config.pad_id if mask_BT is None else mask_BT
-        return self.text_encoder(question_BT, mask_BT, image_BPD, None, causal=False)[0]
+        mask_BT = prompt_BT != self.config.pad_id if mask_BT is None else mask_BT
+        return self.text_encoder(prompt_BT, mask_BT, image_BPD, None, causal=False)[0]
 
-    def context(self, image_BPD, question_BT=None):
-        """What the decoder looks at, and its mask: image tokens, or question states where there is an encoder."""
+    def stage(self, batch, name):
+        if name == "image_tokens":
+            return self.encode_image(batch["image"])
+        return self.encode_question(batch["image_tokens"], batch["prompt"])
+
+    def context(self, batch):
+        for stage in self.stages:
+            if stage.name not in batch and not (stage.name == "image_tokens" and "question_states" in batch):
+                batch = batch | {stage.name: self.stage(batch, stage.name)}
         if not self.config.question_encoder:
-            return image_BPD, None
-        return self.encode_question(image_BPD, question_BT), question_BT != self.config.pad_id
+            memory_BSD, mask_BS = batch["image_tokens"], None
+        else:
+            memory_BSD, mask_BS = batch["question_states"], batch["prompt"] != self.config.pad_id
+        return Context(memory_BSD, mask_BS, jnp.zeros(memory_BSD.shape[0], jnp.int32))
 
-    def batch_context(self, batch):
-        """`context` of a batch, from the furthest stage that is in it: question states, image tokens, or the image."""
-        if "question_states" in batch:
-            return batch["question_states"], batch["question"] != self.config.pad_id
-        image_BPD = batch["image_tokens"] if "image_tokens" in batch else self.encode_image(batch["image"])
-        return self.context(image_BPD, batch.get("question"))
-
-    def decode(self, tokens_BT, context_BSD, context_mask_BS=None):
-        """Decoder input ids -> logits_BTV. The batch may be a multiple of the context's: rows b*A .. b*A+A-1 share b."""
-        return self.text_decoder(tokens_BT, None, context_BSD, context_mask_BS, causal=True)[0]
+    def score(self, tokens_RT, context):
+        return self.text_decoder(tokens_RT, None, context.memory, context.mask_BS, causal=True)[0]
 
     def masked_lm(self, tokens_BT):
-        """BERT's view of the decoder's weights: both directions, no picture -> logits_BTV. For text-only warm-up."""
+        """BERT's view of the decoder's weights: both directions, no image -> logits_BTV. For text-only warm-up."""
         return self.text_decoder(tokens_BT, tokens_BT != self.config.pad_id, None, None, causal=False)[0]
 
-    def decode_start(self, tokens_BT, context_BSD, context_mask_BS, length: int):
-        """Run a prompt -> (logits_BV after it, cache with room for `length` tokens). Cross keys are computed here."""
-        logits_BTV, cache = self.text_decoder(
-            tokens_BT, None, context_BSD, context_mask_BS, causal=True, cache_length=length
+    def start(self, tokens_RS, context, room):
+        logits_RSV, cache = self.text_decoder(
+            tokens_RS, None, context.memory, context.mask_BS, causal=True, cache_length=room
         )
-        return logits_BTV[:, -1], cache
+        return logits_RSV[:, -1], _cache(cache)
 
-    def decode_step(self, token_B, cache, context_mask_BS):
-        """One more token -> (logits_BV, cache)."""
-        logits_BTV, cache = self.text_decoder(token_B[:, None], None, None, context_mask_BS, causal=True, cache=cache)
-        return logits_BTV[:, -1], cache
-
-    def __call__(self, batch):
-        """{'image' or an output of a later stage, 'question' (B,T), 'tokens' (B,A,T)} -> logits (B,A,T,V)."""
-        context_BSD, mask_BS = self.batch_context(batch)
-        n_images, n_texts, n_tokens = batch["tokens"].shape
-        logits_BTV = self.decode(batch["tokens"].reshape(-1, n_tokens), context_BSD, mask_BS)
-        return logits_BTV.reshape(n_images, n_texts, n_tokens, -1)
+    def step(self, token_R, cache, context):
+        cache = cache.shared | {"layers": cache.rows | cache.shared["layers"]}
+        logits_R1V, cache = self.text_decoder(token_R[:, None], None, None, context.mask_BS, causal=True, cache=cache)
+        return logits_R1V[:, -1], _cache(cache)
 
     def example(self):
-        """A batch of zeros that touches every stage; enough for `init` and for finding sites."""
         size = self.config.image_size
         image_BYXC = jnp.zeros((1, size, size, 3), jnp.uint8)
-        return {"image": image_BYXC, "question": jnp.ones((1, 2), jnp.int32), "tokens": jnp.ones((1, 1, 2), jnp.int32)}
+        return {"image": image_BYXC, "prompt": jnp.ones((1, 2), jnp.int32), "tokens": jnp.ones((1, 1, 2), jnp.int32)}
+
+
+def _cache(cache: dict) -> Cache:
+    """The text stack's cache as beams see it: keys and values of the context are one per image, those of texts per row."""
+    layers = cache["layers"]
+    return Cache({"self": layers["self"]}, cache | {"layers": {"cross": layers["cross"]}})
+
+
+def _captioning(tokenizer: BlipTokenizer, prompt: str | None = None, max_words: int = 0) -> Template:
+    """[DEC] a picture of <caption> [SEP]."""
+    words = "a picture of" if prompt is None else prompt
+    return Template(
+        tokenizer,
+        start=(tokenizer.bos_id, *tokenizer.pieces(words)),
+        start_text=words,
+        stop=(tokenizer.sep_id,),
+        pad=tokenizer.pad_id,
+        clean_text=functools.partial(clean_caption, max_words=max_words or 10**6),
+    )
+
+
+def _vqa(tokenizer: BlipTokenizer) -> Template:
+    """[ENC] <question> [SEP] into the encoder; the decoder writes [DEC] <answer> [SEP]."""
+    return Template(
+        tokenizer,
+        start=(tokenizer.bos_id,),
+        stop=(tokenizer.sep_id,),
+        pad=tokenizer.pad_id,
+        before=(tokenizer.enc_id,),
+        after=(tokenizer.sep_id,),
+        clean_question=clean_question,
+    )
+
+
+def processor(config: BlipConfig, tokenizer: BlipTokenizer | None) -> Processor:
+    """BLIP's own templates, the words of `tokenizer`, and the images that `config` says."""
+    templates = {"captioning": _captioning, "vqa": _vqa}
+    templates = {name: functools.partial(make, tokenizer) for name, make in templates.items()}
+    return Processor(tokenizer, config.image_size, config.image_resample, config.image_mean, templates)
+
+
+def build(config: BlipConfig, tokenizer: BlipTokenizer | None = None) -> Blip:
+    """The model with its processor."""
+    return Blip(config, processor(config, tokenizer))

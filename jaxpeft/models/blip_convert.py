@@ -1,25 +1,25 @@
 """BLIP checkpoints: transformers' names and layout <-> our parameter tree.
 
-One table says which reference tensor becomes which leaf; both directions, the expected shapes and the list of keys that
-must be present are read from it. Every key of a checkpoint is used or named in an error. Salesforce's own names
-(`visual_encoder.*`) are accepted. The reference fuses query, key and value of the vision blocks, keeps kernels as
-(out, in), convolutions as OIHW, and stores the tied vocabulary matrix and bias sometimes twice.
+One table says which reference tensor becomes which leaf (`convert`). Salesforce's own names (`visual_encoder.*`) are accepted.
+The reference fuses query, key and value of the vision blocks, keeps kernels as (out, in), convolutions as OIHW, and stores the
+tied vocabulary matrix and bias sometimes twice.
 """
 
 import dataclasses
-import pathlib
 import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  teaches numpy, and so safetensors, the name bfloat16
 import numpy as np
 
 from jaxpeft import tree
 from jaxpeft.inputs import images
-from jaxpeft.models.blip import BlipConfig
+from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
+from jaxpeft.models import blip_hf, convert
+from jaxpeft.models.blip import Blip, BlipConfig, build
+from jaxpeft.models.blip_tokens import BlipTokenizer
+from jaxpeft.models.convert import Change, Dtype, Place, Rule, Table, Tensor
 from jaxpeft.runtime import files
-from jaxpeft.runtime.torch_files import load_pickle
 
 # (kind, reference name, our path, reference kernel shape), {} stands for the layer; a matrix is a dense without bias.
 # Sizes: D width, 3D fused, F MLP,
@@ -64,6 +64,7 @@ TIED = {  # a second name of a tensor -> the name that is kept
     "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
 }
+DROPPED = ((r"embeddings\.position_ids$", "a buffer: the numbers 0, 1, 2, ..."),)
 RENAMES = (  # Salesforce's vision names; its text names are the same
     (r"^visual_encoder\.blocks\.", "vision_model.encoder.layers."),
     (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
@@ -97,93 +98,65 @@ CONFIG = (
     ("enc_id", "text_config", "enc_token_id", 30523),
     ("dropout", "text_config", "hidden_dropout_prob", 0.0),
 )
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+POSITION = "vision/position"
+TASKS = ("captioning", "vqa")
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One reference tensor (one per layer where `layers`), its shape, and the leaf or the three leaves it holds."""
-
-    reference: str
-    leaves: tuple[str, ...]
-    kind: str  # kernel: transposed; conv: OIHW -> HWIO; leaf: as it is, without leading axes of size 1
-    shape: tuple[int, ...]
-    layers: int
-
-    def names(self) -> list[str]:
-        return [self.reference.format(i) for i in range(self.layers)] if self.layers else [self.reference]
-
-    def to_ours(self, x: np.ndarray) -> np.ndarray:
-        if self.kind == "leaf":
-            return x.reshape(x.shape[sum(n == 1 for n in self.shape[:-1]) :])
-        return x.T if self.kind == "kernel" else x.transpose(2, 3, 1, 0)
-
-    def to_reference(self, x: np.ndarray) -> np.ndarray:
-        if self.kind == "leaf":
-            return x.reshape((1,) * sum(n == 1 for n in self.shape[:-1]) + x.shape)
-        return x.T if self.kind == "kernel" else x.transpose(3, 2, 0, 1)
-
-
-def table(config: BlipConfig) -> list[Row]:
-    """The rows of a model: `VISION`, `TEXT` and `HEAD` with sizes filled in and weights and biases apart."""
+def table(config: BlipConfig) -> list[Rule]:
+    """The rules of a model: `VISION`, `TEXT` and `HEAD` with sizes filled in and weights and biases apart."""
     c = config
     vision = {"D": c.vision_width, "F": c.vision_mlp, "P": 1 + c.n_patches, "p": c.patch_size}
     text = {"D": c.text_width, "F": c.text_mlp, "C": c.vision_width, "V": c.vocab_size, "T": c.max_positions}
     answer = text | {"C": c.text_width if c.question_encoder else c.vision_width}
-    rows = _rows(VISION, "vision_model.", "vision/", vision, c.vision_layers)
-    rows += _rows(TEXT, "text_decoder.bert.", "text_decoder/", answer, c.text_layers)
-    rows += _rows((*HEAD, UNTIED) if c.untied_head else HEAD, "text_decoder.", "text_decoder/", answer, 0)
+    rules = _rules(VISION, "vision_model.", "vision/", vision, c.vision_layers)
+    rules += _rules(TEXT, "text_decoder.bert.", "text_decoder/", answer, c.text_layers)
+    rules += _rules((*HEAD, UNTIED) if c.untied_head else HEAD, "text_decoder.", "text_decoder/", answer, 0)
     if c.question_encoder:
-        rows += _rows(TEXT, "text_encoder.", "text_encoder/", text, c.text_layers)
-    return rows
+        rules += _rules(TEXT, "text_encoder.", "text_encoder/", text, c.text_layers)
+    return rules
 
 
-def _rows(lines, reference_prefix, our_prefix, sizes, n_layers):
+def _rules(lines: Iterable[tuple], reference_prefix: str, our_prefix: str, sizes: dict, n_layers: int) -> list[Rule]:
     sizes = sizes | {"3D": 3 * sizes["D"], "1": 1, "3": 3}
-    rows = []
+    rules = []
     for kind, reference, ours, dims in lines:
         reference, ours = reference_prefix + reference, our_prefix + ours
         shape = tuple(sizes[dim] for dim in dims.split())
-        layers = n_layers if "{}" in reference else 0
+        layers = range(n_layers) if "{}" in reference else None
         if kind == "leaf":
-            rows.append(Row(reference, (ours,), "leaf", shape, layers))
+            rules.append(Rule(reference, (ours,), shape, leaf_shape=_without_ones(shape), layers=layers))
             continue
         parts = [f"{ours}/{part}" for part in ("query", "key", "value")] if kind == "qkv" else [ours]
-        weight, how = {"norm": ("scale", "leaf"), "conv": ("kernel", "conv")}.get(kind, ("kernel", "kernel"))
-        rows.append(Row(f"{reference}.weight", tuple(f"{part}/{weight}" for part in parts), how, shape, layers))
+        weight, axes = {"norm": ("scale", None), "conv": ("kernel", (2, 3, 1, 0))}.get(kind, ("kernel", (1, 0)))
+        rules.append(Rule(f"{reference}.weight", tuple(f"{x}/{weight}" for x in parts), shape, axes, layers=layers))
         if kind != "matrix":
-            rows.append(Row(f"{reference}.bias", tuple(f"{part}/bias" for part in parts), "leaf", shape[:1], layers))
-    return rows
+            rules.append(Rule(f"{reference}.bias", tuple(f"{x}/bias" for x in parts), shape[:1], layers=layers))
+    return rules
 
 
-def from_hf(tensors: dict[str, np.ndarray], config: BlipConfig, source: str = "checkpoint") -> dict:
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape without leading axes of size 1, where there are some."""
+    n_ones = sum(n == 1 for n in shape[:-1])
+    return shape[n_ones:] if n_ones else None
+
+
+def names(config: BlipConfig) -> Table:
+    """`table` with what is said of other names."""
+    tied = {second: first for second, first in TIED.items() if not (config.untied_head and second.endswith("weight"))}
+    return Table(table(config), RENAMES, DROPPED, tied)
+
+
+def from_hf(tensors: Mapping[str, Tensor], config: BlipConfig, source: str = "checkpoint") -> dict:
     """Reference tensors -> our params (numpy, same dtypes, stacked layers).
 
     Raises one ValueError with the keys that nothing reads, the leaves that nothing fills and the shapes that differ.
     """
-    tensors = _canonical(tensors, source, config.untied_head)
-    rows = table(config)
-    expected = {name: np.broadcast_to(np.int8(0), row.shape) for row in rows for name in row.names()}
-    tree.check_same(expected, tensors, f"{source} (unexpected: keys that nothing reads; missing: leaves left unfilled)")
-    params = {}
-    for row in rows:
-        layers = [[row.to_ours(x) for x in np.split(tensors[name], len(row.leaves))] for name in row.names()]
-        for i, path in enumerate(row.leaves):
-            one = [parts[i] for parts in layers]
-            _put(params, path, np.stack(one) if row.layers else np.ascontiguousarray(one[0]))
-    return params
+    return convert.nested(convert.read(tensors, names(config), source, place=convert.in_memory))
 
 
-def to_hf(params: dict, config: BlipConfig) -> dict[str, np.ndarray]:
+def to_hf(params: tree.Tree, config: BlipConfig) -> dict[str, np.ndarray]:
     """The inverse of `from_hf`, with transformers' names; tied tensors once, under the name that it keeps."""
-    flat = tree.flatten(params)
-    tensors = {}
-    for row in table(config):
-        arrays = [np.asarray(flat[path]) for path in row.leaves]
-        for i, name in enumerate(row.names()):
-            parts = [row.to_reference(x[i] if row.layers else x) for x in arrays]
-            tensors[name] = np.ascontiguousarray(np.concatenate(parts))
-    return tensors
+    return convert.written(tree.flatten(params), names(config))
 
 
 def hf_config(config: BlipConfig) -> dict:
@@ -202,84 +175,60 @@ def hf_config(config: BlipConfig) -> dict:
     return facts | {"label_smoothing": 0.0} | sections
 
 
-def _put(params, path, leaf):
-    *parents, last = path.split("/")
-    for key in parents:
-        params = params.setdefault(key, {})
-    params[last] = leaf
-
-
-def _renamed(tensors, source) -> dict:
-    """Tensors by transformers' names, without buffers."""
-    renamed = {}
-    for name, x in tensors.items():
-        for pattern, new in RENAMES:
-            name = re.sub(pattern, new, name)
-        if name in renamed:
-            raise ValueError(f"{source}: two keys mean {name}; keep one of them")
-        if not name.endswith("embeddings.position_ids"):
-            renamed[name] = x
-    return renamed
-
-
-def has_untied_head(tensors, source) -> bool:
+def has_untied_head(tensors: Mapping[str, Tensor], source: str) -> bool:
     """Whether the head's vocabulary matrix is another one than the word embedding."""
     second, first = next(iter(TIED.items()))
-    tensors = _renamed(tensors, source)
-    return {second, first} <= tensors.keys() and not np.array_equal(tensors[second], tensors[first])
+    tensors = Table((), RENAMES, DROPPED).renamed(tensors, source)
+    return {second, first} <= tensors.keys() and not convert.equal(tensors[second], tensors[first])
 
 
-def _canonical(tensors, source, untied: bool):
-    """`_renamed` without second names of tied tensors, which must equal the first."""
-    renamed = _renamed(tensors, source)
-    for second, first in TIED.items():
-        if second in renamed and not (untied and second.endswith("weight")):
-            x = renamed.pop(second)
-            if not np.array_equal(renamed.setdefault(first, x), x):
-                raise ValueError(
-                    f"{source}: {second} differs from {first}, to which it is tied; this model has one of them"
-                )
-    return renamed
-
-
-def read_directory(path, *, image_size: int | None = None, question_encoder: bool | None = None):
-    """A transformers BLIP directory -> (BlipConfig, float32 params, report).
+def read_directory(
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    question_encoder: bool | None = None,
+    place: Place = convert.on_device,
+    dtype: Dtype = "float32",
+) -> tuple[BlipConfig, tree.Tree, dict]:
+    """A transformers BLIP directory -> (BlipConfig, params, report).
 
     `image_size` resizes the position embedding. `question_encoder=True` on a captioning checkpoint starts the question
     encoder, and the decoder that reads its states, from the captioning decoder. The report tells which files were read,
     which configuration keys were absent (class defaults were used) and where each group of leaves came from. Raises
     ValueError naming file and key.
     """
-    path = pathlib.Path(path)
-    tensors, files = _read_weights(path)
+    path = Path(path)
+    tensors = convert.opened(path)
     has_encoder = any(name.startswith("text_encoder.") for name in tensors)
     config, defaults = read_config(path / "config.json", has_encoder)
-    config = dataclasses.replace(config, untied_head=has_untied_head(tensors, str(path / files[0])))
+    config = dataclasses.replace(config, untied_head=has_untied_head(tensors, tensors.source))
     if has_encoder and question_encoder is False:
         raise ValueError(f"{path}: the decoder of a VQA checkpoint reads question states; take a captioning checkpoint")
-    params = from_hf(tensors, config, str(path / files[0]))
-    sources = {group: "checkpoint" for group in _groups(params)}
+    rules, (resized, changes), copies = names(config), resize(config, image_size), {}
     if question_encoder and not has_encoder:
-        config, params, started = start_question_encoder(config, params)
-        sources |= started
-    report = {"source": path.name, "files": files, "defaults": defaults, "initialised": sources}
-    if image_size not in (None, config.image_size):
+        resized, copies = start_question_encoder(resized, rules.rules)
+    flat = convert.read(tensors, rules, tensors.source, place=place, dtype=dtype, changes=changes, copies=copies)
+    sources = {_group(name): _group(copies[name]) if name in copies else "checkpoint" for name in flat}
+    report = {"source": path.name, "files": tensors.files, "defaults": defaults, "initialised": sources}
+    if changes:
         report["resized"] = f"position embedding from {config.image_size} to {image_size} pixels"
-        config, params["vision"]["position"] = resized(config, params["vision"]["position"], image_size)
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    return config, params, report | {"digest": tree.digest(params)}
+    params = convert.nested(flat)
+    return resized, params, report | {"digest": tree.digest(params)}
 
 
-def resized(config: BlipConfig, position_PD, image_size: int):
-    """(config, position embedding) for another image size."""
+def resize(config: BlipConfig, image_size: int | None) -> tuple[BlipConfig, dict[str, Change]]:
+    """(config for another image size, what that does to leaves as they are read)."""
+    if image_size in (None, config.image_size):
+        return config, {}
     if image_size % config.patch_size or image_size < config.patch_size:
         raise ValueError(f"image_size {image_size} is not a multiple of patch_size {config.patch_size}")
-    position_PD = images.resize_positions(np.asarray(position_PD, np.float32), image_size // config.patch_size)
-    return dataclasses.replace(config, image_size=image_size), position_PD
+    side = image_size // config.patch_size
+    change = lambda position_PD: images.resize_positions(np.asarray(position_PD, np.float32), side)  # noqa: E731
+    return dataclasses.replace(config, image_size=image_size), {POSITION: change}
 
 
-def start_question_encoder(config: BlipConfig, params: dict):
-    """Captioning (config, params) -> the same for VQA, and {group of leaves: where it started}.
+def start_question_encoder(config: BlipConfig, rules: Iterable[Rule]) -> tuple[BlipConfig, dict[str, str]]:
+    """Captioning config -> (the same for VQA, {leaf of the question encoder: the decoder's that it starts from}).
 
     The encoder gets the decoder's embeddings and blocks; the answer decoder keeps its own. Its cross-attention read
     image tokens and now reads question states, so both must have the same width.
@@ -288,33 +237,28 @@ def start_question_encoder(config: BlipConfig, params: dict):
         raise ValueError(
             "text_decoder/blocks/cross_attention/{key,value}/kernel cannot start from the captioning checkpoint: they "
             f"take image tokens of width {config.vision_width} there and question states of width {config.text_width} "
-            "in VQA; take a checkpoint with equal widths or a VQA checkpoint"
+            "here; take one with equal widths or a VQA checkpoint"
         )
-    encoder = {name: part for name, part in params["text_decoder"].items() if name != "head"}
-    params = params | {"text_encoder": jax.tree.map(np.copy, encoder)}
-    started = {g: g.replace("text_encoder", "text_decoder") for g in _groups(params) if g.startswith("text_encoder")}
-    return dataclasses.replace(config, question_encoder=True), params, started
+    leaves = [leaf for rule in rules for leaf in rule.leaves if leaf.startswith("text_decoder/")]
+    copies = {x.replace("text_decoder", "text_encoder"): x for x in leaves if not x.startswith("text_decoder/head/")}
+    return dataclasses.replace(config, question_encoder=True), copies
 
 
-def _groups(params) -> list[str]:
+def _group(name: str) -> str:
     """'vision/patch', 'text_decoder/blocks/self_attention', ...: what a report speaks about."""
-    return list(dict.fromkeys(re.match(r"[^/]+/(blocks/)?[^/]+", name)[0] for name in tree.flatten(params)))
+    return re.match(r"[^/]+/(blocks/)?[^/]+", name)[0]
 
 
-def _read_json(path):
-    if not path.exists():
-        raise ValueError(f"{path} is missing; a transformers BLIP directory has it beside the weights")
-    return files.read_json(path)
-
-
-def read_config(path, question_encoder) -> tuple[BlipConfig, dict]:
+def read_config(path: Path, question_encoder: bool) -> tuple[BlipConfig, dict]:
     """(config, {'section.key': class default used because the file does not have it})"""
     with files.reading(path, "is no BLIP's configuration"):
         return _read_config(path, question_encoder)
 
 
-def _read_config(path, question_encoder):
-    raw = _read_json(path)
+def _read_config(path: Path, question_encoder: bool) -> tuple[BlipConfig, dict]:
+    if not path.exists():
+        raise ValueError(f"{path} is missing; a transformers BLIP directory has it beside the weights")
+    raw = files.read_json(path)
     kinds = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
     if raw.get("model_type") != "blip" or not set(raw.get("architectures") or kinds) <= set(kinds):
         found = f"model_type {raw.get('model_type')!r}, architectures {raw.get('architectures')}"
@@ -357,32 +301,93 @@ def used_ids(fields: dict) -> tuple[str, ...]:
     return ("pad_id", "sep_id", "bos_id", *(("enc_id",) if fields["question_encoder"] else ()))
 
 
-def _read_weights(directory) -> tuple[dict, list[str]]:
-    """(tensors, names of the files read)"""
-    found = [name for name in WEIGHTS if (directory / name).exists()]
-    if not found:
-        raise ValueError(f"{directory}: no weights; expected one of {', '.join(WEIGHTS)}")
-    if not found[0].endswith(".index.json"):
-        return _read_file(directory / found[0]), found[:1]
-    index = _read_json(directory / found[0])
-    if not isinstance(index.get("weight_map"), dict):
-        raise ValueError(f"{directory / found[0]}: weight_map is missing")
-    names = set(map(str, index["weight_map"].values()))
-    shards = {name: _read_file(files.beside(directory, name)) for name in sorted(names)}
-    for key, name in index["weight_map"].items():
-        if key not in shards[name]:
-            raise ValueError(f"{directory / name}: {key} is not in it, though {found[0]} says so")
-    return {key: x for shard in shards.values() for key, x in shard.items()}, [found[0], *shards]
+class _Converter:
+    """What `loading` asks (see `convert.Converter`). VQA needs the question encoder, captioning must not have it."""
+
+    def config(self, fields: dict) -> BlipConfig:
+        return BlipConfig(**fields)
+
+    def for_task(self, config: BlipConfig, task: str | None, source: str) -> BlipConfig:
+        if task is None:
+            return config
+        if _asks(task) and not config.question_encoder:
+            raise ValueError(f"{source} holds no question encoder, which the vqa task needs")
+        return dataclasses.replace(config, question_encoder=_asks(task))
+
+    def resize(self, config: BlipConfig, image_size: int | None) -> tuple[BlipConfig, dict[str, Change]]:
+        return resize(config, image_size)
+
+    def read_config(self, directory: Path, task: str | None) -> tuple[BlipConfig, dict]:
+        path, asks = directory / "config.json", _asks(task)
+        with files.reading(path, "is no BLIP's configuration"):
+            if task is None:
+                asks = (files.read_json(path).get("architectures") or [""])[0] == "BlipForQuestionAnswering"
+            return _read_config(path, asks)
+
+    def read_directory(
+        self, directory: Path, task: str | None, image_size: int | None, place: Place, dtype: Dtype
+    ) -> tuple[BlipConfig, tree.Tree, dict]:
+        asks = _asks(task)
+        return read_directory(directory, image_size=image_size, question_encoder=asks, place=place, dtype=dtype)
+
+    def model(
+        self,
+        config: BlipConfig,
+        directory: Path | None = None,
+        defaults: Iterable[str] = (),
+        image_size: int | None = None,
+    ) -> Blip:
+        if directory is None:
+            return build(config)
+        config = _with_processor(config, directory, image_size)
+        return build(*_with_tokenizer(config, directory, defaults))
+
+    def hf(self, model: Blip) -> blip_hf.BlipInTransformers:
+        return blip_hf.form(model, names(model.config), hf_config(model.config))
 
 
-def _read_file(path) -> dict:
-    if not path.exists():
-        raise ValueError(f"{path} is missing, though the index beside it names it; fetch it again")
-    if path.suffix == ".safetensors":
-        return files.read_safetensors(path)[0]
-    tensors = load_pickle(path)
-    tensors = tensors["model"] if isinstance(tensors.get("model"), dict) else tensors
-    other = [str(key) for key, x in tensors.items() if not isinstance(x, np.ndarray)]
-    if other:
-        raise ValueError(f"{path}: {', '.join(other[:10])} ({len(other)}) are no tensors; save the state_dict alone")
-    return tensors
+def _asks(task: str | None) -> bool | None:
+    """Whether a task needs the question encoder; None for None."""
+    if task not in (None, *TASKS):
+        raise ValueError(
+            f"task is {task!r}; a BLIP does {' or '.join(map(repr, TASKS))}, None: what the checkpoint holds"
+        )
+    return None if task is None else task == "vqa"
+
+
+CONVERTER = _Converter()
+
+
+def _with_processor(config: BlipConfig, directory: Path, image_size: int | None) -> BlipConfig:
+    """The configuration with what the directory's image processor does to pictures."""
+    said = images.processor_settings(directory)
+    size = said.pop("image_size", config.image_size)
+    if image_size is None and size != config.image_size:
+        raise ValueError(
+            f"{directory}: the image processor makes pictures of {size} pixels and config.json says {config.image_size}; "
+            f"choose one with image_size={size} (--config.model.image_size={size}), which resizes the position embedding"
+        )
+    return dataclasses.replace(config, **said)
+
+
+def _with_tokenizer(
+    config: BlipConfig, directory: Path, defaults: Iterable[str]
+) -> tuple[BlipConfig, BlipTokenizer | None]:
+    """The directory's tokenizer, and the configuration with its special ids where config.json does not have them
+    (`defaults`). Raises ValueError where the two contradict each other."""
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        return config, None
+    tokenizer = BlipTokenizer.from_file(directory)
+    spare = 0 if config.question_encoder else 1  # a captioning model never reads [ENC], which may be without a row
+    if len(tokenizer) - spare * (tokenizer.enc_id == len(tokenizer) - 1) > config.vocab_size:
+        raise ValueError(f"{directory}: {len(tokenizer)} words for a vocabulary matrix of {config.vocab_size} rows")
+    ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")}
+    absent = {field for field, section, key, _ in CONFIG if f"{section}.{key}" in defaults}
+    for field in used_ids(vars(config)):
+        if field not in absent and getattr(config, field) != ids[field]:
+            token = tokenizer.vocabulary[ids[field]]
+            raise ValueError(
+                f"{directory}: the configuration says {field} {getattr(config, field)}, and {token} is number {ids[field]} of "
+                f"the tokenizer; put the tokenizer that the weights were trained with beside them"
+            )
+    return dataclasses.replace(config, **ids), tokenizer

@@ -16,7 +16,7 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import tqdm, validate_repo_id
 
 from jaxpeft.inputs import tokenizer
-from jaxpeft.models import blip_convert
+from jaxpeft.models import convert
 from jaxpeft.runtime import files, signals
 
 FIRST = ("manifest.json", "config.json")  # what says whether the rest can be read
@@ -122,7 +122,7 @@ def _sizes(repository: str, commit: str) -> dict[str, int] | None:
 
 def _weights(repository: str, commit: str, sizes: dict[str, int]) -> list[str]:
     """The files that the weights are read from: the first that the readers would take, and what an index names."""
-    kinds = ("model.safetensors",) if "manifest.json" in sizes else blip_convert.WEIGHTS
+    kinds = ("model.safetensors",) if "manifest.json" in sizes else convert.WEIGHTS
     first = next((name for name in kinds if name in sizes), None)
     if first is None:
         raise ValueError(

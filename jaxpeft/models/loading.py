@@ -1,12 +1,15 @@
-"""Base checkpoints in and out: our own directories, Hugging Face BLIP directories, and repositories of the Hugging Face hub.
+"""Base checkpoints in and out: our own directories, Hugging Face directories, and repositories of the Hugging Face hub.
 
-Ours: manifest.json (model config, digest, where it came from, held-out scores), model.safetensors (leaves by name) and
-vocab.txt. `aliases` in the manifest name subtrees that share another's leaves and are not stored twice.
+Ours: manifest.json (model type and config, digest, where it came from, held-out scores), model.safetensors (leaves by name)
+and vocab.txt. `aliases` in the manifest name subtrees that share another's leaves and are not stored twice. Which model a
+directory holds is its `model_type` (`MODELS`); what is particular to a model is in its converter.
 """
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,97 +17,130 @@ import numpy as np
 
 from jaxpeft import tree
 from jaxpeft.adapt import budget
-from jaxpeft.inputs import images
 from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
-from jaxpeft.inputs.tokenizer import Tokenizer
-from jaxpeft.models import blip_convert, downloads
-from jaxpeft.models.blip import Blip, BlipConfig
-from jaxpeft.runtime import files
+from jaxpeft.models import convert, downloads
+from jaxpeft.models.base import MODELS
+from jaxpeft.models.convert import Converter, Dtype, Place, Rule, Table
+from jaxpeft.runtime import files, registry, renamed
 from jaxpeft.tree import Tree
 
 ASSETS = Path(__file__).parents[1] / "assets"
-RUNTIME = ("dtype", "remat", "dropout")  # config fields that a user may set on any checkpoint
+RUNTIME = ("dtype", "remat", "dropout", "unroll")  # config fields that a user may set on any checkpoint
 
 
 def load(
     path: str | Path = "tiny",
     *,
-    question_encoder: bool | None = None,
+    task: str | None = None,
     image_size: int | None = None,
     revision: str | None = None,
-    **runtime,
-):
-    """(model, params) of a checkpoint: 'tiny' (shipped), a directory of ours, a Hugging Face BLIP directory, or a repository
-    of the Hugging Face hub as 'owner/name' or 'owner/name@revision'. A directory of that name comes first.
+    **runtime: Any,
+) -> tuple[Any, Tree]:
+    """(model, params) of a checkpoint: 'tiny' (shipped), a directory of ours, a Hugging Face directory, or a repository of the
+    Hugging Face hub as 'owner/name' or 'owner/name@revision'. A directory of that name comes first.
 
-    `question_encoder`: True for VQA (from a captioning checkpoint the encoder starts from the decoder's layers), False
-    for captioning, None for what the checkpoint holds. `image_size` resizes the position embedding. `revision`: a commit,
-    branch or tag of a repository, None for its default branch; with a full commit that is in the cache nothing is asked of
-    the hub, and with HF_HUB_OFFLINE=1 it is never asked. `runtime`: dtype, remat, dropout.
+    `task`: 'vqa' (from a captioning BLIP the question encoder starts from the decoder's layers), 'captioning', or None for
+    what the checkpoint holds. `image_size` resizes the position embedding. `revision`: a commit, branch or tag of a
+    repository, None for its default branch; with a full commit that is in the cache nothing is asked of the hub, and with
+    HF_HUB_OFFLINE=1 it is never asked. `runtime`: dtype, remat, dropout.
 
     Raises ValueError naming file and key for anything missing, unread or misshaped; naming the repository for what cannot
     be downloaded; and where `revision` is given with a directory, or differs from the one in `path`.
     """
-    model, params, _ = read(
-        path, question_encoder=question_encoder, image_size=image_size, revision=revision, **runtime
-    )
+    model, params, _ = read(path, task=task, image_size=image_size, revision=revision, **runtime)
     return model, params
 
 
-def read(path, *, question_encoder=None, image_size=None, revision=None, **runtime) -> tuple[Blip, Tree, dict]:
+def read(
+    path: str | Path,
+    *,
+    task: str | None = None,
+    image_size: int | None = None,
+    revision: str | None = None,
+    place: Place = convert.on_device,
+    param_dtype: Dtype = "float32",
+    **runtime: Any,
+) -> tuple[Any, Tree, dict[str, Any]]:
     """`load` and a report of where each part came from. For a repository of the hub `source` is its name and `revision` the
-    full commit that was read: given as `revision`, the same files are read again."""
+    full commit that was read: given as `revision`, the same files are read again.
+
+    Leaves are made one at a time, in `param_dtype` (of all, or a function of a leaf's name), and `place` says where each
+    goes: on the first device, or where `sharding.placing` puts it.
+    """
     _check_runtime(runtime)
     directory, downloaded = _located(path, revision)
-    if (directory / "manifest.json").exists():
-        config, params, report = _read_ours(directory, question_encoder, image_size)
-    elif (directory / "config.json").exists():
-        config, params, report = blip_convert.read_directory(
-            directory, image_size=image_size, question_encoder=question_encoder
-        )
-        config = _with_processor(config, directory, image_size)
+    kind, manifest = _kind(directory, path)
+    if manifest is None:
+        config, params, report = kind.read_directory(directory, task, image_size, place, param_dtype)
     else:
-        raise _missing(path)
-    config, tokenizer = _with_tokenizer(config, directory, report.get("defaults", {}))
-    return Blip(dataclasses.replace(config, **runtime), tokenizer), params, report | downloaded
+        config, params, report = _read_ours(directory, kind, manifest, task, image_size, place, param_dtype)
+    model = kind.model(config, directory, report.get("defaults", ()), image_size)
+    return _with(model, runtime), params, report | downloaded
 
 
 def abstract(
-    path,
+    path: str | Path,
     *,
-    question_encoder: bool = False,
+    task: str | None = None,
     image_size: int | None = None,
     revision: str | None = None,
-    **runtime,
-) -> Blip:
+    **runtime: Any,
+) -> Any:
     """The model of `load` from manifest.json or config.json alone, for planning: weights need not be there, and those of a
     repository are not downloaded."""
     _check_runtime(runtime)
-    (directory, _), defaults = _located(path, revision, weights=False), {}
-    if (directory / "manifest.json").exists():
-        _, config = _manifest(directory)
-    elif (directory / "config.json").exists():
-        config, defaults = blip_convert.read_config(directory / "config.json", question_encoder)
-        config = _with_processor(config, directory, image_size)
+    directory, _ = _located(path, revision, weights=False)
+    kind, manifest = _kind(directory, path)
+    if manifest is None:
+        config, defaults = kind.read_config(directory, task)
     else:
-        raise _missing(path)
-    size = {} if image_size is None else {"image_size": image_size}
-    config = dataclasses.replace(config, question_encoder=question_encoder, **size)
-    config, tokenizer = _with_tokenizer(config, directory, defaults)
-    return Blip(dataclasses.replace(config, **runtime), tokenizer)
+        config, defaults = kind.for_task(manifest["config"], task, str(directory)), {}
+    model = kind.model(kind.resize(config, image_size)[0], directory, defaults, image_size)
+    return _with(model, runtime)
 
 
-def is_ours(path, revision: str | None = None) -> bool:
+def _with(model: Any, changes: dict[str, Any]) -> Any:
+    """The model with other values of fields of its configuration."""
+    return model.replaced(**changes)
+
+
+def is_ours(path: str | Path, revision: str | None = None) -> bool:
     """Whether a checkpoint is in our own format, which transformers does not load."""
     return (_located(path, revision, weights=False)[0] / "manifest.json").exists()
 
 
-def _check_runtime(runtime: dict) -> None:
+def _check_runtime(runtime: dict[str, Any]) -> None:
+    for old in set(runtime) & set(renamed.LOADING):
+        raise TypeError(f"load() takes no {old}: {renamed.LOADING[old]}")
     if unknown := set(runtime) - set(RUNTIME):
         raise ValueError(f"unknown model options {sorted(unknown)}; choose from {', '.join(RUNTIME)}")
 
 
-def _located(path, revision: str | None, *, weights: bool = True) -> tuple[Path, dict]:
+def _kind(directory: Path, path: str | Path) -> tuple[Converter, dict[str, Any] | None]:
+    """(converter, manifest): how the model of a directory is read; the manifest, with its config read, of one of ours.
+
+    Raises ValueError for a model type that is not known.
+    """
+    file = directory / "manifest.json"
+    ours = file.exists()
+    if not ours and not (file := directory / "config.json").exists():
+        raise _missing(path)
+    said = files.read_json(file)
+    model_type = said.get("model_type", "blip" if ours else None)  # manifests of 0.1 are BLIPs' and do not say it
+    try:
+        kind = MODELS.find(str(model_type))()
+    except registry.Unknown:
+        known = ", ".join(sorted(MODELS))
+        raise ValueError(f"{file}: model_type {model_type!r} is unknown; the known ones are {known}") from None
+    if not ours:
+        return kind, None
+    with files.reading(file, "is not a manifest of ours"):
+        aliases = {str(copy): source + "" for copy, source in said["aliases"].items()}
+        known = {"aliases": aliases, "digest": said["digest"] + "", "config": kind.config(said["config"])}
+        return kind, said | known
+
+
+def _located(path: str | Path, revision: str | None, *, weights: bool = True) -> tuple[Path, dict[str, str]]:
     """(the checkpoint's directory, what a report says of it beside the rest: source and revision of a repository)."""
     shipped = ASSETS / str(path)
     directory = shipped if (shipped / "manifest.json").exists() else Path(path).expanduser()
@@ -124,13 +160,12 @@ def _located(path, revision: str | None, *, weights: bool = True) -> tuple[Path,
 
 def _check_settings(directory: Path) -> None:
     """Raise ValueError unless manifest.json or config.json describes a model that can be read."""
-    if (directory / "manifest.json").exists():
-        _manifest(directory)
-    else:
-        blip_convert.read_config(directory / "config.json", False)
+    kind, manifest = _kind(directory, directory)
+    if manifest is None:
+        kind.read_config(directory, None)
 
 
-def _missing(path) -> ValueError:
+def _missing(path: str | Path) -> ValueError:
     shipped = sorted(p.parent.name for p in ASSETS.glob("*/manifest.json"))
     return ValueError(
         f"no checkpoint at {str(path)!r}: a directory with manifest.json (ours) or config.json (Hugging Face) is "
@@ -139,71 +174,46 @@ def _missing(path) -> ValueError:
     )
 
 
-def _with_processor(config: BlipConfig, directory: Path, image_size: int | None) -> BlipConfig:
-    """The configuration with what the directory's image processor does to pictures."""
-    said = images.processor_settings(directory)
-    size = said.pop("image_size", config.image_size)
-    if image_size is None and size != config.image_size:
-        raise ValueError(
-            f"{directory}: the image processor makes pictures of {size} pixels and config.json says {config.image_size}; "
-            f"choose one with image_size={size} (--config.model.image_size={size}), which resizes the position embedding"
-        )
-    return dataclasses.replace(config, **said)
-
-
-def _with_tokenizer(config: BlipConfig, directory: Path, defaults: dict) -> tuple[BlipConfig, Tokenizer | None]:
-    """The directory's tokenizer, and the configuration with its special ids where config.json does not have them
-    (`defaults`). Raises ValueError where the two contradict each other."""
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
-        return config, None
-    tokenizer = Tokenizer.from_file(directory)
-    spare = 0 if config.question_encoder else 1  # a captioning model never reads [ENC], which may be without a row
-    if len(tokenizer) - spare * (tokenizer.enc_id == len(tokenizer) - 1) > config.vocab_size:
-        raise ValueError(f"{directory}: {len(tokenizer)} words for a vocabulary matrix of {config.vocab_size} rows")
-    ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")}
-    absent = {field for field, section, key, _ in blip_convert.CONFIG if f"{section}.{key}" in defaults}
-    for field in blip_convert.used_ids(vars(config)):
-        if field not in absent and getattr(config, field) != ids[field]:
-            token = tokenizer.vocabulary[ids[field]]
-            raise ValueError(
-                f"{directory}: the configuration says {field} {getattr(config, field)}, and {token} is number {ids[field]} of "
-                f"the tokenizer; put the tokenizer that the weights were trained with beside them"
-            )
-    return dataclasses.replace(config, **ids), tokenizer
-
-
-def _read_ours(directory: Path, question_encoder, image_size):
-    manifest, config = _manifest(directory)
-    arrays, _ = files.read_safetensors(directory / "model.safetensors")
-    flat = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
+def _read_ours(
+    directory: Path,
+    kind: Converter,
+    manifest: dict[str, Any],
+    task: str | None,
+    image_size: int | None,
+    place: Place,
+    dtype: Dtype,
+) -> tuple[Any, Tree, dict[str, Any]]:
+    """(config, params, report) of a directory of ours, whose tensors are the leaves under their own names."""
+    config = kind.for_task(manifest["config"], task, str(directory))
+    wanted = shapes(kind.model(config))
+    whole = wanted if config == manifest["config"] else shapes(kind.model(manifest["config"]))
+    tensors = convert.opened(directory, ("model.safetensors",))
+    copies = {}
     for copy, source in manifest["aliases"].items():
-        flat |= {copy + name[len(source) :]: x for name, x in flat.items() if name.startswith(source + "/")}
-    if question_encoder is not None and question_encoder != config.question_encoder:
-        if question_encoder:
-            raise ValueError(f"{directory} holds no question encoder, which the vqa task needs")
-        config = dataclasses.replace(config, question_encoder=False)
-        flat = {name: x for name, x in flat.items() if not name.startswith("text_encoder/")}
-    if image_size not in (None, config.image_size):
-        config, flat["vision/position"] = blip_convert.resized(config, flat["vision/position"], image_size)
-    params = tree.unflatten(budget.abstract_params(Blip(config)), flat, str(directory / "model.safetensors"))
-    return config, params, {"source": str(manifest.get("name", directory.name)), "digest": manifest["digest"]}
+        copies |= {copy + name[len(source) :]: name for name in whole if name.startswith(source + "/")}
+    copies = {copy: name for copy, name in copies.items() if copy in whole and copy not in tensors}
+    rules = [Rule(name, (name,), x.shape) for name, x in whole.items() if name not in copies]
+    config, changes = kind.resize(config, image_size)
+    params = convert.read(
+        tensors, Table(rules), tensors.source, place=place, dtype=dtype, changes=changes, copies=copies, wanted=wanted
+    )
+    report = {"source": str(manifest.get("name", directory.name)), "digest": manifest["digest"]}
+    return config, convert.nested(params), report
 
 
-def _manifest(directory: Path) -> tuple[dict, BlipConfig]:
-    path = directory / "manifest.json"
-    with files.reading(path, "is not a manifest of ours"):
-        manifest = files.read_json(path)
-        aliases = {str(copy): source + "" for copy, source in manifest["aliases"].items()}
-        return manifest | {"aliases": aliases, "digest": manifest["digest"] + ""}, BlipConfig(**manifest["config"])
+def shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaves of a model by name, as shapes."""
+    return tree.flatten(budget.abstract_params(model))
 
 
-def scratch(config: BlipConfig, tokenizer: Tokenizer, seed: int) -> tuple[Blip, Tree]:
-    """A model with random weights: the control for what pre-training gives."""
-    model = Blip(config, tokenizer)
-    return model, jax.jit(lambda: model.init(jax.random.key(seed), model.example()))()["params"]
+def scratch(model: Any, seed: int) -> Tree:
+    """Random weights: the control for what pre-training gives."""
+    return jax.jit(lambda: model.init(jax.random.key(seed), model.example()))()["params"]
 
 
-def save(directory, model: Blip, params: Tree, *, aliases: dict[str, str], dtype: str = "float16", **facts) -> Path:
+def save(
+    directory: str | Path, model: Any, params: Tree, *, aliases: dict[str, str], dtype: str = "float16", **facts: Any
+) -> Path:
     """Write a checkpoint directory of ours; leaves under an alias are dropped (they equal their source's)."""
     flat = tree.flatten(params)
     for copy, source in aliases.items():
@@ -213,7 +223,13 @@ def save(directory, model: Blip, params: Tree, *, aliases: dict[str, str], dtype
             del flat[name]
     config = {k: v for k, v in dataclasses.asdict(model.config).items() if k not in RUNTIME}
     stored = {name: np.asarray(x, dtype).astype(np.float32) for name, x in flat.items()}
-    manifest = {"config": config, "aliases": aliases, "digest": tree.digest(stored), **facts}
+    manifest = {
+        "model_type": model.model_type,
+        "config": config,
+        "aliases": aliases,
+        "digest": tree.digest(stored),
+        **facts,
+    }
     with files.whole_directory(directory, (*TOKENIZER_FILES, "model.safetensors", "manifest.json")) as new:
         files.write_tensors(new / "model.safetensors", {name: np.asarray(x, dtype) for name, x in flat.items()})
         for name, content in model.tokenizer.files().items():
@@ -222,7 +238,7 @@ def save(directory, model: Blip, params: Tree, *, aliases: dict[str, str], dtype
     return Path(directory)
 
 
-def wider(model: Blip, words) -> tuple[Blip, list[str]]:
+def wider(model: Any, words: Iterable[str]) -> tuple[Any, list[str]]:
     """The model with whole words added that its vocabulary lacks, and those words; their rows are leaves of their own.
 
     Rows that a base's matrix has beyond its own words are dropped.
@@ -231,11 +247,10 @@ def wider(model: Blip, words) -> tuple[Blip, list[str]]:
     if not new:
         return model, []
     known = min(len(model.tokenizer), model.config.vocab_size)
-    config = dataclasses.replace(model.config, vocab_size=len(tokenizer), new_words=len(tokenizer) - known)
-    return Blip(config, tokenizer), list(new)
+    return model.replaced(tokenizer, vocab_size=len(tokenizer), new_words=len(tokenizer) - known), list(new)
 
 
-def extend_vocabulary(model: Blip, params: Tree, words, seed: int) -> tuple[Blip, Tree, list[str]]:
+def extend_vocabulary(model: Any, params: Tree, words: Iterable[str], seed: int) -> tuple[Any, Tree, list[str]]:
     """`wider` with parameters: the base's as they are, new rows N(0, 0.02) and new biases 0.
 
     New rows are random, so whoever adds words must also train them (`methods.NewWords`).
@@ -258,11 +273,11 @@ def extend_vocabulary(model: Blip, params: Tree, words, seed: int) -> tuple[Blip
     return extended, tree.unflatten(budget.abstract_params(extended), flat, "extended vocabulary"), new
 
 
-def joined(model: Blip, params: Tree) -> tuple[Blip, Tree]:
+def joined(model: Any, params: Tree) -> tuple[Any, Tree]:
     """The model whose added words are words like others: each matrix whole, as other programs have it."""
     if not model.config.new_words:
         return model, params
-    whole = Blip(dataclasses.replace(model.config, new_words=0), model.tokenizer)
+    whole = _with(model, {"new_words": 0})
     flat = tree.flatten(params)
     for name in [name for name in flat if name.rpartition("/")[2].startswith("new_")]:
         rows, matrix = flat.pop(name), name.replace("new_matrix", "vocabulary/kernel").replace("new_", "")

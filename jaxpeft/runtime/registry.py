@@ -12,6 +12,7 @@ gives `--imports` again, or `jp.load_run(workdir, imports=["my_module"])`.
 
 import argparse
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-files: dict[str, Path] = {}  # of the modules that `load` imported, by their name
+digests: dict[str, str] = {}  # name of a module that `load` imported -> sha256 of its file as it was then
 given: list[str] = []  # what `load` was given in this process, for processes that go on elsewhere
 
 
@@ -67,7 +68,7 @@ def load(names: Iterable[str]) -> None:
         given.append(name)
         module = _load_file(Path(name)) if name.endswith(".py") else _load_module(name)
         if file := getattr(module, "__file__", None):
-            files[module.__name__] = Path(file)
+            digests.setdefault(module.__name__, hashlib.sha256(Path(file).read_bytes()).hexdigest())
 
 
 def _load_module(name: str) -> ModuleType:

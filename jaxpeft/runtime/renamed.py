@@ -8,13 +8,23 @@ CONFIG = {  # config keys, flattened
     "method.where": "method.targets",
     "optim.clip": "optim.clip_norm",
     "optim.decay": "optim.weight_decay",
+    "task_options.length": "task_options.max_new_tokens",
 }
 # config keys that no key with another name stands for: what an error says of them; left out when a saved config is read
 GONE = {
     "checkpoint_every": "is gone, as checkpoints are saved by the clock: set config.checkpoint_seconds (0: every step)",
     "journal_mb": "is gone, as there is no journal any more: config.checkpoint_seconds bounds what a kill costs",
 }
+STUDY = {"arms": "variants", "levels": "settings", "rates": "learning_rates"}  # config keys of a study
+ROW = {"arm": "variant", "level": "setting"}  # of a row of results.jsonl
 FIELDS = {"start": "init_weights", "where": "targets"}  # of methods, in code and in saved manifests
+LOADING = {
+    "question_encoder": "task='vqa' for a model that answers questions, task='captioning' for one without"
+}  # jp.load
+NAMES = {  # of jaxpeft itself
+    "export_blip": "export_hf", "expand": "adapt.sites.expand",
+    **{name: f"methods.{name}" for name in ("HEADS", "METHODS", "Added", "Params", "Site", "build", "defaults")},
+}  # fmt: skip
 MODULES = {  # below jaxpeft
     "budget": "adapt.budget", "checkpoint": "training.checkpoint", "claims": "study.claims",
     "cluster": "study.ray_executor", "datasets": "data", "decode": "models.decode", "demo": "apps.demo",
@@ -34,6 +44,8 @@ def translated(config: dict) -> dict:
     """A saved config of version 0.1, nested as JSON has it, with today's keys."""
     config = {k: dict(value) if isinstance(value, dict) else value for k, value in config.items() if k not in GONE}
     for old, new in CONFIG.items():
+        if old == "task_options.length":  # it counted what a text begins with: see training/finished.py
+            continue
         section, _, key = old.rpartition(".")
         place = config.get(section, {}) if section else config
         if key in place:
@@ -50,6 +62,30 @@ def check_config(config) -> None:
     for key, said in GONE.items():
         if key in config:
             raise ValueError(f"config.{key} {said}")
+
+
+def translated_study(config: dict) -> dict:
+    """The saved config of a study of version 0.1 with today's keys."""
+    config = {STUDY.get(key, key): value for key, value in config.items()}
+    config["variants"] = {
+        name: {STUDY.get(key, key): value for key, value in one.items()} for name, one in config["variants"].items()
+    }
+    return config
+
+
+def translated_row(row: dict) -> dict:
+    """A row of a results.jsonl of version 0.1 with today's keys."""
+    return {ROW.get(key, key): value for key, value in row.items()}
+
+
+def check_study(config) -> None:
+    """Raise ValueError for a key of version 0.1 in the ConfigDict of a study, naming today's."""
+    for old, new in STUDY.items():
+        if old in config:
+            raise ValueError(f"config.{old} of a study is now config.{new}; rename it")
+    for name, variant in config.variants.items():
+        if "levels" in variant:
+            raise ValueError(f"config.variants.{name}.levels is now config.variants.{name}.settings; rename it")
 
 
 def advice(error: Exception) -> str:

@@ -1,11 +1,11 @@
 """Stopping: what Ctrl-C and SIGTERM do, and the exit codes that tell a scheduler whether to start the command again.
 
-A training loop says that it looks (`with stop.polled()`), and then the first signal only sets `asked()`: the loop ends at
+A training loop says that it looks (`with signals.polled()`), and then the first signal only sets `asked()`: the loop ends at
 the next step with everything saved. Elsewhere (loading, compiling, evaluation) the signal raises `Stopped` as soon as
 Python runs again, and the checkpoint being written is finished on the way out. A second Ctrl-C raises at once.
 
-A program is `stop.program(main)`: after a signal it ends without the interpreter's own shutdown, in which jaxlib 0.10 crashes
-(a segmentation fault, status 139) when the signal came while XLA compiled for the CPU.
+A program is `signals.program(main)`: after a signal it ends without the interpreter's own shutdown, in which jaxlib 0.10
+crashes (a segmentation fault, status 139) when the signal came while XLA compiled for the CPU.
 """
 
 import atexit

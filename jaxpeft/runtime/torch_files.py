@@ -9,16 +9,18 @@ import collections
 import errno
 import io
 import math
+import mmap
 import pathlib
 import pickle
 import pickletools
 import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
-
-from jaxpeft.runtime import files
 
 DTYPES = {
     "FloatStorage": np.dtype("<f4"),
@@ -42,18 +44,25 @@ class Refused(ValueError):
     """The file asks for something that a dictionary of tensors does not need."""
 
 
-def load_pickle(path) -> dict:
+def load_pickle(path: str | pathlib.Path) -> dict[Any, Any]:
     """The dictionary in a torch file, tensors as read-only numpy arrays (views, where tensors share a storage).
 
-    Nested dictionaries stay nested: official checkpoints are {'model': {name: tensor}}. bfloat16 stays bfloat16.
+    Nested dictionaries stay nested: official checkpoints are {'model': {name: tensor}}. bfloat16 stays bfloat16. The file is
+    mapped: what no one looks at takes no memory.
     Raises ValueError, naming the file, for any other name in the pickle, a damaged file, torch<1.6.
     """
-    path = files.kept_in(pathlib.Path(path))
+    return load_mapped(path)[0]
+
+
+def load_mapped(path: str | pathlib.Path) -> tuple[dict[Any, Any], Callable[[], None]]:
+    """`load_pickle`, and a function that lets go of the pages that were read; looking at an array again reads them again."""
+    path = pathlib.Path(path)
     try:
         if not zipfile.is_zipfile(path):
             raise Refused(_what_instead(path))
-        with zipfile.ZipFile(path) as archive:
-            result = _Unpickler(archive).load()
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            mapped = _Mapped(file)
+            result = _Unpickler(archive, mapped).load()
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # zip, pickle and numpy each have their own kinds
@@ -62,10 +71,42 @@ def load_pickle(path) -> dict:
         raise ValueError(f"{path}: damaged torch file ({type(error).__name__}: {error}); fetch it again") from error
     if not isinstance(result, dict):
         raise ValueError(f"{path}: holds a {type(result).__name__}, expected a dictionary of tensors (a state_dict)")
-    return result
+    return result, mapped.release
 
 
-def _what_instead(path):
+class _Mapped:
+    """A file in the address space of the process."""
+
+    def __init__(self, file: io.BufferedReader):
+        self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def release(self) -> None:
+        """Let go of the pages that were read."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED)
+
+    def record(self, info: zipfile.ZipInfo) -> memoryview:
+        """A record that is stored as it is, checked against its checksum."""
+        local = self.map[info.header_offset : info.header_offset + 30]  # lengths of the name and the extra field end it
+        start = (
+            info.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+        )
+        view = memoryview(self.map)[start : start + info.file_size]
+        if local[:4] != b"PK\x03\x04" or len(view) != info.file_size or _crc(view, self.release) != info.CRC:
+            raise Refused(f"damaged torch file: record {info.filename} is not what was written; fetch it again")
+        return view
+
+
+def _crc(view: memoryview, release: Callable[[], None], at_once: int = 16 << 20) -> int:
+    """The checksum of a record, which is read once and let go again."""
+    crc = 0
+    for start in range(0, len(view), at_once):
+        crc = zlib.crc32(view[start : start + at_once], crc)
+        release()
+    return crc
+
+
+def _what_instead(path: pathlib.Path) -> str:
     """Why a file is not a torch zip archive."""
     with open(path, "rb") as file:
         start = file.read(4)
@@ -82,33 +123,33 @@ def _what_instead(path):
 class _Unpickler(pickle.Unpickler):
     """Unpickles `data.pkl` of an archive with an explicit list of names. Its functions are made anew for every file."""
 
-    def __init__(self, archive: zipfile.ZipFile):
+    def __init__(self, archive: zipfile.ZipFile, mapped: _Mapped):
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
         if len(pickles) != 1:
             raise Refused(f"holds {len(pickles)} data.pkl records, expected 1; TorchScript files are not checkpoints")
-        self.archive, self.root = archive, pickles[0][: -len("data.pkl")]
-        self.storages = {}
-        self.names = {("collections", "OrderedDict"): collections.OrderedDict}
+        self.archive, self.mapped, self.root = archive, mapped, pickles[0][: -len("data.pkl")]
+        self.storages: dict[str, memoryview] = {}
+        self.names: dict[tuple[str, str], Any] = {("collections", "OrderedDict"): collections.OrderedDict}
         self.names |= {("torch", name): (name, dtype) for name, dtype in DTYPES.items()}
         self.names["torch._utils", "_rebuild_tensor_v2"] = lambda *args: _view(*args[:4])
         self.names["torch._utils", "_rebuild_parameter"] = lambda data, *_: data
         byteorder = self.root + "byteorder"
-        if byteorder in archive.namelist() and self._record(byteorder, 16) != b"little":
+        if byteorder in archive.namelist() and bytes(self._record(byteorder, 16)) != b"little":
             raise Refused("was written on a big-endian machine; load and save it again with torch")
-        program = self._record(pickles[0], MOST_PICKLE)
+        program = bytes(self._record(pickles[0], MOST_PICKLE))
         _check_sizes(program)
         super().__init__(io.BytesIO(program))
 
-    def _record(self, name, most=None) -> bytes:
+    def _record(self, name: str, most: int | None = None) -> memoryview:
         """A record as it lies in the file: torch does not compress, so no record is larger than the file."""
         info = self.archive.getinfo(name)
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise Refused(f"record {name} is compressed or encrypted, which torch.save never does")
         if most is not None and info.file_size > most:
             raise Refused(f"record {name} has {info.file_size:,} bytes, more than {most:,}")
-        return self.archive.read(name)
+        return self.mapped.record(info)
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.names:
             raise Refused(
                 f"the pickle asks for {module}.{name}, which a dictionary of tensors does not need; nothing was run. "
@@ -116,7 +157,7 @@ class _Unpickler(pickle.Unpickler):
             )
         return self.names[module, name]
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: tuple) -> np.ndarray:
         """('storage', storage type, key, device, number of elements) -> flat array."""
         kind, (name, dtype), key, _, size = pid
         if kind != "storage":
@@ -137,7 +178,7 @@ def _check_sizes(program: bytes) -> None:
             raise Refused(f"the pickle asks for memo place {argument}")
 
 
-def _view(storage, offset, shape, stride):
+def _view(storage: np.ndarray, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> np.ndarray:
     """The tensor at `offset` of a flat storage, checked to lie inside it."""
     if len(shape) != len(stride) or min((offset, *shape, *stride), default=0) < 0:
         raise Refused(f"impossible tensor: shape {shape}, stride {stride}, offset {offset}")

@@ -1,7 +1,7 @@
 """The paper's claims as tests on a study's results: effect, bootstrap interval, verdict. Pure functions of numbers.
 
 Input is a list of `Final`: one per cell and seed, at the learning rate that validation chose, with the main metric of
-every test example. All runs of a level are scored on the same examples, and seed s draws the same subset in every cell,
+every test example. All runs of a setting are scored on the same examples, and seed s draws the same subset in every cell,
 so both are resampled jointly: a replicate draws seeds and examples with replacement and recomputes the whole effect.
 With one seed only examples are resampled, and the interval says nothing of other seeds.
 
@@ -18,16 +18,16 @@ import numpy as np
 from jaxpeft.metrics.bootstrap import REPLICATES, interval
 
 LAYER, EMBEDDING = ("serial_adapter", "parallel_adapter", "lora"), ("prompt", "prefix")
-MARGIN = 0.05  # share of the level's mean score that counts as no change
+MARGIN = 0.05  # share of the setting's mean score that counts as no change
 
 
 @dataclasses.dataclass(frozen=True)
 class Final:
     """A cell's run at one seed: where it stands in the grid and how it did on test examples."""
 
-    level: str
+    setting: str
     task: str
-    arm: str
+    variant: str
     method: str
     size: int
     n_images: int
@@ -39,14 +39,14 @@ class Final:
 
 
 class Table:
-    """The finals of one level as an array scores[cell, seed] of per-example vectors, resampled together."""
+    """The finals of one setting as an array scores[cell, seed] of per-example vectors, resampled together."""
 
     def __init__(self, finals: Sequence[Final]):
-        self.cells = sorted({(f.arm, f.size, f.n_images) for f in finals})
-        self.about = {(f.arm, f.size, f.n_images): f for f in finals}
-        seeds = [{f.seed for f in finals if (f.arm, f.size, f.n_images) == cell} for cell in self.cells]
+        self.cells = sorted({(f.variant, f.size, f.n_images) for f in finals})
+        self.about = {(f.variant, f.size, f.n_images): f for f in finals}
+        seeds = [{f.seed for f in finals if (f.variant, f.size, f.n_images) == cell} for cell in self.cells]
         self.seeds = sorted(set.intersection(*seeds)) if seeds else []  # those that every cell has
-        where = {(f.arm, f.size, f.n_images, f.seed): f.each for f in finals}
+        where = {(f.variant, f.size, f.n_images, f.seed): f.each for f in finals}
         rows = [[where[*cell, seed] for seed in self.seeds] for cell in self.cells]
         self.each_CSE = np.array(rows) if rows and self.seeds else np.zeros((len(rows), 0, 0))
 
@@ -90,15 +90,15 @@ def slope(xs: Sequence[float], scores: np.ndarray) -> float:
 
 
 def middle_size(sizes: Sequence[int]) -> int:
-    """The size at which an arm has most numbers of pictures, the smallest of several: where its data axis lies."""
+    """The size at which a variant has most numbers of pictures, the smallest of several: where its data axis lies."""
     return min(set(sizes), key=lambda size: (-sizes.count(size), size))
 
 
-def _axis(table: Table, axis: str, arms) -> dict[str, list[int]]:
-    """arm -> indices of its cells along 'data' (at its middle size) or 'size' (at all images), at least two of them."""
+def _axis(table: Table, axis: str, variants) -> dict[str, list[int]]:
+    """variant -> indices of its cells along 'data' (at its middle size) or 'size' (at all images), at least two of them."""
     lines = {}
-    for arm in arms:
-        mine = [(i, cell) for i, cell in enumerate(table.cells) if cell[0] == arm]
+    for variant in variants:
+        mine = [(i, cell) for i, cell in enumerate(table.cells) if cell[0] == variant]
         if not mine:
             continue
         if axis == "size":
@@ -109,7 +109,7 @@ def _axis(table: Table, axis: str, arms) -> dict[str, list[int]]:
             middle = middle_size([cell[1] for _, cell in mine])
             line = sorted((i for i, cell in mine if cell[1] == middle), key=lambda i: table.cells[i][2])
         if len(line) > 1:
-            lines[arm] = line
+            lines[variant] = line
     return lines
 
 
@@ -118,9 +118,9 @@ def _x(table: Table, axis: str, i: int) -> float:
     return table.cells[i][2 if axis == "data" else 1]
 
 
-def trend(table: Table, axis: str, arms) -> Callable | None:
-    """effect(rng): mean over arms of the score's slope per doubling of data or of the method's size."""
-    lines = _axis(table, axis, arms)
+def trend(table: Table, axis: str, variants) -> Callable | None:
+    """effect(rng): mean over variants of the score's slope per doubling of data or of the method's size."""
+    lines = _axis(table, axis, variants)
     if not lines:
         return None
 
@@ -131,9 +131,9 @@ def trend(table: Table, axis: str, arms) -> Callable | None:
     return effect
 
 
-def change(table: Table, axis: str, arms) -> Callable | None:
-    """effect(rng): mean over arms of the fitted change from the least to the most of an axis."""
-    lines = _axis(table, axis, arms)
+def change(table: Table, axis: str, variants) -> Callable | None:
+    """effect(rng): mean over variants of the fitted change from the least to the most of an axis."""
+    lines = _axis(table, axis, variants)
     if not lines:
         return None
 
@@ -148,51 +148,51 @@ def change(table: Table, axis: str, arms) -> Callable | None:
 
 
 def slopes(finals: Sequence[Final], replicates: int = REPLICATES) -> list[dict]:
-    """Per level and axis the mean slope over PEFT arms as a share of the level's mean score, with its interval."""
+    """Per setting and axis the mean slope over PEFT variants as a share of the setting's mean score, with its interval."""
     out = []
-    for level in dict.fromkeys(f.level for f in finals):
-        table = Table([f for f in finals if f.level == level])
+    for setting in dict.fromkeys(f.setting for f in finals):
+        table = Table([f for f in finals if f.setting == setting])
         for axis in ("data", "size"):
-            effect = trend(table, axis, peft_arms(finals))
+            effect = trend(table, axis, peft_variants(finals))
             if effect is None or not table.enough:
                 continue
             value, low, high = (x / table.means().mean() for x in interval(effect, replicates))
             out.append(
-                {"level": level, "axis": axis, "slope": value, "low": low, "high": high, "seeds": len(table.seeds)}
+                {"setting": setting, "axis": axis, "slope": value, "low": low, "high": high, "seeds": len(table.seeds)}
             )
     return out
 
 
 def converged(finals: Sequence[Final]) -> list[Final]:
     """The runs of cells of which every seed converged: a cell is judged on all of its seeds or not at all."""
-    capped = {(f.level, f.arm, f.size, f.n_images) for f in finals if not f.converged}
-    return [f for f in finals if (f.level, f.arm, f.size, f.n_images) not in capped]
+    capped = {(f.setting, f.variant, f.size, f.n_images) for f in finals if not f.converged}
+    return [f for f in finals if (f.setting, f.variant, f.size, f.n_images) not in capped]
 
 
-def departure(table: Table, arms) -> Callable | None:
-    """effect(rng): how far scores are from rising or falling throughout, over sizes; mean over arms.
+def departure(table: Table, variants) -> Callable | None:
+    """effect(rng): how far scores are from rising or falling throughout, over sizes; mean over variants.
 
-    For an arm it is the smaller of its largest rise and its largest fall between two sizes. The two pairs of sizes are
+    For a variant it is the smaller of its largest rise and its largest fall between two sizes. The two pairs of sizes are
     picked on one half of the examples and measured on the other, and the reverse, so that noise alone has mean <= 0.
     """
-    lines = {arm: line for arm, line in _axis(table, "size", arms).items() if len(line) > 2}
+    lines = {variant: line for variant, line in _axis(table, "size", variants).items() if len(line) > 2}
     if not lines:
         return None
     halves = [np.arange(h, table.each_CSE.shape[2], 2) for h in (0, 1)]
     picked = {}  # once, from the data as it is: a replicate measures the same pairs again
     for h, half in enumerate(halves):
         scores = table.means(None, half)
-        for arm, line in lines.items():
+        for variant, line in lines.items():
             pairs = [(i, j) for k, i in enumerate(line) for j in line[k + 1 :]]
             up, down = (max(pairs, key=lambda p, s=s: s * (scores[p[1]] - scores[p[0]])) for s in (1, -1))
-            picked[h, arm] = up, down
+            picked[h, variant] = up, down
 
     def effect(rng):
         found = []
         for h in (0, 1):
             scores = table.means(rng, halves[1 - h])
-            for arm in lines:
-                up, down = picked[h, arm]
+            for variant in lines:
+                up, down = picked[h, variant]
                 found.append(min(scores[up[1]] - scores[up[0]], scores[down[0]] - scores[down[1]]))
         return np.mean(found)
 
@@ -211,7 +211,7 @@ def difference(table: Table, ours: Sequence[int], theirs: Sequence[int]) -> Call
 
 @dataclasses.dataclass
 class Verdict:
-    """One claim on one level (or between levels)."""
+    """One claim on one setting (or between settings)."""
 
     claim: str
     statement: str
@@ -230,54 +230,45 @@ class Verdict:
 
 
 def judge(finals: Sequence[Final], replicates: int = REPLICATES) -> list[Verdict]:
-    """Every claim on every level that has the cells for it, by claim."""
-    levels = list(dict.fromkeys(f.level for f in finals))
-    tables = {level: Table([f for f in finals if f.level == level]) for level in levels}
-    tasks = {level: next(f.task for f in finals if f.level == level) for level in levels}
-    peft = peft_arms(finals)
+    """Every claim on every setting that has the cells for it, by claim."""
+    settings = list(dict.fromkeys(f.setting for f in finals))
+    tables = {setting: Table([f for f in finals if f.setting == setting]) for setting in settings}
+    tasks = {setting: next(f.task for f in finals if f.setting == setting) for setting in settings}
+    peft = peft_variants(finals)
     out = []
 
-    def add(claim, statement, test, level, unit, effect, decide, confidence=0.95, scale=1.0):
-        table = tables[level]
+    def add(claim, statement, test, setting, unit, effect, decide, confidence=0.95, scale=1.0):
+        table = tables[setting]
         shared = {"n_cells": len(table.cells), "n_seeds": len(table.seeds), "n_examples": table.each_CSE.shape[-1]}
         margin = MARGIN * float(abs(table.means().mean())) * scale if table.enough else 0.0
         if effect is None or not table.enough:
             note = "no cells for it"
             out.append(
-                Verdict(claim, statement, test, level, unit, None, None, None, margin, "undecided", **shared, note=note)
+                Verdict(
+                    claim, statement, test, setting, unit, None, None, None, margin, "undecided", **shared, note=note
+                )
             )
             return
         value, low, high = interval(effect, replicates, confidence)
         note = "" if len(table.seeds) > 1 else "one seed: the interval covers test examples only"
         made = decide(low, high, margin)
-        out.append(Verdict(claim, statement, test, level, unit, value, low, high, margin, made, **shared, note=note))
+        out.append(Verdict(claim, statement, test, setting, unit, value, low, high, margin, made, **shared, note=note))
 
-    for level in levels:
-        table = tables[level]
-        if tasks[level] == "vqa":
-            for claim, axis, words in (
-                ("C1", "data", "more data helps"),
-                ("C2", "size", "more tunable parameters help"),
-            ):
-                statement = f"VQA: {words}"
-                test = "mean slope over methods is above 0; refuted below 0 or within the margin"
-                add(
-                    claim,
-                    statement,
-                    test,
-                    level,
-                    "score per doubling",
-                    trend(table, axis, peft),
-                    verdict_positive,
-                    scale=0.2,
-                )
+    for setting in settings:
+        table = tables[setting]
+        if tasks[setting] == "vqa":
+            test = "mean slope over methods is above 0; refuted below 0 or within the margin"
+            words = {"C1": "more data helps", "C2": "more tunable parameters help"}
+            for claim, axis in (("C1", "data"), ("C2", "size")):
+                effect, unit = trend(table, axis, peft), "score per doubling"
+                add(claim, f"VQA: {words[claim]}", test, setting, unit, effect, verdict_positive, scale=0.2)
         else:
             test = "fitted change from least to most data lies within the margin (two one-sided tests)"
             statement = "captioning: data size does not matter"
-            add("C3", statement, test, level, "score", change(table, "data", peft), verdict_flat, 0.9)
+            add("C3", statement, test, setting, "score", change(table, "data", peft), verdict_flat, 0.9)
             test = "smaller of largest rise and largest fall over sizes is above 0, pairs picked on other examples"
             statement = "captioning: the effect of tunable size is not monotonic"
-            add("C4", statement, test, level, "score", departure(table, peft), verdict_positive)
+            add("C4", statement, test, setting, "score", departure(table, peft), verdict_positive)
         ours, theirs = (
             [i for i, c in enumerate(table.cells) if table.about[c].method in group] for group in (LAYER, EMBEDDING)
         )
@@ -285,23 +276,23 @@ def judge(finals: Sequence[Final], replicates: int = REPLICATES) -> list[Verdict
         add(
             "C5", "methods that compose with layers beat those that compose with embeddings",
             "mean score over cells, serial and parallel adapter and LoRA less prompt and prefix, is above 0",
-            level, "score", effect, verdict_positive,
+            setting, "score", effect, verdict_positive,
         )  # fmt: skip
         add(
             "C6", "PEFT with a tuned classifier can beat full fine-tuning",
             "the PEFT cell that validation picks, at the most data that full fine-tuning has, less full fine-tuning there",
-            level, "score", _best_against_full(table, finals, level, peft), verdict_positive,
+            setting, "score", _best_against_full(table, finals, setting, peft), verdict_positive,
         )  # fmt: skip
     out += _interactions(tables, tasks, peft, replicates)
     return sorted(out, key=lambda one: one.claim)
 
 
-def peft_arms(finals: Sequence[Final]) -> list[str]:
-    """The arms with one of the paper's five methods."""
-    return list(dict.fromkeys(f.arm for f in finals if f.method in (*LAYER, *EMBEDDING)))
+def peft_variants(finals: Sequence[Final]) -> list[str]:
+    """The variants with one of the paper's five methods."""
+    return list(dict.fromkeys(f.variant for f in finals if f.method in (*LAYER, *EMBEDDING)))
 
 
-def _best_against_full(table, finals, level, peft):
+def _best_against_full(table, finals, setting, peft):
     full = [i for i, cell in enumerate(table.cells) if table.about[cell].method == "full"]
     if not full:
         return None
@@ -315,35 +306,35 @@ def _best_against_full(table, finals, level, peft):
 
     def validation(i):
         return np.mean(
-            [f.validation for f in finals if f.level == level and (f.arm, f.size, f.n_images) == table.cells[i]]
+            [f.validation for f in finals if f.setting == setting and (f.variant, f.size, f.n_images) == table.cells[i]]
         )
 
     return difference(table, [max(rivals, key=validation)], [there])
 
 
 def _interactions(tables, tasks, peft, replicates) -> list[Verdict]:
-    """The title's claim: slopes, as shares of their level's mean score, are larger for VQA than for captioning."""
+    """The title's claim: slopes, as shares of their setting's mean score, are larger for VQA than for captioning."""
     out = []
-    near = [level for level in tables if tasks[level] != "vqa" and tables[level].enough]
-    far = [level for level in tables if tasks[level] == "vqa" and tables[level].enough]
+    near = [setting for setting in tables if tasks[setting] != "vqa" and tables[setting].enough]
+    far = [setting for setting in tables if tasks[setting] == "vqa" and tables[setting].enough]
     if not near or not far:
         return out
     for axis, words in (("data", "data size"), ("size", "tunable size")):
-        effects = {level: trend(tables[level], axis, peft) for level in (*near, *far)}
+        effects = {setting: trend(tables[setting], axis, peft) for setting in (*near, *far)}
         if any(effect is None for effect in effects.values()):
             continue
-        scale = {level: tables[level].means().mean() for level in effects}
+        scale = {setting: tables[setting].means().mean() for setting in effects}
 
         def effect(rng, effects=effects, scale=scale):
-            shares = {level: effects[level](rng) / scale[level] for level in effects}
-            return np.mean([shares[level] for level in far]) - np.mean([shares[level] for level in near])
+            shares = {setting: effects[setting](rng) / scale[setting] for setting in effects}
+            return np.mean([shares[setting] for setting in far]) - np.mean([shares[setting] for setting in near])
 
         value, low, high = interval(effect, replicates)
-        every = [tables[level] for level in effects]
+        every = [tables[setting] for setting in effects]
         out.append(
             Verdict(
                 f"C7 {axis}", f"{words} matters more for VQA than for captioning",
-                "difference of mean slopes, each as a share of its level's mean score, is above 0",
+                "difference of mean slopes, each as a share of its setting's mean score, is above 0",
                 f"{' + '.join(far)} less {' + '.join(near)}", "share of score per doubling", value, low, high,
                 MARGIN * 0.2, verdict_positive(low, high, MARGIN * 0.2), sum(len(t.cells) for t in every),
                 min(len(t.seeds) for t in every), min(t.each_CSE.shape[-1] for t in every),

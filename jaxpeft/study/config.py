@@ -1,4 +1,4 @@
-"""What the studies share: levels from near to far from pre-training, arms with their middle learning rates, the recipe."""
+"""What the studies share: settings from near to far from pre-training, variants of methods, the recipe."""
 
 import ml_collections
 
@@ -6,52 +6,55 @@ from jaxpeft import config
 
 # From what pre-training did to what it did not. Web captions name colours and shapes and half of them a side; they
 # never say how many things there are, what is missing, or which is larger.
-# Captions take higher rates than answers, whatever the method (results/methods_learn_*.json).
-LEVELS = {
+# Captions take higher learning rates than answers, whatever the method (results/methods_learn_*.json).
+SETTINGS = {
     "captions_web": {"task": "captioning", "lr_scale": 2.0, "data": {"captions": "web"}},
     "captions_human": {"task": "captioning", "lr_scale": 2.0, "data": {"captions": "human"}},
     "vqa_stated": {"task": "vqa", "data": {"types": ("color", "shape", "position")}},
     "vqa_unstated": {"task": "vqa", "data": {"types": ("exist", "count", "compare")}},
 }
-RATES = (1 / 3, 1.0, 3.0)  # of each arm's middle rate
+LEARNING_RATES = (1 / 3, 1.0, 3.0)  # times each variant's middle one
 
 
-def arm(method: str, lr: float, head: str = "transform", sizes: tuple = (), **fields) -> dict:
+def variant(method: str, lr: float, head: str = "transform", sizes: tuple = (), **fields) -> dict:
     """A method as the study runs it; `sizes` are its own, else they are solved from the study's budgets."""
     return {"method": method, "head": head, "lr": lr, "sizes": sizes, "fields": fields}
 
 
-def arms(head: str = "transform", prompts: tuple = (2, 4, 8, 16, 32)) -> dict:
+def variants(head: str = "transform", prompts: tuple = (2, 4, 8, 16, 32)) -> dict:
     """The paper's five methods, with the classifier's transform tuned beside them or not.
 
     A prompt stores a row per token, so no length reaches the budgets of the others: it has lengths of its own.
     """
     end = "" if head == "none" else "_head"
     return {
-        f"prompt{end}": arm("prompt", 1e-1, head, prompts),
-        f"prefix{end}": arm("prefix", 3e-2, head),
-        f"serial_adapter{end}": arm("serial_adapter", 3e-3, head),
-        f"parallel_adapter{end}": arm("parallel_adapter", 3e-3, head),
-        f"lora{end}": arm("lora", 3e-3, head, alpha="r"),
+        f"prompt{end}": variant("prompt", 1e-1, head, prompts),
+        f"prefix{end}": variant("prefix", 3e-2, head),
+        f"serial_adapter{end}": variant("serial_adapter", 3e-3, head),
+        f"parallel_adapter{end}": variant("parallel_adapter", 3e-3, head),
+        f"lora{end}": variant("lora", 3e-3, head, alpha="r"),
     }
 
 
-CONTROLS = {"head": arm("head", 3e-3, "none") | {"base": True}, "full": arm("full", 5e-4, "none")}
+CONTROLS = {"head": variant("head", 3e-3, "none") | {"base": True}, "full": variant("full", 5e-4, "none")}
 
 
-def study(name, hypothesis, levels, arms: dict, budgets, n_images, seeds=3, rates=RATES, note="", make_point=None):
+def study(
+    name, hypothesis, settings, variants: dict, budgets, n_images, seeds=3, learning_rates=LEARNING_RATES, note="",
+    make_point=None,
+):  # fmt: skip
     """A study's config. The cells lie on two axes through (middle budget, all images) unless `cross`.
 
-    `levels`: names of LEVELS, or {name: {'task': ..., settings of the point}}; `make_point(task)` -> a point's config.
+    `settings`: names of SETTINGS, or {name: {'task': ..., keys of the point's config}}; `make_point(task)` -> a point's config.
     """
     c = ml_collections.ConfigDict()
     c.name, c.hypothesis, c.note = name, hypothesis, note
-    c.levels = ml_collections.ConfigDict(levels if isinstance(levels, dict) else {one: LEVELS[one] for one in levels})
-    c.arms = ml_collections.ConfigDict(arms)
+    named = settings if isinstance(settings, dict) else {one: SETTINGS[one] for one in settings}
+    c.settings, c.variants = ml_collections.ConfigDict(named), ml_collections.ConfigDict(variants)
     c.budgets, c.n_images, c.cross = tuple(budgets), tuple(n_images), False
-    c.rates, c.seeds, c.select_on = tuple(rates), seeds, "val"
+    c.learning_rates, c.seeds, c.select_on = tuple(learning_rates), seeds, "val"
     c.keep_checkpoints = False
-    used = sorted({one["task"] for one in c.levels.values()})
+    used = sorted({one["task"] for one in c.settings.values()})
     c.points = ml_collections.ConfigDict({task: (make_point or point)(task) for task in used})
     return c
 

@@ -7,16 +7,16 @@ that is started here. The driver holds nothing that is not on disk: killed, it i
 """
 
 import dataclasses
-import fcntl
 import os
-import tempfile
 import time
 from pathlib import Path
 
 import jax
 
-from jaxpeft.runtime import host, registry, signals
-from jaxpeft.study import execute
+import jaxpeft
+from jaxpeft.runtime import host, malloc, registry, signals
+from jaxpeft.study import execute, state
+from jaxpeft.study.grid import Run
 
 RUNS_A_PROCESS = 20
 POLL, AGAIN = 2.0, 5.0  # seconds between looks, and before a run that could not be done is sent again
@@ -80,7 +80,7 @@ def work(config, directory: Path, resources: Resources, log=print) -> None:
         raise ValueError("--executor=ray needs Ray: pip install 'jaxpeft[ray]'") from None
 
     if not ray.is_initialized():
-        checkout = str(execute.PACKAGE.parent)
+        checkout = str(Path(jaxpeft.__file__).parents[1])
         paths = os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])])
         ray.init(log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -91,16 +91,17 @@ def work(config, directory: Path, resources: Resources, log=print) -> None:
     # on a device a process per run, so that nothing of a run stays behind there; else some, which import once
     calls = 1 if resources.gpus or resources.custom else RUNS_A_PROCESS
     task = ray.remote(max_retries=0, max_calls=calls, **resources.options())(_task)
-    directory, state, sent, not_before = directory.resolve(), None, {}, {}
+    directory, found, sent, not_before = directory.resolve(), None, {}, {}
     try:
         while True:
-            state = execute.read(config, directory, state)
+            found = state.read(config, directory, found)
             flying, now = {run.id for run in sent.values()}, time.monotonic()
-            for run in state.todo:
+            for run in found.todo:
                 if run.id not in flying and not_before.get(run.id, 0.0) <= now:
                     cores = max(1, int(resources.cpus))
+                    _ = run.config  # goes with the run: a process of a later edit might make another one of the study
                     sent[task.remote(run, str(directory), os.getcwd(), cores, tuple(registry.given))] = run
-            if not sent and not state.todo:
+            if not sent and not found.todo:
                 return
             ready = ray.wait(list(sent), timeout=POLL)[0] if sent else time.sleep(POLL) or []
             for ref in ready:
@@ -121,7 +122,7 @@ def _received(ray, ref, run, directory: Path, log) -> bool:
         lines = ray.get(ref)
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
         said = f"its process was killed ({type(error).__name__}), as for want of memory"
-        execute.failed(directory, run.id, said, time.time())
+        state.write_failure(directory, run.id, said, time.time())
         log(f"failed: {run.id}: {said}")
         return False
     except ray.exceptions.RayError as error:
@@ -137,14 +138,14 @@ def _received(ray, ref, run, directory: Path, log) -> bool:
     return lines is not None
 
 
-def _task(run: "execute.Run", directory: str, cwd: str, n_cores: int, imports=()) -> list[str] | None:
+def _task(run: Run, directory: str, cwd: str, n_cores: int, imports=()) -> list[str] | None:
     """In a process of the cluster: do a run -> what it said, or None where another process is doing it or it was stopped."""
     os.chdir(cwd)
     registry.load(imports)
     lines: list[str] = []
-    _take_cores(n_cores)
+    os.environ["PJRT_NPROC"] = str(n_cores)  # XLA's threads: Ray counts cores, and keeps no process to its own
     with signals.handled():
-        host.keep_freed_memory()
+        malloc.keep_freed_memory()
         host.keep_compiled_programs()
         try:
             done = execute.attempt(run, Path(directory), lines.append)
@@ -153,27 +154,3 @@ def _task(run: "execute.Run", directory: str, cwd: str, n_cores: int, imports=()
         finally:
             jax.clear_caches()
     return lines if done else None
-
-
-_cores: list = []  # open files: the locks of this process's cores, which go with it, however it ends
-
-
-def _take_cores(n: int) -> None:
-    """Keep this process to n cores of its host that no other one of ours has: XLA takes its threads from what it may use."""
-    if _cores or not hasattr(os, "sched_setaffinity"):
-        return
-    mine, directory = [], Path(tempfile.gettempdir()) / f"jaxpeft-cores-{os.getuid()}"
-    directory.mkdir(exist_ok=True)
-    for core in sorted(os.sched_getaffinity(0)):
-        file = (directory / str(core)).open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            continue
-        mine.append(core)
-        _cores.append(file)
-        if len(mine) == n:
-            break
-    if mine:
-        os.sched_setaffinity(0, mine)

@@ -5,7 +5,7 @@ import dataclasses
 
 from jaxpeft.metrics import METRICS
 from jaxpeft.runtime.registry import Registry
-from jaxpeft.tasks.base import Task, check_ids, ended
+from jaxpeft.tasks.base import Task, check_ids
 from jaxpeft.tasks.captioning import Captioning
 from jaxpeft.tasks.vqa import Vqa
 
@@ -14,7 +14,7 @@ TASKS = Registry("task", {"captioning": Captioning, "vqa": Vqa})
 # what options were by default in version 0.1, whose runs do not say
 IN_0_1 = {"captioning": {"max_tokens": 40, "max_words": 50, "length": 40, "variant": "coco"},
           "vqa": {"max_question": 35, "length": 10, "variant": "official2021"}}  # fmt: skip
-__all__ = ["IN_0_1", "TASKS", "Captioning", "Task", "Vqa", "build", "check_ids", "ended"]
+__all__ = ["IN_0_1", "TASKS", "Captioning", "Task", "Vqa", "build", "check_ids"]
 
 
 def build(name: str, **options) -> Task:

@@ -11,8 +11,10 @@ import numpy as np
 
 from jaxpeft import ops
 from jaxpeft.data.base import Examples, Split, pad_tokens
-from jaxpeft.inputs.tokenizer import Tokenizer
+from jaxpeft.inputs.processor import Template
 from jaxpeft.metrics import METRICS
+from jaxpeft.models import decode
+from jaxpeft.models.base import VisionLanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,43 +22,56 @@ class Task(abc.ABC):
     """Fields are the options of `config.task_options`. Subclasses define the functions below; all are pure."""
 
     smoothing: float = 0.0  # label smoothing of the training loss
+    max_new_tokens: int = 0  # of a text that is written; 0: the longest in the data
+    min_length: int = 0  # of a text that is written, its start included
     metrics: tuple[str, ...] = ()  # keys of metrics.METRICS to report beside the task's own
     name: ClassVar[str] = ""
-    question_encoder: ClassVar[bool] = False  # whether the model needs one
+    asks: ClassVar[bool] = False  # whether an example has a question
     main_metric: ClassVar[str] = ""  # the metric that tables and studies show
     id_key: ClassVar[str] = ""  # of the rows of `eval_examples`: what tells them apart
     # fields that limit a text's tokens, where 0 means as many as the longest text has -> their value where there is no text
-    limits: ClassVar[dict[str, int]] = {}
+    limits: ClassVar[dict[str, int]] = {"max_new_tokens": 36}
     limited_texts: ClassVar[dict[str, str]] = {}  # limit -> what it cuts, for messages
     only_written: ClassVar[tuple[str, ...]] = ()  # limits that do not touch training texts
 
-    @abc.abstractmethod
-    def examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
-        """Training examples: arrays 'tokens', 'targets' (n,A,T) int32, 'weights' (n,A,T) float32, maybe 'question'."""
+    @property
+    def kind(self) -> str:
+        """Which of the models' ways to write a text the task uses; one of your own uses one of these."""
+        return "vqa" if self.asks else "captioning"
+
+    def template(self, model: VisionLanguageModel) -> Template:
+        """How `model` reads and writes the texts of this task."""
+        return model.processor.template(self.kind)
+
+    def search(self, model: VisionLanguageModel, beams: int = 1) -> decode.Search:
+        """How texts of this task are written."""
+        template = self.template(model)
+        most = min(self.limits["max_new_tokens"], model.positions - len(template.start))
+        return decode.Search.of(template, self.max_new_tokens or most, min_length=self.min_length, beams=beams)
 
     @abc.abstractmethod
-    def eval_examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
-        """Evaluation cases, one per answer to write: arrays 'image_index' and maybe 'question'; rows for scoring."""
+    def examples(self, split: Split, template: Template) -> Examples:
+        """Training examples: arrays 'tokens', 'targets' (n,A,T) int32, 'weights' (n,A,T) float32, maybe 'prompt' (n,P)."""
 
     @abc.abstractmethod
-    def texts(self, split: Split) -> list[str]:
+    def eval_examples(self, split: Split, template: Template) -> Examples:
+        """One example per text to write: arrays 'image_index' and maybe 'prompt'; rows for scoring."""
+
+    @abc.abstractmethod
+    def texts(self, split: Split, template: Template) -> list[str]:
         """Every text that training reads, for the check that the vocabulary covers it."""
 
     @abc.abstractmethod
-    def prompt_ids(self, tokenizer: Tokenizer) -> list[int]:
-        """What the decoder is given before it writes: [DEC], and the prompt's words."""
-
-    @abc.abstractmethod
-    def lengths(self, split: Split, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def lengths(self, split: Split, template: Template) -> dict[str, np.ndarray]:
         """Field that limits texts -> how much of it each text of the split takes, prompt and special tokens included."""
 
     @abc.abstractmethod
-    def least(self, tokenizer: Tokenizer) -> dict[str, int]:
+    def least(self, template: Template) -> dict[str, int]:
         """Limit -> its smallest sensible value, with which one token of a text is left."""
 
     @abc.abstractmethod
     def truths(self, row: dict) -> list[str]:
-        """What is right for a case."""
+        """What is right for an example."""
 
     @abc.abstractmethod
     def form(self, text: str) -> str:
@@ -68,7 +83,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def per_example(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
-        """The main metric of every case; its mean is the split's."""
+        """The main metric of every example; its mean is the split's."""
 
     def scores(self, rows: list[dict], predictions: list[str]) -> dict:
         """`score`, and the mean of each of `metrics` by name."""
@@ -88,8 +103,8 @@ class Task(abc.ABC):
         """What the evaluation server of the task takes, or None where the ids are not numbers, as theirs are."""
         return None
 
-    def candidates(self, train: Split, tokenizer: Tokenizer) -> list[str] | None:
-        """The closed list that answers are chosen from, or None where the decoder writes freely."""
+    def candidates(self, train: Split, template: Template) -> list[str] | None:
+        """The closed list that answers are chosen from, or None where the model writes freely."""
         return None
 
     def loss(self, model, variables, batch, rngs):
@@ -103,21 +118,22 @@ class Task(abc.ABC):
         nll_BAT = ops.token_nll(model.apply(variables, batch), batch["targets"]) * scored_BAT
         return nll_BAT.sum(axis=(1, 2)), scored_BAT.sum(axis=(1, 2))
 
-    def limited(self, lengths: Iterable[dict[str, np.ndarray]], positions: int, tokenizer: Tokenizer) -> "Task":
+    def limited(self, lengths: Iterable[dict[str, np.ndarray]], positions: int, template: Template) -> "Task":
         """The task with every limit that is 0 set to what the longest text takes, at most the model's `positions`.
 
         Raises ValueError for a limit above them, or one that leaves nothing of a text.
         """
-        lengths, chosen, least = list(lengths), {}, self.least(tokenizer)
+        lengths, chosen, least = list(lengths), {}, self.least(template)
         for field, default in self.limits.items():
+            most = positions - (len(template.start) if field == "max_new_tokens" else 0)
             asked = getattr(self, field)
-            if asked and not least[field] <= asked <= positions:
+            if asked and not least[field] <= asked <= most:
                 raise ValueError(
-                    f"task_options.{field} is {asked}; with this base and prompt it must be {least[field]} to {positions}, or "
+                    f"task_options.{field} is {asked}; with this base and prompt it must be {least[field]} to {most}, or "
                     f"0 for as many tokens as the longest text has"
                 )
             longest = max((int(one[field].max()) for one in lengths if one[field].size), default=default)
-            chosen[field] = asked or min(longest, positions)
+            chosen[field] = asked or min(longest, most)
         return dataclasses.replace(self, **chosen)
 
     def cuts(self, lengths: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
@@ -129,24 +145,22 @@ class Task(abc.ABC):
             found[field] = {"limit": limit, "longest": int(n.max(initial=0)), "cut": cut, "of": int(n.size)}
         return found
 
-    def writable(self, text: str, tokenizer: Tokenizer) -> str:
-        """What comes out where the decoder writes `text` as well as this vocabulary and `length` let it."""
-        length = getattr(self, "length", 0)
-        room = max(0, length - len(self.prompt_ids(tokenizer))) if length else None
-        return tokenizer.decode(tokenizer.pieces(text)[:room])
+    def writable(self, text: str, template: Template) -> str:
+        """What comes out where the model writes `text` as well as this vocabulary and `max_new_tokens` let it."""
+        return template.text(template.tokenizer.pieces(text)[: self.max_new_tokens or None])
 
-    def reachable(self, text: str, tokenizer: Tokenizer) -> bool:
+    def reachable(self, text: str, template: Template) -> bool:
         """Whether the decoder can write `text` so that the score takes it for `text`."""
-        return self.form(self.writable(text, tokenizer)) == self.form(text) != ""
+        return self.form(self.writable(text, template)) == self.form(text) != ""
 
-    def perfect_writer(self, rows: list[dict], tokenizer: Tokenizer) -> dict:
+    def perfect_writer(self, rows: list[dict], template: Template) -> dict:
         """The score of the best right text of every case as this vocabulary writes it: what the base can be expected to reach.
 
         With 'unhindered' (the main metric of the right texts as they are), 'truths' and 'out_of_reach' (the number of right
         texts, and of those that cannot be written), and 'examples' of these, pairs of the text and what is written.
         """
         groups = [list(dict.fromkeys(self.truths(row))) for row in rows]
-        written = {text: self.writable(text, tokenizer) for group in groups for text in group}
+        written = {text: self.writable(text, template) for group in groups for text in group}
 
         def best(write):
             """Of each case the text that scores best; of the ten most frequent, as data sets with more are rare."""
@@ -173,25 +187,21 @@ def check_ids(cases: Examples, key: str, name: str) -> None:
         seen.add(row[key])
 
 
-def ended(ids: list[int], room: int, end: int) -> list[int]:
-    """`ids` and the end token where there is room (0: any) for both; else what fits, without it: nobody should learn to
-    stop where a text was cut."""
-    return [*ids, end] if not room or len(ids) < room else ids[:room]
+def teacher_forced(texts: list[list[list[int]]], weights: list[list[float]], template: Template) -> dict:
+    """Token ids per example and text -> inputs, shifted targets, and weights (0 on the start and on padding).
 
-
-def teacher_forced(texts: list[list[list[int]]], weights: list[list[float]], n_prompt: int, pad_id: int) -> dict:
-    """Token ids per example and text -> inputs, shifted targets, and weights (0 on the prompt and on padding).
-
-    `texts[i][a]` starts with the first decoder token and ends with the end token, unless it was cut; examples with
-    fewer texts than the most are filled up with texts of weight 0.
+    `texts[i][a]` starts with `template.start` and ends with an end token, unless it was cut; examples with fewer texts than
+    the most are filled up with texts of weight 0. Without a start, column 0 of the inputs is a placeholder.
     """
-    most, blank = max(map(len, texts)), [pad_id, pad_id]
-    flat = [text for group in texts for text in [*group, *[blank] * (most - len(group))]]
-    ids_NT = pad_tokens(flat, pad_id)
+    lead = [] if template.start else [template.pad]
+    n_given = len(template.start) + len(lead)
+    most, blank = max(map(len, texts)), [template.pad] * (2 - len(lead))
+    flat = [[*lead, *text] for group in texts for text in [*group, *[blank] * (most - len(group))]]
+    ids_NT = pad_tokens(flat, template.pad)
     length_N = np.array([len(text) for text in flat])
     weight_N = np.array([w for group in weights for w in [*group, *[0.0] * (most - len(group))]], np.float32)
     at_T = np.arange(1, ids_NT.shape[1])
-    scored_NT = (at_T >= n_prompt) & (at_T < length_N[:, None])
+    scored_NT = (at_T >= n_given) & (at_T < length_N[:, None])
     shape = (len(texts), most, -1)
     return {
         "tokens": ids_NT[:, :-1].reshape(shape),

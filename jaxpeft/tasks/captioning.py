@@ -1,7 +1,7 @@
 """Captioning: a picture in, a sentence out. BLIP's recipe (Li et al. 2022, section 5.2).
 
-The decoder reads [DEC] a picture of <caption> [SEP]; the prompt is given and not scored. The loss is the mean over
-caption tokens. One training example per reference caption. Scores: CIDEr-D, BLEU-1..4, ROUGE-L over all references.
+A text begins with the prompt, which is given and not scored. The loss is the mean over caption tokens. One training example
+per reference caption. Scores: CIDEr-D, BLEU-1..4, ROUGE-L over all references.
 """
 
 import collections
@@ -12,9 +12,11 @@ import numpy as np
 
 from jaxpeft import metrics
 from jaxpeft.data.base import Examples, Split
-from jaxpeft.inputs.tokenizer import Tokenizer, clean_caption
+from jaxpeft.inputs.processor import Template
+from jaxpeft.inputs.tokenizer import clean_caption
 from jaxpeft.metrics import coco_java
-from jaxpeft.tasks.base import Task, ended, teacher_forced
+from jaxpeft.models.base import VisionLanguageModel
+from jaxpeft.tasks.base import Task, teacher_forced
 
 # how captions are read for scoring: 'basic' for one's own, in any language; 'coco' as published COCO numbers are
 VARIANTS = {"basic": metrics.plain_words, "coco": metrics.tokenize}
@@ -22,19 +24,23 @@ VARIANTS = {"basic": metrics.plain_words, "coco": metrics.tokenize}
 
 @dataclasses.dataclass(frozen=True)
 class Captioning(Task):
-    prompt: str = "a picture of"
+    prompt: str | None = None  # what a caption begins with, None for the model's own
     max_tokens: int = 0  # of a training caption, prompt and end token included; longer ones are cut; 0: the longest
     max_words: int = 0  # of a training caption; longer ones are cut; 0: any number
-    length: int = 0  # decoding: most tokens written, prompt included; 0: the longest caption's
+    max_new_tokens: int = 0  # decoding: most tokens written behind the prompt; 0: the longest caption's
     min_length: int = 5
     variant: str = "basic"  # a key of VARIANTS
     java: bool = False  # variant 'coco' with PTB tokens and METEOR through Java, where it is installed
     name: ClassVar[str] = "captioning"
     main_metric: ClassVar[str] = "cider_d"
     id_key: ClassVar[str] = "image_id"
-    limits: ClassVar[dict[str, int]] = {"max_tokens": 40, "length": 40}
-    limited_texts: ClassVar[dict[str, str]] = {"max_tokens": "captions", "length": "captions", "max_words": "captions"}
-    only_written: ClassVar[tuple[str, ...]] = ("length",)
+    limits: ClassVar[dict[str, int]] = {"max_tokens": 40, "max_new_tokens": 36}
+    limited_texts: ClassVar[dict[str, str]] = {
+        "max_tokens": "captions",
+        "max_new_tokens": "captions",
+        "max_words": "captions",
+    }
+    only_written: ClassVar[tuple[str, ...]] = ("max_new_tokens",)
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
@@ -42,40 +48,31 @@ class Captioning(Task):
         if self.java and self.variant != "coco":
             raise ValueError("task_options.java scores captions as COCO's are; set task_options.variant='coco' too")
 
-    def prompt_ids(self, tokenizer: Tokenizer) -> list[int]:
-        """[DEC] and the prompt's words."""
-        return [tokenizer.bos_id, *tokenizer.pieces(self.prompt)]
+    def template(self, model: VisionLanguageModel) -> Template:
+        return model.processor.template(self.kind, prompt=self.prompt, max_words=self.max_words)
 
-    def clean(self, text: str) -> str:
-        """A training caption."""
-        return clean_caption(text, self.max_words or 10**6)
+    def texts(self, split: Split, template: Template) -> list[str]:
+        return [template.start_text, *(template.clean_text(text) for row in split.rows for text in row["captions"])]
 
-    def texts(self, split: Split) -> list[str]:
-        return [self.prompt, *(self.clean(text) for row in split.rows for text in row["captions"])]
-
-    def lengths(self, split: Split, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-        around = len(self.prompt_ids(tokenizer)) + 1
+    def lengths(self, split: Split, template: Template) -> dict[str, np.ndarray]:
         captions = [text for row in split.rows for text in row["captions"]]
-        n_tokens = np.array([around + len(tokenizer.pieces(self.clean(text))) for text in captions], np.int64)
+        n_tokens = np.array([len(template.target(text)[0]) for text in captions], np.int64)
         n_words = np.array([len(clean_caption(text, 10**6).split()) for text in captions], np.int64)
-        return {"max_tokens": n_tokens, "length": n_tokens, "max_words": n_words}
+        return {"max_tokens": n_tokens, "max_new_tokens": n_tokens - len(template.start), "max_words": n_words}
 
-    def least(self, tokenizer: Tokenizer) -> dict[str, int]:
-        return dict.fromkeys(self.limits, len(self.prompt_ids(tokenizer)) + 1)
+    def least(self, template: Template) -> dict[str, int]:
+        return {"max_tokens": len(template.start) + 1, "max_new_tokens": 1}
 
-    def examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
-        prompt = self.prompt_ids(tokenizer)
+    def examples(self, split: Split, template: Template) -> Examples:
         pairs = [(i, text) for i, row in enumerate(split.rows) for text in row["captions"]]
         if not pairs:
             raise ValueError(f"split {split.name!r} has no captions; the captioning task needs some")
-        ids = [
-            [ended(prompt + tokenizer.pieces(self.clean(text)), self.max_tokens, tokenizer.sep_id)] for _, text in pairs
-        ]
-        arrays = teacher_forced(ids, [[1.0]] * len(ids), len(prompt), tokenizer.pad_id)
+        ids = [[template.target(text, self.max_tokens)[0]] for _, text in pairs]
+        arrays = teacher_forced(ids, [[1.0]] * len(ids), template)
         arrays["image_index"] = np.array([i for i, _ in pairs], np.int32)
         return Examples(arrays, split.images, [{"image_id": split.rows[i]["image_id"]} for i, _ in pairs])
 
-    def eval_examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
+    def eval_examples(self, split: Split, template: Template) -> Examples:
         indices = [i for i, row in enumerate(split.rows) if row["captions"]]
         read = str if self.variant == "basic" else (lambda text: clean_caption(text, 10**6))
         rows = [
@@ -117,7 +114,9 @@ class Captioning(Task):
 
         The latter is the best of 20 captions, the ten most frequent and ten others, on 100 pictures, spread over the split.
         """
-        counts = collections.Counter(self.clean(text) for row in train.rows for text in row["captions"])
+        counts = collections.Counter(
+            clean_caption(text, self.max_words or 10**6) for row in train.rows for text in row["captions"]
+        )
         often = sorted(counts, key=lambda text: (-counts[text], text))
         described = [row for row in train.rows if row["captions"]]
         tried = often[:10] + _spread(often[10:], 10)

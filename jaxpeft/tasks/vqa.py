@@ -1,7 +1,6 @@
 """Visual question answering: a picture and a question in, a short answer out. BLIP's recipe (section 5.3).
 
-The question encoder reads [ENC] <question> [SEP] and the picture; the decoder reads [DEC] <answer> [SEP] and the
-question states. Loss: per answer the sum over its tokens, weighted by the share of annotators who gave it, summed, and
+Loss: per answer the sum over its tokens, weighted by the share of annotators who gave it, summed, and
 divided by the number of questions. Score: VQA accuracy; how texts are compared is `variant` (metrics.vqa_accuracy).
 """
 
@@ -16,16 +15,15 @@ import numpy as np
 from jaxpeft import metrics
 from jaxpeft.data.base import Examples, Split, pad_tokens
 from jaxpeft.data.pipeline import most_common
-from jaxpeft.inputs.tokenizer import Tokenizer, clean_question
-from jaxpeft.runtime import files
-from jaxpeft.tasks.base import Task, ended, teacher_forced
+from jaxpeft.inputs.processor import Template
+from jaxpeft.tasks.base import Task, teacher_forced
 
 
 @dataclasses.dataclass(frozen=True)
 class Vqa(Task):
     max_question: int = 0  # tokens, specials included; longer ones lose their end; 0: the longest
     max_answers: int = 10  # distinct answers trained per question, the most frequent first
-    length: int = 0  # most tokens of an answer, [DEC] and [SEP] included, trained and written; 0: the longest
+    max_new_tokens: int = 0  # of an answer, its end included, trained and written; 0: the longest
     min_length: int = 0
     variant: str = "basic"  # 'official2021' or 'legacy' for numbers to set beside published ones of VQA v2
     inference: str = "generate"  # 'rank': the best of a closed list of answers, as BLIP's VQA v2 results are made
@@ -35,39 +33,38 @@ class Vqa(Task):
     n_answers: int = 3128
     rank_k: int = 128  # answers whose whole loss is computed, per question
     name: ClassVar[str] = "vqa"
-    question_encoder: ClassVar[bool] = True
+    asks: ClassVar[bool] = True
     main_metric: ClassVar[str] = "accuracy"
     id_key: ClassVar[str] = "question_id"
-    limits: ClassVar[dict[str, int]] = {"max_question": 35, "length": 10}
+    limits: ClassVar[dict[str, int]] = {"max_question": 35, "max_new_tokens": 9}
     limited_texts: ClassVar[dict[str, str]] = {
         "max_question": "questions",
-        "length": "answers",
+        "max_new_tokens": "answers",
         "max_answers": "lists of answers",
     }
 
-    def prompt_ids(self, tokenizer: Tokenizer) -> list[int]:
-        """[DEC] alone."""
-        return [tokenizer.bos_id]
-
-    def texts(self, split: Split) -> list[str]:
-        return [
-            t for row in split.rows for q in row["questions"] for t in (clean_question(q["question"]), *q["answers"])
-        ]
-
-    def lengths(self, split: Split, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    def texts(self, split: Split, template: Template) -> list[str]:
         asked = [q for row in split.rows for q in row["questions"]]
-        questions = [2 + len(tokenizer.pieces(clean_question(q["question"]))) for q in asked]
-        answers = [2 + len(tokenizer.pieces(answer)) for q in asked for answer in dict.fromkeys(q["answers"])]
+        return [text for q in asked for text in (template.clean_question(q["question"]), *q["answers"])]
+
+    def lengths(self, split: Split, template: Template) -> dict[str, np.ndarray]:
+        asked = [q for row in split.rows for q in row["questions"]]
+        questions = [len(template.prompt(q["question"])[0]) for q in asked]
+        answers = [
+            len(template.target(answer)[0]) - len(template.start)
+            for q in asked
+            for answer in dict.fromkeys(q["answers"])
+        ]
         different = [len(set(q["answers"])) for q in asked]
-        found = {"max_question": questions, "length": answers, "max_answers": different}
+        found = {"max_question": questions, "max_new_tokens": answers, "max_answers": different}
         return {field: np.array(n, np.int64) for field, n in found.items()}
 
-    def least(self, tokenizer: Tokenizer) -> dict[str, int]:
-        return {"max_question": 3, "length": len(self.prompt_ids(tokenizer)) + 1}
+    def least(self, template: Template) -> dict[str, int]:
+        return {"max_question": len(template.prompt("")[0]) + 1, "max_new_tokens": 1}
 
-    def writable(self, text: str, tokenizer: Tokenizer) -> str:
+    def writable(self, text: str, template: Template) -> str:
         """Ranked answers come as the list has them; of 'basic' the list holds what can be written."""
-        return text if self.inference == "rank" and self.variant != "basic" else super().writable(text, tokenizer)
+        return text if self.inference == "rank" and self.variant != "basic" else super().writable(text, template)
 
     def truths(self, row: dict) -> list[str]:
         """The most frequent first."""
@@ -80,32 +77,28 @@ class Vqa(Task):
         """Under which form an answer is counted where blind guesses and lists of answers are made."""
         return self.form(answer) if self.variant == "basic" else answer
 
-    def _questions(self, split: Split, tokenizer: Tokenizer):
+    def _questions(self, split: Split, template: Template):
         found = [(i, q) for i, row in enumerate(split.rows) for q in row["questions"]]
         if not found:
             raise ValueError(f"split {split.name!r} has no questions; the vqa task needs some")
-        # the encoder's frame, [ENC] ... [SEP], stays whole where a question is cut
-        ids = [tokenizer.encode(clean_question(q["question"]), self.max_question or None) for _, q in found]
-        arrays = {
-            "image_index": np.array([i for i, _ in found], np.int32),
-            "question": pad_tokens([[tokenizer.enc_id, *one[1:]] for one in ids], tokenizer.pad_id),
-        }
+        ids = [template.prompt(q["question"], self.max_question)[0] for _, q in found]
+        arrays = {"image_index": np.array([i for i, _ in found], np.int32), "prompt": pad_tokens(ids, template.pad)}
         return found, arrays
 
-    def examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
-        found, arrays = self._questions(split, tokenizer)
+    def examples(self, split: Split, template: Template) -> Examples:
+        found, arrays = self._questions(split, template)
+        limit = self.max_new_tokens and len(template.start) + self.max_new_tokens
         answers, weights = [], []
         for _, q in found:
             counts = collections.Counter(q["answers"])
             kept = sorted(counts, key=lambda a: (-counts[a], a))[: self.max_answers]
-            ids = ([tokenizer.bos_id, *tokenizer.pieces(a)] for a in kept)
-            answers.append([ended(one, self.length, tokenizer.sep_id) for one in ids])
+            answers.append([template.target(a, limit)[0] for a in kept])
             weights.append([q.get("weight", 1.0) * counts[a] / len(q["answers"]) for a in kept])
-        arrays |= teacher_forced(answers, weights, 1, tokenizer.pad_id)
+        arrays |= teacher_forced(answers, weights, template)
         return Examples(arrays, split.images, [{"question_id": q["question_id"]} for _, q in found])
 
-    def eval_examples(self, split: Split, tokenizer: Tokenizer) -> Examples:
-        found, arrays = self._questions(split, tokenizer)
+    def eval_examples(self, split: Split, template: Template) -> Examples:
+        found, arrays = self._questions(split, template)
         rows = [
             {key: q[key] for key in ("question_id", "question", "type")}
             | {"image_id": split.rows[i]["image_id"], "answers": q["answers"]}
@@ -126,7 +119,7 @@ class Vqa(Task):
                 f"task_options.variant is {self.variant!r}; choose one of {', '.join(metrics.VQA_VARIANTS)}"
             )
 
-    def candidates(self, train: Split, tokenizer: Tokenizer) -> list[str] | None:
+    def candidates(self, train: Split, template: Template) -> list[str] | None:
         """Of inference 'rank': the answers of `answer_list`, or the most frequent of training, ties in order of the alphabet.
 
         An answer counts once for each question whose most frequent answer it is. Variant 'basic' takes one of equal answers
@@ -136,22 +129,22 @@ class Vqa(Task):
             return None
         if self.answer_list:
             try:
-                answers = json.loads(files.kept_in(pathlib.Path(self.answer_list)).read_text("utf-8"))
+                answers = json.loads(pathlib.Path(self.answer_list).read_text("utf-8"))
             except (OSError, ValueError) as error:
                 raise ValueError(f"task_options.answer_list {self.answer_list}: {error}; give a JSON list") from error
             if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a for a in answers):
                 raise ValueError(f"task_options.answer_list {self.answer_list}: expected a JSON list of texts")
-            return self._told_apart(answers, tokenizer)
+            return self._told_apart(answers, template)
         asked = (q for row in train.rows for q in row["questions"])
         counts = collections.Counter(most_common(map(self._guess, q["answers"])) for q in asked)
-        return self._told_apart(sorted(counts, key=lambda a: (-counts[a], a)), tokenizer)[: self.n_answers]
+        return self._told_apart(sorted(counts, key=lambda a: (-counts[a], a)), template)[: self.n_answers]
 
-    def _told_apart(self, answers: list[str], tokenizer: Tokenizer) -> list[str]:
+    def _told_apart(self, answers: list[str], template: Template) -> list[str]:
         if self.variant != "basic":
             return answers
         first: dict[str, str] = {}
         for answer in answers:
-            if self.reachable(answer, tokenizer):
+            if self.reachable(answer, template):
                 first.setdefault(self.form(answer), answer)
         if not first:
             raise ValueError(

@@ -6,11 +6,11 @@ every case counts exactly once. The variables carry their methods, so base and t
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.stats import t as student_t
 
@@ -20,36 +20,45 @@ from jaxpeft.data.pipeline import Resized, one_pass
 from jaxpeft.inputs.images import decode as decode_image
 from jaxpeft.metrics import bootstrap
 from jaxpeft.models import decode
+from jaxpeft.models.base import Context, VisionLanguageModel
 from jaxpeft.runtime import signals
-from jaxpeft.tasks.base import Task, ended
+from jaxpeft.tasks.base import Task
 from jaxpeft.training import sharding
 from jaxpeft.tree import Tree
 
+Batch = Mapping[str, jax.Array | np.ndarray]
+Picture = np.ndarray | str | Path
+Pictures = Sequence[Picture] | np.ndarray | str | Path
+Ids = Sequence[int] | np.ndarray
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def _on_its_devices(function):
+
+def _on_its_devices(
+    function: Callable[Concatenate[VisionLanguageModel, Tree, P], R],
+) -> Callable[Concatenate[VisionLanguageModel, Tree, P], R]:
     """Run `function(model, variables, ...)` with the mesh of its variables set."""
 
     @functools.wraps(function)
-    def run(model, variables, *args, **kwargs):
+    def run(model: VisionLanguageModel, variables: Tree, *args: P.args, **kwargs: P.kwargs) -> R:
         with sharding.using(variables):
             return function(model, variables, *args, **kwargs)
 
     return run
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def encode_images(model, variables: Tree, image_BYXC):
-    """Image tokens of a batch; jitted once per model."""
-    return model.apply(variables, image_BYXC, method="encode_image")
+@functools.partial(jax.jit, static_argnames=("model", "name"))
+def _stage(model: VisionLanguageModel, variables: Tree, batch: Batch, name: str) -> jax.Array:
+    return model.apply(variables, batch, name, method="stage")
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def contexts(model, variables: Tree, batch: dict):
-    """(context_BSD, mask_BS) that the decoder looks at."""
-    return model.apply(variables, batch, method="batch_context")
+def contexts(model: VisionLanguageModel, variables: Tree, batch: Batch) -> Context:
+    """What texts are written about; jitted once per model."""
+    return model.apply(variables, batch, method="context")
 
 
-def passes(variables: Tree, examples: Examples, batch_size: int):
+def passes(variables: Tree, examples: Examples, batch_size: int) -> Iterator[tuple[Batch, int]]:
     """`one_pass` on the devices that hold `variables`; of several hosts each makes its rows. Batches that their number does
     not divide are made larger."""
     on = sharding.mesh_of(variables)
@@ -65,131 +74,130 @@ def passes(variables: Tree, examples: Examples, batch_size: int):
 
 
 @_on_its_devices
-def image_features(model, variables: Tree, images, batch_size: int = 64) -> np.ndarray:
-    """Image tokens of every picture once, (n, 1 + P, D): the frozen vision tower's share of all later epochs."""
-    everything = Examples({"image_index": np.arange(len(images), dtype=np.int32)}, images, [])
-    batches = passes(variables, everything, batch_size)
-    return np.concatenate([tree.fetch(encode_images(model, variables, batch["image"]))[:n] for batch, n in batches])
-
-
-@_on_its_devices
-def question_states(model, variables: Tree, examples: Examples, features, batch_size: int = 128) -> np.ndarray:
-    """Question states of every example once, (n, T, D); `features`: image tokens of its pictures."""
-    batches = passes(variables, _without_images(examples, features), batch_size)
-    return np.concatenate(
-        [tree.fetch(contexts(model, variables, with_features(batch, features))[0])[:n] for batch, n in batches]
-    )
-
-
-def with_features(batch: dict, features: jax.Array | None) -> dict:
-    """The batch with image tokens looked up in a feature table, where there is one and nothing later is in the batch."""
-    if features is None:
-        return batch
-    rest = {name: value for name, value in batch.items() if name != "image_index"}
-    return rest if "question_states" in rest else rest | {"image_tokens": features[batch["image_index"]]}
+def stage_outputs(
+    model: VisionLanguageModel, variables: Tree, examples: Examples, name: str, batch_size: int = 64
+) -> np.ndarray:
+    """The output of a stage for every example, (n, ...); what it reads must be in the examples' batches."""
+    batches = passes(variables, examples, batch_size)
+    return np.concatenate([tree.fetch(_stage(model, variables, batch, name))[:n] for batch, n in batches])
 
 
 def predict(
-    model, variables: Tree, task: Task, cases: Examples, *, features=None, batch_size: int = 64, beams: int = 1,
-    candidates=None,
-) -> list[dict]:  # fmt: skip
-    """One {'text', 'score'} per case, in order; score is the (length-normalised, for beams) log-probability in nats.
+    model: VisionLanguageModel,
+    variables: Tree,
+    task: Task,
+    examples: Examples,
+    *,
+    batch_size: int = 64,
+    beams: int = 1,
+    candidates: Sequence[str] | None = None,
+) -> list[dict]:
+    """One {'text', 'score'} per example, in order; score is the (length-normalised, for beams) log-probability in nats.
 
-    With `candidates`, a list of texts, the best of them instead of what the decoder writes (`decode.rank`).
+    With `candidates`, a list of texts, the best of them instead of what the model writes (`decode.rank`).
     """
     if candidates is not None:
-        return _best_of(model, variables, task, cases, candidates, features, batch_size)
-    options = {"features": features, "batch_size": batch_size, "beams": beams}
-    return [best for best, *_ in ranked(model, variables, task, cases, **options)]
+        return _best_of(model, variables, task, examples, candidates, batch_size)
+    return [best for best, *_ in ranked(model, variables, task, examples, batch_size=batch_size, beams=beams)]
 
 
 @_on_its_devices
 def ranked(
-    model, variables: Tree, task: Task, cases: Examples, *, features=None, batch_size: int = 64, beams: int = 1
-) -> list[list[dict]]:
-    """Per case the `beams` best texts as {'text', 'score'}, best first; different tokens may read the same."""
-    tokenizer, positions = model.tokenizer, model.config.max_positions
-    length = task.length or min(task.limits["length"], positions)
-    prompt = np.array(task.prompt_ids(tokenizer), np.int32)
-    written = []
-    for batch, n_real in passes(variables, _without_images(cases, features), batch_size):
+    model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, *, batch_size: int = 64, beams: int = 1
+) -> list[list[dict[str, Any]]]:
+    """Per example the `beams` best texts as {'text', 'score'}, best first; different tokens may read the same."""
+    template, written = task.template(model), []
+    search = task.search(model, beams)
+    for batch, n_real in passes(variables, examples, batch_size):
         write = _write_mixed if "adapter" in batch else _write
-        search = {"length": length, "min_length": task.min_length, "beams": beams}
-        tokens_BKT, score_BK = write(model, variables, with_features(batch, features), prompt, **search)
+        tokens_BKT, score_BK = write(model, variables, batch, search)
         for tokens_KT, score_K in zip(tree.fetch(tokens_BKT)[:n_real].tolist(), tree.fetch(score_BK), strict=False):
-            texts = [tokenizer.decode(tokens[len(prompt) :]) for tokens in tokens_KT]
+            texts = [template.text(tokens[len(search.start) :]) for tokens in tokens_KT]
             written.append([{"text": t, "score": float(s)} for t, s in zip(texts, score_K, strict=True)])
     return written
 
 
 @_on_its_devices
-def _best_of(model, variables, task, cases, candidates, features, batch_size):
-    tokenizer, prompt = model.tokenizer, task.prompt_ids(model.tokenizer)
-    ids = [ended(prompt + tokenizer.pieces(text), task.length, tokenizer.sep_id) for text in candidates]
-    answers_AT, found = pad_tokens(ids, tokenizer.pad_id), []
-    for batch, n_real in passes(variables, _without_images(cases, features), batch_size):
-        context_BSD, mask_BS = contexts(model, variables, with_features(batch, features))
-        options = {"k": task.rank_k, "smoothing": task.smoothing}
-        which_BK, score_BK = decode.rank(model, variables, context_BSD, mask_BS, answers_AT, **options)
+def _best_of(
+    model: VisionLanguageModel,
+    variables: Tree,
+    task: Task,
+    examples: Examples,
+    candidates: Sequence[str],
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    template, found = task.template(model), []
+    room = task.max_new_tokens and task.max_new_tokens + len(template.start)
+    lead = [] if template.start else [template.pad]
+    answers_AT = pad_tokens([[*lead, *template.target(text, room)[0]] for text in candidates], template.pad)
+    k = task.rank_k  # pyright: ignore[reportAttributeAccessIssue]  of a task that answers from a list
+    options = {"pad": template.pad, "k": k, "smoothing": task.smoothing}
+    for batch, n_real in passes(variables, examples, batch_size):
+        context = contexts(model, variables, batch)
+        which_BK, score_BK = decode.rank(model, variables, context, answers_AT, **options)
         best = zip(tree.fetch(which_BK)[:n_real, 0], tree.fetch(score_BK)[:n_real, 0], strict=True)
         found += [{"text": candidates[i], "score": float(score)} for i, score in best]
     return found
 
 
-def _write(model, variables, batch, prompt_T, *, beams, length, min_length):
+def _write(
+    model: VisionLanguageModel, variables: Tree, batch: Batch, search: decode.Search
+) -> tuple[jax.Array, jax.Array]:
     """(tokens_BKT, score_BK) of the K = beams best texts per row."""
-    context_BSD, mask_BS = contexts(model, variables, batch)
-    prompt_BT = jnp.tile(prompt_T[None], (context_BSD.shape[0], 1))
-    search = {"length": length, "min_length": min_length}
-    if beams == 1:
-        tokens_BT, score_B = decode.greedy(model, variables, context_BSD, mask_BS, prompt_BT, **search)
+    context = contexts(model, variables, batch)
+    if search.beams == 1:
+        tokens_BT, score_B = decode.greedy(model, variables, context, search)
         return tokens_BT[:, None], score_B[:, None]
-    return decode.beam_search(model, variables, context_BSD, mask_BS, prompt_BT, beams=beams, **search)
+    return decode.beam_search(model, variables, context, search)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "beams", "length", "min_length"))
-def _write_mixed(model, variables, batch, prompt_T, **search):
+@functools.partial(jax.jit, static_argnames=("model", "search"))
+def _write_mixed(
+    model: VisionLanguageModel, variables: Tree, batch: Batch, search: decode.Search
+) -> tuple[jax.Array, jax.Array]:
     """`_write` with a tuned tree per row: batch['adapter'] indexes the leading axis of every leaf of `peft`."""
 
-    def one(row):
+    def one(row: Batch) -> tuple[jax.Array, jax.Array]:
         mine = variables | {"peft": jax.tree.map(lambda x: x[row["adapter"]], variables["peft"])}
         row = {name: x[None] for name, x in row.items() if name != "adapter"}
-        tokens_1KT, score_1K = _write(model, mine, row, prompt_T, **search)
+        tokens_1KT, score_1K = _write(model, mine, row, search)
         return tokens_1KT[0], score_1K[0]
 
     return jax.vmap(one)(batch)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "task"))
-def _nll(model, task, variables, batch, features):
-    return task.nll(model, variables, with_features(batch, features))
+def _nll(model: VisionLanguageModel, task: Task, variables: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    return task.nll(model, variables, batch)
 
 
 @_on_its_devices
-def nlls(model, variables: Tree, task: Task, examples: Examples, *, features=None, batch_size: int = 64) -> np.ndarray:
+def nlls(
+    model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, *, batch_size: int = 64
+) -> np.ndarray:
     """Per example the negative log-likelihood of the reference tokens, in nats, and their number: (n, 2) float64."""
     found = []
-    for batch, n_real in passes(variables, _without_images(examples, features), batch_size):
-        both = _nll(model, task, variables, batch, features)
+    for batch, n_real in passes(variables, examples, batch_size):
+        both = _nll(model, task, variables, batch)
         found.append(np.stack([tree.fetch(x)[:n_real] for x in both], axis=1).astype(np.float64))
     return np.concatenate(found)
 
 
-def nll(model, variables: Tree, task: Task, examples: Examples, **options) -> float:
+def nll(model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, **options: Any) -> float:
     """Mean negative log-likelihood of the reference tokens, in nats per token; `options` as of `nlls`."""
     total, count = nlls(model, variables, task, examples, **options).sum(axis=0)
     return float(total / count)
 
 
 def worth_of_images(
-    model, variables: Tree, task: Task, examples: Examples, *, swaps: int = 4, **options
+    model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, *, swaps: int = 4, **options: Any
 ) -> dict | None:
     """By how many nats an example is likelier with its own picture than with that of another: {'gain', 'least', 'n'}.
 
     The mean over the n pictures; 'least' is the lower end of its one-sided 95 % interval (Student's t over pictures, as
     examples of one picture are alike). A model that learned the texts and not what they have to do with the pictures gains
-    nothing. None of fewer than 5 pictures. `examples` without question states; every picture is swapped with up to `swaps`
-    others. `options` as of `nlls`.
+    nothing. None of fewer than 5 pictures. `examples` have no outputs of stages per example; every image is swapped with up
+    to `swaps` others. `options` as of `nlls`.
     """
     mine = examples.arrays["image_index"]
     pictures, at = np.unique(mine, return_inverse=True)
@@ -214,10 +222,10 @@ def intervals(rows: list[dict], metric: str, label: str, others: Iterable[str]) 
     _, group_N = np.unique([row["image_id"] for row in rows], return_inverse=True)
     size_G = np.bincount(group_N)
 
-    def interval(value_N):
+    def interval(value_N: np.ndarray) -> list[float]:
         sum_G = np.bincount(group_N, value_N)
 
-        def mean(rng):
+        def mean(rng: np.random.Generator | None) -> float:
             some = slice(None) if rng is None else rng.integers(len(size_G), size=len(size_G))
             return sum_G[some].sum() / size_G[some].sum()
 
@@ -227,35 +235,41 @@ def intervals(rows: list[dict], metric: str, label: str, others: Iterable[str]) 
     return {label: interval(value[label])} | {f"{label} - {o}": interval(value[label] - value[o]) for o in others}
 
 
-def _without_images(examples: Examples, features) -> Examples:
-    return examples if features is None else Examples(examples.arrays, None, examples.rows)
-
-
-def reading(task: Task, split: Split, model) -> Task:
+def reading(task: Task, split: Split, model: VisionLanguageModel) -> Task:
     """The task with room for the questions of a split, whatever it was tuned with. Raises ValueError for one that the model
     cannot read to its end."""
-    if not hasattr(task, "max_question"):
+    if not task.asks:
         return task
-    lengths, positions = task.lengths(split, model.tokenizer), model.config.max_positions
-    if (longest := int(lengths["max_question"].max())) > positions:
+    longest = int(task.lengths(split, task.template(model))["max_question"].max())
+    if longest > model.positions:
         raise ValueError(
-            f"a question of {longest} tokens is longer than the {positions} that the model reads; shorten it"
+            f"a question of {longest} tokens is longer than the {model.positions} that the model reads; shorten it"
         )
     return dataclasses.replace(task, max_question=longest)
 
 
+@overload
 def generate(
-    model,
+    model: VisionLanguageModel, variables: Tree, images: Pictures, prompts: Sequence[str] | str | None = None, *,
+    beams: int = 3, batch_size: int = 16, task: Task | None = None, adapter_ids: Ids | None = None, top: None = None,
+) -> list[str]: ...  # fmt: skip
+@overload
+def generate(
+    model: VisionLanguageModel, variables: Tree, images: Pictures, prompts: Sequence[str] | str | None = None, *,
+    beams: int = 3, batch_size: int = 16, task: Task | None = None, adapter_ids: Ids | None = None, top: int,
+) -> list[list[dict[str, Any]]]: ...  # fmt: skip
+def generate(
+    model: VisionLanguageModel,
     variables: Tree,
-    images,
-    prompts=None,
+    images: Pictures,
+    prompts: Sequence[str] | str | None = None,
     *,
     beams: int = 3,
     batch_size: int = 16,
     task: Task | None = None,
-    adapter_ids=None,
+    adapter_ids: Ids | None = None,
     top: int | None = None,
-):
+) -> list[str] | list[list[dict[str, Any]]]:
     """Text for pictures: a caption each, or with `prompts` (one question per picture, or one for all) an answer each. One
     picture alone, an array or a path, is a list of one.
 
@@ -263,18 +277,15 @@ def generate(
 
     `images`: uint8 arrays image_YXC of any size, or paths. `variables`: {'params': ...} or what `attach` returned; or
     what `stack` returned, and then `adapter_ids` says per picture which of the stacked trees writes. Raises ValueError
-    when the model has no tokenizer, or prompts where there is no question encoder or the reverse.
+    when the model has no tokenizer, or prompts where it only captions or the reverse.
     """
-    if model.tokenizer is None:
-        raise ValueError(
-            "the model has no tokenizer: put vocab.txt or tokenizer.json beside its weights and load again"
-        )
-    asks = model.config.question_encoder
-    if asks != (prompts is not None):
-        raise ValueError(f"this model {'answers questions: give prompts' if asks else 'captions: give no prompts'}")
-    task = task or tasks.build("vqa" if asks else "captioning")
-    images = [images] if isinstance(images, str | Path) or getattr(images, "ndim", 4) == 3 else images
-    pictures = [image if isinstance(image, np.ndarray) else decode_image(image) for image in images]
+    name = "captioning" if prompts is None else "vqa"
+    if name not in model.tasks:
+        raise ValueError(f"this model {'captions: give no prompts' if prompts else 'answers questions: give prompts'}")
+    task = task or tasks.build(name)
+    alone = isinstance(images, str | Path) or getattr(images, "ndim", 4) == 3
+    some = cast(Sequence[Picture], [images] if alone else images)
+    pictures = [image if isinstance(image, np.ndarray) else decode_image(image) for image in some]
     questions = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts or [""] * len(pictures))
     if len(questions) != len(pictures):
         raise ValueError(f"{len(questions)} prompts for {len(pictures)} pictures; give one each, or one for all")
@@ -288,7 +299,7 @@ def generate(
     ]
     split = Split("generate", Resized.of(pictures, model), rows)
     task = reading(task, split, model)
-    cases = task.eval_examples(split, model.tokenizer)
+    cases = task.eval_examples(split, task.template(model))
     if adapter_ids is not None:
         ids, n_trees = np.asarray(adapter_ids, np.int32), {x.shape[0] for x in jax.tree.leaves(variables["peft"])}
         if ids.shape != (len(pictures),) or len(n_trees) != 1 or not np.all((0 <= ids) & (ids < min(n_trees))):
@@ -299,4 +310,4 @@ def generate(
     found = ranked(model, variables, task, cases, batch_size=batch_size, beams=max(beams, top or 1))
     if top is None:
         return [best["text"] for best, *_ in found]
-    return [list({one["text"]: one for one in reversed(some)}.values())[::-1][:top] for some in found]
+    return [list({one["text"]: one for one in reversed(texts)}.values())[::-1][:top] for texts in found]

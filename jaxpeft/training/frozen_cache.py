@@ -1,9 +1,10 @@
-"""Outputs of frozen stages that several runs share: computed once, kept on disk, memory-mapped.
+"""Outputs of frozen stages: computed once per image or example, shared by runs through files, memory-mapped.
 
-Image tokens of every picture, and question states of every question. Right only where no tuned leaf is in the stage or
-before it and pictures are not augmented (`point.can_cache`, `point.can_cache_questions`). A file is named by what it
-depends on: the weights and configuration of the stages, the pictures, the questions. It is written whole or not at all, so
-readers need no lock; two runs that start together may both compute it, and one of the equal files stays.
+What decides a stage is derived from its program, not declared: the leaves that its output depends on, and whether it draws
+random numbers. A stage is cached where none of these leaves is trained, nothing in it is random (dropout), images are not
+augmented and the stages it reads are cached too. A file is named by all that its content depends on: the compiled program, the
+values of these leaves, images and prompts. It is written whole or not at all, so readers need no lock; two runs that start
+together may both compute it, and one of the equal files stays.
 """
 
 import contextlib
@@ -12,71 +13,190 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import partial_eval
 
 from jaxpeft import tree
 from jaxpeft.data.base import Examples, Split
+from jaxpeft.models.base import Stage, VisionLanguageModel
 from jaxpeft.training import evaluate, sharding
+from jaxpeft.training.optim import Config
+from jaxpeft.tree import Mask, Tree
 
 
-def name_of(model, variables, split: Split, question_NT: np.ndarray | None = None) -> str:
-    """The file name of a split's image tokens, or of the states of `question_NT`: split, number of rows, digest."""
-    config = dataclasses.asdict(model.config)
-    stages = ("vision",) if question_NT is None else ("vision", "text_encoder")
-    prefixes = ("image_", "patch_", "vision_", *(() if question_NT is None else ("text_",)))
-    parts = [
-        *(tree.digest(variables["params"][stage]) for stage in stages),
-        {key: config[key] for key in config if key.startswith(prefixes) or key == "dtype"},
-        split.source,
-        [row["image_id"] for row in split.rows],
-    ]
-    if question_NT is not None:
-        parts.append(hashlib.sha256(question_NT.tobytes()).hexdigest())
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    n, kind = (len(split.rows), "") if question_NT is None else (len(question_NT), "questions-")
-    return f"{split.name}-{kind}{n}-{digest}.npy"
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a stage's output depends on, with all that it reads. `row`: its shape without the batch axis."""
+
+    leaves: frozenset[str]
+    random: bool
+    augmented: bool  # whether it looks at the images themselves
+    row: jax.ShapeDtypeStruct
+    digest: str
 
 
-def table(model, variables, split: Split, images, directory: str | Path | None, limit: int, log=print) -> jax.Array:
-    """Image tokens (n, 1 + P, D) of a split's pictures; from `directory`, and into it, where one is given. On every device
-    that `variables` are on.
+def programs(model: VisionLanguageModel, variables: Tree) -> dict[str, Program]:
+    """Stage name -> its program, from shapes alone."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+    batch = dict(jax.eval_shape(model.example))
+    names, key, found = list(tree.flatten(shapes)), jax.eval_shape(lambda: jax.random.key(0)), {}
+    for stage in model.stages:
 
-    `limit`: most bytes there; the files that were not used for longest are deleted first. A split whose `source` is empty
-    says nothing of where its pictures are from, so its features are computed and not kept.
+        def run(variables: Tree, inputs: dict[str, jax.Array], key: jax.Array, name: str = stage.name) -> jax.Array:
+            return model.apply(variables, inputs, name, method="stage", rngs={"dropout": key})
+
+        arguments = shapes, {name: batch[name] for name in stage.reads}, key
+        traced = jax.jit(run).trace(*arguments)
+        jaxpr = traced.jaxpr.jaxpr
+        _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        before = [found[name] for name in stage.reads if name in found]
+        output = jax.eval_shape(run, *arguments)
+        parts = [traced.lower().as_text(), *(one.digest for one in before)]
+        found[stage.name] = Program(
+            leaves=frozenset(name for name, on in zip(names, used, strict=False) if on).union(
+                *(p.leaves for p in before)
+            ),
+            random=used[-1] or any(one.random for one in before),
+            augmented="image" in stage.reads or any(one.augmented for one in before),
+            row=jax.ShapeDtypeStruct(output.shape[1:], output.dtype),
+            digest=hashlib.sha256("".join(parts).encode()).hexdigest(),
+        )
+        batch[stage.name] = output
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenCache:
+    """The stages of a run that are computed once, and where their outputs are kept."""
+
+    model: VisionLanguageModel
+    variables: Tree
+    stages: tuple[Stage, ...]
+    programs: dict[str, Program]
+    directory: Path | None  # where runs share tables; None: in memory
+    limit: int  # most bytes in the directory: the files that were not used for longest are deleted first
+    log: Callable[[str], object]
+    tables: dict[tuple[str, str], np.ndarray] = dataclasses.field(default_factory=dict)  # of (split, stage), per image
+
+    def fill(self, split: Split, examples: Examples, per: tuple[str, ...] = ("image", "example")) -> Examples:
+        """The examples with the outputs of cached stages, and without what only these stages read."""
+        stages = [stage for stage in self.stages if stage.per in per]
+        for stage in stages:
+            if stage.per == "image":
+                tables = examples.tables | {stage.name: self._per_image(stage, split, examples)}
+                examples = dataclasses.replace(examples, tables=tables)
+            else:
+                arrays = examples.arrays | {stage.name: self._per_example(stage, split, examples)}
+                examples = dataclasses.replace(examples, arrays=arrays)
+        return _without(examples, self._unread({stage.name for stage in stages}))
+
+    def shapes(self, examples: Examples) -> Examples:
+        """`fill` without computing anything: outputs of one image are zeros that take no memory."""
+        for stage in self.stages:
+            row = self.programs[stage.name].row
+            n = 1 if stage.per == "image" else len(examples)
+            zeros = {stage.name: np.broadcast_to(np.zeros((), row.dtype), (n, *row.shape))}
+            if stage.per == "image":
+                first = {"image_index": np.zeros_like(examples.arrays["image_index"])}
+                examples = dataclasses.replace(examples, tables=examples.tables | zeros, arrays=examples.arrays | first)
+            else:
+                examples = dataclasses.replace(examples, arrays=examples.arrays | zeros)
+        return _without(examples, self._unread({stage.name for stage in self.stages}))
+
+    def _unread(self, cached: set[str]) -> set[str]:
+        """Batch keys that only cached stages read."""
+        readers = {}
+        for stage in self.model.stages:
+            for name in stage.reads:
+                readers.setdefault(name, []).append(stage.name)
+        large = {"image", *(stage.name for stage in self.model.stages)}
+        return {name for name, some in readers.items() if name in large and cached.issuperset(some)}
+
+    def _per_image(self, stage: Stage, split: Split, examples: Examples) -> np.ndarray:
+        key = (split.name, stage.name)
+        if key not in self.tables:
+            assert examples.images is not None  # only `fill` takes them away
+            n = len(examples.images)
+            every = Examples({"image_index": np.arange(n, dtype=np.int32)}, examples.images, [], examples.tables)
+            ids = [row["image_id"] for row in split.rows]
+            self.tables[key] = self._kept(stage, split, every, [split.source, ids])
+        return self.tables[key]
+
+    def _per_example(self, stage: Stage, split: Split, examples: Examples) -> np.ndarray:
+        reads = [examples.arrays[name] for name in stage.reads if name in examples.arrays]
+        ids = [split.rows[i]["image_id"] for i in examples.arrays["image_index"]]
+        content = [hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest() for x in reads]
+        return self._kept(stage, split, examples, [split.source, ids, *content])
+
+    def _kept(self, stage: Stage, split: Split, examples: Examples, content: list) -> np.ndarray:
+        def compute() -> np.ndarray:
+            return evaluate.stage_outputs(self.model, self.variables, examples, stage.name)
+
+        if not self.directory or not split.source:  # '' says nothing of where images are from
+            return compute()
+        program = self.programs[stage.name]
+        flat = tree.flatten(self.variables)
+        leaves = tree.digest({name: flat[name] for name in sorted(program.leaves)})
+        digest = hashlib.sha256(json.dumps([program.digest, leaves, *content]).encode()).hexdigest()[:16]
+        path = self.directory / f"{split.name}-{stage.name}-{len(examples)}-{digest}.npy"
+        return _kept(path, compute, self.limit, self.log)
+
+
+def _without(examples: Examples, names: set[str]) -> Examples:
+    return dataclasses.replace(
+        examples,
+        images=None if "image" in names else examples.images,
+        arrays={name: x for name, x in examples.arrays.items() if name not in names},
+        tables={name: x for name, x in examples.tables.items() if name not in names},
+    )
+
+
+def planned(
+    config: Config, model: VisionLanguageModel, variables: Tree, mask: Mask, n_rows: dict[str, int], *,
+    directory: Path | None = None, log: Callable[[str], object] = lambda _: None,
+) -> FrozenCache:  # fmt: skip
+    """The cache of a run; says what it computes once and, for the rest, why not. `n_rows`: see `cacheable`."""
+    found, limit = programs(model, variables), config.data.feature_bytes
+    why = cacheable(model, found, mask, config.data.augment, n_rows, limit)
+    for name, reason in why.items():
+        log(f"{name}: computed {f'every step: {reason}' if reason else 'once: no trained leaf decides it'}")
+    stages = tuple(stage for stage in model.stages if not why[stage.name])
+    return FrozenCache(model, variables, stages, found, directory, limit, log)
+
+
+def cacheable(
+    model: VisionLanguageModel, found: dict[str, Program], mask: Mask, augment: str, n_rows: dict[str, int], limit: int
+) -> dict[str, str]:
+    """Stage name -> why it is computed every step; '' for one that can be computed once.
+
+    `n_rows`: how many rows a stage per 'image' and per 'example' has; `limit`: most bytes that a table may take.
     """
-
-    def compute():
-        return evaluate.image_features(model, variables, images)
-
-    if directory and split.source:
-        found = _kept(Path(directory) / name_of(model, variables, split), compute, limit, log)
-    else:
-        found = compute()
-    on = sharding.mesh_of(variables)
-    return jnp.asarray(found) if on is None else sharding.replicate(found, on)
-
-
-def with_questions(
-    model, variables, split: Split, examples: Examples, features, directory: str | Path | None, limit: int, log=print
-) -> Examples:
-    """`examples` of a split with 'question_states' (n, T, D), which the decoder looks at, beside their questions."""
-
-    def compute():
-        return evaluate.question_states(model, variables, examples, features)
-
-    if not directory or not split.source:
-        states = compute()
-    else:  # the picture of a question is known by its row in `features`
-        asked = np.column_stack([examples.arrays["question"], examples.arrays["image_index"]])
-        states = _kept(Path(directory) / name_of(model, variables, split, asked), compute, limit, log)
-    return dataclasses.replace(examples, arrays=examples.arrays | {"question_states": states})
+    trained, why = [name for name, on in tree.flatten(mask).items() if on], {}
+    for stage in model.stages:
+        program = found[stage.name]
+        size = n_rows[stage.per] * program.row.size * program.row.dtype.itemsize
+        changing = [name for name in trained if name in program.leaves]
+        waiting = [name for name in stage.reads if why.get(name)]
+        if changing:
+            why[stage.name] = f"{changing[0]} is trained"
+        elif program.random:
+            why[stage.name] = "it has dropout"
+        elif program.augmented and augment != "none":
+            why[stage.name] = f"images are augmented ({augment})"
+        elif waiting:
+            why[stage.name] = f"it reads {waiting[0]}, which is computed every step"
+        elif size > limit:
+            why[stage.name] = f"its outputs would take {size / 1e9:.1f} GB, more than data.feature_bytes"
+        else:
+            why[stage.name] = ""
+    return why
 
 
-def _kept(path: Path, compute, limit: int, log) -> np.ndarray:
+def _kept(path: Path, compute: Callable[[], np.ndarray], limit: int, log: Callable[[str], object]) -> np.ndarray:
     """What `compute` returns, memory-mapped from `path`, which is written first where it is not there."""
     stored = None
     if path.exists():
@@ -86,7 +206,8 @@ def _kept(path: Path, compute, limit: int, log) -> np.ndarray:
                 os.utime(path)
         except (ValueError, OSError) as error:  # truncated by something else than this module
             log(f"{path} cannot be read ({error}); computed again")
-    if not sharding.any_of(stored is None):
+    missing = sharding.any_of(stored is None)  # asked by all hosts
+    if stored is not None and not missing:
         return stored
     computed = compute()  # all hosts together
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

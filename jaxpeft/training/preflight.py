@@ -13,17 +13,25 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from jaxpeft import data, tasks, tree
 from jaxpeft.adapt import budget, sites
 from jaxpeft.data import base, pipeline
-from jaxpeft.models import blip
-from jaxpeft.training import loop, optim, run, sharding
+from jaxpeft.models.base import VisionLanguageModel
+from jaxpeft.training import frozen_cache, loop, optim, setup, sharding
+from jaxpeft.training.setup import Config
+from jaxpeft.tree import Tree
+
+Step = Callable[..., tuple[loop.TrainState, dict[str, jax.Array]]]
+Shapes = tuple[loop.TrainState, Tree, dict[str, jax.ShapeDtypeStruct]]  # what a step takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +69,7 @@ def chip_of(said: str | None, topology: str | None) -> Chip | None:
     return Chip(flops * 1e12, bandwidth * 1e9, memory * 1e9)
 
 
-def devices_of(topology: str | None):
+def devices_of(topology: str | None) -> list[Any]:
     """The devices to plan for: of a TPU topology by name, else this machine's."""
     if not topology:
         return jax.devices()
@@ -78,11 +86,11 @@ def devices_of(topology: str | None):
 # ---------------------------------------------------------------- the step, in shapes
 
 
-def training_texts(c) -> base.Split:
+def training_texts(c: Config) -> base.Split:
     """The training pictures of a point, for their texts; of scenes, whose texts are much alike, 64."""
     if c.data.name != "scenes":
-        whole = {key: value for key, value in run.as_json(c.data).items() if key not in SUBSET}
-        train = _training(json.dumps(whole), tuple(run.needed_splits(c)))
+        whole = {key: value for key, value in setup.as_json(c.data).items() if key not in SUBSET}
+        train = _training(json.dumps(whole), tuple(setup.needed_splits(c)))
         return pipeline.subset(train, seed=c.data.subset_seed, fraction=c.data.fraction, n_images=c.data.n_images)[0]
     few = c.data.copy_and_resolve_references()
     few.n_train = 64
@@ -97,52 +105,48 @@ def _training(settings: str, splits: tuple[str, ...]) -> base.Split:
     return data.load(ml_collections.ConfigDict(json.loads(settings)), list(splits))["train"]
 
 
-def step_in_shapes(c, model, batch_size: int | None = None):
-    """(step, (state, frozen, batch)) of a point, as shapes, with nothing read but a few rows of its data."""
+def step_in_shapes(c: Config, model: VisionLanguageModel, batch_size: int | None = None) -> tuple[Step, Shapes, int]:
+    """(step, (state, frozen, batch), bytes of the outputs of frozen stages on the host) of a run, as shapes, with nothing
+    read but a few rows of its data."""
     batch_size = batch_size or c.batch_size
     pipeline.check_augment(c.data.augment)
-    task, chosen = tasks.build(c.task, **c.task_options), run.methods_of(c)
+    task, chosen = tasks.build(c.task, **c.task_options), setup.methods_of(c)
     split = training_texts(c)
     n_all = len(split.rows)
     if c.data.name == "scenes":
         n_all = c.data.n_train + c.data.n_val + c.data.n_test
-    model, chosen, *_ = run.with_new_words(c, task, model, chosen, split)
-    task, _ = run.with_limits(task, model, chosen, {"train": split}, lambda *_: None)
-    examples = task.examples(split, model.tokenizer)
+    model, chosen, *_ = setup.with_new_words(c, task, model, chosen, split)
+    task, _ = setup.with_limits(task, model, chosen, {"train": split}, lambda *_: None)
+    examples = task.examples(split, task.template(model))
     variables = budget.abstract_variables(model, chosen)
     mask = sites.trainable(variables)
-    variables = jax.eval_shape(
-        functools.partial(run.narrowed, mask=mask, dtype=c.model.get("frozen_dtype", "float32")), variables
+    dtype = c.model.get("frozen_dtype", "float32")
+    variables = jax.eval_shape(functools.partial(setup.narrowed, mask=mask, dtype=dtype), variables)
+    n_rows = {"image": n_all, "example": len(examples)}
+    cache = frozen_cache.planned(c, model, variables, mask, n_rows)
+    tables = ((stage, cache.programs[stage.name].row) for stage in cache.stages)
+    n_bytes = sum(n_rows[stage.per] * row.size * row.dtype.itemsize for stage, row in tables)
+    assert model.processor is not None  # `task.template` asked it
+    size, index = model.processor.image_size, np.zeros_like(examples.arrays["image_index"])
+    examples = dataclasses.replace(
+        examples, images=np.zeros((1, size, size, 3), np.uint8), arrays=examples.arrays | {"image_index": index}
     )
-    cached, _ = run.can_cache(c, mask, model, n_all)
-    if task.question_encoder and run.can_cache_questions(c, mask, model, examples, cached)[0]:
-        shape = (*examples.arrays["question"].shape, model.config.text_width)
-        examples.arrays["question_states"] = np.broadcast_to(np.float32(0), shape)
-    size = model.config.image_size
-    images = None if cached else np.zeros((1, size, size, 3), np.uint8)
-    if not cached:
-        examples.arrays["image_index"] = np.zeros_like(examples.arrays["image_index"])
-    examples = dataclasses.replace(examples, images=images)
-    batch = pipeline.gather(examples, np.zeros(1, np.int64))
+    batch = pipeline.gather(cache.shapes(examples), np.zeros(1, np.int64))
     batch = {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in batch.items()}
-    if batch.pop("image_index", None) is not None and "question_states" not in batch:  # looked up on the host
-        shape = (batch_size, 1 + model.config.n_patches, model.config.vision_width)
-        batch["image_tokens"] = jax.ShapeDtypeStruct(shape, model.config.dtype)
     tuned, frozen = tree.split(variables, mask)
-    tx = optim.optimizer(c.optim, tuned, run.scheduled(c, len(examples)).steps)
+    tx = optim.optimizer(c.optim, tuned, setup.scheduled(c, len(examples)).steps)
     best = c.optim.schedule == "plateau"
     state = jax.eval_shape(functools.partial(loop.start, tx=tx, seed=0, best=best), tuned)
     step = functools.partial(loop.train_step, model=model, task=task, tx=tx, grad_accum=c.grad_accum)
-    return step, (state, frozen, batch)
+    return step, (state, frozen, batch), n_bytes
 
 
-def flops_of(step, shapes, model) -> float:
+def flops_of(step: Step, shapes: Shapes, model: VisionLanguageModel) -> float:
     """FLOPs of one step on all devices together. XLA counts the body of a loop once, so layers are written out."""
-    before, blip.UNROLLED = blip.UNROLLED, max(model.config.vision_layers, model.config.text_layers)
-    try:
-        return float(jax.jit(functools.partial(step)).lower(*shapes).cost_analysis()["flops"])
-    finally:
-        blip.UNROLLED = before
+    step = functools.partial(step, model=model.unrolled())
+    costs = jax.jit(step).lower(*shapes).cost_analysis()
+    assert costs is not None  # no backend of JAX lacks it
+    return float(costs["flops"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,15 +162,15 @@ class Plan:
         return self.arguments + self.temporary
 
 
-def compiled(step, shapes, rules, mesh) -> Plan:
+def compiled(step: Step, shapes: Shapes, rules: sharding.Rules, mesh: Mesh) -> Plan:
     """The plan of a step on a mesh; its results take the place of the state that is given in."""
     state, frozen, batch = shapes
     placed = sharding.shardings(state, rules, mesh)
 
-    def at(x, where):
+    def at(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+    rows = NamedSharding(mesh, sharding.BATCH)
     arguments = (
         jax.tree.map(at, state, placed),
         jax.tree.map(at, frozen, sharding.shardings(frozen, rules, mesh)),
@@ -176,6 +180,7 @@ def compiled(step, shapes, rules, mesh) -> Plan:
     jitted = jax.jit(functools.partial(step), donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
     with sharding.using_mesh(mesh):
         found = jitted.lower(*arguments).compile().memory_analysis()
+    assert found is not None  # no backend of JAX lacks it
     return Plan(
         found.argument_size_in_bytes,
         found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes,
@@ -186,14 +191,14 @@ def compiled(step, shapes, rules, mesh) -> Plan:
 # ---------------------------------------------------------------- the report
 
 
-def report(config, topology: str | None = None, chip: Chip | None = None) -> str:
+def report(config: Config, topology: str | None = None, chip: Chip | None = None) -> str:
     """The plan of a point, as text. Raises ValueError for anything that the run itself would refuse, seen from shapes."""
     devices = devices_of(topology)
     mesh = sharding.mesh(config.get("mesh"), devices)
     sharding.check_batch(config.batch_size, config.grad_accum, mesh)
-    model = run.abstract_model(config)
+    model = setup.abstract_model(config)
     shapes_of = functools.partial(step_in_shapes, config, model)
-    step, shapes = shapes_of()
+    step, shapes, n_tables = shapes_of()
     state, frozen, batch = shapes
     counts = sites.counts(tree.join(state.tuned, frozen), jax.tree.map(lambda x: True, state.tuned))
     flops = flops_of(step, shapes, model)
@@ -235,7 +240,9 @@ def _share(n: float, chip: Chip | None) -> str:
     )
 
 
-def _roofline(config, mesh, chip: Chip, flops: float, frozen, state) -> list[tuple[str, str]]:
+def _roofline(
+    config: Config, mesh: Mesh, chip: Chip, flops: float, frozen: Tree, state: loop.TrainState
+) -> list[tuple[str, str]]:
     """The time that a step cannot beat: its FLOPs at the peak, or its weights and state through memory once each way."""
     compute = flops / mesh.size / chip.flops
     width = jnp.dtype(config.model.dtype).itemsize
@@ -253,16 +260,24 @@ def _roofline(config, mesh, chip: Chip, flops: float, frozen, state) -> list[tup
     ]
 
 
-def _largest(config, shapes_of, model, mesh, chip: Chip | None, plan: Plan) -> str:
+def _largest(
+    config: Config,
+    shapes_of: Callable[..., tuple[Step, Shapes, int]],
+    model: VisionLanguageModel,
+    mesh: Mesh,
+    chip: Chip | None,
+    plan: Plan,
+) -> str:
     """The largest batch whose planned peak fits: from a line through two plans, and then planned itself."""
     if chip is None:
         return "give --chip for it"
-    unit, peaks = sharding.n_batch(mesh) * config.grad_accum, {config.batch_size: plan.peak}
+    unit = sharding.n_batch(mesh) * config.grad_accum
+    peaks: dict[int, float] = {config.batch_size: plan.peak}
 
-    def peak(n):
+    def peak(n: int) -> float:
         if n not in peaks:
             try:
-                peaks[n] = compiled(*shapes_of(batch_size=n), model.sharding, mesh).peak
+                peaks[n] = compiled(*shapes_of(batch_size=n)[:2], model.sharding, mesh).peak
             except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise

@@ -1,19 +1,22 @@
 """What a run leaves behind: its metrics as they come, a table on the terminal, and a gallery of test pictures."""
 
 import contextlib
-import importlib.metadata
+import hashlib
 import json
-import os
-import platform
 import resource
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from jaxpeft.runtime import files
+from jaxpeft.runtime import files, registry
+
+PACKAGE = Path(__file__).parents[1]
+APART = ("apps", "configs", "study")  # folders that no number of a run depends on; its config is compared by itself
 
 
 class Metrics:
@@ -23,7 +26,7 @@ class Metrics:
     training can go on without them.
     """
 
-    def __init__(self, workdir: Path, start: int, log=print):
+    def __init__(self, workdir: Path, start: int, log: Callable[[str], object] = print) -> None:
         self._path, self._board, self._log = workdir / "metrics.jsonl", None, log
         self._waiting, self._size, self._failing = "", 0, False  # `_size`: bytes of the file that are whole lines
         if jax.process_index() > 0:
@@ -40,7 +43,7 @@ class Metrics:
         except ImportError:
             pass
 
-    def write(self, step: int, **values) -> None:
+    def write(self, step: int, **values: Any) -> None:
         if jax.process_index() > 0:
             return
         self._waiting += json.dumps({"step": step, **values}) + "\n"
@@ -77,20 +80,23 @@ def _step_of(line: str) -> int:
         return sys.maxsize
 
 
-def machine() -> dict:
-    """Where a number was measured."""
-    device = jax.devices()[0]
+def _package_code() -> dict[str, str]:
+    """Python file of the package, without those in APART -> sha256."""
+    paths = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
     return {
-        "device": f"{len(jax.devices())} x {device.device_kind}",
-        "cores": os.cpu_count(),
-        "os": platform.platform(),
-    }
+        name.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in paths.items() if name.parts[0] not in APART
+    }  # fmt: skip
 
 
-def versions() -> dict:
-    """The packages that decide numbers."""
-    names = ("jaxpeft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+_PACKAGE_CODE = _package_code()  # when the process starts: files that are edited later are not what it runs
+
+
+def code() -> str:
+    """A short digest of the code that this process runs: the package's Python files but study/, apps/ and configs/, and
+    the modules of --imports. Runs with the same config and the same code may be compared."""
+    value = json.dumps(_PACKAGE_CODE | registry.digests, sort_keys=True)
+    return hashlib.sha256(value.encode()).hexdigest()[:12]
 
 
 def memory() -> dict:
@@ -103,7 +109,7 @@ def memory() -> dict:
 def validation(workdir: Path, split: str, timing: dict, worth: dict | None) -> dict:
     """What validation said of a run: the loss at the first, the kept and the last step, as metrics.jsonl has it.
 
-    `timing` is that of `train.fit`, `worth` what `evals.worth_of_images` found at the kept step.
+    `timing` is that of `loop.fit`, `worth` what `evaluate.worth_of_images` found at the kept step.
     """
     path, curve = workdir / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else ():

@@ -126,14 +126,15 @@ def _inherited(site: Site, spec: Callable[[str], tuple], shape: tuple[int, ...])
     if not site.path or not own:  # leaves that all sites share
         return ()
     leaf = {"linear": "kernel", "norm": "scale"}.get(site.kind, Site.key(site.kind))
-    axes, n = spec(f"params/{site.path}/{leaf}"), len(site.shape)
+    here = site.shape[1:] if site.kind == "kv" else site.shape
+    axes, n = spec(f"params/{site.path}/{leaf}"), len(here)
     axes = (None,) * (n - len(axes)) + tuple(axes[-n:] if axes else ())
-    if own[-n:] == site.shape:
+    if own[-n:] == here:
         return (None,) * (len(own) - n) + axes
     found = [None] * len(own)
-    if own[-1] == site.shape[-1]:
+    if own[-1] == here[-1]:
         found[-1] = axes[-1]
-    if len(own) > 1 and own[0] == site.shape[0] and axes[0] not in found:
+    if len(own) > 1 and own[0] == here[0] and axes[0] not in found:
         found[0] = axes[0]
     return tuple(found)
 
@@ -172,6 +173,24 @@ def put(tree: Tree, placed: Tree) -> Tree:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(one, tree, placed)
+
+
+def placing(rules: Rules, on: Mesh) -> Callable[[str, Any], jax.Array]:
+    """The `place` of `loading.read`: a leaf (a `convert.Leaf`) goes where the rules say as soon as it is made. Of several
+    hosts each reads only what its own devices hold."""
+
+    def place(name: str, leaf: Any) -> jax.Array:
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        (sharding,) = jax.tree.leaves(shardings({"params": {name: shape}}, rules, on))
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf[...], sharding)
+        part = functools.cache(
+            lambda *bounds: leaf[tuple(slice(*bound) for bound in bounds)]
+        )  # several devices hold it
+        bounds = lambda index: (one.indices(n)[:2] for one, n in zip(index, leaf.shape, strict=True))  # noqa: E731
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: part(*bounds(index)))
+
+    return place
 
 
 def replicated(on: Mesh) -> NamedSharding:

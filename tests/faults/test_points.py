@@ -16,8 +16,8 @@ from tiny import config_of
 
 from configs.studies import tiny as tiny_study
 from jaxpeft.runtime import files, locks, signals
-from jaxpeft.study import execute
-from jaxpeft.training import evaluate, frozen_cache, loop, run
+from jaxpeft.study import execute, grid, processes, state
+from jaxpeft.training import evaluate, finished, frozen_cache, loop, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,7 +169,7 @@ def test_sigkill_while_the_result_is_written(base, tmp_path, fault, undisturbed,
     assert undisturbed == tuple((workdir / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl"))
     assert {path.name for path in (workdir / "tuned").iterdir()} == {"tuned.safetensors", "manifest.json"}
     assert not [path for path in workdir.iterdir() if path.name.startswith(".tuned")]
-    run.load_run(workdir)
+    finished.load_run(workdir)
     fault.tried("written again whole; no step is done again, nothing is left beside it")
 
 
@@ -179,7 +179,7 @@ def test_what_an_older_version_left_half_written(base, tmp_path, fault):
     (tmp_path / "tuned" / ".tuned.safetensors").write_bytes(b"half")
     fault.timed(run.run, config_of(base), tmp_path, quiet)
     assert {path.name for path in (tmp_path / "tuned").iterdir()} == {"tuned.safetensors", "manifest.json"}
-    run.load_run(tmp_path)  # every leaf is compared with its digest
+    finished.load_run(tmp_path)  # every leaf is compared with its digest
     fault.tried("replaced")
 
 
@@ -352,14 +352,14 @@ def test_a_damaged_feature_cache(tmp_path, fault):
 @pytest.fixture
 def small(monkeypatch):
     config = tiny_study.get_config()
-    monkeypatch.setattr(execute, "keep_pictures", lambda *_: None)
-    monkeypatch.setattr(execute, "check", lambda *_: None)
+    monkeypatch.setattr(execute, "keep_images", lambda *_: None)
+    monkeypatch.setattr(grid, "check", lambda *_: None)
     return config
 
 
 def test_out_of_memory_in_a_point(small, tmp_path, fault, monkeypatch):
     """Out of memory in a point of a study."""
-    runs = execute.read(small, tmp_path).todo
+    runs = state.read(small, tmp_path).todo
     bad = runs[1].id
 
     def run(config, workdir, log=print, features_in=None):
@@ -380,7 +380,7 @@ def test_out_of_memory_in_a_point(small, tmp_path, fault, monkeypatch):
 
 def test_full_disk_in_a_point(small, tmp_path, fault, monkeypatch):
     """The disk is full in a point of a study."""
-    runs = execute.read(small, tmp_path).todo
+    runs = state.read(small, tmp_path).todo
 
     def run(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "result.json")
@@ -413,7 +413,7 @@ def test_a_killed_worker(tmp_path, fault):
     script.write_text(WORKER)
     os.environ["PYTHONPATH"], before = str(ROOT), os.environ.get("PYTHONPATH")
     try:
-        fault.timed(execute._processes, [str(script), str(tmp_path)], 1, tmp_path, said.append)
+        fault.timed(processes.run_workers, [str(script), str(tmp_path)], 1, tmp_path, said.append)
     finally:
         os.environ.pop("PYTHONPATH")
         if before is not None:

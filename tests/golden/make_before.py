@@ -106,21 +106,25 @@ def loaded(scratch: Path):
 
 def batches():
     found = {}
-    model, _ = jp.load("tiny", question_encoder=True)
+    model, _ = jp.load("tiny", task="vqa")
     with tempfile.TemporaryDirectory() as scratch:
         for name, kind, split in loaded(Path(scratch)):
-            task = build(name, max_tokens=30) if name == "captioning" else build(name, max_question=35, length=10)
-            examples = task.examples(split, model.tokenizer)
+            task = (
+                build(name, max_tokens=30) if name == "captioning" else build(name, max_question=35, max_new_tokens=9)
+            )
+            examples = task.examples(split, task.template(model))
             images = pipeline.Resized.of(split.images, model)
             for augment in ("none", "blip"):
                 examples = base.Examples(examples.arrays, images, examples.rows)
                 stream = pipeline.batches(examples, 6, seed=3, augment=augment)
-                found[f"{name} {kind} {augment}"] = [of_tree(next(stream)) for _ in range(3)]
+                old = {"prompt": "question"}  # the batch key of version 0.1
+                batches = ({old.get(key, key): x for key, x in next(stream).items()} for _ in range(3))
+                found[f"{name} {kind} {augment}"] = [of_tree(one) for one in batches]
     return found
 
 
 def tokens():
-    model, _ = jp.load("tiny", question_encoder=True)
+    model, _ = jp.load("tiny", task="vqa")
     texts = [scenes.text(i, k) for i in range(250) for k in range(4)]
     golden = json.loads(Path("tests/golden/text.json").read_text())
     strange = ["Café  déjà-vu!!", "[SEP] [MASK] a [DEC]", "", "日本語 text", "it's 3.5\tpounds\n", "UPPER lower"]
@@ -146,7 +150,7 @@ def losses():
         for i in range(3):
             batch = tiny.batch(4, 3 if ask else 1, seed=i)
             if not ask:
-                del batch["question"]
+                del batch["prompt"]
             state, metrics = step(state, frozen, batch)
             out.append([float(metrics["loss"]), float(metrics["grad_norm"])])
         found[name] = out
@@ -159,7 +163,7 @@ def answers():
     images = [scenes.Images("test", 6)[i] for i in range(6)]
     asks = [scenes.record("test", i)["questions"][0]["question"] for i in range(6)]
     for ask in (False, True):
-        model, params = jp.load("tiny", question_encoder=ask)
+        model, params = jp.load("tiny", task="vqa" if ask else "captioning")
         for beams in (1, 3):
             found[f"vqa={ask} beams={beams}"] = jp.generate(
                 model, {"params": params}, images, asks if ask else None, beams=beams, top=beams
@@ -170,8 +174,8 @@ def answers():
         split = data.load(
             ConfigDict(dict(name="scenes", seed=0, n_train=64, n_val=0, n_test=8, captions="human", types=())), ["test"]
         )["test"]
-        task = build("vqa", max_question=35, length=10)
-        cases = task.eval_examples(split, model.tokenizer)
+        task = build("vqa", max_question=35, max_new_tokens=9)
+        cases = task.eval_examples(split, task.template(model))
         cases = base.Examples(cases.arrays, pipeline.Resized.of(split.images, model), cases.rows)
         found["rank"] = evaluate.predict(
             model, {"params": params}, task, cases, batch_size=8, candidates=["yes", "no", "red", "2", "circle"]

@@ -23,7 +23,6 @@ import tensorflow_datasets as tfds
 
 from jaxpeft.data import coco
 from jaxpeft.data.base import progress_bars
-from jaxpeft.runtime import files
 
 _COCO, _VQA = "images.cocodataset.org/zips", "s3.amazonaws.com/cvmlp/vqa/mscoco/vqa"
 _VG = "homes.cs.washington.edu/~ranjay/visualgenome/api.html (version 1.2)"
@@ -146,7 +145,6 @@ def _jpegs(directory: Path) -> list[dict]:
 
 def _read(path: Path, key: str | None):
     """The list that `path` holds (under `key`), or a ValueError that says what is wrong with the file."""
-    files.kept_in(path)
     try:
         data = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

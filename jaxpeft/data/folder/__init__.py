@@ -3,7 +3,7 @@
     load({"root": "photos", "annotations": "captions.csv"}, ["train", "val"])
     load({"root": "photos"}, ["train", "val"])  # metadata.csv or .jsonl files, or .txt files beside the images
 
-The dialects are those of folder_formats.ACCEPTED.  Everything wrong with the data is collected and raised as one
+The dialects are those of formats.ACCEPTED.  Everything wrong with the data is collected and raised as one
 ValueError before anything is written; what is only worth saying is a remark of the report.  The prepared copy (TFDS,
 array_record, no TensorFlow) holds the bytes of each image once and unchanged, in a directory named by a digest of texts,
 images and options; while those stay the same it is used again.

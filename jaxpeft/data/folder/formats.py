@@ -15,12 +15,10 @@ import json
 import os
 import re
 
-from jaxpeft.runtime import files
-
 ACCEPTED = """accepted are
   COCO captions   JSON {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
   Karpathy        JSON {"images": [{"filename", "split", "sentences": [{"raw"}]}]}
-  BLIP            JSON [{"image", "caption"}, ...] or [{"image", "question", "answer"}, ...]
+  a list          JSON [{"image", "caption"}, ...] or [{"image", "question", "answer"}, ...]
   VQA v2          questions=JSON {"questions": [{"question_id", "image_id", "question"}]}, annotations=JSON
                   {"annotations": [{"question_id", "image_id", "answers": [{"answer"}]}]}
   table           CSV with a header, or JSONL, with the columns image, caption or image, question, answer;
@@ -151,8 +149,8 @@ def _read(path, most=None):
     try:
         if most and (size := path.stat().st_size) > most:
             raise ValueError(f"it has {size:,} bytes, more than the {most:,} that a file of captions may have")
-        raw = files.kept_in(path).read_bytes()
-    except (ValueError, OSError) as error:  # too long, a link elsewhere, no permission
+        raw = path.read_bytes()
+    except (ValueError, OSError) as error:  # too long, no permission
         raise ValueError(f": {error}") from error
     try:
         return raw.decode("utf-8-sig")  # spreadsheets write a byte-order mark

@@ -1,7 +1,7 @@
 """scenes: procedural 64x64 pictures of coloured shapes, with captions and questions made by rule.
 
 `load(config, splits)` gives ready Splits and needs no files; `prepare_tfds` writes the same data as a TFDS data set
-(array_record, no TensorFlow) and `load_tfds` reads it back. scenes_world.py draws, scenes_text.py speaks.
+(array_record, no TensorFlow) and `load_tfds` reads it back. world.py draws, texts.py speaks.
 
 Splits: pretrain (endless, web captions), train, val, test, and test_comp, where every picture holds one of eight pairs
 of shape and colour that no other split shows or names. Captions, questions and answers follow from the scene by rule:
@@ -34,7 +34,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 
 from jaxpeft.data.base import progress_bars
-from jaxpeft.data.scenes.text import (  # noqa: F401  (the public names of the data set in one place)
+from jaxpeft.data.scenes.texts import (  # noqa: F401  (the public names of the data set in one place)
     ANSWERS,
     TYPES,
     WORDS,
@@ -156,7 +156,7 @@ def _records_elsewhere(split, start, stop, seed):
     """Rows made by a fresh interpreter. Not multiprocessing: its spawned children import the caller's script again, and
     so run it twice unless it is guarded. If the interpreter cannot be started or fails, the rows are made here."""
     code = (
-        "import pickle, sys; from jaxpeft.data.scenes.text import record\n"
+        "import pickle, sys; from jaxpeft.data.scenes.texts import record\n"
         "split, (start, stop, seed) = sys.argv[1], map(int, sys.argv[2:])\n"
         "pickle.dump([record(split, index, seed) for index in range(start, stop)], sys.stdout.buffer)"
     )
@@ -326,7 +326,3 @@ def main():
     print(f"longest caption: {max(len(caption.split()) for row in rows for caption in row['captions'])} words")
     for kind, (majority, memory, number) in blind_accuracy(data["train"].rows, data["test"].rows).items():
         print(f"{kind:9} majority {majority:.3f}  question only {memory:.3f}  ({number} questions)")
-
-
-if __name__ == "__main__":
-    main()

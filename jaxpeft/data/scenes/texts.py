@@ -4,7 +4,7 @@ Every statement is made by rule from the objects of the scene; 'human' names the
 Web captions (pre-training) list what is there, the largest first or from left to right: no count, some objects missing,
 8 % about another scene; half of them say on which side one or two things are, the others say nothing of positions.
 Human captions (downstream) say more: how many, where, and always every object. Questions have one right answer each.
-Held-out pairs (scenes_world.HELD_PAIRS) are never named outside the split 'test_comp', not even to be denied.
+Held-out pairs (world.HELD_PAIRS) are never named outside the split 'test_comp', not even to be denied.
 All text is lower case without punctuation, and WORDS is every word that can occur.
 """
 

@@ -1,0 +1,142 @@
+"""What a model must offer: the protocol between a vision-language model and everything that trains, decodes or exports it.
+
+A model is a Flax module whose `apply(..., method=...)` computes the functions below. Encoder-decoders (a text attends to image
+tokens or question states) and prefix-LMs (a text follows image and prompt in one sequence) both fit it: only the model itself
+looks inside `Context.memory`.
+
+Axes: B rows of the context, R = B * A rows of texts (rows b*A .. b*A+A-1 belong to context row b), S context positions, T text
+positions, V words.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import jax
+
+from jaxpeft.adapt import sites
+from jaxpeft.inputs.processor import Processor
+from jaxpeft.inputs.tokenizer import Tokenizer
+from jaxpeft.models.convert import Converter
+from jaxpeft.models.hf import HuggingFace
+from jaxpeft.runtime.registry import Registry
+
+
+class Context(NamedTuple):
+    """What texts are written about, computed once per row. A pytree."""
+
+    memory: Any  # states (B, S, D), or keys and values of every layer; only the model reads it
+    mask_BS: jax.Array | None  # True at real entries, whatever the padding side; None where all are real
+    next_B: jax.Array  # position of the first text token: zeros in an encoder-decoder
+    first_BV: jax.Array | None = None  # logits of the first text token; None where a text begins with `template.start`
+
+
+class Cache(NamedTuple):
+    """A text that is being written. `rows` has a row per text on axis 1 of every leaf, behind the layers: beams reorder it."""
+
+    rows: Any  # keys and values of the text so far, (L, R, ...)
+    shared: Any  # what all texts of a context row share, and counters
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of `context` that can be computed once while it is frozen. Stages form a DAG over batch keys."""
+
+    name: str  # the batch key of its output, (B, ...)
+    reads: tuple[str, ...]  # batch keys, or names of other stages
+    per: str  # 'image' or 'example': what a row of its output belongs to
+
+
+class VisionLanguageModel(sites.Adaptable):
+    """Base class of the models. Functions that make another model carry `nn.nowrap`, or it would become a submodule.
+
+    Fields: `config`, a frozen dataclass; `processor`, which is no part of the jit key."""
+
+    config: Any
+    processor: Processor | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    model_type: ClassVar[str] = ""  # the key in MODELS, and in the files of a checkpoint
+    stages: ClassVar[tuple[Stage, ...]] = ()  # in an order in which they can be computed
+    targets: ClassVar[dict[str, str]] = {}  # named groups of sites: name -> regular expression of site paths
+    # (pattern of leaf paths, mesh axes of its last dimensions), see training/sharding.py
+    sharding: ClassVar[tuple[tuple[str, tuple[str | None, ...]], ...]] = ()
+    tied: ClassVar[dict[str, str]] = {}  # path of a linear without a kernel of its own -> the leaf it reads, transposed
+
+    if TYPE_CHECKING:  # Flax gives every module one, which its type does not say
+
+        def __hash__(self) -> int: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The processor's tokenizer; None where there is none."""
+        return self.processor and self.processor.tokenizer
+
+    @property
+    def hf(self) -> HuggingFace | None:
+        """How transformers and PEFT have this model; None where they do not."""
+        return MODELS[self.model_type]().hf(self) if self.model_type in MODELS else None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks that this model does."""
+        raise NotImplementedError
+
+    @property
+    def positions(self) -> int:
+        """The most text tokens that it reads."""
+        raise NotImplementedError
+
+    def replaced(self, tokenizer: Tokenizer | None = None, **fields: Any) -> "VisionLanguageModel":
+        """The model with other fields of its config and, where given, another tokenizer; its processor follows."""
+        raise NotImplementedError
+
+    def for_task(self, task: str) -> "VisionLanguageModel":
+        """The same parameters as a model of another task. Raises ValueError where they cannot do it."""
+        raise NotImplementedError
+
+    def unrolled(self) -> "VisionLanguageModel":
+        """The same model with every layer written out in its program: XLA counts the body of a loop once."""
+        raise NotImplementedError
+
+    def example(self) -> dict:
+        """A batch of zeros that touches every stage: enough for `init` and for finding sites."""
+        raise NotImplementedError
+
+    def stage(self, batch: dict, name: str) -> jax.Array:
+        """The output of one stage from a batch that holds what it reads."""
+        raise NotImplementedError
+
+    def context(self, batch: dict) -> Context:
+        """The context of a batch, from the furthest stages whose outputs are in it."""
+        raise NotImplementedError
+
+    def score(self, tokens_RT: jax.Array, context: Context) -> jax.Array:
+        """Teacher-forced logits (R, T, V): column t predicts the token behind tokens_RT[:, t].
+
+        In a prefix-LM column 0 of tokens_RT is a placeholder: its logits are the context's `first_BV`.
+        """
+        raise NotImplementedError
+
+    def start(self, tokens_RS: jax.Array, context: Context, room: int) -> tuple[jax.Array, Cache]:
+        """(logits (R, V) of the token behind `template.start`, a cache with room for `room` tokens, the start's included)."""
+        raise NotImplementedError
+
+    def step(self, token_R: jax.Array, cache: Cache, context: Context) -> tuple[jax.Array, Cache]:
+        """(logits (R, V) of the next token, the new cache)."""
+        raise NotImplementedError
+
+    def __call__(self, batch: dict) -> jax.Array:
+        """{what `context` reads, 'tokens' (B, A, T)} -> logits (B, A, T, V)."""
+        n_rows, n_texts, n_tokens = batch["tokens"].shape
+        logits_RTV = self.score(batch["tokens"].reshape(-1, n_tokens), self.context(batch))
+        return logits_RTV.reshape(n_rows, n_texts, n_tokens, -1)
+
+
+def _in(module: str) -> Callable[[], Converter]:
+    """The `CONVERTER` of a module that is imported when it is wanted."""
+    return lambda: importlib.import_module(module).CONVERTER
+
+
+# model_type of config.json (Hugging Face) or manifest.json (ours) -> a function that gives its converter
+MODELS: dict[str, Callable[[], Converter]] = Registry("model type", {"blip": _in("jaxpeft.models.blip_convert")})

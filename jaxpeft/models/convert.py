@@ -1,0 +1,434 @@
+"""Checkpoint files <-> parameter trees, by a table of names: which tensor becomes which leaf, and how.
+
+A model gives a `Table`; reading, writing, the accounting and the placing on devices are here, once for all models.
+
+    tensors = convert.opened(directory)                      names -> tensors that lie in files until they are indexed
+    leaves = convert.read(tensors, table, place=...)         leaf by leaf: make it, put it to its place, forget it
+    tensors = convert.written(leaves, table)                 the inverse
+
+Every tensor of a checkpoint is read, or dropped by a rule that says why, or named in an error; every leaf of the table is
+filled once. So a checkpoint is never twice in memory, and a host of several reads only the parts of its own devices.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxpeft import tree
+from jaxpeft.runtime import files, torch_files
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
+    "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+ALIGNED = 64  # bytes; XLA on CPU takes arrays that begin at a multiple of it as they are, and copies others
+ELEMENTS = 1 << 22  # that are compared at a time
+
+
+class Tensor(Protocol):
+    """What a checkpoint holds under a name. numpy arrays are ones."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """The part at a tuple of slices, or all of it at `...`."""
+
+
+class Converter(Protocol):
+    """What `loading` needs to know of a kind of model; `MODELS` (models/base.py) gives it by model_type.
+
+    `task` is 'vqa', 'captioning' or None, for what the checkpoint holds; one that the model cannot do is a ValueError.
+    """
+
+    def config(self, fields: dict) -> Any:
+        """The configuration that a manifest of ours holds as JSON."""
+
+    def for_task(self, config: Any, task: str | None, source: str) -> Any:
+        """`config` of a whole checkpoint of ours, without what the task does not need."""
+
+    def resize(self, config: Any, image_size: int | None) -> tuple[Any, dict[str, "Change"]]:
+        """(config for another image size, what is done to leaves by name as they are read)."""
+
+    def read_config(self, directory: Path, task: str | None) -> tuple[Any, dict[str, Any]]:
+        """(configuration in a Hugging Face directory, whose weights need not be there; what its file does not say, with the
+        value that is taken)."""
+
+    def read_directory(
+        self, directory: Path, task: str | None, image_size: int | None, place: "Place", dtype: "Dtype"
+    ) -> tuple[Any, tree.Tree, dict[str, Any]]:
+        """(config, params, report) of a Hugging Face directory. `report`: source, digest, files, 'defaults' of
+        `read_config`, and what else is worth keeping."""
+
+    def model(
+        self, config: Any, directory: Path | None = None, defaults: Iterable[str] = (), image_size: int | None = None
+    ) -> Any:
+        """The model, with the tokenizer and the image settings of the directory; `defaults`: what the configuration did not
+        say, and the tokenizer may. `image_size`: as the user chose it."""
+
+    def hf(self, model: Any) -> Any:
+        """How transformers and PEFT have the model (`HuggingFace` of models/hf.py); None where they do not."""
+
+
+# ---------------------------------------------------------------- the table
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One tensor of a checkpoint, or one of every layer, and the leaf or leaves that it holds.
+
+    `name` has '{}' for the number of the layer where there are `layers`; these are stacked along a new first axis.
+    `shape` is the tensor's. With several `leaves` it is split along its first axis into equal parts. Then the axes are
+    put in the order `axes`, and the result gets the shape `leaf_shape` (of one layer).
+    """
+
+    name: str
+    leaves: tuple[str, ...]
+    shape: tuple[int, ...]
+    axes: tuple[int, ...] | None = None
+    leaf_shape: tuple[int, ...] | None = None
+    layers: Sequence[int] | None = None
+
+    def names(self) -> list[str]:
+        """The tensors, in the order of the layers."""
+        return [self.name] if self.layers is None else [self.name.format(i) for i in self.layers]
+
+    @property
+    def part(self) -> tuple[int, ...]:
+        """The shape of what one tensor has of one leaf, in the file's layout."""
+        first, rest = self.shape[:1], self.shape[1:]
+        return tuple(n // len(self.leaves) for n in first) + rest
+
+    @property
+    def shape_of_leaf(self) -> tuple[int, ...]:
+        """The shape of each leaf, its layers included."""
+        one = self.leaf_shape or tuple(self.part[axis] for axis in self.order)
+        return one if self.layers is None else (len(self.layers), *one)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """`axes`, or the file's order."""
+        return self.axes or tuple(range(len(self.shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The rules of a model, and what is said of names beside them.
+
+    `renames`: (regular expression, replacement) that turn other names of the same tensors into those of the rules.
+    `dropped`: (regular expression, why) of tensors that the model does not need. `tied`: second names of tensors, each with
+    the name that is kept; both must hold the same values.
+    """
+
+    rules: Sequence[Rule]
+    renames: Sequence[tuple[str, str]] = ()
+    dropped: Sequence[tuple[str, str]] = ()
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for kind, names in (
+            ("tensor", [name for rule in self.rules for name in rule.names()]),
+            ("leaf", [leaf for rule in self.rules for leaf in rule.leaves]),
+        ):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"the table has two rules for the {kind} {twice[0]}")
+
+    def renamed(self, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+        """The tensors by the names of the rules, without dropped ones."""
+        renamed = {}
+        for name, x in tensors.items():
+            for pattern, new in self.renames:
+                name = re.sub(pattern, new, name)
+            if name in renamed:
+                raise ValueError(f"{source}: two keys mean {name}; keep one of them")
+            if not any(re.search(pattern, name) for pattern, _ in self.dropped):
+                renamed[name] = x
+        return renamed
+
+    def accounted(self, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+        """The tensors of the rules, all of them and no others. Raises one ValueError with the names that no rule reads, the
+        tensors that are missing and the shapes that differ; another where tied tensors do."""
+        tensors = self.renamed(tensors, source)
+        for second, first in self.tied.items():
+            if second in tensors:
+                x = tensors.pop(second)
+                if not equal(tensors.setdefault(first, x), x):
+                    raise ValueError(
+                        f"{source}: {second} differs from {first}, to which it is tied; this model has one of them"
+                    )
+        expected = {name: np.broadcast_to(np.int8(0), rule.shape) for rule in self.rules for name in rule.names()}
+        tree.check_same(
+            expected, tensors, f"{source} (unexpected: keys that nothing reads; missing: leaves left unfilled)"
+        )
+        return tensors
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values; a few rows at a time, as both may lie in a file."""
+    if tuple(a.shape) != tuple(b.shape):
+        return False
+    n, step = (a.shape or (1,))[0], max(1, ELEMENTS // max(1, math.prod(a.shape[1:])))
+    parts = [slice(i, min(i + step, n)) for i in range(0, n, step)] if a.shape else [...]
+    return a is b or all(np.array_equal(a[part], b[part]) for part in parts)
+
+
+# ---------------------------------------------------------------- leaves
+
+Dtype = str | Callable[[str], Any]  # of all leaves, or of a leaf by name
+Change = Callable[[np.ndarray], np.ndarray]  # what is done to a leaf once it is read
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf of a model, made from its tensors when it is indexed, and only as much of them as the index asks for."""
+
+    rule: Rule
+    part: int  # of the rule's leaves
+    tensors: Sequence[Tensor]  # one, or one per layer
+    dtype: np.dtype
+    change: Change | None = None  # of the whole leaf
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Of what an index of `...` gives."""
+        shape = self.rule.shape_of_leaf
+        return shape if self.change is None else self.change(np.zeros(shape, np.float32)).shape
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """The values at `...` or at one slice per axis (of step 1), as an array that belongs to the caller."""
+        if self.change is not None:
+            return aligned(self.change(self._read((slice(None),) * len(self.rule.shape_of_leaf)))[index], self.dtype)
+        return self._read((slice(None),) * len(self.shape) if index is ... else index)
+
+    def _read(self, index: tuple[slice, ...]) -> np.ndarray:
+        rule, shape = self.rule, self.rule.shape_of_leaf
+        bounds = [part.indices(n)[:2] for part, n in zip(index, shape, strict=True)]
+        out = empty(tuple(stop - start for start, stop in bounds), self.dtype)
+        if rule.layers is None:
+            self._read_one(self.tensors[0], bounds, out)
+        else:
+            for to, layer in enumerate(range(*bounds[0])):
+                self._read_one(self.tensors[layer], bounds[1:], out[to])
+        return out
+
+    def _read_one(self, tensor: Tensor, bounds: list[tuple[int, int]], out: np.ndarray) -> None:
+        """One tensor's part of the leaf into `out`."""
+        rule, axes = self.rule, self.rule.order
+        inside = [(0, n) for n in rule.part]
+        if rule.leaf_shape is None:
+            for axis, bound in zip(axes, bounds, strict=True):
+                inside[axis] = bound
+        if inside:
+            skipped = self.part * rule.part[0]
+            inside[0] = tuple(end + skipped for end in inside[0])
+        x = tensor[tuple(slice(*bound) for bound in inside)].transpose(axes)
+        if rule.leaf_shape is not None:
+            x = x.reshape(rule.leaf_shape)[tuple(slice(*bound) for bound in bounds)]
+        out[...] = x
+
+
+def leaves(
+    tensors: Mapping[str, Tensor],
+    table: Table,
+    source: str,
+    dtype: Dtype | None = None,
+    changes: Mapping[str, Change] | None = None,
+) -> dict[str, Leaf]:
+    """The leaves of a table by name, not read yet; the types of the file where `dtype` is None. `changes` by leaf.
+
+    Raises ValueError as `Table.accounted` does.
+    """
+    tensors, found = table.accounted(tensors, source), {}
+    for rule in table.rules:
+        parts = [tensors[name] for name in rule.names()]
+        for i, name in enumerate(rule.leaves):
+            kind = parts[0].dtype if dtype is None else dtype if isinstance(dtype, str) else dtype(name)
+            found[name] = Leaf(rule, i, parts, np.dtype(kind), (changes or {}).get(name))
+    return found
+
+
+Place = Callable[[str, Leaf], Any]  # name and leaf -> the array that the tree holds
+
+
+def on_device(_: str, leaf: Leaf) -> jax.Array:
+    """A leaf on the first device. On CPU the array that was read is the device's: nothing is copied."""
+    return jax.device_put(leaf[...])
+
+
+def in_memory(_: str, leaf: Leaf) -> np.ndarray:
+    """A leaf as a numpy array."""
+    return leaf[...]
+
+
+def read(
+    tensors: Mapping[str, Tensor],
+    table: Table,
+    source: str,
+    *,
+    place: Place = on_device,
+    dtype: Dtype | None = None,
+    changes: Mapping[str, Change] | None = None,
+    copies: Mapping[str, str] | None = None,
+    wanted: Container[str] | None = None,
+) -> dict[str, Any]:
+    """Leaves by name, made one at a time and put where `place` says. `copies`: leaves that hold what another one does, and
+    share its array. `wanted`: the leaves that are made, None for all; the checkpoint must have the others too.
+
+    Raises ValueError as `Table.accounted` does, before anything is read.
+    """
+    found, copies = leaves(tensors, table, source, dtype, changes), copies or {}
+    if wanted is not None:
+        copies = {name: like for name, like in copies.items() if name in wanted}
+        found = {name: leaf for name, leaf in found.items() if name in wanted or name in copies.values()}
+    read = {name: place(name, leaf) for name, leaf in found.items()}
+    return read | {name: read[like] for name, like in copies.items()}
+
+
+def written(flat: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
+    """The inverse of `read`: tensors by the names of the rules, from leaves by name."""
+    tensors = {}
+    for rule in table.rules:
+        arrays = [np.asarray(flat[leaf]) for leaf in rule.leaves]
+        part = tuple(rule.part[axis] for axis in rule.order)
+        for i, name in enumerate(rule.names()):
+            parts = [x if rule.layers is None else x[i] for x in arrays]
+            parts = [x.reshape(part).transpose(np.argsort(rule.order)) for x in parts]
+            tensors[name] = np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+    return tensors
+
+
+def nested(flat: Mapping[str, Any]) -> dict:
+    """Leaves by 'a/b/c' -> {'a': {'b': {'c': leaf}}}."""
+    params: dict = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        at = params
+        for key in parents:
+            at = at.setdefault(key, {})
+        at[last] = leaf
+    return params
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that XLA on CPU can take as it is."""
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(n_bytes + ALIGNED, np.uint8)
+    start = -raw.ctypes.data % ALIGNED
+    return raw[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+def aligned(x: np.ndarray, dtype: Any) -> np.ndarray:
+    """`x` in an array of `empty`."""
+    out = empty(x.shape, dtype)
+    out[...] = x
+    return out
+
+
+# ---------------------------------------------------------------- files
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stored:
+    """A tensor of a safetensors file. The file is mapped while it is read, so that no page of it stays in memory."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        with files.open_safetensors(self.path) as file:
+            return file.get_tensor(self.name) if index is ... or not self.shape else file.get_slice(self.name)[index]
+
+
+class Checkpoint(dict[str, Tensor]):
+    """The tensors of one or several files by name; `files` are the names of what was opened."""
+
+    def __init__(self, directory: Path, names: list[str], tensors: dict[str, Tensor]):
+        super().__init__(tensors)
+        self.files, self.source = names, str(directory / names[0])
+
+
+def opened(directory: Path, weights: Sequence[str] = WEIGHTS) -> Checkpoint:
+    """The weights of a directory: the first of `weights` that is there, and for an index the files that it names.
+
+    Raises ValueError, naming the file, for one that is missing or cannot be read.
+    """
+    found = [name for name in weights if (directory / name).exists()]
+    if not found:
+        raise ValueError(f"{directory}: no weights; expected one of {', '.join(weights)}")
+    first = found[0]
+    if not first.endswith(".index.json"):
+        return Checkpoint(directory, [first], _opened(directory / first))
+    index = files.read_json(directory / first)
+    if not isinstance(index.get("weight_map"), dict):
+        raise ValueError(f"{directory / first}: weight_map is missing")
+    shards = {
+        name: _opened(files.beside(directory, name)) for name in sorted(set(map(str, index["weight_map"].values())))
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, shard in shards.items():
+        if twice := sorted(shard.keys() & tensors.keys()):
+            raise ValueError(f"{directory / name}: {twice[0]} is in another file of {first} too; keep one of them")
+        tensors |= shard
+    for key, name in index["weight_map"].items():
+        if key not in shards[name]:
+            raise ValueError(f"{directory / name}: {key} is not in it, though {first} says so")
+    return Checkpoint(directory, [first, *shards], tensors)
+
+
+def _opened(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file by name."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing, though the index beside it names it; fetch it again")
+    return dict(_safetensors(path)) if path.suffix == ".safetensors" else _torch(path)
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, _Stored]]:
+    with files.open_safetensors(path) as file:
+        for name in file.keys():  # noqa: SIM118  no iterator
+            part = file.get_slice(name)
+            if part.get_dtype() not in DTYPES:
+                raise ValueError(
+                    f"{path}: {name} is of type {part.get_dtype()}, which is not read here; save it as BF16"
+                )
+            yield name, _Stored(path, name, tuple(part.get_shape()), np.dtype(DTYPES[part.get_dtype()]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Mapped:
+    """A tensor of a torch file, which is mapped; the pages that a look needed are let go after it."""
+
+    array: np.ndarray
+    release: Callable[[], None]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        part = np.array(self.array[index])
+        self.release()
+        return part
+
+
+def _torch(path: Path) -> dict[str, Tensor]:
+    tensors, release = torch_files.load_mapped(path)
+    tensors = tensors["model"] if isinstance(tensors.get("model"), dict) else tensors
+    other = [str(key) for key, x in tensors.items() if not isinstance(x, np.ndarray)]
+    if other:
+        raise ValueError(f"{path}: {', '.join(other[:10])} ({len(other)}) are no tensors; save the state_dict alone")
+    return {name: _Mapped(x, release) for name, x in tensors.items()}

@@ -1,0 +1,87 @@
+"""What a study will cost: `--dry_run`. Traces a training step per task and variant; compiles and trains nothing."""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxpeft import tasks, tree
+from jaxpeft.adapt import budget
+from jaxpeft.study import grid, progress, state
+from jaxpeft.study.grid import Cell, Run
+from jaxpeft.training import preflight, setup
+
+
+def dry_run(config, directory: Path) -> str:
+    """The plan, and per cell how many parameters are tuned and stored, memory and time.
+
+    Seconds are measured where the directory has a finished run of the same setting, variant and size. Else they are
+    estimated: FLOPs of a step, at half of what a matrix product reaches on this device, times the cap on steps. Memory is
+    that of parameters, optimizer and cached stages, without activations.
+    """
+    found = state.read(config, directory)
+    left, total, rows = progress.runs_left(config, found), 0.0, []
+    speed, traced = 0.5 * _flops_per_second(), {}
+    for cell in grid.cells(config):
+        c = Run(cell, 0, grid.learning_rates(config, cell)[0], config).config
+        key = (c.task, cell.variant)
+        if key not in traced:
+            traced[key] = _traced(c)
+        flops, features, params = traced[key]
+        counts = _counts(c)
+        measured = _measured(found, cell)
+        seconds = float(np.median(measured)) if measured else _steps(c) * flops / speed
+        total += seconds * left[cell]
+        megabytes = (4 * (params + 3 * counts["tuned"] + counts["stored"]) + features) / 1e6
+        numbers = (f"{counts['tuned']:,}", f"{counts['stored']:,}", f"{megabytes:.0f}", f"{seconds:.0f}")
+        rows.append((str(cell), str(left[cell]), *numbers, "measured" if measured else "training alone, at most"))
+    rows.insert(0, ("cell", "runs left", "tuned", "stored", "MB", "s a run", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(value.ljust(w) for value, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    end = f"{left.total()} runs left, about {total / 3600:.1f} hours on one worker"
+    return "\n".join([state.plan(config, found), *table, end])
+
+
+def _measured(found: state.State, cell: Cell) -> list[float]:
+    """Seconds of the finished runs of the same setting, variant and size."""
+    alike = (cell.setting, cell.variant, cell.size)
+    return [
+        found.finished[run.id]["timing"]["total_s"] for run in found.runs
+        if run.id in found.finished and (run.cell.setting, run.cell.variant, run.cell.size) == alike
+    ]  # fmt: skip
+
+
+def _counts(c) -> dict[str, int]:
+    """How many parameters a run tunes and stores, new words of its texts included."""
+    model, chosen = grid.abstract_model(c.base, c.task), setup.methods_of(c)
+    if model.tokenizer is not None and not model.tokenizer.has_pieces:
+        task = tasks.build(c.task, **c.task_options)
+        model, chosen, *_ = setup.with_new_words(c, task, model, chosen, preflight.training_texts(c))
+    return budget.abstract_counts(model, chosen)
+
+
+def _steps(c) -> int:
+    """The most steps of a run, which follow from its examples where it has epochs."""
+    if c.steps:
+        return c.steps
+    task, model = tasks.build(c.task, **c.task_options), grid.abstract_model(c.base, c.task)
+    return setup.scheduled(c, len(task.examples(preflight.training_texts(c), task.template(model)))).steps
+
+
+def _flops_per_second() -> float:
+    """What a float32 matrix product reaches on this device."""
+    x, product = jax.numpy.ones((1024, 1024)), jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    began = time.perf_counter()
+    for _ in range(5):
+        product(x).block_until_ready()
+    return 5 * 2 * 1024**3 / (time.perf_counter() - began)
+
+
+def _traced(c) -> tuple[float, int, int]:
+    """(FLOPs of a training step, bytes of cached stages, parameters of the base) of a run, nothing computed."""
+    model = setup.abstract_model(c)
+    step, shapes, n_bytes = preflight.step_in_shapes(c, model)
+    n_params = tree.count(budget.abstract_params(model))
+    return preflight.flops_of(step, shapes, model), n_bytes, n_params

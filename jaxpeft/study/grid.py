@@ -1,0 +1,162 @@
+"""The grid of a study: its cells, their runs, and which learning rate a cell keeps.
+
+A study is a config (configs/studies/): `settings` (what is learned, from near to far from pre-training), `variants` (method,
+head, sizes or stored-count budgets), `n_images` (nested subsets), `learning_rates` and `seeds`. A cell is (setting, variant,
+size, n_images). Each cell is trained at every learning rate with seed 0; the one with the best main metric on validation
+images, and never the test ones, is then trained with the other seeds, which draw another subset, initialisation and order.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+
+import ml_collections
+
+from jaxpeft import data, methods
+from jaxpeft.adapt import budget
+from jaxpeft.models import loading
+from jaxpeft.runtime import renamed
+from jaxpeft.training import setup
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Cell:
+    """A place in the grid; `size` is the method's rank, bottleneck or length, 0 where it has none."""
+
+    setting: str
+    variant: str
+    size: int
+    n_images: int
+
+    def __str__(self):
+        return f"{self.setting}-{self.variant}{self.size or ''}-n{self.n_images}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: a cell of a study, a seed, a learning rate."""
+
+    cell: Cell
+    seed: int
+    lr: float
+    study: ml_collections.ConfigDict = dataclasses.field(compare=False, repr=False)
+
+    @property
+    def id(self) -> str:
+        return f"{self.cell}-s{self.seed}-lr{self.lr:.3g}"
+
+    @functools.cached_property
+    def config(self) -> ml_collections.ConfigDict:
+        """The config that `main.py` would run alone."""
+        setting, variant = self.study.settings[self.cell.setting], self.study.variants[self.cell.variant]
+        c = self.study.points[setting["task"]].copy_and_resolve_references()
+        fields = {**methods.defaults(variant.method), **variant.get("fields", {})}
+        if field := methods.size_field(variant.method):
+            fields[field] = self.cell.size
+        c.method = ml_collections.ConfigDict({"name": variant.method, **fields})
+        c.name, c.size, c.head = self.id, self.cell.size, variant.head
+        c.seed = c.data.subset_seed = self.seed
+        c.data.n_images, c.optim.lr = self.cell.n_images, self.lr
+        c.eval.base = bool(variant.get("base")) and self.seed == 0  # the same for every run: scored once a setting
+        c.update({key: value for key, value in setting.items() if key not in ("task", "lr_scale")})
+        return c
+
+
+def cells(config) -> list[Cell]:
+    """The grid in a fixed order. Raises ValueError for an unknown method or setting before anything runs, and for a key of
+    version 0.1."""
+    renamed.check_study(config)
+    found = {}
+    for setting, about in config.settings.items():
+        for name, variant in config.variants.items():
+            if variant.get("settings") and setting not in variant.settings:
+                continue
+            sizes = _sizes(config, about["task"], variant)
+            for size, n_images in _pairs(config, sizes, tuple(variant.get("n_images", ())) or config.n_images):
+                found[Cell(setting, name, size, n_images)] = None
+    return list(found)
+
+
+def _pairs(config, sizes, all_n_images) -> Iterator[tuple[int, int]]:
+    """(size, n_images): every pair, or with config.cross=False the two axes through (middle size, all images)."""
+    middle, most = sizes[len(sizes) // 2], max(all_n_images)
+    for n_images in all_n_images:
+        for size in sizes:
+            if config.cross or size == middle or n_images == most:
+                yield size, n_images
+
+
+def _sizes(config, task: str, variant) -> tuple[int, ...]:
+    field = methods.size_field(variant.method)
+    if not field:
+        return (0,)
+    if variant.get("sizes"):
+        return tuple(variant.sizes)
+    budgets = variant.get("budgets") or config.budgets
+    return tuple(dict.fromkeys(_solved(config.points[task].base, task, variant.method, n) for n in budgets))
+
+
+@functools.cache
+def _solved(base: str, task: str, method: str, stored: int) -> int:
+    return budget.solve_size(abstract_model(base, task), methods.build(method), stored).size
+
+
+@functools.cache
+def abstract_model(base: str, task: str):
+    """The model of a base for a task, from its configuration alone: weights need not be there to plan."""
+    return loading.abstract(base, task=task)
+
+
+def learning_rates(config, cell: Cell) -> list[float]:
+    """Those that a cell is trained at: its variant's `lr`, times its setting's `lr_scale`, times each of
+    config.learning_rates."""
+    middle = config.variants[cell.variant].lr * config.settings[cell.setting].get("lr_scale", 1.0)
+    return [float(f"{middle * factor:.3g}") for factor in config.learning_rates]
+
+
+def best_learning_rate(tried: Iterable[tuple[float, float]]) -> float | None:
+    """The learning rate of the pair (learning rate, validation score) with the best score; of equal scores the smallest
+    rate. None of no pairs."""
+    return min(((-score, lr) for lr, score in tried), default=(0.0, None))[1]
+
+
+def runs(config, finished: dict[str, dict], given_up=frozenset()) -> list[Run]:
+    """Every run that can be named now: all of seed 0, and those of the other seeds of cells whose learning rate is chosen.
+
+    `finished`: id -> result. A cell's learning rate is chosen once each of its runs of seed 0 is finished or in `given_up`.
+    """
+    named, later = [], []
+    for cell in cells(config):
+        tried = [Run(cell, 0, lr, config) for lr in learning_rates(config, cell)]
+        named += tried
+        if all(one.id in finished or one.id in given_up for one in tried):
+            results = [finished[one.id] for one in tried if one.id in finished]
+            lr = best_learning_rate((one["lr"], _score(one, config.select_on)) for one in results)
+            later += [Run(cell, seed, lr, config) for seed in range(1, config.seeds)] if lr else []
+    return named + later
+
+
+def _score(result: dict, split: str) -> float:
+    return result["metrics"][split]["tuned"][result["main_metric"]]
+
+
+def n_runs(config) -> int:
+    """How many runs the whole study has."""
+    return len(cells(config)) * (len(config.learning_rates) + config.seeds - 1)
+
+
+def check(config) -> None:
+    """Raise ValueError where a base cannot be read for its task, where a setting's data cannot, or where they have fewer
+    training images than a cell asks for."""
+    for task in dict.fromkeys(setting["task"] for setting in config.settings.values()):
+        loading.read(config.points[task].base, task=task)
+    for setting in config.settings:
+        mine = [cell for cell in cells(config) if cell.setting == setting]
+        most = max(mine, key=lambda cell: cell.n_images)
+        c = Run(most, 0, 1.0, config).config
+        n = len(data.load(c.data, setup.needed_splits(c))["train"].rows)
+        if most.n_images > n:
+            raise ValueError(
+                f"study {config.name}: n_images has {most.n_images}, but the training split of setting {setting!r} has {n} "
+                f"pictures; lower n_images"
+            )

@@ -1,0 +1,209 @@
+"""The page of a report: report.html filled with tables, figures and test pictures, all in one file."""
+
+import base64
+import collections
+import html
+import json
+import statistics
+import string
+import urllib.parse
+from collections.abc import Iterable
+from pathlib import Path
+
+from jaxpeft.study.report.figures import FIGURES
+from jaxpeft.study.report.rows import Study, cell_of, chosen_by_cell, read_jsonl
+
+HERE = Path(__file__).parent
+LONG = 20  # rows; a longer table is folded: on a phone it would be a hundred screens
+TITLES = {
+    "score_data": "Score against data",
+    "score_size": "Score against tunable size",
+    "consistency": "The consistency axis",
+    "pareto_stored": "What it costs",
+    "learning_rates": "Learning rates",
+    "forgetting": "Forgetting",
+}
+VERDICTS = ("claim", "verdict", "statement", "on", "effect", "interval", "margin", "unit", "n", "note")
+
+
+def render(study: Study, converged: list, everything: list, scale: list[dict], pngs: dict[str, bytes]) -> str:
+    """The HTML page. `converged`, `everything`: verdicts on runs that converged, and on all; `scale`: rows.consistency."""
+    config, rows = study.config, study.rows
+    done = [row for row in rows if row["status"] == "done"]
+    failed = [[row["id"], row["error"]] for row in rows if row["status"] == "failed"]
+    capped = [[row["id"], row["seed"], row["steps"]] for row in done if row["chosen"] and row["stopped"] == "cap"]
+    first = done[0] if done else {"machine": {}, "versions": {}, "digests": {}}
+    edges, recipe = _edges(study), {task: _recipe(point) for task, point in config["points"].items()}
+    none = "<p>None.</p>"
+    return string.Template((HERE / "report.html").read_text()).substitute(
+        css=(HERE / "report.css").read_text(),
+        name=html.escape(config["name"]),
+        hypothesis=html.escape((config["hypothesis"] or "").strip()),
+        note=_notes(study),
+        n_done=len(done),
+        n_failed=len(failed),
+        hours=f"{sum(row['total_s'] for row in done) / 3600:.2f}",
+        seeds=config["seeds"],
+        converged=_table(VERDICTS, _verdict_rows(converged)) if converged else "<p>No converged run.</p>",
+        consistency=_table(scale[0], [row.values() for row in scale]) if scale else "<p>The base was not scored.</p>",
+        figures=_figures(pngs),
+        variants=_variant_table(config["variants"]),
+        learning_rates=", ".join(f"{factor:.3g}" for factor in config["learning_rates"]),
+        recipe=_json(recipe),
+        capped=_table(("cell", "seed", "steps"), capped)
+        if capped else "<p>None: every chosen run stopped because validation did.</p>",
+        everything=_table(VERDICTS, _verdict_rows(everything)) if everything else "",
+        edges=_table(("cell", "learning rate", "which end"), edges) if edges else none,
+        failures=_table(("run", "reason"), failed) if failed else none,
+        gallery=_gallery(study) or "<p>No pictures were kept.</p>",
+        cells=_cell_table(study),
+        provenance=_json({key: first[key] for key in ("machine", "versions", "digests")}),
+        command=html.escape(study.command),
+    )  # fmt: skip
+
+
+def _json(value) -> str:
+    return html.escape(json.dumps(value, indent=1))
+
+
+def _notes(study: Study) -> str:
+    notes = [study.config["note"]] if study.config["note"] else []
+    if study.mixed:
+        cells = ", ".join(map(str, study.mixed))
+        notes.append(f"Made by different code, and compared because --mixed_code was given: the runs of {cells}.")
+    return "".join(f"<p class='note'>{html.escape(note)}</p>\n" for note in notes)
+
+
+def _recipe(point: dict) -> dict:
+    """What a reader needs of a point's config."""
+    return {key: point[key] for key in ("base", "steps", "batch_size", "optim", "stop", "model", "data")}
+
+
+def _figures(pngs: dict[str, bytes]) -> str:
+    parts = []
+    for name, (_, caption) in FIGURES.items():
+        parts += [f"<h2>{TITLES[name]}</h2>"] if name in TITLES else []
+        parts.append(_image(pngs[name], caption, alt=TITLES.get(name, name)))
+    return "\n".join(parts)
+
+
+def _verdict_rows(verdicts) -> list[list]:
+    return [
+        [
+            v.claim, v.verdict, v.statement, v.where, v.effect,
+            "" if v.low is None else f"[{v.low:.4g}, {v.high:.4g}]", v.margin, v.unit,
+            f"{v.n_cells} cells, {v.n_seeds} seeds, {v.n_examples} cases", v.note,
+        ]
+        for v in verdicts
+    ]  # fmt: skip
+
+
+def _variant_table(variants: dict) -> str:
+    header = ("variant", "method", "head tuned beside it", "middle learning rate", "its own settings")
+    rows = [
+        [name, one["method"], one["head"], f"{one['lr']:.3g}", json.dumps(one["fields"]) if one["fields"] else ""]
+        for name, one in variants.items()
+    ]
+    return _table(header, rows)
+
+
+def _edges(study: Study) -> list[list]:
+    """Cells whose chosen learning rate is the smallest or largest tried: a wider search may do better."""
+    tried = collections.defaultdict(set)
+    for row in study.rows:
+        if row["seed"] == 0 and row["status"] == "done":
+            tried[cell_of(row)].add(row["lr"])
+    found = []
+    for row in study.rows:
+        all_of = tried[cell_of(row)]
+        if row["chosen"] and row["seed"] == 0 and len(all_of) > 1 and row["lr"] in (min(all_of), max(all_of)):
+            found.append([row["id"], f"{row['lr']:.3g}", "smallest" if row["lr"] == min(all_of) else "largest"])
+    return found
+
+
+def _cell_table(study: Study) -> str:
+    header = (
+        "setting", "variant", "size", "pictures", "stored", "tuned", "learning rate", "test", "range", "seeds",
+        "forgetting", "seconds",
+    )  # fmt: skip
+    rows = []
+    for setting in study.config["settings"]:
+        for (variant, size, n_images), group in chosen_by_cell(study, setting).items():
+            scores = [row["test"] for row in group]
+            forgot = [row["forgetting"] for row in group if row["forgetting"] is not None]
+            rows.append([
+                setting, variant, size, n_images, group[0]["stored"], f"{group[0]['percent']:.2f} %", f"{group[0]['lr']:.3g}",
+                statistics.fmean(scores), f"{min(scores):.3f} to {max(scores):.3f}", len(scores),
+                statistics.fmean(forgot) if forgot else None, statistics.fmean(row["total_s"] for row in group),
+            ])  # fmt: skip
+    return _table(header, rows)
+
+
+def _gallery(study: Study, most: int = 6) -> str:
+    """Per setting some test pictures, with what each variant's best cell wrote."""
+    parts = []
+    for setting in study.config["settings"]:
+        kept = (study.directory / "pictures" / setting).glob("*.png")
+        pictures = {urllib.parse.unquote(path.stem): path for path in kept}
+        cards = [
+            _card(about, said, pictures[about["image_id"]]) for about, said in _written(study, setting, pictures)[:most]
+        ]
+        if cards:
+            parts.append(f"<h3>{html.escape(setting)}</h3><div class='gallery'>{''.join(cards)}</div>")
+    return "".join(parts)
+
+
+def _written(study: Study, setting: str, pictures) -> list[tuple[dict, dict[str, str]]]:
+    """(a line of predictions.jsonl, {variant: what its best cell wrote}), for one case of each of `pictures`."""
+    best: dict[str, dict] = {}
+    for row in study.rows:
+        if row["chosen"] and row["setting"] == setting and row["seed"] == 0:
+            if row["variant"] not in best or row["validation"] > best[row["variant"]]["validation"]:
+                best[row["variant"]] = row
+    cases: dict[tuple, tuple[dict, dict]] = {}
+    for variant, row in best.items():
+        for one in read_jsonl(study.directory / "points" / row["id"] / "predictions.jsonl"):
+            if one["split"] == "test" and one["image_id"] in pictures:
+                case = cases.setdefault((one["image_id"], one.get("question_id", "")), (one, {}))
+                case[1][variant] = one["tuned"]
+    shown: dict[str, tuple[dict, dict]] = {}
+    for (image_id, _), case in cases.items():
+        shown.setdefault(image_id, case)
+    return list(shown.values())
+
+
+def _card(about: dict, said: dict[str, str], picture: Path) -> str:
+    truth = about["answers"][0] if "answers" in about else about["references"][0]
+    lines = [("Q", about["question"])] if "question" in about else []
+    lines += [("truth", truth), *said.items()]
+    table = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in lines)
+    shown = _image(picture.read_bytes(), "", alt=f"test picture {about['image_id']}")
+    return f"<div>{shown}<table>{table}</table></div>"
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
+    """An HTML table, on a phone a card per row; numbers are right-aligned, everything is escaped."""
+
+    def cell(tag, value, label=""):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        shown = f"{value:,}" if isinstance(value, int) and number else f"{value:.4g}" if number else str(value)
+        extra = f" {value}" if value in ("supported", "refuted", "undecided") else ""
+        label = f' data-label="{html.escape(label)}"' if label else ""
+        return f'<{tag} class="{"num" if number else ""}{extra}"{label}>{html.escape(shown)}</{tag}>'
+
+    head = "".join(cell("th", name) for name in header)
+    body = "".join(
+        "<tr>"
+        + "".join(cell("td", "" if v is None else v, name) for name, v in zip(header, row, strict=True))
+        + "</tr>"
+        for row in rows
+    )
+    table = f'<div class="wide"><table class="cards"><tr>{head}</tr>{body}</table></div>'
+    return table if len(rows) <= LONG else f"<details><summary>{len(rows)} rows</summary>{table}</details>"
+
+
+def _image(png: bytes, caption: str, alt: str = "") -> str:
+    data = base64.b64encode(png).decode()
+    shown = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    kind = ' class="chart"' if caption else ""
+    return f'<figure{kind}><img alt="{html.escape(alt or caption)}" src="data:image/png;base64,{data}">{shown}</figure>'

@@ -1,0 +1,158 @@
+"""What a report shows, read from a study's files: a flat row per run, and the runs that claims are judged on."""
+
+import collections
+import csv
+import dataclasses
+import io
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from jaxpeft.runtime import renamed
+from jaxpeft.study.claims import Final
+from jaxpeft.study.grid import Cell, best_learning_rate
+
+COLUMNS = (
+    "id", "setting", "task", "variant", "method", "head", "size", "n_images", "seed", "lr", "chosen", "status", "tuned",
+    "stored", "percent", "validation", "test", "test_nll", "forgetting", "steps", "stopped", "step_s", "compile_s",
+    "total_s", "error",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Study:
+    """Everything that the report shows, as read."""
+
+    config: dict
+    command: str
+    rows: list[dict]  # flat, one per run, with COLUMNS
+    finals: list[Final]
+    mixed: list[Cell]  # cells whose runs were made by different code
+    directory: Path
+
+
+def read(directory: Path, mixed_code: bool = False) -> Study:
+    """Read a study's files, also those of version 0.1.
+
+    Raises ValueError where there are none, and where runs of one cell were made by different code, unless `mixed_code`:
+    what is chosen and compared within a cell must differ in learning rate and seed only.
+    """
+    if not (directory / "results.jsonl").exists():
+        raise ValueError(f"{directory} has no results.jsonl; run the study first")
+    about = json.loads((directory / "study.json").read_text())
+    config = renamed.translated_study(about["config"])
+    rows = [_flat(renamed.translated_row(row), config) for row in read_jsonl(directory / "results.jsonl")]
+    mixed = _mixed(rows)
+    if mixed and not mixed_code:
+        raise ValueError(_refusal(directory, mixed))
+    tried = collections.defaultdict(list)
+    for row in rows:
+        if row["status"] == "done" and row["seed"] == 0:
+            tried[cell_of(row)].append((row["lr"], row["validation"]))
+    for row in rows:
+        row["chosen"] = row["status"] == "done" and row["lr"] == best_learning_rate(tried[cell_of(row)])
+    finals = [_final(row, directory) for row in rows if row["chosen"]]
+    return Study(config, about.get("command", ""), rows, finals, list(mixed), directory)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The JSON values of a file, one a line."""
+    return [
+        json.loads(line) for line in path.read_text().split("\n") if line
+    ]  # splitlines() would also cut inside texts
+
+
+def cell_of(row: dict) -> Cell:
+    return Cell(row["setting"], row["variant"], row["size"], row["n_images"])
+
+
+def _mixed(rows: list[dict]) -> dict[Cell, dict[str, list[str]]]:
+    """Cell -> code -> ids of its runs, of the cells with several. Results of version 0.1 have no code: '' for all of them."""
+    found = collections.defaultdict(lambda: collections.defaultdict(list))
+    for row in rows:
+        if row["status"] == "done":
+            found[cell_of(row)][row["code"]].append(row["id"])
+    return {cell: by_code for cell, by_code in found.items() if len(by_code) > 1}
+
+
+def _refusal(directory: Path, mixed: dict[Cell, dict[str, list[str]]], most: int = 3) -> str:
+    shown = "; ".join(
+        f"{', '.join(ids)} by {code or 'version 0.1'}"
+        for by_code in list(mixed.values())[:most] for code, ids in by_code.items()
+    )  # fmt: skip
+    more = f"; and {len(mixed) - most} cells more" if len(mixed) > most else ""
+    patterns = f"--rerun='{next(iter(mixed))}-*'" + (" or --rerun='*'" if len(mixed) > 1 else "")
+    return (
+        f"{directory}: runs of one cell must be made by the same code to be compared: {shown}{more}. Add {patterns} to the "
+        f"study's command to do them again, or --mixed_code to report them as they are"
+    )
+
+
+def _flat(row: dict, config: dict) -> dict:
+    variant = config["variants"][row["variant"]]
+    flat = dict.fromkeys(COLUMNS) | {
+        key: row.get(key) for key in ("id", "setting", "variant", "size", "n_images", "seed", "lr")
+    }
+    flat |= {"status": row["status"], "error": row.get("error"), "method": variant["method"], "head": variant["head"]}
+    flat["task"] = config["settings"][row["setting"]]["task"]
+    if row["status"] != "done":
+        return flat
+    metric, counts, timing = row["main_metric"], row["counts"], row["timing"]
+    test = row["metrics"]["test"]
+    flat |= {"tuned": counts["tuned"], "stored": counts["stored"], "percent": 100 * counts["tuned"] / counts["total"]}
+    flat |= {"validation": row["metrics"][config["select_on"]]["tuned"][metric], "test": test["tuned"][metric]}
+    flat |= {key: timing.get(key) for key in ("steps", "stopped", "step_s", "compile_s", "total_s")}
+    flat |= {"test_nll": test["tuned"]["nll"], "metric": metric, "n_test": test["n"], "blind": test["blind"]}
+    flat["base"] = test["base"][metric] if "base" in test else None
+    if forgot := row.get("forgetting"):
+        flat["forgetting"] = forgot["tuned"] - forgot["base"] if "base" in forgot else None
+    flat |= {"machine": row.get("machine"), "versions": row.get("versions"), "digests": row.get("digests")}
+    return flat | {"code": row.get("code", "")}
+
+
+def _final(row: dict, directory: Path) -> Final:
+    predictions = read_jsonl(directory / "points" / row["id"] / "predictions.jsonl")
+    each = [one[f"tuned_{row['metric']}"] for one in predictions if one["split"] == "test"]
+    names = [field.name for field in dataclasses.fields(Final) if field.name not in ("each", "converged")]
+    return Final(each=np.array(each), converged=row["stopped"] != "cap", **{name: row[name] for name in names})
+
+
+def chosen_by_cell(study: Study, setting: str) -> dict[tuple, list[dict]]:
+    """(variant, size, n_images) -> its chosen rows, a row per seed."""
+    groups = collections.defaultdict(list)
+    for row in study.rows:
+        if row["chosen"] and row["setting"] == setting:
+            groups[row["variant"], row["size"], row["n_images"]].append(row)
+    return dict(groups)
+
+
+def consistency(study: Study) -> list[dict]:
+    """Per setting: how much of the best tuned score the frozen base has already: 1 is wholly consistent with pre-training."""
+    found = []
+    for setting in study.config["settings"]:
+        rows = [row for row in study.rows if row["setting"] == setting and row["status"] == "done"]
+        base = [row["base"] for row in rows if row["base"] is not None]
+        chosen = [row for row in rows if row["chosen"]]
+        if not base or not chosen:
+            continue
+        cells = chosen_by_cell(study, setting).items()
+        best, variant = max((statistics.fmean(r["test"] for r in group), cell[0]) for cell, group in cells)
+        blind = max(score[rows[0]["metric"]] for score in chosen[0]["blind"].values())
+        found.append(
+            {
+                "setting": setting, "metric": rows[0]["metric"], "blind": blind, "frozen base": base[0], "best tuned": best,
+                "best variant": variant, "consistency": base[0] / best if best else 0.0, "n": chosen[0]["n_test"],
+            }
+        )  # fmt: skip
+    return found
+
+
+def as_csv(rows: list[dict]) -> str:
+    """COLUMNS of all rows."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue()

@@ -1,0 +1,83 @@
+"""Directories of runs: whether one may go on in this one, and finished ones as models."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import ml_collections
+
+from jaxpeft import tasks, tree
+from jaxpeft.interchange import load_tuned
+from jaxpeft.methods import Method
+from jaxpeft.models import loading
+from jaxpeft.models.base import VisionLanguageModel
+from jaxpeft.runtime import files, registry, renamed
+from jaxpeft.training.setup import Config, Log, as_json, pinned_base, read_base
+from jaxpeft.tree import Tree
+
+MOST_RESULT = 1 << 30  # bytes of a result.json
+Finished = tuple[VisionLanguageModel, Tree, tuple[Method, ...], tasks.Task]
+
+
+def load_run(workdir: str | Path, imports: Iterable[str] = ()) -> Finished:
+    """(model, variables, methods, task) of a finished run, for `generate`, `merge` and the exports.
+
+    `imports`: modules with the run's own method or task, which are imported first (see runtime/registry.py); nothing that
+    stands in a run directory is ever imported or executed. Raises ValueError where `workdir` holds no finished run, the base
+    is no longer the one that was tuned, or a method or task is unknown, with the modules that the run says it came from.
+    """
+    registry.load(imports)
+    workdir = Path(workdir)
+    if not (workdir / "result.json").exists():
+        raise ValueError(f"{workdir} holds no finished run: result.json is missing; run main.py on it to the end")
+    if not (workdir / "tuned").exists():
+        raise ValueError(
+            f"{workdir} has no tuned/: an older version, which did not keep it, finished this run; run again"
+        )
+    with files.reading(workdir, "holds no run of ours"):
+        config = ml_collections.ConfigDict(renamed.translated(files.read_json(workdir / "config.json")))
+        result = files.read_json(workdir / "result.json", MOST_RESULT)
+        try:
+            return _load_run(workdir, config, result)
+        except registry.Unknown as error:
+            names = [name for name in result.get("imports", []) if re.fullmatch(r"[\w.]{1,200}", name)][:5]
+            said = f"was made with code from {', '.join(names)}" if names else "does not say which module defines it"
+            raise ValueError(
+                f"{workdir}: {error}. The run {said}; if you have that code and trust it, import it: "
+                f"--imports={','.join(names) or 'MODULE'}, in Python jp.load_run(..., imports=[...])"
+            ) from error
+
+
+def _load_run(workdir: Path, config: Config, result: dict) -> Finished:
+    options = result.get("task_options", tasks.IN_0_1.get(config.task, {}) | dict(config.task_options))
+    length = options.pop("length", None)  # of version 0.1: counts what a text begins with
+    task = tasks.build(config.task, **options)
+    config.base = pinned_base(config, result)
+    model, params, _ = read_base(config, task)
+    model, params, _ = loading.extend_vocabulary(model, params, result["model"]["new_words"], config.seed)
+    if not result["model"].get("new_rows"):  # tuned by version 0.1, which kept the whole word embedding
+        model, params = loading.joined(model, params)
+    if length:
+        task = dataclasses.replace(task, max_new_tokens=max(1, length - len(task.template(model).start)))
+    variables, chosen = load_tuned(model, params, workdir / "tuned")
+    return model, variables, chosen, task
+
+
+def check_workdir(config: Config, workdir: Path, accept: bool = False, log: Log = print) -> bool:
+    """Whether a run with another config lives in `workdir`. Raises ValueError, with the differences, or, with `accept`, says
+    them."""
+    if not (workdir / "config.json").exists():
+        return False
+    before, now = (tree.flatten(c) for c in (json.loads((workdir / "config.json").read_text()), as_json(config)))
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if keys:
+        rows = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys)
+        if not accept:
+            raise ValueError(
+                f"{workdir} holds a run with another config; use a new --workdir, or --accept_changes to go on from its last "
+                f"step. Changed: {rows}"
+            )
+        log(f"{workdir} holds a run with another config, accepted as asked. Changed: {rows}")
+    return bool(keys)

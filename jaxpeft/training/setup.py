@@ -1,0 +1,310 @@
+"""What is decided before anything is trained: task, model, methods, and the variables on their devices."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxpeft import data, methods, metrics, tasks, tree
+from jaxpeft.adapt import sites
+from jaxpeft.data import pipeline
+from jaxpeft.data.base import Split
+from jaxpeft.methods import METHODS, Method
+from jaxpeft.models import loading
+from jaxpeft.models.base import VisionLanguageModel
+from jaxpeft.runtime import registry, renamed
+from jaxpeft.training import optim, sharding
+from jaxpeft.training.optim import Config
+from jaxpeft.tree import Mask, Tree
+
+Log = Callable[[str], object]
+DTYPES = ("float32", "bfloat16")
+LEAST_STEPS = 100  # where epochs decide: a few images are seen often, and the best step is kept
+VALIDATIONS = 40  # where stop.every is 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run before its first step. `variables` are on the devices of `mesh`, frozen matrices in their dtype."""
+
+    task: tasks.Task
+    model: VisionLanguageModel
+    methods: tuple[Method, ...]
+    variables: Tree
+    mask: Mask
+    mesh: Mesh
+    originals: (
+        Tree  # the variables as they were loaded, on the host where `variables` are narrower: what `tuned/` is of
+    )
+    splits: dict[str, Split]  # 'train' is the part that is trained on
+    whole: tuple[Split, np.ndarray]  # the whole of 'train', and which of its images that part has
+    candidates: list[str] | None  # the closed list that answers are chosen from
+    facts: dict[str, Any]  # for the result: counts, model, texts
+
+    @property
+    def trainable(self) -> Tree:
+        return tree.split(self.variables, self.mask)[0]
+
+    @property
+    def frozen(self) -> Tree:
+        return tree.split(self.variables, self.mask)[1]
+
+
+def prepare(config: Config, log: Log) -> Setup:
+    """Read data and base, attach the methods, and put everything on its devices. Raises ValueError for what cannot be."""
+    mesh = sharding.mesh(config.get("mesh"))
+    sharding.check_batch(config.batch_size, config.grad_accum, mesh)
+    task = tasks.build(config.task, **config.task_options)
+    splits, whole = load_splits(config)
+    log("images: " + ", ".join(f"{name} {len(split.rows):,}" for name, split in splits.items()))
+    for remark in splits["train"].report.get("remarks", []):
+        log(f"warning: {remark}")
+    model, params, chosen, facts = setup_model(config, task, splits["train"], log)
+    variables = sites.attach(model, params, chosen, jax.random.key(config.seed))
+    mask = sites.trainable(variables)
+    task, texts = with_limits(task, model, chosen, splits, log)
+    log(" + ".join(map(str, chosen)))
+    log(_towers(model, sites.methods_of(variables)))
+    log(sites.describe(variables, mask, leaves=False))
+    facts = {
+        "model": facts,
+        "counts": sites.counts(variables, mask),
+        "texts": texts,
+        "base_digest": tree.digest(params),
+    }
+    dtype = config.model.get("frozen_dtype", "float32")
+    placed = _placed(narrowed(variables, mask, dtype), model, mesh, log)
+    originals = variables if dtype == "float32" else jax.tree.map(tree.fetch, variables)
+    candidates = task.candidates(splits["train"], task.template(model))
+    return Setup(
+        task=task,
+        model=model,
+        methods=sites.methods_of(variables),
+        variables=placed,
+        mask=mask,
+        mesh=mesh,
+        originals=originals,
+        splits=splits,
+        whole=whole,
+        candidates=candidates,
+        facts=facts,
+    )
+
+
+def needed_splits(config: Config) -> list[str]:
+    """The splits that a run reads, 'train' first."""
+    validated = [config.stop.split] if config.optim.schedule == "plateau" else []
+    return list(dict.fromkeys(["train", *config.eval.splits, *validated]))
+
+
+def load_splits(config: Config) -> tuple[dict[str, Split], tuple[Split, np.ndarray]]:
+    """({name: split}, with the part of 'train' that the run uses; (the whole of 'train', which of its images these are))."""
+    c = config.data
+    splits = data.load(c, needed_splits(config))
+    whole = splits["train"]
+    part, chosen = pipeline.subset(whole, seed=c.subset_seed, fraction=c.fraction, n_images=c.n_images)
+    return splits | {"train": part}, (whole, chosen)
+
+
+def check_config(config: Config) -> None:
+    """Raise ValueError for a setting that training or evaluation would refuse, before anything is read."""
+    renamed.check_config(config)
+    optim.schedule(config.optim, 1000)
+    optim.OPTIMIZERS.find(config.optim.get("name", "adamw"))
+    pipeline.check_augment(config.data.augment)
+    for name in ("dtype", "frozen_dtype"):
+        if config.model.get(name, "float32") not in DTYPES:
+            raise ValueError(
+                f"model.{name} is {config.model[name]!r}{registry.did_you_mean(config.model[name], DTYPES)}; choose one of "
+                f"{', '.join(DTYPES)}"
+            )
+
+
+def scheduled(config: Config, n_examples: int) -> Config:
+    """The config with numbers where they follow from the data: `steps` from `epochs`, `stop.every` from the steps."""
+    c = config.copy_and_resolve_references()
+    if not c.steps:
+        if not c.get("epochs", 0) > 0:
+            raise ValueError(f"steps is 0 and epochs is {c.get('epochs', 0)}; one of the two must be above 0")
+        c.steps = max(LEAST_STEPS, math.ceil(c.epochs * n_examples / c.batch_size))
+    c.stop.every = c.stop.every or max(1, round(c.steps / VALIDATIONS))
+    return c
+
+
+def setup_model(
+    config: Config, task: tasks.Task, train: Split, log: Log
+) -> tuple[VisionLanguageModel, Tree, tuple[Method, ...], dict[str, Any]]:
+    """(model, params, methods, facts) of a config: the base, its vocabulary checked against the texts, the methods."""
+    model, params, report = read_base(config, task)
+    for group, source in report.get("initialised", {}).items():
+        if source != "checkpoint":
+            log(f"{group} starts from {source}")
+    chosen = methods_of(config)
+
+    _, chosen, unknown, new = with_new_words(config, task, model, chosen, train)
+    model, params, _ = loading.extend_vocabulary(model, params, new, config.seed)
+    if new:
+        log(f"vocabulary: {len(new):,} words are new to the base; their rows start random and are tuned")
+    if unknown:
+        shown = ", ".join(map(repr, list(unknown)[:5]))
+        log(
+            f"warning: {len(unknown):,} different words of the training texts ({unknown.total():,} in all) are unknown to "
+            f"the base and read as [UNK]: {shown}"
+        )
+    facts = {"base": str(config.base), "init": config.init, "report": report}
+    # new_rows: whether the rows of new words are leaves of their own, as they were not in version 0.1
+    return model, params, chosen, facts | {"unknown_words": len(unknown), "new_words": new, "new_rows": True}
+
+
+def with_new_words(
+    config: Config, task: tasks.Task, model: VisionLanguageModel, chosen: tuple[Method, ...], train: Split
+) -> tuple[VisionLanguageModel, tuple[Method, ...], collections.Counter[str], list[str]]:
+    """(model, methods, words that stay unknown, words that are added) for the training texts; no parameters are needed.
+
+    Words are added where the vocabulary has no pieces to spell them from: the tiny base's. The methods then train their rows.
+    """
+    texts, tokenizer = task.texts(train, task.template(model)), model.tokenizer
+    assert tokenizer is not None  # `task.template` asked it
+    found = (word for text in texts for word in tokenizer.unknown_words(text))
+    unknown = collections.Counter(dict(sorted(collections.Counter(found).items())))
+    if not config.model.extend_vocabulary or tokenizer.has_pieces:
+        return model, chosen, unknown, []
+    model, new = loading.wider(model, list(unknown))
+    if new and not any(isinstance(one, methods.Full) for one in chosen):
+        chosen = (*chosen, methods.NewWords())
+    return model, chosen, collections.Counter(), new
+
+
+def with_limits(
+    task: tasks.Task, model: VisionLanguageModel, chosen: tuple[Method, ...], splits: dict[str, Split], log: Log
+) -> tuple[tasks.Task, dict]:
+    """(the task with limits that fit the data and the base, {split: {limit: what it cuts}}); cuts are said."""
+    chosen = sites.resolved(model, chosen)
+    shifts = [sum(one.shift(site) for one in chosen if one.selects(site)) for site in sites.sites(model)]
+    template = task.template(model)
+    lengths = {name: task.lengths(split, template) for name, split in splits.items()}
+    task = task.limited(lengths.values(), model.positions - max(shifts, default=0), template)
+    texts = {name: task.cuts(one) for name, one in lengths.items()}
+    log("texts: " + ", ".join(f"{name} {one['limit']}" for name, one in texts["train"].items() if one["limit"]))
+    for name, cuts in texts.items():
+        for limit, one in cuts.items():
+            if one["cut"] and not (name == "train" and limit in task.only_written):
+                log(
+                    f"warning: {name}: {one['cut']:,} of {one['of']:,} {task.limited_texts[limit]} are longer than "
+                    f"task_options.{limit}={one['limit']} and are cut; the longest has {one['longest']:,}"
+                )
+    long, usual = max(
+        (
+            (int(n.max()), int(np.percentile(n, 99)))
+            for name, n in lengths["train"].items()
+            if name in task.limits and n.size
+        ),
+        default=(0, 0),
+    )
+    if long > max(2 * usual, 32):
+        log(
+            f"warning: the longest training text has {long} tokens and 99 of 100 have at most {usual}; every batch is as long "
+            f"as the longest: a limit in task_options makes steps faster"
+        )
+    return task, texts
+
+
+def abstract_model(config: Config) -> VisionLanguageModel:
+    """The model of a config, from the base's configuration alone: no weights are read, no words added."""
+    task = tasks.build(config.task, **config.task_options)
+    model = loading.abstract(config.base, task=task.kind, **_options(config))
+    if model.tokenizer is None:
+        raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
+    return model
+
+
+def _options(config: Config) -> dict:
+    c = config.model
+    return {"image_size": c.image_size, "dtype": c.dtype, "remat": c.remat, "dropout": c.dropout}
+
+
+def pinned_base(config: Config, result: dict) -> str:
+    """The base of a finished run: of a repository of the hub the very commit that was tuned, as 'owner/name@commit'."""
+    revision = result.get("model", {}).get("report", {}).get("revision")
+    return f"{config['base'].partition('@')[0]}@{revision}" if revision else str(config["base"])
+
+
+def read_base(config: Config, task: tasks.Task) -> tuple[VisionLanguageModel, Tree, dict[str, Any]]:
+    """(model, params, report) that training starts from, before words are added."""
+    model, params, report = loading.read(config.base, task=task.kind, **_options(config))
+    if model.tokenizer is None:
+        raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
+    if config.init == "scratch":
+        params = loading.scratch(model, config.seed)
+    elif config.init != "base":
+        raise ValueError(f"init is {config.init!r}; choose 'base' (the checkpoint's weights) or 'scratch' (random)")
+    return model, params, report
+
+
+def methods_of(config: Config) -> tuple[methods.Method, ...]:
+    """The methods that a config names."""
+    fields = {key: value for key, value in config.method.items() if key != "name"}
+    return methods.build(config.method.name, config.head, **fields)
+
+
+def narrowed(variables: Tree, mask: Mask, dtype: str) -> Tree:
+    """Frozen matrices in `dtype`. In bfloat16 with model.dtype bfloat16 that is what every product casts them to, so nothing
+    changes. Word embeddings stay as they are: they are added to others in float32 before anything is rounded."""
+    if dtype == "float32":
+        return variables
+    if dtype != "bfloat16":
+        raise ValueError(f"model.frozen_dtype is {dtype!r}; choose float32 or bfloat16")
+
+    def one(name: str, x: jax.Array, tuned: bool) -> jax.Array:
+        return x if tuned or not re.search("^params/.*kernel$", name) else x.astype(dtype)
+
+    return jax.tree.map(one, tree.names(variables), variables, mask)
+
+
+def _towers(model: VisionLanguageModel, chosen: Iterable[Method]) -> str:
+    """Which towers the methods touch, and which they leave alone."""
+    chosen, touched = tuple(chosen), {}
+    for site in sites.sites(model):
+        name = site.path.split("/")[0]
+        leaf = f"params/{site.path}/"
+        hit = any(one.selects(site) or one.trains(f"{leaf}kernel") or one.trains(f"{leaf}bias") for one in chosen)
+        touched[name] = touched.get(name, False) or hit
+    names = {on: ", ".join(name for name, hit in touched.items() if hit == on) or "nothing" for on in (True, False)}
+    return f"adapted: {names[True]}; left alone: {names[False]}"
+
+
+def _placed(variables: Tree, model: VisionLanguageModel, mesh: Mesh, log: Log) -> Tree:
+    """The variables on the mesh as the model's rules say, with a line about what that means where there are devices."""
+    placed = sharding.shardings(variables, model.sharding, mesh)
+    if mesh.size > 1:
+        n_bytes, n_all = sharding.bytes_per_device(variables, placed), sum(x.nbytes for x in jax.tree.leaves(variables))
+        shape = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
+        log(f"mesh {shape}: {n_bytes / 1e6:.1f} MB of weights per device, {n_all / 1e6:.1f} MB in all")
+        if whole := sharding.whole(variables, placed):
+            log(f"every device holds whole: {', '.join(whole[:8])}")
+    return sharding.put(variables, placed)
+
+
+def imports_of(config: Config, chosen: Iterable[Method], task: tasks.Task) -> list[str]:
+    """The modules outside jaxpeft that a run's method, task, data set, optimizer and metrics come from."""
+    entries = [METHODS[config.method.name], *map(type, chosen), type(task), data.DATASETS[config.data.name]]
+    entries.append(optim.OPTIMIZERS[config.optim.get("name", "adamw")])
+    return registry.modules_of(entries + [metrics.METRICS[name] for name in task.metrics])
+
+
+def as_json(config: Config) -> dict:
+    """A config as plain JSON values."""
+    return json.loads(config.to_json_best_effort())
+
+
+def digest(value: object) -> str:
+    """What a checkpoint remembers of a JSON value it must not be mixed up with."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
