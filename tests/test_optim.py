@@ -1,14 +1,20 @@
 """Optimizers by name: each is optax's own rule, decays what it should, and its state is stored and placed on a mesh."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
+import toy
 from tiny import config_of
 
-from jaxpeft import config
-from jaxpeft.training import optim, run
+from jaxpeft import config, tree
+from jaxpeft.runtime import signals
+from jaxpeft.training import loop, optim, run, sharding
 
 LR, DECAY = 0.1, 0.01
 REFERENCES = {
@@ -87,9 +93,37 @@ def test_kernels_decay_and_biases_do_not(name):
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCES))
-def test_a_run_on_a_mesh_learns_with_it_and_goes_on(base, tmp_path, name):
+def test_a_stopped_run_on_a_mesh_goes_on_bit_for_bit(tmp_path, name):
     """Also states that are not shaped as the leaves are: factors, coefficients, empty places."""
-    c = config_of(base, **{"optim.name": name, "optim.lr": 0.01, "mesh.fsdp": 2, "data.n_test": 2})
+    c = toy.rarely(6, **{"optim.name": name, "mesh.fsdp": 2})
+    rules = (("params/w$", ("fsdp", None)), ("", ()))
+    whole, _ = toy.train(tmp_path / "whole", c, rules=rules)
+    with pytest.raises(signals.Stopped):
+        toy.train(tmp_path / "parts", c, rules=rules, change=toy.raise_at(4))
+    said = []
+    parts, _ = toy.train(tmp_path / "parts", c, said.append, rules=rules)
+    assert "resumed from step 3" in said and whole.tuned["params"]["w"].sharding.spec == jax.P("fsdp", None)
+    assert tree.digest(parts) == tree.digest(whole) and int(whole.step) == 6
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCES))
+def test_every_leaf_of_a_state_of_blip_has_a_place_on_a_mesh(name):
+    """And the moments of AdamW and Lion lie where their leaves do."""
+    model, on = tiny.model(), sharding.mesh({"fsdp": 2})
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["params"]
+    tuned = {"params": params}
+    state = jax.eval_shape(
+        functools.partial(loop.start, tx=optim.optimizer(settings(name), tuned, 10), seed=0, best=False), tuned
+    )
+    placed = sharding.shardings(state, model.sharding, on)
+    where = tree.flatten(placed.tuned)
+    for leaf, place in tree.flatten(placed.opt).items():
+        if re.search("/(mu|nu)/params/", leaf) and name in ("adamw", "lion"):
+            assert place.spec == where[leaf[leaf.index("params/") :]].spec, leaf
+
+
+def test_a_run_with_another_optimizer_learns_and_goes_on_to_more_steps(base, tmp_path):
+    c = config_of(base, **{"optim.name": "adafactor", "optim.lr": 0.01, "mesh.fsdp": 2, "data.n_test": 2})
     c.eval.gallery = False
     whole = run.run(c, tmp_path / "whole", lambda *_: None)
     c.steps = 3

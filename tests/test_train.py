@@ -398,23 +398,12 @@ def test_a_stopped_loop_goes_on_bit_for_bit(tmp_path):
     """Six steps equal three, a stop, and three more: weights, optimizer, order of batches, dropout, lines of the log."""
     whole, _ = toy.train(tmp_path / "whole", toy.rarely(6))
     with pytest.raises(signals.Stopped):
-        toy.train(tmp_path / "parts", toy.rarely(6), change=signalled_at(4))
+        toy.train(tmp_path / "parts", toy.rarely(6), change=toy.raise_at(4))
     said = []
     parts, _ = toy.train(tmp_path / "parts", toy.rarely(6), said.append)
     assert "resumed from step 3" in said
     assert tree.digest(parts) == tree.digest(whole)
     assert len({(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")}) == 1
-
-
-def signalled_at(moment):
-    """SIGTERM while step `moment` - 1 runs and the next batch is made."""
-
-    def change(step, batch):
-        if step == moment:
-            signal.raise_signal(signal.SIGTERM)
-        return batch
-
-    return change
 
 
 def test_training_stops_when_validation_does(tmp_path):

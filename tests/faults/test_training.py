@@ -219,26 +219,14 @@ def test_the_clock(tmp_path, monkeypatch, seconds, per_save, steps):
     assert saved == list(steps)
 
 
-def raise_at(moment, number=signal.SIGTERM, times=1):
-    """A change of batches that raises a signal when batch `moment` is made."""
-
-    def change(step, batch):
-        if step == moment:
-            for _ in range(times):
-                signal.raise_signal(number)
-        return batch
-
-    return change
-
-
 @pytest.mark.parametrize("moment", ["warm-up", "tracing", "step", "save", "first validation", "validation"])
 def test_sigterm(tmp_path, whole, fault, monkeypatch, moment):
     """SIGTERM."""
     c, options, steps_done = toy.rarely(), {}, 0
     if moment == "warm-up":
-        options["change"] = raise_at(1)
+        options["change"] = toy.raise_at(1)
     elif moment == "step":
-        options["change"], steps_done = raise_at(6), 5
+        options["change"], steps_done = toy.raise_at(6), 5
     elif moment == "tracing":
 
         def step_fn(*args, **kwargs):
@@ -284,7 +272,7 @@ def test_fewer_devices(tmp_path, whole, fault, monkeypatch):
     for devices, stops_at in ((8, 5), (4, 9), (1, None)):
         monkeypatch.setattr(sharding, "mesh", lambda shape, n=devices: mesh(shape, jax.devices()[:n]))
         c, said = toy.rarely(), []
-        change = raise_at(stops_at + 1) if stops_at else toy.unchanged
+        change = toy.raise_at(stops_at + 1) if stops_at else toy.unchanged
         with contextlib.suppress(signals.Stopped):
             after = fault.timed(toy.fit, tmp_path, c, said.append, change=change)
         if devices < 8:
@@ -299,7 +287,7 @@ def test_fewer_devices(tmp_path, whole, fault, monkeypatch):
 def test_sigint_twice(tmp_path, whole, fault):
     """Ctrl-C twice."""
     with pytest.raises(signals.Stopped) as caught:
-        toy.fit(tmp_path, change=raise_at(7, signal.SIGINT, times=2))
+        toy.fit(tmp_path, change=toy.raise_at(7, signal.SIGINT, times=2))
     assert signals.exit_code(caught.value) == signals.INTERRUPTED
     step, _ = same_end(tmp_path, whole, fault)
     assert step == 5  # at once: the step that runs is not waited for

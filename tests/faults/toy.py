@@ -4,6 +4,7 @@ As a program, `python toy.py WORKDIR STEPS SECONDS` trains with that time betwee
 """
 
 import functools
+import signal
 import sys
 
 import jax
@@ -44,6 +45,18 @@ def rarely(steps=12, **changes):
 
 def unchanged(step, batch):
     return batch
+
+
+def raise_at(moment, number=signal.SIGTERM, times=1):
+    """A change of batches that raises a signal when batch `moment` is made, while the step before runs."""
+
+    def change(step, batch):
+        if step == moment:
+            for _ in range(times):
+                signal.raise_signal(number)
+        return batch
+
+    return change
 
 
 def batches(start, change=unchanged):
