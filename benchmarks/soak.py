@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxpeft.runtime import host
+from jaxpeft.runtime import files, host
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -195,14 +195,14 @@ def main(argv=None) -> int:
     rows = np.array(alone.samples)
     rows = rows[(rows[:, 1] > args.steps / 10) & (rows[:, 1] < args.steps)]  # training alone, not the scoring after it
     least, most = rows.min(0).astype(int).tolist(), rows.max(0).astype(int).tolist()
-    memory, files = slope(rows[:, 1], rows[:, 3]), slope(rows[:, 1], rows[:, 4])
+    memory, opened = slope(rows[:, 1], rows[:, 3]), slope(rows[:, 1], rows[:, 4])
     found = {
         "command": shlex.join(["python", "benchmarks/soak.py", *(argv or sys.argv[1:])]),
         "machine": host.machine(), "versions": host.versions(), "seconds": seconds,
         "steps": args.steps, "checkpoint_seconds": args.seconds, "starts": killed.starts, "kills": killed.starts - 1,
         "steps done again after a kill": killed.repeated(), **same(alone.workdir, killed.workdir),
         "memory: bytes per step, standard error": memory, "MB at the end": float(rows[-1, 3] / 1e6),
-        "open files per step, standard error": files, "open files, least and most": [least[4], most[4]],
+        "open files per step, standard error": opened, "open files, least and most": [least[4], most[4]],
         "threads, least and most": [least[5], most[5]],
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
