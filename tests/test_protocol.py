@@ -220,7 +220,7 @@ def test_tables_stand_in_for_images_and_give_the_same_numbers():
     n_rows = {"image": 3, "example": len(examples)}
     tuned = variables("lora")
     found = frozen_cache.programs(MODEL, tuned)
-    cache = frozen_cache.FrozenCache(MODEL, tuned, MODEL.stages, found, None, 10**9, print)
+    cache = frozen_cache.FrozenCache(MODEL, tuned, MODEL.stages, found, {}, 10**9)
     filled = cache.fill(SPLIT, examples)
     assert filled.images is None and filled.tables["image_tokens"].shape == (3, 4, 16) and n_rows["image"] == 3
     with_images = evaluate.nlls(MODEL, tuned, task, examples, batch_size=4)

@@ -284,7 +284,7 @@ def examples_of(model, split):
 def cache_of(model, variables, directory=None, limit=1 << 30, log=quiet):
     """A cache of every stage."""
     found = frozen_cache.programs(model, variables)
-    return frozen_cache.FrozenCache(model, variables, model.stages, found, directory, limit, log)
+    return frozen_cache.FrozenCache(model, variables, model.stages, found, {}, limit, directory, log)
 
 
 def test_what_stages_read_is_left_out_of_batches(asked):

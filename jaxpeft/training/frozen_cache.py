@@ -39,10 +39,14 @@ class Program:
     digest: str
 
 
-def programs(model: VisionLanguageModel, variables: Tree) -> dict[str, Program]:
-    """Stage name -> its program, from shapes alone."""
+def programs(model: VisionLanguageModel, variables: Tree, examples: Examples | None = None) -> dict[str, Program]:
+    """Stage name -> its program, from shapes alone; those of `examples` (prompts, for one) where they are given."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     batch = dict(jax.eval_shape(model.example))
+    given = examples.arrays if examples is not None else {}
+    batch |= {
+        name: jax.ShapeDtypeStruct((1, *given[name].shape[1:]), given[name].dtype) for name in batch if name in given
+    }
     names, key, found = list(tree.flatten(shapes)), jax.eval_shape(lambda: jax.random.key(0)), {}
     for stage in model.stages:
 
@@ -77,9 +81,10 @@ class FrozenCache:
     variables: Tree
     stages: tuple[Stage, ...]
     programs: dict[str, Program]
-    directory: Path | None  # where runs share tables; None: in memory
+    why: dict[str, str]  # stage name -> why it is computed every step; '' where it is computed once
     limit: int  # most bytes in the directory: the files that were not used for longest are deleted first
-    log: Callable[[str], object]
+    directory: Path | None = None  # where runs share tables; None: in memory
+    log: Callable[[str], object] = print
     tables: dict[tuple[str, str], np.ndarray] = dataclasses.field(default_factory=dict)  # of (split, stage), per image
 
     def fill(self, split: Split, examples: Examples, per: tuple[str, ...] = ("image", "example")) -> Examples:
@@ -156,16 +161,13 @@ def _without(examples: Examples, names: set[str]) -> Examples:
 
 
 def planned(
-    config: Config, model: VisionLanguageModel, variables: Tree, mask: Mask, n_rows: dict[str, int], *,
-    directory: Path | None = None, log: Callable[[str], object] = lambda _: None,
-) -> FrozenCache:  # fmt: skip
-    """The cache of a run; says what it computes once and, for the rest, why not. `n_rows`: see `cacheable`."""
-    found, limit = programs(model, variables), config.data.feature_bytes
+    config: Config, model: VisionLanguageModel, variables: Tree, mask: Mask, examples: Examples, n_images: int
+) -> FrozenCache:
+    """The cache of a run, in memory. `examples` are those of training, `n_images` all that are looked at."""
+    found, limit = programs(model, variables, examples), config.data.feature_bytes
+    n_rows = {"image": n_images, "example": len(examples)}
     why = cacheable(model, found, mask, config.data.augment, n_rows, limit)
-    for name, reason in why.items():
-        log(f"{name}: computed {f'every step: {reason}' if reason else 'once: no trained leaf decides it'}")
-    stages = tuple(stage for stage in model.stages if not why[stage.name])
-    return FrozenCache(model, variables, stages, found, directory, limit, log)
+    return FrozenCache(model, variables, tuple(one for one in model.stages if not why[one.name]), found, why, limit)
 
 
 def cacheable(

@@ -88,8 +88,10 @@ def prepare(config: Config, setup: Setup, directory: Path | None, log: Log) -> I
     images = {name: Resized.of(split.images, model) for name, split in looked_at.items()}
     template = setup.task.template(model)
     texts = setup.task.examples(setup.splits["train"], template)
-    n_rows = {"image": sum(map(len, images.values())), "example": len(texts)}
-    where = {"directory": directory, "log": log}
-    cache = frozen_cache.planned(config, model, setup.variables, setup.mask, n_rows, **where)
+    n_images = sum(map(len, images.values()))
+    cache = frozen_cache.planned(config, model, setup.variables, setup.mask, texts, n_images)
+    for name, why in cache.why.items():
+        log(f"{name}: computed {f'every step: {why}' if why else 'once: no trained leaf decides it'}")
+    cache = dataclasses.replace(cache, directory=directory, log=log)
     subset = (whole, chosen) if directory else (None, None)
     return Inputs(setup.task, template, setup.splits, images, cache, *subset, {("texts", "train"): texts})

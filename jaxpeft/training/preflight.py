@@ -123,7 +123,7 @@ def step_in_shapes(c: Config, model: VisionLanguageModel, batch_size: int | None
     dtype = c.model.get("frozen_dtype", "float32")
     variables = jax.eval_shape(functools.partial(setup.narrowed, mask=mask, dtype=dtype), variables)
     n_rows = {"image": n_all, "example": len(examples)}
-    cache = frozen_cache.planned(c, model, variables, mask, n_rows)
+    cache = frozen_cache.planned(c, model, variables, mask, examples, n_all)
     tables = ((stage, cache.programs[stage.name].row) for stage in cache.stages)
     n_bytes = sum(n_rows[stage.per] * row.size * row.dtype.itemsize for stage, row in tables)
     assert model.processor is not None  # `task.template` asked it

@@ -17,7 +17,7 @@ from tiny import config_of
 from configs.studies import tiny as tiny_study
 from jaxpeft.runtime import files, locks, signals
 from jaxpeft.study import execute, grid, processes, state
-from jaxpeft.training import evaluate, finished, frozen_cache, loop, run
+from jaxpeft.training import evaluate, finished, frozen_cache, loop, run, setup
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +102,7 @@ def undisturbed(base, tmp_path_factory):
 def test_sigterm_of_a_run(base, tmp_path, fault, monkeypatch, undisturbed, moment):
     """SIGTERM of a run."""
     module, name = {
-        "loading": (run, "setup_model"),
+        "loading": (setup, "setup_model"),
         "evaluation": (evaluate, "predict"),
         "writing results": (run, "save_tuned"),
     }[moment]
