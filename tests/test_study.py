@@ -413,7 +413,7 @@ def test_a_dry_run_needs_no_weights_and_counts_every_cell(tmp_path, monkeypatch)
     assert planned[0] == planned[1]
     assert "15 runs left" in planned[0]
     config.points.vqa.base = str(tmp_path)
-    with pytest.raises(ValueError, match="model.safetensors is missing"):  # before a run of it begins
+    with pytest.raises(ValueError, match="no weights; expected one of model.safetensors"):  # before a run of it begins
         execute.run(config, tmp_path / "none", log=quiet)
     assert all(str(cell) in planned[0] for cell in grid.cells(config))
     assert not (tmp_path / "none").exists()

@@ -299,19 +299,19 @@ def test_changed_data(base, tmp_path, fault):
             run.run(c, tmp_path, quiet)
     finally:
         run.fit = fit
-    load = run.data.load
+    load = setup.data.load
 
     def other(*args):
         splits = load(*args)
         splits["train"].rows[0]["captions"][0] += " indeed"
         return splits
 
-    run.data.load = other
+    setup.data.load = other
     try:
         with pytest.raises(ValueError, match="checkpoint 6 belongs to another run .data/train: stored .*, now "):
             fault.timed(run.run, changed, tmp_path, quiet)
     finally:
-        run.data.load = load
+        setup.data.load = load
     fault.tried("refused: 'data/train: stored ..., now ...'; the test split, unchanged, is not named")
 
 
