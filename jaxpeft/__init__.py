@@ -41,7 +41,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     """Modules of version 0.1 are an ImportError that names today's."""
     if name in _renamed.MODULES:
         raise ImportError(f"jaxpeft.{name} is now jaxpeft.{_renamed.MODULES[name]}")

@@ -15,6 +15,7 @@ import pathlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
@@ -56,7 +57,7 @@ class Tokenizer:
     ids: dict[str, int] = dataclasses.field(init=False, repr=False)
     library: tokenizers.Tokenizer = dataclasses.field(init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ids = {token: i for i, token in enumerate(self.vocabulary)}
         if len(ids) < len(self.vocabulary):
             twice = next(token for i, token in enumerate(self.vocabulary) if ids[token] != i)
@@ -87,13 +88,13 @@ class Tokenizer:
             built.encode_special_tokens = True  # in a user's text they are text
         return built
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self.digest() == other.digest()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self.digest())
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.vocabulary, self.added, self.strip_accents, self.split_chinese)
 
     @classmethod
@@ -102,7 +103,7 @@ class Tokenizer:
         return cls(SPECIAL + tuple(sorted({_whole(word) for word in words})))
 
     @classmethod
-    def from_file(cls, path) -> "Tokenizer":
+    def from_file(cls, path: str | pathlib.Path) -> "Tokenizer":
         """A `vocab.txt` (one token a line), or a Hugging Face directory with `vocab.txt` or a WordPiece `tokenizer.json`.
 
         Words that were added later are read from tokenizer.json, added_tokens.json and tokenizer_config.json. [DEC], then
@@ -130,7 +131,7 @@ class Tokenizer:
         """Whether words are spelled from pieces, as WordPiece's are; else a word that is not in the vocabulary is [UNK]."""
         return any(word.startswith("##") for word in self.vocabulary)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.vocabulary)
 
     @functools.cached_property

@@ -19,14 +19,23 @@ import numpy as np
 from jaxpeft.adapt import sites
 from jaxpeft.inputs import tokenizer
 from jaxpeft.models import blip_convert, loading
+from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import files
+from jaxpeft.tasks import Task
 from jaxpeft.tree import Tree
 
 FILES = ("model.safetensors", "config.json", "generation_config.json", *tokenizer.FILES, "tokenizer_config.json",
          "preprocessor_config.json", "README.md")  # fmt: skip
 
 
-def export_blip(model, variables: Tree, directory, card: str = "", task=None, beams: int = 1) -> Path:
+def export_blip(
+    model: VisionLanguageModel,
+    variables: Tree,
+    directory: str | Path,
+    card: str = "",
+    task: Task | None = None,
+    beams: int = 1,
+) -> Path:
     """Write weights, configuration, tokenizer and processor files; `card` is the text of README.md.
 
     With the `task` that was tuned, transformers' `generate` writes texts as long as ours, and from the same prompt (see
@@ -73,7 +82,7 @@ def export_blip(model, variables: Tree, directory, card: str = "", task=None, be
     return directory
 
 
-def generation(model, task, beams: int = 1) -> tuple[dict, dict]:
+def generation(model: VisionLanguageModel, task: Task, beams: int = 1) -> tuple[dict, dict]:
     """(settings for generation_config.json, settings for the text_config of config.json) that make transformers write as
     `jaxpeft.generate` does.
 
@@ -85,7 +94,7 @@ def generation(model, task, beams: int = 1) -> tuple[dict, dict]:
     search = task.search(model)
     prompt, length = list(search.start), search.length
 
-    def lengths(n_given):
+    def lengths(n_given: int) -> dict[str, int]:
         return {"max_new_tokens": length - n_given, "min_new_tokens": max(0, task.min_length - n_given)}
 
     biases = [[prompt[: i + 1], 100.0] for i in range(1, len(prompt))]

@@ -14,11 +14,12 @@ from jaxpeft.adapt import sites
 from jaxpeft.interchange.places import CONFIG, HEAD, HEAD_KEYS, PREFIX, VOCABULARY, WEIGHTS, places, vocabulary_matrix
 from jaxpeft.interchange.tuned import check_base, read, sha
 from jaxpeft.methods import IA3, OFT, DoRA, Head, LayerNorms, LoRA, Method, Prefix, Prompt, Scoped, VeRA
+from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import files
 from jaxpeft.tree import Tree
 
 
-def import_peft(model, params: Tree, directory) -> tuple[Tree, tuple[Method, ...]]:
+def import_peft(model: VisionLanguageModel, params: Tree, directory: str | Path) -> tuple[Tree, tuple[Method, ...]]:
     """(variables, methods) of a PEFT directory for transformers' BLIP, on our params of the same base.
 
     Reads LORA (with rslora, dora, rank and alpha patterns, modules_to_save cls), IA3, LN_TUNING, VERA, OFT (exact Cayley

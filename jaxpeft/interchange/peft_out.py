@@ -38,13 +38,15 @@ from jaxpeft.methods import (
     VeRA,
 )
 from jaxpeft.models import loading
+from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import files
+from jaxpeft.tasks import Task
 from jaxpeft.tree import Tree
 
 
 def export_peft(
-    model, variables: Tree, directory, *, base: str = "", revision: str = "", with_base: bool = False,
-    card: str = "", task=None, beams: int = 1,
+    model: VisionLanguageModel, variables: Tree, directory: str | Path, *, base: str = "", revision: str = "",
+    with_base: bool = False, card: str = "", task: Task | None = None, beams: int = 1,
 ) -> Path:  # fmt: skip
     """Write a directory that peft.PeftModel.from_pretrained loads on transformers' BLIP (see the head of this file).
 

@@ -1,6 +1,7 @@
 """Where our modules are in transformers' BLIP, read from the converter's table, and the names of PEFT's files."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class Place:
         return [self.module] if self.layers is None else [self.module.format(i) for i in range(self.layers)]
 
 
-def places(config) -> dict[str, Place]:
+def places(config: Any) -> dict[str, Place]:
     """Our module path -> Place, for every module with a weight, and the head's vocabulary, tied or not."""
     found = {}
     for rule in blip_convert.table(config):
@@ -45,7 +46,7 @@ def places(config) -> dict[str, Place]:
     return found | {VOCABULARY: Place(f"{HEAD}decoder", 0, 1, None)}
 
 
-def vocabulary_matrix(flat) -> np.ndarray:
+def vocabulary_matrix(flat: dict[str, Any]) -> np.ndarray:
     """The head's vocabulary matrix (V, D) in flat params: its own, or the word embedding that it is tied to."""
     own = flat.get(f"{VOCABULARY}/kernel")
     return np.asarray(flat["text_decoder/embed/word"] if own is None else own.T)
