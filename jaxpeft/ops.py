@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec
 ROWS = ("data", "fsdp")  # the mesh axes that a batch is split over
 
 
-def by_rows(x):
+def by_rows(x: jax.Array) -> jax.Array:
     """`x` (B, ...) split over devices by its rows and nothing else, where a mesh is set (`jax.set_mesh`).
 
     Said at every point of the residual stream: left to itself XLA's partitioner may split it as the weights are, which
@@ -22,7 +22,7 @@ def by_rows(x):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *[None] * (x.ndim - 1)))
 
 
-def matmul(x, w, bias=None):
+def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """x (..., in) @ w (in, out) + bias (out,), with the leading axes flattened.
 
     The gradient with respect to `w` of the unflattened product contracts over several axes, which XLA does 2.3 times
@@ -34,12 +34,12 @@ def matmul(x, w, bias=None):
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
-def per_feature(v, like):
+def per_feature(v: jax.Array, like: jax.Array) -> jax.Array:
     """A vector (out,) shaped to act on the last axis of `like` (..., out) without implicit rank promotion."""
     return v.reshape((1,) * (like.ndim - 1) + v.shape)
 
 
-def token_nll(logits_BTV, targets_BT, smoothing: float = 0.0):
+def token_nll(logits_BTV: jax.Array, targets_BT: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Negative log-likelihood per token, in nats; with label smoothing e: (1 - e) nll + e mean_v(-log p_v)."""
     log_probs_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
     nll_BT = -jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
@@ -48,6 +48,8 @@ def token_nll(logits_BTV, targets_BT, smoothing: float = 0.0):
     return nll_BT
 
 
-def token_loss(logits_BTV, targets_BT, weights_BT, smoothing: float = 0.0):
+def token_loss(
+    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, smoothing: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
     """(weighted sum of token losses, sum of weights). A token of weight 0 is not scored."""
     return jnp.sum(token_nll(logits_BTV, targets_BT, smoothing) * weights_BT), jnp.sum(weights_BT)

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,14 +20,14 @@ Tree = Any  # a pytree of arrays
 Mask = Any  # a pytree of bools of the same structure
 
 
-def _key_name(key) -> str:
+def _key_name(key: Any) -> str:
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
 
 
-def path_name(path) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
     """A key path of `jax.tree_util` as 'params/vision/patch/kernel'."""
     return "/".join(_key_name(key) for key in path)
 
@@ -67,7 +68,7 @@ def matches(tree: Tree, where: str) -> Mask:
     return jax.tree.map(lambda name: re.search(where, name) is not None, names(tree))
 
 
-def nearest(where: str, candidates, n: int = 3) -> list[str]:
+def nearest(where: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     """The names closest to a pattern that matched nothing, for an error message."""
     plain = re.sub(r"[\\^$()?*+|\[\]]", "", where)
     score = {name: difflib.SequenceMatcher(None, plain, name).ratio() for name in candidates}
@@ -84,7 +85,7 @@ def split(tree: Tree, mask: Mask) -> tuple[Tree, Tree]:
 def join(tuned: Tree, frozen: Tree) -> Tree:
     """The inverse of `split`; raises ValueError where both halves or neither hold a leaf."""
 
-    def pick(path, a, b):
+    def pick(path: tuple[Any, ...], a: Any, b: Any) -> Any:
         if (a is None) == (b is None):
             raise ValueError(f"cannot join at {path_name(path)}: {'neither' if a is None else 'both'} half holds it")
         return b if a is None else a
@@ -97,7 +98,7 @@ def count(tree: Tree) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def fetch(x) -> np.ndarray:
+def fetch(x: jax.Array | np.ndarray | np.generic | float) -> np.ndarray:
     """The whole value of a leaf in this host's memory; where hosts hold parts of it, all of them must call."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return multihost_utils.process_allgather(x, tiled=True)
@@ -112,7 +113,7 @@ def layout(leaves: dict[str, Any]) -> list[list]:
 def pack(leaves: list) -> jax.Array:
     """Leaves one after the other as 32-bit words, bit for bit: one array is copied and written sooner than hundreds."""
 
-    def words(x):
+    def words(x: jax.Array) -> jax.Array:
         x = x.astype(np.uint8) if x.dtype == bool else x
         if x.dtype.itemsize > 4:
             raise ValueError(f"a leaf of {x.dtype} does not fit into 32-bit words")
@@ -148,6 +149,6 @@ def digest(tree: Tree) -> str:
     return sha.hexdigest()[:16]
 
 
-def _some(rows, most: int = 10) -> str:
+def _some(rows: list[str], most: int = 10) -> str:
     more = f", ... (+{len(rows) - most} more)" if len(rows) > most else ""
     return ", ".join(rows[:most]) + more

@@ -5,7 +5,8 @@ config.data: `name`, and every key that the function reads.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxpeft.data.base import Examples, Split
 from jaxpeft.runtime.registry import Registry
@@ -13,12 +14,12 @@ from jaxpeft.runtime.registry import Registry
 __all__ = ["DATASETS", "Examples", "Split", "load"]
 
 
-def load(config, splits: Sequence[str]) -> dict[str, Split]:
+def load(config: Any, splits: Sequence[str]) -> dict[str, Split]:
     """The named splits of `config.name`. Raises ValueError for an unknown data set, before anything is read."""
     return DATASETS.find(config.name)(config, splits)
 
 
-def _in(module: str):
+def _in(module: str) -> Callable[..., dict[str, Split]]:
     """`load` of a module of this package, imported when it is called: TFDS and Pillow's codecs take seconds."""
     return lambda config, splits: importlib.import_module(f"jaxpeft.data.{module}").load(config, splits)
 

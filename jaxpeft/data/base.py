@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -22,19 +22,19 @@ class Split:
     report: dict = dataclasses.field(default_factory=dict)
     source: str = ""
 
-    def take(self, indices) -> "Split":
+    def take(self, indices: Iterable[int]) -> "Split":
         """The pictures at `indices`, in that order."""
         return dataclasses.replace(self, images=_Subset(self.images, indices), rows=[self.rows[i] for i in indices])
 
 
 class _Subset(Sequence):
-    def __init__(self, images, indices):
+    def __init__(self, images: Sequence, indices: Iterable[int]) -> None:
         self._images, self._indices = images, list(indices)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> np.ndarray:
         return self._images[self._indices[i]]
 
 
@@ -58,7 +58,7 @@ class Examples:
     rows: list[dict]
     tables: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.arrays["image_index"])
 
 

@@ -7,7 +7,7 @@ resuming needs no saved reader state: reading starts at the step.
 
 import collections
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -16,6 +16,7 @@ import numpy as np
 from jaxpeft.data.base import Examples, Split
 from jaxpeft.data.randaugment import randaugment
 from jaxpeft.inputs import images
+from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import host
 
 AUGMENTS = ("none", "crop", "crop_flip", "blip")  # blip: crop_flip, then RandAugment
@@ -41,21 +42,21 @@ def subset(split: Split, *, seed: int, fraction: float = 1.0, n_images: int | No
 class Resized(Sequence):
     """Pictures at the model's square size; up to `cache_bytes` of them are kept in memory after first use."""
 
-    def __init__(self, source: Sequence, size: int, resample: int = images.BICUBIC, cache_bytes: int = 1 << 30):
+    def __init__(self, source: Sequence, size: int, resample: int = images.BICUBIC, cache_bytes: int = 1 << 30) -> None:
         self.source, self._size, self._resample, self._cache_bytes = source, size, resample, cache_bytes
         self._room = cache_bytes // (size * size * 3)
         self._kept: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def of(cls, source: Sequence, model) -> "Resized":
+    def of(cls, source: Sequence, model: VisionLanguageModel) -> "Resized":
         """Pictures as `model` takes them."""
         return cls(source, model.processor.image_size, model.processor.resample)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> np.ndarray:
         if i not in self._kept:
             image_YXC = images.resize(self.source[i], self._size, self._resample)
             with self._lock:
@@ -64,11 +65,11 @@ class Resized(Sequence):
                 self._kept[i] = image_YXC
         return self._kept[i]
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         """Without what is kept, and without its lock: for worker processes."""
         return Resized, (self.source, self._size, self._resample, self._cache_bytes)
 
-    def augmented(self, i, kind: str, rng) -> np.ndarray:
+    def augmented(self, i: int, kind: str, rng: np.random.Generator) -> np.ndarray:
         """A random crop of picture `i` at its native size, resized; one state of `rng` gives one result."""
         image_YXC = images.augment(self.source[i], rng, size=self._size, flip=kind != "crop", resample=self._resample)
         return randaugment(image_YXC, rng) if kind == "blip" else image_YXC
@@ -101,7 +102,7 @@ def batches(
     check_augment(augment)
     order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
 
-    def fetch(indices, rng):
+    def fetch(indices: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         seeds = rng.integers(2**63, size=batch_size) if augment != "none" else None
         mine = slice(None) if rows is None else rows
         return gather(examples, indices[mine], augment, None if seeds is None else seeds[mine])
@@ -110,7 +111,9 @@ def batches(
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)))
 
 
-def gather(examples: Examples, indices, augment: str = "none", seeds=None) -> dict[str, np.ndarray]:
+def gather(
+    examples: Examples, indices: np.ndarray, augment: str = "none", seeds: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """One batch: the rows of arrays and tables at `indices` and, unless tables stand in for them, the images.
 
     `seeds`: one per image, for augmenting it.
@@ -141,7 +144,7 @@ def one_pass(
         yield gather(examples, np.pad(indices, (0, batch_size - n_real), mode="edge")[rows]), n_real
 
 
-def most_common(items) -> Any:
+def most_common(items: Iterable[Any]) -> Any:
     """The most frequent item; ties go to the smallest, so that baselines do not depend on order."""
     counts = collections.Counter(items)
     return min(counts, key=lambda item: (-counts[item], item))

@@ -6,6 +6,7 @@ Plain functions of uint8 image_YXC and a number, thread-safe; the random state i
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
@@ -17,7 +18,7 @@ CHANCE = 0.5  # that a drawn operation is applied
 TRANSLATE, SHEAR, DEGREES = 10, 0.3, 30  # pixels, pixels per row, degrees: at magnitude 10
 
 
-def randaugment(image_YXC, rng, n: int = 2, magnitude: float = 5):
+def randaugment(image_YXC: np.ndarray, rng: np.random.Generator, n: int = 2, magnitude: float = 5) -> np.ndarray:
     """uint8 image_YXC -> the same shape. mPLUG has magnitude 7."""
     for name in rng.choice(OPERATIONS, n):
         if rng.random() < CHANCE:
@@ -25,7 +26,7 @@ def randaugment(image_YXC, rng, n: int = 2, magnitude: float = 5):
     return image_YXC
 
 
-def apply(name: str, image_YXC, magnitude: float, rng):
+def apply(name: str, image_YXC: np.ndarray, magnitude: float, rng: np.random.Generator) -> np.ndarray:
     """One operation; geometric ones go either way with probability 1/2."""
     level = magnitude / 10
     if name == "identity":
@@ -48,13 +49,13 @@ def apply(name: str, image_YXC, magnitude: float, rng):
     return rotate(image_YXC, sign * DEGREES * level)
 
 
-def brightness(image_YXC, factor: float):
+def brightness(image_YXC: np.ndarray, factor: float) -> np.ndarray:
     """Every value times `factor`, cut to 0..255."""
     table = (np.arange(256) * factor).clip(0, 255).astype(np.uint8)
     return table[image_YXC] if factor != 1 else image_YXC
 
 
-def sharpness(image_YXC, factor: float):
+def sharpness(image_YXC: np.ndarray, factor: float) -> np.ndarray:
     """Away from (factor > 1) or towards the 3x3 smoothed picture; the outermost pixels stay."""
     if factor == 1 or min(image_YXC.shape[:2]) < 3:
         return image_YXC
@@ -62,14 +63,14 @@ def sharpness(image_YXC, factor: float):
     return np.clip(smooth + factor * (image_YXC - smooth), 0, 255).astype(np.uint8)
 
 
-def rotate(image_YXC, degrees: float):
+def rotate(image_YXC: np.ndarray, degrees: float) -> np.ndarray:
     """Counter-clockwise about the middle."""
     a, b = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     y, x = image_YXC.shape[0] / 2, image_YXC.shape[1] / 2
     return affine(image_YXC, [[a, b, (1 - a) * x - b * y], [-b, a, b * x + (1 - a) * y]])
 
 
-def affine(image_YXC, forward_23):
+def affine(image_YXC: np.ndarray, forward_23: Sequence[Sequence[float]]) -> np.ndarray:
     """The pixel at (x, y) goes to forward_23 @ (x, y, 1); bilinear, blended with FILL at the border (OpenCV's warpAffine)."""
     (a, b, c), (d, e, f) = forward_23
     det = a * e - b * d
@@ -87,5 +88,5 @@ def affine(image_YXC, forward_23):
     return np.array(image)
 
 
-def _pillow(function, image_YXC):
+def _pillow(function: Callable[[Image.Image], Image.Image], image_YXC: np.ndarray) -> np.ndarray:
     return np.array(function(Image.fromarray(image_YXC)))

@@ -8,12 +8,16 @@ import functools
 import io
 import math
 import mimetypes
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from jaxpeft.runtime import files
+
+Source = bytes | bytearray | memoryview | str | Path
 
 MEAN_C = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # the CLIP constants, which BLIP keeps
 STD_C = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -33,7 +37,7 @@ _TURNS = {
 }  # fmt: skip
 
 
-def decode(source, name=None):
+def decode(source: Source, name: str | None = None) -> np.ndarray:
     """Bytes or a path -> uint8 RGB image_YXC of the native size, turned upright by its EXIF orientation.
 
     Reads what Pillow reads (JPEG, PNG, WebP, GIF, BMP, TIFF, ...; of an animation the first frame).  Transparency is
@@ -45,7 +49,7 @@ def decode(source, name=None):
     return decode_and_remark(source, name)[0]
 
 
-def decode_and_remark(source, name=None):
+def decode_and_remark(source: Source, name: str | None = None) -> tuple[np.ndarray, str | None]:
     """What `decode` returns, and a remark on the picture or None: where 16-bit values are so low that it turns dark."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         data, name = bytes(source), name or f"{len(source)} bytes"
@@ -67,7 +71,7 @@ def decode_and_remark(source, name=None):
 
 
 @functools.cache
-def _formats():
+def _formats() -> tuple[str, ...]:
     """Those of FORMATS that this Pillow was built with."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
@@ -112,12 +116,12 @@ def why_unread(name: str) -> str:
     return _why(_kind_by_name(name))
 
 
-def _kind_by_name(name):
+def _kind_by_name(name: str) -> str:
     end = Path(name).suffix.lower()
     return _NAMES.get(end, end[1:].upper())
 
 
-def _kind_by_content(data):
+def _kind_by_content(data: bytes) -> str | None:
     """The kind of a picture that is not read, whatever its name says: phones' HEIC is often called .jpg."""
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
         return _HEIF
@@ -130,19 +134,19 @@ def _kind_by_content(data):
     return "SVG" if drawn else None
 
 
-def _why(kind):
+def _why(kind: str) -> str:
     phone = " (a phone can be set to save 'Most Compatible' JPEGs)" if kind == _HEIF else ""
     return f"{kind} pictures are not read; convert them to JPEG or PNG first{phone}"
 
 
-def _check_area(image):
+def _check_area(image: Image.Image) -> None:
     # Pillow itself only warns up to twice the limit, and turning a warning into an error is not thread-safe.
     limit = Image.MAX_IMAGE_PIXELS
     if limit and image.width * image.height > limit:
         raise ValueError(f"{image.width}x{image.height} pixels, more than the limit of {limit}")
 
 
-def _upright(image):
+def _upright(image: Image.Image) -> Image.Image:
     """Not ImageOps.exif_transpose: that one writes the tags back, which fails on tags that cameras do write."""
     try:
         turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
@@ -151,7 +155,7 @@ def _upright(image):
     return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image):
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow's own conversion clips at 255 instead of scaling
         grey_YX = np.asarray(image).astype(np.int64)
         if grey_YX.min() < 0 or grey_YX.max() > 65535:
@@ -166,12 +170,12 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
-def _is_16_bit(image):
+def _is_16_bit(image: Image.Image) -> bool:
     """Whether an image that is not loaded yet has 16 bits a value; of colours Pillow keeps the upper 8 only."""
     return image.mode.startswith("I") or any(";16" in str(tile) for tile in image.tile)
 
 
-def _too_dark(image):
+def _too_dark(image: Image.Image) -> str | None:
     """A remark where the values of a 16-bit image use under an eighth of their range, as those of 12-bit sensors do."""
     value_YX = np.asarray(image)
     colour = value_YX[..., : len(image.getbands()) - image.mode.endswith("A")] if value_YX.ndim == 3 else value_YX
@@ -179,18 +183,18 @@ def _too_dark(image):
     return f"values up to {most} of 65535" if most < 65536 // 8 else None
 
 
-def resize(image_YXC, size, resample=BICUBIC):
+def resize(image_YXC: np.ndarray, size: int, resample: int = BICUBIC) -> np.ndarray:
     """uint8 image_YXC -> uint8 (size, size, 3), antialiased by Pillow's filter `resample`; aspect ratio not kept."""
     _check_pixels(image_YXC)
     return np.array(Image.fromarray(image_YXC).resize((size, size), Image.Resampling(resample)))
 
 
-def normalise(image_YXC):
+def normalise(image_YXC: np.ndarray) -> np.ndarray:
     """uint8 (..., 3) -> float32 (..., 3): /255, then CLIP's mean and standard deviation per channel."""
     return (np.asarray(image_YXC).astype(np.float32) / 255 - MEAN_C) / STD_C
 
 
-def per_channel(name, values) -> tuple[float, float, float]:
+def per_channel(name: str, values: Iterable[float]) -> tuple[float, float, float]:
     """A mean or standard deviation of pixels in [0, 1] as three floats. Raises ValueError for anything else."""
     try:
         one = tuple(float(np.float32(value)) for value in values)  # as they are used
@@ -203,7 +207,7 @@ def per_channel(name, values) -> tuple[float, float, float]:
     return one
 
 
-def processor_settings(directory) -> dict:
+def processor_settings(directory: str | Path) -> dict:
     """What the image processor files of a Hugging Face directory say, as {'image_size', 'image_mean', 'image_std',
     'image_resample'}; {} where there are none.
 
@@ -235,7 +239,7 @@ _HARMLESS = {"image_processor_type", "feature_extractor_type", "processor_class"
              "size_divisor"}  # fmt: skip
 
 
-def _processor(path, raw):
+def _processor(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     # do_pad, which published BLIPs have on, does nothing to pictures of one size
     for key, neutral in {"do_resize": True, "do_center_crop": False, "pad_size": None, "do_convert_rgb": True}.items():
         if raw.get(key, neutral) not in (neutral, None):
@@ -265,7 +269,14 @@ def _processor(path, raw):
     return said | {"image_mean": mean_C, "image_std": std_C, "image_resample": resample}
 
 
-def augment(image_YXC, rng, scale=(0.5, 1.0), size=None, flip=True, resample=BICUBIC):
+def augment(
+    image_YXC: np.ndarray,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.5, 1.0),
+    size: int | None = None,
+    flip: bool = True,
+    resample: int = BICUBIC,
+) -> np.ndarray:
     """A random crop of `scale` of the area with ratio 3/4..4/3; with `flip`, mirrored half of the time; uint8.
 
     With `size` the crop is resized as `resize` does (BLIP's training transform without RandAugment); without, it keeps
@@ -280,7 +291,9 @@ def augment(image_YXC, rng, scale=(0.5, 1.0), size=None, flip=True, resample=BIC
     return crop_YXC if size is None else resize(crop_YXC, size, resample)
 
 
-def _crop_box(rows, columns, rng, scale):
+def _crop_box(
+    rows: int, columns: int, rng: np.random.Generator, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
     """Inception-style box: ten draws of (area, log ratio), then the largest central box whose ratio is allowed."""
     low, high = 3 / 4, 4 / 3
     for _ in range(10):
@@ -293,7 +306,7 @@ def _crop_box(rows, columns, rng, scale):
     return (rows - height) // 2, (columns - width) // 2, height, width
 
 
-def resize_positions(position_PD, new_grid):
+def resize_positions(position_PD: np.ndarray, new_grid: int) -> np.ndarray:
     """Position embeddings (1 + g*g, D) -> (1 + new_grid**2, D) for another image size, same dtype (numpy).
 
     Row 0 (CLS) is kept.  The grid is interpolated as torch's `interpolate(mode='bicubic', align_corners=False)` does:
@@ -312,7 +325,7 @@ def resize_positions(position_PD, new_grid):
     return np.concatenate([cls_1D, new_YXD.reshape(new_grid**2, -1).astype(position_PD.dtype)])
 
 
-def _cubic_weights(old, new, a=-0.75):
+def _cubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
     """(new, old) matrix of one-dimensional bicubic interpolation; a row's weights sum to one."""
     centre_N = (np.arange(new) + 0.5) * old / new - 0.5
     first_N = np.floor(centre_N).astype(int)
@@ -325,6 +338,6 @@ def _cubic_weights(old, new, a=-0.75):
     return weight_NO
 
 
-def _check_pixels(image_YXC):
+def _check_pixels(image_YXC: np.ndarray) -> None:
     if image_YXC.dtype != np.uint8 or image_YXC.ndim != 3 or image_YXC.shape[-1] != 3 or not image_YXC.size:
         raise ValueError(f"expected uint8 pixels (rows, columns, 3), got {image_YXC.dtype} {image_YXC.shape}: decode")

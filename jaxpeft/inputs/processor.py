@@ -4,7 +4,8 @@ All of it runs on the host. A processor is no part of what is compiled: two mode
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from jaxpeft.inputs import images
 from jaxpeft.inputs.tokenizer import Tokenizer
@@ -41,11 +42,13 @@ class Template:
         ids = [*self.start, *self.tokenizer.pieces(self.clean_text(text)), self.stop[0]]
         return (ids[:limit], len(ids) - limit) if 0 < limit < len(ids) else (ids, 0)
 
-    def text(self, ids) -> str:
+    def text(self, ids: Iterable[int]) -> str:
         """What written ids, without `start`, say: up to the first end or padding."""
         return self.tokenizer.decode(ids)
 
-    def _framed(self, before, pieces, after, limit) -> tuple[list[int], int]:
+    def _framed(
+        self, before: Sequence[int], pieces: Sequence[int], after: Sequence[int], limit: int
+    ) -> tuple[list[int], int]:
         room = max(0, limit - len(before) - len(after)) if limit else len(pieces)
         return [*before, *pieces[:room], *after], max(0, len(pieces) - room)
 
@@ -60,7 +63,7 @@ class Processor:
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel of pixels in [0, 1]
     templates: dict[str, Callable[..., Template]] = dataclasses.field(default_factory=dict)
 
-    def template(self, task: str, **options) -> Template:
+    def template(self, task: str, **options: Any) -> Template:
         """The template of a task. Raises ValueError where the model has no tokenizer, or no way to do the task."""
         if self.tokenizer is None:
             raise ValueError(

@@ -94,7 +94,7 @@ class Tokenizer:
     def __eq__(self, other):
         return type(other) is type(self) and self.digest() == other.digest()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self.digest())
 
     def __reduce__(self):
@@ -134,7 +134,7 @@ class Tokenizer:
         """Whether words are spelled from pieces, as WordPiece's are; else a word that is not in the vocabulary is [UNK]."""
         return any(word.startswith("##") for word in self.vocabulary)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.vocabulary)
 
     @functools.cached_property

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 from jaxpeft import tree
 from jaxpeft.adapt import sites
 from jaxpeft.methods import Gated, Method, Scoped
+from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import files, host, renamed
 from jaxpeft.runtime.registry import Unknown
 from jaxpeft.tree import Tree
@@ -62,12 +64,12 @@ def frozen_digest(variables: Tree, methods: Iterable[Method]) -> str:
     return tree.digest({n: x for n, x in flat.items() if not any(one.trains(f"params/{n}") for one in many)})
 
 
-def sha(value) -> str:
+def sha(value: object) -> str:
     """A short digest of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def save_tuned(model, variables: Tree, directory) -> Path:
+def save_tuned(model: VisionLanguageModel, variables: Tree, directory: str | Path) -> Path:
     """Write what tuning made: own leaves (a prefix's MLP folded into its prefix) and trained base leaves, float32.
 
     Refuses to write into a directory that holds something else.
@@ -94,7 +96,7 @@ def save_tuned(model, variables: Tree, directory) -> Path:
     return write(directory, MANIFEST, manifest, TUNED, arrays, metadata)
 
 
-def load_tuned(model, params: Tree, directory) -> tuple[Tree, tuple[Method, ...]]:
+def load_tuned(model: VisionLanguageModel, params: Tree, directory: str | Path) -> tuple[Tree, tuple[Method, ...]]:
     """(variables, methods) of what `save_tuned` wrote, on the base it was tuned on; bit for bit what was saved.
 
     Raises ValueError when the base is another one, when a leaf is missing, extra, misshaped or damaged, and when the
@@ -104,7 +106,7 @@ def load_tuned(model, params: Tree, directory) -> tuple[Tree, tuple[Method, ...]
         return _load_tuned(model, params, Path(directory))
 
 
-def _load_tuned(model, params, directory):
+def _load_tuned(model, params, directory: str | Path):
     manifest, arrays, metadata = read(directory, MANIFEST, TUNED)
     said = sha([manifest.get(key) for key in ("methods", "frozen_digest", "leaves")])
     if metadata.get("jaxpeft") != said:
@@ -126,14 +128,22 @@ def _load_tuned(model, params, directory):
     return variables, many
 
 
-def check_base(variables, methods, digest, directory) -> None:
+def check_base(variables: Tree, methods: Iterable[Method], digest: str, directory: str | Path) -> None:
     """Raise ValueError when the frozen part of the base is not the one that was tuned on."""
     here = frozen_digest(variables, methods)
     if digest != here:
         raise ValueError(f"{directory} was tuned on another base: its frozen part has digest {digest}, this one {here}")
 
 
-def write(directory, config_name, config, weights_name, arrays, metadata, beside: Beside | None = None) -> Path:
+def write(
+    directory: str | Path,
+    config_name: str,
+    config: dict[str, Any],
+    weights_name: str,
+    arrays: dict[str, np.ndarray],
+    metadata: dict[str, str],
+    beside: Beside | None = None,
+) -> Path:
     """Write a JSON and a safetensors file into a new directory, or one that holds only such a pair, both or neither.
 
     `beside`: file or directory -> a function that writes it at a path, as part of the whole.
@@ -148,7 +158,9 @@ def write(directory, config_name, config, weights_name, arrays, metadata, beside
     return Path(directory)
 
 
-def read(directory: Path, config_name: str, weights_name: str):
+def read(
+    directory: Path, config_name: str, weights_name: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
     """(JSON object, arrays, metadata) of a pair of files; ValueError naming the file for what cannot be read."""
     for name in (config_name, weights_name):
         if not (directory / name).is_file():

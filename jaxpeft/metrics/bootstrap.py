@@ -7,7 +7,9 @@ import numpy as np
 REPLICATES = 1000
 
 
-def interval(effect: Callable, replicates: int = REPLICATES, level: float = 0.95, seed: int = 0):
+def interval(
+    effect: Callable, replicates: int = REPLICATES, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
     """(value, low, high) of effect(rng): value at rng=None, percentiles over replicates."""
     rng = np.random.default_rng(seed)
     drawn = np.array([effect(rng) for _ in range(replicates)])

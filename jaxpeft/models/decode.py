@@ -8,6 +8,7 @@ closed once no running beam can beat its worst finished one.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 from jaxpeft import ops
 from jaxpeft.adapt import sites
 from jaxpeft.inputs.processor import Template
-from jaxpeft.models.base import Context, VisionLanguageModel
+from jaxpeft.models.base import Cache, Context, VisionLanguageModel
 from jaxpeft.tree import Tree
 
 _LOW = -1e9  # a score no real beam reaches; finite, so that sums of two stay ordered
@@ -36,13 +37,15 @@ class Search:
     length_penalty: float = 1.0
 
     @classmethod
-    def of(cls, template: Template, max_new_tokens: int, **options) -> "Search":
+    def of(cls, template: Template, max_new_tokens: int, **options: Any) -> "Search":
         """The search that writes at most `max_new_tokens` behind a template's start."""
         ids = {"start": template.start, "stop": template.stop, "pad": template.pad, "n_words": len(template.tokenizer)}
         return cls(**ids, length=len(template.start) + max_new_tokens, **options)
 
 
-def _start(model, variables, context, search):
+def _start(
+    model: VisionLanguageModel, variables: Tree, context: Context, search: Search
+) -> tuple[int, jax.Array, Cache]:
     if search.length <= len(search.start):
         raise ValueError(
             f"a prompt of {len(search.start)} tokens leaves nothing to write within length {search.length}"
@@ -55,29 +58,31 @@ def _start(model, variables, context, search):
     return n_rows, logits_RV, cache
 
 
-def _log_probs(logits, t, search):
+def _log_probs(logits: jax.Array, t: jax.Array, search: Search) -> jax.Array:
     """log softmax, with the end tokens forbidden while fewer than `min_length` tokens stand, and always the rows that no
     token belongs to."""
     log_probs = jax.nn.log_softmax(logits, axis=-1).at[..., search.n_words :].add(_LOW)
     return log_probs.at[..., np.array(search.stop)].add(jnp.where(t < search.min_length, _LOW, 0.0))
 
 
-def _ends(token, search):
+def _ends(token: jax.Array, search: Search) -> jax.Array:
     return jnp.isin(token, jnp.array(search.stop))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "search"))
-def greedy(model: VisionLanguageModel, variables: Tree, context: Context, search: Search):
+def greedy(
+    model: VisionLanguageModel, variables: Tree, context: Context, search: Search
+) -> tuple[jax.Array, jax.Array]:
     """The most likely token each time -> (tokens (B, length) padded after the end token, log-probability (B,))."""
     variables = sites.expand(variables)  # once, and not in every step
     n_rows, logits_BV, cache = _start(model, variables, context, search)
     n_start, length, pad = len(search.start), search.length, search.pad
     tokens_BT = jnp.full((n_rows, length), pad, jnp.int32).at[:, :n_start].set(jnp.array(search.start, jnp.int32))
 
-    def running(state):
+    def running(state: dict[str, Any]) -> jax.Array:
         return (state["t"] < length) & ~jnp.all(state["done"])
 
-    def write(state):
+    def write(state: dict[str, Any]) -> dict[str, Any]:
         log_probs_BV = _log_probs(state["logits"], state["t"], search)
         token_B = jnp.argmax(log_probs_BV, axis=-1).astype(jnp.int32)
         gain_B = jnp.take_along_axis(log_probs_BV, token_B[:, None], axis=-1)[:, 0]
@@ -99,7 +104,9 @@ def greedy(model: VisionLanguageModel, variables: Tree, context: Context, search
 
 
 @functools.partial(jax.jit, static_argnames=("model", "search"))
-def beam_search(model: VisionLanguageModel, variables: Tree, context: Context, search: Search):
+def beam_search(
+    model: VisionLanguageModel, variables: Tree, context: Context, search: Search
+) -> tuple[jax.Array, jax.Array]:
     """The `beams` best sequences -> (tokens (B, beams, length), scores (B, beams)), best first."""
     variables = sites.expand(variables)  # once, and not in every step
     n_rows, logits_BV, cache = _start(model, variables, context, search)
@@ -107,16 +114,16 @@ def beam_search(model: VisionLanguageModel, variables: Tree, context: Context, s
     start_S = jnp.array(search.start, jnp.int32)
     tokens_BKT = jnp.full((n_rows, beams, length), search.pad, jnp.int32).at[:, :, :n_start].set(start_S)
 
-    def with_beams(cache, source_BK):
+    def with_beams(cache: Cache, source_BK: jax.Array) -> Cache:
         """Rows of the texts so far follow the beams they continue."""
         n_now = jax.tree.leaves(cache.rows)[0].shape[1] // n_rows
         rows = (jnp.arange(n_rows)[:, None] * n_now + source_BK).reshape(-1)
         return cache._replace(rows=jax.tree.map(lambda x: x[:, rows], cache.rows))
 
-    def running(state):
+    def running(state: dict[str, Any]) -> jax.Array:
         return (state["t"] < length) & jnp.any(state["open"]) & ~state["all_ended"]
 
-    def write(state):
+    def write(state: dict[str, Any]) -> dict[str, Any]:
         t = state["t"]
         log_probs = _log_probs(state["logits"], t, search)
         total = (log_probs.reshape(n_rows, beams, -1) + state["score"][..., None]).reshape(n_rows, -1)
@@ -179,7 +186,7 @@ def rank(
     k: int = 128,
     smoothing: float = 0.0,
     chunk: int = 16,
-):
+) -> tuple[jax.Array, jax.Array]:
     """The answers of a list, best first -> (indices (B, k), scores (B, k)): BLIP's way to answer from a closed list.
 
     The first word's probability picks `k` of the A answers; those are ordered by the negative loss of the whole answer, in
@@ -195,7 +202,7 @@ def rank(
     chunk = min(chunk, k)
     padded_BK = jnp.pad(top_BK, ((0, 0), (0, -k % chunk)), mode="edge")
 
-    def negative_loss(some_BC):
+    def negative_loss(some_BC: jax.Array) -> jax.Array:
         tokens_BCT = answers_AT[some_BC]
         inputs, targets = tokens_BCT[..., :-1], tokens_BCT[..., 1:]
         flat = inputs.reshape(-1, inputs.shape[-1])

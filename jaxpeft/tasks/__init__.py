@@ -2,6 +2,7 @@
 `TASKS["mine"] = Mine` (see jaxpeft/runtime/registry.py)."""
 
 import dataclasses
+from typing import Any
 
 from jaxpeft.metrics import METRICS
 from jaxpeft.runtime.registry import Registry
@@ -17,7 +18,7 @@ IN_0_1 = {"captioning": {"max_tokens": 40, "max_words": 50, "length": 40, "varia
 __all__ = ["IN_0_1", "TASKS", "Captioning", "Task", "Vqa", "build", "check_ids"]
 
 
-def build(name: str, **options) -> Task:
+def build(name: str, **options: Any) -> Task:
     """The task `name` with its options; raises ValueError for an unknown name or option."""
     cls = TASKS.find(name)
     known = {field.name for field in dataclasses.fields(cls)}

@@ -3,9 +3,10 @@
 import abc
 import collections
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +16,7 @@ from jaxpeft.inputs.processor import Template
 from jaxpeft.metrics import METRICS
 from jaxpeft.models import decode
 from jaxpeft.models.base import VisionLanguageModel
+from jaxpeft.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +109,16 @@ class Task(abc.ABC):
         """The closed list that answers are chosen from, or None where the model writes freely."""
         return None
 
-    def loss(self, model, variables, batch, rngs):
+    def loss(
+        self, model: VisionLanguageModel, variables: Tree, batch: Mapping[str, jax.Array], rngs: dict[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         """(sum, count) whose ratio is the training loss: by default token losses over scored tokens."""
         logits_BATV = model.apply(variables, batch, rngs=rngs)
         return ops.token_loss(logits_BATV, batch["targets"], batch["weights"], self.smoothing)
 
-    def nll(self, model, variables, batch):
+    def nll(
+        self, model: VisionLanguageModel, variables: Tree, batch: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         """Per example (sum of target nats (B,), number of target tokens (B,)): reported as nats per token."""
         scored_BAT = (batch["weights"] > 0).astype(jnp.float32)
         nll_BAT = ops.token_nll(model.apply(variables, batch), batch["targets"]) * scored_BAT
@@ -162,7 +168,7 @@ class Task(abc.ABC):
         groups = [list(dict.fromkeys(self.truths(row))) for row in rows]
         written = {text: self.writable(text, template) for group in groups for text in group}
 
-        def best(write):
+        def best(write: Callable[[str], str]) -> list[str]:
             """Of each case the text that scores best; of the ten most frequent, as data sets with more are rare."""
             tried = [
                 [write(group[min(k, len(group) - 1)]) for group in groups]

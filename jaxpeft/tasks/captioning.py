@@ -42,7 +42,7 @@ class Captioning(Task):
     }
     only_written: ClassVar[tuple[str, ...]] = ("max_new_tokens",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"task_options.variant is {self.variant!r}; choose one of {', '.join(VARIANTS)}")
         if self.java and self.variant != "coco":

@@ -8,15 +8,19 @@ import collections
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import ClassVar
 
+import jax
 import numpy as np
 
 from jaxpeft import metrics
 from jaxpeft.data.base import Examples, Split, pad_tokens
 from jaxpeft.data.pipeline import most_common
 from jaxpeft.inputs.processor import Template
+from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.tasks.base import Task, teacher_forced
+from jaxpeft.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +110,14 @@ class Vqa(Task):
         ]
         return Examples(arrays, split.images, rows)
 
-    def loss(self, model, variables, batch, rngs):
+    def loss(
+        self, model: VisionLanguageModel, variables: Tree, batch: Mapping[str, jax.Array], rngs: dict[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         """The count is questions, not tokens."""
         total, _ = super().loss(model, variables, batch, rngs)
         return total, np.float32(batch["targets"].shape[0])
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.inference not in ("generate", "rank"):
             raise ValueError(f"task_options.inference is {self.inference!r}; choose 'generate' or 'rank'")
         if self.variant not in metrics.VQA_VARIANTS:

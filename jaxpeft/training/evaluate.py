@@ -48,12 +48,12 @@ def _on_its_devices(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "name"))
-def _stage(model: VisionLanguageModel, variables: Tree, batch: Batch, name: str) -> jax.Array:
+def _stage(model: VisionLanguageModel, variables: Tree, batch: Mapping[str, jax.Array], name: str) -> jax.Array:
     return model.apply(variables, batch, name, method="stage")
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def contexts(model: VisionLanguageModel, variables: Tree, batch: Batch) -> Context:
+def contexts(model: VisionLanguageModel, variables: Tree, batch: Mapping[str, jax.Array]) -> Context:
     """What texts are written about; jitted once per model."""
     return model.apply(variables, batch, method="context")
 
@@ -167,7 +167,9 @@ def _write_mixed(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "task"))
-def _nll(model: VisionLanguageModel, task: Task, variables: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def _nll(
+    model: VisionLanguageModel, task: Task, variables: Tree, batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     return task.nll(model, variables, batch)
 
 
