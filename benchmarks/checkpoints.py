@@ -3,8 +3,8 @@
     python benchmarks/checkpoints.py --out results/checkpoints.json
 
 Per state (trainable parameters, Adam's two moments): milliseconds for which `save` blocks the training loop (leaves are
-copied and digested), and until the checkpoint is on the disk. Medians with quartiles, and the seconds between saves:
-`checkpoint_seconds`, or longer where a save blocks for long.
+copied and digested), and until the checkpoint is on the disk. Medians with quartiles, and the seconds between saves that
+follow: `checkpoint_seconds`, or longer where a save blocks for long.
 """
 
 import argparse

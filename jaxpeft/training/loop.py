@@ -205,7 +205,7 @@ def fit(
         pending = collections.deque()  # (step, metrics, what hosts asked for) of steps dispatched and not yet looked at
         durations = collections.deque(maxlen=1000)  # seconds of a step
         shown = {}  # beside the loss, in the bar
-        began = tick = clock()
+        began = clock()
         save_at = began + config.checkpoint_seconds
 
         def asked() -> int:
@@ -232,6 +232,7 @@ def fit(
             try:
                 if job.validate is not None and step == 0:
                     state, shown = _validated(config, state, job.validate, writer)
+                tick = clock()
                 while step < last:
                     step += 1
                     state, metrics = step_fn(state, frozen, batch)
