@@ -62,7 +62,7 @@ def test_counts_budgets_and_files_hold_the_new_rows_and_no_others(root, base, tm
     # and before anything is trained
     assert f"{expected['tuned']:,} tuned, {expected['stored']:,} stored" in preflight.report(c)
     model, variables, methods, _ = jp.load_run(tmp_path / "run")
-    assert methods[1:] == (NewWords(),) and model.config.new_words == 2
+    assert methods[1:] == sites.resolved(model, NewWords()) and model.config.new_words == 2
     original = loading.load(base, task="captioning")[1]
     assert jnp.array_equal(
         variables["params"]["text_decoder"]["embed"]["word"], original["text_decoder"]["embed"]["word"]
@@ -149,7 +149,8 @@ def test_a_run_that_kept_the_whole_embedding_still_loads(root, base, tmp_path):
     jp.run(c, tmp_path / "run", lambda *_: None)
     model, variables, _, task = jp.load_run(tmp_path / "run")
     whole, params = loading.joined(model, variables["params"])
-    old = (jp.LoRA(rank=2), Selective(leaves=r"^params/text_.*/(embed/word|head/bias|head/vocabulary/kernel)$"))
+    selective = Selective(leaves=r"^params/text_.*/(embed/word|head/bias|head/vocabulary/kernel)$")
+    old = sites.resolved(whole, (jp.LoRA(rank=2), selective))
     shared = {str(i): sites.Bound(one, sites.NOWHERE, {}, True) for i, one in enumerate(old)}
     jp.save_tuned(
         whole, {"params": params, "peft": variables["peft"] | {sites.SHARED: shared}}, tmp_path / "run" / "tuned"
