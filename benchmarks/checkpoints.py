@@ -25,8 +25,8 @@ from jaxpeft import config as defaults
 from jaxpeft import tree
 from jaxpeft.adapt import budget, sites
 from jaxpeft.models.blip import Blip, BlipConfig
-from jaxpeft.runtime import files
-from jaxpeft.training import loop, optim, results
+from jaxpeft.runtime import files, host
+from jaxpeft.training import loop, optim
 from jaxpeft.training.checkpoint import Checkpoints
 
 STATES = {
@@ -73,7 +73,7 @@ def main():
         rows[name] = measured(state_of(*STATES[name]), args.calls)
         print(name, json.dumps(rows[name]), flush=True)
     command = shlex.join(["python", "benchmarks/checkpoints.py", *sys.argv[1:]])
-    files.write_json(args.out, {"command": command, "machine": results.machine(), "states": rows})
+    files.write_json(args.out, {"command": command, "machine": host.machine(), "states": rows})
 
 
 if __name__ == "__main__":
