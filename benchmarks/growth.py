@@ -62,7 +62,9 @@ def step_of(config, batch_size: int):
     batch = teacher_forced(ids, [[1.0]] * batch_size, template)
     size = config.image_size
     batch["image"] = rng.integers(0, 256, (batch_size, size, size, 3)).astype(np.uint8)
-    step = functools.partial(loop.train_step, model=model, task=tasks.build("captioning"), tx=tx, grad_accum=1)
+    step = functools.partial(
+        loop.train_step, loss=functools.partial(tasks.build("captioning").loss, model), tx=tx, grad_accum=1
+    )
     return step, loop.start(tuned, tx=tx, seed=0, best=False), frozen, batch
 
 

@@ -32,7 +32,7 @@ def measure(task: str, method: str, lanes: list[int], runs: int, check: int) -> 
     variables = sites.attach(bench.model, bench.params, chosen, jax.random.key(0))
     tuned, frozen = tree.split(variables, sites.trainable(variables))
     tx = optim.optimizer(bench.config.optim, tuned, 1000)
-    step = functools.partial(loop.train_step, model=bench.model, task=bench.task, tx=tx, grad_accum=1)
+    step = functools.partial(loop.train_step, loss=functools.partial(bench.task.loss, bench.model), tx=tx, grad_accum=1)
     stream = pipeline.batches(bench.examples("train", cached=True), bench.config.batch_size, seed=0)
     batches = [jax.device_put(next(stream)) for _ in range(max(check, 8))]
 

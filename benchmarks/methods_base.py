@@ -101,7 +101,9 @@ def step_of(model, method, params, batch, runs):
     }
     tx = optim.optimizer(ml_collections.ConfigDict(settings | {"b1": 0.9, "b2": 0.999}), tuned, 100)
     state = loop.TrainState(jnp.int32(0), jax.tree.map(jnp.array, tuned), tx.init(tuned))
-    step = functools.partial(loop.train_step, model=model, task=tasks.build("captioning"), tx=tx, grad_accum=1)
+    step = functools.partial(
+        loop.train_step, loss=functools.partial(tasks.build("captioning").loss, model), tx=tx, grad_accum=1
+    )
     started = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile()
     compile_s, seconds = time.perf_counter() - started, []

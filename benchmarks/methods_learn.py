@@ -100,7 +100,9 @@ class Bench:
         cached = not any(on and "/vision" in name for name, on in tree.flatten(mask).items())
         examples = self.examples("train", cached)
         tx = optim.optimizer(self.config.optim, tree.split(variables, mask)[0], self.config.steps)
-        step = functools.partial(loop.train_step, model=self.model, task=self.task, tx=tx, grad_accum=1)
+        step = functools.partial(
+            loop.train_step, loss=functools.partial(self.task.loss, self.model), tx=tx, grad_accum=1
+        )
         step = jax.jit(step, donate_argnums=0)
 
         def run(seed, lr):

@@ -125,7 +125,9 @@ class Jax:
         scored_BT[:, self.inputs["prompt"].shape[1] - 1 : -1] = 1.0
         texts = {"tokens": tokens_BT, "targets": np.roll(tokens_BT, -1, axis=1), "weights": scored_BT}
         texts = {name: jnp.asarray(x[:, None]) for name, x in texts.items()}
-        step_fn = functools.partial(loop.train_step, model=self.model, task=tasks.Captioning(), tx=tx, grad_accum=1)
+        step_fn = functools.partial(
+            loop.train_step, loss=functools.partial(tasks.Captioning().loss, self.model), tx=tx, grad_accum=1
+        )
 
         def stepper(label, batch):
             state = loop.TrainState(jnp.int32(0), *jax.tree.map(jnp.array, (tuned, tx.init(tuned))))

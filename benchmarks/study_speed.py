@@ -86,7 +86,9 @@ def lanes(config, workdir: Path) -> None:
             return loop.TrainState(jnp.int32(0), tuned, opt, jnp.uint32(0))
 
         state = jax.tree.map(lambda *x: jnp.stack(x), *(start(run.lr) for run in runs))
-        step = functools.partial(loop.train_step, model=found.model, task=found.task, tx=tx, grad_accum=1)
+        step = functools.partial(
+            loop.train_step, loss=functools.partial(found.task.loss, found.model), tx=tx, grad_accum=1
+        )
         step = jax.jit(jax.vmap(step, in_axes=(0, None, None)), donate_argnums=0)
         batches = pipeline.batches(read.examples("train"), c.batch_size, seed=c.seed)
         for _ in range(c.steps):

@@ -21,6 +21,7 @@ from importlib import metadata as _metadata
 from jaxpeft.adapt.budget import solve_size
 from jaxpeft.adapt.linen_bridge import intercept
 from jaxpeft.adapt.sites import attach, counts, describe, fold, merge, stack, trainable
+from jaxpeft.apps.generate import generate
 from jaxpeft.interchange import export_hf, export_peft, import_peft, load_tuned, save_tuned
 from jaxpeft.methods import (
     IA3,
@@ -51,7 +52,6 @@ from jaxpeft.methods import (
 )  # fmt: skip
 from jaxpeft.models.loading import load
 from jaxpeft.runtime import renamed as _renamed
-from jaxpeft.training.evaluate import generate
 from jaxpeft.training.finished import load_run
 from jaxpeft.training.run import run
 from jaxpeft.tree import join, split

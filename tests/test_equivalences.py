@@ -375,9 +375,8 @@ def test_eight_devices_and_vmap_over_tuned_trees_equal_one_device(row):
 
     def step(tuned, frozen, batch):
         state = loop.TrainState(jnp.int32(0), tuned, tx.init(tuned))
-        return loop.train_step(state, frozen, batch, model=tiny.model(), task=tasks.build("vqa"), tx=tx, grad_accum=1)[
-            0
-        ].tuned
+        loss = functools.partial(tasks.build("vqa").loss, tiny.model())
+        return loop.train_step(state, frozen, batch, loss=loss, tx=tx, grad_accum=1)[0].tuned
 
     alone = jax.jit(step)
     apart = [alone(tuned, frozen, batch) for tuned, _ in trees]

@@ -11,11 +11,11 @@ import pytest
 import tiny
 from PIL import Image
 
+import jaxpeft as jp
 from jaxpeft import interchange, tree
 from jaxpeft.apps.pretrain import ALIASES, init, shared
 from jaxpeft.data import pipeline
 from jaxpeft.models import loading
-from jaxpeft.training import evaluate
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_captioning_needs_no_row_for_enc(tmp_path):
     save_file({name: x[:96] if x.shape[:1] == (97,) else x for name, x in tensors.items()}, path / "model.safetensors")
     model, params = loading.load(path)
     assert (len(model.tokenizer), model.config.vocab_size) == (97, 96)
-    assert len(evaluate.generate(model, {"params": params}, [np.zeros((40, 40, 3), np.uint8)], beams=2)) == 1
+    assert len(jp.generate(model, {"params": params}, [np.zeros((40, 40, 3), np.uint8)], beams=2)) == 1
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -187,7 +187,7 @@ def test_rows_without_a_token_are_never_written(tmp_path, beams):
     model, params = loading.load(path)
     bias = params["text_decoder"]["head"]["bias"].at[60:].add(100.0)
     decoder = params["text_decoder"] | {"head": params["text_decoder"]["head"] | {"bias": bias}}
-    (texts,) = evaluate.generate(
+    (texts,) = jp.generate(
         model, {"params": params | {"text_decoder": decoder}}, [np.zeros((40, 40, 3), np.uint8)], beams=beams, top=beams
     )
     assert all(set(one["text"].split()) <= set(words) for one in texts)

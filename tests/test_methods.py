@@ -83,7 +83,9 @@ def test_training_moves_only_the_tuned_leaves(row):
 
 
 def _steps(state, frozen, tx):
-    step = functools.partial(loop.train_step, model=tiny.model(), task=tasks.build("vqa"), tx=tx, grad_accum=1)
+    step = functools.partial(
+        loop.train_step, loss=functools.partial(tasks.build("vqa").loss, tiny.model()), tx=tx, grad_accum=1
+    )
     return jax.jit(step)(state, frozen, tiny.batch())
 
 

@@ -12,7 +12,7 @@ import jaxpeft as jp
 from configs import folder, point
 from jaxpeft import config as defaults
 from jaxpeft import data
-from jaxpeft.training import evaluate, results
+from jaxpeft.training import results
 
 COLOURS = {"Red": (220, 30, 30), "Blue T-shirt": (30, 30, 220), "Caf\u00e9 3.5": (30, 180, 30)}
 
@@ -164,7 +164,7 @@ def test_a_run_of_version_0_1_is_loaded_with_the_limits_it_had(root, base, tmp_p
     (tmp_path / "run" / "config.json").write_text(json.dumps(written | {"task_options": {}}))
     model, variables, _, task = jp.load_run(tmp_path / "run")
     assert (task.max_new_tokens, task.max_question, task.variant) == (9, 35, "official2021")
-    assert len(evaluate.generate(model, variables, [np.zeros((9, 9, 3), np.uint8)], "what is this", task=task)) == 1
+    assert len(jp.generate(model, variables, [np.zeros((9, 9, 3), np.uint8)], "what is this", task=task)) == 1
 
 
 TEXTS = ["a", "word " * 2000, "from $5 \\frac{ to $6", "\u4e00\u53ea\u732b \U0001f600 \u0939\u093f", "x" * 300]

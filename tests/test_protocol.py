@@ -238,7 +238,7 @@ def test_eight_devices_equal_one():
     from jaxpeft import config as defaults
 
     tx = optim.optimizer(defaults.get_config().optim, tree.split(tuned, mask)[0], 10)
-    step = functools.partial(loop.train_step, model=MODEL, task=task, tx=tx, grad_accum=1)
+    step = functools.partial(loop.train_step, loss=functools.partial(task.loss, MODEL), tx=tx, grad_accum=1)
     results = []
     for shape in ({"data": 1, "fsdp": 1, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
         on = sharding.mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])

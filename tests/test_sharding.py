@@ -10,6 +10,7 @@ import optax
 import pytest
 import tiny
 
+import jaxpeft as jp
 from jaxpeft import methods, tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.data.base import Examples
@@ -58,7 +59,7 @@ def start(tuned):
     return loop.TrainState(jnp.int32(0), tuned, TX.init(tuned), jnp.uint32(0), None, jnp.bool_(True))
 
 
-STEP = functools.partial(loop.train_step, model=MODEL, task=TASK, tx=TX, grad_accum=1)
+STEP = functools.partial(loop.train_step, loss=functools.partial(TASK.loss, MODEL), tx=TX, grad_accum=1)
 
 
 @functools.cache
@@ -174,7 +175,7 @@ def test_evaluation_on_a_mesh_is_that_of_one_device(name):
     np.testing.assert_allclose(*tokens, atol=2e-6)
     questions = ["w1 w2", "w3", "w4", "w5 w6 w7", "w8"]
     options = {"beams": 2, "batch_size": 3}
-    assert evaluate.generate(MODEL, there, pictures, questions, **options) == evaluate.generate(
+    assert jp.generate(MODEL, there, pictures, questions, **options) == jp.generate(
         MODEL, variables, pictures, questions, **options
     )
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
+import jaxpeft as jp
 from jaxpeft import tasks
 from jaxpeft.data import base, pipeline
 from jaxpeft.data.base import Split
@@ -130,12 +131,12 @@ def test_padding_of_the_last_batch_never_changes_a_score():
 def test_generate_answers_and_names_misuse():
     model, variables = tiny.model(), {"params": tiny.params()}
     split = _scenario(3)
-    texts = evaluate.generate(model, variables, split.images, "w1 w2", beams=2, batch_size=2)
+    texts = jp.generate(model, variables, split.images, "w1 w2", beams=2, batch_size=2)
     assert len(texts) == 3 and all(word in tiny.TOKENIZER.ids for text in texts for word in text.split())
     with pytest.raises(ValueError, match="give prompts"):
-        evaluate.generate(model, variables, split.images)
+        jp.generate(model, variables, split.images)
     with pytest.raises(ValueError, match="2 prompts for 3 pictures"):
-        evaluate.generate(model, variables, split.images, ["w1", "w2"])
+        jp.generate(model, variables, split.images, ["w1", "w2"])
     assert len(SPECIAL) == 7
 
 
@@ -295,9 +296,9 @@ def test_a_question_is_read_to_its_end_or_refused():
     picture = [np.zeros((16, 16, 3), np.uint8)]
     long = " ".join(f"w{i}" for i in range(12))
     cut, whole = (
-        evaluate.generate(model, variables, picture, long, task=one, top=3)
+        jp.generate(model, variables, picture, long, task=one, top=3)
         for one in (task, tasks.build("vqa", max_new_tokens=3))
     )
     assert cut == whole  # what it was tuned with does not matter
     with pytest.raises(ValueError, match="a question of 22 tokens is longer than the 16 that the model reads"):
-        evaluate.generate(model, variables, picture, " ".join(["w1"] * 20), task=task)
+        jp.generate(model, variables, picture, " ".join(["w1"] * 20), task=task)

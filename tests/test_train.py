@@ -35,13 +35,11 @@ def quiet(*_):
     pass
 
 
-class Weighted:
+def weighted(variables, batch, rngs):
     """Weighted least squares: rows of a batch count unequally, as texts of unequal length do. BLIP's step: test_sharding.py."""
-
-    def loss(self, model, variables, batch, rngs):
-        params = variables["params"]
-        wrong_BY = batch["x"] @ params["kernel"] + params["fixed"][None] - batch["y"]
-        return jnp.sum(batch["weight"][:, None] * wrong_BY**2), jnp.sum(batch["weight"])
+    params = variables["params"]
+    wrong_BY = batch["x"] @ params["kernel"] + params["fixed"][None] - batch["y"]
+    return jnp.sum(batch["weight"][:, None] * wrong_BY**2), jnp.sum(batch["weight"])
 
 
 def _state(tx):
@@ -58,7 +56,7 @@ def _batch(n):
 
 
 def _step(tx, grad_accum=1):
-    return jax.jit(functools.partial(loop.train_step, model=None, task=Weighted(), tx=tx, grad_accum=grad_accum))
+    return jax.jit(functools.partial(loop.train_step, loss=weighted, tx=tx, grad_accum=grad_accum))
 
 
 def test_a_step_follows_the_gradient_of_the_mean_over_the_counts():

@@ -230,7 +230,7 @@ def fold(variables: Tree) -> Tree:
 
 
 def stack(trees: Iterable[Tree]) -> Tree:
-    """Several tuned trees on one base as one, every own leaf with a leading axis: see `evaluate.generate(adapter_ids=...)`.
+    """Several tuned trees on one base as one, every own leaf with a leading axis: see `jaxpeft.generate(adapter_ids=...)`.
 
     Raises ValueError when they are of different methods or shapes, or when they differ in base leaves.
     """

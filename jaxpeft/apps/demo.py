@@ -23,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxpeft.apps.generate import generate
 from jaxpeft.inputs import images
 from jaxpeft.models import loading
 from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import files, host, malloc, registry
 from jaxpeft.tasks.base import Task
-from jaxpeft.training import evaluate, finished, setup
+from jaxpeft.training import finished, setup
 from jaxpeft.tree import Tree
 
 PAGE = Path(__file__).with_name("demo.html")
@@ -113,9 +114,7 @@ def warm(writers: list[Writer], top: int = 3, log=print) -> None:
     blank = np.zeros((64, 64, 3), np.uint8)
     for one in writers:
         log(f"compiling {one.name} ...")
-        evaluate.generate(
-            one.model, one.variables, [blank], "-" if one.asks else None, batch_size=1, task=one.task, top=top
-        )
+        generate(one.model, one.variables, [blank], "-" if one.asks else None, batch_size=1, task=one.task, top=top)
 
 
 def answers(writers: list[Writer], data: bytes, question: str, top: int = 3) -> list[dict]:
@@ -124,7 +123,7 @@ def answers(writers: list[Writer], data: bytes, question: str, top: int = 3) -> 
     for one in writers:
         if one.asks == bool(question):
             began = time.perf_counter()
-            (texts,) = evaluate.generate(
+            (texts,) = generate(
                 one.model, one.variables, [image], question or None, batch_size=1, task=one.task, top=top
             )
             seconds = time.perf_counter() - began

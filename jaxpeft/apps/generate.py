@@ -1,4 +1,4 @@
-"""Captions and answers from the command line, with a tuned run, a shipped or a Hugging Face checkpoint.
+"""Captions and answers of pictures: `generate`, and the command line, with a tuned run, a shipped or a Hugging Face checkpoint.
 
     jaxpeft generate --workdir runs/mine --image a.jpg b.png
     jaxpeft generate --workdir runs/mine --image a.jpg --question "what is on the table" --top 3
@@ -14,16 +14,93 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast, overload
+
+import jax
+import numpy as np
 
 from jaxpeft import tasks
+from jaxpeft.data.base import Split
 from jaxpeft.data.folder.files import Files
-from jaxpeft.inputs import images
+from jaxpeft.data.pipeline import Resized
+from jaxpeft.inputs.images import decode, why_unread
 from jaxpeft.models import loading
+from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import host, malloc, registry
 from jaxpeft.tasks import Task
 from jaxpeft.training import evaluate, finished
+from jaxpeft.tree import Tree
+
+Picture = np.ndarray | str | Path
+Pictures = Sequence[Picture] | Picture
+Ids = Sequence[int] | np.ndarray
+
+
+@overload
+def generate(
+    model: VisionLanguageModel, variables: Tree, images: Pictures, prompts: Sequence[str] | str | None = None, *,
+    beams: int = 3, batch_size: int = 16, task: Task | None = None, adapter_ids: Ids | None = None, top: None = None,
+) -> list[str]: ...  # fmt: skip
+@overload
+def generate(
+    model: VisionLanguageModel, variables: Tree, images: Pictures, prompts: Sequence[str] | str | None = None, *,
+    beams: int = 3, batch_size: int = 16, task: Task | None = None, adapter_ids: Ids | None = None, top: int,
+) -> list[list[dict[str, Any]]]: ...  # fmt: skip
+def generate(
+    model: VisionLanguageModel,
+    variables: Tree,
+    images: Pictures,
+    prompts: Sequence[str] | str | None = None,
+    *,
+    beams: int = 3,
+    batch_size: int = 16,
+    task: Task | None = None,
+    adapter_ids: Ids | None = None,
+    top: int | None = None,
+) -> list[str] | list[list[dict[str, Any]]]:
+    """Text for pictures: a caption each, or with `prompts` (one question per picture, or one for all) an answer each. One
+    picture alone, an array or a path, is a list of one.
+
+    With `top` a list of at most that many {'text', 'score'} each, best first; searched with at least so many beams.
+
+    `images`: uint8 arrays image_YXC of any size, or paths. `variables`: {'params': ...} or what `attach` returned; or
+    what `stack` returned, and then `adapter_ids` says per picture which of the stacked trees writes. Raises ValueError
+    when the model has no tokenizer, or prompts where it only captions or the reverse.
+    """
+    name = "captioning" if prompts is None else "vqa"
+    if name not in model.tasks:
+        raise ValueError(f"this model {'captions: give no prompts' if prompts else 'answers questions: give prompts'}")
+    task = task or tasks.build(name)
+    alone = isinstance(images, str | Path) or getattr(images, "ndim", 4) == 3
+    some = cast(Sequence[Picture], [images] if alone else images)
+    pictures = [image if isinstance(image, np.ndarray) else decode(image) for image in some]
+    questions = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts or [""] * len(pictures))
+    if len(questions) != len(pictures):
+        raise ValueError(f"{len(questions)} prompts for {len(pictures)} pictures; give one each, or one for all")
+    rows = [
+        {
+            "image_id": str(i),
+            "captions": ["-"],
+            "questions": [{"question_id": "", "question": q, "answers": ["-"], "type": ""}],
+        }
+        for i, q in enumerate(questions)
+    ]
+    split = Split("generate", Resized.of(pictures, model), rows)
+    task = evaluate.reading(task, split, model)
+    cases = task.eval_examples(split, task.template(model))
+    if adapter_ids is not None:
+        ids, n_trees = np.asarray(adapter_ids, np.int32), {x.shape[0] for x in jax.tree.leaves(variables["peft"])}
+        if ids.shape != (len(pictures),) or len(n_trees) != 1 or not np.all((0 <= ids) & (ids < min(n_trees))):
+            raise ValueError(
+                f"adapter_ids {ids.tolist()} do not fit {len(pictures)} pictures and {n_trees} stacked trees"
+            )
+        cases = dataclasses.replace(cases, arrays=cases.arrays | {"adapter": ids})
+    found = evaluate.ranked(model, variables, task, cases, batch_size=batch_size, beams=max(beams, top or 1))
+    if top is None:
+        return [best["text"] for best, *_ in found]
+    return [list({one["text"]: one for one in reversed(texts)}.values())[::-1][:top] for texts in found]
 
 
 def pictures(paths: list[Path], n: int) -> Iterator[tuple[list[Path], list, list[str]]]:
@@ -32,7 +109,7 @@ def pictures(paths: list[Path], n: int) -> Iterator[tuple[list[Path], list, list
         found, decoded, errors = [], [], []
         for path in paths[start : start + n]:
             try:
-                decoded.append(images.decode(path))
+                decoded.append(decode(path))
                 found.append(path)
             except (ValueError, OSError) as error:
                 errors.append(f"{path}: {error}")
@@ -69,7 +146,7 @@ def main(argv=None) -> int:
             parser.error(f"--folder {args.folder} is not a directory")
         files = Files(args.folder)
         paths += [args.folder / name for name in files.all()]
-        unread = [f"{args.folder / name}: {images.why_unread(name)}" for name in files.unread()]
+        unread = [f"{args.folder / name}: {why_unread(name)}" for name in files.unread()]
     if not paths:
         some = f"; {len(unread)} are of kinds that are not read, such as {unread[0]}" if unread else ""
         parser.error(f"no pictures: give --image or a --folder that holds some{some}")
@@ -113,7 +190,7 @@ def _write(args, model, variables, task, paths) -> list[str]:
             bad += errors
             if not found:
                 continue
-            written = evaluate.generate(
+            written = generate(
                 model, variables, decoded, args.question, beams=args.beams, batch_size=batch, task=task, top=args.top
             )
             for path, texts in zip(found, written, strict=True):

@@ -72,7 +72,7 @@ def init(model: Blip, seed: int) -> Tree:
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-    """One stage's loss, in the form that `train_step` asks of a task; each term is a mean, so the count is 1."""
+    """One stage's loss, as a task's; each term is a mean, so the count is 1."""
 
     stage: str  # 'text', 'lm' or 'lm_itm'
 
@@ -209,7 +209,6 @@ def run(config, workdir, log=print) -> dict:
     log(f"{tree.count(params):,} stored parameters, {tree.count(shared(params)):,} in the model")
     for name in config.order:
         stage = config.stages[name]
-        task = Pretraining(stage=name)
         make = (
             functools.partial(text_batch, tokenizer)
             if name == "text"
@@ -219,11 +218,10 @@ def run(config, workdir, log=print) -> dict:
         settings = config.copy_and_resolve_references()
         settings.steps = stage.steps
         settings.optim.update({key: stage[key] for key in ("lr", "schedule", "warmup")})
-        step = functools.partial(loop.train_step, model=model, task=task, grad_accum=1)
         manifest = {"config": digest, "base": tree.digest(params), "data": name}
         (workdir / name).mkdir(parents=True, exist_ok=True)
         job = loop.Job(
-            step=step,
+            loss=functools.partial(Pretraining(stage=name).loss, model),
             trainable={"params": params},
             frozen={"params": jax.tree.map(lambda _: None, params)},
             batches=_batches(config, stage, make),

@@ -7,17 +7,15 @@ every case counts exactly once. The variables carry their methods, so base and t
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast, overload
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 from scipy.stats import t as student_t
 
-from jaxpeft import tasks, tree
+from jaxpeft import tree
 from jaxpeft.data.base import Examples, Split, pad_tokens
-from jaxpeft.data.pipeline import Resized, one_pass
-from jaxpeft.inputs.images import decode as decode_image
+from jaxpeft.data.pipeline import one_pass
 from jaxpeft.metrics import bootstrap
 from jaxpeft.models import decode
 from jaxpeft.models.base import Context, VisionLanguageModel
@@ -27,9 +25,6 @@ from jaxpeft.training import sharding
 from jaxpeft.tree import Tree
 
 Batch = Mapping[str, jax.Array | np.ndarray]
-Picture = np.ndarray | str | Path
-Pictures = Sequence[Picture] | np.ndarray | str | Path
-Ids = Sequence[int] | np.ndarray
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -83,21 +78,9 @@ def stage_outputs(
 
 
 def predict(
-    model: VisionLanguageModel,
-    variables: Tree,
-    task: Task,
-    examples: Examples,
-    *,
-    batch_size: int = 64,
-    beams: int = 1,
-    candidates: Sequence[str] | None = None,
-) -> list[dict]:
-    """One {'text', 'score'} per example, in order; score is the (length-normalised, for beams) log-probability in nats.
-
-    With `candidates`, a list of texts, the best of them instead of what the model writes (`decode.rank`).
-    """
-    if candidates is not None:
-        return _best_of(model, variables, task, examples, candidates, batch_size)
+    model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, *, batch_size: int = 64, beams: int = 1
+) -> list[dict[str, Any]]:
+    """One {'text', 'score'} per example, in order; score is the (length-normalised, for beams) log-probability in nats."""
     return [best for best, *_ in ranked(model, variables, task, examples, batch_size=batch_size, beams=beams)]
 
 
@@ -118,14 +101,16 @@ def ranked(
 
 
 @_on_its_devices
-def _best_of(
+def choose(
     model: VisionLanguageModel,
     variables: Tree,
     task: Task,
     examples: Examples,
     candidates: Sequence[str],
-    batch_size: int,
+    *,
+    batch_size: int = 64,
 ) -> list[dict[str, Any]]:
+    """`predict` from a list of texts: per example the likeliest of `candidates` (`decode.rank`)."""
     template, found = task.template(model), []
     room = task.max_new_tokens and task.max_new_tokens + len(template.start)
     lead = [] if template.start else [template.pad]
@@ -248,68 +233,3 @@ def reading(task: Task, split: Split, model: VisionLanguageModel) -> Task:
             f"a question of {longest} tokens is longer than the {model.positions} that the model reads; shorten it"
         )
     return dataclasses.replace(task, max_question=longest)
-
-
-@overload
-def generate(
-    model: VisionLanguageModel, variables: Tree, images: Pictures, prompts: Sequence[str] | str | None = None, *,
-    beams: int = 3, batch_size: int = 16, task: Task | None = None, adapter_ids: Ids | None = None, top: None = None,
-) -> list[str]: ...  # fmt: skip
-@overload
-def generate(
-    model: VisionLanguageModel, variables: Tree, images: Pictures, prompts: Sequence[str] | str | None = None, *,
-    beams: int = 3, batch_size: int = 16, task: Task | None = None, adapter_ids: Ids | None = None, top: int,
-) -> list[list[dict[str, Any]]]: ...  # fmt: skip
-def generate(
-    model: VisionLanguageModel,
-    variables: Tree,
-    images: Pictures,
-    prompts: Sequence[str] | str | None = None,
-    *,
-    beams: int = 3,
-    batch_size: int = 16,
-    task: Task | None = None,
-    adapter_ids: Ids | None = None,
-    top: int | None = None,
-) -> list[str] | list[list[dict[str, Any]]]:
-    """Text for pictures: a caption each, or with `prompts` (one question per picture, or one for all) an answer each. One
-    picture alone, an array or a path, is a list of one.
-
-    With `top` a list of at most that many {'text', 'score'} each, best first; searched with at least so many beams.
-
-    `images`: uint8 arrays image_YXC of any size, or paths. `variables`: {'params': ...} or what `attach` returned; or
-    what `stack` returned, and then `adapter_ids` says per picture which of the stacked trees writes. Raises ValueError
-    when the model has no tokenizer, or prompts where it only captions or the reverse.
-    """
-    name = "captioning" if prompts is None else "vqa"
-    if name not in model.tasks:
-        raise ValueError(f"this model {'captions: give no prompts' if prompts else 'answers questions: give prompts'}")
-    task = task or tasks.build(name)
-    alone = isinstance(images, str | Path) or getattr(images, "ndim", 4) == 3
-    some = cast(Sequence[Picture], [images] if alone else images)
-    pictures = [image if isinstance(image, np.ndarray) else decode_image(image) for image in some]
-    questions = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts or [""] * len(pictures))
-    if len(questions) != len(pictures):
-        raise ValueError(f"{len(questions)} prompts for {len(pictures)} pictures; give one each, or one for all")
-    rows = [
-        {
-            "image_id": str(i),
-            "captions": ["-"],
-            "questions": [{"question_id": "", "question": q, "answers": ["-"], "type": ""}],
-        }
-        for i, q in enumerate(questions)
-    ]
-    split = Split("generate", Resized.of(pictures, model), rows)
-    task = reading(task, split, model)
-    cases = task.eval_examples(split, task.template(model))
-    if adapter_ids is not None:
-        ids, n_trees = np.asarray(adapter_ids, np.int32), {x.shape[0] for x in jax.tree.leaves(variables["peft"])}
-        if ids.shape != (len(pictures),) or len(n_trees) != 1 or not np.all((0 <= ids) & (ids < min(n_trees))):
-            raise ValueError(
-                f"adapter_ids {ids.tolist()} do not fit {len(pictures)} pictures and {n_trees} stacked trees"
-            )
-        cases = dataclasses.replace(cases, arrays=cases.arrays | {"adapter": ids})
-    found = ranked(model, variables, task, cases, batch_size=batch_size, beams=max(beams, top or 1))
-    if top is None:
-        return [best["text"] for best, *_ in found]
-    return [list({one["text"]: one for one in reversed(texts)}.values())[::-1][:top] for texts in found]

@@ -28,6 +28,7 @@ from jaxpeft.training.checkpoint import Checkpoints
 from jaxpeft.training.progress import Progress
 from jaxpeft.tree import Tree
 
+Loss = Callable[[Tree, dict[str, jax.Array], dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
 NOTHING, SAVE, STOP = range(3)  # what a host asks for; all hosts do the most that one of them asks for
 PAUSE = 50  # the next save waits this many times as long as the last one took: saving takes 2 % of the time at most
 
@@ -62,7 +63,7 @@ class TrainState(NamedTuple):
 class Job:
     """What a run gives to the loop.
 
-    step: the pure step, `step(state, frozen, batch, tx=...) -> (state, metrics)`: `train_step` with a model and a task.
+    loss: `loss(variables, batch, rngs) -> (sum, count)` over the rows of a batch: the loss of a task with its model.
     trainable, frozen: the variables, split (`tree.split`).
     batches: `batches(n)` iterates over the batches after step n, over the rows that are this host's (`sharding.rows`).
     manifest: what the run depends on, as JSON; a checkpoint with another one is refused.
@@ -70,7 +71,7 @@ class Job:
     rules: how leaves are split over the mesh.
     """
 
-    step: Callable[..., tuple[TrainState, dict]]
+    loss: Loss
     trainable: Tree
     frozen: Tree
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]]
@@ -84,7 +85,7 @@ class NonFinite(FloatingPointError):
 
 
 def train_step(
-    state: TrainState, frozen: Tree, batch: dict[str, jax.Array], *, model: Any, task: Any, tx: Any, grad_accum: int
+    state: TrainState, frozen: Tree, batch: dict[str, jax.Array], *, loss: Loss, tx: Any, grad_accum: int
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the trainable parameters -> (state, metrics). Every array of `batch` has B rows, grad_accum divides B.
 
@@ -94,29 +95,29 @@ def train_step(
     rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
     def loss_fn(tuned: Tree, micro: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return task.loss(model, tree.join(tuned, frozen), micro, {"dropout": rng})
+        return loss(tree.join(tuned, frozen), micro, {"dropout": rng})
 
     def add(total: Tree, indexed: tuple[Any, dict[str, jax.Array]]) -> tuple[Tree, None]:
         i, micro = indexed
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, count), grads = grad_fn(state.tuned, micro, jax.random.fold_in(rng, i))
-        return jax.tree.map(jnp.add, total, (loss, jnp.float32(count), grads)), None
+        (value, count), grads = grad_fn(state.tuned, micro, jax.random.fold_in(rng, i))
+        return jax.tree.map(jnp.add, total, (value, jnp.float32(count), grads)), None
 
     zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.tuned))
     # every grad_accum-th row: each device's share of a microbatch is in its share of the batch
     micros = jax.tree.map(lambda x: x.reshape(-1, grad_accum, *x.shape[1:]).swapaxes(0, 1), batch)
     if grad_accum == 1:
-        (loss, count, grads), _ = add(zero, (0, jax.tree.map(lambda x: x[0], micros)))
+        (value, count, grads), _ = add(zero, (0, jax.tree.map(lambda x: x[0], micros)))
     else:
-        (loss, count, grads), _ = jax.lax.scan(add, zero, (jnp.arange(grad_accum), micros))
-    loss, grads = loss / count, jax.tree.map(lambda g: g / count, grads)
+        (value, count, grads), _ = jax.lax.scan(add, zero, (jnp.arange(grad_accum), micros))
+    value, grads = value / count, jax.tree.map(lambda g: g / count, grads)
     squares_G = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
     norm = jnp.sqrt(jnp.sum(squares_G))
     updates, opt = tx.update(grads, state.opt, state.tuned)
     new = (state.step + 1, optax.apply_updates(state.tuned, updates), opt)
-    ok = state.ok & jnp.isfinite(loss) & jnp.isfinite(norm)
+    ok = state.ok & jnp.isfinite(value) & jnp.isfinite(norm)
     step, tuned, opt = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, (state.step, state.tuned, state.opt))
-    metrics = {"loss": loss, "grad_norm": norm, "squares": squares_G}
+    metrics = {"loss": value, "grad_norm": norm, "squares": squares_G}
     return state._replace(step=step, tuned=tuned, opt=opt, ok=ok), metrics
 
 
@@ -193,7 +194,8 @@ def fit(
         batch = sharding.shard_batch(next(stream), mesh, config.batch_size)
         began = clock()
         out = (placed, sharding.replicated(mesh))
-        step_fn = jax.jit(functools.partial(job.step, tx=tx), donate_argnums=0, out_shardings=out)
+        step_fn = functools.partial(train_step, loss=job.loss, tx=tx, grad_accum=config.grad_accum)
+        step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=out)
         with sharding.using(state):
             step_fn = step_fn.lower(state, frozen, batch).compile()
         timing["compile_s"] = clock() - began

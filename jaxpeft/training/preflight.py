@@ -137,7 +137,11 @@ def step_in_shapes(c: Config, model: VisionLanguageModel, batch_size: int | None
     tx = optim.optimizer(c.optim, tuned, setup.scheduled(c, len(examples)).steps)
     best = c.optim.schedule == "plateau"
     state = jax.eval_shape(functools.partial(loop.start, tx=tx, seed=0, best=best), tuned)
-    step = functools.partial(loop.train_step, model=model, task=task, tx=tx, grad_accum=c.grad_accum)
+
+    def step(state: loop.TrainState, frozen: Tree, batch: dict[str, jax.Array], model: VisionLanguageModel = model):
+        loss = functools.partial(task.loss, model)
+        return loop.train_step(state, frozen, batch, loss=loss, tx=tx, grad_accum=c.grad_accum)
+
     return step, (state, frozen, batch), n_bytes
 
 

@@ -25,7 +25,7 @@ from jaxpeft.training import finished, inputs, results, sharding
 from jaxpeft.training import score as scoring
 from jaxpeft.training import setup as setups
 from jaxpeft.training.inputs import Inputs
-from jaxpeft.training.loop import Job, fit, train_step
+from jaxpeft.training.loop import Job, fit
 from jaxpeft.training.setup import Config, Log, Setup
 from jaxpeft.tree import Tree
 
@@ -98,7 +98,7 @@ def _job(plan: Config, setup: Setup, read: Inputs, log: Log) -> Job:
             f"{plan.stop.split} every {plan.stop.every} steps, and the best step is kept"
         )
     return Job(
-        step=functools.partial(train_step, model=setup.model, task=setup.task, grad_accum=plan.grad_accum),
+        loss=functools.partial(setup.task.loss, setup.model),
         trainable=setup.trainable,
         frozen=setup.frozen,
         batches=lambda start: pipeline.batches(examples, plan.batch_size, start=start, **options),

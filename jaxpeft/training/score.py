@@ -174,9 +174,10 @@ def _score_split(
     measured = config.optim.schedule == "plateau" and name == config.stop.split
     examples = inputs.examples(name) if known and not measured else None
     for label, variables, shown in looks:
-        written = evaluate.predict(
-            model, variables, task, shown, beams=config.eval.beams, candidates=setup.candidates, **options
-        )
+        if setup.candidates is None:
+            written = evaluate.predict(model, variables, task, shown, beams=config.eval.beams, **options)
+        else:
+            written = evaluate.choose(model, variables, task, shown, setup.candidates, **options)
         for row, one in zip(rows, written, strict=True):
             row[label], row[f"{label}_score"] = one["text"], round(one["score"], 4)
         if not known:

@@ -3,7 +3,6 @@
 As a program, `python toy.py WORKDIR STEPS SECONDS` trains with that time between checkpoints.
 """
 
-import functools
 import signal
 import sys
 
@@ -16,17 +15,12 @@ from jaxpeft.runtime import signals
 from jaxpeft.training import loop
 
 
-class Task:
-    """Least squares with dropout, in the form that `train_step` asks of a task."""
-
-    def loss(self, model, variables, batch, rngs):
-        params = variables["params"]
-        keep = jax.random.bernoulli(rngs["dropout"], 0.8, batch["x"].shape)
-        wrong = jnp.where(keep, batch["x"], 0) @ params["w"] + params["fixed"][None] - batch["y"]
-        return jnp.sum(wrong**2), jnp.float32(batch["x"].shape[0])
-
-
-STEP = functools.partial(loop.train_step, model=None, task=Task(), grad_accum=1)
+def loss(variables, batch, rngs):
+    """Least squares with dropout."""
+    params = variables["params"]
+    keep = jax.random.bernoulli(rngs["dropout"], 0.8, batch["x"].shape)
+    wrong = jnp.where(keep, batch["x"], 0) @ params["w"] + params["fixed"][None] - batch["y"]
+    return jnp.sum(wrong**2), jnp.float32(batch["x"].shape[0])
 
 
 def config(steps=12, seconds=0.0, **changes):
@@ -77,7 +71,7 @@ def train(workdir, c, log=quiet, change=unchanged, accept=False, **given):
     """`loop.fit` on the toy -> (state, timing); `given`: fields of its `loop.Job`."""
     w = jnp.asarray(np.random.default_rng(0).normal(size=(256, 64)), jnp.float32)
     job = {
-        "step": STEP,
+        "loss": loss,
         "trainable": {"params": {"w": w, "fixed": None}},
         "frozen": {"params": {"w": None, "fixed": jnp.ones(64)}},
         "batches": lambda start: batches(start, change),

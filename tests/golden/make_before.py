@@ -145,7 +145,9 @@ def losses():
         tuned, frozen = tree.split(variables, sites.trainable(variables))
         tx = optax.adamw(1e-2)
         state = loop.TrainState(jnp.int32(0), tuned, tx.init(tuned))
-        step = jax.jit(functools.partial(loop.train_step, model=model, task=build(name), tx=tx, grad_accum=1))
+        step = jax.jit(
+            functools.partial(loop.train_step, loss=functools.partial(build(name).loss, model), tx=tx, grad_accum=1)
+        )
         out = []
         for i in range(3):
             batch = tiny.batch(4, 3 if ask else 1, seed=i)
@@ -177,8 +179,8 @@ def answers():
         task = build("vqa", max_question=35, max_new_tokens=9)
         cases = task.eval_examples(split, task.template(model))
         cases = base.Examples(cases.arrays, pipeline.Resized.of(split.images, model), cases.rows)
-        found["rank"] = evaluate.predict(
-            model, {"params": params}, task, cases, batch_size=8, candidates=["yes", "no", "red", "2", "circle"]
+        found["rank"] = evaluate.choose(
+            model, {"params": params}, task, cases, ["yes", "no", "red", "2", "circle"], batch_size=8
         )
     return found
 
