@@ -105,7 +105,8 @@ ROWS = [
     row("head", TRANSFORM + D * V, TIED, matrix="untied"),
     row("selective", NORMS, leaves="norm[12]?/"),
 ]
-every_row = pytest.mark.parametrize("row", ROWS, ids=[f"{one.name}{i}" for i, one in enumerate(ROWS)])
+BY_NAME = {f"{one.name}{i}": one for i, one in enumerate(ROWS)}
+every_row = pytest.mark.parametrize("row", ROWS, ids=list(BY_NAME))
 
 
 @functools.cache

@@ -101,7 +101,7 @@ def test_a_line_comes_before_every_load(finished, events, monkeypatch):
         f"loading tiny, the frozen base of {run}, {other} ...", ("base", "tiny", "vqa", None),
         "loading blip ...", ("base", "blip"),
     ]  # fmt: skip
-    monkeypatch.setattr(demo.evaluate, "generate", lambda *args, **_: events.append("compiled"))
+    monkeypatch.setattr(demo, "generate", lambda *args, **_: events.append("compiled"))
     model = types.SimpleNamespace(tasks=("captioning",))
     demo.warm([Writer("one", model, {}, None, 0), Writer("two", model, {}, None, 0)], log=events.append)
     assert events[8:] == ["compiling one ...", "compiled", "compiling two ...", "compiled"]
@@ -217,7 +217,7 @@ def replies(monkeypatch):
         Writer(name, model, name, None, group) for name, group in (("base", 0), ("run", 0), ("base 2", 1), ("run 2", 1))
     ]
     monkeypatch.setattr(images, "decode", lambda data, name: np.zeros((8, 8, 3), np.uint8))
-    monkeypatch.setattr(demo.evaluate, "generate", lambda model, name, *_, **__: [[{"text": name, "score": -1.0}]])
+    monkeypatch.setattr(demo, "generate", lambda model, name, *_, **__: [[{"text": name, "score": -1.0}]])
     with serving(demo.app(writers)) as address:
         return {"writers": fetch(f"{address}/writers")[1], "write": fetch(f"{address}/write", b"a picture")[1]}
 

@@ -32,7 +32,7 @@ def attach(method, params=None):
     return jp.attach(tiny.model(), params or tiny.params(), method, jax.random.key(1))
 
 
-@jax.jit
+@tiny.exact_jit
 def logits(variables):
     return tiny.model().apply(variables, tiny.batch())
 

@@ -641,7 +641,7 @@ def test_unrecognised_file_says_what_was_found_and_what_is_accepted(root):
                            ({"images": [{"file_name": "x"}]}, "['images']"), ("", "''")):  # fmt: skip
         _, problems = folder.parse(write(root / "odd.dat", content), root)
         assert problems.fatal and found in str(problems)
-        for dialect in ("COCO captions", "Karpathy", "BLIP", "VQA v2", "CSV", "JSONL"):
+        for dialect in ("COCO captions", "Karpathy", "a list", "VQA v2", "CSV", "JSONL"):
             assert dialect in str(problems)
 
 

@@ -19,6 +19,11 @@ CONFIG = dict(
 )  # fmt: skip
 
 
+# Two programs that differ by the addition of an exact zero agree to the bit with the emitters that XLA uses outside the tests
+# (see conftest.py)
+exact_jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True})
+
+
 @functools.cache
 def model(question_encoder: bool = True, **overrides) -> Blip:
     return build(BlipConfig(**CONFIG | {"question_encoder": question_encoder} | overrides), TOKENIZER)

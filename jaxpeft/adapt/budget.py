@@ -55,14 +55,15 @@ def solve_size(model: nn.Module, method: Method | Iterable[Method], budget: int)
     Of several methods the last one with a size is changed (the adapter of MAM), and the budget is of all together.
     Raises ValueError for a method without a size, naming those that have one.
     """
-    many = sites.resolved(model, method)
+    many = sites.as_methods(method)
     index = max((i for i, one in enumerate(many) if one.size_field), default=None)
     if index is None:
         raise ValueError(f"{', '.join(one.name for one in many)}: no size to choose; it stores what it stores")
     if budget < 1:
         raise ValueError(f"budget is {budget}; give a number of parameters")
     one = many[index]
-    sizes = one.sizes(model, [site for site in sites.sites(model) if one.selects(site)])
+    (chosen,) = sites.resolved(model, one)
+    sizes = one.sizes(model, [site for site in sites.sites(model) if chosen.selects(site)])
 
     def sized(size: int) -> tuple[Method, ...]:
         return (*many[:index], _resized(one, size), *many[index + 1 :])

@@ -32,6 +32,7 @@ from jaxpeft import tree
 from jaxpeft.methods.base import Base, Method, Params, Site, Stream
 from jaxpeft.methods.selective import Head
 from jaxpeft.ops import matmul
+from jaxpeft.runtime.text import aligned
 from jaxpeft.tree import Mask, Tree
 
 SHARED = "_shared"  # key in the peft collection: every method in order, with the leaves that its sites share
@@ -483,11 +484,4 @@ def describe(variables: Tree, mask: Mask, leaves: bool = True) -> str:
     text = [("leaf" if leaves else "", "shape", "trained", "stored", "% of base")]
     for leaf, shape, trained, stored in lines:
         text.append((leaf, shape, f"{trained:,}", f"{stored:,}", f"{100 * trained / total:.3f}"))
-    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
-    body = [
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in text
-    ]
-    return "\n".join([*body, f"base: {total:,} parameters, shared leaves counted once"])
+    return "\n".join([*aligned(text, left=2), f"base: {total:,} parameters, shared leaves counted once"])

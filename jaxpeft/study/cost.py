@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxpeft import tasks, tree
 from jaxpeft.adapt import budget
+from jaxpeft.runtime.text import aligned
 from jaxpeft.study import grid, progress, state
 from jaxpeft.study.grid import Cell, Run
 from jaxpeft.training import preflight, setup
@@ -37,10 +38,8 @@ def dry_run(config, directory: Path) -> str:
         numbers = (f"{counts['tuned']:,}", f"{counts['stored']:,}", f"{megabytes:.0f}", f"{seconds:.0f}")
         rows.append((str(cell), str(left[cell]), *numbers, "measured" if measured else "training alone, at most"))
     rows.insert(0, ("cell", "runs left", "tuned", "stored", "MB", "s a run", ""))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join(value.ljust(w) for value, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     end = f"{left.total()} runs left, about {total / 3600:.1f} hours on one worker"
-    return "\n".join([state.plan(config, found), *table, end])
+    return "\n".join([state.plan(config, found), *aligned(rows), end])
 
 
 def _measured(found: state.State, cell: Cell) -> list[float]:

@@ -26,6 +26,7 @@ from jaxpeft import data, tasks, tree
 from jaxpeft.adapt import budget, sites
 from jaxpeft.data import base, pipeline
 from jaxpeft.models.base import VisionLanguageModel
+from jaxpeft.runtime.text import aligned
 from jaxpeft.training import frozen_cache, loop, optim, setup, sharding
 from jaxpeft.training.setup import Config
 from jaxpeft.tree import Tree
@@ -138,11 +139,13 @@ def step_in_shapes(c: Config, model: VisionLanguageModel, batch_size: int | None
     best = c.optim.schedule == "plateau"
     state = jax.eval_shape(functools.partial(loop.start, tx=tx, seed=0, best=best), tuned)
 
-    def step(state: loop.TrainState, frozen: Tree, batch: dict[str, jax.Array], model: VisionLanguageModel = model):
+    def train_step(
+        state: loop.TrainState, frozen: Tree, batch: dict[str, jax.Array], model: VisionLanguageModel = model
+    ):
         loss = functools.partial(task.loss, model)
         return loop.train_step(state, frozen, batch, loss=loss, tx=tx, grad_accum=c.grad_accum)
 
-    return step, (state, frozen, batch), n_bytes
+    return train_step, (state, frozen, batch), n_bytes
 
 
 def flops_of(step: Step, shapes: Shapes, model: VisionLanguageModel) -> float:
@@ -228,8 +231,7 @@ def report(config: Config, topology: str | None = None, chip: Chip | None = None
         rows += _roofline(config, mesh, chip, flops, frozen, state)
     rows.append(("largest batch", _largest(config, shapes_of, model, mesh, chip, plan)))
     rows.append(("compiled in", f"{plan.seconds:.0f} s"))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+    return "\n".join(aligned(rows, left=2))
 
 
 def _mb(n: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxpeft.runtime import files, registry
+from jaxpeft.runtime import files, registry, text
 
 PACKAGE = Path(__file__).parents[1]
 APART = ("apps", "configs", "study")  # folders that no number of a run depends on; its config is compared by itself
@@ -191,7 +191,7 @@ def table(result: dict) -> str:
             cells += [f"{score['by_type'][kind]['accuracy']:.3f}" for kind in kinds]
             cells += [f"{score['nll']:.3f}" if "nll" in score else "-"] if header[-1] == "nll" else []
             body.append([LABELS.get(label, label), *cells])
-        lines += [f"{split} (n = {scores['n']})", *_aligned([header, *body])]
+        lines += [f"{split} (n = {scores['n']})", *(f"  {line}" for line in text.aligned([header, *body]))]
         lines += [_differences(split, scores, name)] if "intervals" in scores else []
         lines.append("")
     if result.get("validation"):
@@ -217,17 +217,6 @@ LABELS = {
     "text_only": "tuned, no picture",
     "tuned": "tuned",
 }
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
 
 
 def gallery(path: Path, cases: list[dict], columns: int = 4) -> None:

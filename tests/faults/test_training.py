@@ -229,10 +229,10 @@ def test_sigterm(tmp_path, whole, fault, monkeypatch, moment):
         options["change"], steps_done = toy.raise_at(6), 5
     elif moment == "tracing":
 
-        def step_fn(*args, **kwargs):
+        def loss(*args):
             signal.raise_signal(signal.SIGTERM)  # real compilations are in test_stops.py
 
-        options["step"] = step_fn
+        options["loss"] = loss
     elif moment == "save":
         save = Checkpoints.save
 
