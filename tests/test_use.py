@@ -154,7 +154,7 @@ def test_pictures_of_every_ending_are_found_in_a_folder(tmp_path, capsys, monkey
     for name in names:
         kind = Image.registered_extensions()["." + name.split(".")[0]]
         Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(tmp_path / name, kind)
-    monkeypatch.setattr(evaluate, "generate", lambda model, variables, decoded, *_, **__: [
+    monkeypatch.setattr(generate, "generate", lambda model, variables, decoded, *_, **__: [
         [{"text": f"grey {image.mean():.0f}", "score": 0.0}] for image in decoded
     ])  # fmt: skip
     assert generate.main(["--base", "tiny", "--folder", str(tmp_path), "--batch", "7"]) == 0

@@ -101,4 +101,4 @@ def test_the_quickstart_trains_from_an_empty_directory(home):
 
 def test_the_commands_module_is_not_the_function():
     code = "import jaxpeft.apps.generate, jaxpeft as jp; assert callable(jp.generate); print(jp.generate.__module__)"
-    assert shell(sys.executable, "-c", code, cwd=ROOT).strip() == "jaxpeft.training.evaluate"
+    assert shell(sys.executable, "-c", code, cwd=ROOT).strip() == "jaxpeft.apps.generate"

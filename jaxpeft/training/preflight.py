@@ -141,7 +141,7 @@ def step_in_shapes(c: Config, model: VisionLanguageModel, batch_size: int | None
 
     def train_step(
         state: loop.TrainState, frozen: Tree, batch: dict[str, jax.Array], model: VisionLanguageModel = model
-    ):
+    ) -> tuple[loop.TrainState, dict[str, jax.Array]]:
         loss = functools.partial(task.loss, model)
         return loop.train_step(state, frozen, batch, loss=loss, tx=tx, grad_accum=c.grad_accum)
 
