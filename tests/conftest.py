@@ -1,21 +1,16 @@
 """A strict session: warnings are errors (pyproject), ranks never broadcast by accident, eight virtual devices."""
 
-import atexit
 import gc
 import os
-import shutil
-import tempfile
+from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["HF_HUB_OFFLINE"] = "1"  # test_downloads.py has a hub of its own
 # XLA's older emitters compile a gradient of the tiny model in a third of the time
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
-if (
-    "JAX_COMPILATION_CACHE_DIR" not in os.environ
-):  # the workers of pytest-xdist, and the programs that tests start, share it
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxpeft-programs-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# Compiled programs are kept from one session to the next, for the workers of pytest-xdist and for programs that tests start
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "programs"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import jax
 import pytest

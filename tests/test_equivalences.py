@@ -11,7 +11,7 @@ import optax
 import pytest
 import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from methods_table import ROWS, attached, every_row, perturbed
+from methods_table import BY_NAME, ROWS, attached, perturbed
 
 import jaxpeft as jp
 from jaxpeft import tasks, tree
@@ -364,10 +364,11 @@ def test_the_same_method_twice_is_an_error():
 # ---------------------------------------------------------------- many at once
 
 
-@every_row
-def test_eight_devices_and_vmap_over_tuned_trees_equal_one_device(row):
+# a prompt, leaves shared by all sites, fixed leaves, a block-diagonal rotation, and prefix, adapter and LoRA behind gates
+@pytest.mark.parametrize("name", ["prompt0", "compacter11", "vera20", "oft25", "unipelt29"])
+def test_eight_devices_and_vmap_over_tuned_trees_equal_one_device(name):
     """One step of gradient descent: two tuned trees in one program whose batch lies on eight devices, and each tree alone."""
-    variables, mask = attached(row)
+    variables, mask = attached(BY_NAME[name])
     trees = [jp.split(perturbed(variables, seed=seed), mask) for seed in (1, 2)]
     frozen, batch, tx = trees[0][1], tiny.batch(n=8), optax.sgd(0.1)
     if any(not np.array_equal(x, y) for x, y in zip(*(jax.tree.leaves(t[1]) for t in trees), strict=True)):

@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from jaxpeft import tree
 from jaxpeft.data.base import Examples, Split, pad_tokens
@@ -200,7 +200,7 @@ def worth_of_images(
         others.append(nlls(model, variables, task, swapped, **options)[:, 0])
     gain_N = np.bincount(at, np.mean(others, axis=0) - own) / np.bincount(at)
     spread = gain_N.std(ddof=1) / np.sqrt(n)
-    return {"gain": float(gain_N.mean()), "least": float(gain_N.mean() - student_t.ppf(0.95, n - 1) * spread), "n": n}
+    return {"gain": float(gain_N.mean()), "least": float(gain_N.mean() - stdtrit(n - 1, 0.95) * spread), "n": n}
 
 
 def intervals(rows: list[dict], metric: str, label: str, others: Iterable[str]) -> dict[str, list[float]]:

@@ -26,9 +26,7 @@ STUDY = ("main.py", "--config=configs/studies/tiny.py:steps=10,seeds=1,small=tru
 # program -> (its arguments, what it compiles when it is stopped)
 PROGRAMS = {
     "training": (POINT, "train_step"),
-    "evaluation": (POINT, "beam_search"),
     "generate": (("-m", "jaxpeft", "generate", "--base", "tiny", "--image"), "beam_search"),
-    "preflight": ((*POINT, "--preflight"), "train_step"),
     "a study's launcher": (STUDY, "train_step"),
     "a study's workers": (STUDY, "train_step"),
 }  # fmt: skip
