@@ -6,7 +6,9 @@ from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["HF_HUB_OFFLINE"] = "1"  # test_downloads.py has a hub of its own
-# XLA's older emitters compile a gradient of the tiny model in a third of the time
+# Tests mostly compile, and programs that they start do so too: without optimization in half of the time, and a gradient of
+# the tiny model with XLA's older emitters in a third of that
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 # Compiled programs are kept from one session to the next, for the workers of pytest-xdist and for programs that tests start
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "programs"))
@@ -25,7 +27,6 @@ from jaxpeft.models.blip_tokens import BlipTokenizer
 jax.config.update("jax_num_cpu_devices", 8)  # before any array exists
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_disable_most_optimizations", True)  # tests mostly compile: 17 of them took 50 s, not 97 s
 blip.UNROLLED = 0  # scanned as models of base size are: half the program to compile; test_model.py unrolls
 
 

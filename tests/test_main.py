@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from configs import point, pretrain, quickstart
-from jaxpeft import config
+from jaxpeft import cli, config
 from jaxpeft.training.progress import Progress
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads configs so
 
 
 def test_arguments_are_typed_and_unknown_ones_list_the_known():
@@ -44,10 +45,18 @@ def test_quickstart_and_pretrain_configs_differ_where_they_say():
     assert firsts[0][1] <= firsts[1][0]  # no picture in two stages
 
 
-def _main(*arguments):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "main.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """The program in this process: what it says on stderr before it ends with status 1."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "_prepare_process", lambda: None)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit, match="^1$"):
+            cli.main(["run", *arguments])
+        return capsys.readouterr().err
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -70,11 +79,11 @@ def _main(*arguments):
         (["--imports=no_such"], "error: --imports=no_such: no module of that name"),
     ],
 )
-def test_a_mistake_ends_in_one_line_before_any_work(tmp_path, arguments, message):
-    done = _main(
+def test_a_mistake_ends_in_one_line_before_any_work(tmp_path, refused, arguments, message):
+    said = refused(
         "--config=configs/quickstart.py:steps=1", f"--workdir={tmp_path}", "--config.data.n_train=4", *arguments
     )
-    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+    assert message in said and said.count("\n") == 1
     assert not (tmp_path / "result.json").exists() and not (tmp_path / "config.json").exists()
 
 
@@ -88,15 +97,17 @@ def test_a_mistake_ends_in_one_line_before_any_work(tmp_path, arguments, message
         ("README.md", "error: "),
     ],
 )
-def test_a_config_that_cannot_be_made_is_one_line(tmp_path, config, message):
-    done = _main(f"--config={config}", f"--workdir={tmp_path}")
-    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+def test_a_config_that_cannot_be_made_is_one_line(tmp_path, refused, config, message):
+    said = refused(f"--config={config}", f"--workdir={tmp_path}")
+    assert message in said and said.count("\n") == 1, said
 
 
 def test_the_program_runs_and_says_what_it_does(tmp_path):
     """The README's main job with one step: the table, the split of time, the files."""
     small = ["--config.data.n_train=16", "--config.data.n_test=4", "--config.eval.splits=('test',)"]
-    done = _main("--config=configs/quickstart.py:steps=1", f"--workdir={tmp_path}", *small)
+    command = [sys.executable, "main.py", "--config=configs/quickstart.py:steps=1", f"--workdir={tmp_path}", *small]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     for part in ("blind: question only", "frozen base", "tuned", "compiled the training step", "gallery.png"):
         assert part in done.stdout

@@ -16,7 +16,6 @@ from jaxpeft.runtime import host, signals
 from jaxpeft.training import loop, results, run
 
 jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 def main(workdir, base, port, me, n, settings):

@@ -37,7 +37,7 @@ class Watched:
 
     def __init__(self, arguments):
         env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "1", "PYTHONUNBUFFERED": "1"}
-        env |= {"PYTHONPATH": str(ROOT)}
+        env |= {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
         self.process = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=ROOT,

@@ -90,8 +90,6 @@ if __name__ == "__main__":
     from pathlib import Path
 
     jax.config.update("jax_num_cpu_devices", 8)
-    # as in the tests' own process: other programs round otherwise
-    jax.config.update("jax_disable_most_optimizations", True)
     try:
         fit(Path(sys.argv[1]), config(int(sys.argv[2]), float(sys.argv[3])), lambda text: print(text, flush=True))
     except (ValueError, loop.NonFinite, KeyboardInterrupt) as error:
