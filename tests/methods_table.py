@@ -106,7 +106,14 @@ ROWS = [
     row("selective", NORMS, leaves="norm[12]?/"),
 ]
 BY_NAME = {f"{one.name}{i}": one for i, one in enumerate(ROWS)}
-every_row = pytest.mark.parametrize("row", ROWS, ids=list(BY_NAME))
+FIRST = {one.name: name for name, one in reversed(BY_NAME.items())}  # of each method; its variants are slow tests
+every_row = pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(one, id=name, marks=() if name in FIRST.values() else pytest.mark.slow)
+        for name, one in BY_NAME.items()
+    ],
+)
 
 
 @functools.cache

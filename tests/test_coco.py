@@ -216,6 +216,7 @@ def test_a_data_set_that_was_not_prepared_says_how(tmp_path):
         load(tmp_path, "vqav2", ["train"])
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_the_same(tree, home, tmp_path, monkeypatch):
     monkeypatch.setattr(prepared, "SHARD_ROWS", 4)
     prepare.prepare("coco_captions", tree, tmp_path / "out", workers=2, check_sizes=False, log=lambda _: None)
@@ -236,6 +237,7 @@ def run(config, base, home, workdir):
 ARGS = "image_size=64,dtype=float32,steps=2,batch_size=8,method=lora,size=2"
 
 
+@pytest.mark.slow
 def test_the_captioning_recipe_and_its_upload(base, home, tree, tmp_path):
     result = run(blip_caption_coco.get_config(ARGS), base, home, tmp_path / "run")
     upload = json.loads((tmp_path / "run/upload_test.json").read_text())
@@ -257,6 +259,7 @@ def numbered(tree):
     return [(int(i), one) for i, one in originals(tree).items()]
 
 
+@pytest.mark.slow
 def test_the_vqa_recipe_and_its_uploads(base, home, tree, tmp_path):
     config = blip_vqa_v2.get_config(ARGS)
     result = run(config, base, home, tmp_path / "run")
@@ -300,6 +303,7 @@ def test_recipes_are_the_published_ones():
 # ranking
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k", "chunk"), [(3, 2), (7, 16), (5, 5)])
 def test_rank_is_two_stages_of_whole_losses(k, chunk):
     model, params, batch = tiny.model(), tiny.params(), tiny.batch(3)
@@ -370,6 +374,7 @@ def test_without_java_the_report_says_so(monkeypatch):
     assert report["tokenizer"] == "approximate" and report["skipped"]["meteor"].endswith("is not installed")
 
 
+@pytest.mark.slow
 @needs_java
 def test_ptb_tokens_and_meteor():
     ours = {"a": 'He said "10,000 dogs\rran"; fast.', "b": "a cat on a mat", "c": ""}

@@ -365,6 +365,7 @@ def test_the_same_method_twice_is_an_error():
 
 
 # a prompt, leaves shared by all sites, fixed leaves, a block-diagonal rotation, and prefix, adapter and LoRA behind gates
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prompt0", "compacter11", "vera20", "oft25", "unipelt29"])
 def test_eight_devices_and_vmap_over_tuned_trees_equal_one_device(name):
     """One step of gradient descent: two tuned trees in one program whose batch lies on eight devices, and each tree alone."""

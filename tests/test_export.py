@@ -86,6 +86,7 @@ def exported(run, capsys, *more) -> str:
     return "out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["merged", "peft"])
 def test_the_cards_code_writes_the_caption(runs, picture, capsys, format):
     run = runs["captioning", "lora"]

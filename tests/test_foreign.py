@@ -84,6 +84,7 @@ def moved(variables):
     return variables | {"peft": peft}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 def test_identity_then_effect_and_every_leaf_matters(style):
     model, params, bridge, variables = start(style, METHODS)

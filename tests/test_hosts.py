@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).with_name("two_processes.py")
 SETTINGS = {"data.augment": "crop_flip", "model.dropout": 0.1, "method.dropout": 0.1, "eval.base": False}
 

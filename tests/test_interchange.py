@@ -126,6 +126,7 @@ def test_a_manifest_names_known_methods_and_fields_only(value):
 # ---------------------------------------------------------------- PEFT's files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEFT)
 def test_what_peft_wrote_computes_what_peft_computes(name):
     model, params = base()
@@ -360,6 +361,7 @@ def test_live_inits_of_peft_are_exact_or_refused(tmp_path):
     assert list(read) == [True, False, "gaussian", "orthogonal"] and max(read.values()) < 5e-5
 
 
+@pytest.mark.slow
 def test_live_against_peft(tmp_path):
     """The script that compares everything with the installed PEFT, on two of its cases."""
     pytest.importorskip("peft", reason="compares with the installed PEFT: pip install -e .[golden]")

@@ -102,6 +102,7 @@ def test_a_config_that_cannot_be_made_is_one_line(tmp_path, refused, config, mes
     assert message in said and said.count("\n") == 1, said
 
 
+@pytest.mark.slow
 def test_the_program_runs_and_says_what_it_does(tmp_path):
     """The README's main job with one step: the table, the split of time, the files."""
     small = ["--config.data.n_train=16", "--config.data.n_test=4", "--config.eval.splits=('test',)"]

@@ -23,6 +23,7 @@ def _rows(context, change):
     return jax.tree.map(change, context)
 
 
+@pytest.mark.slow
 def test_decoder_is_causal_and_looks_at_everything_before():
     """The loss of position t has gradient at word embeddings of positions <= t only, and at each of them."""
     model, context = tiny.model(), _rows(_context(), lambda x: x[:1])
@@ -64,6 +65,7 @@ def test_texts_of_one_picture_equal_texts_of_its_copies():
     np.testing.assert_allclose(folded, repeated, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["unrolled", "remat"])
 def test_unrolled_layers_and_remat_change_nothing(change, monkeypatch):
     def results(model):
@@ -90,6 +92,7 @@ def test_uint8_pictures_are_normalised_as_blip_does():
     np.testing.assert_allclose(*states, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_needs_an_rng():
     model = tiny.model(dropout=0.5)
     np.testing.assert_array_equal(model.apply(VARIABLES, BATCH), tiny.model().apply(VARIABLES, BATCH))
@@ -97,6 +100,7 @@ def test_dropout_needs_an_rng():
     assert np.abs(dropped - model.apply(VARIABLES, BATCH)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_and_logits_stay_float32():
     half = tiny.model(dtype="bfloat16").apply(VARIABLES, BATCH)
     full = tiny.model().apply(VARIABLES, BATCH)

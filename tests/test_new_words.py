@@ -46,6 +46,7 @@ def config(root, base, tmp_path, **changes):
     return c
 
 
+@pytest.mark.slow
 def test_counts_budgets_and_files_hold_the_new_rows_and_no_others(root, base, tmp_path):
     c, said = config(root, base, tmp_path), []
     result = jp.run(c, tmp_path / "run", said.append)
@@ -104,6 +105,7 @@ def test_one_emoji_changes_nothing_for_a_base_with_word_pieces(root, base, tmp_p
     assert setup.with_new_words(c, tasks.build("captioning"), model, chosen, split)[3] == []
 
 
+@pytest.mark.slow
 def test_rows_of_their_own_compute_what_one_matrix_computes():
     """Logits, and what methods read of the base: PiSSA of the tied head, a prompt that starts from words."""
     model, params = tiny.model(False), tiny.params(False)
@@ -134,6 +136,7 @@ def test_spare_rows_of_a_matrix_are_no_rows_of_new_words():
     assert wider.tokenizer.ids["zebra"] == len(tiny.TOKENIZER)
 
 
+@pytest.mark.slow
 def test_full_tuning_trains_the_new_rows_with_the_rest(root, base, tmp_path):
     c = config(root, base, tmp_path, **{"head": "none"})
     c.method = {"name": "full"}

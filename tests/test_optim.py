@@ -122,6 +122,7 @@ def test_every_leaf_of_a_state_of_blip_has_a_place_on_a_mesh(name):
             assert place.spec == where[leaf[leaf.index("params/") :]].spec, leaf
 
 
+@pytest.mark.slow
 def test_a_run_with_another_optimizer_learns_and_goes_on_to_more_steps(base, tmp_path):
     c = config_of(base, **{"optim.name": "adafactor", "optim.lr": 0.01, "mesh.fsdp": 2, "data.n_test": 2})
     c.eval.gallery = False

@@ -51,6 +51,7 @@ def runs(root, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_the_best_step_is_kept_and_beats_what_looks_at_no_picture(runs):
     result, said, workdir = runs["captions"]
     kept = result["validation"]
@@ -116,6 +117,7 @@ def test_steps_follow_from_the_pictures_and_are_never_too_few(root):
         setup.scheduled(c, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [3, 4, 12])
 def test_a_handful_of_pictures_trains_and_is_scored(root, base, tmp_path, n):
     write(root, f"few{n}.csv", [(f"{i}.png", f"a {list(COLOURS)[i % 4]} card") for i in range(n)])
@@ -217,11 +219,13 @@ def test_intervals_draw_whole_pictures():
     assert evaluate.intervals(same, "x", "tuned", [])["tuned"] == [2.0, 2.0, 2.0]
 
 
+@pytest.mark.slow
 def test_without_validation_all_steps_are_done_and_the_last_is_kept(base, tmp_path):
     result = run.run(config_of(base, **{"steps": 3}), tmp_path, lambda *_: None)
     assert result["validation"] is None and result["timing"]["steps"] == 3 and "kept_step" not in result["timing"]
 
 
+@pytest.mark.slow
 def test_the_best_step_can_be_kept_all_the_same(root, base, tmp_path, losses):
     """What the message about step 0 advises: the same command with one setting changed trains nothing again."""
     c = folder.get_config(f"root={root},annotations=shuffled.csv,base={base},steps=4")

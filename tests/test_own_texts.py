@@ -54,6 +54,7 @@ def before_training(said):
     return said[: next(i for i, line in enumerate(said) if "compiled" in line)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inference", ["generate", "rank"])
 def test_a_right_answer_of_own_data_scores_one(root, tmp_path, inference):
     said = []
@@ -73,6 +74,7 @@ def test_a_right_answer_of_own_data_scores_one(root, tmp_path, inference):
     assert (task.max_new_tokens, task.max_question) == (5, result["task_options"]["max_question"])
 
 
+@pytest.mark.slow
 def test_captions_of_own_data_reach_ten(root, tmp_path):
     result = jp.run(config(root, "tiny", tmp_path, "captioning"), tmp_path / "run", lambda _: None)
     test = result["metrics"]["test"]
@@ -80,6 +82,7 @@ def test_captions_of_own_data_reach_ten(root, tmp_path):
     assert test["tuned"]["cider_d"] == pytest.approx(10) and test["tuned"]["tokenizer"] == "basic"
 
 
+@pytest.mark.slow
 def test_a_low_ceiling_and_cuts_are_said_before_training(root, base, tmp_path):
     changes = {
         "model.extend_vocabulary": False,
@@ -100,6 +103,7 @@ def test_a_low_ceiling_and_cuts_are_said_before_training(root, base, tmp_path):
     assert result["texts"]["test"]["max_question"]["cut"] > 0 and result["model"]["unknown_words"] > 0
 
 
+@pytest.mark.slow
 def test_a_file_for_each_split(root, base, tmp_path):
     c = folder.get_config(f"root={root},train=train.csv,test=test.csv,task=vqa,base={base},steps=1")
     c.data.data_dir = str(tmp_path / "copy")
@@ -115,6 +119,7 @@ def test_a_file_for_each_split(root, base, tmp_path):
             folder.get_config(arg)
 
 
+@pytest.mark.slow
 def test_two_files_of_one_split_may_both_begin_at_one(root, base, tmp_path):
     """COCO files for val and validation, which are one split: both have images 1, 2, ..."""
     files = {}
@@ -155,6 +160,7 @@ def test_every_option_of_a_task_can_be_set_on_the_command_line(make):
         defaults.task_options("ocr")
 
 
+@pytest.mark.slow
 def test_a_run_of_version_0_1_is_loaded_with_the_limits_it_had(root, base, tmp_path):
     jp.run(config(root, base, tmp_path, **{"steps": 1}), tmp_path / "run", lambda _: None)
     result, written = tmp_path / "run" / "result.json", json.loads((tmp_path / "run" / "config.json").read_text())

@@ -85,6 +85,7 @@ def wide(tmp_path_factory):
     return loading.save(tmp_path_factory.mktemp("wide") / "base", model, shared(params), aliases=ALIASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_planned_bytes_are_those_on_a_device(wide, axes):
     """The arguments that XLA plans are, to the byte, what the arrays take on the first device."""
@@ -111,6 +112,7 @@ def test_planned_bytes_are_those_on_a_device(wide, axes):
     assert plan.arguments < 0.6 * whole  # most weights are split; the vocabulary, which eight does not divide, is not
 
 
+@pytest.mark.slow
 def test_flops_count_every_layer():
     """Layers add alike, although XLA counts the body of a loop once; and FLOPs are of the whole batch."""
     task, batch = tasks.build("vqa"), {n: tiny.batch(n) for n in (4, 8)}
@@ -143,6 +145,7 @@ def number(text, row):
     return float(re.search(rf"^{row} +([\d.,e+]+)", text, re.M)[1].replace(",", ""))
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_a_larger_one_does_not(base):
     c = config_of(base, **{"data.augment": "crop_flip", "mesh.fsdp": 8})
     memory = 3e6
@@ -162,6 +165,7 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(base):
     assert "none: 8 does not fit" in text
 
 
+@pytest.mark.slow
 def test_the_report_adds_up(base):
     c = config_of(base, **{"data.augment": "crop_flip"})
     one, eight = (preflight.report(with_mesh(c, n), chip=preflight.CHIPS["h100"]) for n in (1, 8))

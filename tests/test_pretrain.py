@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
 from configs import pretrain as config_file
@@ -74,6 +75,7 @@ def test_caption_batch_has_one_shape_and_its_own_text_first():
     assert "a picture of " + TOKENIZER.decode(target.tolist()) == own[0]
 
 
+@pytest.mark.slow
 def test_sharing_ties_all_but_self_attention():
     """A gradient through the encoder reaches the decoder's cross-attention, not the decoder's self-attention."""
     params = pretrain.init(tiny.model(), 0)
@@ -90,6 +92,7 @@ def test_sharing_ties_all_but_self_attention():
     assert grads["text_encoder/blocks/self_attention/value/kernel"]
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_checkpoint(tmp_path):
     """Two runs of all three stages, a few steps each, from the config file; also loads as a base."""
     digests = []

@@ -63,6 +63,7 @@ def alone(name):
     return lambda image, prompt, text: np.asarray(whole(image, prompt[prompt != 0], np.asarray(text, np.int32)))
 
 
+@pytest.mark.slow
 @every_method
 def test_packed_texts_equal_single_sequences(name):
     b = batch()
@@ -77,6 +78,7 @@ def _search(**options):
     return decode.Search.of(template, 5, **options)
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("beams", [1, 3])
 def test_searches_equal_a_loop_without_cache(name, beams):
@@ -119,6 +121,7 @@ def loop_search(log_probs, beams, length, end):
     return finished
 
 
+@pytest.mark.slow
 @every_method
 def test_ranking_equals_the_likelihood_of_each_answer(name):
     b, rng = batch(), np.random.default_rng(5)
@@ -152,6 +155,7 @@ def _examples(name, task):
     return task.examples(SPLIT, template), task.eval_examples(SPLIT, template)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["vqa", "captioning"])
 def test_tasks_score_and_write_with_the_first_token_from_the_prompt(task):
     task = build(task, max_new_tokens=5, min_length=0)
@@ -214,6 +218,7 @@ def test_a_stage_that_reads_a_trained_leaf_or_drops_out_is_not_cached():
     assert reasons["question_states"].endswith("is trained")
 
 
+@pytest.mark.slow
 def test_tables_stand_in_for_images_and_give_the_same_numbers():
     task = build("vqa", max_new_tokens=5)
     examples, cases = _examples("lora", task)
@@ -229,6 +234,7 @@ def test_tables_stand_in_for_images_and_give_the_same_numbers():
     assert [one["text"] for one in texts[0]] == [one["text"] for one in texts[1]]
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     task, method = build("vqa", max_new_tokens=5), jp.LoRA(rank=2)
     tuned = jp.attach(MODEL, prefix_lm.params(), method, jax.random.key(0))

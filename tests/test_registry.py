@@ -59,6 +59,7 @@ def home(tmp_path_factory):
     return home, said
 
 
+@pytest.mark.slow
 def test_a_run_uses_all_of_it_and_says_where_it_came_from(home, monkeypatch):
     home, said = home
     result = json.loads((home / "run" / "result.json").read_text())
@@ -73,6 +74,7 @@ def test_a_run_uses_all_of_it_and_says_where_it_came_from(home, monkeypatch):
     assert result["counts"]["tuned"] == result["counts"]["stored"] == 3 * 128 + 129  # three layers; a word
 
 
+@pytest.mark.slow
 def test_it_writes_and_is_exported_where_the_module_is_imported_again(home):
     home, _ = home
     generate = ["-m", "jaxpeft", "generate", "--workdir", "run", "--image", "blue.png", "--beams", "1"]

@@ -396,6 +396,7 @@ def test_rows_made_in_other_processes_are_the_same(monkeypatch, caplog):
     assert len(made_here) == 4 and "one process" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_runs_once(tmp_path):
     script = tmp_path / "script.py"
     script.write_text('from jaxpeft.data import scenes\nprint(len(scenes.records("train", 20, workers=2)))\n')

@@ -82,6 +82,7 @@ def alone(method):
     return jax.device_get((after.tuned, metrics))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_devices_equal_one(method, name):
@@ -162,6 +163,7 @@ def test_what_every_device_holds_whole_is_reported():
     assert sharding.bytes_per_device(tree_, placed) == 4 * (30 * 17 + 16 * 16 // 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_evaluation_on_a_mesh_is_that_of_one_device(name):
     """Batches that the mesh does not divide are padded, and every case counts once."""
@@ -180,6 +182,7 @@ def test_evaluation_on_a_mesh_is_that_of_one_device(name):
     )
 
 
+@pytest.mark.slow
 def test_accumulation_splits_every_device_alike():
     """A microbatch is every n-th row, so that no row changes its device."""
     on = mesh("data")
@@ -194,6 +197,7 @@ def test_accumulation_splits_every_device_alike():
         np.testing.assert_allclose(x, tree.flatten(alone.tuned)[leaf], atol=1e-6, rtol=1e-6, err_msg=leaf)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "mam"])
 def test_frozen_matrices_in_bfloat16_change_nothing_where_products_are_in_bfloat16(method):
     """Bit for bit: loss and gradients are those of frozen float32, which every product rounds in the same way."""

@@ -116,6 +116,7 @@ def test_a_run_is_a_config_that_main_runs_alone(config):
     assert c.name == run.id and c.optim.schedule == "plateau"
 
 
+@pytest.mark.slow
 def test_sizes_are_solved_for_the_budget_and_prompt_is_capped():
     c = studies.study("x", "", ("vqa_stated",), studies.variants("none", prompts=()), (2000, 20_000, 10**6), (64,))
     sizes = {variant: [cell.size for cell in grid.cells(c) if cell.variant == variant] for variant in c.variants}
@@ -261,6 +262,7 @@ def test_the_code_has_the_modules_of_imports_as_they_were_imported(tmp_path, mon
     assert results.code() not in codes
 
 
+@pytest.mark.slow
 def test_other_code_alone_does_nothing_again_and_is_said(config, fake, tmp_path, monkeypatch):
     execute.run(config, tmp_path, log=quiet)
     before, said, old = len(fake), [], results.code()
@@ -274,6 +276,7 @@ def test_other_code_alone_does_nothing_again_and_is_said(config, fake, tmp_path,
     assert "48 runs" in report.write(tmp_path)  # all of one code
 
 
+@pytest.mark.slow
 def test_rerun_does_what_matches_again_once_for_each_code(config, fake, tmp_path, monkeypatch):
     execute.run(config, tmp_path, log=quiet)
     before, pattern = len(fake), "vqa_stated-head-n64-*"
@@ -292,6 +295,7 @@ def test_rerun_does_what_matches_again_once_for_each_code(config, fake, tmp_path
     assert fake[before:] == again * 2
 
 
+@pytest.mark.slow
 def test_rerun_goes_on_after_a_stop_and_in_workers_that_were_not_told(config, fake, tmp_path, monkeypatch):
     execute.run(config, tmp_path, log=quiet)
     before, works = len(fake), execute.training_run.run
@@ -350,6 +354,7 @@ def test_rerun_gives_up_runs_another_chance_and_refuses_what_matches_nothing(con
     assert bad in fake and all(row["status"] == "done" for row in rows)
 
 
+@pytest.mark.slow
 def test_runs_of_one_cell_by_different_code_are_not_compared_unless_asked(config, fake, tmp_path, monkeypatch):
     execute.run(config, tmp_path, log=quiet)
     old = results.code()
@@ -369,6 +374,7 @@ def test_runs_of_one_cell_by_different_code_are_not_compared_unless_asked(config
     assert "made by different code" not in (tmp_path / "report" / "index.html").read_text().lower()
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_tried_three_times_and_stops_no_other(config, fake, tmp_path, monkeypatch):
     works = execute.training_run.run
 
@@ -399,6 +405,7 @@ def test_a_stop_is_not_a_failure(config, fake, tmp_path, monkeypatch):
     assert not (tmp_path / "failures").exists() and not list((tmp_path / "claims").iterdir())
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_weights_and_counts_every_cell(tmp_path, monkeypatch):
     """manifest and vocabulary are enough to plan; counts are those of the methods, whatever the picture size."""
     for name in ("manifest.json", "vocab.txt"):
@@ -611,6 +618,7 @@ def _race(directory, together, won):
     together.wait()  # who has it lives until all have tried
 
 
+@pytest.mark.slow
 def test_of_many_who_see_a_stale_claim_one_gets_it(tmp_path):
     (tmp_path / "a").write_text(
         json.dumps({"host": Lease(tmp_path, "x")._me["host"], "pid": 2**22 + 1, "started": "1"})
@@ -648,6 +656,7 @@ def test_long_tables_are_folded_and_methods_keep_their_order_and_marks(done):
     assert names == sorted(names, key=list(figures.STYLE).index) and len(names) > 1
 
 
+@pytest.mark.slow
 def test_the_report_reads_files_only_and_is_one_page(done, monkeypatch):
     monkeypatch.setattr(grid, "Run", None)
     line = report.write(done)
@@ -686,6 +695,7 @@ def test_no_results_is_said(tmp_path):
 OLD = {"settings": "levels", "variants": "arms", "learning_rates": "rates", "setting": "level", "variant": "arm"}
 
 
+@pytest.mark.slow
 def test_a_study_of_version_0_1_is_reported_as_today(done):
     """Old names, and no code in its results."""
     report.write(done)

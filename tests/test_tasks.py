@@ -110,6 +110,7 @@ def _scenario(n):
     return Split("test", [rng.integers(0, 256, (20, 30, 3)).astype(np.uint8) for _ in range(n)], rows)
 
 
+@pytest.mark.slow
 def test_padding_of_the_last_batch_never_changes_a_score():
     """Five cases in batches of 2, 3, 5 and 8: the same answers and the same likelihood."""
     model, variables = tiny.model(), {"params": tiny.params()}
@@ -128,6 +129,7 @@ def test_padding_of_the_last_batch_never_changes_a_score():
     np.testing.assert_allclose([nll for _, nll in found], found[0][1], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_generate_answers_and_names_misuse():
     model, variables = tiny.model(), {"params": tiny.params()}
     split = _scenario(3)

@@ -170,6 +170,7 @@ def test_after_a_nan_nothing_changes_any_more():
     assert tree.digest(later._replace(ok=True)) == tree.digest(good._replace(ok=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["vqa", "captioning"])
 def test_a_run_leaves_its_files(base, tmp_path, task):
     c = config_of(base, task, head="transform")
@@ -191,6 +192,7 @@ def test_a_run_leaves_its_files(base, tmp_path, task):
     assert run.run(c, tmp_path, quiet) == on_disk  # finished: nothing is done again
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_at_a_plateau_says_so(base, tmp_path):
     """End to end: what validation measures decides, and is in the result."""
     c = config_of(base, **{"optim.schedule": "plateau", "optim.cooldown": 0.5, "steps": 20, "data.n_val": 5})
@@ -218,6 +220,7 @@ def test_a_mistake_leaves_nothing_that_blocks_the_corrected_rerun(base, tmp_path
     finished.check_workdir(config_of(base), tmp_path)
 
 
+@pytest.mark.slow
 def test_cached_features_equal_encoding_every_step(base, tmp_path):
     cached = run.run(config_of(base), tmp_path / "cached", quiet)
     plain = run.run(config_of(base, **{"data.feature_bytes": 0}), tmp_path / "plain", quiet)
@@ -226,6 +229,7 @@ def test_cached_features_equal_encoding_every_step(base, tmp_path):
         np.testing.assert_allclose(a["nll"], b["nll"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_features_on_disk_equal_features_in_memory(base, tmp_path):
     """A subset reads its rows from the whole split's table, and a second run finds the table there."""
     options = {"data.n_images": 7}
@@ -247,6 +251,7 @@ def kinds(directory):
     return sorted(path.name.rsplit("-", 1)[0] for path in directory.iterdir())
 
 
+@pytest.mark.slow
 def test_question_states_once_per_question_equal_encoding_every_step(base, tmp_path, monkeypatch):
     """Where only the decoder is tuned the question encoder is frozen too; in memory and from disk."""
     options, cacheable = {"method": "head", "data.n_images": 7}, frozen_cache.cacheable
@@ -303,6 +308,7 @@ def test_what_stages_read_is_left_out_of_batches(asked):
     np.testing.assert_allclose(smallest["question_states"], expected, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_question_states_are_taken_from_the_batch(asked):
     """A sharp check of what a test above compares: other states give another loss."""
     model, variables, split, examples = asked
@@ -344,6 +350,7 @@ def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(asked, 
     assert kinds(directory) == ["test-image_tokens-4"]
 
 
+@pytest.mark.slow
 def test_features_of_other_weights_or_pictures_have_other_names(base, asked, tmp_path):
     model, variables, split, examples = asked
     params, other = variables["params"], scenes.load({"n_test": 3, "seed": 1}, ["test"])["test"]

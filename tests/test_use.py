@@ -68,6 +68,7 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_run_is_loaded_as_it_was_evaluated(run, folder):
     workdir, result = run
     model, variables, methods, task = jp.load_run(workdir)
@@ -93,6 +94,7 @@ def test_what_cannot_be_loaded_is_said(run, base, tmp_path, monkeypatch):
         jp.load_run(run[0])
 
 
+@pytest.mark.slow
 def test_a_folder_from_the_command_line(run, folder, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     code = generate.main(["--workdir", str(run[0]), "--folder", str(folder), "--top", "2", "--out", str(out)])
@@ -322,6 +324,7 @@ def fetch(address, data=None):
             return error.code, json.load(error)
 
 
+@pytest.mark.slow
 def test_the_page_writes_what_the_library_writes(run, page, folder):
     picture = (folder / "0.png").read_bytes()
     offered = fetch(f"{page}/writers")[1]["writers"]

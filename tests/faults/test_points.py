@@ -19,6 +19,8 @@ from jaxpeft.runtime import files, locks, signals
 from jaxpeft.study import execute, grid, processes, state
 from jaxpeft.training import evaluate, finished, frozen_cache, loop, run, setup
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

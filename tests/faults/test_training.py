@@ -22,7 +22,7 @@ from jaxpeft.training import loop, sharding
 from jaxpeft.training.checkpoint import Checkpoints
 
 # the array store's own event loop complains when it is collected after a read that failed
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 HERE = Path(__file__).parent
 
 
