@@ -14,7 +14,7 @@ W = 640
 STYLE = """
 text { font: 16px system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; fill: #2a2e35 }
 .title { font-size: 22px; font-weight: 700 }
-.head { font-weight: 700 }
+.head, .strong { font-weight: 700 }
 .small { font-size: 14px; fill: #5a616c }
 .tiny { font-size: 12px }
 .code { font: 14px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; fill: #454b55 }
@@ -36,7 +36,7 @@ LEGEND = {"frozen": "frozen", "trained": "trained", "made": "made of what is tra
 class Figure:
     """A drawing that grows by calls; `file` writes it. `names`: the methods it shows, as configs call them."""
 
-    def __init__(self, title: str, says: str, height: int, names: str = "", about: str = "", legend: str = "frozen trained"):
+    def __init__(self, title: str, says: str, height: int, names: str = "", about: str = "", legend: str = "frozen trained", flow: str = "activations"):
         self.title, self.about, self.height, self.parts = title, about, height, []
         self.text(32, 46, title, "title", "start")
         self.text(32, 72, says, "small", "start")
@@ -49,7 +49,7 @@ class Figure:
             x += 54 + 8 * len(LEGEND[kind])
         if legend:
             self.arrow(x, y - 5, x + 24, y - 5)
-            self.text(x + 32, y, "activations", "small", "start")
+            self.text(x + 32, y, flow, "small", "start")
 
     def add(self, tag: str, text: str | None = None, **attributes):
         said = "".join(f' {name.rstrip("_").replace("_", "-")}="{value}"' for name, value in attributes.items())
@@ -188,50 +188,427 @@ def prefix() -> Figure:
 
 def adapters() -> Figure:
     f = Figure(
-        "Adapters", "a bottleneck D → m → D after or beside a sublayer", 990, "serial_adapter parallel_adapter compacter",
+        "Adapters", "a bottleneck D → m → D after or beside a sublayer", 1040, "serial_adapter parallel_adapter compacter",
         "Left: a serial adapter reads what an attention or MLP gives, and its output is added to that. Right: a parallel "
         "adapter reads what the sublayer reads. Below: Houlsby's placement has one after every attention and MLP; Pfeiffer's "
         "has one per layer, after the MLP, and reads the normalised residual stream. Last: Compacter's matrices.",
         "frozen trained made",
     )  # fmt: skip
-    for x, serial in ((132, True), (432, False)):
-        side, top = x + 122, 286 if serial else 196
-        f.text(x, 112, "serial" if serial else "parallel", "head")
+    for x, head, mid, branch, top in ((134, "serial", 196, 236, 258), (434, "parallel", 268, 158, 226)):
+        side = x + 120
+        f.text(x, 112, head, "head")
         f.text(x, 142, "x")
-        f.text(x + 16, 142, "T × D", "small", "start")
-        mid = 196 if serial else 264
+        f.text(x + 14, 142, "T × D", "small", "start")
         f.arrow(x, 150, x, mid - 22)
-        f.box(x, mid, 116, 44, "sublayer", small="")
+        f.box(x, mid, 116, 44, "sublayer")
         f.arrow(x, mid + 22, x, 387)
-        branch = 240 if serial else 162
+        f.dot(x, 158)
+        f.arrow(x, 158, x - 94, 158, x - 94, 456, x - 82, 456)
         f.dot(x, branch)
-        f.arrow(x, branch, side, branch, side, top - 20 if serial else 218)
-        top = 282 if serial else 238
-        f.funnel(side, top, 108, 64, 40, "D × m")
-        f.arrow(side, top + 20, side, top + 44)
-        f.text(side + 10, top + 37, "act", "small", "start")
-        f.funnel(side, top + 64, 64, 108, 40, "m × D")
-        f.arrow(side, top + 84, side, 398, x + 11, 398)
+        f.arrow(x, branch, side, branch, side, top)
+        f.funnel(side, top + 20, 108, 64, 40, "D × m")
+        f.arrow(side, top + 40, side, top + 64)
+        f.text(side + 10, top + 57, "act", "small", "start")
+        f.funnel(side, top + 84, 64, 108, 40, "m × D")
+        f.arrow(side, top + 104, side, 398, x + 11, 398)
         f.text(x + 62, 390, "× s", "small")
-        f.text(x + 12, 268 if serial else 320, "y", anchor="start")
+        f.text(x + 10, 320, "y", anchor="start")
         f.node(x, 398)
         f.arrow(x, 409, x, 436)
-        f.box(x, 456, 150, 40, "add x, LayerNorm", small="")
-        f.dot(x, 158) if serial else None
-        f.line(x, 158, x - 90, 158) if False else None
-        f.arrow(x, 162 if not serial else 158, x - 92, 162 if not serial else 158, x - 92, 456, x - 75, 456)
+        f.box(x, 456, 164, 40, "add x, LayerNorm")
         f.arrow(x, 476, x, 502)
-    f.rule(524)
+    f.rule(528)
+    f.text(32, 562, "placement=\'houlsby\'", "head", "start")
+    f.text(32, 584, "A reads y: after every attention and MLP", "small", "start")
+    y = 654
+    f.arrow(32, y, 50, y)
+    for x, w, text, kind in ((98, 96, "attention", "frozen"), (184, 32, "A", "trained"), (284, 40, "LN", "frozen"),
+                             (358, 64, "MLP", "frozen"), (428, 32, "A", "trained"), (528, 40, "LN", "frozen")):  # fmt: skip
+        f.box(x, y, w, 40, text, kind)
+    for a, b in ((146, 168), (200, 221), (243, 264), (304, 326), (390, 412), (444, 465), (487, 508), (548, 606)):
+        f.arrow(a, y, b, y)
+    for a, b in ((40, 232), (315, 476)):
+        f.node(b, y)
+        f.dot(a, y)
+        f.arrow(a, y, a, y - 40, b, y - 40, b, y - 11)
+    f.text(32, 716, "placement=\'pfeiffer\'", "head", "start")
+    f.text(32, 738, "A reads LN(x + y): once per layer, after the MLP", "small", "start")
+    y = 808
+    f.arrow(32, y, 50, y)
+    for x, w, text in ((97, 94, "attention"), (206, 40, "LN"), (276, 56, "MLP"), (572, 40, "LN")):
+        f.box(x, y, w, 40, text)
+    for a, b in ((144, 155), (177, 186), (226, 248), (304, 479), (501, 519), (541, 552), (592, 608)):
+        f.arrow(a, y, b, y)
+    for a, b in ((40, 166), (237, 530)):
+        f.node(b, y)
+        f.dot(a, y)
+        f.arrow(a, y, a, y - 40, b, y - 40, b, y - 11)
+    f.text(252, y - 48, "x", "small")
+    f.text(400, y - 8, "y", "small")
+    f.dot(318, y)
+    f.arrow(318, y, 318, y + 52, 334, y + 52)
+    f.box(382, y + 52, 96, 36, "LN(x + y)")
+    f.arrow(430, y + 52, 444, y + 52)
+    f.box(460, y + 52, 32, 36, "A", "trained")
+    f.arrow(476, y + 52, 490, y + 52, 490, y + 11)
+    f.node(490, y)
+    f.text(32, 912, "Compacter", "head", "start")
+    f.text(134, 912, "serial; each matrix a sum of n Kronecker products", "small", "start")
+    f.box(84, 948, 84, 40, "D × m", "made")
+    f.text(148, 954, "=")
+    f.text(184, 954, "Σ_{i}")
+    f.box(246, 948, 64, 40, "A_{i}", "trained")
+    f.text(302, 954, "⊗")
+    f.box(366, 948, 76, 40, "s_{i}", "trained")
+    f.box(476, 948, 76, 40, "t_{i}", "trained")
+    for x, text in ((246, "n × n, shared"), (366, "D/n × 1"), (476, "1 × m/n")):
+        f.text(x, 986, text, "small")
     return f
 
 
-def finished(figures) -> dict[str, str]:
+def lora() -> Figure:
+    f = Figure(
+        "LoRA", "a low-rank update beside a linear layer", 780, "lora dora vera loha pissa",
+        "x goes through the frozen W and, beside it, through the trained A and B of rank r; the second path times s is added. "
+        "Below, four relatives: DoRA scales each output's weights to a trained norm, VeRA trains two vectors around frozen "
+        "random matrices, LoHa multiplies two low-rank matrices, PiSSA starts from the principal part of W.",
+    )  # fmt: skip
+    f.text(182, 112, "x")
+    f.text(196, 112, "T × in", "small", "start")
+    f.arrow(182, 120, 182, 160)
+    f.dot(182, 138)
+    f.arrow(182, 138, 442, 138, 442, 160)
+    f.box(182, 220, 180, 120, "W, b", small="in × out")
+    f.funnel(442, 182, 150, 66, 44, "A")
+    f.arrow(442, 204, 442, 236)
+    f.text(454, 224, "T × r", "small", "start")
+    f.funnel(442, 258, 66, 150, 44, "B")
+    f.text(530, 187, "in × r", "small", "start")
+    f.text(530, 263, "r × out", "small", "start")
+    f.arrow(182, 280, 182, 307)
+    f.arrow(442, 280, 442, 318, 193, 318)
+    f.text(312, 310, "× s", "small")
+    f.node(182, 318)
+    f.arrow(182, 329, 182, 356)
+    f.text(182, 374, "y")
+    f.text(196, 374, "T × out", "small", "start")
+    f.text(300, 352, "y = x W + b + s · x A B", "code", "start")
+    f.text(300, 374, "s = α / r; B starts at zero", "small", "start")
+    f.rule(400)
+    cells = (
+        ("DoRA", "m · (W + s A B) / ‖W + s A B‖", "m: out, starts as the norms of W"),
+        ("VeRA", "((x A) * d) B * l", "A, B random, shared by all sites"),
+        ("LoHa", "x ((A1 B1) * (A2 B2)) · α / r", "elementwise, a rank of up to r²"),
+        ("PiSSA", "s · x (A B − A0 B0)", "A, B start as the top r of W\'s SVD"),
+    )
+    pictures = (  # boxes and signs from left to right
+        (("W", 44, "frozen"), "+", ("s A B", 66, "trained"), ">", ("÷ norm", 70, "plain"), ">", ("m", 34, "trained")),
+        (("A", 48, "frozen"), ">", ("d", 34, "trained"), ">", ("B", 48, "frozen"), ">", ("l", 34, "trained")),
+        (("A_{1} B_{1}", 84, "trained"), "×", ("A_{2} B_{2}", 84, "trained")),
+        (("A B", 84, "trained"), "−", ("A_{0} B_{0}", 84, "frozen")),
+    )
+    for i, ((name, equation, note), picture) in enumerate(zip(cells, pictures, strict=True)):
+        left, y = 32 + i % 2 * 304, 434 + i // 2 * 158
+        f.text(left, y, name, "head", "start")
+        x = left
+        for part in picture:
+            if part == ">":
+                f.arrow(x + 2, y + 38, x + 16, y + 38)
+                x += 18
+            elif isinstance(part, str):
+                f.text(x + 14, y + 44, part)
+                x += 28
+            else:
+                f.box(x + part[1] / 2, y + 38, part[1], 40, part[0], part[2])
+                x += part[1]
+        f.text(left, y + 86, equation, "code", "start")
+        f.text(left, y + 108, note, "small", "start")
+    return f
+
+
+def _attention(f: Figure, x: float, strips: dict, chips: str = ""):
+    """The first half of a post-norm text layer at x: queries, keys, values, attention, output, residual.
+
+    `strips`: what is done to the output of query, key, value; `chips`: what stands in front of keys and values.
+    """
+    low = 62 if chips else 0
+    f.text(x, 142, "x")
+    f.arrow(x, 150, x, 178)
+    f.dot(x, 162)
+    f.arrow(x, 162, x - 130, 162, x - 130, 408 + low, x - 110, 408 + low)
+    for at, name in ((x - 77, "query"), (x, "key"), (x + 77, "value")):
+        f.arrow(x, 162, at, 162, at, 178) if at != x else None
+        f.box(at, 196, 66, 36, name)
+        end = 238 if name in strips else 214
+        if name in strips:
+            f.box(at, 226, 66, 24, "", "trained", strips[name])
+        if chips and name != "query":
+            f.arrow(at, end, at, 262)
+            f.box(at - 15, 276, 36, 28, "", "trained", chips)
+            f.box(at + 19, 276, 28, 28, "", "plain", name[0])
+            end = 290
+        f.arrow(at, end, at, 256 + low)
+    f.box(x, 274 + low, 220, 36, "softmax(q kᵀ / √H) v", "plain")
+    f.arrow(x, 292 + low, x, 312 + low)
+    f.box(x, 330 + low, 220, 36, "out")
+    f.arrow(x, (372 if "out" in strips else 348) + low, x, 390 + low)
+    f.box(x, 408 + low, 220, 36, "add x, LayerNorm")
+
+
+def scaling() -> Figure:
+    f = Figure(
+        "IA3 and SSF", "learned scales (and shifts) of what flows through a layer", 888, "ia3 ssf",
+        "Left, IA3: keys, values and the inner activation of the MLP are multiplied by trained vectors that start at one. "
+        "Right, SSF: after every linear and LayerNorm the output is multiplied by g and t is added.",
+    )  # fmt: skip
+    for x, name, ssf in ((182, "IA3", False), (474, "SSF", True)):
+        f.text(x, 112, name, "head")
+        g = "× g + t"
+        _attention(f, x, dict.fromkeys(("query", "key", "value", "out"), g) if ssf else {"key": "× l", "value": "× l"})
+        rows = ((502, "up, D × F"), (656, "down, F × D"), (742, "add, LayerNorm"))
+        for y, text in rows:
+            f.box(x, y, 220, 36, text)
+        f.box(x, 580, 220, 32, "GELU", "plain")
+        if ssf:
+            for y in (360, 438, 532, 686, 772):
+                f.box(x, y, 220, 24, "", "trained", g)
+        else:
+            f.box(x, 626, 220, 24, "", "trained", "× l, F numbers")
+        f.arrow(x, 450 if ssf else 426, x, 484)
+        f.dot(x, 466)
+        f.arrow(x, 466, x - 130, 466, x - 130, 742, x - 110, 742)
+        f.arrow(x, 544 if ssf else 520, x, 564)
+        f.arrow(x, 596, x, 638 if ssf else 614)
+        f.arrow(x, 698 if ssf else 674, x, 724)
+        f.arrow(x, 784 if ssf else 760, x, 812)
+    return f
+
+
+def rotation() -> Figure:
+    f = Figure(
+        "OFT", "a block-diagonal rotation of the input of a linear layer", 720, "oft",
+        "Q_i is a skew matrix of size b whose upper triangle is trained. Cayley's transform makes a rotation R_i of it. The "
+        "input of the frozen linear is cut into n groups of b numbers, and group i is rotated by R_i.",
+        "frozen trained made",
+    )  # fmt: skip
+    for i in range(25):
+        row, column = divmod(i, 5)
+        kind = "trained" if column > row else "made" if column < row else "plain"
+        f.box(66 + column * 26, 122 + row * 26, 23, 23, "", kind, "0" if row == column else "")
+    f.arrow(196, 174, 286, 174)
+    f.text(240, 164, "Cayley", "small")
+    f.box(320, 174, 60, 60, "R_{i}", "made")
+    f.arrow(350, 174, 424, 174)
+    f.box(504, 174, 144, 144, "", "plain")
+    for i in range(4):
+        f.box(452 + 34.67 * i, 122 + 34.67 * i, 31, 31, "", "made")
+    f.text(118, 268, "Q_{i}", "label")
+    f.text(118, 290, "b(b − 1)/2 numbers", "small")
+    f.text(320, 268, "b × b", "small")
+    f.text(504, 268, "R", "label")
+    f.text(504, 290, "n blocks of b", "small")
+    f.text(320, 330, "R_i = (I − Q_i)(I + Q_i)⁻¹      y = (x R) W + b", "code")
+    f.rule(354)
+    f.text(320, 386, "x")
+    f.text(334, 386, "T × in", "small", "start")
+    for i in range(4):
+        x = 149 + i * 114
+        f.box(x, 414, 110, 32, "", "plain", "…" if i == 2 else "b")
+        f.arrow(x, 430, x, 456)
+        f.box(x, 478, 110, 44, ("R_{1}", "R_{2}", "…", "R_{n}")[i], "made")
+        f.arrow(x, 500, x, 526)
+    f.box(320, 554, 452, 56, "W, b", small="in × out")
+    f.arrow(320, 582, 320, 612)
+    f.text(320, 632, "y")
+    f.text(334, 632, "T × out", "small", "start")
+    return f
+
+
+def vision_prompt() -> Figure:
+    f = Figure(
+        "VPT", "visual prompts: learned rows before the patches of a ViT", 862, "vpt",
+        "Left, shallow: K trained rows enter once, before class token and patches, and flow through all blocks. Right, deep: "
+        "every block has K trained rows of its own, which take the places of those that come out of the block before.",
+    )  # fmt: skip
+    for x, name in ((172, "shallow"), (468, "deep")):
+        left, main = x - 133, x + 45
+        f.text(x, 112, f"depth=\'{name}\'", "head")
+        for i in range(9):
+            f.box(main - 23 + i % 3 * 23, 144 + i // 3 * 23, 20, 20, kind="plain")
+        f.arrow(main, 201, main, 226)
+        f.box(main, 250, 176, 48, "patch embedding", small="class token, positions")
+        f.arrow(main, 274, main, 306)
+        f.text(left + 43, 296, "K × D", "small")
+        f.text(main + 12, 296, "(1 + P) × D", "small", "start")
+        for y, block in ((322, "block 1"), (450, "block 2"), (578, "block L")):
+            f.cells(left, y, 3, 26, 32, "trained" if name == "deep" or block == "block 1" else "plain")
+            f.cells(left + 90, y, 6, 26, 32)
+            f.arrow(x, y + 16, x, y + 44)
+            f.box(x, y + 64, 266, 40, block)
+            if block == "block 2":
+                f.text(x, y + 106, "⋮")
+            else:
+                f.arrow(x, y + 84, x, y + 112)
+        f.cells(left, 706, 3, 26, 32, "gone")
+        f.cells(left + 90, 706, 6, 26, 32)
+        f.text(left + 43, 744, "dropped", "small")
+        f.arrow(main, 722, main, 752)
+        f.box(main, 772, 176, 40, "LayerNorm")
+    return f
+
+
+def combined() -> Figure:
+    f = Figure(
+        "MAM and UniPELT", "methods together in one text layer", 850, "mam unipelt",
+        "Left, MAM: a prefix in every attention and a scaled parallel adapter on every MLP. Right, UniPELT: a prefix, LoRA on "
+        "query and value, and a serial adapter after the MLP, each times a trained gate G of the input.",
+    )  # fmt: skip
+    for x, name in ((182, "MAM"), (474, "UniPELT")):
+        f.text(x, 112, name, "head")
+        mam = name == "MAM"
+        _attention(f, x, {} if mam else {"query": "+ G A B", "value": "+ G A B"}, "P" if mam else "G P")
+        f.box(x, 712, 220, 36, "add x, LayerNorm")
+        f.arrow(x, 730, x, 756)
+        f.dot(x, 502)
+        if mam:
+            f.line(x, 488, x, 502)
+            f.arrow(x, 502, x - 50, 502, x - 50, 520)
+            f.arrow(x, 502, x + 62, 502, x + 62, 520)
+            f.box(x - 50, 566, 104, 92, "MLP", small="D × F × D")
+            f.funnel(x + 62, 538, 92, 56, 36, "D × m")
+            f.arrow(x + 62, 556, x + 62, 576)
+            f.funnel(x + 62, 594, 56, 92, 36, "m × D")
+            f.arrow(x - 50, 612, x - 50, 647)
+            f.arrow(x + 62, 612, x + 62, 658, x - 39, 658)
+            f.text(x + 10, 650, "× s", "small")
+            f.node(x - 50, 658)
+            f.arrow(x - 50, 669, x - 50, 694)
+        else:
+            f.arrow(x, 488, x, 520)
+            f.box(x, 566, 220, 92, "MLP", small="D × F × D")
+            f.box(x, 626, 220, 28, "", "trained", "+ G A(LN(x + y))")
+            f.arrow(x, 640, x, 694)
+        f.arrow(x, 502, x - 130, 502, x - 130, 712, x - 110, 712)
+    f.text(182, 782, "P: K = 30; m = 512, s = 4", "small")
+    f.text(474, 782, "G = σ(x g + c) per token", "small")
+    return f
+
+
+def selective() -> Figure:
+    f = Figure(
+        "Selective", "which leaves of the base move; nothing is added", 824, "bitfit layer_norms head full selective",
+        "A table of the base's leaves and five methods. BitFit trains biases, LayerNorms trains scales and biases of every "
+        "LayerNorm, Head trains the decoder's head but not its vocabulary matrix, Full trains all, Selective what a pattern names.",
+    )  # fmt: skip
+    columns = ("BitFit", "LayerNorms", "Head", "Full", "Selective")
+    leaves = (  # what stands where, and what of it each column trains: k kernel, s scale, b bias
+        ("vision tower", "ksb", "", "", "", "ksb", ""),
+        ("words, positions", "k", "", "", "", "k", ""),
+        ("self-attention", "kb", "b", "", "", "kb", ""),
+        ("cross-attention", "kb", "b", "", "", "kb", "kb"),
+        ("MLP", "kb", "b", "", "", "kb", ""),
+        ("LayerNorms", "sb", "b", "sb", "", "sb", ""),
+        ("head: dense", "kb", "b", "", "kb", "kb", ""),
+        ("head: LayerNorm", "sb", "b", "sb", "sb", "sb", ""),
+        ("head: bias of words", "b", "b", "", "b", "b", ""),
+    )
+    for i, name in enumerate(columns):
+        f.text(236 + 88 * i, 114, name, "small strong")
+    for j, (name, parts, *trained) in enumerate(leaves):
+        y = 156 + 62 * j
+        f.rule(y - 31)
+        f.text(32, y - 3, name, "label", "start")
+        said = {"k": "matrices", "s": "scale", "b": "bias"}
+        f.text(32, y + 16, ", ".join(said[p] for p in parts), "small", "start")
+        for i, some in enumerate(trained):
+            heights = [24 if p == "k" else 8 for p in parts]
+            top = y - (sum(heights) + 3 * (len(parts) - 1)) / 2
+            for part, h in zip(parts, heights, strict=True):
+                f.box(236 + 88 * i, top + h / 2, 48, h, kind="trained" if part in some else "frozen")
+                top += h + 3
+    f.rule(683)
+    f.text(32, 710, "BitFit and LayerNorms: targets=\'text\'. Selective: leaves=\'cross_attention\'.", "small", "start")
+    f.text(32, 732, "The vocabulary matrix is the words\' embedding (tied).", "small", "start")
+    f.text(32, 754, "Head(matrix=\'untied\') adds a trained V × D matrix of its own.", "small", "start")
+    return f
+
+
+def data_path() -> Figure:
+    f = Figure(
+        "From pictures to a score", "what a run reads, in order", 870, "",
+        "A folder of images and a table of texts become a Split, by Template and Processor Examples, then batches, training "
+        "steps that change the tuned leaves only, an evaluation, and result.json.", flow="data",
+    )  # fmt: skip
+    notes = (
+        ("images[i]: uint8, native size", "rows[i]: captions or questions"),
+        ("Template: texts to token ids", "Processor: square pictures"),
+        ("tokens, targets, weights, prompt", "image_index: whose picture"),
+        ("a function of (seed, step) alone", "pictures are resized here"),
+        ("gradients of tuned leaves only", "(state, frozen, batch) → state"),
+        ("the model writes, the task scores", "base and tuned, the same code"),
+        ("scores, blind baselines, counts,", "seconds, digests, versions"),
+    )
+    names = ("Split", "", "Examples", "batches", "", "evaluation", "result.json")
+    for x, name, small in ((100, "images", "a folder"), (242, "texts", "a table")):
+        f.box(x, 126, 132, 48, name, "plain", small)
+        f.arrow(x, 150, x, 190)
+        f.arrow(x, 240, x, 280)
+        f.box(x, 305, 132, 50, "Processor" if x == 100 else "Template", "frozen")
+        f.arrow(x, 330, x, 370)
+    f.text(340, 122, "CSV, JSONL, .txt files, COCO,", "small", "start")
+    f.text(340, 142, "Karpathy\'s, BLIP\'s or VQA v2 JSON", "small", "start")
+    for i, (name, lines) in enumerate(zip(names, notes, strict=True)):
+        y = 215 + 90 * i
+        for j, line in enumerate(lines):
+            f.text(340, y - 4 + 20 * j, line, "small", "start")
+        if name:
+            f.box(171, y, 274, 50, name, "plain")
+        if i in (2, 3, 4, 5):
+            f.arrow(171, y + 25, 171, y + 65)
+    f.box(171, 575, 274, 50, "", "plain")
+    f.text(92, 580.5, "train_step")
+    f.box(186, 575, 68, 30, "tuned", "trained")
+    f.box(264, 575, 68, 30, "frozen")
+    f.arrow(308, 395, 324, 395, 324, 665, 308, 665)
+    return f
+
+
+def rooms() -> Figure:
+    bands = (
+        (("runtime/", "files, signals, locks, registries, the process"), ("tree", "trees of arrays by name: split, join"),
+         ("ops", "small array operations")),
+        (("methods/", "what is trained"), ("adapt/", "the sites where a method meets a model")),
+        (("inputs/", "tokenizers, images, templates"), ("models/", "the protocol, BLIP, loading, decoding")),
+        (("data/", "data sets, examples, batches"), ("metrics/", "scores of captions and answers"),
+         ("tasks/", "captioning and VQA")),
+        (("interchange/", "PEFT and Hugging Face files, in and out"),),
+        (("training/", "one run: setup, loop, checkpoints, result"), ("config", "the defaults of a run")),
+        (("study/", "a grid of runs and its report"), ("apps/", "generate, export, demo, pretrain"),
+         ("cli", "the jaxpeft command")),
+    )  # fmt: skip
+    f = Figure(
+        "The rooms of jaxpeft", "a module imports from its own room and from those above it", 800, "",
+        "The folders of the package in the order of their imports: " + "; ".join(
+            ", ".join(name for name, _ in band) for band in bands) + ".", "",
+    )  # fmt: skip
+    y = 96
+    for band in bands:
+        f.add("rect", x=64, y=y, width=544, height=28 * len(band) + 20, rx=10, class_="band")
+        for i, (name, line) in enumerate(band):
+            f.text(84, y + 29 + 28 * i, name, "code strong", "start")
+            f.text(206, y + 29 + 28 * i, line, "small", "start")
+        y += 28 * len(band) + 32
+    f.arrow(44, y - 12, 44, 96)
+    f.height = y + 20
+    return f
+
+
+def finished() -> dict[str, str]:
     """File name -> SVG."""
-    return {f"{make.__name__}.svg": make().svg() for make in figures}
+    made = (prompt, prefix, adapters, lora, scaling, rotation, vision_prompt, combined, selective, data_path, rooms)
+    return {f"{one.__name__}.svg": one().svg() for one in made}
 
-
-FIGURES = (prompt, prefix, adapters)
 
 if __name__ == "__main__":
-    for name, text in finished(FIGURES).items():
+    for name, text in finished().items():
         (Path(__file__).parent / name).write_text(text, encoding="utf-8", newline="\n")
