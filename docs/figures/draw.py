@@ -12,7 +12,8 @@ from pathlib import Path
 
 W = 640
 STYLE = """
-text { font: 16px system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; fill: #2a2e35 }
+text { font: 16px system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif }
+text { fill: #2a2e35 }
 .title { font-size: 22px; font-weight: 700 }
 .small { font-size: 14px; fill: #5a616c }
 .tiny { font-size: 12px }
@@ -33,10 +34,14 @@ text { font: 16px system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue"
 LEGEND = {"frozen": "frozen", "trained": "trained", "made": "made of what is trained"}
 
 
-class Figure:
-    """A drawing that grows by calls; `file` writes it. `names`: the methods it shows, as configs call them."""
+def _points(*at: float) -> str:
+    return " ".join(f"{x:g},{y:g}" for x, y in zip(at[::2], at[1::2], strict=True))
 
-    def __init__(self, title: str, says: str, height: int, names: str = "", about: str = "", legend: str = "frozen trained", flow: str = "activations"):
+
+class Figure:
+    """A drawing that grows by calls. `names`: the methods it shows, as configs call them; `about`: for screen readers."""
+
+    def __init__(self, title, says, height, names, about, legend="frozen trained", flow="activations"):
         self.title, self.about, self.height, self.parts = title, about, height, []
         self.text(32, 46, title, "title", "start")
         self.note(32, 72, says)
@@ -59,7 +64,8 @@ class Figure:
         """Text whose baseline is y. `P_{k}` has an index."""
         first, *rest = re.split(r"_\{(\w+)\}", escape(text))
         for index, after in zip(rest[::2], rest[1::2], strict=True):
-            first += f'<tspan dy="4" class="tiny">{index}</tspan>' + (f'<tspan dy="-4">{after}</tspan>' if after else "")
+            first += f'<tspan dy="4" class="tiny">{index}</tspan>'
+            first += f'<tspan dy="-4">{after}</tspan>' if after else ""
         self.add("text", first, x=x, y=y, text_anchor=anchor, class_=style or "label")
 
     def note(self, x: float, y: float, text: str):
@@ -81,21 +87,22 @@ class Figure:
 
     def funnel(self, x: float, y: float, top: float, bottom: float, h: float, text: str, kind: str = "trained"):
         """A matrix that changes the width: `top` wide above, `bottom` wide below."""
-        corners = (x - top / 2, y - h / 2), (x + top / 2, y - h / 2), (x + bottom / 2, y + h / 2), (x - bottom / 2, y + h / 2)
-        self.add("polygon", points=" ".join(f"{a:g},{b:g}" for a, b in corners), class_=kind, stroke_linejoin="round")
+        a, b, above, below = top / 2, bottom / 2, y - h / 2, y + h / 2
+        points = _points(x - a, above, x + a, above, x + b, below, x - b, below)
+        self.add("polygon", points=points, class_=kind, stroke_linejoin="round")
         self.text(x, y + 5.5, text, "label" + (" on" if kind == "trained" else ""))
 
     def line(self, *at: float):
         """A line through points x, y, x, y ..."""
-        self.add("polyline", points=" ".join(f"{a:g},{b:g}" for a, b in zip(at[::2], at[1::2], strict=True)), class_="flow")
+        self.add("polyline", points=_points(*at), class_="flow")
 
     def arrow(self, *at: float):
         """A line with a tip; its last piece is horizontal or vertical."""
         (a, b), (x, y) = at[-4:-2], at[-2:]
         dx, dy = (x > a) - (x < a), (y > b) - (y < b)
         self.line(*at[:-2], x - 6 * dx, y - 6 * dy)
-        corners = (x, y), (x - 8 * dx - 4 * dy, y - 8 * dy - 4 * dx), (x - 8 * dx + 4 * dy, y - 8 * dy + 4 * dx)
-        self.add("polygon", points=" ".join(f"{p:g},{q:g}" for p, q in corners), class_="tip")
+        a, b = x - 8 * dx, y - 8 * dy
+        self.add("polygon", points=_points(x, y, a - 4 * dy, b - 4 * dx, a + 4 * dy, b + 4 * dx), class_="tip")
 
     def down(self, x: float, *ys: float):
         """Arrows down a column, from the first y to the second, from the third to the fourth ..."""
@@ -138,7 +145,7 @@ class Figure:
 
 def prompt() -> Figure:
     f = Figure(
-        "Prompt", "learned rows before the tokens of a stack, at its input only", 700, "prompt",
+        "Prompt", "learned rows before the tokens of a stack, at its input only", 712, "prompt",
         "K trained rows of width D are put before the T embedded tokens, behind the embedding's LayerNorm. Frozen blocks read "
         "K + T rows; the first K rows of the result are dropped.",
     )  # fmt: skip
@@ -157,7 +164,7 @@ def prompt() -> Figure:
     f.note(332, 321, "(K + T) × D")
     f.text(175, 592, "dropped", "small")
     f.text(407, 592, "T × D", "small")
-    f.note(32, 634, "positions='shift': the rows take the embedding's first K positions instead.")
+    f.note(32, 634, "positions='shift': the rows pass the embedding too, at positions 0 to K − 1.")
     return f
 
 
@@ -210,7 +217,7 @@ def _serial_row(f: Figure, y: float, boxes: tuple, arrows: tuple, skips: tuple):
 
 def adapters() -> Figure:
     f = Figure(
-        "Adapters", "a bottleneck D → m → D after or beside a sublayer", 1076, "serial_adapter parallel_adapter compacter",
+        "Adapters", "a bottleneck D → m → D after or beside a sublayer", 1096, "serial_adapter parallel_adapter compacter",
         "Left: a serial adapter reads what an attention or MLP gives, and its output is added to that. Right: a parallel "
         "adapter reads what the sublayer reads. Below: Houlsby's placement has one after every attention and MLP; Pfeiffer's "
         "has one per layer, after the MLP, and reads the normalised residual stream. Last: Compacter's matrices.",
@@ -236,14 +243,14 @@ def adapters() -> Figure:
     f.rule(528)
     f.text(32, 564, "placement='houlsby'", "head", "start")
     f.note(32, 586, "A reads y: after every attention and MLP")
-    boxes = ((98, 96, "attention"), (184, 32, "A"), (284, 40, "LN"), (358, 64, "MLP"), (428, 32, "A"), (528, 40, "LN"))
-    arrows = (32, 50, 146, 168, 200, 221, 243, 264, 304, 326, 390, 412, 444, 465, 487, 508, 548, 608)
-    _serial_row(f, 656, boxes, arrows, ((40, 232), (315, 476)))
+    boxes = ((100, 92, "attention"), (184, 32, "A"), (284, 40, "LN"), (359, 62, "MLP"), (428, 32, "A"), (528, 40, "LN"))
+    arrows = (30, 54, 146, 168, 200, 221, 243, 264, 304, 328, 390, 412, 444, 465, 487, 508, 548, 608)
+    _serial_row(f, 656, boxes, arrows, ((38, 232), (312, 476)))
     f.text(32, 724, "placement='pfeiffer'", "head", "start")
     f.note(32, 746, "A reads LN(x + y): once per layer, after the MLP")
-    boxes = ((97, 94, "attention"), (206, 40, "LN"), (276, 56, "MLP"), (572, 40, "LN"))
-    arrows = (32, 50, 144, 155, 177, 186, 226, 248, 304, 479, 501, 519, 541, 552, 592, 608)
-    _serial_row(f, 818, boxes, arrows, ((40, 166), (237, 530)))
+    boxes = ((99, 90, "attention"), (206, 40, "LN"), (278, 52, "MLP"), (572, 40, "LN"))
+    arrows = (30, 54, 144, 155, 177, 186, 226, 252, 304, 479, 501, 519, 541, 552, 592, 608)
+    _serial_row(f, 818, boxes, arrows, ((38, 166), (234, 530)))
     f.text(252, 770, "x", "small")
     f.text(400, 810, "y", "small")
     f.branch(318, 818, 318, 870, 334, 870)
@@ -267,7 +274,7 @@ def adapters() -> Figure:
 
 def lora() -> Figure:
     f = Figure(
-        "LoRA", "a low-rank update beside a linear layer", 800, "lora dora vera loha pissa",
+        "LoRA", "a low-rank update beside a linear layer", 812, "lora dora vera loha pissa",
         "x goes through the frozen W and, beside it, through the trained A and B of rank r; the second path times s is added. "
         "Below, four relatives: DoRA scales each output's weights to a trained norm, VeRA trains two vectors around frozen "
         "random matrices, LoHa multiplies two low-rank matrices, PiSSA starts from the principal part of W.",
@@ -322,8 +329,8 @@ def _attention(f: Figure, x: float, strips: dict, chips: str = ""):
     low = 62 if chips else 0
     f.named(x, 142, "x", "T × D")
     f.branch(x, 162, x - 130, 162, x - 130, 408 + low, x - 110, 408 + low)
-    f.arrow(x, 162, x - 77, 162, x - 77, 178)
     f.arrow(x, 162, x + 77, 162, x + 77, 178)
+    f.down(x - 77, 162, 178)
     for at, name in ((x - 77, "query"), (x, "key"), (x + 77, "value")):
         end = 238 if name in strips else 214
         f.box(at, 196, 66, 36, name)
@@ -337,7 +344,7 @@ def _attention(f: Figure, x: float, strips: dict, chips: str = ""):
         f.down(at, end, 256 + low)
     f.box(x, 274 + low, 220, 36, "softmax(q kᵀ / √H) v", "plain")
     f.box(x, 330 + low, 220, 36, "out")
-    f.box(x, 408 + low, 220, 36, "add x, LayerNorm")
+    f.box(x, 408 + low, 220, 36, "add, LayerNorm")
     f.down(x, 150, 178, 292 + low, 312 + low, (372 if "out" in strips else 348) + low, 390 + low)
 
 
@@ -378,9 +385,10 @@ def rotation() -> Figure:
         f.box(456 + 32 * i, 126 + 32 * i, 29, 29, "", "made")
     f.right(174, 204, 290, 350, 437)
     f.text(246, 164, "Cayley", "small")
-    for x, name, said in ((130, "Q_{i}", "skew, b(b − 1)/2 trained"), (320, "b × b", ""), (504, "R", "in × in, n blocks")):
+    names = (130, "Q_{i}", "skew, b(b − 1)/2 trained"), (320, "", "b × b"), (504, "R", "in × in, n blocks")
+    for x, name, said in names:
         f.text(x, 268, name)
-        f.text(x, 290, said, "small")
+        f.text(x, 290 if name else 226, said, "small")
     f.text(32, 332, "R_i = (I − Q_i)(I + Q_i)⁻¹", "code", "start")
     f.text(608, 332, "y = (x R) W + b", "code", "end")
     f.rule(356)
@@ -426,17 +434,18 @@ def vision_prompt() -> Figure:
 
 def combined() -> Figure:
     f = Figure(
-        "MAM and UniPELT", "methods together in one text layer", 872, "mam unipelt",
+        "MAM and UniPELT", "methods together in one text layer", 890, "mam unipelt",
         "Left, MAM: a prefix in every attention and a scaled parallel adapter on every MLP. Right, UniPELT: a prefix, LoRA on "
         "query and value, and a serial adapter after the MLP, each times a trained gate G of the input.",
     )  # fmt: skip
     for x, name in ((182, "MAM"), (474, "UniPELT")):
         f.text(x, 112, name, "head")
         _attention(f, x, *(({}, "P") if name == "MAM" else (dict.fromkeys(("query", "value"), "+ G A B"), "G P")))
-        f.box(x, 712, 220, 36, "add x, LayerNorm")
+        f.box(x, 712, 220, 36, "add, LayerNorm")
         f.branch(x, 502, x - 130, 502, x - 130, 712, x - 110, 712)
         f.down(x, 730, 758)
-    f.arrow(182, 488, 182, 502, 138, 502, 138, 520)
+    f.line(182, 488, 182, 502)
+    f.down(138, 502, 520)
     f.arrow(182, 502, 244, 502, 244, 520)
     f.box(138, 566, 108, 92, "MLP", small="D × F × D")
     f.funnel(244, 538, 92, 56, 36, "D × m")
@@ -460,7 +469,7 @@ def selective() -> Figure:
     f = Figure(
         "Selective", "which leaves of the base move", 836, "bitfit layer_norms head full selective",
         "A table of the base's leaves and five methods. BitFit trains biases, LayerNorms trains scales and biases of every "
-        "LayerNorm, Head trains the decoder's head but not its vocabulary matrix, Full trains all, Selective what a pattern names.",
+        "LayerNorm, Head the decoder's head but not its vocabulary matrix, Full everything, Selective what a pattern names.",
         flow="",
     )  # fmt: skip
     leaves = (  # what stands where, and what of it each method trains: k matrices, s scale, b bias
