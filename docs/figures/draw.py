@@ -1,9 +1,12 @@
 """Draw the figures of the documentation: `python docs/figures/draw.py` writes every SVG beside this file.
 
-One language over all: what is frozen is grey, what is trained is red-brown, what is computed is white, activations are
-arrows, and every drawing reads from the top down. B, the batch, is left out of all shapes; the other letters are those of
-jaxpeft/models/layers.py (T tokens, D width, F hidden width of an MLP, N heads of size H, K learned rows, V words) and of
-the methods (r rank, m bottleneck). Positions are numbers in a drawing 640 wide; boxes are named by their centres.
+One language over all: what is frozen is grey, what is trained is red-brown, what is only computed is white, activations are
+arrows; drawings read from the top down, rows from left to right. The batch is left out of all shapes. Letters are those of
+jaxpeft/models/layers.py (T tokens, S keys, P patches, D width, F hidden width of an MLP, N heads of size H, K learned rows,
+V words, L layers) and of the methods (r rank, m bottleneck, b size and n number of blocks).
+
+Positions are numbers in a drawing 640 wide; boxes are placed by their centres, texts by their baselines. A new figure is a
+function below and a name in `finished`. tests/test_figures.py says when a text leaves its box or meets a line.
 """
 
 import re
