@@ -368,6 +368,7 @@ def test_live_untied_heads_compute_what_transformers_computes(copy, tmp_path):
     np.testing.assert_allclose(logits(again), ours, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_methods_on_an_untied_head(copy):
     """LoRA on the vocabulary merges there, as it is nobody else's; head='transform' leaves the matrix alone."""
     import jaxpeft as jp
@@ -387,6 +388,7 @@ def test_methods_on_an_untied_head(copy):
     assert not mask["params/text_decoder/head/vocabulary/kernel"] and mask["params/text_decoder/head/dense/kernel"]
 
 
+@pytest.mark.slow
 def test_words_are_added_to_an_untied_head_too():
     model, params = tiny.model(untied_head=True), dict(tiny.params())
     kernel = np.random.default_rng(0).normal(size=(12, len(tiny.TOKENIZER))).astype(np.float32)

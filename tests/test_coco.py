@@ -275,6 +275,7 @@ def test_the_vqa_recipe_and_its_uploads(base, home, tree, tmp_path):
     assert {row["answer"] for row in upload} <= set(task.candidates(train, None))
 
 
+@pytest.mark.slow
 def test_answers_for_the_server_are_written_and_not_scored(base, home, tree, tmp_path):
     result = run(blip_vqa_v2.get_config(ARGS + ",protocol=official"), base, home, tmp_path / "run")
     for name, count in (("test", 18), ("test_dev", 9)):

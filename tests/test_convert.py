@@ -164,6 +164,7 @@ def test_a_checkpoint_is_never_twice_in_memory(tmp_path, kind):
         np.testing.assert_array_equal(flat[name], x.T)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @KINDS
 def test_no_page_of_a_file_stays_resident(tmp_path, kind):

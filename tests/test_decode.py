@@ -66,6 +66,7 @@ def test_beam_tokens_and_scores_equal_transformers(name, case):
     assert np.all(np.diff(score, axis=1) <= 0)
 
 
+@pytest.mark.slow
 @both
 def test_cached_steps_equal_the_uncached_forward(name):
     model, variables, context, start, numbers = golden(name)
@@ -88,6 +89,7 @@ def test_rows_do_not_see_each_other(name):
     np.testing.assert_array_equal(tokens[0, 0], numbers["beam_tokens"][2])
 
 
+@pytest.mark.slow
 def test_many_beams_find_the_best_of_all_sequences():
     """With V beams and two generated tokens beam search is exhaustive: compare with enumeration."""
     model, variables = tiny.model(), {"params": tiny.params()}

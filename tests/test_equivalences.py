@@ -262,6 +262,7 @@ def test_scoped_to_layers_equals_identity_in_the_others():
     np.testing.assert_array_equal(logits(scoped), logits(whole))
 
 
+@pytest.mark.slow
 def test_scoped_prefix_hides_in_the_other_layers():
     """A prefix in layer 1 only: with that layer's leaves in a prefix of all layers, hiding layer 0 gives the same."""
     method = jp.Prefix(targets="^text_encoder.*cross_attention$", length=2)
@@ -394,6 +395,7 @@ def test_eight_devices_and_vmap_over_tuned_trees_equal_one_device(name):
             np.testing.assert_allclose(y[i], x, atol=1e-6, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [jp.LoRA(rank=2), jp.Prefix(length=2, mlp=3)], ids=lambda m: m.name)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_several_trees_in_one_batch_write_what_each_writes_alone(method, beams):

@@ -98,6 +98,7 @@ def test_the_cards_code_writes_the_caption(runs, picture, capsys, format):
     assert pasted(out, capsys, picture="untagged.jpg") == on_its_side
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["merged", "peft"])
 def test_the_cards_code_answers(runs, picture, capsys, format):
     run = runs["vqa", "lora"]
@@ -108,6 +109,7 @@ def test_the_cards_code_answers(runs, picture, capsys, format):
         assert pasted(out, capsys, question) == expected
 
 
+@pytest.mark.slow
 def test_the_cards_code_with_virtual_tokens(runs, picture, capsys):
     run = runs["captioning", "prompt"]
     out = exported(run, capsys, "--format", "peft")
@@ -116,6 +118,7 @@ def test_the_cards_code_with_virtual_tokens(runs, picture, capsys):
     assert pasted(out, capsys) == expected
 
 
+@pytest.mark.slow
 def test_a_plain_generate_knows_prompt_and_length(runs, picture, capsys):
     """transformers takes both from config.json where the inputs hold a picture alone."""
     out = exported(runs["captioning", "lora"], capsys)
@@ -140,6 +143,7 @@ def test_a_plain_generate_knows_prompt_and_length(runs, picture, capsys):
     assert text.removeprefix(prompt).strip() == expected
 
 
+@pytest.mark.slow
 def test_beams_are_those_of_the_run(runs, picture, capsys):
     run = runs["captioning", "lora"]
     model, variables, _, task = jp.load_run(run)
@@ -150,6 +154,7 @@ def test_beams_are_those_of_the_run(runs, picture, capsys):
     assert [ids for ids, _ in unprompted["sequence_bias"]] == [list(task.template(model).start[:n]) for n in (2, 3, 4)]
 
 
+@pytest.mark.slow
 def test_an_adapter_brings_a_base_that_has_the_added_words(runs, picture, capsys):
     """PEFT's logits on adapter/base are ours, added words included; and our own reader takes both back."""
     run = runs["captioning", "lora"]
@@ -181,6 +186,7 @@ def test_an_adapter_brings_a_base_that_has_the_added_words(runs, picture, capsys
     assert [one.name for one in many] == ["lora"] or many[0].name == "scoped"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", ['A "red" THING', "caf\u00e9 \U0001f600 of", "\\n of"])
 def test_any_prompt_is_python_on_the_card_and_no_part_of_the_caption(runs, picture, capsys, prompt):
     model, variables, _, task = jp.load_run(runs["captioning", "lora"])

@@ -99,6 +99,7 @@ def test_identity_then_effect_and_every_leaf_matters(style):
         assert {leaf.shape[0] for leaf in jax.tree.leaves(variables["peft"])} == {L}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["setup", "scan"])
 def test_merged_equals_intercepted(style):
     model, _, bridge, variables = start(style, MERGEABLE)

@@ -76,6 +76,7 @@ def test_mistakes_are_named(call, message):
         call()
 
 
+@pytest.mark.slow
 def test_extended_vocabulary_keeps_old_rows_and_answers(saved):
     model, params = loading.load(saved[0])
     wider, more, new = loading.extend_vocabulary(model, params, ["zebra", "w3", "yak"], seed=0)

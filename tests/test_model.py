@@ -56,6 +56,7 @@ def test_padded_question_words_do_not_matter():
     np.testing.assert_array_equal(*logits)
 
 
+@pytest.mark.slow
 def test_texts_of_one_picture_equal_texts_of_its_copies():
     """Folding A texts into the queries of one context is the same as repeating the context."""
     model, context = tiny.model(), _context()

@@ -146,6 +146,7 @@ def test_full_tuning_trains_the_new_rows_with_the_rest(root, base, tmp_path):
     assert [one.name for one in methods] == ["full"]
 
 
+@pytest.mark.slow
 def test_a_run_that_kept_the_whole_embedding_still_loads(root, base, tmp_path):
     """As version 0.1 wrote it: one matrix, trained whole by 'selective'."""
     c = config(root, base, tmp_path)

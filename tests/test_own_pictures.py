@@ -87,6 +87,7 @@ def evals_of(workdir, split):
     return evaluate.nll(model, variables, task, base.Examples(examples.arrays, pictures, examples.rows), batch_size=8)
 
 
+@pytest.mark.slow
 def test_where_pictures_teach_nothing_step_0_is_kept(runs):
     result, said, workdir = runs["shuffled"]
     kept = result["validation"]

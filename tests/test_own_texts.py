@@ -187,6 +187,7 @@ def test_galleries_of_any_number_and_text_do_not_warn(tmp_path, n, shape):
         assert picture.width < 2000 and picture.height < 2000
 
 
+@pytest.mark.slow
 def test_preparing_data_writes_no_control_characters_into_a_log(root, base, tmp_path, capfd):
     jp.run(config(root, base, tmp_path, **{"steps": 1}), tmp_path / "run", print)
     out, err = capfd.readouterr()

@@ -91,6 +91,7 @@ def test_it_writes_and_is_exported_where_the_module_is_imported_again(home):
     assert status == 0 and (home / "out" / "model.safetensors").exists(), said
 
 
+@pytest.mark.slow
 def test_loading_imports_nothing_that_a_run_names(home, tmp_path, monkeypatch):
     """A run directory may be a stranger's: with a module in it and in the working directory, and names of all kinds."""
     run = tmp_path / "run"

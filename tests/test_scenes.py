@@ -108,6 +108,7 @@ def test_composition_of_scenes():
     assert len(seen) == 64 - len(HELD_PAIRS) and min(seen.values()) > 100
 
 
+@pytest.mark.slow
 def test_held_pairs_are_a_permutation_and_stay_out_of_everything_but_test_comp():
     assert {shape for shape, _ in HELD_PAIRS} == set(SHAPES) and {color for _, color in HELD_PAIRS} == set(COLORS)
     for split in world.SPLIT_IDS:
@@ -298,6 +299,7 @@ def test_every_answer_follows_from_the_scene(split):
     assert set(kinds) == set(scenes.TYPES) and min(kinds.values()) > 900
 
 
+@pytest.mark.slow
 def test_answers_cannot_be_guessed_without_the_picture():
     train, test = (
         [{"questions": scenes.questions(split, index)} for index in range(number)]
@@ -386,6 +388,7 @@ def test_load_gives_lazy_pictures_and_rows():
         scenes.load({"n_train": 2}, ["valid"])
 
 
+@pytest.mark.slow
 def test_rows_made_in_other_processes_are_the_same(monkeypatch, caplog):
     alone, here, made_here = scenes.records("train", 41, workers=1), scenes._records_here, []
     monkeypatch.setattr(scenes, "_records_here", lambda *span: made_here.append(span) or here(*span))

@@ -122,6 +122,7 @@ def gathered(step):
     return [tuple(map(int, dims.split(","))) if dims else () for dims in GATHER.findall(step.as_text())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_are_gathered_a_layer_at_a_time_and_at_most_twice_a_step(method, name):

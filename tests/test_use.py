@@ -80,6 +80,7 @@ def test_a_run_is_loaded_as_it_was_evaluated(run, folder):
     assert written == [row["tuned"] for row in rows] != [row["base"] for row in rows]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_is_said(run, base, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds no finished run"):
         jp.load_run(tmp_path)
@@ -112,6 +113,7 @@ def test_a_folder_from_the_command_line(run, folder, tmp_path, capsys):
     assert f"{folder / '0.png'}: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_picture_is_captioned_or_said(run, folder, tmp_path, capsys):
     """Whatever ending a picture has that can be read, in any case; those that cannot are named, with status 1."""
     picture, names = Image.open(folder / "0.png"), ("a.JFIF", "b.jpe", "c.tga", "d.PPM", "e.ico")
@@ -141,6 +143,7 @@ def test_every_picture_is_captioned_or_said(run, folder, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_heic_under_another_name_is_said(run, folder, tmp_path, capsys):
     Image.open(folder / "0.png").save(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(40))
@@ -180,6 +183,7 @@ def test_mistakes_on_the_command_line_are_said(args, message, capsys):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_question_for_a_model_that_captions_is_said(run, folder):
     with pytest.raises(SystemExit, match="this model captions: give no prompts"):
         generate.main(["--workdir", str(run[0]), "--image", str(folder / "0.png"), "--question", "what is it"])
@@ -210,6 +214,7 @@ def test_a_merged_directory_reads_back_exactly(tmp_path, task):
         jp.export_hf(model, variables, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_with_a_card_that_says_what_it_is(run, tmp_path, capsys):
     workdir, result = run
     assert export.main(["--workdir", str(workdir), "--out", str(tmp_path / "out")]) == 0
@@ -402,6 +407,7 @@ def test_the_page_in_a_browser(page, folder):
         browser.close()
 
 
+@pytest.mark.slow
 def test_one_picture_is_a_list_of_one(run, folder):
     model, variables, _, task = jp.load_run(run[0])
     path = folder / "0.png"
@@ -410,6 +416,7 @@ def test_one_picture_is_a_list_of_one(run, folder):
         assert jp.generate(model, variables, one, task=task) == written
 
 
+@pytest.mark.slow
 def test_another_prompt_begins_the_text(run, folder, capsys):
     arguments = ["--workdir", str(run[0]), "--image", str(folder / "0.png"), "--beams", "1"]
     model, variables, _, task = jp.load_run(run[0])
@@ -429,6 +436,7 @@ def test_another_prompt_begins_the_text(run, folder, capsys):
         generate.main(["--base", "tiny", "--image", str(folder / "0.png"), "--question", "what", "--prompt", "a red"])
 
 
+@pytest.mark.slow
 def test_flax_serialises_tuned_trees(run):
     """to_bytes and back: the arrays of every method, in a tree of the same methods."""
     _, variables, _, _ = jp.load_run(run[0])
