@@ -1,8 +1,8 @@
 """What the site needs beside the pages.
 
-The navigation lists every page of docs/results/ without naming them. Links to files of the repository outside docs/ work both on a
-code host and on the site: such files are copied to `source/` there, and the links are changed while a page is built. A link to a
-directory outside docs/ becomes plain text on the site.
+The navigation lists every page of docs/results/ without naming them. Links to files of the repository outside docs/ work
+both on a code host and on the site: such files are copied to `source/` there, and the links are changed while a page is
+built. A link to a directory outside docs/ becomes plain text on the site.
 """
 
 import os
