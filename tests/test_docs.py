@@ -64,8 +64,8 @@ def lines(text, language):
 
 
 def normal(command):
-    """`python main.py` is `jaxpeft run`."""
-    return re.sub(r"^python main\.py\b", "jaxpeft run", command)
+    """`python main.py --config=configs/NAME.py` is `jaxpeft run --config=NAME`."""
+    return re.sub(r"--config=configs/(\w+)\.py", r"--config=\1", re.sub(r"^python main\.py\b", "jaxpeft run", command))
 
 
 def programs(line):
@@ -79,10 +79,13 @@ def programs(line):
     return found
 
 
-COMMANDS = list(
-    dict.fromkeys(
-        normal(part) for text in PAGES.values() for line in lines(text, "bash") for part in line.split(" && ")
-    )
+def distinct(commands):
+    """Each command once; a study is planned once, with --dry_run or without."""
+    return list({one.replace(" --dry_run", ""): one for one in commands}.values())
+
+
+COMMANDS = distinct(
+    normal(part) for text in PAGES.values() for line in lines(text, "bash") for part in line.split(" && ")
 )
 PARSED = sorted({one for text in PAGES.values() for language in ("bash", "sh") for one in lines(text, language)})
 
@@ -121,7 +124,7 @@ def test_most_pages_have_commands():
     assert len(COMMANDS) >= 15 and len(PARSED) >= 20 and sum("```python" in text for text in PAGES.values()) >= 12
 
 
-SMALL = {"steps": 2, "batch_size": 8, "eval.batch_size": 4, "eval.base": False, "eval.gallery": False}
+SMALL = {"steps": 2, "batch_size": 8, "grad_accum": 1, "eval.batch_size": 4, "eval.base": False, "eval.gallery": False}
 SCENES = {"data.n_train": 8, "data.n_val": 4, "data.n_test": 4}
 
 
