@@ -1,8 +1,9 @@
 """What the site needs beside the pages.
 
 The navigation lists every page of docs/results/ without naming them. Links to files of the repository outside docs/ work
-both on a code host and on the site: such files are copied to `source/` there, and the links are changed while a page is
-built. A link to a directory outside docs/ becomes plain text on the site.
+both on a code host and on the site: such files are copied to `source/` there (Markdown files become pages), and the links
+are changed while a page is built. A link to a directory outside docs/ becomes plain text on the site, and so do the links of
+a page that is such a copy.
 """
 
 import os
@@ -33,6 +34,9 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
+    if page.file.src_uri.startswith("source/"):
+        return LINK.sub(lambda match: match[0] if "://" in match[3] else match[2], markdown)
+
     def changed(match):
         path = _outside(page.file.src_uri, match[3])
         if path is None or not path.exists():
@@ -55,5 +59,5 @@ def _outside(src_uri, target):
 
 
 def _copy(path):
-    """Its path on the site; a Markdown file is copied as text, so that it does not become a page."""
-    return f"source/{path.relative_to(ROOT).as_posix()}" + (".txt" if path.suffix == ".md" else "")
+    """Its path on the site."""
+    return f"source/{path.relative_to(ROOT).as_posix()}"
