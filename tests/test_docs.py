@@ -5,6 +5,7 @@ programs. ```python is run as it stands, all blocks of a page in one namespace; 
 module in which names like MyMethod stand for one's own.
 """
 
+import json
 import os
 import re
 import shlex
@@ -25,7 +26,7 @@ from jaxpeft.data import scenes
 from jaxpeft.data.coco import prepare
 from jaxpeft.runtime import host, registry
 from jaxpeft.study import grid, state
-from jaxpeft.training import optim, run
+from jaxpeft.training import optim, results, run
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -359,6 +360,11 @@ def test_config_keys_of_the_pages_exist():
     for name, text in PAGES.items():
         for key in re.findall(r"--config\.([a-z_.\d]+[a-z\d])", text):
             assert key in known | sections | {"key"}, (name, key)
+
+
+def test_the_table_of_the_quickstart_is_the_result():
+    result = json.loads((ROOT / "results/quickstart/vqa.json").read_text())
+    assert results.table(result).strip() in PAGES["docs/tutorials/quickstart.md"]
 
 
 def test_every_result_is_named():
