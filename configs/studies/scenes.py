@@ -2,7 +2,7 @@
 
 Hypothesis (arXiv 2403.08433): where data and task differ from pre-training (questions), more pictures and more tunable
 parameters help; where they do not (captions), the number of pictures does not matter and that of parameters not in one
-direction. One seed, one learning rate, short caps: a smoke study. `scenes_full.py` is the one to trust.
+direction. One seed, one learning rate, short caps: a smoke study; `scenes_full.py` is the full one.
 
     python main.py --config=configs/studies/scenes.py --workdir=runs/study_scenes
 """

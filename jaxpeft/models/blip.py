@@ -38,7 +38,7 @@ def position_init(key, shape, dtype=jnp.float32):
 
     Only training from scratch sees it (pre-training and `init=scratch`). The noise of std 0.02 that BLIP adds to an
     ImageNet ViT is lost in a small tower beside patches whose brightness alone has ten times its norm: a base that was
-    pre-trained from it could not tell left from right, and this one can (README: position .518 -> .857).
+    pre-trained from it could not tell left from right, and this one can (docs/results/scenes.md).
     """
     side, waves = math.isqrt(shape[0] - 1), shape[1] // 4
     waves_F = 2 * np.pi / side / 20 ** (np.arange(waves) / waves)
