@@ -3,8 +3,9 @@
     python tests/mutations.py --out results/mutations.json [--n 60] [--seed COMMIT] [--workers 2] [--only 3 17] [of pytest]
 
 A mutation is an operator exchanged, a constant changed or a statement dropped, drawn over methods/, adapt/, models/ and
-training/ with the seed of the parent commit. Each is applied to a copy of the checkout, where `pytest -x` runs the tests of
-every tier until one fails. Programs that the fault does not touch come from one compilation cache.
+training/ with the seed of the parent commit. Each is applied to a copy of the checkout, where `pytest -x` runs the test files
+of its folder (`RELATED`), first the fast tests, then the slow ones, until one fails. A survivor may be killed by another file.
+Programs that the fault does not touch come from one compilation cache.
 """
 
 import argparse
@@ -22,6 +23,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("methods", "adapt", "models", "training")
+RELATED = {
+    "methods": "methods equivalences foreign interchange new_words blip_port optim registry train",
+    "adapt": "methods equivalences foreign interchange new_words protocol registry blip_port sharding preflight train",
+    "models": "model decode protocol blip_parity blip_port convert hub downloads tasks new_words equivalences export use",
+    "training": "optim train sharding preflight protocol tasks own_pictures own_texts new_words use main faults study hosts",
+}
 BINARY = {"Add": "-", "Sub": "+", "Mult": "/", "Div": "*", "FloorDiv": "*", "Mod": "*", "Pow": "*", "MatMult": "*"}
 BINARY |= {"BitOr": "&", "BitAnd": "|"}
 COMPARED = {"Eq": "!=", "NotEq": "==", "Lt": "<=", "LtE": "<", "Gt": ">=", "GtE": ">", "Is": "is not", "IsNot": "is"}
@@ -86,12 +93,19 @@ def tried(one: dict, copy: Path, arguments: list[str]) -> dict:
     path.write_bytes(changed)
     try:
         ast.parse(changed)
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments],
-            cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True, timeout=3600,
-        )  # fmt: skip
-        said = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        killer = (said or ["pytest did not start"])[0].split(" - ")[0] if done.returncode else None
+        killer = None
+        names = RELATED[Path(one["file"]).parts[1]].split()
+        files = [str(path) for name in names for path in (Path("tests") / f"test_{name}.py", Path("tests") / name)]
+        files = [path for path in files if (copy / path).exists()]
+        for tier in ("not slow", "slow"):
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", tier, *files, *arguments],
+                cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True, timeout=1800,
+            )  # fmt: skip
+            said = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+            if done.returncode:
+                killer = (said or ["pytest did not start"])[0].split(" - ")[0]
+                break
     except subprocess.TimeoutExpired:
         killer = "timeout"
     finally:
