@@ -309,12 +309,12 @@ def lora() -> Figure:
         ("PiSSA", "s · x (A B − A0 B0)", "A, B start as the top r of W's SVD",
          (("A B", 84, "trained"), "−", ("A_{0} B_{0}", 84, "frozen"))),
     )  # fmt: skip
-    for i, (name, equation, said, picture) in enumerate(relatives):
+    for i, (name, equation, said, image) in enumerate(relatives):
         x, y = 32 + i % 2 * 304, 456 + i // 2 * 158
         f.text(x, y, name, "head", "start")
         f.text(x, y + 86, equation, "code", "start")
         f.note(x, y + 108, said)
-        for part in picture:
+        for part in image:
             if isinstance(part, str):
                 f.text(x + 11, y + 44, part)
                 x += 22
@@ -508,7 +508,7 @@ def selective() -> Figure:
 
 def data_path() -> Figure:
     f = Figure(
-        "From pictures to a score", "what a run reads, in order", 874, "",
+        "From images to a score", "what a run reads, in order", 874, "",
         "A folder of images and a table of texts become a Split, by Template and Processor Examples, then batches, training "
         "steps that change the tuned leaves only, an evaluation, and result.json.", flow="data",
     )  # fmt: skip
@@ -519,9 +519,9 @@ def data_path() -> Figure:
     rooms = (
         ("", "CSV, JSONL, .txt files, COCO,", "Karpathy's, BLIP's or VQA v2 JSON"),
         ("Split", "images[i]: uint8, native size", "rows[i]: captions or questions"),
-        ("", "Template: texts to token ids", "Processor: size of the pictures"),
-        ("Examples", "tokens, targets, weights, prompt", "image_index: whose picture"),
-        ("batches", "a function of (seed, step)", "pictures are resized here"),
+        ("", "Template: texts to token ids", "Processor: size of the images"),
+        ("Examples", "tokens, targets, weights, prompt", "image_index: whose image"),
+        ("batches", "a function of (seed, step)", "images are resized here"),
         (" ", "gradients of tuned leaves only", "(state, frozen, batch) → state"),
         ("evaluation", "the model writes, the task scores", "held-out splits, base and tuned"),
         ("result.json", "scores, blind baselines, counts,", "seconds, digests, versions"),
