@@ -134,8 +134,7 @@ def main() -> None:
     some = drawn(args.n, seed)
     numbers = args.only if args.only is not None else range(len(some))
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.workers) as pool:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(work) / "programs")
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "programs"))
         copies = []
         for i in range(args.workers):
             copy = Path(work) / f"copy{i}"
