@@ -84,7 +84,7 @@ def drawn(n: int, seed: str) -> list[dict]:
     return some
 
 
-def tried(one: dict, copy: Path, arguments: list[str]) -> dict:
+def tried(one: dict, copy: Path, tiers: list[str], arguments: list[str]) -> dict:
     """The mutation with what its tests said: killed by which test, or nothing."""
     path, began = copy / one["file"], time.perf_counter()
     source = path.read_bytes()
@@ -97,7 +97,7 @@ def tried(one: dict, copy: Path, arguments: list[str]) -> dict:
         names = RELATED[Path(one["file"]).parts[1]].split()
         files = [str(path) for name in names for path in (Path("tests") / f"test_{name}.py", Path("tests") / name)]
         files = [path for path in files if (copy / path).exists()]
-        for tier in ("not slow", "slow"):
+        for tier in tiers:
             done = subprocess.run(
                 [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", tier, *files, *arguments],
                 cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True, timeout=1800,
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--seed", help="default: the parent of HEAD")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of mutations")
+    parser.add_argument("--tiers", nargs="*", default=["not slow", "slow"])
     parser.add_argument("--tests", help="a directory in place of this checkout's tests/")
     parser.add_argument("--out", type=Path, required=True)
     args, arguments = parser.parse_known_args()
@@ -147,7 +148,7 @@ def main() -> None:
         def one(number: int) -> tuple[int, dict]:
             copy = copies.pop()
             try:
-                found = tried(some[number], copy, arguments)
+                found = tried(some[number], copy, args.tiers, arguments)
             finally:
                 copies.append(copy)
             print(number, json.dumps(found), flush=True)
