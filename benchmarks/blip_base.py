@@ -1,11 +1,11 @@
-"""BLIP-base fine-tuning and captioning on CPU: jaxpeft beside transformers + peft, same weights, same inputs.
+"""BLIP-base fine-tuning and captioning on CPU: jaxpeft and transformers + peft with the same weights and inputs.
 
     python benchmarks/blip_base.py --mode train --out train.json
     python benchmarks/blip_base.py --mode generate --out generate.json
-    python benchmarks/blip_base.py --mode train --size tiny --out tiny.json        seconds, to try it
+    python benchmarks/blip_base.py --mode train --size tiny --out tiny.json        a quick test, seconds
 
-One process holds both and takes turns, so that a slow minute of the machine hits both. Peak memory is measured after
-that, in a process per framework. Exits with 1 when the two do not compute the same. README.md says what is fair here.
+One process runs both in turns, so that a slow minute of the machine affects both. Peak memory is measured afterwards, in one
+process per framework. Exits with 1 if the two do not compute the same. README.md describes what makes the comparison fair.
 """
 
 import argparse
@@ -28,7 +28,7 @@ LOSS = 1e-3  # largest difference of the losses of these steps
 
 
 def prepare(args, directory: Path) -> None:
-    """Write what both read: the model as transformers saves it, and inputs.npz."""
+    """Write the files that both read: a transformers model directory and inputs.npz."""
     reference.quiet_torch(args.threads)
     import torch
 
@@ -63,7 +63,7 @@ def timed(call):
 
 
 def measure(mode: str, peers: dict, runs: int) -> tuple[list[dict], list[str]]:
-    """(a row per peer and way, what went wrong): warm-up and agreement first, then turns in alternating order."""
+    """(a row per peer and variant, disagreements): warm-up and agreement first, then turns in alternating order."""
     calls = {name: peer.steps() if mode == "train" else peer.writers() for name, peer in peers.items()}
     first, seen, bad = {}, {}, []
     for name, ways in calls.items():
@@ -116,7 +116,7 @@ def memory(args, directory: Path) -> list[dict]:
 
 
 def only(args) -> None:
-    """Print one peer's memory, as `memory` reads it."""
+    """Print one peer's memory for `memory`."""
     peer = PEERS[args.only](Path(args.directory), args.threads)
     loaded = reference.peak_bytes() / 2**30
     calls = peer.steps(others=False) if args.mode == "train" else peer.writers()

@@ -1,10 +1,10 @@
-"""What a checkpoint costs, by the size of the state.
+"""The cost of a checkpoint for different sizes of the state.
 
     python benchmarks/checkpoints.py --out results/checkpoints.json
 
-Per state (trainable parameters, Adam's two moments): milliseconds for which `save` blocks the training loop (leaves are
-copied and digested), and until the checkpoint is on the disk. Medians with quartiles, and the seconds between saves that
-follow: `checkpoint_seconds`, or longer where a save blocks for long.
+For each state (trainable parameters and Adam's two moments): milliseconds for which `save` blocks the training loop (leaves are
+copied and digested), and until the checkpoint is on disk. Medians with quartiles, and the resulting seconds between saves:
+`checkpoint_seconds`, or more if saves block for long.
 """
 
 import argparse
@@ -38,7 +38,7 @@ STATES = {
 
 
 def state_of(model_config, method):
-    """The state of training such a model, of ones."""
+    """A training state of this size, filled with ones."""
     variables = budget.abstract_variables(Blip(model_config), (method,))
     trainable, _ = tree.split(variables, sites.trainable(variables))
     trainable = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), trainable)

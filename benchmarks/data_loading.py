@@ -1,10 +1,10 @@
-"""Pictures per second, decoded, augmented as BLIP does and batched: ours beside a torch DataLoader, in one run.
+"""Images per second, decoded, augmented as in BLIP and batched: jaxpeft's loader and a torch DataLoader, in one run.
 
     python benchmarks/data_loading.py --out results/data_loading.json
 
-Both read the same JPEG files (640 x 480, as COCO's) in memory, decode them with Pillow, and call the same crop, flip, resize
-and RandAugment; what is compared is what stands around them: grain's threads in this process, grain's processes, and torch's
-worker processes. Parts are timed alone, on one thread. The step beside it is what the loader must feed.
+Both read the same JPEG files (640 x 480, like COCO's) from memory, decode them with Pillow, and call the same crop, flip,
+resize and RandAugment. So the comparison is between grain's threads in this process, grain's processes, and torch's worker
+processes. The parts are also timed alone, on one thread. The training step is timed to show what rate the loader must reach.
 """
 
 import argparse
@@ -31,7 +31,7 @@ N, BATCH = 256, 32
 
 
 def jpegs(n=N):
-    """Photograph-like pictures: smooth shapes and texture, quality 90; 70 to 150 KB, as COCO's."""
+    """Photograph-like images: smooth shapes and texture, quality 90; 70 to 150 KB, like COCO's."""
     files = []
     for i in range(n):
         rng = np.random.default_rng(i)
@@ -55,7 +55,7 @@ class Decoded:
 
 
 def rate(batches, n_batches, warm=2):
-    """Pictures per second of `n_batches` after `warm`."""
+    """Images per second over `n_batches`, after `warm` batches."""
     stream = iter(batches)
     for _ in range(warm):
         next(stream)
@@ -88,7 +88,7 @@ def in_processes(files, size, workers):
 
 
 class TorchData:
-    """A map-style dataset of the same work."""
+    """A map-style dataset that does the same work."""
 
     def __init__(self, files, size):
         self.resized = pipeline.Resized(Decoded(files), size, cache_bytes=0)
@@ -114,7 +114,7 @@ def torch_batches(files, size, workers):
 
 
 def parts(files, size):
-    """Milliseconds a picture, on this thread."""
+    """Milliseconds per image of each part, on this thread."""
     rng = np.random.default_rng(0)
     decoded = [images.decode(file) for file in files[:64]]
     cropped = [images.augment(one, rng, size=size) for one in decoded]
@@ -155,7 +155,7 @@ def main(_):
     except ImportError:
         print("torch is not installed: its rows are left out")
     found = {name: [] for name in ways}
-    for turn in range(args.rounds):  # in turns, so that a slow minute of the machine meets all of them
+    for turn in range(args.rounds):  # in turns, so that a slow minute of the machine affects all of them
         for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:
             found[name].append(rate(ways[name](), args.batches))
     report = {
@@ -180,4 +180,4 @@ def main(_):
 
 if __name__ == "__main__":
     multiprocessing.freeze_support()
-    app.run(main, argv=sys.argv[:1])  # grain's workers take their flags from absl
+    app.run(main, argv=sys.argv[:1])  # grain's workers read their flags from absl

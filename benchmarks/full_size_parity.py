@@ -2,10 +2,10 @@
 
     python benchmarks/full_size_parity.py --task caption --out caption.json
     python benchmarks/full_size_parity.py --task vqa --out vqa.json
-    python benchmarks/full_size_parity.py --size tiny --out tiny.json             seconds, to try it
+    python benchmarks/full_size_parity.py --size tiny --out tiny.json             a quick test, seconds
 
-The yardstick is transformers in float64. Its own float32 error stands beside ours: ours should be about as large.
-Exits with 1 when an error is above its tolerance or a token differs.
+The reference is transformers in float64. Its own float32 error is shown beside jaxpeft's, which should be about as large.
+Exits with 1 if an error is above its tolerance or a token differs.
 """
 
 import argparse
@@ -19,7 +19,10 @@ import numpy as np
 import reference
 
 COUNTS = {("base", "caption"): 223_971_644, ("base", "vqa"): 361_230_140}
-TOLERANCE = {"base": 1e-3, "tiny": 5e-5}  # absolute for states, logits and loss; of the largest value for gradients
+TOLERANCE = {
+    "base": 1e-3,
+    "tiny": 5e-5,
+}  # absolute for states, logits and loss; relative to the largest value for gradients
 CLASS_DEFAULTS = {"vision_eps": 1e-5, "text_heads": 8}
 LENGTH, BEAMS = 20, 3
 GRADIENTS = {
@@ -45,7 +48,7 @@ GRADIENTS = {
 
 
 def inputs(rng, config: dict, task: str) -> dict:
-    """Two pictures (B,Y,X,C) with padded texts; for VQA also padded questions, one answer each."""
+    """Two images (B,Y,X,C) with padded texts; for VQA also padded questions with one answer each."""
     one, pictures = reference.ids(config), reference.golden().pictures
     image_BYXC = pictures(rng, 2, config["vision_config"]["image_size"]).numpy().transpose(0, 2, 3, 1)
     batch = {"image": np.ascontiguousarray(image_BYXC)}
@@ -75,7 +78,7 @@ def torch_stages(model, batch):
 
 
 def torch_tokens(model, batch, beams: int):
-    """What transformers' generate writes, from the states above under the true question mask."""
+    """The tokens of transformers' generate, from the states above with the correct question mask."""
     import torch
 
     with torch.no_grad():
@@ -101,7 +104,7 @@ def torch_tokens(model, batch, beams: int):
 
 
 def torch_numbers(model, batch, task) -> dict:
-    """All that is compared, as numpy arrays by name."""
+    """All arrays that are compared, by name."""
     import torch
 
     tensors = {k: torch.tensor(x, dtype=None if x.dtype.kind == "f" else torch.long) for k, x in batch.items()}
@@ -117,7 +120,7 @@ def torch_numbers(model, batch, task) -> dict:
 
 # ------------------------------------------------------------------------------------------------ jaxpeft
 def jax_stages(model, params, batch):
-    """As torch_stages."""
+    """The same as torch_stages, by jaxpeft."""
     from jaxpeft import ops
 
     seen = {"image": batch["image"]} | ({"prompt": batch["question"]} if "question" in batch else {})
@@ -133,7 +136,7 @@ def jax_stages(model, params, batch):
 
 
 def jax_numbers(model, params, batch, task) -> dict:
-    """The same by jaxpeft, in float32."""
+    """The same as torch_numbers, by jaxpeft in float32."""
     import jax
 
     from jaxpeft.models import blip_convert, decode
@@ -160,7 +163,7 @@ def jax_numbers(model, params, batch, task) -> dict:
 
 
 def controls(model, params, batch, double, where, allowed: float) -> list[dict]:
-    """Logits under transformers' class defaults, which are not BLIP's: the comparison must notice both."""
+    """Logits with transformers' class defaults, which are not BLIP's: the comparison must detect both differences."""
     import jax
 
     from jaxpeft.models.blip import build
@@ -177,7 +180,7 @@ def controls(model, params, batch, double, where, allowed: float) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------------ comparison
 def compare(double, single, ours, batch, pad_id: int, tolerance: float) -> list[dict]:
-    """A row per tensor: its largest value, errors against float64, verdict. Padding is left out."""
+    """A row per tensor: its largest value, errors against float64, and verdict. Padding is left out."""
     rows = []
     for name, expected in double.items():
         where = ...

@@ -1,17 +1,17 @@
-"""How step time, memory and preparation grow with model, picture, batch, lanes and data; the exponent of each.
+"""How step time, memory and preparation grow with model, image size, batch, lanes and data, with an exponent for each.
 
     python benchmarks/growth.py --out results/growth.json
 
 - model: tiny (64 pixels), BLIP-base (ViT-B), BLIP-large (ViT-L, the same text layers) at 384 pixels, drawn weights, batch 2;
-- picture: BLIP-base at 96 to 768 pixels, batch 1; batch: BLIP-base at 192 pixels, 1 to 16 pictures;
-- lanes: K learning rates of the tiny base in one program, batch 16 (benchmarks/lanes.py has more of them);
-- pictures: indices of 1,000 to 1,000,000 pictures with a caption each and no pixels: a nested half of them, texts to tokens,
-  the first batch of an order, and the first batch after resuming in the middle; in a process per number.
+- picture: BLIP-base at 96 to 768 pixels, batch 1; batch: BLIP-base at 192 pixels, 1 to 16 images;
+- lanes: K learning rates of the tiny base in one program, batch 16 (see also benchmarks/lanes.py);
+- pictures: indices of 1,000 to 1,000,000 images with one caption each and no pixels: a nested half of them, texts to tokens,
+  the first batch, and the first batch after resuming in the middle; in one process per number.
 
-A step is LoRA r8 on captions of 20 tokens, the image encoder computed each step, float32: forward, backward and AdamW.
-Milliseconds are medians after warming up; MB are what XLA plans for activations and gradients (a plan does not vary), or what
-the process grew by. An exponent e is the slope of log y on log x: twice x is 2**e times y; 'last' is between the two largest x.
-Runs on an accelerator too; about four minutes on two cores.
+A step is LoRA r8 on captions of 20 tokens, with the image encoder computed in each step, float32: forward, backward and AdamW.
+Milliseconds are medians after warm-up; MB are what XLA plans for activations and gradients (plans do not vary), or the growth
+of the process. An exponent e is the slope of log y on log x: doubling x multiplies y by 2**e; 'last' is for the two largest x.
+Runs on accelerators too; takes about four minutes on two cores.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def step_of(config, batch_size: int):
 
 
 def measured(config, batch_size: int, runs: int, lanes: int = 1) -> dict:
-    """Parameters, planned MB and milliseconds of a step."""
+    """The parameters, planned MB and milliseconds of a step."""
     import jax
     import jax.numpy as jnp
 
@@ -93,7 +93,7 @@ def measured(config, batch_size: int, runs: int, lanes: int = 1) -> dict:
 
 
 class Nothing:
-    """Pictures that are all the same one."""
+    """A sequence of identical images."""
 
     def __init__(self, n):
         self.n = n
@@ -106,7 +106,7 @@ class Nothing:
 
 
 def indices(n: int) -> dict:
-    """What n pictures cost before the first step, without their pixels."""
+    """The cost of n images before the first step, without their pixels."""
     from jaxpeft import tasks
     from jaxpeft.data import pipeline
     from jaxpeft.data.base import Split

@@ -1,12 +1,12 @@
-"""Do tuned trees compute the same in PyTorch? Exports every method that HF PEFT has, loads it there, compares logits.
+"""Parity with PyTorch: exports every method that HF PEFT supports, loads it with PEFT, and compares logits.
 
     python benchmarks/interchange.py --out results/interchange.json
 
-For each method: leaves drawn at random on a BLIP with random weights, `export_peft`, `peft.PeftModel.from_pretrained` on
-transformers' BLIP, no key missing or unexpected, keys and values equal to PEFT's own state dict, then the largest
-difference of logits: there and here, with the adapter off and the base, merged there and merged here, and after
-`import_peft`. And the other way: a directory that PEFT wrote, read here. Everything is float32; the scale of logits and
-the effect of the adapter stand beside, since a small difference of small numbers says nothing.
+For each method: random leaves on a BLIP with random weights, `export_peft`, and `peft.PeftModel.from_pretrained` on
+transformers' BLIP. No key may be missing or unexpected, and keys and values must equal PEFT's own state dict. Then the largest
+difference of logits between PEFT and jaxpeft, between the disabled adapter and the base, between both merged models, and
+after `import_peft`. Also the reverse: a directory that PEFT wrote, read by jaxpeft. Everything is float32. The scale of logits
+and the effect of the adapter are shown too, because a small difference between small numbers is no evidence.
 """
 
 import argparse
@@ -61,7 +61,7 @@ VOCABULARY = sites.Site("text_decoder/head/vocabulary", "linear", (0, 0))
 
 
 def drawn(variables, mask, seed=0):
-    """Every trained leaf moved at random, so that nothing is zero."""
+    """Move every trainable leaf at random, so that none is zero."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x, on: x + jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype) if on else x, variables, mask
@@ -81,7 +81,7 @@ def ours(model, variables, batch):
 
 
 def theirs(module, batch, decoder=None):
-    """Logits of transformers' BLIP; `decoder` stands in for its text decoder. No padding anywhere."""
+    """Logits of transformers' BLIP with `decoder` as its text decoder. There is no padding."""
     image = torch.tensor(batch["image"]).permute(0, 3, 1, 2)
     tokens = torch.tensor(batch["tokens"][:, 0]).long()
     with torch.no_grad():
@@ -99,7 +99,7 @@ def gap(a, b):
 
 
 def check(name, directory) -> dict:
-    """All comparisons of one method; raises when a key is missing or extra over there."""
+    """All comparisons of one method. Exits where PEFT reports a missing or unexpected key."""
     method, tower = CASES[name]
     base_dir = GOLDEN / f"blip_{tower}_tiny"
     cls = transformers.BlipForQuestionAnswering if tower == "vqa" else transformers.BlipForConditionalGeneration
@@ -116,7 +116,7 @@ def check(name, directory) -> dict:
     tuned = peft.PeftModel.from_pretrained(inner, directory).eval()
     loaded = tuned.load_adapter(directory, "again")
     strange = [key for key in loaded.missing_keys if "again" in key] + list(loaded.unexpected_keys)
-    if name in DECODER:  # PEFT loads this one key apart and then reports it; it is compared below
+    if name in DECODER:  # PEFT loads this key separately and then reports it as unexpected; it is compared below
         strange.remove("prompt_embeddings")
     if strange:
         raise SystemExit(f"{name}: keys missing or unexpected: {strange[:10]}")
@@ -140,7 +140,7 @@ def check(name, directory) -> dict:
         "PEFT's own file": None,
     }
     if name not in DECODER:
-        # merging into a matrix that is the word embedding too changes both: PEFT does it with a warning, we refuse to
+        # merging into a matrix that is also the word embedding changes both: PEFT warns, jaxpeft raises an error
         tied = any(isinstance(one, Head) or one.selects(VOCABULARY) for one in sites.as_methods(method))
         if not tied:
             row["merged there - here"] = gap(theirs(tuned.merge_and_unload(), batch), here)
@@ -149,7 +149,7 @@ def check(name, directory) -> dict:
 
 
 def other_way(name, cls, base_dir, directory, model, params, batch) -> float:
-    """A directory that PEFT itself writes (same kind of adapter, other random leaves), read here."""
+    """Read a directory that PEFT wrote (same kind of adapter, other random leaves)."""
     config = peft.PeftConfig.from_pretrained(directory)
     config.inference_mode = False
     plain = cls.from_pretrained(base_dir).eval()

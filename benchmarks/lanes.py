@@ -1,10 +1,10 @@
-"""Lanes: K runs that differ in learning rate only, in one vmapped program on the same batches. Do they pay here?
+"""Lanes: K runs that differ only in learning rate, in one vmapped program on the same batches. Are they faster?
 
     python benchmarks/lanes.py --out results/lanes.json
 
-Milliseconds per step and run, K lanes beside one run alone, turns taken in one process; image features are computed once
-in both. Tuned leaves after `--check` steps must equal those of separate runs within 1e-5. On an accelerator too: the
-command is the same.
+Milliseconds per step and run of K lanes and of a single run, in turns in one process; image features are computed once in
+both. Trainable leaves after `--check` steps must equal those of separate runs within 1e-5. The same command works on an
+accelerator.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Resident memory of a LoRA training process on CPU, phase by phase: jaxpeft beside transformers + peft.
+"""Resident memory of a LoRA training process on CPU, phase by phase: jaxpeft and transformers + peft.
 
     python benchmarks/memory.py --out results/memory.json
-    python benchmarks/memory.py --size tiny --out /tmp/memory.json          seconds, to try it
+    python benchmarks/memory.py --size tiny --out /tmp/memory.json          a quick test, seconds
 
-Each side is a process of its own, which loads the same BLIP-base (drawn weights, as transformers saves them), attaches LoRA
-and trains. A phase gives what is resident after it and the peak so far, in the kernel's own counts (/proc/self/status): pages
-of the process's own ('anon') and of mapped files ('file': programs, and weights that are mapped). Linux only.
+Each side is a separate process, which loads the same BLIP-base (random weights, saved by transformers), attaches LoRA and
+trains. For each phase: resident memory after it and the peak so far, from /proc/self/status, split into the process's own
+pages ('anon') and pages of mapped files ('file': programs and mapped weights). Linux only.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def resident() -> dict[str, float]:
 
 
 def arrays() -> float:
-    """MB of live JAX arrays, each buffer once; 0 where jax is not loaded."""
+    """MB of live JAX arrays, each buffer counted once; 0 where jax is not loaded."""
     if "jax" not in sys.modules:
         return 0.0
     import jax
@@ -50,7 +50,7 @@ def prepare(args) -> None:
 
 
 def only(args) -> None:
-    """Do one side's work and print its phases, as `main` reads them."""
+    """Do one side's work and print its phases for `main`."""
     phases = [{"phase": "start"} | resident() | {"arrays": 0.0}]
 
     def after(phase):

@@ -1,13 +1,13 @@
-"""Every method on BLIP-base: what it stores, whether it starts at the base, merges exactly, and what a step costs.
+"""Every method on BLIP-base: stored parameters, identity at the start, exact merging, and the cost of a step.
 
     python benchmarks/methods_base.py --out results/methods_base.json
-    python benchmarks/methods_base.py --size tiny --out /tmp/tiny.json          a minute, to try it
+    python benchmarks/methods_base.py --size tiny --out /tmp/tiny.json          a quick test, a minute
 
-Random weights (223,679,804 parameters), captioning, 224 pixels, batch 4, 20 tokens, float32, pictures encoded
-in every step. Step: forward, backward to the tuned leaves, AdamW; compiled once, median of the timed steps, methods
-taking turns with nothing else. Memory: what XLA plans for the step (arguments + temporaries + outputs - reused), which
-does not depend on the machine's load. Identity: largest change of a logit at the start. Merge: the same leaves moved at
-random, largest difference of a logit between merged and unmerged, and whether 12 greedy tokens are equal.
+Random weights (223,679,804 parameters), captioning, 224 pixels, batch 4, 20 tokens, float32, images encoded in every step.
+Step: forward, backward to the trainable leaves, AdamW; compiled once; the median of the timed steps, with the methods one
+after the other. Memory: what XLA plans for the step (arguments + temporaries + outputs - reused), which does not depend on the
+machine's load. Identity: the largest change of a logit at the start. Merge: with randomly moved leaves, the largest difference
+of a logit between merged and unmerged, and whether 12 greedy tokens are equal.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from jaxpeft.training import loop, optim
 
 TINY = {"vision_width": 64, "vision_layers": 2, "vision_heads": 4, "vision_mlp": 96, "text_width": 64, "text_layers": 2}
 TINY |= {"text_heads": 4, "text_mlp": 96, "vocab_size": 200, "bos_id": 5, "enc_id": 6, "sep_id": 3, "cls_id": 2}
-# method, and what the literature's formula gives for its trained parameters at BLIP-base (d 768, F 3072, 12 layers)
+# method, and its number of trainable parameters at BLIP-base by the paper's formula (d 768, F 3072, 12 layers)
 METHODS = {
     "full": (jp.Full(), 223_971_644 - (577 - 197) * 768),  # fewer positions than at 384 pixels
     "head": (jp.Head(), 768 * 768 + 768 + 2 * 768 + 30_524),

@@ -1,15 +1,15 @@
-"""Does each method learn? scenes VQA and captioning from the shipped base, one small budget, several seeds.
+"""A check that each method learns: VQA and captioning on scenes from the shipped base, one small budget, several seeds.
 
     python benchmarks/methods_learn.py --task vqa --out results/methods_learn_vqa.json
     python benchmarks/methods_learn.py --task captioning --out results/methods_learn_captioning.json
 
-Every method stores as near 50,000 parameters as it can (`solve_size`; the size and what it stores are shown), with the
-head's transform tuned beside it; the head alone is the control. Three learning rates per method, a factor of three
-apart, around what its class usually takes; all from seed 0, the best on validation pictures is taken for every seed.
-Same examples for all (4,096 pictures), a fixed number of steps, AdamW, clipping 1, cosine. Scores of 512 test pictures
-are of the chosen rate only: mean and range over seeds, which vary initialisation and order. A smoke test of learning,
-not a ranking: steps are few, and at this length a score shows speed as much as capacity. Finished methods are kept in
---out and not run again.
+Every method stores as close to 50,000 parameters as it can (`solve_size`; size and stored parameters are shown), and the
+head's transform is trained as well; the head alone is the control. Each method has three learning rates, a factor of three
+apart, around the usual value of its class; all are run with seed 0, and the best on validation images is used for every seed.
+All methods have the same examples (4,096 images), a fixed number of steps, AdamW, clipping 1 and a cosine schedule. Scores on
+512 test images are those of the chosen learning rate: mean and range over seeds, which vary initialisation and order. This is a
+smoke test of learning, not a ranking: with so few steps a score reflects speed as much as capacity. Finished methods are kept
+in --out and not run again.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from jaxpeft.runtime import host, malloc
 from jaxpeft.training import evaluate, frozen_cache, loop, optim
 
 BUDGET, RATES = 50_000, (1 / 3, 1, 3)
-# method and the middle of its learning rates
+# method and its middle learning rate
 METHODS = {
     "head alone": (None, 3e-3),
     "prompt": (jp.Prompt(), 1e-1),
@@ -57,14 +57,14 @@ METHODS = {
     "UniPELT": (jp.UniPELT(length=8, bottleneck=16), 3e-3),
     "BitFit": (jp.BitFit(), 3e-3),
     "LayerNorms": (jp.LayerNorms(targets="^text_"), 3e-3),
-    "VPT deep": (jp.VPT(patch=8, depth="deep"), 3e-2),  # shallow would need 390 tokens for the budget
+    "VPT deep": (jp.VPT(patch=8, depth="deep"), 3e-2),  # not shallow: it would need 390 tokens for the budget
     "full": (jp.Full(), 3e-4),
 }
 STEPS = {"vqa": 600, "captioning": 200}
 
 
 class Bench:
-    """Data, base and image features of one task, made once."""
+    """The data, base and image features of one task, computed once."""
 
     def __init__(self, task: str, steps: int):
         c = config.get_config(task, "lora")
@@ -80,11 +80,11 @@ class Bench:
         self.cache = frozen_cache.FrozenCache(self.model, base, images, found, None, 0, print)
 
     def examples(self, split, cached):
-        """What training reads."""
+        """The training examples."""
         return self._filled(split, self.task.examples(self.splits[split], self.template), cached)
 
     def _filled(self, split, examples, cached):
-        """With image features of the base in place of images, where they are `cached`."""
+        """The examples with image features of the base in place of images, where they are `cached`."""
         examples = dataclasses.replace(examples, images=self.pictures[split])
         return self.cache.fill(self.splits[split], examples) if cached else examples
 
@@ -94,7 +94,7 @@ class Bench:
         return self.task.score(cases.rows, [one["text"] for one in written])[self.task.main_metric]
 
     def trainer(self, methods, log):
-        """run(seed, lr) -> variables; the step is compiled once for all rates and seeds."""
+        """A function run(seed, lr) -> variables; its step is compiled once for all learning rates and seeds."""
         variables = sites.attach(self.model, self.params, methods, jax.random.key(0))
         mask = sites.trainable(variables)
         cached = not any(on and "/vision" in name for name, on in tree.flatten(mask).items())

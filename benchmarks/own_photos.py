@@ -1,18 +1,18 @@
-"""The documented command on 300 photographs, with default settings, and the controls that could refute it.
+"""The documented command on 300 photographs, with default settings and with controls that could refute the result.
 
     apt-get download tuxpaint-stamps-default && dpkg-deb -x tuxpaint-stamps-default_*.deb stamps
     python benchmarks/own_photos.py --stamps stamps/usr/share/tuxpaint/stamps --out results/own_photos.json
 
-Every photograph has three captions, made from its name and its folder. Runs, each the tiny base by
-`configs/folder.py:root=...,annotations=...` with nothing else set but the seed:
+Every photograph has three captions, made from its name and its folder. All runs use the tiny base and
+`configs/folder.py:root=...,annotations=...`, with nothing else set except the seed:
 
-    captions    the captions as they are
-    shuffled    dealt out anew among the pictures, so that there is nothing to learn from a picture: step 0 must be kept
-    grey        the captions as they are and every picture grey: a model of the texts alone, trained the same way (its best step
-                is kept, although its pictures cannot matter)
+    captions    the original captions
+    shuffled    captions shuffled among the images, so that nothing can be learned from an image: step 0 must be kept
+    grey        the original captions with grey images: a model of the texts alone, trained the same way (its best step is
+                kept, although its images cannot matter)
 
-The claim is refuted where `captions` is not above the best blind caption and above `grey` on test, or where `shuffled` keeps
-another step than 0. Writes a row per run, and the curve of the first one as a picture beside the file.
+The claim is refuted if `captions` is not above the best blind caption and above `grey` on test, or if `shuffled` keeps a step
+other than 0. Writes a row per run, and the curve of the first run as an image beside the file.
 """
 
 import argparse
@@ -47,7 +47,7 @@ N = 300
 
 
 def photographs(stamps: Path) -> list[tuple[Path, str, str]]:
-    """(picture, its name, its kind) of N stamps that are photographs, chosen by chance."""
+    """(image, its name, its kind) of N randomly chosen stamps that are photographs."""
     found = []
     for path in sorted(stamps.rglob("*.png")):
         parts, said = path.relative_to(stamps).parts, path.with_suffix(".txt")
@@ -63,7 +63,7 @@ def photographs(stamps: Path) -> list[tuple[Path, str, str]]:
 
 
 def write(stamps: Path, root: Path, n_shuffles: int) -> None:
-    """root/photos and root/grey, each with captions.csv; in photos also shuffled-K.csv."""
+    """Write root/photos and root/grey, each with captions.csv; in photos also shuffled-K.csv."""
     chosen = photographs(stamps)
     texts = []
     for i, (path, name, kind) in enumerate(chosen):
@@ -89,7 +89,7 @@ def table(path: Path, texts: list[list[str]]) -> None:
 
 
 def run(root: Path, annotations: str, workdir: Path, copies: Path, seed: int, keep: bool) -> dict:
-    """The result of a run from the documented command, with its wall time; `keep` the best step whatever pictures are worth."""
+    """The result of the documented command, with its wall time; `keep`: keep the best step even if images do not matter."""
     from configs import folder
 
     c = folder.get_config(f"root={root},annotations={annotations},seed={seed}")
@@ -101,7 +101,7 @@ def run(root: Path, annotations: str, workdir: Path, copies: Path, seed: int, ke
 
 
 def row(name: str, seed: int, result: dict) -> dict:
-    """What is kept of a run."""
+    """The row of a run."""
     test, validation = result["metrics"]["test"], result["validation"]
     best = max(test["blind"], key=lambda label: test["blind"][label]["cider_d"])
     scores = {label: round(test[label]["cider_d"], 4) for label in ("base", "text_only", "tuned")}
@@ -113,7 +113,7 @@ def row(name: str, seed: int, result: dict) -> dict:
 
 
 def curve(workdir: Path, kept: int, out: Path) -> None:
-    """The losses of a run over its steps, as a picture."""
+    """Draw the losses of a run over its steps."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     axes = (figure := matplotlib.figure.Figure(figsize=(6, 3.5), layout="constrained")).subplots()
     for key, label in (("loss", "training"), ("validation_loss", "validation")):
@@ -125,7 +125,7 @@ def curve(workdir: Path, kept: int, out: Path) -> None:
 
 
 def above_grey(captions: Path, grey: Path) -> list[float]:
-    """[mean, low, high] of how far the run on photographs is above the one on grey pictures, over the same test captions."""
+    """[mean, low, high] of the difference between the runs on photographs and on grey images, over the same test captions."""
     rows = [json.loads(line) for line in (captions / "predictions.jsonl").read_text().splitlines()]
     others = [json.loads(line) for line in (grey / "predictions.jsonl").read_text().splitlines()]
     values = {one["image_id"]: one["tuned_cider_d"] for one in others}

@@ -1,11 +1,11 @@
-"""A folder of 8,000 JPEG files to a tuned BLIP-base and to PyTorch, as a user would do it, in a temporary directory.
+"""From a folder of 8,000 JPEG files to a tuned BLIP-base and to PyTorch, as a user would do it, in a temporary directory.
 
     python benchmarks/own_pictures.py --out results/own_pictures.json
 
-Pictures of mixed sizes, 24 of them damaged; BLIP-base with drawn weights at 224 pixels, float32; LoRA for 50 steps of 8 with
-BLIP's augmentation, killed after the checkpoint at step 25 and run again; evaluated; exported merged and as an adapter; loaded
-by transformers and by peft, whose logits must equal ours. Every stage is the command a user types. With `--n 60 --size tiny` it
-takes a minute.
+Images of mixed sizes, 24 of them damaged; BLIP-base with random weights at 224 pixels, float32; LoRA for 50 steps with batch 8
+and BLIP's augmentation, killed after the checkpoint at step 25 and run again; evaluated; exported merged and as an adapter;
+loaded by transformers and by peft, whose logits must equal jaxpeft's. Every stage is a command that a user types. With
+`--n 60 --size tiny` it takes a minute.
 """
 
 import argparse
@@ -27,7 +27,7 @@ DAMAGED = 24
 
 
 def draw(directory: Path, n: int) -> None:
-    """n JPEG files with a captions.csv of two captions each; every n / 24th file is truncated, empty or no picture."""
+    """Write n JPEG files with a captions.csv of two captions each; 24 of them are truncated, empty or not images."""
     from PIL import Image
 
     from jaxpeft.data import scenes
@@ -50,7 +50,7 @@ def draw(directory: Path, n: int) -> None:
 
 
 def make_base(directory: Path, size: str) -> None:
-    """BLIP with drawn weights as transformers writes it, and a WordPiece vocabulary of the right length without a download."""
+    """Write a transformers BLIP with random weights, and a WordPiece vocabulary of the right length, without a download."""
     import torch
     import transformers
 
@@ -72,7 +72,7 @@ def make_base(directory: Path, size: str) -> None:
 
 
 def command(*arguments, until=None, log: Path) -> dict:
-    """Run a command of the project; `until`: a file at whose appearance it is killed. -> status, seconds, what it said."""
+    """Run a command of the project -> (exit status, seconds, output). It is killed when the file `until` appears."""
     began = time.perf_counter()
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -80,14 +80,14 @@ def command(*arguments, until=None, log: Path) -> dict:
         )
         while process.poll() is None:
             if until and until.exists():
-                time.sleep(4)  # a few steps more, which are lost
+                time.sleep(4)  # a few more steps, which will be lost
                 process.send_signal(signal.SIGKILL)
             time.sleep(0.2)
     return {"status": process.returncode, "s": round(time.perf_counter() - began, 1), "said": log.read_text()}
 
 
 def compare(workdir: Path, merged: Path, adapter: Path, base: Path) -> dict:
-    """Largest differences of logits and equality of texts: jaxpeft, transformers on `merged`, peft on `base` + `adapter`."""
+    """The largest differences of logits, and equality of texts: jaxpeft, transformers with `merged`, peft with `adapter`."""
     import peft
     import torch
     import transformers

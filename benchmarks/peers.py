@@ -1,7 +1,7 @@
-"""The two sides of blip_base.py, each doing its work the way its own users would.
+"""The two sides of blip_base.py, each written as its users would write it.
 
-Both start from one directory: a model as transformers saves it, and inputs.npz. Neither class imports the other's
-framework, so that memory can be measured for one alone.
+Both start from the same directory: a transformers model and inputs.npz. Neither class imports the framework of the other, so
+that the memory of each can be measured alone.
 """
 
 import functools
@@ -15,7 +15,7 @@ BEAMS = {"greedy": 1, "beam 3": 3}
 
 
 class Torch:
-    """transformers and peft as one would write the loop: eager mode, AdamW."""
+    """A usual training loop with transformers and peft: eager mode, AdamW."""
 
     def __init__(self, directory, threads: int):
         import torch
@@ -68,11 +68,11 @@ class Torch:
         return ways
 
     def writers(self) -> dict:
-        """{label: pictures -> tokens (B, LENGTH)}"""
+        """{label: images -> tokens (B, LENGTH)}"""
         import torch
 
         self.model.eval()
-        prompt = torch.cat([self.prompt_BT, self.prompt_BT[:, :1]], dim=1)  # generate drops the last one
+        prompt = torch.cat([self.prompt_BT, self.prompt_BT[:, :1]], dim=1)  # generate removes the last token
 
         def write(beams):
             options = {"num_beams": beams, "do_sample": False, "max_length": LENGTH, "min_length": LENGTH}
@@ -82,13 +82,13 @@ class Torch:
 
 
 class Jax:
-    """jaxpeft as its own loop runs it: the jitted train_step with donated state; images and searches jitted."""
+    """jaxpeft as in its own loop: the jitted train_step with donated state; image encoding and decoding are jitted too."""
 
     def __init__(self, directory, threads: int):
         from jaxpeft.models import loading
         from jaxpeft.runtime import malloc
 
-        malloc.keep_freed_memory()  # as main.py does; where both are in one process, torch gains from it too
+        malloc.keep_freed_memory()  # as in main.py; where both are in one process, torch benefits from it too
         self.inputs, self.seconds = np.load(directory / "inputs.npz"), {}
         self.model, self.params = loading.load(directory)
 

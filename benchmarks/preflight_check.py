@@ -1,11 +1,11 @@
-"""Is a preflight right? BLIP-base on eight virtual CPU devices: what was planned beside what the arrays and the process take.
+"""A check of the preflight: BLIP-base on eight virtual CPU devices, planned memory and that of the arrays and the process.
 
     python benchmarks/preflight_check.py --out results/preflight_check.json
 
-LoRA r8 captioning at 384 pixels, batch 8, image encoder computed each step (augment=crop), float32, mesh fsdp 8, random
-weights. Planned: `jaxpeft.preflight`. Measured: bytes of the shards on each device, and the peak of the process during three
-real steps less what it had before, for all eight devices together (they share one memory, and XLA on CPU frees late). The loss
-must equal that of one device. About two minutes on two cores.
+LoRA r8 captioning at 384 pixels, batch 8, image encoder computed in each step (augment=crop), float32, mesh fsdp 8, random
+weights. Planned: `jaxpeft.training.preflight`. Measured: the bytes of the shards on each device, and the growth of the process
+to its peak during three real steps, for all eight devices together (they share one memory, and XLA on CPU frees memory late).
+The loss must equal that of one device. Takes about two minutes on two cores.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def main():
 
 
 def peak_or_now(reset: bool = False) -> int:
-    """Bytes of the process: now, after forgetting its peak; or the peak since then. Without /proc: the peak of its life."""
+    """Bytes of the process: now, resetting its peak; or the peak since then. Without /proc: the peak since its start."""
     try:
         if reset:
             with open("/proc/self/clear_refs", "w") as file:

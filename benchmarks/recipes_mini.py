@@ -1,10 +1,10 @@
-"""Both BLIP recipes on a drawn COCO and VQA v2, and their upload files scored by the programs that publish numbers.
+"""Both BLIP recipes on a synthetic COCO and VQA v2, with their upload files scored by the official programs.
 
     python benchmarks/recipes_mini.py --official vqaEval.py --out results/recipes_mini.json
 
-`vqaEval.py` is read, not kept here: github.com/GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation, since 2021-03-11.
-Captions are scored by pycocoevalcap after its PTB tokeniser (Java). The shipped tiny base at 64 pixels, 200 steps of 32:
-enough that scores differ from 0, and no evidence of anything else.
+`vqaEval.py` is not in this repository: github.com/GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation, since 2021-03-11.
+Captions are scored by pycocoevalcap with its PTB tokeniser (Java). The shipped tiny base at 64 pixels and 200 steps with batch
+32 are enough for scores above 0, but no evidence of anything else.
 """
 
 import argparse
@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/golden")]
 
 
 def captions(tree: Path, upload: Path) -> dict:
-    """CIDEr, BLEU-4, ROUGE-L and METEOR of COCO's result file, against dataset_coco.json."""
+    """CIDEr, BLEU-4, ROUGE-L and METEOR of a result file in COCO's format, against dataset_coco.json."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
@@ -42,7 +42,7 @@ def captions(tree: Path, upload: Path) -> dict:
 
 
 def answers(tree: Path, upload: Path, official: str) -> dict:
-    """The official accuracy of the VQA server's result file, against the annotations of val2014."""
+    """The official accuracy of a result file in the VQA server's format, against the annotations of val2014."""
     from make_metrics import load_class
 
     annotations = json.loads((tree / "vqa/v2_mscoco_val2014_annotations.json").read_text())["annotations"]

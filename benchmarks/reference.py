@@ -1,6 +1,6 @@
-"""What the scripts here share: random BLIP models in transformers' format, their inputs, tables and facts.
+"""What the benchmarks share: random BLIP models in transformers' format, their inputs, tables and facts.
 
-Importing this imports neither torch nor jax: a process that measures the memory of one must not load the other.
+This module imports neither torch nor jax: a process that measures the memory of one must not load the other.
 """
 
 import json
@@ -17,9 +17,9 @@ SEED = 3
 PAD, CLS, SEP, BOS, ENC = 0, 101, 102, 30522, 30523
 IDS = {"pad_token_id": PAD, "cls_token_id": CLS, "sep_token_id": SEP, "bos_token_id": BOS, "enc_token_id": ENC}
 PROMPT = [BOS, 1037, 3861, 1997]  # a picture of
-# Of drawn weights: sharp attention and small updates, or twelve post-norm text layers average all words away
+# Scales of random weights: sharp attention and small updates, or twelve post-norm text layers would average out all words
 FACTORS = {"crossattention.output.dense": 0.1, "output.dense": 0.2, "attention.self.query": 2.0}
-# BLIP-base with everything set that transformers' class defaults have otherwise
+# BLIP-base, with all settings that differ from transformers' class defaults
 BASE = {
     "vision_config": {"image_size": 384, "num_attention_heads": 12, "layer_norm_eps": 1e-6},
     "text_config": {"num_attention_heads": 12, "layer_norm_eps": 1e-12, "eos_token_id": SEP, **IDS},
@@ -27,14 +27,14 @@ BASE = {
 
 
 def use_threads(n: int) -> None:
-    """Let this process and its children run on n cores only: XLA takes its thread count from that. Before any import."""
+    """Restrict this process and its children to n cores, which sets XLA's number of threads. Call it before other imports."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:n])
     os.environ["OMP_NUM_THREADS"] = str(n)
 
 
 def quiet_torch(threads: int) -> None:
-    """Import torch and transformers for a script: this many threads, no progress bars or advice."""
+    """Import torch and transformers with this many threads, without progress bars and advice."""
     import torch
     import transformers
 
@@ -44,7 +44,7 @@ def quiet_torch(threads: int) -> None:
 
 
 def golden():
-    """tests/golden/make_blip.py, which has the tiny settings and the repair of transformers' cross-attention mask."""
+    """The module tests/golden/make_blip.py, with the tiny settings and the fix of transformers' cross-attention mask."""
     sys.path.insert(0, str(ROOT / "tests" / "golden"))
     import make_blip
 
@@ -52,7 +52,7 @@ def golden():
 
 
 def settings(size: str, task: str, image_size: int | None = None) -> dict:
-    """Arguments of transformers.BlipConfig. `image_size` changes base models only; tiny ones keep their own."""
+    """The arguments of transformers.BlipConfig. `image_size` applies to base models only; tiny ones keep their own."""
     if size == "tiny":
         return {"caption": golden().CAPTION, "vqa": golden().VQA}[task]
     vision = BASE["vision_config"] | ({"image_size": image_size} if image_size else {})
@@ -60,7 +60,7 @@ def settings(size: str, task: str, image_size: int | None = None) -> dict:
 
 
 def ids(config: dict) -> dict:
-    """Special ids, the prompt of a caption and the range of plain words of a model with these settings."""
+    """The special ids, the prompt of a caption and the range of ordinary words of a model with these settings."""
     text = config["text_config"]
     one = {name: text[f"{name}_token_id"] for name in ("pad", "sep", "bos", "enc")}
     tiny = text["bos_token_id"] != BOS
@@ -68,11 +68,11 @@ def ids(config: dict) -> dict:
 
 
 def build(config: dict, task: str, seed: int):
-    """A transformers model with drawn weights, float32, in evaluation mode.
+    """A transformers model with random weights, float32, in evaluation mode.
 
-    Matrices have standard deviation 1.6 / sqrt(fan in), so that states, attention and logits vary: at the usual 0.02
-    every picture would get the same text, and equal tokens would prove nothing. What enters the vision blocks is small,
-    as in trained models: a wrong epsilon then shows.
+    Matrices have standard deviation 1.6 / sqrt(fan in), so that states, attention and logits vary: with the usual 0.02
+    every image would get the same text, and equal tokens would prove nothing. The inputs of the vision blocks are small, as in
+    trained models, so that a wrong epsilon is detected.
     """
     import torch
     import transformers
@@ -99,7 +99,7 @@ def build(config: dict, task: str, seed: int):
 
 
 def centre(model, logits, one: dict) -> None:
-    """Take the mean of some logits (..., V) out of the bias, so that pictures decide; never write special tokens."""
+    """Subtract the mean of some logits (..., V) from the bias, so that the images decide; exclude special tokens."""
     import torch
 
     with torch.no_grad():
@@ -109,7 +109,7 @@ def centre(model, logits, one: dict) -> None:
 
 
 def ragged(rng, lengths, first, one: dict) -> np.ndarray:
-    """Token rows (B, T): the first tokens, random words, the end token, padding."""
+    """Rows of tokens (B, T): the first tokens, random words, the end token, padding."""
     rows = np.full((len(lengths), max(lengths)), one["pad"], np.int32)
     for row, n in zip(rows, lengths, strict=True):
         row[:n] = [*first, *rng.integers(*one["words"], n - len(first) - 1), one["sep"]]
@@ -117,7 +117,7 @@ def ragged(rng, lengths, first, one: dict) -> np.ndarray:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process. Linux hands the parent's `ru_maxrss` to a child, so its own is read there."""
+    """Peak resident memory of this process, in bytes. Not `ru_maxrss` on Linux, where a child inherits its parent's value."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -125,7 +125,7 @@ def peak_bytes() -> int:
 
 
 def facts() -> dict:
-    """Command, machine and versions: what a number needs beside it. Imports jax."""
+    """The command, machine and versions to store with a number. Imports jax."""
     import importlib.metadata
 
     from jaxpeft.runtime import host
@@ -147,7 +147,7 @@ def facts() -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows with the same keys, aligned: floats with three significant digits."""
+    """Rows with the same keys as an aligned table; floats have three significant digits."""
 
     def cell(value):
         return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
-"""Do exports work in another release of transformers and peft? Two steps, because that release has an environment of its own.
+"""A check that exports work in another release of transformers and peft, in two steps, because that needs two environments.
 
-    python benchmarks/releases.py make DIR     here: exports of the shipped base with a moved LoRA, and their logits
-    python benchmarks/releases.py check DIR    there: any Python with torch, transformers, peft; no jaxpeft
+    python benchmarks/releases.py make DIR     in this one: exports the shipped base with a random LoRA, and their logits
+    python benchmarks/releases.py check DIR    in the other one: Python with torch, transformers and peft, without jaxpeft
 
 Prints the releases, missing and unexpected keys, and the largest difference of a logit for merged directory and adapter.
 """
@@ -65,7 +65,7 @@ def check(directory: Path):
                     torch.from_numpy(kept["tokens"]), encoder_hidden_states=states
                 ).logits.numpy()
             print(f"  {label}: largest difference of a logit {np.abs(logits - kept['logits']).max():.1e}")
-            if task == "vqa":  # questions of different lengths: the decoder must not look at their padding
+            if task == "vqa":  # questions of different lengths: the decoder must ignore their padding
                 with torch.no_grad():
                     asked, states = (
                         torch.from_numpy(kept["short"]),

@@ -1,8 +1,8 @@
-"""Score against training images for the two tasks of scenes_full that are new to the base, drawn from its results.jsonl.
+"""Draw score against training images for the two tasks of scenes_full that are new to the base, from its results.jsonl.
 
     python benchmarks/scenes_figure.py --out results/scenes_full/new_tasks.png
 
-Mean of three seeds, bars from the lowest to the highest; the middle size of each method, with the classifier tuned beside it.
+Mean and range of three seeds; the middle size of each method, with the classifier trained as well.
 """
 
 import argparse
@@ -16,11 +16,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parents[1] / "results/scenes_full/results.jsonl"
-PANELS = (  # level, the best guess that looks at no image, the frozen base
+PANELS = (  # setting, the score of the best blind baseline, that of the frozen base
     ("captions_human", "captions in a new style", "CIDEr-D", 0.49, 0.563),
     ("vqa_unstated", "questions", "accuracy", 0.45, 0.0),
 )
-METHODS = {  # arm: (label, colour, marker, size on captions, size on questions)
+METHODS = {  # variant: (label, colour, marker, size on captions, size on questions)
     "lora_head": ("LoRA", "#009E73", "D", 16, 8),
     "parallel_adapter_head": ("parallel adapter", "#56B4E9", "v", 64, 32),
     "serial_adapter_head": ("serial adapter", "#0072B2", "^", 21, 10),
@@ -32,7 +32,7 @@ METHODS = {  # arm: (label, colour, marker, size on captions, size on questions)
 
 
 def scores() -> dict:
-    """(level, arm, size) -> {images: the test scores of the seeds}, of each cell's chosen learning rate."""
+    """(setting, variant, size) -> {images: test scores of the seeds}, with each cell's chosen learning rate."""
     found, validated = defaultdict(lambda: defaultdict(dict)), defaultdict(dict)
     for row in map(json.loads, RESULTS.read_text().splitlines()):
         cell = (row["level"], row["arm"], row["size"])
@@ -58,7 +58,7 @@ def draw(out: str) -> None:
             means = [sum(runs) / len(runs) for runs in cells.values()]
             below = [mean - min(runs) for mean, runs in zip(means, cells.values(), strict=True)]
             above = [max(runs) - mean for mean, runs in zip(means, cells.values(), strict=True)]
-            line = "none" if arm == "full" else "--" if arm == "head" else "-"  # full has two points, far apart
+            line = "none" if arm == "full" else "--" if arm == "head" else "-"  # full has only two points, far apart
             axis.errorbar(
                 list(cells), means, (below, above), label=label, color=colour, marker=marker, linestyle=line, capsize=3
             )

@@ -1,15 +1,15 @@
-"""A long run killed again and again, beside the same run left alone: is anything lost, and does anything grow?
+"""A long run killed many times, compared with the same run undisturbed: is anything lost, and does memory grow?
 
     python benchmarks/soak.py --out results/soak
 
-Two runs of the same command, 20,000 steps of LoRA on the tiny base (captions of scenes), a checkpoint every second and
-each step logged, one on each half of the cores. One of them is killed with SIGKILL at random moments and started again by the
-same command. Every second: resident memory, open files and threads of each.
+Two runs of the same command, each on half of the cores: 20,000 steps of LoRA on the tiny base (captions of scenes), with a
+checkpoint every second and every step logged. One of them is killed with SIGKILL at random times and restarted with the same
+command. Resident memory, open files and threads of each are sampled every second.
 
-What must hold: metrics.jsonl has every step once, with the same loss, and the tuned weights and scores are the same bit
-for bit. What is printed: the slope of memory and of open files over the undisturbed run (least squares after the first tenth,
-with the standard error from blocks of a twentieth), and how many steps each kill cost: the last step in metrics.jsonl, less the
-step that the next start went on from. It takes about ten minutes.
+Required: metrics.jsonl has every step once, with the same loss, and the trained weights and scores are equal bit for bit.
+Printed: the slopes of memory and of open files over the undisturbed run (least squares after the first tenth, with the standard
+error from blocks of a twentieth), and how many steps each kill cost: the last step in metrics.jsonl minus the step from which
+the next start resumed. Takes about ten minutes.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SETTINGS = {
 
 
 class Run:
-    """The command, started again after each kill, and what it takes while it lives."""
+    """The command, restarted after each kill, and the resources of its process."""
 
     def __init__(self, workdir: Path, steps: int, every: float, cores: set[int]):
         settings = SETTINGS | {"steps": steps, "checkpoint_seconds": every}
@@ -64,7 +64,7 @@ class Run:
         return code == 0
 
     def log(self, n: int) -> Path:
-        """What the n-th start said."""
+        """The log of the n-th start."""
         return self.workdir.parent / f"{self.workdir.name}-{n}.log"
 
     def step(self) -> int:
@@ -87,14 +87,14 @@ class Run:
         self.samples.append((time.perf_counter() - began, self.step(), self.starts, *taken))
 
     def kill(self):
-        """SIGKILL, then the same command."""
+        """Send SIGKILL, then run the same command again."""
         self.process.kill()
         self.process.wait()
         self.logged.append(self.step())
         self.start()
 
     def repeated(self) -> list[int]:
-        """Of each kill whose next start came as far as to go on: the logged steps that were done again."""
+        """For each kill after which the next start resumed: the number of logged steps that were repeated."""
         found = []
         for n, logged in enumerate(self.logged, 2):
             if went_on := re.search(r"resumed from step (\d+)", self.log(n).read_text()):
@@ -103,7 +103,7 @@ class Run:
 
 
 def slope(xs, ys) -> tuple[float, float]:
-    """(least-squares slope per step, its standard error from blocks: neighbouring samples are alike)."""
+    """(least-squares slope per step, its standard error). The error is from blocks, as neighbouring samples are correlated."""
     xs, ys = np.asarray(xs, float), np.asarray(ys, float)
     blocks = np.array_split(np.arange(len(xs)), 20)
     x = np.array([xs[b].mean() for b in blocks])
@@ -114,7 +114,7 @@ def slope(xs, ys) -> tuple[float, float]:
 
 
 def same(a: Path, b: Path) -> dict:
-    """What the two runs left, compared."""
+    """Compare the files of the two runs."""
     lines = [[json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()] for one in (a, b)]
     steps = [[line["step"] for line in rows if "loss" in line] for rows in lines]
     losses = [{line["step"]: line["loss"] for line in rows if "loss" in line} for rows in lines]
@@ -132,7 +132,7 @@ def same(a: Path, b: Path) -> dict:
 
 
 def draw(runs: dict[str, Run], path: Path) -> None:
-    """Memory and open files against step."""
+    """Draw memory and open files against step."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -175,7 +175,7 @@ def main(argv=None) -> int:
         f"killed {args.kills} times": Run(home / "killed", args.steps, args.seconds, halves[1]),
     }
     alone, killed = runs.values()
-    # anywhere: in steps, in saves, while starting
+    # at any time: during steps, saves, or the start
     at, began = sorted(rng.uniform(0, args.steps, args.kills).tolist()), time.perf_counter()
     print(f"in {home}; kills near steps {', '.join(f'{one:.0f}' for one in at)}", flush=True)
     while not all([run.done() for run in runs.values()]):
@@ -188,12 +188,12 @@ def main(argv=None) -> int:
             time.sleep(rng.uniform(0, 2))
             if killed.process.poll() is None:
                 killed.kill()
-                if rng.uniform() < 0.2:  # and once more while it starts
+                if rng.uniform() < 0.2:  # and once more during the start
                     time.sleep(rng.uniform(0, 8))
                     killed.kill()
     seconds = time.perf_counter() - began
     rows = np.array(alone.samples)
-    rows = rows[(rows[:, 1] > args.steps / 10) & (rows[:, 1] < args.steps)]  # training alone, not the scoring after it
+    rows = rows[(rows[:, 1] > args.steps / 10) & (rows[:, 1] < args.steps)]  # training only, not the scoring after it
     least, most = rows.min(0).astype(int).tolist(), rows.max(0).astype(int).tolist()
     memory, opened = slope(rows[:, 1], rows[:, 3]), slope(rows[:, 1], rows[:, 4])
     found = {

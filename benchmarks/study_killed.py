@@ -1,11 +1,11 @@
-"""A study killed at random moments and continued by two launchers at once, beside an undisturbed one.
+"""A study killed at random times and resumed by two launchers at once, compared with an undisturbed one.
 
     python benchmarks/study_killed.py --out results/study_killed.json
 
-Launcher and workers are ended with SIGKILL, `--kills` times, each after a random number of seconds; then two launchers go
-on together, one core each. Checks that every run is done, that no result that stood at a kill was made again, and that
-report and results equal the undisturbed study's in everything but seconds. Every process has one core: sums on another
-number of threads differ in their last bits.
+Launcher and workers are killed with SIGKILL, `--kills` times, each after a random number of seconds; then two launchers resume
+the study together, with one core each. Checks that every run is done, that no result that existed at a kill was made again,
+and that report and results equal those of the undisturbed study in everything except seconds. Every process has one core,
+because sums with another number of threads differ in their last bits.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def launch(config: str, workdir: Path, workers: int, cores: set[int] | None = No
 
 
 def finished(workdir: Path) -> dict[str, int]:
-    """id -> the inode of its result: a result that is written again has another one."""
+    """id -> the inode of its result, which changes if the result is written again."""
     return {path.parent.name: path.stat().st_ino for path in workdir.glob("points/*/result.json")}
 
 

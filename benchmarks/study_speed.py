@@ -1,19 +1,19 @@
-"""Seconds for the same 24 points of a study: one by one, two processes, frozen stages once, lanes; and PyTorch beside it.
+"""Seconds for the same 24 runs of a study: one by one, in two processes, with cached frozen stages, as lanes, and in PyTorch.
 
     python benchmarks/study_speed.py --out results/study_speed.json
 
-The points: captions and questions on scenes, LoRA and prefix, two sizes, three learning rates, 1,024 pictures, a fixed
-number of steps, then texts and likelihoods of 256 validation and 256 test pictures. Every line does all of it in fresh
-processes with an empty compilation cache, from start to results on disk, on the same cores:
+The runs: captions and questions on scenes, LoRA and prefix, two sizes, three learning rates, 1,024 images, a fixed number of
+steps, then texts and likelihoods of 256 validation and 256 test images. Each way does all of it in new processes with an empty
+compilation cache, from start to results on disk, on the same cores:
 
-- one by one: one process. Every stage each step, or image features once.
-- two processes: pinned to a core each, sharing points by claims.
-- lanes: the three learning rates of a cell in one vmapped program, evaluated one after the other; features once.
-- transformers + peft: the twelve LoRA points, from the same base, batches, rates and steps (this package's loader feeds
-  both), AdamW in eager mode; images under no_grad each step, or once. The twelve points of jaxpeft stand beside it.
+- one by one: one process, with every stage computed in each step, or image features computed once.
+- two processes: pinned to a core each, sharing runs by claims.
+- lanes: the three learning rates of a cell in one vmapped program, evaluated one after the other; image features once.
+- transformers + peft: the twelve LoRA runs with the same base, batches, learning rates and steps (jaxpeft's loader feeds both),
+  AdamW in eager mode; images encoded under no_grad in each step, or once. Compared with the twelve LoRA runs of jaxpeft.
 
-Every way must give a point's test likelihood within 1e-3; PyTorch's, which draws other LoRA matrices, is printed with ours
-in brackets. Ways that are done are kept in --out and not run again; run all on an idle machine, about 40 minutes.
+All ways must agree on a run's test likelihood within 1e-3; PyTorch's, with other random LoRA matrices, is printed with that of
+jaxpeft in brackets. Finished ways are kept in --out and not run again. Run all on an idle machine; this takes about 40 minutes.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def get_config(arg=""):
 
 
 def lanes(config, workdir: Path) -> None:
-    """The study with the learning rates of each cell side by side in one program; results.jsonl as a study leaves it."""
+    """The study with the learning rates of each cell together in one program; writes results.jsonl as a study does."""
     import functools
 
     import jax
@@ -100,12 +100,12 @@ def lanes(config, workdir: Path) -> None:
 
 
 def without_images(examples):
-    """Texts alone; 'index' says which image each looks at."""
+    """Texts alone; 'index' is the index of each text's image."""
     return base.Examples(examples.arrays | {"index": examples.arrays["image_index"]}, None, [])
 
 
 class Peer:
-    """One LoRA point with transformers and peft, as its users write it: eager mode, AdamW."""
+    """One LoRA run with transformers and peft, as their users write it: eager mode, AdamW."""
 
     def __init__(self, run, directory: Path, cached: bool):
         import peft
@@ -147,7 +147,7 @@ class Peer:
         return torch.cat([self._encode([split.images[i] for i in range(s, min(s + 64, n))]) for s in starts])
 
     def _context(self, batch, name):
-        """(what the decoder looks at, its mask) of a batch of the split."""
+        """(what the decoder attends to, its mask) for a batch of the split."""
         import torch
 
         index = batch["index"]
@@ -202,7 +202,7 @@ class Peer:
             schedule.step()
 
     def evaluate(self, name: str) -> dict:
-        """Scores of greedy texts, and nats per reference token."""
+        """The scores of greedily decoded texts, and nats per reference token."""
         import torch
 
         from jaxpeft.data import pipeline
@@ -228,7 +228,7 @@ class Peer:
 
 
 def torch_points(config, workdir: Path, cached: bool) -> None:
-    """The LoRA points with transformers and peft, one by one; base_TASK directories are in `workdir`."""
+    """The LoRA runs with transformers and peft, one by one; base_TASK directories are in `workdir`."""
     import reference
 
     from jaxpeft.study import grid
@@ -247,7 +247,7 @@ def torch_points(config, workdir: Path, cached: bool) -> None:
 
 
 def bases(workdir: Path) -> None:
-    """The shipped base as transformers directories."""
+    """Write the shipped base as transformers directories."""
     import jaxpeft as jp
 
     for task in ("captioning", "vqa"):
@@ -269,7 +269,7 @@ WAYS = {  # label: (frozen stages once, processes, what runs)
 
 
 def timed(way: str, steps: int, workdir: Path) -> dict:
-    """Run the points one way in fresh processes -> {'', points, s, s a point, nll: {point: test nats per token}}."""
+    """Do the runs one way in new processes -> {'', points, s, s a point, nll: {run: test nats per token}}."""
     cached, processes, kind = WAYS[way]
     only = "lora" if kind in ("torch", "study lora") else ""
     config = f"steps={steps},cached={str(cached).lower()},only={only}"

@@ -4,21 +4,21 @@
     python main.py --config=configs/blip_caption_coco.py:base=path/to/blip --workdir=runs/coco  # full
     python main.py --config=configs/blip_caption_coco.py:base=path/to/blip,method=lora,size=16 --workdir=runs/coco_lora
 
-As published: 384 pixels, batches of 256, 5 epochs, AdamW 1e-5 with decay 0.05 on every leaf, no warm-up, no clipping, label
-smoothing 0.1, random crop of half the area or more, flip, RandAugment(2, 5); captions cleaned and cut at 30 words; beam 3,
-5 to 20 tokens with the prompt. Scored on Karpathy's test split with PTB tokens and METEOR where Java is installed.
-`upload_test.json` is COCO's result format.
+As published: 384 pixels, batches of 256, 5 epochs, AdamW 1e-5 with weight decay 0.05 on every leaf, no warm-up, no clipping,
+label smoothing 0.1, random crop of half the area or more, flip, RandAugment(2, 5); captions cleaned and cut to 30 words; beam
+3, 5 to 20 tokens including the prompt. Dropout 0.1 is in the text towers at the same places as in BERT, and not in the image
+encoder, as in BLIP's base model. Scored on Karpathy's test split, with PTB tokens and METEOR if Java is installed.
+`upload_test.json` has COCO's result format.
 
-Other than published: a caption that is cut at 40 tokens is trained without an end token; the cosine falls every step, not
-every epoch; the last step is kept, not the epoch with the best CIDEr + BLEU-4 on val (--config.eval.splits="('val','test')"
-scores both); dropout 0.1 is in the text towers at the same places as in BERT, the image encoder has none, as in BLIP's base
-model; a PEFT method has no published rate: `lr` is ours and not tuned.
+Different from the publication: a caption that is cut to 40 tokens is trained without an end token; the cosine schedule changes
+every step, not every epoch; the last step is kept, not the epoch with the best CIDEr + BLEU-4 on val
+(--config.eval.splits="('val','test')" scores both). There are no published learning rates for PEFT methods: `LR` is not tuned.
 """
 
 from jaxpeft import config
 from jaxpeft.models import blip_recipe
 
-N_CAPTIONS = 566_435  # of the 113,287 training pictures
+N_CAPTIONS = 566_435  # for the 113,287 training images
 LR = {"full": 1e-5, "lora": 2e-4, "serial_adapter": 2e-4, "parallel_adapter": 2e-4, "prompt": 3e-2, "prefix": 1e-3}
 
 

@@ -4,17 +4,18 @@
     python main.py --config=configs/blip_vqa_v2.py:base=path/to/blip --workdir=runs/vqa  # scored here
     python main.py --config=configs/blip_vqa_v2.py:base=path/to/blip,protocol=official --workdir=runs/vqa_server
 
-`protocol=official` trains on train2014, val2014 and Visual Genome and writes `upload_test_dev.json` and `upload_test.json` for
-the evaluation server; `karpathy` (the protocol of most PEFT papers) holds out val and test pictures of val2014.
+`protocol=official` trains on train2014, val2014 and Visual Genome, and writes `upload_test_dev.json` and `upload_test.json` for
+the evaluation server; `karpathy` (the protocol of most PEFT papers) holds out val and test images of val2014.
 
-As published: 480 pixels, batches of 256, 10 epochs, AdamW 2e-5 with decay 0.05 on every leaf, no warm-up, no clipping, label
-smoothing 0.1, random crop of half the area or more, flip, RandAugment(2, 5); each distinct answer weighted by the share of
-people who gave it, Visual Genome's by 0.2; answers by rank: the first token picks 128 of a closed list, the whole loss decides.
+As published: 480 pixels, batches of 256, 10 epochs, AdamW 2e-5 with weight decay 0.05 on every leaf, no warm-up, no clipping,
+label smoothing 0.1, random crop of half the area or more, flip, RandAugment(2, 5); each distinct answer is weighted by the
+share of people who gave it, Visual Genome's by 0.2; answers are ranked: the first token selects 128 of a closed list, and the
+full loss decides.
 
-Other than published: the cosine falls every step, not every epoch; the list is the 3,128 most frequent training answers unless
-`answer_list=FILE` names BLIP's own; an answer that is cut at 10 tokens is trained without an end token; no stochastic depth
-(0.1) in the image encoder; Visual Genome's pictures that are COCO's val or test are left out; a PEFT method has no published
-rate: `lr` is ours and not tuned.
+Different from the publication: the cosine schedule changes every step, not every epoch; the list is the 3,128 most frequent
+training answers, unless `answer_list=FILE` gives BLIP's own; an answer that is cut to 10 tokens is trained without an end
+token; there is no stochastic depth (0.1) in the image encoder; images of Visual Genome that are in COCO's val or test are left
+out. There are no published learning rates for PEFT methods: `LR` is not tuned.
 """
 
 from jaxpeft import config

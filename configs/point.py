@@ -1,11 +1,11 @@
-"""One point of the grid: a task, a method and its size, a share of the data, a seed.
+"""One run: a task, a method and its size, a fraction of the data, and a seed.
 
 python main.py --config=configs/point.py:task=vqa,method=lora,size=8,fraction=0.1,seed=0 --workdir=runs/point
 """
 
 from jaxpeft import config
 
-# where a search would start, by what is trained: base leaves, rows in front, prefixes, scales
+# starting points for a search of the learning rate: for base leaves, prompts, prefixes and scales; 3e-3 for the rest
 LR = {"full": 5e-4, "prompt": 1e-1, "vpt": 3e-2, "prefix": 3e-2, "vera": 1e-2, "ia3": 1e-2}
 
 

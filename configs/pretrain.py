@@ -1,4 +1,4 @@
-"""Pre-train the tiny BLIP from scratch on scenes: makes the checkpoint that the package ships.
+"""Pre-train the tiny BLIP from scratch on scenes; makes the checkpoint that the package ships.
 
 python main.py --config=configs/pretrain.py --workdir=runs/pretrain
 python main.py --config=configs/pretrain.py:steps=20 --workdir=runs/try        every stage cut to 20 steps
@@ -33,7 +33,7 @@ def get_config(arg=""):
     )
     c.batch_size = 32
     c.captions_per_image = 2
-    # `first`: where a stage's pictures start in the endless split, so that no picture is seen in two stages
+    # `first`: the index of a stage's first image in the endless split; no image is used in both image stages
     c.order = ("text", "lm", "lm_itm")
     c.stages = ml_collections.ConfigDict(
         {

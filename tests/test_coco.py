@@ -98,7 +98,7 @@ def test_vqa_in_official_splits(tree, home):
         assert answers[str(one["question_id"])] == [a["answer"] for a in one["answers"]]
     assert len(asked["train"]) == 3 * 18 and len(asked["test"]) == 3 * 6 and len(asked["test_dev"]) == 9
     assert not any(q["answers"] for q in asked["test"]) and found["test"].images[5].ndim == 3
-    with pytest.raises(ValueError, match="no split .'val'. of vqav2"):
+    with pytest.raises(ValueError, match="unknown splits .'val'. of vqav2"):
         load(home, "vqav2", ["val"], **options)
 
 
@@ -113,7 +113,7 @@ def test_what_is_missing_is_listed_with_its_address(tree, tmp_path, capsys):
 
 
 def test_other_sizes_than_published_are_refused_unless_asked_for(tree, tmp_path):
-    with pytest.raises(ValueError, match="train2014: 12 pictures, published are 82,783") as error:
+    with pytest.raises(ValueError, match="train2014: found 12 images, expected 82,783") as error:
         prepare.prepare("coco_captions", tree, tmp_path / "out", workers=1, log=lambda _: None)
     assert "--any-size" in str(error.value) and not (tmp_path / "out").exists()
 
@@ -132,7 +132,7 @@ def test_damaged_pictures_are_listed_or_left_out_and_good_shards_are_kept(tree, 
     monkeypatch.setattr(prepared, "SHARD_ROWS", 4)
     root, pictures = small(tree, tmp_path)
     options = {"workers": 1, "check_sizes": False}
-    with pytest.raises(ValueError, match="2 pictures cannot be used") as error:
+    with pytest.raises(ValueError, match="2 images cannot be read") as error:
         prepare.prepare("coco_captions", root, tmp_path / "out", log=lambda _: None, **options)
     assert pictures[1].name in str(error.value) and pictures[9].name in str(error.value)
     kept = [path.name for path in (tmp_path / "out").rglob(".parts-*/*") if path.suffix != ".json"]
@@ -140,7 +140,7 @@ def test_damaged_pictures_are_listed_or_left_out_and_good_shards_are_kept(tree, 
 
     lines = []
     prepare.prepare("coco_captions", root, tmp_path / "out", on_error="skip", log=lines.append, **options)
-    assert any("1 of 3 shards were written before" in line for line in lines)
+    assert any("1 of 3 shards are already written" in line for line in lines)
     assert any("train2014: pictures 10 rows" in line and "2 left out" in line for line in lines)
     split = load(tmp_path / "out", "coco_captions", ["train"])["train"]
     assert len(split.rows) == 12 and split.report == {"without a picture": 2}
@@ -155,7 +155,7 @@ def test_texts_without_their_picture_are_counted(tree, tmp_path):
     gone = next(one for one in originals(root).values() if one["split"] == "train")
     (root / "coco" / gone["filepath"] / gone["filename"]).unlink()
     options = {"workers": 1, "check_sizes": False, "log": lambda _: None}
-    with pytest.raises(ValueError, match="1 pictures that texts speak of are not there") as error:
+    with pytest.raises(ValueError, match="the images of 1 texts were not found") as error:
         prepare.prepare("coco_captions", root, tmp_path / "out", **options)
     assert f"id {gone['cocoid']} is not in train2014" in str(error.value) and not (tmp_path / "out").exists()
     prepare.prepare("coco_captions", root, tmp_path / "out", on_error="skip", **options)
@@ -200,7 +200,7 @@ def test_a_tree_that_changed_is_not_taken_for_the_prepared_one(tree, home, tmp_p
 
 def test_broken_official_files_are_named(tree, tmp_path):
     for name, text, says in (
-        ("karpathy/dataset_coco.json", "{", "dataset_coco.json: broken JSON"),
+        ("karpathy/dataset_coco.json", "{", "dataset_coco.json: invalid JSON"),
         ("karpathy/dataset_coco.json", '{"images": [{"cocoid": 1}]}', "lacks 'split'"),
         ("karpathy/dataset_coco.json", "[1]", "expected a list of objects"),
     ):

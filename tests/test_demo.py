@@ -138,9 +138,9 @@ def test_a_workdir_that_is_not_finished_is_said_before_anything_is_loaded(finish
     (unfinished / "config.json").write_text("{}")
     for workdir, missing in ((unfinished, "result.json"), (tmp_path / "nowhere", "result.json")):
         said = said_at_exit(["--port", "0", "--workdir", run, str(workdir)], capsys)
-        assert said.startswith(f"error: --workdir {workdir} holds no finished run: {missing} is missing; run main.py")
+        assert said.startswith(f"error: --workdir {workdir} holds no finished run: {missing} not found; finish the run")
     (tmp_path / "mine" / "config.json").write_text('{"task": "vqa"}')
-    assert "mine holds no run of ours (KeyError: 'base')" in said_at_exit(["--port", "0", "--workdir", run], capsys)
+    assert "mine holds no jaxpeft run (KeyError: 'base')" in said_at_exit(["--port", "0", "--workdir", run], capsys)
     assert not events
 
 
@@ -149,8 +149,8 @@ def test_a_port_that_cannot_be_had_is_said_before_anything_is_loaded(finished, e
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         said = said_at_exit(["--workdir", run, "--port", str(port)], capsys)
-    assert said.startswith(f"error: port {port} is in use") and "give another port with --port" in said
-    assert "--port is 70000; it is 0" in said_at_exit(["--workdir", run, "--port", "70000"], capsys)
+    assert said.startswith(f"error: port {port} is in use") and "choose another port with --port" in said
+    assert "--port is 70000; it must be between 0" in said_at_exit(["--workdir", run, "--port", "70000"], capsys)
     assert not events
 
 
@@ -295,9 +295,9 @@ def test_cards_stand_in_groups_a_base_first(replies):
     [
         ('await choose("b.png"); await reply(pending.shift(), 400, { error: "cannot decode it" })', "cannot decode it"),
         ('await choose("b.png"); await reply(pending.shift(), 413, { error: "too many MB" })', "too many MB"),
-        ('await choose("b.png"); await reply(pending.shift(), 500)', "the program failed (status 500)"),
+        ('await choose("b.png"); await reply(pending.shift(), 500)', "server error (status 500)"),
         ('await choose("b.png"); pending.shift().reject(new TypeError()); await rest()', "no answer"),
-        ('await choose("b.png", 33 * 2 ** 20)', "the picture has 33.0 MB; at most 32.0 MB are taken"),
+        ('await choose("b.png", 33 * 2 ** 20)', "the image has 33.0 MB; it must have at most 32.0 MB"),
     ],
     ids=["no picture", "refused as too large", "server error", "server gone", "too large to send"],
 )
@@ -333,7 +333,7 @@ def test_captions_go_when_a_picture_is_taken_and_when_one_is_asked_about(replies
     """)  # fmt: skip
     assert waiting["cards"] == taken["cards"] == asked["cards"] == []
     assert (waiting["requests"], taken["requests"], asked["requests"]) == (1, 0, 1)
-    assert "writing" in waiting["said"] and taken["said"] == "" and taken["ready"] and not asked["ready"]
+    assert "generating" in waiting["said"] and taken["said"] == "" and taken["ready"] and not asked["ready"]
 
 
 @pytest.mark.parametrize("late", ["200, replies.write", '400, { error: "cannot decode a.png" }'])
@@ -347,5 +347,5 @@ def test_a_late_reply_to_an_earlier_picture_is_not_shown(replies, late):
       await reply(second, 200, replies.write.slice(0, 1));
       kept.push(state());
     """)  # fmt: skip
-    assert state["cards"] == [] and "writing" in state["said"] and not state["ready"]
+    assert state["cards"] == [] and "generating" in state["said"] and not state["ready"]
     assert [card[0] for group in done["cards"] for card in group] == ["base"] and done["ready"]

@@ -246,7 +246,7 @@ def test_image_begins_at_root_and_file_name_beside_the_table(root):
     assert found("image", "only.png")[0] == ["b/only.png"]
     for file in ("only.png", "top.png"):  # another directory's picture is not taken for this one's
         files, said = found("file_name", file)
-        assert files == [] and f"a/t.csv line 2: {file}, looked for in a, where this file lies" in said
+        assert files == [] and f"a/t.csv line 2: {file} not found in a, the directory of this file" in said
     assert "outside the directory (1)" in found("file_name", "../../x.png")[1]
 
 
@@ -258,13 +258,15 @@ def test_two_names_of_one_thing_in_a_file(root, text, first, second):
     save(root / "a.png")
     rows, problems = folder.parse(write(root / "two.csv", text), root)
     assert rows == [] and problems.fatal and problems.counts == {"two names": 1}
-    assert f"two.csv line 1: the columns {first!r} and {second!r} are one thing" in str(problems)
+    assert f"two.csv line 1: the columns {first!r} and {second!r} mean the same" in str(problems)
     lines = [dict(zip(text.split("\n")[0].split(","), ["a.png", "a.png", "a.png"], strict=True))]
     rows, problems = folder.parse(write(root / "two.jsonl", "\n".join(map(json.dumps, lines * 2))), root)
     assert rows == [] and problems.counts == {"two names": 2}
     lines = [{"image": "a.png", "caption": "x"}, {"file_name": "a.png", "caption": "y"}]
     rows, problems = folder.parse(write(root / "two.jsonl", "\n".join(map(json.dumps, lines))), root)
-    assert captions(rows) == {"a.png": ["x"]} and "two.jsonl line 2: 'file_name' is what 'image' is" in str(problems)
+    assert captions(rows) == {"a.png": ["x"]} and "two.jsonl line 2: 'file_name' means the same as 'image'" in str(
+        problems
+    )
 
 
 @pytest.mark.parametrize("column", ["caption_{}", "caption{}", "text_{}", "text{}"])
@@ -281,7 +283,7 @@ def test_several_captions_in_columns(root, column):
     rows, problems = folder.parse(write(root / "c.jsonl", "\n".join(lines)), root)
     assert captions(rows) == {name(1): ["one", "two", "ten", "x"], name(2): ["ten"]}
     said = ", ".join(map(column.format, (1, 2, 10)))
-    assert problems.counts == {"empty caption": 1} and f"c.jsonl line 3: nothing is in {said}" in str(problems)
+    assert problems.counts == {"empty caption": 1} and f"c.jsonl line 3: no text in {said}" in str(problems)
 
 
 def test_caption_and_numbered_captions_and_unnamed_columns(root):
@@ -324,9 +326,9 @@ def test_image_folder_with_one_file(root, ending):
     rows, problems = folder.parse(None, root)
     assert problems.counts == {} and by_file(rows) == expected
     (remark,) = problems.remarks()
-    assert remark.startswith("image not used (6); nothing describes it: a.png; b/a.png; val2014/") and remark.endswith(
-        "; ..."
-    )
+    assert remark.startswith(
+        "image not used (6); it has no caption or question: a.png; b/a.png; val2014/"
+    ) and remark.endswith("; ...")
 
 
 def test_image_folder_with_a_file_for_each_split(tmp_path):
@@ -371,7 +373,7 @@ def test_two_metadata_files_in_one_directory(root):
     write(root / "metadata.jsonl", json.dumps({"file_name": name(2), "text": "x"}))
     _, problems = folder.parse(None, root)
     assert problems.fatal and problems.counts == {"two annotations": 1}
-    assert "metadata.csv and metadata.jsonl lie in one directory" in str(problems)
+    assert "metadata.csv and metadata.jsonl are in one directory" in str(problems)
     assert captions(folder.parse("metadata.csv", root)[0]) == {name(1): ["x"]}
 
 
@@ -387,10 +389,10 @@ def test_text_files_beside_pictures(tmp_path):
                               "a/cat.jpg": ["below\u2028one line"], "a/cat.webp": ["below\u2028one line"]}  # fmt: skip
     assert all(row["split"] == "" and row["image_id"] == row["file"] for row in rows)
     assert problems.counts == {"image without text": 1, "empty caption": 2} and not problems.fatal
-    for said in ("plain.gif: no plain.txt is beside it", "empty.txt: the file is empty", "none.txt line 1: 'nan'"):
+    for said in ("plain.gif: no plain.txt beside it", "empty.txt: the file is empty", "none.txt line 1: 'nan'"):
         assert said in str(problems)
     assert problems.remarks() == [
-        "text without an image (2); no image of this name lies beside it, so it was not read: LICENSE.txt; README.txt"
+        "text without an image (2); no image of this name is beside it, so it was ignored: LICENSE.txt; README.txt"
     ]
 
 
@@ -404,8 +406,8 @@ def test_text_files_that_hold_no_captions(tmp_path, monkeypatch):
     rows, problems = folder.parse(None, tmp_path)
     assert captions(rows) == {"good.png": ["2 dogs 3 cats 4 5 6 7"]}
     assert problems.counts == {"bad value": 2, "unreadable file": 2} and not problems.fatal
-    for said in ("boxes.txt line 2: '3 0.5 0.25 0.1 0.5' is numbers", "latin.txt line 2: not UTF-8 (byte 0xe9)",
-                 "long.txt: it has 101 bytes, more than the 100"):  # fmt: skip
+    for said in ("boxes.txt line 2: '3 0.5 0.25 0.1 0.5' is a row of numbers", "latin.txt line 2: not UTF-8 (byte 0xe9)",
+                 "long.txt: it has 101 bytes; a file of captions must have at most 100"):  # fmt: skip
         assert said in str(problems)
 
 
@@ -418,7 +420,8 @@ def test_pictures_of_other_kinds_beside_text_files(tmp_path):
     assert captions(rows) == {"a.jpg": ["a"]} and problems.counts == {"unsupported image": 1}
     assert "b.txt: b.HEIC: HEIC/HEIF pictures are not read; convert them to JPEG or PNG first (a phone" in str(problems)
     assert problems.remarks() == [
-        "image not used (1); nothing describes it: logo.svg: SVG pictures are not read; convert them to JPEG or PNG first"
+        "image not used (1); it has no caption or question: logo.svg: "
+        "SVG pictures are not read; convert them to JPEG or PNG first"
     ]
 
 
@@ -454,7 +457,7 @@ def test_a_directory_that_happens_to_be_named_as_a_split_names_none(tmp_path):
         (tmp_path / f"{place}.txt").write_text(place)
     rows, problems = folder.parse(None, tmp_path)
     assert [row["split"] for row in rows] == [""] * 3 and problems.counts == {}
-    assert problems.remarks()[0].endswith("as not all lie in directories named as splits: test")
+    assert problems.remarks()[0].endswith("because not all are in directories named as splits: test")
 
 
 def test_metadata_before_text_files_where_it_describes_their_pictures(root):
@@ -468,7 +471,7 @@ def test_metadata_before_text_files_where_it_describes_their_pictures(root):
     (root / name(3)).with_suffix(".txt").write_text("text")  # which of the two is meant?
     rows, problems = folder.parse(None, root)
     assert problems.counts == {"two annotations": 1}
-    assert f"{name(3)[:-4]}.txt is beside {name(3)}, which no metadata file describes" in str(problems)
+    assert f"{name(3)[:-4]}.txt is beside {name(3)}, which is in no metadata file" in str(problems)
 
 
 def test_nothing_found_says_what_was_looked_for(root):
@@ -477,8 +480,9 @@ def test_nothing_found_says_what_was_looked_for(root):
     with pytest.raises(ValueError) as error:
         folder.parse(None, root)
     for said in (
-        "annotations=FILE", "metadata.csv", "metadata.jsonl", "cat.txt beside cat.jpg", "4 images, 1 of kinds that are not",
-        "1 .txt files of other names (as notes.txt)", "is annotations=c.csv what you mean?", folder.ACCEPTED,
+        "annotations=FILE", "metadata.csv", "metadata.jsonl", "cat.txt beside cat.jpg",
+        "images: 4, files in unsupported image formats: 1", ".txt files with other names: 1 (such as notes.txt)",
+        "did you mean annotations=c.csv?", folder.ACCEPTED,
     ):  # fmt: skip
         assert said in str(error.value), said
 
@@ -514,12 +518,16 @@ def test_a_copy_is_made_from_what_is_found(tmp_path):
         assert got == {f"{i}.png": [f"text {i}"] for i in range(12)}
         assert any(line.startswith("text without an image (1)") for line in splits["test"].report["remarks"])
     put(root, {"LICENSE.txt": "x"})
-    assert folder.load(settings, ["train"])["train"].report["remarks"][0].endswith("not read: LICENSE.txt; README.txt")
+    assert (
+        folder.load(settings, ["train"])["train"]
+        .report["remarks"][0]
+        .endswith("it was ignored: LICENSE.txt; README.txt")
+    )
     before = folder.load(settings, ["train"])["train"].source
     (root / "3.txt").write_text("another text")
     assert folder.load(settings, ["train"])["train"].source != before
     (root / "3.txt").unlink()
-    with pytest.raises(ValueError, match="image without text \\(1\\)(.|\n)*3.png: no 3.txt is beside it"):
+    with pytest.raises(ValueError, match="image without text \\(1\\)(.|\n)*3.png: no 3.txt beside it"):
         folder.load(settings, ["train"])
 
 
@@ -620,7 +628,7 @@ def test_splits_may_have_more_after_their_name(root, tmp_path):
         split: [name(i)] for split, i in names.items()
     }
     assert list(folder.load(settings, ["test_style"])) == ["test_style"]
-    with pytest.raises(ValueError, match="no image is in the splits \\['test'\\]"):  # test_style is no part of test
+    with pytest.raises(ValueError, match="no images in the splits \\['test'\\]"):  # test_style is no part of test
         folder.load(settings, ["test"])
 
 
@@ -647,7 +655,7 @@ def test_unrecognised_file_says_what_was_found_and_what_is_accepted(root):
 
 def test_broken_json_names_file_line_and_column(root):
     _, problems = folder.parse(write(root / "b.json", '{"images": [],\n  "annotations": [}\n}'), root)
-    assert problems.fatal and "b.json line 2 column 19: broken JSON" in str(problems)
+    assert problems.fatal and "b.json line 2 column 19: invalid JSON" in str(problems)
     text = (
         json.dumps({"image": name(1), "caption": "x"})
         + '\n{"image": oops}\n'
@@ -689,7 +697,7 @@ def test_broken_csv(root):
     assert len(rows) == 1 and problems.counts == {"bad row": 2, "unreadable file": 1}
     assert "b.csv line 3: 3 cells for 2 columns" in str(problems) and "b.csv line 4: 1 cells" in str(problems)
     _, problems = folder.parse(write(root / "d.csv", "image,caption,caption\n"), root)
-    assert problems.fatal and "appears twice" in str(problems)
+    assert problems.fatal and "has a column twice" in str(problems)
 
 
 def test_vqa_files_alone_or_swapped(root):
@@ -852,8 +860,8 @@ def test_dark_16_bit_pictures_are_a_remark_that_stays(root, tmp_path):
     for _ in range(2):  # prepared, and from the prepared copy
         split = folder.load(settings, ["train"])["train"]
         assert len(split.rows) == 4 and split.report == {"examples": [], "remarks": [
-            "16-bit image nearly black (2); it uses under an eighth of its range; stretch the values to 0..65535 if it should "
-            "be lighter: dark.png: values up to 4095 of 65535; edge.tif: values up to 8191 of 65535"
+            "16-bit image nearly black (2); it uses less than an eighth of its range; scale the values to 0..65535 to "
+            "make it lighter: dark.png: values up to 4095 of 65535; edge.tif: values up to 8191 of 65535"
         ]}  # fmt: skip
 
 
@@ -862,9 +870,9 @@ def test_remarks_are_counted_and_never_raise(root, tmp_path):
     for i in range(3):
         problems.remark("image not used", f"{i}.png")
     assert problems.counts == {} and problems.report() == {
-        "examples": [], "remarks": ["image not used (3); nothing describes it: 0.png; 1.png; ..."]
+        "examples": [], "remarks": ["image not used (3); it has no caption or question: 0.png; 1.png; ..."]
     }  # fmt: skip
-    assert str(problems) == "remark: image not used (3); nothing describes it: 0.png; 1.png; ..."
+    assert str(problems) == "remark: image not used (3); it has no caption or question: 0.png; 1.png; ..."
 
 
 def test_skip_still_fails_on_an_unreadable_file_and_when_nothing_is_left(root, tmp_path):
@@ -886,12 +894,12 @@ def test_an_image_in_two_split_files_is_a_leak(root):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"root": "nowhere"}, "not a directory"), ({"annotations": "nowhere.csv"}, "no annotation file 'nowhere.csv'"),
-    ({"annotations": None}, "no texts for the images"), ({"on_error": "ignore"}, "'raise', 'skip'"),
+    ({"root": "nowhere"}, "not a directory"), ({"annotations": "nowhere.csv"}, "annotation file 'nowhere.csv' not found"),
+    ({"annotations": None}, "no texts found for the images"), ({"on_error": "ignore"}, "'raise', 'skip'"),
     ({"val_fraction": 0.6, "test_fraction": 0.4}, "sum below 1"), ({"val_fracton": 0.5}, "did you mean 'val_fraction'"),
     ({"annotations": {"training": "c.csv"}}, "'training'.*allowed: train"),
-    ({"questions": {"val": "c.csv"}}, "the same in both"), ({"root": None}, "root is missing"),
-    ({"annotations": None, "questions": "c.csv"}, "questions is given and annotations is missing"),
+    ({"questions": {"val": "c.csv"}}, "must be the same"), ({"root": None}, "root is missing"),
+    ({"annotations": None, "questions": "c.csv"}, "questions is given but annotations is missing"),
 ])  # fmt: skip
 def test_wrong_options(root, tmp_path, options, message):
     write(root / "c.csv", f"image,caption\n{name(1)},x\n")
@@ -983,7 +991,7 @@ def test_val_is_made_of_train_where_none_is_named(root, tmp_path, n, fraction, t
     plain = folder.load(settings, ["train", "test"])
     assert len(plain["train"].rows) == n and plain["train"].report["remarks"] == []
     if taken == 0:
-        with pytest.raises(ValueError, match=r"no image is in the splits \['val'\]; found are {'train': 1, 'test': 3}"):
+        with pytest.raises(ValueError, match=r"no images in the splits \['val'\]; found {'train': 1, 'test': 3}"):
             folder.load(settings, ["train", "val"])
         return
     splits = folder.load(settings, ["train", "val", "test"])
@@ -993,9 +1001,10 @@ def test_val_is_made_of_train_where_none_is_named(root, tmp_path, n, fraction, t
     assert len(ids["val"]) == taken if taken else set(ids["val"]) == hashed
     assert splits["val"].source != plain["train"].source == folder.load(settings, ["train"])["train"].source
     assert splits["val"].report["remarks"] == [
-        f"split (1); so that none is empty: val got {len(ids['val'])} of {n} images of train, as the annotations name no val"
+        f"split (1); so that none is empty: val got {len(ids['val'])} of {n} images of train, because the "
+        "annotations name no val"
     ]
-    with pytest.raises(ValueError, match=r"no image is in the splits \['val'\]"):
+    with pytest.raises(ValueError, match=r"no images in the splits \['val'\]"):
         folder.load(settings | {"val_fraction": 0.0}, ["train", "val"])
 
 
@@ -1020,7 +1029,7 @@ def test_adding_images_moves_none(root, tmp_path):
 
 def test_an_empty_split_is_an_error(root, tmp_path):
     write(root / "c.csv", f"image,caption\n{name(1)},x\n")
-    with pytest.raises(ValueError, match="no image is in the splits \\['val'\\]; found are {'train': 1}"):
+    with pytest.raises(ValueError, match="no images in the splits \\['val'\\]; found {'train': 1}"):
         folder.load(config(root, tmp_path, "c.csv", val_fraction=0.0, test_fraction=0.0), ["train", "val"])
 
 
@@ -1162,7 +1171,7 @@ def test_a_copy_whose_files_do_not_hold_what_it_claims_is_refused(root, tmp_path
     text = info.read_text()
     assert text.count('"8"') == 1
     info.write_text(text.replace('"8"', f'"{claimed}"'))
-    with pytest.raises(ValueError, match=f"8 of {claimed} images of train: delete"):
+    with pytest.raises(ValueError, match=f"8 of {claimed} images of split 'train': delete"):
         folder.load(settings, ["train"])
 
 

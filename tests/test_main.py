@@ -91,7 +91,7 @@ def test_a_mistake_ends_in_one_line_before_any_work(tmp_path, refused, arguments
     "config, message",
     [
         ("configs/nope.py", "error: --config=configs/nope.py: there is no such file"),
-        ("configs/folder.py", "error: configs/folder.py needs root=DIRECTORY"),
+        ("configs/folder.py", "error: configs/folder.py requires root=DIRECTORY"),
         ("configs/folder.py:root=x,annotation=y", "unknown config argument 'annotation' (did you mean 'annotations'?)"),
         ("configs/folder.py:root=x,method=lroa", "error: unknown method 'lroa' (did you mean 'lora'?); choose one of"),
         ("README.md", "error: "),

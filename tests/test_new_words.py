@@ -51,7 +51,7 @@ def test_counts_budgets_and_files_hold_the_new_rows_and_no_others(root, base, tm
     c, said = config(root, base, tmp_path), []
     result = jp.run(c, tmp_path / "run", said.append)
     assert result["model"]["new_words"] == ["snorkwobble", EMOJI]
-    assert "vocabulary: 2 words are new to the base; their rows start random and are tuned" in said
+    assert "vocabulary: 2 words are added to the base; their rows are initialised randomly and trained" in said
     width = tiny.CONFIG["text_width"]
     alone = budget.abstract_counts(setup.abstract_model(c), jp.LoRA(rank=2))
     expected = {key: alone[key] + 2 * (width + 1) for key in ("tuned", "stored")}  # a row and a bias each

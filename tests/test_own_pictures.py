@@ -69,8 +69,8 @@ def test_the_best_step_is_kept_and_beats_what_looks_at_no_picture(runs):
     assert above["tuned - blind"][1] > 0 and above["tuned - text_only"][1] > 0  # the whole interval is above
     np.testing.assert_allclose(above["tuned"][0], test["tuned"]["cider_d"], atol=1e-5)
     table = results.table(result)
-    assert f"at step {kept['kept_step']:,} (kept" in table and "95 % intervals over pictures: tuned" in table
-    assert "tuned, no picture" in table and "nats more likely with its own picture than with another" in table
+    assert f"at step {kept['kept_step']:,} (kept" in table and "95 % intervals over images: tuned" in table
+    assert "tuned, no picture" in table and "nats more likely with its own image than with another" in table
     assert any(line.startswith("warning: test has") and "too few" in line for line in said)
 
 
@@ -95,7 +95,7 @@ def test_where_pictures_teach_nothing_step_0_is_kept(runs):
     assert kept["best"] < kept["first"] and kept["best_step"] > 0  # the texts were learned, and are not enough
     assert kept["images"]["least"] <= 0
     (line,) = [line for line in said if line.startswith("step 0, the state before training, is kept: ")]
-    assert "it cannot be shown on" in line and "learned the texts, not what the pictures show" in line
+    assert "it cannot be shown on" in line and "learned the texts, not what the images show" in line
     assert "--config.stop.images_must_matter=False --accept_changes keeps step" in line
     test = result["metrics"]["test"]
     assert test["tuned"]["nll"] == test["base"]["nll"] and test["tuned"]["cider_d"] == test["base"]["cider_d"]
@@ -266,7 +266,7 @@ def test_few_validation_pictures_decide_by_their_mean(gain, least, n, kept):
     said = score.why_step_0(c, {"images": {"gain": gain, "least": least, "n": n}, "best_step": 5})
     assert (said == "") == kept
     assert score.why_step_0(c, {"images": None, "best_step": 5}) == ""
-    assert "never fell below" in score.why_step_0(c, {"images": None, "best_step": 0})
+    assert "was never lower" in score.why_step_0(c, {"images": None, "best_step": 0})
 
 
 def test_validation_is_read_from_lines_that_a_full_disk_cut(tmp_path):

@@ -84,7 +84,7 @@ def test_it_writes_and_is_exported_where_the_module_is_imported_again(home):
     assert status == 0 and said.startswith(f"blue.png: {written} (") and len(written.split()) > 2
     status, said = shell(*generate, cwd=home)
     assert status == 1 and said.count("\n") == 1
-    assert re.match(r"error: run: unknown task 'shout'.* made with code from my_things; .*--imports=my_things", said)
+    assert re.match(r"error: run: unknown task 'shout'.* used code from my_things; .*--imports=my_things", said)
     status, said = shell(
         "-m", "jaxpeft", "export", "--workdir", "run", "--out", "out", "--imports", "my_things", cwd=home
     )
@@ -106,9 +106,7 @@ def test_loading_imports_nothing_that_a_run_names(home, tmp_path, monkeypatch):
             jp.load_run(run)
         assert len(str(error.value)) < 2000
     (run / "result.json").write_text(json.dumps(result | {"imports": ["evil"]}))
-    with pytest.raises(
-        ValueError, match="code from evil; if you have that code and trust it, import it: --imports=evil"
-    ):
+    with pytest.raises(ValueError, match="code from evil; if you have and trust this code, import it: --imports=evil"):
         jp.load_run(run)
     assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
     with pytest.raises(ValueError, match="unknown task 'shout'"):

@@ -435,7 +435,7 @@ def test_tfds_reader_notices_missing_examples(prepared, tmp_path):
     info = json.loads((tmp_path / "dataset_info.json").read_text())
     next(split for split in info["splits"] if split["name"] == "val")["shardLengths"] = ["9"]
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(ValueError, match="holds 4 of 9"):
+    with pytest.raises(ValueError, match="has 4 of 9"):
         scenes.load_tfds(tmp_path, ["val"])
 
 

@@ -127,7 +127,7 @@ def test_sizes_are_solved_for_the_budget_and_prompt_is_capped():
 def test_more_pictures_than_there_are_is_said_before_anything_is_written(config, tmp_path):
     config.n_images = (64, 1000)
     with pytest.raises(
-        ValueError, match=r"n_images has 1000, but the training split of setting 'captions_human' has 256"
+        ValueError, match=r"n_images includes 1000, but the training split of setting 'captions_human' has 256"
     ):
         execute.run(config, tmp_path / "study", workers=1)
     assert not (tmp_path / "study").exists()
@@ -178,7 +178,7 @@ def test_a_changed_config_runs_again_only_what_it_touches(config, fake, tmp_path
     execute.run(config, tmp_path, log=said.append)
     again = fake[before:]
     assert again and all(name.startswith("vqa") for name in again) and len(again) == before / 2
-    assert "out of date, runs again: vqa_stated-head-n256-s0-lr0.003 (optim.weight_decay)" in said[0]
+    assert "out of date, will run again: vqa_stated-head-n256-s0-lr0.003 (optim.weight_decay)" in said[0]
     assert len(list((tmp_path / "stale").iterdir())) == before / 2  # kept, not deleted
 
 
@@ -283,13 +283,11 @@ def test_rerun_does_what_matches_again_once_for_each_code(config, fake, tmp_path
     again = [f"vqa_stated-head-n64-s{end}" for end in ("0-lr0.003", "0-lr0.009", "1-lr0.009")]
     said = []
     execute.run(config, tmp_path, log=said.append, rerun=pattern)
-    assert fake[before:] == again and f"runs again: {again[0]} (--rerun)" in said[0]
+    assert fake[before:] == again and f"will run again: {again[0]} (--rerun)" in said[0]
     assert sorted(path.name.rsplit(".", 1)[0] for path in (tmp_path / "stale").iterdir()) == again
     execute.run(config, tmp_path, log=said.append, rerun=pattern)  # the same command again
     execute.run(config, tmp_path, log=said.append)
-    assert fake[before:] == again and any(
-        "is not asked for again; to do these runs once more, delete" in one for one in said
-    )
+    assert fake[before:] == again and any("was already requested at" in one for one in said)
     monkeypatch.setattr(results, "code", lambda: "edited")
     execute.run(config, tmp_path, log=quiet, rerun=pattern)
     assert fake[before:] == again * 2
@@ -347,7 +345,7 @@ def test_rerun_gives_up_runs_another_chance_and_refuses_what_matches_nothing(con
     monkeypatch.setattr(execute.training_run, "run", works)
     assert bad not in fake
     with pytest.raises(
-        ValueError, match=r"--rerun=vqa_started\* matches no run of this study; ids are like captions_human-"
+        ValueError, match=r"--rerun=vqa_started\* matches no run of this study; an example of an id is captions_human-"
     ):
         execute.run(config, tmp_path, log=quiet, rerun="vqa_started*")
     rows = execute.run(config, tmp_path, log=quiet, rerun=bad)

@@ -182,7 +182,7 @@ def test_what_the_vocabulary_lacks_is_out_of_reach_and_counted():
     assert found["examples"][0] == ["zebra", ""]
     # of answers that are one to the model none is on the list
     assert tasks.build("vqa", inference="rank").candidates(split, WRITES) == ["red"]
-    with pytest.raises(ValueError, match="none of 2 answers, such as 'yak'"):
+    with pytest.raises(ValueError, match="none of the 2 answers, such as 'yak'"):
         tasks.build("vqa", inference="rank").candidates(_answers("zebra", "yak"), WRITES)
 
 
@@ -302,5 +302,5 @@ def test_a_question_is_read_to_its_end_or_refused():
         for one in (task, tasks.build("vqa", max_new_tokens=3))
     )
     assert cut == whole  # what it was tuned with does not matter
-    with pytest.raises(ValueError, match="a question of 22 tokens is longer than the 16 that the model reads"):
+    with pytest.raises(ValueError, match="a question has 22 tokens; it must have at most 16"):
         jp.generate(model, variables, picture, " ".join(["w1"] * 20), task=task)

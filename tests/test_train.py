@@ -263,7 +263,7 @@ def test_question_states_once_per_question_equal_encoding_every_step(base, tmp_p
     monkeypatch.setattr(frozen_cache, "cacheable", lambda *args: cacheable(*args) | asked_not_to)
     said = []
     plain = run.run(config_of(base, **options), tmp_path / "plain", said.append)
-    assert "image_tokens: computed once: no trained leaf decides it" in said
+    assert "image_tokens: computed once: it depends on no trainable leaf" in said
     assert "question_states: computed every step: asked not to" in said
     for one in (shared, in_memory):
         for label in ("base", "tuned"):
@@ -570,7 +570,7 @@ def test_unknown_words_extend_the_vocabulary_and_are_tuned(base, tmp_path):
     said = []
     facts = setup.setup_model(c, TASK, split, said.append)[3]
     assert (facts["new_words"], facts["unknown_words"]) == ([], 1)
-    assert "warning: 1 different words of the training texts (1 in all) are unknown to the base" in said[-1]
+    assert "warning: 1 different words of the training texts (1 in all) are not in the base's vocabulary" in said[-1]
 
 
 # the array store's own event loop complains when it is collected after a read that failed

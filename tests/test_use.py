@@ -137,9 +137,7 @@ def test_every_picture_is_captioned_or_said(run, folder, tmp_path, capsys):
     (tmp_path / "only" / "h.svg").write_text("<svg/>")
     with pytest.raises(SystemExit):
         generate.main(["--workdir", str(run[0]), "--folder", str(tmp_path / "only")])
-    said = (
-        f"1 are of kinds that are not read, such as {tmp_path / 'only' / 'h.svg'}: SVG pictures are not read; {remedy}"
-    )
+    said = f"files in unsupported image formats: 1, such as {tmp_path / 'only' / 'h.svg'}: SVG pictures are not read; {remedy}"
     assert said in capsys.readouterr().err
 
 
@@ -172,9 +170,9 @@ def test_pictures_of_every_ending_are_found_in_a_folder(tmp_path, capsys, monkey
     "args, message",
     [
         (["--folder", "nowhere"], "is not a directory"),
-        ([], "no pictures"),
+        ([], "no images found"),
         (["--image", "a.png", "--top", "0"], "at least 1"),
-        (["--image", "a.png", "--out", "nowhere/out.jsonl"], "its directory does not exist"),
+        (["--image", "a.png", "--out", "nowhere/out.jsonl"], "the directory does not exist"),
     ],
 )
 def test_mistakes_on_the_command_line_are_said(args, message, capsys):
@@ -227,7 +225,7 @@ def test_a_run_is_exported_with_a_card_that_says_what_it_is(run, tmp_path, capsy
     counts, test = result["counts"], result["metrics"]["test"]
     for fact in (
         "pipeline_tag: image-to-text", "base_model: tiny", "lora, size 2, with the decoder head (transform)",
-        f"{counts['tuned']:,} of {counts['total']:,}", "| pictures trained on | 4, from scenes |", "| steps x batch | 6 x 8 |",
+        f"{counts['tuned']:,} of {counts['total']:,}", "| training images | 4, from scenes |", "| steps x batch | 6 x 8 |",
         "| learning rate | 0.05, cosine", f"test, n = {test['n']}", f"{test['tuned']['cider_d']:.4f}",
         f"{test['base']['cider_d']:.4f}", "| words added | 1 |", "BlipForConditionalGeneration",
     ):  # fmt: skip
@@ -345,7 +343,11 @@ def test_the_page_writes_what_the_library_writes(run, page, folder):
 
 @pytest.mark.parametrize(
     "query, data, status, message",
-    [("", b"no picture", 400, "cannot decode"), ("?top=99", b"", 400, "1 to 10"), ("?top=x", b"", 400, "invalid")],
+    [
+        ("", b"no picture", 400, "cannot decode"),
+        ("?top=99", b"", 400, "between 1 and 10"),
+        ("?top=x", b"", 400, "invalid"),
+    ],
 )
 def test_the_page_says_what_is_wrong(page, query, data, status, message):
     found = fetch(f"{page}/write{query}", data)
@@ -429,10 +431,10 @@ def test_another_prompt_begins_the_text(run, folder, capsys):
     assert len(other.template(model).start) == len(task.template(model).start) - 1
     (expected,) = jp.generate(model, variables, folder / "0.png", beams=1, task=other)
     assert f": {expected} (" in said
-    for prompt, message in (("a snorkwobble", "has words that the model does not know: snorkwobble"),):
+    for prompt, message in (("a snorkwobble", "has words that are not in the model's vocabulary: snorkwobble"),):
         with pytest.raises(SystemExit, match=message):
             generate.main([*arguments, "--prompt", prompt])
-    with pytest.raises(SystemExit, match="this one does vqa: give --question"):
+    with pytest.raises(SystemExit, match="this one's task is vqa: use --question"):
         generate.main(["--base", "tiny", "--image", str(folder / "0.png"), "--question", "what", "--prompt", "a red"])
 
 

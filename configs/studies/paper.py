@@ -1,20 +1,20 @@
-"""The paper's own grid: BLIP-base on COCO captions (Karpathy) and VQAv2, five methods, sizes and shares of the data.
+"""The paper's grid: BLIP-base on COCO captions (Karpathy) and VQAv2, with five methods, sizes and fractions of the data.
 
 Hypothesis (arXiv 2403.08433): where data and task differ from pre-training (VQA), more data and more tunable parameters
 help; where they do not (captioning), data size does not matter and the effect of parameter size is not monotonic.
 
     python main.py --config=configs/studies/paper.py:root=coco,base=Salesforce_blip --workdir=runs/study_paper
 
-`root` holds the pictures; `captions` and `questions` are annotation files that `folder` reads (dataset_coco.json, and
-BLIP's rows of VQAv2 with image, question and answers); `base` is a BLIP directory: `base=DIR` for both tasks, or
-`base_vqa=DIR` beside it. BLIP's recipe at 384 pixels (captioning) and 480 (VQA); bfloat16 on accelerators. Not run here:
-neither the data nor an accelerator was at hand.
+`root` holds the images; `captions` and `questions` are annotation files that `folder` can read (dataset_coco.json, and
+BLIP's rows of VQAv2 with image, question and answers); `base` is a BLIP directory for both tasks, or for captioning only if
+`base_vqa=DIR` is given. BLIP's recipe at 384 pixels (captioning) and 480 (VQA); bfloat16 on accelerators. This study has not
+been run: neither the data nor an accelerator was available.
 """
 
 from jaxpeft import config
 from jaxpeft.study import config as studies
 
-N_IMAGES = (1_000, 5_000, 20_000, 50_000, 80_000)  # nested; VQAv2's training and COCO's have 82,783 and 113,287
+N_IMAGES = (1_000, 5_000, 20_000, 50_000, 80_000)  # nested; the training splits of VQAv2 and COCO: 82,783 and 113,287
 
 
 def get_config(arg=""):
@@ -35,7 +35,7 @@ def get_config(arg=""):
         c.stop.every = 500
         return c
 
-    # a tenth of scenes' rates: a base of 224 million parameters
+    # a tenth of the learning rates for scenes, because the base has 224 million parameters
     variants = studies.variants() | studies.variants("none") | studies.CONTROLS
     variants = {name: one | {"lr": one["lr"] / 10} for name, one in variants.items()}
     variants["full"] = variants["full"] | {"lr": 1e-5}  # BLIP's for captioning

@@ -1,8 +1,8 @@
-"""A first look at the paper's question in about a quarter of an hour on two cores.
+"""A smoke test of the paper's question in about a quarter of an hour on two cores.
 
-Hypothesis (arXiv 2403.08433): where data and task differ from pre-training (questions), more pictures and more tunable
-parameters help; where they do not (captions), the number of pictures does not matter and that of parameters not in one
-direction. One seed, one learning rate, short caps: a smoke study; `scenes_full.py` is the full one.
+Hypothesis (arXiv 2403.08433): where data and task differ from pre-training (questions), more images and more tunable
+parameters help; where they do not (captions), the number of images does not matter, and the effect of the number of parameters
+is not monotonic. One seed, one learning rate and short caps; `scenes_full.py` is the full study.
 
     python main.py --config=configs/studies/scenes.py --workdir=runs/study_scenes
 """
@@ -16,7 +16,7 @@ def get_config(arg=""):
     c = studies.study(
         "scenes", __doc__, ("captions_human", "vqa_unstated"), studies.variants() | {"head": studies.CONTROLS["head"]},
         budgets=(20_000, 50_000, 120_000), n_images=(256, 16384), seeds=1, learning_rates=(1.0,),
-        note="Smoke study: one seed and one learning rate per method, so no verdict here is evidence about the methods.",
+        note="Smoke test: one seed and one learning rate per method, so no verdict here is evidence about the methods.",
     )  # fmt: skip
     c.points.vqa.steps, c.points.captioning.steps = a.vqa_steps, a.caption_steps
     return c

@@ -1,15 +1,15 @@
-"""The paper's grid on scenes: five methods, the classifier tuned beside them, five sizes, five nested shares of data.
+"""The paper's grid on scenes: five methods with the classifier trained too, five sizes, five nested subsets of the data.
 
-Hypothesis (arXiv 2403.08433): where data and task differ from pre-training (questions), more pictures and more tunable
-parameters help; where they do not (captions), the number of pictures does not matter and that of parameters not in one
-direction. Each cell: three learning rates a factor of three apart, the best on validation pictures, three seeds.
+Hypothesis (arXiv 2403.08433): where data and task differ from pre-training (questions), more images and more tunable
+parameters help; where they do not (captions), the number of images does not matter, and the effect of the number of parameters
+is not monotonic. Each cell has three learning rates, a factor of three apart; the best on validation images gets three seeds.
 
     python main.py --config=configs/studies/scenes_full.py --workdir=runs/study_scenes_full
 
-The settings run from near to far: captions as in pre-training (LoRA and the head alone, to place the scale),
-captions in a new style, and questions on what captions do not say. The five methods have the classifier's transform tuned
-beside them; without it they stand at the middle size and all pictures. `settings=all` gives every method every setting, and
-adds questions on what captions do say.
+The settings range from near to far from pre-training: captions as in pre-training (LoRA and the head alone, for reference),
+captions in a new style, and questions about what captions do not state. The five methods are trained together with the
+classifier's transform; without it they are trained at the middle size and with all images only. `settings=all` trains every
+method in every setting, and adds questions about what captions do state.
 """
 
 from jaxpeft import config
@@ -29,7 +29,7 @@ def get_config(arg=""):
         for name, one in studies.variants("none", (8,)).items()
     }
     variants = studies.variants() | plain | studies.CONTROLS
-    # every step of full fine-tuning runs the image encoder: ten times the time, so at two shares of the data only
+    # full fine-tuning runs the image encoder in every step, which takes ten times as long: only two subsets of the data
     variants["full"] = variants["full"] | {"n_images": (256, 16384)}
     if a.settings == "main":
         variants = {name: one if name in NEAR else one | {"settings": MAIN} for name, one in variants.items()}

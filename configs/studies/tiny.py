@@ -1,4 +1,4 @@
-"""Does the machinery work? Two methods, two sizes, two shares of data: minutes, no evidence of anything.
+"""A smoke test of a study: two methods, two sizes and two subsets of the data; takes minutes, and is no evidence.
 
 Hypothesis: none; a smoke test of the study's engine and report.
 
@@ -10,7 +10,7 @@ from jaxpeft.study import config as studies
 
 
 def get_config(arg=""):
-    a = config.parse_arg(arg, steps=60, seeds=2, small=False)  # small: 10 runs a seed, for tests
+    a = config.parse_arg(arg, steps=60, seeds=2, small=False)  # small: 10 runs per seed, for tests
     variants = {
         "lora_head": studies.variant("lora", 3e-3, sizes=(2, 8)),
         "prefix_head": studies.variant("prefix", 3e-2, sizes=(4, 16)),
@@ -21,7 +21,7 @@ def get_config(arg=""):
         del variants["prefix_head"]
     c = studies.study(
         "tiny", __doc__, settings, variants, budgets=(), n_images=(64, 256), seeds=a.seeds,
-        learning_rates=(1.0, 3.0), note="smoke test: a few steps, no evidence",
+        learning_rates=(1.0, 3.0), note="Smoke test: a few steps, no evidence about the methods.",
     )  # fmt: skip
     for point in c.points.values():
         point.data.n_train, point.data.n_val, point.data.n_test = 256, 64, 64

@@ -1,11 +1,11 @@
-"""A local page: drop a picture, caption it or ask about it, and compare tuned runs with their frozen base.
+"""A local web page: drop an image, get captions or answers, and compare tuned runs with their frozen base.
 
     pip install 'jaxpeft[demo]'
     jaxpeft demo --workdir runs/mine runs/other        # then open the address that it prints
 
-Loading and compiling the models takes a minute; the address is printed when the page answers.
+Loading and compiling the models takes a minute; the address is printed when the page is ready.
 
-The page listens on this machine only and keeps no picture. `app` is an ordinary ASGI application.
+The server listens on this machine only and stores no images. `app` is an ordinary ASGI application.
 """
 
 import argparse
@@ -33,32 +33,33 @@ from jaxpeft.training import finished, setup
 from jaxpeft.tree import Tree
 
 PAGE = Path(__file__).with_name("demo.html")
-MOST_BYTES = 32 << 20  # of a picture
+MOST_BYTES = 32 << 20  # the most bytes of an image
 HOSTS = ("127.0.0.1", "localhost")
 
 
 @dataclasses.dataclass
 class Writer:
-    """A model that the page offers: a tuned run, or the base of some of them."""
+    """A model on the page: a tuned run or a frozen base."""
 
     name: str
     model: VisionLanguageModel
     variables: Tree
     task: Task | None
-    group: int  # a frozen base and the runs tuned from it have the same one, and the page puts them side by side
+    group: int  # equal for a frozen base and the runs tuned from it, which the page shows side by side
 
     @property
     def asks(self) -> bool:
-        """Whether it answers questions; else it captions."""
+        """Whether the model answers questions; otherwise it writes captions."""
         return "vqa" in self.model.tasks
 
 
 def load(workdirs: list[str], bases: list[str] = (), log=print, imports: Iterable[str] = ()) -> list[Writer]:
-    """Each frozen base and right after it the runs tuned from it, then other checkpoints.
+    """Load each frozen base, followed by the runs tuned from it, then other checkpoints.
 
-    Raises ValueError naming what is wrong; for a workdir that is no finished run before anything is loaded.
+    Raises ValueError for a checkpoint that cannot be loaded, and, before anything is loaded, for a workdir without a finished
+    run.
     """
-    given = {os.path.abspath(workdir): workdir for workdir in workdirs}  # a run that is named twice is one run
+    given = {os.path.abspath(workdir): workdir for workdir in workdirs}  # a run given twice is loaded once
     groups = {}
     for path, workdir in given.items():
         groups.setdefault(_base_of(Path(workdir)), []).append(path)
@@ -73,7 +74,7 @@ def load(workdirs: list[str], bases: list[str] = (), log=print, imports: Iterabl
             tuned.append(Writer(run_names[path], model, variables, task, group))
         log(f"loading {base}, the frozen base of {', '.join(given[path] for path in paths)} ...")
         model, params = loading.load(base, task=task.kind, image_size=size)
-        shown = re.sub("@([0-9a-f]{8})[0-9a-f]{32}$", r"@\1", base_names[base])  # a commit, as people write it
+        shown = re.sub("@([0-9a-f]{8})[0-9a-f]{32}$", r"@\1", base_names[base])  # the usual short form of a commit
         name = f"{shown}, frozen" + (f", {size} pixels" if size else "")
         writers += [Writer(name, model, {"params": params}, task, group), *tuned]
     for group, base in enumerate(bases, len(groups)):
@@ -84,14 +85,14 @@ def load(workdirs: list[str], bases: list[str] = (), log=print, imports: Iterabl
 
 
 def _base_of(workdir: Path) -> tuple[str, int | None, str]:
-    """(base, picture size, task) of a finished run: runs for which they are equal share a frozen base."""
+    """(base, image size, task) of a finished run; runs with equal values share a frozen base."""
     for name in ("result.json", "config.json"):
         if not (workdir / name).exists():
             raise ValueError(
-                f"--workdir {workdir} holds no finished run: {name} is missing; run main.py on it to the end, or leave it "
-                f"out"
+                f"--workdir {workdir} holds no finished run: {name} not found; finish the run with main.py, or remove it from "
+                f"--workdir"
             )
-    with files.reading(workdir, "holds no run of ours"):
+    with files.reading(workdir, "holds no jaxpeft run"):
         settings = files.read_json(workdir / "config.json")
         base = setup.pinned_base(settings, files.read_json(workdir / "result.json", finished.MOST_RESULT))
         size = settings.get("model", {}).get("image_size")
@@ -99,7 +100,7 @@ def _base_of(workdir: Path) -> tuple[str, int | None, str]:
 
 
 def tails(paths: Iterable[str]) -> dict[str, str]:
-    """Path -> the shortest end of it that no other one has: of /a/mine, /b/mine and /b/new a/mine, b/mine and new."""
+    """Path -> its shortest unique end: for /a/mine, /b/mine and /b/new these are a/mine, b/mine and new."""
     parts = {path: Path(path).parts for path in paths}
     found = {}
     for path, mine in parts.items():
@@ -110,7 +111,7 @@ def tails(paths: Iterable[str]) -> dict[str, str]:
 
 
 def warm(writers: list[Writer], top: int = 3, log=print) -> None:
-    """Compile what the first pictures will need."""
+    """Compile the programs that the first requests need."""
     blank = np.zeros((64, 64, 3), np.uint8)
     for one in writers:
         log(f"compiling {one.name} ...")
@@ -118,7 +119,7 @@ def warm(writers: list[Writer], top: int = 3, log=print) -> None:
 
 
 def answers(writers: list[Writer], data: bytes, question: str, top: int = 3) -> list[dict]:
-    """Name, group, texts and seconds of each writer that fits: with a question those that answer, else the others."""
+    """The name, group, texts and seconds of each fitting model: with a question those that answer, else those that caption."""
     image, rows = images.decode(data, name="that was sent"), []
     for one in writers:
         if one.asks == bool(question):
@@ -132,9 +133,9 @@ def answers(writers: list[Writer], data: bytes, question: str, top: int = 3) -> 
 
 
 def app(writers: list[Writer]):
-    """The page at /, what it offers at /writers, and POST /write?question=...&top=3 with a picture's bytes.
+    """The ASGI application: the page at /, its models at /writers, and POST /write?question=...&top=3 with an image's bytes.
 
-    Answers requests to this machine's own names only, and pictures only from its own page or from programs.
+    Serves requests to this machine's own names only, and accepts images only from its own page or from programs.
     """
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -158,59 +159,59 @@ def app(writers: list[Writer]):
 
     async def write(request):
         if not _is_ours(request):
-            return JSONResponse({"error": "another site's page may not use this one"}, status_code=403)
+            return JSONResponse({"error": "requests from pages of other sites are not allowed"}, status_code=403)
         data = bytearray()
         async for chunk in request.stream():
             data += chunk
             if len(data) > MOST_BYTES:
-                return JSONResponse({"error": f"the picture has more than {MOST_BYTES >> 20} MB"}, status_code=413)
+                return JSONResponse({"error": f"the image must have at most {MOST_BYTES >> 20} MB"}, status_code=413)
         try:
             top = int(request.query_params.get("top", 3))
             if not 1 <= top <= 10:
-                raise ValueError(f"top is {top}; it is 1 to 10")
+                raise ValueError(f"top is {top}; it must be between 1 and 10")
             question = request.query_params.get("question", "").strip()
             return JSONResponse(await run_in_threadpool(locked, bytes(data), question, top))
         except ValueError as error:
             return JSONResponse({"error": str(error)}, status_code=400)
 
     routes = [Route("/", page), Route("/writers", offered), Route("/write", write, methods=["POST"])]
-    # a name that a stranger's server resolves to 127.0.0.1 is not ours either
+    # any domain may resolve to 127.0.0.1, so requests with other host names are rejected
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS))])
 
 
 def _is_ours(request) -> bool:
-    """Whether a request comes from this page, or from a program: browsers name the page that asks as the origin."""
+    """Whether a request comes from this page or from a program: browsers send the requesting page as the origin."""
     origin = request.headers.get("origin")
     return origin is None or origin == f"http://{request.headers.get('host', '')}"
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that listens on `port` of this machine's own address; 0 is any free port. Raises ValueError."""
+    """A socket that listens on `port` of 127.0.0.1; 0: any free port. Raises ValueError where the port cannot be used."""
     if not 0 <= port <= 65535:
-        raise ValueError(f"--port is {port}; it is 0 (any free port) to 65535")
+        raise ValueError(f"--port is {port}; it must be between 0 (any free port) and 65535")
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            why = "is in use, maybe by another demo: stop that program"
+            why = "is in use, maybe by another demo: stop that program, or"
         else:
-            why = f"cannot be used ({os.strerror(error.errno)}): take one that you may use"
-        raise ValueError(f"port {port} {why}, or give another port with --port (0: any free one)") from None
+            why = f"cannot be used ({os.strerror(error.errno)}):"
+        raise ValueError(f"port {port} {why} choose another port with --port (0: any free port)") from None
 
 
 def main(argv=None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="jaxpeft demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", nargs="+", default=[], help="finished runs; their frozen bases come with them")
+    parser.add_argument("--workdir", nargs="+", default=[], help="finished runs; their frozen bases are added")
     parser.add_argument(
         "--base",
         nargs="+",
         default=[],
-        help="checkpoints with nothing tuned: 'tiny', directories, or owner/name of the Hugging Face hub",
+        help="checkpoints without tuning: 'tiny', directories, or owner/name on the Hugging Face hub",
     )
-    parser.add_argument("--port", type=int, default=7860, help="0: any free one")
+    parser.add_argument("--port", type=int, default=7860, help="port number; 0: any free port")
     registry.add_argument(parser)
     args = parser.parse_args(argv)
     if not args.workdir and not args.base:
@@ -218,12 +219,12 @@ def main(argv=None) -> None:
     try:
         import uvicorn
     except ImportError:
-        sys.exit("error: the page needs the extra `demo`: pip install 'jaxpeft[demo]'")
+        sys.exit("error: the demo requires the extra `demo`: pip install 'jaxpeft[demo]'")
     malloc.keep_freed_memory()
     host.keep_compiled_programs()
-    log = functools.partial(print, flush=True)  # seen at once, also in a file or a pipe
+    log = functools.partial(print, flush=True)  # so that a file or pipe gets it at once
     try:
-        sock = listen(args.port)  # first: a port that is in use is said before a minute of loading
+        sock = listen(args.port)  # first, so that a port in use is an error before the minute of loading
     except ValueError as error:
         sys.exit(f"error: {error}")
     with sock:
@@ -232,7 +233,7 @@ def main(argv=None) -> None:
         except ValueError as error:
             sys.exit(f"error: {error}")
         warm(writers, log=log)
-        log(f"open http://127.0.0.1:{sock.getsockname()[1]}")  # the port listens already, and nothing is left to load
-        # its own logging configuration closes the handlers of others, and absl's would close the stream that it writes to
+        log(f"open http://127.0.0.1:{sock.getsockname()[1]}")  # the socket already listens
+        # no log_config: uvicorn's would close the handlers of absl, and with them the stream that absl writes to
         settings = uvicorn.Config(app(writers), log_config=None, log_level="warning")
         uvicorn.Server(settings).run(sockets=[sock])

@@ -1,9 +1,9 @@
-"""A tuned run as files for transformers and PEFT, with a model card whose code runs as it stands.
+"""Export a tuned run for transformers and PEFT, with a model card whose code can be run unchanged.
 
-jaxpeft export --workdir runs/mine --out merged                  the model with the method folded in: no adapter needed
+jaxpeft export --workdir runs/mine --out merged                  the model with the adapter merged into its weights
 jaxpeft export --workdir runs/mine --out adapter --format peft   an adapter for PeftModel.from_pretrained
 
-If the base is not a Hugging Face checkpoint ('tiny'), or words were added to it, it is written too, as adapter/base.
+If the base is not a Hugging Face checkpoint ('tiny'), or words were added to it, it is also written, to adapter/base.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from jaxpeft.runtime import files, registry, renamed
 from jaxpeft.tasks import Task
 from jaxpeft.training import finished, results, setup
 
-# by whether the task asks questions
+# whether the task asks questions -> pipeline tag
 LABELS = {False: "image-to-text", True: "visual-question-answering"}
 
 TOKENIZERS = {
@@ -38,8 +38,8 @@ def model_card(
     kind: str = "",
     notes: Sequence[str] = (),
 ) -> str:
-    """README.md of what a finished run tuned: data, method, counts, scores and how they were made, from its own files; and
-    `code` to use what lies in `out`, with `notes` on it. `kind`: the model's type, as a tag."""
+    """The model card (README.md) of a finished run, from its files: data, method, counts, and scores with how they were made;
+    also `code` that uses the files in `out`, and `notes`. `kind`: the model's type, as a tag."""
     config = renamed.translated(files.read_json(Path(workdir) / "config.json"))
     result = files.read_json(Path(workdir) / "result.json", finished.MOST_RESULT)
     task, counts, data, model = result["task"], result["counts"], config["data"], result["model"]
@@ -66,13 +66,13 @@ def model_card(
         "| | |",
         "|---|---|",
         f"| parameters tuned | {counts['tuned']:,} of {counts['total']:,} ({100 * counts['tuned'] / counts['total']:.2f} %) |",
-        f"| pictures trained on | {result['n_train_images']:,}, from {source}"
+        f"| training images | {result['n_train_images']:,}, from {source}"
         + (f" ({100 * result['fraction']:g} %)" if result["fraction"] != 1 else "")
         + " |",
-        *([f"| step kept | {kept['kept_step']:,}, by validation |"] if (kept := result.get("validation")) else []),
+        *([f"| step kept | {kept['kept_step']:,}, by validation loss |"] if (kept := result.get("validation")) else []),
         f"| steps x batch | {result['timing']['steps']:,} x {config['batch_size']} |",
-        f"| learning rate | {optim['lr']:g}, {optim['schedule']}, decay {optim['weight_decay']:g} |",
-        f"| picture size | {config['model']['image_size'] or 'that of the base'} |",
+        f"| learning rate | {optim['lr']:g}, {optim['schedule']}, weight decay {optim['weight_decay']:g} |",
+        f"| image size | {config['model']['image_size'] or 'that of the base'} |",
         f"| seeds | {seeds['seed']}, subset {seeds['subset']} |",
     ]
     if dropped := {key: n for key, n in result["data_report"].items() if isinstance(n, int)}:
@@ -100,7 +100,7 @@ def model_card(
     }
     how = f" Captions were tokenised by {TOKENIZERS[tokenizers.pop()]}." if task == "captioning" else ""
     lines += [
-        f"Blind rows look at no picture.{how} One run, one seed: no spread.",
+        f"Blind rows do not use the image.{how} One run with one seed: the variation between seeds is unknown.",
         "",
         "## Use",
         "",
@@ -108,13 +108,13 @@ def model_card(
         *code,
         "```",
         "",
-        f"`{out}` is where these files were written; `picture.jpg` is yours.",
+        f"`{out}` is the directory that these files were written to; `picture.jpg` stands for your image.",
         "",
     ]
     for note in notes:
         lines += [note, ""]
     lines += [
-        "The licences of the base model and of the pictures apply; this file does not know them. "
+        "The licences of the base model and of the images apply; they are not listed here. "
         "Not evaluated for any use beyond the scores above.",
         "",
     ]
@@ -130,25 +130,25 @@ def code(
     methods: Iterable[Method] = (),
     beams: int = 1,
 ) -> list[str]:
-    """Lines of Python that write the text of a picture with transformers: of the merged model in `out`, or, with `base`, of
-    that with the PEFT adapter in `out`."""
+    """Lines of Python that generate the text of an image with transformers: with the merged model in `out`, or, if `base` is
+    given, with this base and the PEFT adapter in `out`."""
     in_decoder = any(isinstance(one, Prompt | Prefix) for one in methods)
     return hf.of(model).code(task, str(out), base, revision, in_decoder, beams)
 
 
 def main(argv=None) -> int:
-    """The command line -> exit status; mistakes are one line."""
+    """Run the command line -> exit status. An error is printed as one line."""
     parser = argparse.ArgumentParser(
         prog="jaxpeft export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, help="of a finished run")
+    parser.add_argument("--workdir", required=True, help="the directory of a finished run")
     parser.add_argument("--out", required=True, type=Path, help="a new directory")
     parser.add_argument("--format", choices=("merged", "peft"), default="merged")
     registry.add_argument(parser)
     args = parser.parse_args(argv)
     try:
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise ValueError(f"{args.out} is not empty; choose a new directory")
+            raise ValueError(f"--out {args.out} exists and is not an empty directory; choose a new one")
         model, variables, chosen, task = finished.load_run(args.workdir, args.imports)
         config = files.read_json(Path(args.workdir) / "config.json")
         base = setup.pinned_base(config, files.read_json(Path(args.workdir) / "result.json", finished.MOST_RESULT))

@@ -1,12 +1,12 @@
-"""Captions and answers of pictures: `generate`, and the command line, with a tuned run, a shipped or a Hugging Face checkpoint.
+"""Generate captions and answers for images with a tuned run, a shipped checkpoint or a Hugging Face checkpoint.
 
     jaxpeft generate --workdir runs/mine --image a.jpg b.png
     jaxpeft generate --workdir runs/mine --image a.jpg --question "what is on the table" --top 3
     jaxpeft generate --base Salesforce/blip-image-captioning-base --folder pics --out captions.jsonl
     jaxpeft generate --workdir runs/mine --image a.jpg --prompt "a drawing of"
 
-Prints a line per picture, or writes a JSON object per picture: image, question, texts (text and log-probability in nats,
-per token where beams are more than one). A picture that cannot be read is said and left out; the exit status is then 1.
+Prints a line per image, or writes a JSON object per image: image, question, texts (text and log-probability in nats, per
+token with more than one beam). An image that cannot be read is reported and left out; the exit status is then 1.
 """
 
 import argparse
@@ -60,25 +60,26 @@ def generate(
     adapter_ids: Ids | None = None,
     top: int | None = None,
 ) -> list[str] | list[list[dict[str, Any]]]:
-    """Text for pictures: a caption each, or with `prompts` (one question per picture, or one for all) an answer each. One
-    picture alone, an array or a path, is a list of one.
+    """Generate a caption for each image or, with `prompts` (one question per image, or one for all), an answer. A single image,
+    an array or a path, is treated as a list of one.
 
-    With `top` a list of at most that many {'text', 'score'} each, best first; searched with at least so many beams.
+    With `top`, returns a list of at most `top` {'text', 'score'} for each image, best first, from a search with at least `top`
+    beams.
 
-    `images`: uint8 arrays image_YXC of any size, or paths. `variables`: {'params': ...} or what `attach` returned; or
-    what `stack` returned, and then `adapter_ids` says per picture which of the stacked trees writes. Raises ValueError
-    when the model has no tokenizer, or prompts where it only captions or the reverse.
+    `images`: uint8 arrays image_YXC of any size, or paths. `variables`: {'params': ...}, or the result of `attach`; or that of
+    `stack`, in which case `adapter_ids` selects one of the stacked trees for each image. Raises ValueError where the model has
+    no tokenizer, where prompts are given to a captioning model, and where they are missing for one that answers questions.
     """
     name = "captioning" if prompts is None else "vqa"
     if name not in model.tasks:
-        raise ValueError(f"this model {'captions: give no prompts' if prompts else 'answers questions: give prompts'}")
+        raise ValueError(f"this model {'captions: pass no prompts' if prompts else 'answers questions: pass prompts'}")
     task = task or tasks.build(name)
     alone = isinstance(images, str | Path) or getattr(images, "ndim", 4) == 3
     some = cast(Sequence[Picture], [images] if alone else images)
     pictures = [image if isinstance(image, np.ndarray) else decode(image) for image in some]
     questions = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts or [""] * len(pictures))
     if len(questions) != len(pictures):
-        raise ValueError(f"{len(questions)} prompts for {len(pictures)} pictures; give one each, or one for all")
+        raise ValueError(f"{len(questions)} prompts for {len(pictures)} images; pass one per image, or one for all")
     rows = [
         {
             "image_id": str(i),
@@ -94,7 +95,7 @@ def generate(
         ids, n_trees = np.asarray(adapter_ids, np.int32), {x.shape[0] for x in jax.tree.leaves(variables["peft"])}
         if ids.shape != (len(pictures),) or len(n_trees) != 1 or not np.all((0 <= ids) & (ids < min(n_trees))):
             raise ValueError(
-                f"adapter_ids {ids.tolist()} do not fit {len(pictures)} pictures and {n_trees} stacked trees"
+                f"adapter_ids is {ids.tolist()}; it must have one index for each of {len(pictures)} images, of {n_trees} trees"
             )
         cases = dataclasses.replace(cases, arrays=cases.arrays | {"adapter": ids})
     found = evaluate.ranked(model, variables, task, cases, batch_size=batch_size, beams=max(beams, top or 1))
@@ -104,7 +105,7 @@ def generate(
 
 
 def pictures(paths: list[Path], n: int) -> Iterator[tuple[list[Path], list, list[str]]]:
-    """(paths, decoded pictures, errors) of n files at a time."""
+    """Decode `n` files at a time -> (paths, decoded images, errors)."""
     for start in range(0, len(paths), n):
         found, decoded, errors = [], [], []
         for path in paths[start : start + n]:
@@ -117,29 +118,29 @@ def pictures(paths: list[Path], n: int) -> Iterator[tuple[list[Path], list, list
 
 
 def main(argv=None) -> int:
-    """The command line -> exit status: 0, 1 where pictures were left out, 2 for a mistake in the arguments."""
+    """Run the command line -> exit status: 0, 1 where images were left out, 2 for invalid arguments."""
     parser = argparse.ArgumentParser(
         prog="jaxpeft generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--workdir", help="of a finished run")
+    which.add_argument("--workdir", help="the directory of a finished run")
     which.add_argument(
-        "--base", help="nothing tuned: 'tiny', a directory with a model, or owner/name of the Hugging Face hub"
+        "--base", help="a model without tuning: 'tiny', a directory, or owner/name on the Hugging Face hub"
     )
     parser.add_argument("--image", nargs="+", type=Path, default=[])
-    parser.add_argument("--folder", type=Path, help="every picture in it and below")
-    parser.add_argument("--question", help="for a model that answers questions: the same for every picture")
+    parser.add_argument("--folder", type=Path, help="all images in this directory and below it")
+    parser.add_argument("--question", help="for a model that answers questions: the same question for every image")
     parser.add_argument(
-        "--prompt", help="for a model that captions: what the text begins with, in place of its own prompt"
+        "--prompt", help="for a model that writes captions: the beginning of the text, in place of the default prompt"
     )
     parser.add_argument("--beams", type=int, default=3)
-    parser.add_argument("--top", type=int, default=1, help="how many texts a picture, best first")
+    parser.add_argument("--top", type=int, default=1, help="number of texts per image, best first")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--out", type=Path, help="a .jsonl file; without it lines are printed")
+    parser.add_argument("--out", type=Path, help="a .jsonl file to write; by default lines are printed")
     registry.add_argument(parser)
     args = parser.parse_args(argv)
     if min(args.beams, args.top, args.batch) < 1:
-        parser.error("--beams, --top and --batch are at least 1")
+        parser.error("--beams, --top and --batch must be at least 1")
     paths, unread = list(args.image), []
     if args.folder:
         if not args.folder.is_dir():
@@ -148,10 +149,10 @@ def main(argv=None) -> int:
         paths += [args.folder / name for name in files.all()]
         unread = [f"{args.folder / name}: {why_unread(name)}" for name in files.unread()]
     if not paths:
-        some = f"; {len(unread)} are of kinds that are not read, such as {unread[0]}" if unread else ""
-        parser.error(f"no pictures: give --image or a --folder that holds some{some}")
+        some = f"; files in unsupported image formats: {len(unread)}, such as {unread[0]}" if unread else ""
+        parser.error(f"no images found: give --image, or a --folder with images{some}")
     if args.out and not args.out.absolute().parent.is_dir():
-        parser.error(f"--out {args.out}: its directory does not exist")
+        parser.error(f"--out {args.out}: the directory does not exist")
     malloc.keep_freed_memory()
     host.keep_compiled_programs()
     try:
@@ -172,16 +173,16 @@ def main(argv=None) -> int:
 
 
 def prompted(task: Task, prompt: str, tokenizer) -> Task:
-    """The task with another prompt. Raises ValueError for one that has none, and for words that the vocabulary lacks."""
+    """The task with another prompt. Raises ValueError for a task without a prompt, and for words not in the vocabulary."""
     if not hasattr(task, "prompt"):
-        raise ValueError(f"--prompt is for a model that captions; this one does {task.name}: give --question")
+        raise ValueError(f"--prompt is for models that write captions; this one's task is {task.name}: use --question")
     if unknown := tokenizer.unknown_words(prompt):
-        raise ValueError(f"--prompt {prompt!r} has words that the model does not know: {', '.join(unknown)}")
+        raise ValueError(f"--prompt {prompt!r} has words that are not in the model's vocabulary: {', '.join(unknown)}")
     return dataclasses.replace(task, prompt=prompt)
 
 
 def _write(args, model, variables, task, paths) -> list[str]:
-    """Texts of every picture to the file or the screen -> errors."""
+    """Write the texts of every image to the file, or print them -> errors."""
     bad, temporary = [], args.out and args.out.with_name(f".{args.out.name}.{os.getpid()}")
     out = temporary.open("w", encoding="utf-8") if temporary else None
     batch = min(args.batch, len(paths))

@@ -1,13 +1,13 @@
-"""Pre-training the tiny BLIP on procedural scenes: what makes the checkpoint that the package ships.
+"""Pre-training of the tiny BLIP on procedural scenes: makes the checkpoint that the package ships.
 
-BLIP's objectives (Li et al. 2022, section 3.2) at toy size, three stages, each a resumable run of its own:
-    text     masked language modelling on text alone: the stand-in for BLIP's BERT initialisation
-    lm       language modelling of two web captions per picture
+BLIP's objectives (Li et al. 2022, section 3.2) at toy size in three stages, each a separate, resumable run:
+    text     masked language modelling on text alone, in place of BLIP's initialisation from BERT
+    lm       language modelling of two web captions per image
     lm_itm   the same, and image-text matching against hard negatives
-Encoder and decoder share everything but self-attention, as in BLIP: the stored tree holds the encoder's self-attention
-only, and `shared` copies the rest in before every forward. Matching negatives are, in turn, the caption in the batch
-that shares most words and the right caption with one colour, shape or side changed to something not in the picture;
-BLIP mines the former with a contrastive head, which at this size word overlap replaces.
+Encoder and decoder share everything except self-attention, as in BLIP: of the encoder only the self-attention is stored, and
+`shared` adds the rest before every forward pass. Each image has two negatives for matching: the caption in the batch that
+shares the most words with its own, and its own caption with one colour, shape or side changed to something not in the image.
+BLIP mines the former with a contrastive head; at this size word overlap is enough.
 
     python main.py --config=configs/pretrain.py --workdir=runs/pretrain
 """
@@ -44,14 +44,12 @@ ALIASES = {f"text_encoder/{part}": f"text_decoder/{part}" for part in ("embed",)
     for part in ("cross_attention", "cross_norm", "mlp", "mlp_norm")
 }
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
-TEXT_LENGTH = 28  # tokens of a pre-training text, specials included
-TASK = Captioning(
-    max_tokens=40, max_new_tokens=36, variant="coco"
-)  # what the held-out scores in the manifest were made with
+TEXT_LENGTH = 28  # tokens of a pre-training text, including special ones
+TASK = Captioning(max_tokens=40, max_new_tokens=36, variant="coco")  # the task of the held-out scores in the manifest
 
 
 def shared(params: Tree) -> Tree:
-    """The model's full params from the stored ones: the encoder takes all but its self-attention from the decoder."""
+    """The full parameters from the stored ones: the encoder gets everything except self-attention from the decoder."""
     decoder, own = params["text_decoder"], params["text_encoder"]["blocks"]
     blocks = {part: decoder["blocks"][part] for part in ("cross_attention", "cross_norm", "mlp", "mlp_norm")}
     return {
@@ -62,7 +60,7 @@ def shared(params: Tree) -> Tree:
 
 
 def init(model: Blip, seed: int) -> Tree:
-    """Stored params and the matching head."""
+    """The initial stored parameters and matching head."""
     full = jax.jit(lambda: model.init(jax.random.key(seed), model.example()))()["params"]
     own = {part: full["text_encoder"]["blocks"][part] for part in ("self_attention", "self_norm")}
     itm = {"kernel": jnp.zeros((model.config.text_width, 2)), "bias": jnp.zeros(2)}
@@ -72,7 +70,7 @@ def init(model: Blip, seed: int) -> Tree:
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-    """One stage's loss, as a task's; each term is a mean, so the count is 1."""
+    """The loss of a stage, with the interface of a task's; each term is a mean, so the count is 1."""
 
     stage: str  # 'text', 'lm' or 'lm_itm'
 
@@ -95,17 +93,19 @@ class Pretraining:
         return loss, jnp.float32(1)
 
     def _matching(self, model, params, apply, image_BPD, batch):
-        """Binary cross-entropy of (picture, text) pairs; the first text of each picture is its own."""
+        """Binary cross-entropy of (image, text) pairs; the first text of each image is its own."""
         n_images, n_texts, n_tokens = batch["pairs"].shape
         states_BTD = apply(image_BPD, batch["pairs"].reshape(-1, n_tokens), method="encode_question")
         logits = matmul(states_BTD[:, 0], params["itm"]["kernel"], params["itm"]["bias"]).reshape(n_images, n_texts, 2)
         right_BA = jnp.tile(jnp.arange(n_texts) == 0, (n_images, 1))
         nll_BA = ops.token_nll(logits, right_BA.astype(jnp.int32))
-        return (nll_BA * jnp.where(right_BA, 0.5, 0.5 / (n_texts - 1))).sum() / n_images  # both classes weigh the same
+        return (
+            nll_BA * jnp.where(right_BA, 0.5, 0.5 / (n_texts - 1))
+        ).sum() / n_images  # both classes have equal weight
 
 
 def text_batch(tokenizer: BlipTokenizer, indices, rng: np.random.Generator) -> dict:
-    """BERT's masking: 15 % of tokens are predicted; of those 80 % become [MASK], 10 % a random word, 10 % stay."""
+    """A batch masked as in BERT: 15 % of tokens are predicted; of these 80 % become [MASK], 10 % a random word, 10 % stay."""
     ids = pad_tokens([tokenizer.encode(scenes.text(0, int(i)), TEXT_LENGTH) for i in indices], 0, TEXT_LENGTH)
     maskable = (ids != tokenizer.pad_id) & (ids != tokenizer.cls_id) & (ids != tokenizer.sep_id)
     chosen, kind = maskable & (rng.random(ids.shape) < 0.15), rng.random(ids.shape)
@@ -115,8 +115,8 @@ def text_batch(tokenizer: BlipTokenizer, indices, rng: np.random.Generator) -> d
 
 
 def edited(caption: str, scene, rng: np.random.Generator) -> str | None:
-    """The caption with one colour, shape or side changed so that the phrase is not true of the scene; None if it names
-    nothing that can be changed. Where a side can be changed, half of the time that is what changes."""
+    """The caption with one colour, shape or side changed so that it is not true of the scene; None if it names nothing that
+    can be changed. If a side can be changed, it is changed with probability 1/2."""
     words = caption.split()
     pairs = {thing.pair for thing in scene.objects}
     places = [i for i in range(len(words) - 1) if words[i] in scenes.COLORS and words[i + 1] in scenes.SHAPES]
@@ -137,7 +137,7 @@ def edited(caption: str, scene, rng: np.random.Generator) -> str | None:
         return " ".join(words)
     i = int(rng.choice(places))
     color, shape = words[i], words[i + 1]
-    not_these = pairs | scenes.HELD_PAIRS | {(shape, color)}  # a caption of another scene may name what is not there
+    not_these = pairs | scenes.HELD_PAIRS | {(shape, color)}  # a swapped caption may name absent pairs
     options = [(c, shape) for c in scenes.COLORS if (shape, c) not in not_these]
     options += [(color, s) for s in scenes.SHAPES if (s, color) not in not_these]
     words[i : i + 2] = options[int(rng.integers(len(options)))]
@@ -145,7 +145,7 @@ def edited(caption: str, scene, rng: np.random.Generator) -> str | None:
 
 
 def nearest_other(captions: list[str]) -> list[str]:
-    """For each caption the other one in the batch that shares most words without being the same bag of words."""
+    """For each caption the one in the batch that shares the most words without being the same bag of words."""
     bags = [Counter(caption.split()) for caption in captions]
     picked = []
     for i, bag in enumerate(bags):
@@ -156,7 +156,7 @@ def nearest_other(captions: list[str]) -> list[str]:
 
 
 def caption_batch(tokenizer: BlipTokenizer, stage: str, n_texts: int, indices, rng: np.random.Generator) -> dict:
-    """Pictures, `n_texts` web captions each and, for matching, (own, edited, nearest other) texts."""
+    """A batch of images with `n_texts` web captions each and, for matching, the texts (own, edited, nearest other)."""
     template = processor(BlipConfig(), tokenizer).template("captioning")
     indices = [int(i) for i in indices]
     captions = [scenes.web_captions("pretrain", i, n_texts) for i in indices]
@@ -181,12 +181,12 @@ def caption_batch(tokenizer: BlipTokenizer, stage: str, n_texts: int, indices, r
 
 
 def _batches(config, stage, make):
-    """Batches of fresh pictures: index = step * batch_size + row, never repeated within a stage."""
+    """Batches of new images: index = step * batch_size + row, so no image is repeated within a stage."""
 
     def from_step(start):
         order = grain.MapDataset.range(stage.first, stage.first + stage.steps * config.batch_size)
         if jax.process_count() > 1:
-            raise ValueError("pre-training runs in one process; start it without --coordinator or --distributed")
+            raise ValueError("pre-training supports one process only; start it without --coordinator or --distributed")
         steps = order.batch(config.batch_size).seed(config.seed).random_map(make)[start:]
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
@@ -194,7 +194,7 @@ def _batches(config, stage, make):
 
 
 def run(config, workdir, log=print) -> dict:
-    """Run the stages, score the held-out pictures zero-shot, and write WORKDIR/checkpoint (what `loading.load` reads)."""
+    """Run the stages, score the held-out images zero-shot, and write WORKDIR/checkpoint (what `loading.load` reads)."""
     began, workdir = time.perf_counter(), Path(workdir)
     tokenizer = BlipTokenizer.from_words(scenes.WORDS)
     names = ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")
@@ -229,7 +229,7 @@ def run(config, workdir, log=print) -> dict:
         )
         state, timing = loop.fit(settings, workdir / name, job, log)
         params, seconds[name] = jax.device_get(state.tuned["params"]), timing
-        if name == "text":  # both stacks start from the same self-attention, as both of BLIP's start from BERT
+        if name == "text":  # encoder and decoder get the same self-attention; both of BLIP's are initialised from BERT
             blocks = params["text_decoder"]["blocks"]
             params["text_encoder"]["blocks"] = {part: blocks[part] for part in ("self_attention", "self_norm")}
     facts = {
@@ -249,7 +249,7 @@ def run(config, workdir, log=print) -> dict:
 
 
 def zero_shot(model: Blip, params: Tree, config) -> dict:
-    """Held-out pictures: CIDEr-D and nats per token against web captions (as trained) and against human ones."""
+    """CIDEr-D and nats per token on held-out images, for web captions (as in training) and for human ones."""
     task, scores = TASK, {}
     half = jax.tree.map(lambda x: jnp.asarray(np.float16(x), jnp.float32), shared(params))  # what is stored
     model = model.for_task("captioning")

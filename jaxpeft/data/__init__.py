@@ -1,7 +1,7 @@
-"""Data sets, by the name that configs use: each is a function `load(config, splits) -> {split: Split}`.
+"""The data sets, by the name that configs use. Each is a function `load(config, splits) -> {split: Split}`.
 
-One of your own is a line in a module of yours, `DATASETS["mine"] = load` (see jaxpeft/runtime/registry.py). `config` is
-config.data: `name`, and every key that the function reads.
+`config` is config.data: `name`, and every key that the function reads. To add a data set, write `DATASETS["mine"] = load` in
+a module of your own (see jaxpeft/runtime/registry.py).
 """
 
 import importlib
@@ -15,12 +15,12 @@ __all__ = ["DATASETS", "Examples", "Split", "load"]
 
 
 def load(config: Any, splits: Sequence[str]) -> dict[str, Split]:
-    """The named splits of `config.name`. Raises ValueError for an unknown data set, before anything is read."""
+    """Load the named splits of `config.name`. Raises ValueError for an unknown data set before anything is read."""
     return DATASETS.find(config.name)(config, splits)
 
 
 def _in(module: str) -> Callable[..., dict[str, Split]]:
-    """`load` of a module of this package, imported when it is called: TFDS and Pillow's codecs take seconds."""
+    """`load` of a module of this package, imported on the first call: importing TFDS and Pillow's codecs takes seconds."""
     return lambda config, splits: importlib.import_module(f"jaxpeft.data.{module}").load(config, splits)
 
 

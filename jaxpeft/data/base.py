@@ -1,4 +1,4 @@
-"""What a data set gives (`Split`) and what a task makes of it (`Examples`)."""
+"""What a data set returns (`Split`) and what a task turns it into (`Examples`)."""
 
 import dataclasses
 import sys
@@ -9,11 +9,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Pictures and their texts. `images[i]` is a uint8 RGB array image_YXC of native size; access is thread-safe.
+    """Images and their texts. `images[i]` is a uint8 RGB array image_YXC of its original size; access is thread-safe.
 
-    `rows[i]` belongs to the same picture: {'image_id': str, 'captions': [str, ...], 'questions': [{'question_id',
-    'question', 'answers': [str, ...], 'type'}, ...]}. `report` is what loading dropped or changed, for the result file.
-    `source` and the image ids together say which pictures these are; '' where that is not known.
+    `rows[i]` belongs to the same image: {'image_id': str, 'captions': [str, ...], 'questions': [{'question_id',
+    'question', 'answers': [str, ...], 'type'}, ...]}. `report`, which goes into the result file, lists what loading dropped or
+    changed. `source` and the image ids together identify the images; `source` is '' where their origin is unknown.
     """
 
     name: str
@@ -23,7 +23,7 @@ class Split:
     source: str = ""
 
     def take(self, indices: Iterable[int]) -> "Split":
-        """The pictures at `indices`, in that order."""
+        """The images at `indices`, in that order."""
         return dataclasses.replace(self, images=_Subset(self.images, indices), rows=[self.rows[i] for i in indices])
 
 
@@ -39,7 +39,7 @@ class _Subset(Sequence):
 
 
 def progress_bars() -> None:
-    """Let TFDS draw its bars on a terminal only: in a log they are control characters."""
+    """Show TFDS progress bars on a terminal only: in a log file they are control characters."""
     import tensorflow_datasets as tfds
 
     (tfds.enable_progress_bar if sys.stderr.isatty() else tfds.disable_progress_bar)()
@@ -47,10 +47,10 @@ def progress_bars() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """What a task makes of a split: arrays with one row per example, the images, and what scoring needs per example.
+    """The examples of a split: arrays with one row per example, the images, and the rows that scoring needs.
 
-    arrays['image_index'] (n,) says which image an example looks at; the others go to the model as they are. `tables` hold
-    outputs of frozen stages with one row per image; where they stand in for the images, `images` is None.
+    arrays['image_index'] (n,) is the index of each example's image; the other arrays are passed to the model. `tables` hold
+    outputs of frozen stages, one row per image. `images` is None where the tables replace the images.
     """
 
     arrays: dict[str, np.ndarray]
@@ -63,7 +63,7 @@ class Examples:
 
 
 def pad_tokens(sequences: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> np.ndarray:
-    """Ragged ids -> (n, longest or `length`) int32, right-padded."""
+    """Right-pad token ids to an int32 array (n, length of the longest, or `length`)."""
     longest = max(map(len, sequences)) if length is None else length
     out = np.full((len(sequences), longest), pad_id, np.int32)
     for row, ids in zip(out, sequences, strict=True):

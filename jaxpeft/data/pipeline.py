@@ -1,8 +1,8 @@
-"""From a split to batches: nested subsets, resized pictures, and an order that is a pure function of (seed, step).
+"""From a split to batches: nested subsets, resized images, and an order that is a pure function of (seed, step).
 
-Texts are tokenised once into arrays (`Examples.arrays`); pictures are fetched and resized when a batch is made, in
-grain's reader threads, and stay uint8 until they are on the device. Step `s` of seed `k` is always the same batch, so
-resuming needs no saved reader state: reading starts at the step.
+Texts are tokenised once into arrays (`Examples.arrays`). Images are read and resized when a batch is made, in grain's reader
+threads, and stay uint8 until they are on the device. A step and a seed always give the same batch, so a resumed run needs no
+saved reader state: it starts reading at its step.
 """
 
 import collections
@@ -23,16 +23,16 @@ AUGMENTS = ("none", "crop", "crop_flip", "blip")  # blip: crop_flip, then RandAu
 
 
 def subset(split: Split, *, seed: int, fraction: float = 1.0, n_images: int | None = None) -> tuple[Split, np.ndarray]:
-    """The first `n_images` (or `fraction`) of the pictures in an order drawn from `seed`, and their indices in `split`.
+    """The first `n_images` (or `fraction`) of the images in an order drawn from `seed`, and their indices in `split`.
 
-    Subsets of a seed nest.
+    Subsets of one seed are nested. Raises ValueError where the size is out of range.
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"data.fraction is {fraction}; it must be in (0, 1]")
+        raise ValueError(f"data.fraction is {fraction}; it must be above 0 and at most 1")
     n_all = len(split.rows)
     n = max(1, round(fraction * n_all)) if n_images is None else n_images
     if n > n_all or n < 1:
-        raise ValueError(f"data.n_images is {n}; split {split.name!r} has {n_all} pictures")
+        raise ValueError(f"data.n_images is {n}; split {split.name!r} has {n_all} images, so it must be 1 to {n_all}")
     if n == n_all:
         return split, np.arange(n_all)
     indices = np.random.Generator(np.random.Philox(key=seed)).permutation(n_all)[:n]
@@ -40,7 +40,7 @@ def subset(split: Split, *, seed: int, fraction: float = 1.0, n_images: int | No
 
 
 class Resized(Sequence):
-    """Pictures at the model's square size; up to `cache_bytes` of them are kept in memory after first use."""
+    """Images resized to the model's square input size; up to `cache_bytes` of them are kept in memory after first use."""
 
     def __init__(self, source: Sequence, size: int, resample: int = images.BICUBIC, cache_bytes: int = 1 << 30) -> None:
         self.source, self._size, self._resample, self._cache_bytes = source, size, resample, cache_bytes
@@ -50,7 +50,7 @@ class Resized(Sequence):
 
     @classmethod
     def of(cls, source: Sequence, model: VisionLanguageModel) -> "Resized":
-        """Pictures as `model` takes them."""
+        """Images in the size and with the resampling that `model` was trained with."""
         return cls(source, model.processor.image_size, model.processor.resample)
 
     def __len__(self) -> int:
@@ -66,11 +66,11 @@ class Resized(Sequence):
         return self._kept[i]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Without what is kept, and without its lock: for worker processes."""
+        """Pickle without the kept images and the lock, for worker processes."""
         return Resized, (self.source, self._size, self._resample, self._cache_bytes)
 
     def augmented(self, i: int, kind: str, rng: np.random.Generator) -> np.ndarray:
-        """A random crop of picture `i` at its native size, resized; one state of `rng` gives one result."""
+        """A random crop of image `i` at its original size, resized; a function of the state of `rng`."""
         image_YXC = images.augment(self.source[i], rng, size=self._size, flip=kind != "crop", resample=self._resample)
         return randaugment(image_YXC, rng) if kind == "blip" else image_YXC
 
@@ -91,12 +91,11 @@ def batches(
     rows: np.ndarray | None = None,
     threads: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Endless training batches from step `start`; epochs are reshuffled and run into each other, nothing is dropped.
+    """Endless training batches from step `start`. Every epoch is shuffled anew; batches cross epochs, so nothing is dropped.
 
-    `rows`: which rows of a batch are made, where this host needs some of them; a row is the same on whatever host makes it.
-
-    `threads` make them, each a batch at a time: by default one per core, from 2 to 16 (Pillow releases the interpreter's lock:
-    benchmarks/data_loading.py). The batches are the same for any number.
+    `rows`: the rows of a batch that this host needs, by default all; a row is the same on every host. `threads`: the number of
+    reader threads, each making one batch at a time, by default one per core, between 2 and 16 (Pillow releases the GIL: see
+    benchmarks/data_loading.py). It does not change the batches.
     """
     threads = threads or min(16, max(2, host.cores()))
     check_augment(augment)
@@ -114,9 +113,9 @@ def batches(
 def gather(
     examples: Examples, indices: np.ndarray, augment: str = "none", seeds: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """One batch: the rows of arrays and tables at `indices` and, unless tables stand in for them, the images.
+    """One batch: the rows of arrays and tables at `indices` and, unless tables replace them, the images.
 
-    `seeds`: one per image, for augmenting it.
+    `seeds`: one per image, for its augmentation.
     """
     batch = {name: array[indices] for name, array in examples.arrays.items()}
     wanted = batch.pop("image_index")
@@ -134,9 +133,9 @@ def gather(
 def one_pass(
     examples: Examples, batch_size: int, rows: np.ndarray | slice = slice(None)
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """Every example once, in order: (batch, number of real rows); the last batch repeats its last row to be full.
+    """Every example once, in order: (batch, number of real rows). The last batch is padded with copies of its last row.
 
-    `rows`: which rows of a batch are made.
+    `rows`: the rows of a batch that are made.
     """
     for start in range(0, len(examples), batch_size):
         indices = np.arange(start, min(start + batch_size, len(examples)))
@@ -145,6 +144,6 @@ def one_pass(
 
 
 def most_common(items: Iterable[Any]) -> Any:
-    """The most frequent item; ties go to the smallest, so that baselines do not depend on order."""
+    """The most frequent item; of equally frequent ones the smallest, so that baselines do not depend on order."""
     counts = collections.Counter(items)
     return min(counts, key=lambda item: (-counts[item], item))

@@ -1,8 +1,8 @@
-"""RandAugment (Cubuk et al. 2019, arXiv:1909.13719) as BLIP's fine-tuning draws it (Li et al. 2022, arXiv:2201.12086).
+"""RandAugment (Cubuk et al. 2019, arXiv:1909.13719) as in BLIP's fine-tuning (Li et al. 2022, arXiv:2201.12086).
 
-Per picture two operations are drawn with replacement from ten, and each is then applied with probability 1/2, at magnitude 5
-of 10. At that magnitude the factor of brightness and of sharpness is exactly 1, so both leave the picture as it is.
-Plain functions of uint8 image_YXC and a number, thread-safe; the random state is the caller's np.random.Generator.
+For each image two operations are drawn with replacement from ten, and each is applied with probability 1/2, at magnitude 5
+of 10. At that magnitude the factors of brightness and sharpness are exactly 1, so both leave the image unchanged.
+The functions take a uint8 image_YXC and a number and are thread-safe; the random state is the caller's np.random.Generator.
 """
 
 import math
@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-FILL = (128, 128, 128)  # what comes in from outside the picture
+FILL = (128, 128, 128)  # the colour outside the image
 OPERATIONS = ("identity", "autocontrast", "equalize", "brightness", "sharpness", "shear_x", "shear_y", "translate_x",
               "translate_y", "rotate")  # fmt: skip
-CHANCE = 0.5  # that a drawn operation is applied
+CHANCE = 0.5  # the probability that a drawn operation is applied
 TRANSLATE, SHEAR, DEGREES = 10, 0.3, 30  # pixels, pixels per row, degrees: at magnitude 10
 
 
 def randaugment(image_YXC: np.ndarray, rng: np.random.Generator, n: int = 2, magnitude: float = 5) -> np.ndarray:
-    """uint8 image_YXC -> the same shape. mPLUG has magnitude 7."""
+    """Apply `n` drawn operations to a uint8 image_YXC, keeping its shape. mPLUG uses magnitude 7."""
     for name in rng.choice(OPERATIONS, n):
         if rng.random() < CHANCE:
             image_YXC = apply(str(name), image_YXC, magnitude, rng)
@@ -27,7 +27,7 @@ def randaugment(image_YXC: np.ndarray, rng: np.random.Generator, n: int = 2, mag
 
 
 def apply(name: str, image_YXC: np.ndarray, magnitude: float, rng: np.random.Generator) -> np.ndarray:
-    """One operation; geometric ones go either way with probability 1/2."""
+    """Apply one operation; geometric ones have either sign with probability 1/2."""
     level = magnitude / 10
     if name == "identity":
         return image_YXC
@@ -50,13 +50,13 @@ def apply(name: str, image_YXC: np.ndarray, magnitude: float, rng: np.random.Gen
 
 
 def brightness(image_YXC: np.ndarray, factor: float) -> np.ndarray:
-    """Every value times `factor`, cut to 0..255."""
+    """Multiply every value by `factor` and clip to 0..255."""
     table = (np.arange(256) * factor).clip(0, 255).astype(np.uint8)
     return table[image_YXC] if factor != 1 else image_YXC
 
 
 def sharpness(image_YXC: np.ndarray, factor: float) -> np.ndarray:
-    """Away from (factor > 1) or towards the 3x3 smoothed picture; the outermost pixels stay."""
+    """Move away from (factor > 1) or towards the image smoothed over 3x3 pixels; the outermost pixels do not change."""
     if factor == 1 or min(image_YXC.shape[:2]) < 3:
         return image_YXC
     smooth = _pillow(lambda image: image.filter(ImageFilter.SMOOTH), image_YXC).astype(np.float32)
@@ -64,19 +64,19 @@ def sharpness(image_YXC: np.ndarray, factor: float) -> np.ndarray:
 
 
 def rotate(image_YXC: np.ndarray, degrees: float) -> np.ndarray:
-    """Counter-clockwise about the middle."""
+    """Rotate counter-clockwise about the centre."""
     a, b = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     y, x = image_YXC.shape[0] / 2, image_YXC.shape[1] / 2
     return affine(image_YXC, [[a, b, (1 - a) * x - b * y], [-b, a, b * x + (1 - a) * y]])
 
 
 def affine(image_YXC: np.ndarray, forward_23: Sequence[Sequence[float]]) -> np.ndarray:
-    """The pixel at (x, y) goes to forward_23 @ (x, y, 1); bilinear, blended with FILL at the border (OpenCV's warpAffine)."""
+    """Move the pixel at (x, y) to forward_23 @ (x, y, 1): bilinear, blended with FILL at the border, as OpenCV's warpAffine."""
     (a, b, c), (d, e, f) = forward_23
     det = a * e - b * d
     a, b, d, e = e / det, -b / det, -d / det, a / det
     c, f = -(a * c + b * f), -(d * c + e * f)
-    # Pillow speaks of pixel corners, not centres; one pixel of FILL around the picture is what its border is blended with
+    # Pillow's coordinates are of pixel corners, not centres. The border is blended with one pixel of FILL around the image.
     c, f = c + 1.5 - 0.5 * (a + b), f + 1.5 - 0.5 * (d + e)
     rows, columns = image_YXC.shape[:2]
     framed = np.empty((rows + 2, columns + 2, 3), np.uint8)

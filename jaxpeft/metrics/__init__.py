@@ -1,7 +1,7 @@
 """Caption and VQA metrics: pure functions on strings, equal to the scorers that published tables use.
 
-A metric of your own, a function of a text and what is right for it, is a line in a module of yours: `METRICS["mine"] = f`
-(see jaxpeft/runtime/registry.py).
+To add a metric, a function of a prediction and its references, write `METRICS["mine"] = f` in a module of your own (see
+jaxpeft/runtime/registry.py).
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ __all__ = [
 
 
 def exact_match(prediction: str, truths: Sequence[str]) -> float:
-    """1.0 where a text is one of those that are right, up to case, accents and the spacing of punctuation; else 0.0."""
+    """1.0 where a text equals one of `truths`, ignoring case, accents and the spacing of punctuation; else 0.0."""
     return float(normal_form(prediction) in map(normal_form, truths))
 
 
-# what a task can report beside its own metrics (task_options.metrics): a function of a text and of those that are right; a
-# split's is the mean
+# metrics that a task can report beside its own (task_options.metrics): functions of a prediction and its references; the
+# value of a split is the mean
 METRICS = Registry("metric", {"exact_match": exact_match})

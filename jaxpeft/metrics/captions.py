@@ -26,12 +26,12 @@ def cider_d(predictions: Predictions, references: References, sigma: float = 6.0
 
     With g_n(c) the vector of count * idf over the n-grams of caption c (equation 1), per reference s and n
         10 * exp(-(l(c) - l(s))^2 / (2 sigma^2)) * min(g_n(c), g_n(s)) . g_n(s) / (|g_n(c)| |g_n(s)|)      (equation 4)
-    averaged over n = 1..4 and over references. Published numbers need these habits of the reference code:
-      * it is called "CIDEr" there and in every COCO table; no stemming;
-      * it takes l in bigrams, which changes nothing: l(c) - l(s) differs only where one side is empty and scores 0;
-      * idf = log(images) - log(max(1, images whose references hold the n-gram)) over the *evaluated* set: a subset has
-        other scores than the split it comes from, so score whole splits and store n;
-      * with one image every idf is log 1, and every score 0.
+    averaged over n = 1..4 and over references. To match published numbers, it follows the reference code in these points:
+      * it is called "CIDEr" there and in every COCO table; there is no stemming;
+      * l is counted in bigrams, which changes nothing: l(c) - l(s) differs only where one side is empty and scores 0;
+      * idf = log(images) - log(max(1, images whose references contain the n-gram)) over the *evaluated* set: the scores of
+        a subset differ from those of its split, so score whole splits and store n;
+      * with one image every idf is log 1, and every score is 0.
     """
     ids = _check(predictions, references)
     references_ngrams = [[_ngrams(text) for text in references[i]] for i in ids]
@@ -65,7 +65,7 @@ def bleu(predictions: Predictions, references: References) -> tuple[np.ndarray, 
     """BLEU-1..4 of the set, shape (4,), and of every image, shape (4, images).
 
     Clipped n-gram precision, geometric mean, brevity penalty exp(1 - r / c) with the reference length r closest to the
-    prediction's (the shorter one on a tie). The set score pools counts over images: no mean of the image scores.
+    prediction's (the shorter one on a tie). The score of the set pools counts over images; it is not the mean of image scores.
     """
     ids = _check(predictions, references)
     rows = [_bleu_counts(predictions[i], references[i]) for i in ids]
@@ -76,11 +76,11 @@ def bleu(predictions: Predictions, references: References) -> tuple[np.ndarray, 
 
 
 def _bleu_counts(prediction, references):
-    """(matches per order, n-grams per order, words, words of the closest reference)."""
+    """(matches per order, n-grams per order, length, length of the closest reference), lengths in words."""
     most = [Counter() for _ in range(N_MAX)]
     for text in references:
         for order, counts in zip(most, _ngrams(text), strict=True):
-            order |= counts  # in place: the larger count of the two
+            order |= counts  # in place, keeps the larger count
     ngrams = _ngrams(prediction)
     correct = [sum((counts & limit).values()) for counts, limit in zip(ngrams, most, strict=True)]
     words = len(prediction.split())
@@ -89,7 +89,7 @@ def _bleu_counts(prediction, references):
 
 
 def _bleu_score(correct, guess, length, length_ref):
-    tiny, small = 1e-15, 1e-9  # the reference code's guards: an empty prediction scores 0 and nothing divides by 0
+    tiny, small = 1e-15, 1e-9  # as in the reference code: an empty prediction scores 0, without division by 0
     precision = np.cumprod((correct + tiny) / (guess + small))
     ratio = (length + tiny) / (length_ref + small)
     return precision ** (1 / np.arange(1, N_MAX + 1)) * (math.exp(1 - 1 / ratio) if ratio < 1 else 1.0)
@@ -137,11 +137,11 @@ def _check(predictions, references) -> list[str]:
     missing, extra = references.keys() - predictions.keys(), predictions.keys() - references.keys()
     if missing or extra:
         raise ValueError(
-            f"predictions and references must hold the same image ids; without a prediction: {_some(missing)}, "
+            f"predictions and references must have the same image ids; without a prediction: {_some(missing)}, "
             f"without references: {_some(extra)}"
         )
     if not references:
-        raise ValueError("references is empty; give at least one image (two for a CIDEr-D other than 0)")
+        raise ValueError("references is empty; give at least one image (two for a CIDEr-D above 0)")
     for image_id, group in references.items():
         if isinstance(group, str) or not group:
             raise ValueError(f"references[{image_id!r}] is {group!r}; give a list of one or more captions")
@@ -156,10 +156,10 @@ def _some(ids) -> str:
 _TOKEN = re.compile(
     r"""(?:[^\W\d_]\.){2,}                           # u.s.  a.m.
       | \b(?:mr|mrs|ms|dr|st|mt|vs|jr|sr|etc)\.      # abbreviations keep their period
-      | '(?:n'|(?:s|m|d|re|ve|ll|\d\ds)\b)          # rock 'n' roll, the '90s, and 's where it stands alone
+      | '(?:n'|(?:s|m|d|re|ve|ll|\d\ds)\b)          # rock 'n' roll, the '90s, and a separate 's
       | \d+(?:[.,:]\d+)+(?:\w+)?                     # 3.5  10,000  9:30
       | [\#@]?\w+(?:[-/.&']\w+)*                     # words, t-shirt, black/white, o'clock
-      | [!?]{2,}                                     # the PTB tokenizer keeps "!!" as a token that is no punctuation
+      | [!?]{2,}                                     # the PTB tokenizer keeps "!!" as a word, not punctuation
       | [^\w\s]""",
     re.VERBOSE,
 )
@@ -175,10 +175,10 @@ _PLAIN = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014", "''\"\"--")
 def tokenize(caption: str) -> str:
     """Lower-case words joined by single spaces, punctuation dropped, contractions split ("man's" -> "man 's").
 
-    An *approximation* of the Java PTBTokenizer plus punctuation list that published COCO numbers use: it agrees on
-    plain captions and differs in rare cases (unusual abbreviations, stray symbols, nested quotes). Brackets stay as
-    "-lrb-" and so on, since the reference drops only the upper-case names of tokens that it has lower-cased. For
-    numbers to set beside a paper, tokenise with Java and pass `tokenizer=str` to `captions_report`.
+    An *approximation* of the Java PTBTokenizer and punctuation list used for published COCO numbers: equal on plain
+    captions, different in rare cases (unusual abbreviations, stray symbols, nested quotes). Brackets are kept as "-lrb-" and
+    so on, because the reference lower-cases tokens but drops only the upper-case names. For numbers to compare with a paper,
+    tokenise with Java and pass `tokenizer=str` to `captions_report`.
     """
     words = []
     for token in _TOKEN.findall(caption.lower().translate(_PLAIN)):
@@ -190,14 +190,14 @@ def tokenize(caption: str) -> str:
 
 
 def plain_words(caption: str) -> str:
-    """The words of a caption in `tokenizer.normal_form`, without punctuation: for captions of one's own, in any language."""
+    """The words of a caption in `tokenizer.normal_form`, without punctuation: for your own captions, in any language."""
     return " ".join(word for word in normal_form(caption).split() if not (len(word) == 1 and is_mark(word)))
 
 
 def captions_report(
     predictions: Predictions, references: References, tokenizer: Callable[[str], str] = tokenize
 ) -> dict[str, float]:
-    """{'cider_d', 'bleu_1' .. 'bleu_4', 'rouge_l', 'n'} of a split; `tokenizer=str` leaves tokenised text as it is."""
+    """{'cider_d', 'bleu_1' .. 'bleu_4', 'rouge_l', 'n'} of a split; `tokenizer=str` is for tokenised text."""
     _check(predictions, references)
     ours = {i: tokenizer(text) for i, text in predictions.items()}
     theirs = {i: [tokenizer(text) for text in group] for i, group in references.items()}

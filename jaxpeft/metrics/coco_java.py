@@ -1,7 +1,7 @@
-"""Caption scores as published tables have them: PTB tokens and METEOR, by the Java programs that pycocoevalcap brings.
+"""Caption scores as in published tables: PTB tokens and METEOR, by the Java programs that pycocoevalcap includes.
 
-Optional: `pip install -e '.[coco]'` and a Java runtime (8 or later). SPICE is left out: it downloads a parser at its first
-use and does not run on Java 17; pycocoevalcap's `Spice` on Java 8 or 11 takes the files that `upload` writes.
+Optional: `pip install -e '.[coco]'` and a Java runtime (8 or later). SPICE is left out: it downloads a parser on first use
+and does not run on Java 17; pycocoevalcap's `Spice` on Java 8 or 11 reads the files that `upload` writes.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from jaxpeft.metrics import captions
 
 
 def missing() -> str:
-    """What is not installed, or ''."""
+    """A message about what is not installed, or ''."""
     try:
         import pycocoevalcap.meteor.meteor
         import pycocoevalcap.tokenizer.ptbtokenizer  # noqa: F401
@@ -22,9 +22,9 @@ def missing() -> str:
 
 
 def captions_report(predictions: captions.Predictions, references: captions.References) -> dict:
-    """`metrics.captions_report` over PTB tokens, with 'meteor'; 'tokenizer' and 'skipped' say how it was scored.
+    """`metrics.captions_report` on PTB tokens, with 'meteor'; 'tokenizer' is the tokeniser that was used.
 
-    Where something is not installed, the approximate tokeniser of `metrics` is used and 'skipped' says why.
+    Where something is not installed, it is the approximate one of `metrics`, and 'skipped' gives the reason.
     """
     if why := missing():
         return captions.captions_report(predictions, references) | {
@@ -36,7 +36,7 @@ def captions_report(predictions: captions.Predictions, references: captions.Refe
 
     def tokens(groups):
         with contextlib.redirect_stdout(io.StringIO()):
-            # pycocoevalcap replaces \n only; at \r Java ends a line too, and all later captions would be shifted
+            # pycocoevalcap replaces \n only, but Java also ends a line at \r, which would shift all later captions
             return PTBTokenizer().tokenize(
                 {key: [{"caption": " ".join(text.split())} for text in texts] for key, texts in groups.items()}
             )
@@ -53,7 +53,7 @@ def captions_report(predictions: captions.Predictions, references: captions.Refe
 
 
 def _close(scorer):
-    """Meteor leaves its process to the garbage collector."""
+    """End Meteor's process, which pycocoevalcap leaves to the garbage collector."""
     process = scorer.meteor_p
     process.kill()
     for pipe in (process.stdin, process.stdout, process.stderr):

@@ -3,11 +3,11 @@
 Input is a list of `Final`: one per cell and seed, at the learning rate that validation chose, with the main metric of
 every test example. All runs of a setting are scored on the same examples, and seed s draws the same subset in every cell,
 so both are resampled jointly: a replicate draws seeds and examples with replacement and recomputes the whole effect.
-With one seed only examples are resampled, and the interval says nothing of other seeds.
+With one seed only examples are resampled, and the interval does not cover the variation between seeds.
 
-A verdict needs an interval, not a point: 'supported', 'refuted' or 'undecided'. Where a claim says that nothing changes
-it is an equivalence test: supported when the whole interval lies within a stated margin of zero. Intervals are 95 %
-percentile intervals; for equivalence 90 %, which is two one-sided tests at 5 %.
+A verdict ('supported', 'refuted' or 'undecided') is based on an interval, not on a point estimate. A claim that nothing
+changes is judged by an equivalence test: it is supported if the whole interval is within a stated margin of zero. Intervals
+are 95 % percentile intervals; for equivalence 90 %, which amounts to two one-sided tests at 5 %.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ MARGIN = 0.05  # share of the setting's mean score that counts as no change
 
 @dataclasses.dataclass(frozen=True)
 class Final:
-    """A cell's run at one seed: where it stands in the grid and how it did on test examples."""
+    """A cell's run with one seed: its place in the grid and its scores on test examples."""
 
     setting: str
     task: str
@@ -35,7 +35,7 @@ class Final:
     seed: int
     each: np.ndarray  # (examples,) main metric
     converged: bool
-    validation: float  # main metric of the split that choices are made on
+    validation: float  # main metric on the split that learning rates are chosen on
 
 
 class Table:
@@ -45,13 +45,13 @@ class Table:
         self.cells = sorted({(f.variant, f.size, f.n_images) for f in finals})
         self.about = {(f.variant, f.size, f.n_images): f for f in finals}
         seeds = [{f.seed for f in finals if (f.variant, f.size, f.n_images) == cell} for cell in self.cells]
-        self.seeds = sorted(set.intersection(*seeds)) if seeds else []  # those that every cell has
+        self.seeds = sorted(set.intersection(*seeds)) if seeds else []  # the seeds that every cell has
         where = {(f.variant, f.size, f.n_images, f.seed): f.each for f in finals}
         rows = [[where[*cell, seed] for seed in self.seeds] for cell in self.cells]
         self.each_CSE = np.array(rows) if rows and self.seeds else np.zeros((len(rows), 0, 0))
 
     def means(self, rng: np.random.Generator | None = None, examples=None) -> np.ndarray:
-        """(cells,) mean scores; with `rng` of a replicate, with `examples` of these only."""
+        """Mean scores (cells,); with `rng` those of a bootstrap replicate, with `examples` on these examples only."""
         x = self.each_CSE if examples is None else self.each_CSE[:, :, examples]
         if rng is None:
             return x.mean(axis=(1, 2))
@@ -59,7 +59,7 @@ class Table:
         by_seed = x[:, :, rng.integers(n_examples, size=n_examples)].mean(axis=2)
         if n_seeds == 1:
             return by_seed[:, 0]
-        # resampling n values has (n - 1) / n of their variance: a third is missing at three seeds
+        # a bootstrap mean of n values has only (n - 1) / n of the variance: with three seeds a third is missing
         middle, drawn = by_seed.mean(axis=1), by_seed[:, rng.integers(n_seeds, size=n_seeds)].mean(axis=1)
         return middle + np.sqrt(n_seeds / (n_seeds - 1)) * (drawn - middle)
 
@@ -69,14 +69,14 @@ class Table:
 
 
 def verdict_positive(low: float, high: float, margin: float) -> str:
-    """'More': supported above zero; refuted below zero, or where the whole interval is too small to matter."""
+    """Verdict on a positive effect: supported above zero; refuted below zero, or if the whole interval is in the margin."""
     if high < 0 or (-margin < low and high < margin):
         return "refuted"
     return "supported" if low > 0 else "undecided"
 
 
 def verdict_flat(low: float, high: float, margin: float) -> str:
-    """'No change': supported within the margin, refuted outside it."""
+    """Verdict on no change: supported within the margin, refuted outside it."""
     if -margin < low and high < margin:
         return "supported"
     return "refuted" if low > margin or high < -margin else "undecided"
@@ -90,12 +90,12 @@ def slope(xs: Sequence[float], scores: np.ndarray) -> float:
 
 
 def middle_size(sizes: Sequence[int]) -> int:
-    """The size at which a variant has most numbers of pictures, the smallest of several: where its data axis lies."""
+    """The size of a variant's data axis: that with the most numbers of images, the smallest of several."""
     return min(set(sizes), key=lambda size: (-sizes.count(size), size))
 
 
 def _axis(table: Table, axis: str, variants) -> dict[str, list[int]]:
-    """variant -> indices of its cells along 'data' (at its middle size) or 'size' (at all images), at least two of them."""
+    """variant -> indices of its cells along 'data' (at its middle size) or 'size' (with all images), if at least two."""
     lines = {}
     for variant in variants:
         mine = [(i, cell) for i, cell in enumerate(table.cells) if cell[0] == variant]
@@ -114,12 +114,12 @@ def _axis(table: Table, axis: str, variants) -> dict[str, list[int]]:
 
 
 def _x(table: Table, axis: str, i: int) -> float:
-    """Pictures, or the method's size: what it stores beside the head, which is the same at every size, grows with it."""
+    """The number of images, or the method's size: its stored parameters grow with it, the head's do not."""
     return table.cells[i][2 if axis == "data" else 1]
 
 
 def trend(table: Table, axis: str, variants) -> Callable | None:
-    """effect(rng): mean over variants of the score's slope per doubling of data or of the method's size."""
+    """effect(rng): the mean over variants of the score's slope per doubling of data or of the method's size."""
     lines = _axis(table, axis, variants)
     if not lines:
         return None
@@ -132,7 +132,7 @@ def trend(table: Table, axis: str, variants) -> Callable | None:
 
 
 def change(table: Table, axis: str, variants) -> Callable | None:
-    """effect(rng): mean over variants of the fitted change from the least to the most of an axis."""
+    """effect(rng): the mean over variants of the fitted change from the lower to the upper end of an axis."""
     lines = _axis(table, axis, variants)
     if not lines:
         return None
@@ -148,7 +148,7 @@ def change(table: Table, axis: str, variants) -> Callable | None:
 
 
 def slopes(finals: Sequence[Final], replicates: int = REPLICATES) -> list[dict]:
-    """Per setting and axis the mean slope over PEFT variants as a share of the setting's mean score, with its interval."""
+    """The mean slope over PEFT variants of each setting and axis, as a share of its mean score, with the interval."""
     out = []
     for setting in dict.fromkeys(f.setting for f in finals):
         table = Table([f for f in finals if f.setting == setting])
@@ -164,22 +164,22 @@ def slopes(finals: Sequence[Final], replicates: int = REPLICATES) -> list[dict]:
 
 
 def converged(finals: Sequence[Final]) -> list[Final]:
-    """The runs of cells of which every seed converged: a cell is judged on all of its seeds or not at all."""
+    """The runs of cells whose seeds all converged: a cell is judged on all of its seeds or not at all."""
     capped = {(f.setting, f.variant, f.size, f.n_images) for f in finals if not f.converged}
     return [f for f in finals if (f.setting, f.variant, f.size, f.n_images) not in capped]
 
 
 def departure(table: Table, variants) -> Callable | None:
-    """effect(rng): how far scores are from rising or falling throughout, over sizes; mean over variants.
+    """effect(rng): how far scores are from monotonic over sizes; the mean over variants.
 
     For a variant it is the smaller of its largest rise and its largest fall between two sizes. The two pairs of sizes are
-    picked on one half of the examples and measured on the other, and the reverse, so that noise alone has mean <= 0.
+    picked on one half of the examples and measured on the other, and vice versa, so that noise alone has a mean <= 0.
     """
     lines = {variant: line for variant, line in _axis(table, "size", variants).items() if len(line) > 2}
     if not lines:
         return None
     halves = [np.arange(h, table.each_CSE.shape[2], 2) for h in (0, 1)]
-    picked = {}  # once, from the data as it is: a replicate measures the same pairs again
+    picked = {}  # once, from the original data: all replicates measure the same pairs
     for h, half in enumerate(halves):
         scores = table.means(None, half)
         for variant, line in lines.items():
@@ -200,7 +200,7 @@ def departure(table: Table, variants) -> Callable | None:
 
 
 def difference(table: Table, ours: Sequence[int], theirs: Sequence[int]) -> Callable:
-    """effect(rng): mean score of some cells less that of others."""
+    """effect(rng): the mean score of some cells minus that of others."""
 
     def effect(rng):
         scores = table.means(rng)
@@ -211,7 +211,7 @@ def difference(table: Table, ours: Sequence[int], theirs: Sequence[int]) -> Call
 
 @dataclasses.dataclass
 class Verdict:
-    """One claim on one setting (or between settings)."""
+    """The verdict on one claim for one setting (or between settings)."""
 
     claim: str
     statement: str
@@ -230,7 +230,7 @@ class Verdict:
 
 
 def judge(finals: Sequence[Final], replicates: int = REPLICATES) -> list[Verdict]:
-    """Every claim on every setting that has the cells for it, by claim."""
+    """Judge every claim on every setting -> verdicts, sorted by claim."""
     settings = list(dict.fromkeys(f.setting for f in finals))
     tables = {setting: Table([f for f in finals if f.setting == setting]) for setting in settings}
     tasks = {setting: next(f.task for f in finals if f.setting == setting) for setting in settings}
@@ -288,7 +288,7 @@ def judge(finals: Sequence[Final], replicates: int = REPLICATES) -> list[Verdict
 
 
 def peft_variants(finals: Sequence[Final]) -> list[str]:
-    """The variants with one of the paper's five methods."""
+    """The variants whose method is one of the paper's five."""
     return list(dict.fromkeys(f.variant for f in finals if f.method in (*LAYER, *EMBEDDING)))
 
 

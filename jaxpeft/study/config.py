@@ -1,30 +1,30 @@
-"""What the studies share: settings from near to far from pre-training, variants of methods, the recipe."""
+"""What the studies share: settings from near to far from pre-training, variants of methods, and the recipe."""
 
 import ml_collections
 
 from jaxpeft import config
 
-# From what pre-training did to what it did not. Web captions name colours and shapes and half of them a side; they
-# never say how many things there are, what is missing, or which is larger.
-# Captions take higher learning rates than answers, whatever the method (results/methods_learn_*.json).
+# In order of distance from pre-training. Web captions name colours and shapes, and half of them a side; they never say how
+# many objects there are, what is missing, or which object is larger.
+# Captions need higher learning rates than answers for every method (results/methods_learn_*.json).
 SETTINGS = {
     "captions_web": {"task": "captioning", "lr_scale": 2.0, "data": {"captions": "web"}},
     "captions_human": {"task": "captioning", "lr_scale": 2.0, "data": {"captions": "human"}},
     "vqa_stated": {"task": "vqa", "data": {"types": ("color", "shape", "position")}},
     "vqa_unstated": {"task": "vqa", "data": {"types": ("exist", "count", "compare")}},
 }
-LEARNING_RATES = (1 / 3, 1.0, 3.0)  # times each variant's middle one
+LEARNING_RATES = (1 / 3, 1.0, 3.0)  # factors of each variant's middle learning rate
 
 
 def variant(method: str, lr: float, head: str = "transform", sizes: tuple = (), **fields) -> dict:
-    """A method as the study runs it; `sizes` are its own, else they are solved from the study's budgets."""
+    """A variant: a method with its fields. Without `sizes`, these are solved from the study's budgets."""
     return {"method": method, "head": head, "lr": lr, "sizes": sizes, "fields": fields}
 
 
 def variants(head: str = "transform", prompts: tuple = (2, 4, 8, 16, 32)) -> dict:
-    """The paper's five methods, with the classifier's transform tuned beside them or not.
+    """The paper's five methods, with or without training the transform of the decoder's head as well.
 
-    A prompt stores a row per token, so no length reaches the budgets of the others: it has lengths of its own.
+    A prompt stores one row per token, so no length reaches the budgets of the other methods: it has its own lengths.
     """
     end = "" if head == "none" else "_head"
     return {
@@ -43,9 +43,9 @@ def study(
     name, hypothesis, settings, variants: dict, budgets, n_images, seeds=3, learning_rates=LEARNING_RATES, note="",
     make_point=None,
 ):  # fmt: skip
-    """A study's config. The cells lie on two axes through (middle budget, all images) unless `cross`.
+    """A study's config. The cells are on two axes through (middle budget, all images), unless `cross` is set.
 
-    `settings`: names of SETTINGS, or {name: {'task': ..., keys of the point's config}}; `make_point(task)` -> a point's config.
+    `settings`: names of SETTINGS, or {name: {'task': ..., keys of a run's config}}; `make_point(task)` -> a run's config.
     """
     c = ml_collections.ConfigDict()
     c.name, c.hypothesis, c.note = name, hypothesis, note
@@ -60,18 +60,18 @@ def study(
 
 
 def point(task: str) -> ml_collections.ConfigDict:
-    """One point on scenes: trained until validation stops improving, scored on validation and test pictures."""
+    """The config of one run on scenes: trained until validation stops improving, scored on validation and test images."""
     c = until_plateau(config.get_config(task), steps={"vqa": 3000, "captioning": 2000}[task])
     c.eval.forgetting = True
-    c.batch_size = {"vqa": 32, "captioning": 16}[task]  # captions have twenty times the tokens of answers
-    # questions of yes or no stay at chance for hundreds of steps before they are learned
+    c.batch_size = {"vqa": 32, "captioning": 16}[task]  # captions have twenty times as many tokens as answers
+    # yes/no questions stay at chance for hundreds of steps before they are learned
     c.stop.patience = {"vqa": 4, "captioning": 2}[task]
     c.stop.min_gain = 0.01
     return c
 
 
 def until_plateau(c: ml_collections.ConfigDict, steps: int) -> ml_collections.ConfigDict:
-    """Make `steps` a cap, and the recipe what a study compares: no gallery, the base not scored in every run."""
+    """Change a config to a study's recipe: early stopping with `steps` as a cap, no gallery, and the base not scored."""
     c.optim.schedule, c.optim.warmup, c.steps = "plateau", 0.02, steps
     c.eval.splits, c.eval.base, c.eval.gallery = ("val", "test"), False, False
     return c

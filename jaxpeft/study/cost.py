@@ -1,4 +1,4 @@
-"""What a study will cost: `--dry_run`. Traces a training step per task and variant; compiles and trains nothing."""
+"""The cost of a study (`--dry_run`): traces a training step per task and variant; compiles and trains nothing."""
 
 import time
 from pathlib import Path
@@ -15,10 +15,10 @@ from jaxpeft.training import preflight, setup
 
 
 def dry_run(config, directory: Path) -> str:
-    """The plan, and per cell how many parameters are tuned and stored, memory and time.
+    """The plan, and for each cell the numbers of trainable and stored parameters, memory and time.
 
-    Seconds are measured where the directory has a finished run of the same setting, variant and size. Else they are
-    estimated: FLOPs of a step, at half of what a matrix product reaches on this device, times the cap on steps. Memory is
+    Seconds are measured if the directory has a finished run of the same setting, variant and size. Otherwise they are
+    estimated as the FLOPs of a step, at half the speed of a matrix product on this device, times the cap on steps. Memory is
     that of parameters, optimizer and cached stages, without activations.
     """
     found = state.read(config, directory)
@@ -52,7 +52,7 @@ def _measured(found: state.State, cell: Cell) -> list[float]:
 
 
 def _counts(c) -> dict[str, int]:
-    """How many parameters a run tunes and stores, new words of its texts included."""
+    """The numbers of parameters that a run trains and stores, including new words of its texts."""
     model, chosen = grid.abstract_model(c.base, c.task), setup.methods_of(c)
     if model.tokenizer is not None and not model.tokenizer.has_pieces:
         task = tasks.build(c.task, **c.task_options)
@@ -61,7 +61,7 @@ def _counts(c) -> dict[str, int]:
 
 
 def _steps(c) -> int:
-    """The most steps of a run, which follow from its examples where it has epochs."""
+    """The maximum number of steps of a run; with epochs it depends on the number of examples."""
     if c.steps:
         return c.steps
     task, model = tasks.build(c.task, **c.task_options), grid.abstract_model(c.base, c.task)
@@ -69,7 +69,7 @@ def _steps(c) -> int:
 
 
 def _flops_per_second() -> float:
-    """What a float32 matrix product reaches on this device."""
+    """The FLOP/s of a float32 matrix product on this device."""
     x, product = jax.numpy.ones((1024, 1024)), jax.jit(lambda x: x @ x)
     product(x).block_until_ready()
     began = time.perf_counter()
@@ -79,7 +79,7 @@ def _flops_per_second() -> float:
 
 
 def _traced(c) -> tuple[float, int, int]:
-    """(FLOPs of a training step, bytes of cached stages, parameters of the base) of a run, nothing computed."""
+    """(FLOPs of a training step, bytes of cached stages, parameters of the base) of a run; nothing is computed."""
     model = setup.abstract_model(c)
     step, shapes, n_bytes = preflight.step_in_shapes(c, model)
     n_params = tree.count(budget.abstract_params(model))

@@ -1,6 +1,6 @@
-"""Doing the runs of a study: any number of processes on one directory, stopped and started at any time.
+"""Executing the runs of a study: any number of processes on one directory, stopped and started at any time.
 
-What a study directory holds is in state.py; `run` is what `jaxpeft study` calls.
+The layout of a study directory is described in state.py; `jaxpeft study` calls `run`.
 """
 
 import contextlib
@@ -34,13 +34,13 @@ def run(
     elsewhere=None,
     rerun: str = "",
 ) -> list[dict]:
-    """Everything of the study that is not done, then results.jsonl -> its rows.
+    """Execute all runs that are not done and write results.jsonl -> its rows.
 
-    Raises ValueError before anything is written where the config or its data cannot be right.
+    Raises ValueError before anything is written where the config or its data are invalid.
 
     `workers` processes, each on its own cores (0: one per core on CPU, one on an accelerator), are started with `command`
-    and `--worker=I`; with one, or no command, this process does the work. With `elsewhere(config, directory, log=)` that
-    does it instead, as `ray_executor.work` of a Ray cluster. `rerun`: a pattern of ids, see reruns.py.
+    and `--worker=I`; with one worker, or without a command, this process does the work. `elsewhere(config, directory, log=)`
+    replaces the workers, such as `ray_executor.work` for a Ray cluster. `rerun`: a pattern of ids, see reruns.py.
     """
     directory = Path(workdir)
     found = state.read(config, directory)
@@ -70,7 +70,7 @@ def run(
 
 
 def work(config, directory: Path, log=print) -> None:
-    """Do runs until none is left that nobody else is doing. Any number of processes may do this on one directory."""
+    """Execute runs until all are done. Any number of processes may do this in one directory."""
     found = None
     while True:
         found, busy = state.read(config, directory, found), 0
@@ -85,9 +85,9 @@ def work(config, directory: Path, log=print) -> None:
 
 
 def attempt(one: Run, directory: Path, log, known: State | None = None) -> bool:
-    """Do a run that is not done; False where another process is doing it.
+    """Execute a run that is not done; returns False where another process is executing it.
 
-    How far the study is then stands behind what the run says; what `known` has finished is not read again for that.
+    The study's progress is appended to the run's messages; results that `known` holds are not read again for that.
     """
 
     def announce(text):
@@ -100,7 +100,7 @@ def attempt(one: Run, directory: Path, log, known: State | None = None) -> bool:
     try:
         if state.out_of_date(directory, one, reruns.asked(directory)):
             state.set_aside(directory, one.id)
-        if not (directory / "points" / one.id / "result.json").exists():  # finished since somebody looked
+        if not (directory / "points" / one.id / "result.json").exists():  # another process may have finished it
             execute(one, directory, announce, one.study.keep_checkpoints)
         return True
     finally:
@@ -108,18 +108,18 @@ def attempt(one: Run, directory: Path, log, known: State | None = None) -> bool:
 
 
 def execute(one: Run, directory: Path, log, keep_checkpoints: bool = False) -> bool:
-    """Train and score a run in its directory; a failure is written down and False returned. KeyboardInterrupt goes through."""
+    """Train and score a run in its directory. A failure is recorded and False returned; KeyboardInterrupt is raised."""
     workdir = directory / "points" / one.id
     workdir.mkdir(parents=True, exist_ok=True)
-    # before the run itself writes it: a run that fails at once is tried anew when its config is another
+    # written before the run does it, so that a run that fails at once is tried again when its config changes
     files.write_json(workdir / "config.json", setup.as_json(one.config))
     began = time.time()
     with (workdir / "log.txt").open("a", buffering=1) as file, contextlib.redirect_stdout(file):
         try:
             result = training_run.run(one.config, workdir, features_in=directory / "features")
-        except Exception as error:  # whatever it is, the other runs go on
+        except Exception as error:  # of any type: the other runs continue
             traceback.print_exc(file=file)
-            if signals.is_transient(error):  # of the machine, not of the run: it does not count as a try
+            if signals.is_transient(error):  # an error of the machine, not of the run, does not count as a try
                 raise
             result, said = None, f"{type(error).__name__}: {error}"[:500]
     if result is None:
@@ -137,7 +137,7 @@ def execute(one: Run, directory: Path, log, keep_checkpoints: bool = False) -> b
 
 
 def keep_images(config, directory: Path, n: int = 8) -> None:
-    """The first test images of every setting, for the report, which reads files only."""
+    """Save some test images of every setting for the report, which reads files only."""
     for setting in config.settings:
         c = Run(next(cell for cell in grid.cells(config) if cell.setting == setting), 0, 1.0, config).config
         out = directory / "pictures" / setting

@@ -1,9 +1,10 @@
-"""The grid of a study: its cells, their runs, and which learning rate a cell keeps.
+"""The grid of a study: its cells, their runs, and the learning rate chosen for a cell.
 
 A study is a config (configs/studies/): `settings` (what is learned, from near to far from pre-training), `variants` (method,
-head, sizes or stored-count budgets), `n_images` (nested subsets), `learning_rates` and `seeds`. A cell is (setting, variant,
-size, n_images). Each cell is trained at every learning rate with seed 0; the one with the best main metric on validation
-images, and never the test ones, is then trained with the other seeds, which draw another subset, initialisation and order.
+head, sizes or budgets of stored parameters), `n_images` (nested subsets), `learning_rates` and `seeds`. A cell is (setting,
+variant, size, n_images). Each cell is trained at every learning rate with seed 0. The learning rate with the best main metric
+on validation images, never on test images, is then used with the other seeds, which draw another subset, initialisation and
+order.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from jaxpeft.training import setup
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Cell:
-    """A place in the grid; `size` is the method's rank, bottleneck or length, 0 where it has none."""
+    """A configuration in the grid; `size` is the method's rank, bottleneck or length, 0 where it has none."""
 
     setting: str
     variant: str
@@ -34,7 +35,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: a cell of a study, a seed, a learning rate."""
+    """One training run: a cell of a study, a seed and a learning rate."""
 
     cell: Cell
     seed: int
@@ -47,7 +48,7 @@ class Run:
 
     @functools.cached_property
     def config(self) -> ml_collections.ConfigDict:
-        """The config that `main.py` would run alone."""
+        """The config of this run, as for `main.py`."""
         setting, variant = self.study.settings[self.cell.setting], self.study.variants[self.cell.variant]
         c = self.study.points[setting["task"]].copy_and_resolve_references()
         fields = {**methods.defaults(variant.method), **variant.get("fields", {})}
@@ -57,14 +58,13 @@ class Run:
         c.name, c.size, c.head = self.id, self.cell.size, variant.head
         c.seed = c.data.subset_seed = self.seed
         c.data.n_images, c.optim.lr = self.cell.n_images, self.lr
-        c.eval.base = bool(variant.get("base")) and self.seed == 0  # the same for every run: scored once a setting
+        c.eval.base = bool(variant.get("base")) and self.seed == 0  # equal in all runs, so scored once per setting
         c.update({key: value for key, value in setting.items() if key not in ("task", "lr_scale")})
         return c
 
 
 def cells(config) -> list[Cell]:
-    """The grid in a fixed order. Raises ValueError for an unknown method or setting before anything runs, and for a key of
-    version 0.1."""
+    """The cells in a fixed order. Raises ValueError for an unknown method or setting and for a key of version 0.1."""
     renamed.check_study(config)
     found = {}
     for setting, about in config.settings.items():
@@ -78,7 +78,7 @@ def cells(config) -> list[Cell]:
 
 
 def _pairs(config, sizes, all_n_images) -> Iterator[tuple[int, int]]:
-    """(size, n_images): every pair, or with config.cross=False the two axes through (middle size, all images)."""
+    """Pairs (size, n_images): all, or with config.cross=False those on the two axes through (middle size, all images)."""
     middle, most = sizes[len(sizes) // 2], max(all_n_images)
     for n_images in all_n_images:
         for size in sizes:
@@ -103,27 +103,26 @@ def _solved(base: str, task: str, method: str, stored: int) -> int:
 
 @functools.cache
 def abstract_model(base: str, task: str):
-    """The model of a base for a task, from its configuration alone: weights need not be there to plan."""
+    """The model of a base for a task, from its configuration alone: planning needs no weights."""
     return loading.abstract(base, task=task)
 
 
 def learning_rates(config, cell: Cell) -> list[float]:
-    """Those that a cell is trained at: its variant's `lr`, times its setting's `lr_scale`, times each of
-    config.learning_rates."""
+    """The learning rates of a cell: its variant's `lr`, times its setting's `lr_scale`, times each of config.learning_rates."""
     middle = config.variants[cell.variant].lr * config.settings[cell.setting].get("lr_scale", 1.0)
     return [float(f"{middle * factor:.3g}") for factor in config.learning_rates]
 
 
 def best_learning_rate(tried: Iterable[tuple[float, float]]) -> float | None:
     """The learning rate of the pair (learning rate, validation score) with the best score; of equal scores the smallest
-    rate. None of no pairs."""
+    learning rate. None where there are no pairs."""
     return min(((-score, lr) for lr, score in tried), default=(0.0, None))[1]
 
 
 def runs(config, finished: dict[str, dict], given_up=frozenset()) -> list[Run]:
-    """Every run that can be named now: all of seed 0, and those of the other seeds of cells whose learning rate is chosen.
+    """All runs known so far: those with seed 0, and those with other seeds of cells whose learning rate is chosen.
 
-    `finished`: id -> result. A cell's learning rate is chosen once each of its runs of seed 0 is finished or in `given_up`.
+    `finished`: id -> result. A cell's learning rate is chosen once all of its runs with seed 0 are finished or in `given_up`.
     """
     named, later = [], []
     for cell in cells(config):
@@ -141,13 +140,13 @@ def _score(result: dict, split: str) -> float:
 
 
 def n_runs(config) -> int:
-    """How many runs the whole study has."""
+    """The number of runs of the whole study."""
     return len(cells(config)) * (len(config.learning_rates) + config.seeds - 1)
 
 
 def check(config) -> None:
-    """Raise ValueError where a base cannot be read for its task, where a setting's data cannot, or where they have fewer
-    training images than a cell asks for."""
+    """Raise ValueError where a base or the data of a setting cannot be read, or where the data have fewer training images than
+    a cell needs."""
     for task in dict.fromkeys(setting["task"] for setting in config.settings.values()):
         loading.read(config.points[task].base, task=task)
     for setting in config.settings:
@@ -157,6 +156,6 @@ def check(config) -> None:
         n = len(data.load(c.data, setup.needed_splits(c))["train"].rows)
         if most.n_images > n:
             raise ValueError(
-                f"study {config.name}: n_images has {most.n_images}, but the training split of setting {setting!r} has {n} "
-                f"pictures; lower n_images"
+                f"study {config.name}: n_images includes {most.n_images}, but the training split of setting {setting!r} has "
+                f"{n} images; n_images must be at most {n}"
             )

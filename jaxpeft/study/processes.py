@@ -1,4 +1,4 @@
-"""The worker processes of a study on this machine: each on its own cores, replaced when the system kills one."""
+"""The worker processes of a study on this machine: each on its own cores, and replaced if the system kills it."""
 
 import json
 import signal
@@ -11,8 +11,8 @@ from pathlib import Path
 from jaxpeft.runtime import signals
 from jaxpeft.study import state
 
-# In a worker before anything is imported: an equal share of the cores (XLA takes its threads from that), and a stop when
-# the launcher is killed, which cannot tell it.
+# A worker does this before it imports anything: it takes an equal share of the cores (XLA sizes its thread pool by them), and
+# asks for a SIGTERM when the launcher ends, because a killed launcher cannot stop its workers.
 _PIN = """
 import ctypes, os, signal, sys
 i, n = int(sys.argv[1]), int(sys.argv[2])
@@ -26,10 +26,9 @@ os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
 
 
 def run_workers(command: list[str], workers: int, directory: Path, log=print) -> None:
-    """Start workers and wait; an interrupt here, or the end of this process, stops them with their state saved.
+    """Start workers and wait. An interrupt or the end of this process stops them with their state saved.
 
-    A worker that the system kills (out of memory, for one) has failed in the run that it held: that is written down, and
-    another worker takes its place.
+    If the system kills a worker (for example, out of memory), its run is recorded as failed and another worker replaces it.
     """
 
     def start(i):
@@ -50,9 +49,9 @@ def run_workers(command: list[str], workers: int, directory: Path, log=print) ->
                 for run in held:
                     name = signal.Signals(-child.returncode).name
                     state.write_failure(
-                        directory, run, f"the worker was killed by {name}, as for want of memory", time.time()
+                        directory, run, f"the worker was killed by {name} (likely out of memory)", time.time()
                     )
-                    log(f"failed: {run}: the worker was killed by {name}; another one takes its place")
+                    log(f"failed: {run}: the worker was killed by {name}; another worker replaces it")
                 children[i] = start(i)
     except KeyboardInterrupt:
         for child in children.values():
@@ -61,14 +60,14 @@ def run_workers(command: list[str], workers: int, directory: Path, log=print) ->
             child.wait()
         raise
     if bad := [code for code in codes if code not in (0, signals.RESTARTABLE, signals.INTERRUPTED)]:
-        raise RuntimeError(f"{len(bad)} of {workers} workers ended with {bad}; the same command goes on from here")
+        raise RuntimeError(f"{len(bad)} of {workers} workers failed (exit codes {bad}); run the same command to resume")
     for code in (signals.INTERRUPTED, signals.RESTARTABLE):
         if code in codes:
             raise signals.Stopped("", signal.SIGINT if code == signals.INTERRUPTED else signal.SIGTERM)
 
 
 def _held_by(directory: Path, pid: int) -> list[str]:
-    """The runs that a process of this host had claimed when it ended."""
+    """The runs that a process of this host held when it ended."""
     found = []
     for path in (directory / "claims").glob("[!.]*"):
         try:

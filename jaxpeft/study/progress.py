@@ -1,4 +1,4 @@
-"""How far a study is, and how long the rest will take, from what all of its workers have left in the directory."""
+"""The progress of a study and the time left, from the files that all of its workers have written."""
 
 import collections
 import dataclasses
@@ -14,7 +14,7 @@ from jaxpeft.study.state import State
 
 
 def progress(config, directory: Path, state: State) -> str:
-    """'13 of 48 runs done, ETA about 0:07:10', from what all workers have left in `directory`."""
+    """A line such as '13 of 48 runs done, ETA about 0:07:10', from the files in `directory`."""
     said = [f"{len(state.finished)} of {grid.n_runs(config)} runs done"]
     if state.given_up:
         said.append(f"{len(state.given_up)} given up")
@@ -28,7 +28,7 @@ def progress(config, directory: Path, state: State) -> str:
 def as_of(run: Run, directory: Path, state: State) -> State:
     """`state` without what was finished after `run`; all of it where `run` is not finished.
 
-    So of two workers that end at once one says that 12 runs are done, and the other one 13.
+    So two workers that finish a run at the same time report different numbers of finished runs: 12 and 13.
     """
 
     def written(name):
@@ -41,19 +41,19 @@ def as_of(run: Run, directory: Path, state: State) -> State:
 
 
 def runs_left(config, state: State) -> collections.Counter[Cell]:
-    """How many runs each cell still needs; a cell with none is not in it."""
+    """The number of runs left for each cell that has any."""
     left = collections.Counter(run.cell for run in state.todo)
     undecided = {run.cell for run in state.todo if run.seed == 0}
-    for cell in undecided:  # the runs of the other seeds get their names when the learning rate is chosen
+    for cell in undecided:  # runs with other seeds are known only when the learning rate is chosen
         left[cell] += config.seeds - 1
     return left
 
 
 def seconds_left(config, directory: Path, state: State) -> float | None:
-    """About how long the rest of the study takes; None before the first run since its newest start is finished."""
-    # Each run that is left is expected to take what finished ones like it took (see `_expected`). The sum is divided by
-    # the number of workers that hold a run now. It is never less than the longest run that is left: workers do not share
-    # one. Left out: how far the runs of the other workers are, tries that fail, workers that come or go.
+    """The estimated time of the runs left; None until a run has finished since the latest start of the study."""
+    # Each run left is expected to take as long as similar finished runs (see `_expected`). The sum is divided by the number
+    # of workers that hold a run now. It is at least the time of the longest run left, because workers do not share a run.
+    # The estimate ignores the progress of runs that other workers hold, failed tries, and workers that join or leave.
     measured = _measured(directory, state)
     if not measured:
         return None
@@ -64,12 +64,12 @@ def seconds_left(config, directory: Path, state: State) -> float | None:
 
 
 def _measured(directory: Path, state: State) -> dict[tuple, list[float]]:
-    """How long the runs took that finished since the latest start of the study: each stands under (), (setting,),
-    (setting, variant), (setting, variant, size) and all of its cell.
+    """Durations of the runs that finished since the latest start of the study, each under the keys (), (setting,),
+    (setting, variant), (setting, variant, size) and its whole cell.
 
-    Those of before may come from another machine, or from another number of workers on this one.
+    Earlier runs may come from another machine, or from another number of workers on this one.
     """
-    # files are compared with files: the clocks of the hosts may differ
+    # times of files are compared with each other only, because the clocks of the hosts may differ
     began, found = _written(directory / "study.json"), collections.defaultdict(list)
     for run in state.runs:
         if run.id in state.finished and _written(directory / "points" / run.id / "result.json") >= began:
@@ -80,7 +80,7 @@ def _measured(directory: Path, state: State) -> dict[tuple, list[float]]:
 
 
 def _written(path: Path) -> int:
-    """When a file was written, in nanoseconds; 0 where there is none."""
+    """The time when a file was written, in nanoseconds; 0 where there is none."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -88,23 +88,23 @@ def _written(path: Path) -> int:
 
 
 def _seconds(timing: dict) -> float:
-    """How long a run takes when nothing interrupts it.
+    """The duration of a run without interruptions.
 
-    The times of a run that went on from a stored step have only the steps since then: the others are added.
+    The times of a resumed run cover only the steps since it was resumed: the earlier ones are added.
     """
     return timing["total_s"] + max(0.0, timing["steps"] * timing["step_s"] - timing["train_s"])
 
 
 def _expected(cell: Cell, measured: dict[tuple, list[float]]) -> float:
-    """The median of the measured runs that are most like those of `cell`: of that cell, or else of its setting, variant
-    and size, of its setting and variant, of its setting, of any."""
+    """The median duration of the measured runs most similar to those of `cell`: of the same cell, or else of the same setting,
+    variant and size, setting and variant, or setting, or of all runs."""
     fields = dataclasses.astuple(cell)
     alike = next(fields[:n] for n in range(len(fields), -1, -1) if fields[:n] in measured)
     return float(np.median(measured[alike]))
 
 
 def _live_workers(directory: Path) -> int:
-    """How many workers hold a run now, on any host; at least 1. The claim of one that is gone does not count."""
+    """The number of workers that hold a run now, on any host; at least 1. Claims of ended workers do not count."""
     claims = directory / "claims"
     held = [path.name for path in claims.glob("[!.]*")]
     return max(1, sum(locks.Lease(claims, name).owner() is not None for name in held))

@@ -1,9 +1,9 @@
 """The runs of a study on a Ray cluster: `main.py --config=configs/studies/X.py --workdir=DIR --executor=ray`.
 
-Every node sees DIR, the data and the checkout at the same paths (a shared file system, or an image with the checkout and a
-mounted DIR): results, claims and features are files there, as with processes of one machine, which may help on the
-same DIR at the same time. A task is one run. The cluster is the one that RAY_ADDRESS names, or that runs on this host, or one
-that is started here. The driver holds nothing that is not on disk: killed, it is started again by the same command.
+DIR, the data and the checkout must have the same paths on every node (a shared file system, or an image with the checkout and
+a mounted DIR): results, claims and features are files there, as with processes on one machine, which may work in the same DIR
+at the same time. A Ray task is one run. The cluster is the one given by RAY_ADDRESS, or the one running on this host, or a new
+one. All state of the driver is on disk: if it is killed, run the same command again.
 """
 
 import dataclasses
@@ -19,21 +19,21 @@ from jaxpeft.study import execute, state
 from jaxpeft.study.grid import Run
 
 RUNS_A_PROCESS = 20
-POLL, AGAIN = 2.0, 5.0  # seconds between looks, and before a run that could not be done is sent again
+POLL, AGAIN = 2.0, 5.0  # seconds between polls, and before a run that could not be executed is submitted again
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one run takes of a node; Ray starts as many at once as fit."""
+    """The resources of one run; Ray starts as many runs at the same time as fit."""
 
     cpus: float = 1.0
     gpus: float = 0.0
-    memory: float = 0.0  # bytes; 0: not asked for
-    custom: tuple[tuple[str, float], ...] = ()  # as TPU=4
+    memory: float = 0.0  # bytes; 0: no request
+    custom: tuple[tuple[str, float], ...] = ()  # such as TPU=4
 
     @classmethod
     def parse(cls, text: str) -> "Resources":
-        """From 'CPU=4,GPU=1,memory_gb=16,TPU=4'; raises ValueError naming the part that is wrong."""
+        """Parse 'CPU=4,GPU=1,memory_gb=16,TPU=4'. Raises ValueError naming the invalid part."""
         found, custom = {"cpus": 1.0}, {}
         for part in filter(None, text.split(",")):
             name, _, value = part.partition("=")
@@ -43,7 +43,7 @@ class Resources:
                     raise ValueError
             except ValueError:
                 raise ValueError(
-                    f"resources: {part!r} is not NAME=NUMBER; say for example CPU=4,GPU=1,memory_gb=16 or CPU=8,TPU=4"
+                    f"resources: {part!r} must be NAME=NUMBER, for example CPU=4,GPU=1,memory_gb=16 or CPU=8,TPU=4"
                 ) from None
             match name:
                 case "CPU":
@@ -57,12 +57,12 @@ class Resources:
         return cls(**found, custom=tuple(sorted(custom.items())))
 
     def options(self) -> dict:
-        """For `ray.remote`."""
+        """The options for `ray.remote`."""
         own = {"num_cpus": self.cpus, "num_gpus": self.gpus, "resources": dict(self.custom)}
         return own | ({"memory": self.memory} if self.memory else {})
 
     def fits(self, node: dict[str, float]) -> bool:
-        """Whether a node with these resources in all can do a run."""
+        """Whether a node with these total resources can execute a run."""
         asked = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory, **dict(self.custom)}
         return all(node.get(name, 0.0) >= amount for name, amount in asked.items())
 
@@ -72,8 +72,8 @@ class Resources:
 
 
 def work(config, directory: Path, resources: Resources, log=print) -> None:
-    """Send runs to the cluster until none is left. A run whose process the system kills, as for want of memory, has failed
-    and is tried again; one whose node goes away, or that meets a full disk, is sent again and has not failed."""
+    """Submit runs to the cluster until all are done. A run whose process is killed (likely out of memory) has failed and is
+    tried again; a run whose node is lost, or that finds a full disk, is submitted again and does not count as failed."""
     try:
         import ray
     except ImportError:
@@ -84,11 +84,11 @@ def work(config, directory: Path, resources: Resources, log=print) -> None:
         paths = os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])])
         ray.init(log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    log(f"ray: {len(nodes)} nodes, {sum(node.get('CPU', 0) for node in nodes):g} cores; a run takes {resources}")
+    log(f"ray: {len(nodes)} nodes, {sum(node.get('CPU', 0) for node in nodes):g} cores; each run needs {resources}")
     if not any(resources.fits(node) for node in nodes):
-        log(f"ray: no node has {resources} now; waiting for one (--resources says what a run takes)")
+        log(f"ray: no node has {resources} now; waiting for one (--resources sets what a run needs)")
 
-    # on a device a process per run, so that nothing of a run stays behind there; else some, which import once
+    # on an accelerator a process per run, so that its memory is freed; else several runs, to import only once
     calls = 1 if resources.gpus or resources.custom else RUNS_A_PROCESS
     task = ray.remote(max_retries=0, max_calls=calls, **resources.options())(_task)
     directory, found, sent, not_before = directory.resolve(), None, {}, {}
@@ -99,7 +99,7 @@ def work(config, directory: Path, resources: Resources, log=print) -> None:
             for run in found.todo:
                 if run.id not in flying and not_before.get(run.id, 0.0) <= now:
                     cores = max(1, int(resources.cpus))
-                    _ = run.config  # goes with the run: a process of a later edit might make another one of the study
+                    _ = run.config  # cached and sent with the run: a worker might import edited code and build another
                     sent[task.remote(run, str(directory), os.getcwd(), cores, tuple(registry.given))] = run
             if not sent and not found.todo:
                 return
@@ -108,7 +108,7 @@ def work(config, directory: Path, resources: Resources, log=print) -> None:
                 run = sent.pop(ref)
                 if not _received(ray, ref, run, directory, log):
                     not_before[run.id] = time.monotonic() + AGAIN
-    except KeyboardInterrupt:  # every run stops at its next step, saved, and the same command goes on from there
+    except KeyboardInterrupt:  # every run saves its state and stops at its next step; the same command resumes it
         for ref in sent:
             ray.cancel(ref)
         if sent:
@@ -117,11 +117,11 @@ def work(config, directory: Path, resources: Resources, log=print) -> None:
 
 
 def _received(ray, ref, run, directory: Path, log) -> bool:
-    """Take in what became of a task; False where its run may be sent again later. Only a killed process used up a try."""
+    """Handle the outcome of a task; returns False where its run may be submitted again. Only a killed process uses up a try."""
     try:
         lines = ray.get(ref)
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-        said = f"its process was killed ({type(error).__name__}), as for want of memory"
+        said = f"its process was killed (likely out of memory; {type(error).__name__})"
         state.write_failure(directory, run.id, said, time.time())
         log(f"failed: {run.id}: {said}")
         return False
@@ -130,7 +130,7 @@ def _received(ray, ref, run, directory: Path, log) -> bool:
         if isinstance(error, ray.exceptions.RayTaskError) and not signals.is_transient(cause):
             raise cause from error
         log(
-            f"{run.id}: {signals.message(cause) if signals.is_transient(cause) else type(error).__name__}; it is sent again"
+            f"{run.id}: {signals.message(cause) if signals.is_transient(cause) else type(error).__name__}; submitted again"
         )
         return False
     for line in lines or ():
@@ -139,17 +139,17 @@ def _received(ray, ref, run, directory: Path, log) -> bool:
 
 
 def _task(run: Run, directory: str, cwd: str, n_cores: int, imports=()) -> list[str] | None:
-    """In a process of the cluster: do a run -> what it said, or None where another process is doing it or it was stopped."""
+    """In a Ray worker: execute a run -> its log lines, or None where it was stopped or another process executes it."""
     os.chdir(cwd)
     registry.load(imports)
     lines: list[str] = []
-    os.environ["PJRT_NPROC"] = str(n_cores)  # XLA's threads: Ray counts cores, and keeps no process to its own
+    os.environ["PJRT_NPROC"] = str(n_cores)  # XLA's threads: Ray only counts cores, it does not pin processes to them
     with signals.handled():
         malloc.keep_freed_memory()
         host.keep_compiled_programs()
         try:
             done = execute.attempt(run, Path(directory), lines.append)
-        except KeyboardInterrupt:  # cancelled, or its node is told to go: it is saved
+        except KeyboardInterrupt:  # cancelled, or its node is being removed: the run is saved
             return None
         finally:
             jax.clear_caches()

@@ -1,13 +1,13 @@
-"""What a study directory holds: finished runs, failed tries, runs that are out of date.
+"""The content of a study directory: finished runs, failed tries, runs that are out of date.
 
 DIR/study.json          the config and the command
-DIR/points/ID/          one run, as `main.py` leaves it for a single point: result.json, predictions.jsonl, ...
-DIR/claims/ID           who is working on it; survives its owner by at most locks.STALE seconds, then others take over
+DIR/points/ID/          one run, as written by `main.py` for a single run: result.json, predictions.jsonl, ...
+DIR/claims/ID           the worker that holds the run; locks.STALE seconds after the worker ended, others take over
 DIR/failures/ID.jsonl   a line per failed try; after TRIES the run is given up and reported as failed
 DIR/features/           outputs of frozen stages (image tokens, question states) that the runs share
-DIR/reruns/             what --rerun asked for (reruns.py)
-DIR/stale/              runs that were done again, because their config changed or --rerun asked for it
-DIR/results.jsonl       a line per run: what the report reads
+DIR/reruns/             the requests of --rerun (reruns.py)
+DIR/stale/              earlier results of runs that were executed again because of a changed config or --rerun
+DIR/results.jsonl       a line per run, which the report reads
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ TRIES = 3
 
 @dataclasses.dataclass
 class State:
-    """What a study directory holds now."""
+    """The current content of a study directory."""
 
     finished: dict[str, dict]  # id -> result
     tries: dict[str, list[dict]]  # id -> failures
@@ -45,14 +45,14 @@ class State:
 
 
 def read(config, directory: Path, known: State | None = None) -> State:
-    """Look at everything in `directory` that belongs to the study's runs; what `known` has finished is taken over."""
+    """Read the state of the study's runs in `directory`; the results in `known` are not read again."""
     tries = {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()]
         for path in sorted((directory / "failures").glob("*.jsonl"))
     }
     state = State(dict(known.finished) if known else {}, tries, {}, [])
     asked, seen = reruns.asked(directory), set(state.finished)
-    while True:  # finished runs of seed 0 name the runs of the other seeds
+    while True:  # finished runs with seed 0 determine the runs with other seeds
         state.runs = grid.runs(config, state.finished, state.given_up)
         new = [run for run in state.runs if run.id not in seen]
         if not new:
@@ -61,7 +61,7 @@ def read(config, directory: Path, known: State | None = None) -> State:
             seen.add(run.id)
             if why := out_of_date(directory, run, asked):
                 state.stale[run.id] = why
-                tries.pop(run.id, None)  # they were of what is out of date
+                tries.pop(run.id, None)  # these tries are out of date too
                 continue
             try:
                 state.finished[run.id] = json.loads((directory / "points" / run.id / "result.json").read_text())
@@ -70,23 +70,25 @@ def read(config, directory: Path, known: State | None = None) -> State:
 
 
 def out_of_date(directory: Path, run: Run, asked: set[tuple[str, int]]) -> list[str]:
-    """Why a run that is there must be done again: the config keys that differ from the grid's, or --rerun. [] where
-    nothing differs, and where there is no such run."""
+    """Why an existing run must be executed again: the config keys that differ from the grid's, or --rerun. [] where nothing
+    differs, and where there is no such run."""
     place = directory / "points" / run.id
     try:
         before = json.loads((place / "config.json").read_text())
         if (place / "result.json").exists():
             if (run.id, reruns.written(directory, run.id)) in asked:
                 return ["--rerun"]
-            before = renamed.translated(before)  # old names are no difference; an unfinished run of 0.1 cannot go on
-    except FileNotFoundError:  # not begun, or just now moved to stale/ by another process
+            before = renamed.translated(
+                before
+            )  # old names are no difference; an unfinished run of 0.1 cannot be resumed
+    except FileNotFoundError:  # not begun, or just moved to stale/ by another process
         return []
     before, now = tree.flatten(before), tree.flatten(setup.as_json(run.config))
     return sorted(key.replace("/", ".") for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
 def set_aside(directory: Path, name: str) -> None:
-    """Move a run that is out of date to DIR/stale, and forget its failures. Call it with the run's lease only."""
+    """Move a run that is out of date to DIR/stale, and delete its failures. The caller must hold the run's lease."""
     aside = directory / "stale" / f"{name}.{uuid.uuid4().hex[:6]}"
     aside.parent.mkdir(exist_ok=True)
     os.replace(directory / "points" / name, aside)
@@ -94,7 +96,7 @@ def set_aside(directory: Path, name: str) -> None:
 
 
 def write_failure(directory: Path, name: str, error: str, began: float) -> None:
-    """Write down a try of a run that failed."""
+    """Record a failed try of a run."""
     failures = directory / "failures"
     failures.mkdir(exist_ok=True)
     with (failures / f"{name}.jsonl").open("a") as out:
@@ -102,28 +104,28 @@ def write_failure(directory: Path, name: str, error: str, began: float) -> None:
 
 
 def plan(config, state: State) -> str:
-    """What will run and why, for the user to read before it does."""
+    """A summary of what will run and why."""
     n_all, n_known = grid.n_runs(config), len(state.runs)
     lines = [
         f"study {config.name}: {len(grid.cells(config))} cells, {n_all} runs; {len(state.finished)} done, "
-        f"{len(state.todo)} to do, {n_all - n_known} wait for their cell's learning rate"
+        f"{len(state.todo)} to do, {n_all - n_known} waiting for the choice of their cell's learning rate"
     ]
     for name, why in sorted(state.stale.items()):
-        lines.append(f"  out of date, runs again: {name} ({', '.join(why)})")
+        lines.append(f"  out of date, will run again: {name} ({', '.join(why)})")
     for name in sorted(state.given_up):
         lines.append(f"  given up after {TRIES} tries: {name} ({state.tries[name][-1]['error']})")
     if other := sorted(name for name, result in state.finished.items() if result.get("code", "") != results.code()):
         lines.append(
-            f"  {len(other)} of {len(state.finished)} finished runs were made by other code than this program's "
-            f"({results.code()}), as {other[0]}. They are not done again by themselves, and the report refuses to compare "
-            f"runs of one cell made by different code. To do runs again: --rerun=PATTERN of their ids, as "
+            f"  {len(other)} of {len(state.finished)} finished runs were made by other code than the current code "
+            f"({results.code()}), such as {other[0]}. They do not run again automatically, but the report does not compare "
+            f"runs of one cell made by different code. To run them again, pass a pattern of their ids, such as "
             f"--rerun='{other[0].rsplit('-s', 1)[0]}-*' or --rerun='*'"
         )
     return "\n".join(lines)
 
 
 def collect(directory: Path, state: State) -> list[dict]:
-    """Write results.jsonl -> its rows: every run that is done, and every one given up, by id."""
+    """Write results.jsonl -> its rows: all runs that are done or given up, sorted by id."""
     rows = []
     for run in state.runs:
         facts = {**dataclasses.asdict(run.cell), "id": run.id, "seed": run.seed, "lr": run.lr}

@@ -1,4 +1,4 @@
-"""What a task is: examples from a split, a loss over a batch, a prompt to answer from, and a score over strings."""
+"""The interface of a task: examples from a split, a loss over a batch, evaluation examples, and a score over strings."""
 
 import abc
 import collections
@@ -21,24 +21,24 @@ from jaxpeft.tree import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Task(abc.ABC):
-    """Fields are the options of `config.task_options`. Subclasses define the functions below; all are pure."""
+    """A task. Its fields are the options of `config.task_options`; its functions are pure."""
 
     smoothing: float = 0.0  # label smoothing of the training loss
-    max_new_tokens: int = 0  # of a text that is written; 0: the longest in the data
-    min_length: int = 0  # of a text that is written, its start included
+    max_new_tokens: int = 0  # of a generated text; 0: those of the longest text in the data
+    min_length: int = 0  # of a generated text, in tokens, including the prompt
     metrics: tuple[str, ...] = ()  # keys of metrics.METRICS to report beside the task's own
     name: ClassVar[str] = ""
     asks: ClassVar[bool] = False  # whether an example has a question
     main_metric: ClassVar[str] = ""  # the metric that tables and studies show
-    id_key: ClassVar[str] = ""  # of the rows of `eval_examples`: what tells them apart
-    # fields that limit a text's tokens, where 0 means as many as the longest text has -> their value where there is no text
+    id_key: ClassVar[str] = ""  # the key of the unique id in the rows of `eval_examples`
+    # fields that limit the tokens of a text, where 0 stands for the longest text in the data -> their value without any text
     limits: ClassVar[dict[str, int]] = {"max_new_tokens": 36}
-    limited_texts: ClassVar[dict[str, str]] = {}  # limit -> what it cuts, for messages
-    only_written: ClassVar[tuple[str, ...]] = ()  # limits that do not touch training texts
+    limited_texts: ClassVar[dict[str, str]] = {}  # limit -> the texts that it cuts, for messages
+    only_written: ClassVar[tuple[str, ...]] = ()  # limits that apply to generated texts only, not to training texts
 
     @property
     def kind(self) -> str:
-        """Which of the models' ways to write a text the task uses; one of your own uses one of these."""
+        """The kind of template that the task uses: 'captioning' or 'vqa', also for a task of your own."""
         return "vqa" if self.asks else "captioning"
 
     def template(self, model: VisionLanguageModel) -> Template:
@@ -46,88 +46,88 @@ class Task(abc.ABC):
         return model.processor.template(self.kind)
 
     def search(self, model: VisionLanguageModel, beams: int = 1) -> decode.Search:
-        """How texts of this task are written."""
+        """The decoding settings of this task."""
         template = self.template(model)
         most = min(self.limits["max_new_tokens"], model.positions - len(template.start))
         return decode.Search.of(template, self.max_new_tokens or most, min_length=self.min_length, beams=beams)
 
     @abc.abstractmethod
     def examples(self, split: Split, template: Template) -> Examples:
-        """Training examples: arrays 'tokens', 'targets' (n,A,T) int32, 'weights' (n,A,T) float32, maybe 'prompt' (n,P)."""
+        """Training examples: arrays 'tokens', 'targets' (n,A,T) int32, 'weights' (n,A,T) float32, optionally 'prompt' (n,P)."""
 
     @abc.abstractmethod
     def eval_examples(self, split: Split, template: Template) -> Examples:
-        """One example per text to write: arrays 'image_index' and maybe 'prompt'; rows for scoring."""
+        """One example per text to generate: arrays 'image_index' and optionally 'prompt', and rows for scoring."""
 
     @abc.abstractmethod
     def texts(self, split: Split, template: Template) -> list[str]:
-        """Every text that training reads, for the check that the vocabulary covers it."""
+        """Every training text, for the check that the vocabulary covers it."""
 
     @abc.abstractmethod
     def lengths(self, split: Split, template: Template) -> dict[str, np.ndarray]:
-        """Field that limits texts -> how much of it each text of the split takes, prompt and special tokens included."""
+        """Limit -> the length of each text of the split, including prompt and special tokens."""
 
     @abc.abstractmethod
     def least(self, template: Template) -> dict[str, int]:
-        """Limit -> its smallest sensible value, with which one token of a text is left."""
+        """Limit -> its smallest valid value, which leaves one token of a text."""
 
     @abc.abstractmethod
     def truths(self, row: dict) -> list[str]:
-        """What is right for an example."""
+        """The right texts of an example."""
 
     @abc.abstractmethod
     def form(self, text: str) -> str:
-        """How the score reads a text: texts of one form are equal to it."""
+        """The normalised form of a text that the score compares: texts with the same form are equal."""
 
     @abc.abstractmethod
     def score(self, rows: list[dict], predictions: list[str]) -> dict:
-        """Metrics of a whole split; `rows` are those of `eval_examples`."""
+        """The metrics of a whole split; `rows` are those of `eval_examples`."""
 
     @abc.abstractmethod
     def per_example(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
-        """The main metric of every example; its mean is the split's."""
+        """The main metric of every example; the mean is that of the split."""
 
     def scores(self, rows: list[dict], predictions: list[str]) -> dict:
-        """`score`, and the mean of each of `metrics` by name."""
+        """`score`, with the mean of each metric in `metrics` by name."""
         pairs = list(zip(predictions, map(self.truths, rows), strict=True))
         more = {name: float(np.mean([METRICS.find(name)(*one) for one in pairs])) for name in self.metrics}
         return self.score(rows, predictions) | more
 
     @abc.abstractmethod
     def guesses(self, train: Split, rows: list[dict]) -> dict[str, list[str]]:
-        """What may be said of every case without looking at its picture, by the name of the way to guess."""
+        """Name of a blind baseline -> its text for every example, guessed without the image."""
 
     def blind(self, train: Split, rows: list[dict]) -> dict[str, dict]:
         """The scores of `guesses`."""
         return {name: self.scores(rows, texts) for name, texts in self.guesses(train, rows).items()}
 
     def upload(self, rows: list[dict], predictions: list[str]) -> list[dict] | None:
-        """What the evaluation server of the task takes, or None where the ids are not numbers, as theirs are."""
+        """The submission to the task's evaluation server, or None where the ids are not numbers as on the server."""
         return None
 
     def candidates(self, train: Split, template: Template) -> list[str] | None:
-        """The closed list that answers are chosen from, or None where the model writes freely."""
+        """The closed list that answers are chosen from, or None where the model generates them."""
         return None
 
     def loss(
         self, model: VisionLanguageModel, variables: Tree, batch: Mapping[str, jax.Array], rngs: dict[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """(sum, count) whose ratio is the training loss: by default token losses over scored tokens."""
+        """(sum, count), whose ratio is the training loss: by default of the token losses, over all scored tokens."""
         logits_BATV = model.apply(variables, batch, rngs=rngs)
         return ops.token_loss(logits_BATV, batch["targets"], batch["weights"], self.smoothing)
 
     def nll(
         self, model: VisionLanguageModel, variables: Tree, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """Per example (sum of target nats (B,), number of target tokens (B,)): reported as nats per token."""
+        """(negative log-likelihood of the targets in nats (B,), number of target tokens (B,)) per example."""
         scored_BAT = (batch["weights"] > 0).astype(jnp.float32)
         nll_BAT = ops.token_nll(model.apply(variables, batch), batch["targets"]) * scored_BAT
         return nll_BAT.sum(axis=(1, 2)), scored_BAT.sum(axis=(1, 2))
 
     def limited(self, lengths: Iterable[dict[str, np.ndarray]], positions: int, template: Template) -> "Task":
-        """The task with every limit that is 0 set to what the longest text takes, at most the model's `positions`.
+        """The task with every limit that is 0 set to the length of the longest text, at most the model's `positions`.
 
-        Raises ValueError for a limit above them, or one that leaves nothing of a text.
+        Raises ValueError for a limit above `positions`, or one that leaves no token of a text.
         """
         lengths, chosen, least = list(lengths), {}, self.least(template)
         for field, default in self.limits.items():
@@ -135,15 +135,15 @@ class Task(abc.ABC):
             asked = getattr(self, field)
             if asked and not least[field] <= asked <= most:
                 raise ValueError(
-                    f"task_options.{field} is {asked}; with this base and prompt it must be {least[field]} to {most}, or "
-                    f"0 for as many tokens as the longest text has"
+                    f"task_options.{field} is {asked}; with this base and prompt it must be between {least[field]} and "
+                    f"{most}, or 0 for the length of the longest text"
                 )
             longest = max((int(one[field].max()) for one in lengths if one[field].size), default=default)
             chosen[field] = asked or min(longest, most)
         return dataclasses.replace(self, **chosen)
 
     def cuts(self, lengths: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
-        """Limit -> {'limit', 'longest', 'cut': how many texts are longer, 'of': how many there are}; a limit of 0 is none."""
+        """Limit -> {'limit', 'longest', 'cut': number of longer texts, 'of': number of texts}; 0 means no limit."""
         found = {}
         for field, n in lengths.items():
             limit = getattr(self, field)
@@ -152,24 +152,24 @@ class Task(abc.ABC):
         return found
 
     def writable(self, text: str, template: Template) -> str:
-        """What comes out where the model writes `text` as well as this vocabulary and `max_new_tokens` let it."""
+        """The closest that the model can come to `text` with this vocabulary and `max_new_tokens`."""
         return template.text(template.tokenizer.pieces(text)[: self.max_new_tokens or None])
 
     def reachable(self, text: str, template: Template) -> bool:
-        """Whether the decoder can write `text` so that the score takes it for `text`."""
+        """Whether the decoder can generate a text that the score considers equal to `text`."""
         return self.form(self.writable(text, template)) == self.form(text) != ""
 
     def perfect_writer(self, rows: list[dict], template: Template) -> dict:
-        """The score of the best right text of every case as this vocabulary writes it: what the base can be expected to reach.
+        """The score of the best right text of every example as this vocabulary can write it: the upper bound for this base.
 
-        With 'unhindered' (the main metric of the right texts as they are), 'truths' and 'out_of_reach' (the number of right
-        texts, and of those that cannot be written), and 'examples' of these, pairs of the text and what is written.
+        With 'unhindered' (the main metric of the unchanged right texts), 'truths' (the number of right texts), 'out_of_reach'
+        (the number of those that cannot be written), and 'examples' of the latter, pairs of a text and what can be written.
         """
         groups = [list(dict.fromkeys(self.truths(row))) for row in rows]
         written = {text: self.writable(text, template) for group in groups for text in group}
 
         def best(write: Callable[[str], str]) -> list[str]:
-            """Of each case the text that scores best; of the ten most frequent, as data sets with more are rare."""
+            """The best text of each example, among its ten most frequent ones: few data sets have more."""
             tried = [
                 [write(group[min(k, len(group) - 1)]) for group in groups]
                 for k in range(min(10, max(map(len, groups))))
@@ -185,19 +185,19 @@ class Task(abc.ABC):
 
 
 def check_ids(cases: Examples, key: str, name: str) -> None:
-    """Raise ValueError where two cases of a split have one id: one of them would not be scored."""
+    """Raise ValueError where two examples of a split have the same id: one of them would not be scored."""
     seen = set()
     for row in cases.rows:
         if row[key] in seen:
-            raise ValueError(f"split {name!r}: {key} {row[key]!r} occurs twice; every case of a split needs its own")
+            raise ValueError(f"split {name!r}: {key} {row[key]!r} occurs twice; ids in a split must be unique")
         seen.add(row[key])
 
 
 def teacher_forced(texts: list[list[list[int]]], weights: list[list[float]], template: Template) -> dict:
-    """Token ids per example and text -> inputs, shifted targets, and weights (0 on the start and on padding).
+    """Make inputs, shifted targets and weights from token ids per example and text. Start and padding have weight 0.
 
-    `texts[i][a]` starts with `template.start` and ends with an end token, unless it was cut; examples with fewer texts than
-    the most are filled up with texts of weight 0. Without a start, column 0 of the inputs is a placeholder.
+    `texts[i][a]` starts with `template.start` and ends with an end token, unless it was cut. All examples are padded to the
+    same number of texts with texts of weight 0. Without a start, column 0 of the inputs is a placeholder.
     """
     lead = [] if template.start else [template.pad]
     n_given = len(template.start) + len(lead)

@@ -1,7 +1,7 @@
-"""Captioning: a picture in, a sentence out. BLIP's recipe (Li et al. 2022, section 5.2).
+"""Captioning: an image in, a sentence out. BLIP's recipe (Li et al. 2022, section 5.2).
 
-A text begins with the prompt, which is given and not scored. The loss is the mean over caption tokens. One training example
-per reference caption. Scores: CIDEr-D, BLEU-1..4, ROUGE-L over all references.
+A text begins with the prompt, which is not scored. The loss is the mean over caption tokens. Every reference caption is a
+training example. Scores: CIDEr-D, BLEU-1..4 and ROUGE-L over all references.
 """
 
 import collections
@@ -18,19 +18,19 @@ from jaxpeft.metrics import coco_java
 from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.tasks.base import Task, teacher_forced
 
-# how captions are read for scoring: 'basic' for one's own, in any language; 'coco' as published COCO numbers are
+# how captions are tokenised for scoring: 'basic' for your own data, in any language; 'coco' as for published COCO numbers
 VARIANTS = {"basic": metrics.plain_words, "coco": metrics.tokenize}
 
 
 @dataclasses.dataclass(frozen=True)
 class Captioning(Task):
-    prompt: str | None = None  # what a caption begins with, None for the model's own
-    max_tokens: int = 0  # of a training caption, prompt and end token included; longer ones are cut; 0: the longest
-    max_words: int = 0  # of a training caption; longer ones are cut; 0: any number
-    max_new_tokens: int = 0  # decoding: most tokens written behind the prompt; 0: the longest caption's
+    prompt: str | None = None  # the beginning of every caption; None: the model's own prompt
+    max_tokens: int = 0  # of a training caption, including prompt and end token; longer ones are cut; 0: the longest
+    max_words: int = 0  # of a training caption; longer ones are cut; 0: no limit
+    max_new_tokens: int = 0  # of a generated caption, after the prompt; 0: those of the longest caption
     min_length: int = 5
     variant: str = "basic"  # a key of VARIANTS
-    java: bool = False  # variant 'coco' with PTB tokens and METEOR through Java, where it is installed
+    java: bool = False  # for variant 'coco': PTB tokens and METEOR by Java, where it is installed
     name: ClassVar[str] = "captioning"
     main_metric: ClassVar[str] = "cider_d"
     id_key: ClassVar[str] = "image_id"
@@ -46,7 +46,7 @@ class Captioning(Task):
         if self.variant not in VARIANTS:
             raise ValueError(f"task_options.variant is {self.variant!r}; choose one of {', '.join(VARIANTS)}")
         if self.java and self.variant != "coco":
-            raise ValueError("task_options.java scores captions as COCO's are; set task_options.variant='coco' too")
+            raise ValueError("task_options.java requires task_options.variant='coco'; set both")
 
     def template(self, model: VisionLanguageModel) -> Template:
         return model.processor.template(self.kind, prompt=self.prompt, max_words=self.max_words)
@@ -66,7 +66,7 @@ class Captioning(Task):
     def examples(self, split: Split, template: Template) -> Examples:
         pairs = [(i, text) for i, row in enumerate(split.rows) for text in row["captions"]]
         if not pairs:
-            raise ValueError(f"split {split.name!r} has no captions; the captioning task needs some")
+            raise ValueError(f"split {split.name!r} has no captions; the captioning task needs at least one")
         ids = [[template.target(text, self.max_tokens)[0]] for _, text in pairs]
         arrays = teacher_forced(ids, [[1.0]] * len(ids), template)
         arrays["image_index"] = np.array([i for i, _ in pairs], np.int32)
@@ -88,7 +88,7 @@ class Captioning(Task):
         return VARIANTS[self.variant](text)
 
     def score(self, rows: list[dict], predictions: list[str]) -> dict:
-        """Metrics of a whole split: CIDEr-D's document frequencies come from the references given here."""
+        """The metrics of a whole split; CIDEr-D's document frequencies are those of the references in `rows`."""
         ours = {row["image_id"]: text for row, text in zip(rows, predictions, strict=True)}
         truths = {row["image_id"]: row["references"] for row in rows}
         if self.java:
@@ -110,9 +110,9 @@ class Captioning(Task):
         return metrics.cider_d(ours, {row["image_id"]: list(map(read, row["references"])) for row in rows})[1]
 
     def guesses(self, train: Split, rows: list[dict]) -> dict[str, list[str]]:
-        """One training caption for every picture: the most frequent, and the one that fits training pictures best.
+        """The same training caption for every image: the most frequent one, and the one with the best score.
 
-        The latter is the best of 20 captions, the ten most frequent and ten others, on 100 pictures, spread over the split.
+        The latter is the best of 20 captions, the ten most frequent and ten others, on 100 training images.
         """
         counts = collections.Counter(
             clean_caption(text, self.max_words or 10**6) for row in train.rows for text in row["captions"]
@@ -126,5 +126,5 @@ class Captioning(Task):
 
 
 def _spread(items: list, n: int) -> list:
-    """At most n of them, evenly spread."""
+    """At most `n` items, evenly spread."""
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(n, len(items))).astype(int))]

@@ -1,7 +1,7 @@
-"""Visual question answering: a picture and a question in, a short answer out. BLIP's recipe (section 5.3).
+"""Visual question answering: an image and a question in, a short answer out. BLIP's recipe (section 5.3).
 
-Loss: per answer the sum over its tokens, weighted by the share of annotators who gave it, summed, and
-divided by the number of questions. Score: VQA accuracy; how texts are compared is `variant` (metrics.vqa_accuracy).
+Loss: the sum over the tokens of each answer, weighted by the share of annotators who gave the answer, summed over answers
+and divided by the number of questions. Score: VQA accuracy; `variant` says how texts are compared (metrics.vqa_accuracy).
 """
 
 import collections
@@ -25,17 +25,17 @@ from jaxpeft.tree import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Vqa(Task):
-    max_question: int = 0  # tokens, specials included; longer ones lose their end; 0: the longest
-    max_answers: int = 10  # distinct answers trained per question, the most frequent first
-    max_new_tokens: int = 0  # of an answer, its end included, trained and written; 0: the longest
+    max_question: int = 0  # tokens, including special ones; longer questions are cut at the end; 0: the longest
+    max_answers: int = 10  # distinct training answers per question, the most frequent first
+    max_new_tokens: int = 0  # of a training or generated answer, including the end token; 0: the longest
     min_length: int = 0
-    variant: str = "basic"  # 'official2021' or 'legacy' for numbers to set beside published ones of VQA v2
-    inference: str = "generate"  # 'rank': the best of a closed list of answers, as BLIP's VQA v2 results are made
+    variant: str = "basic"  # 'official2021' or 'legacy' for numbers to compare with published ones of VQA v2
+    inference: str = "generate"  # 'rank': the best of a closed list of answers, as for BLIP's VQA v2 results
     answer_list: str = (
-        ""  # of 'rank': a JSON file with a list of answers; '' for the `n_answers` most frequent in training
+        ""  # for 'rank': a JSON file with a list of answers; '' for the `n_answers` most frequent in training
     )
     n_answers: int = 3128
-    rank_k: int = 128  # answers whose whole loss is computed, per question
+    rank_k: int = 128  # the answers per question whose full loss is computed
     name: ClassVar[str] = "vqa"
     asks: ClassVar[bool] = True
     main_metric: ClassVar[str] = "accuracy"
@@ -67,24 +67,24 @@ class Vqa(Task):
         return {"max_question": len(template.prompt("")[0]) + 1, "max_new_tokens": 1}
 
     def writable(self, text: str, template: Template) -> str:
-        """Ranked answers come as the list has them; of 'basic' the list holds what can be written."""
+        """As in the base class, but a ranked answer is taken from the list as it is, except for 'basic'."""
         return text if self.inference == "rank" and self.variant != "basic" else super().writable(text, template)
 
     def truths(self, row: dict) -> list[str]:
-        """The most frequent first."""
+        """The answers, the most frequent first."""
         return [answer for answer, _ in collections.Counter(row["answers"]).most_common()]
 
     def form(self, text: str) -> str:
         return metrics.normal_form(text) if self.variant == "basic" else metrics.normalize_answer(text)
 
     def _guess(self, answer: str) -> str:
-        """Under which form an answer is counted where blind guesses and lists of answers are made."""
+        """The form of an answer that is counted for blind baselines and answer lists."""
         return self.form(answer) if self.variant == "basic" else answer
 
     def _questions(self, split: Split, template: Template):
         found = [(i, q) for i, row in enumerate(split.rows) for q in row["questions"]]
         if not found:
-            raise ValueError(f"split {split.name!r} has no questions; the vqa task needs some")
+            raise ValueError(f"split {split.name!r} has no questions; the vqa task needs at least one")
         ids = [template.prompt(q["question"], self.max_question)[0] for _, q in found]
         arrays = {"image_index": np.array([i for i, _ in found], np.int32), "prompt": pad_tokens(ids, template.pad)}
         return found, arrays
@@ -113,7 +113,7 @@ class Vqa(Task):
     def loss(
         self, model: VisionLanguageModel, variables: Tree, batch: Mapping[str, jax.Array], rngs: dict[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """The count is questions, not tokens."""
+        """As in the base class, but the count is the number of questions, not of tokens."""
         total, _ = super().loss(model, variables, batch, rngs)
         return total, np.float32(batch["targets"].shape[0])
 
@@ -126,10 +126,10 @@ class Vqa(Task):
             )
 
     def candidates(self, train: Split, template: Template) -> list[str] | None:
-        """Of inference 'rank': the answers of `answer_list`, or the most frequent of training, ties in order of the alphabet.
+        """For inference 'rank': the answers of `answer_list`, or the most frequent training answers, ties in alphabetic order.
 
-        An answer counts once for each question whose most frequent answer it is. Variant 'basic' takes one of equal answers
-        and leaves out those that the decoder could not write: to the model two unknown words are one.
+        An answer is counted once for each question whose most frequent answer it is. Variant 'basic' keeps one of several equal
+        answers and leaves out those that the decoder cannot write: it cannot distinguish two unknown words.
         """
         if self.inference != "rank":
             return None
@@ -139,7 +139,7 @@ class Vqa(Task):
             except (OSError, ValueError) as error:
                 raise ValueError(f"task_options.answer_list {self.answer_list}: {error}; give a JSON list") from error
             if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a for a in answers):
-                raise ValueError(f"task_options.answer_list {self.answer_list}: expected a JSON list of texts")
+                raise ValueError(f"task_options.answer_list {self.answer_list}: expected a JSON list of strings")
             return self._told_apart(answers, template)
         asked = (q for row in train.rows for q in row["questions"])
         counts = collections.Counter(most_common(map(self._guess, q["answers"])) for q in asked)
@@ -154,7 +154,7 @@ class Vqa(Task):
                 first.setdefault(self.form(answer), answer)
         if not first:
             raise ValueError(
-                f"none of {len(answers)} answers, such as {answers[0]!r}, can be written with this vocabulary"
+                f"none of the {len(answers)} answers, such as {answers[0]!r}, can be written with this vocabulary"
             )
         return list(first.values())
 
@@ -176,7 +176,7 @@ class Vqa(Task):
         return np.array([metrics.vqa_accuracy(text, row["answers"], self.variant) for row, text in pairs])
 
     def guesses(self, train: Split, rows: list[dict]) -> dict[str, list[str]]:
-        """The most frequent answer of the question's type, and of the question's own words."""
+        """The most frequent training answer of the question's type, and of the same question."""
         by_type, by_question = collections.defaultdict(list), collections.defaultdict(list)
         for row in train.rows:
             for q in row["questions"]:

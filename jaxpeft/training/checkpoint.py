@@ -1,9 +1,10 @@
-"""Checkpoints of the tuned half: a thin layer over orbax with what it lacks (digests, a walk back, failed writes).
+"""Checkpoints of the trainable parameters: a thin layer over Orbax that adds digests, fallback to older steps, and
+tolerance of failed writes.
 
-A step holds the flat state (tuned leaves, optimizer, step number, which is also the position in the data) and a manifest:
-what it was trained on, a digest of every part of every leaf, and a digest of itself. The base is named by its digest, not
-stored. Writing goes on beside training. Orbax restores a step with flipped bits silently and raises on a truncated one;
-`restore` verifies, says what is wrong with a step, puts it aside and goes back to the one before.
+A step holds the flat state (trainable leaves, optimizer, and the step number, which is also the position in the data) and a
+manifest: what it was trained on, a digest of every part of every leaf, and a digest of itself. The base is identified by its
+digest, not stored. Steps are written in the background. Orbax restores a step with flipped bits silently and raises on a
+truncated one; `restore` verifies each step, logs what is wrong with it, moves it aside and falls back to the one before.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from jaxpeft.runtime import signals
 from jaxpeft.training import sharding
 from jaxpeft.tree import Tree
 
-WHOLE = "whole"  # the array that holds every leaf which is not split over devices (`tree.pack`)
+WHOLE = "whole"  # the array of all leaves that are not split over devices (`tree.pack`)
 
 
 def _sha(array: np.ndarray) -> str:
@@ -41,10 +42,10 @@ def _part(array: np.ndarray, key: str) -> np.ndarray:
 
 
 def _digests(flat: dict[str, jax.Array]) -> dict[str, dict[str, str]]:
-    """Leaf -> part -> digest. A part is what one device holds; each is read by a host that has it, and all hosts know all."""
+    """Leaf -> part -> digest, on all hosts. A part is what one device holds; it is read by a host that has it."""
     keys, mine = [], []
     for name, leaf in flat.items():
-        owners = {}  # of equal parts, the first device's
+        owners = {}  # part -> the first device that holds it
         for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
             owners.setdefault(_key(index, leaf.shape), device)
         here = {shard.device: shard.data for shard in leaf.addressable_shards}
@@ -61,17 +62,17 @@ def _digests(flat: dict[str, jax.Array]) -> dict[str, dict[str, str]]:
 
 
 def check_manifest(what: str, stored: dict, now: dict, accept: bool, log: Callable[[str], object]) -> None:
-    """Raise ValueError naming what differs between the manifest that was `stored` and the one `now`; `accept`: only say it."""
+    """Raise ValueError naming what differs between the `stored` manifest and the one `now`; with `accept` only log it."""
     differs = {k: (stored.get(k), v) for k, v in now.items() if stored.get(k) != v}
     if differs:
         rows = "; ".join(f"{k}: stored {a}, now {b}" for k, (a, b) in _leaves_that_differ(differs))
         if not accept:
             raise ValueError(f"{what} belongs to another run ({rows}); use a new workdir")
-        log(f"{what} was made by another run, accepted as asked ({rows})")
+        log(f"{what} belongs to another run, accepted because accept_changes is set ({rows})")
 
 
 def _leaves_that_differ(differs: dict[str, tuple[Any, Any]]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """(key, (before, now)), with 'data/train' for an entry of a dictionary."""
+    """(key, (before, now)); the key of a dictionary's entry is like 'data/train'."""
     for key, (a, b) in differs.items():
         if isinstance(a, dict) and isinstance(b, dict):
             keys = sorted(one for one in a.keys() | b.keys() if a.get(one) != b.get(one))
@@ -86,13 +87,12 @@ def _of_manifest(manifest: dict) -> str:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs a save that fails four times, with tracebacks; here it is one line."""
+    """Whether a log record is not Orbax's: it logs a failed save four times with tracebacks, here it is one line."""
     return os.path.join("orbax", "checkpoint") not in record.pathname or record.levelno < logging.WARNING
 
 
 class Checkpoints:
-    """Steps under one directory, the newest `keep` of them. `log` hears of damaged steps, and once of steps that cannot be
-    written until one can be again."""
+    """The newest `keep` steps in one directory. Damaged steps are logged; of consecutive failed writes the first one is."""
 
     def __init__(self, directory: str | Path, keep: int = 2, log: Callable[[str], object] = print) -> None:
         self._directory, self._keep, self._log = Path(directory).absolute(), keep, log
@@ -102,21 +102,21 @@ class Checkpoints:
         self._open()
 
     def _open(self) -> None:
-        # directories made in the background, on a full disk, leave threads that wait for them, and the process with them,
-        # for five minutes (orbax 0.12.8)
+        # When Orbax 0.12.8 creates directories in the background and the disk is full, its threads, and with them the
+        # process, wait for five minutes.
         background = ocp.AsyncOptions(create_directories_asynchronously=False)
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, async_options=background)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: Tree, manifest: dict) -> bool:
-        """Begin to store `state` as `step`; whether it was begun. `manifest` is JSON: what the run depends on.
+        """Begin to write `state` as `step`; returns whether writing began. `manifest` is JSON: what the run depends on.
 
-        The values are copied before this returns. A write that fails (a full disk) is said, and the steps before are
-        kept; the next call tries again.
+        The values are copied before this returns. A failed write (a full disk) is logged and earlier steps are kept; the next
+        call tries again.
         """
         self.wait()
         flat = {name.replace("/", "|"): leaf for name, leaf in tree.flatten(state).items()}  # '/' would be a directory
-        # leaves that no devices share become one array: orbax writes it three times as fast as sixty
+        # replicated leaves are packed into one array: Orbax writes it three times as fast as sixty
         whole = {name: leaf for name, leaf in flat.items() if leaf.is_fully_replicated}
         manifest = manifest | {"leaves": _digests(flat), "layout": tree.layout(whole)}
         manifest |= {"digest": _of_manifest(manifest)}
@@ -126,7 +126,7 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(flat), manifest=ocp.args.JsonSave(manifest))
         self._saving = step
         try:
-            if step in self._manager.all_steps():  # no restore offered it, so it is another run's or damaged
+            if step in self._manager.all_steps():  # it was not restored, so it is damaged or of another run
                 self._aside(step)
             self._manager.save(step, args=args)
         except (OSError, ValueError, RuntimeError) as error:
@@ -135,12 +135,12 @@ class Checkpoints:
         return True
 
     def wait(self) -> bool:
-        """Wait until what was begun is on disk; whether it is."""
+        """Wait until the step that is being written is on disk; returns whether it is."""
         if self._saving is None:
             return True
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # of the background thread: whatever made it fail
+        except Exception as error:  # of the background thread, of any type
             self._failed(error)
             return False
         self._saving, self._failing = None, False
@@ -150,9 +150,9 @@ class Checkpoints:
         step, self._saving = self._saving, None
         try:
             self._manager.close()
-        except Exception:  # noqa: S110  the same failure again
+        except Exception:  # noqa: S110  the same error again
             pass
-        self._open()  # the old one counts the failed step as written
+        self._open()  # the old manager counts the failed step as written
         good = self._manager.latest_step()
         rest = "no step is stored yet" if good is None else f"step {good} is kept"
         said = signals.reason(error) or f"{type(error).__name__}: {str(error)[:200]}"
@@ -161,10 +161,10 @@ class Checkpoints:
         self._failing = True
 
     def restore(self, like: Tree, manifest: dict, accept: bool = False) -> tuple[int, Tree] | None:
-        """(step, state as numpy arrays in the structure of `like`) of the newest good step; None when there is none.
+        """(step, state as NumPy arrays in the structure of `like`) of the newest undamaged step; None if there is none.
 
-        A damaged step is put aside as 'damaged-STEP'. Raises ValueError when a step was trained on another base, data or
-        config than `manifest` says; with `accept` that is only said.
+        A damaged step is moved aside to 'damaged-STEP'. Raises ValueError where a step was trained with another base, data or
+        config than in `manifest`; with `accept` this is only logged.
         """
         flat_like = {name.replace("/", "|"): leaf for name, leaf in tree.flatten(like).items()}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -172,13 +172,13 @@ class Checkpoints:
             try:
                 stored = self._read_manifest(step)
                 flat = self._read(step, stored)
-            except Exception as damage:  # orbax raises six types on damage; any of them means: not this step
+            except Exception as damage:  # Orbax raises six types of error on damage
                 error = damage
             if sharding.any_of(error is not None):
                 self._aside(step)
                 before = max((one for one in self._manager.all_steps() if one < step), default=None)
                 goes_on = "training starts from the beginning" if before is None else f"trying checkpoint {before}"
-                said = f"{type(error).__name__}: {str(error)[:200]}" if error else "another host could not read it"
+                said = f"{type(error).__name__}: {str(error)[:200]}" if error else "another host cannot read it"
                 self._log(f"checkpoint {step} is damaged ({said}); {goes_on}")
                 continue
             check_manifest(f"checkpoint {step}", stored, manifest, accept, self._log)
@@ -207,11 +207,11 @@ class Checkpoints:
             if any(_sha(_part(flat[name], key)) != digest for key, digest in parts.items())
         ]
         if bad:
-            raise ValueError(f"{len(bad)} leaves do not match their digest, first: {bad[:3]}")
+            raise ValueError(f"{len(bad)} leaves do not match their digests, such as {bad[:3]}")
         return flat
 
     def _aside(self, step: int) -> None:
-        """Move a step out of the way: a damaged one may still be of use, and must not stand in a new one's place."""
+        """Move a step aside: it may still be useful, but must not take the place of a new one."""
         path = next(one for one in self._directory.iterdir() if one.name.isdecimal() and int(one.name) == step)
         if sharding.is_first():
             n = sum(one.name.startswith(f"damaged-{step}") for one in self._directory.iterdir())
@@ -221,6 +221,6 @@ class Checkpoints:
         self._manager.reload()
 
     def close(self) -> None:
-        """Wait for what is being written, and let go."""
+        """Wait for the step that is being written, and close the manager."""
         self.wait()
         self._manager.close()

@@ -1,7 +1,7 @@
-"""Scoring a split: write an answer per case, score the strings, and measure the likelihood of the references.
+"""Evaluating a split: generate a text per example, score the texts, and measure the likelihood of the references.
 
-Batches have one fixed size; the last one is padded by repeating a row and the copies are dropped before scoring, so
-every case counts exactly once. The variables carry their methods, so base and tuned model go through the same code.
+Batches have a fixed size; the last one is padded with copies of a row, which are dropped before scoring, so every example
+counts exactly once. Methods are part of the variables, so base and tuned model are evaluated by the same code.
 """
 
 import dataclasses
@@ -49,13 +49,13 @@ def _stage(model: VisionLanguageModel, variables: Tree, batch: Mapping[str, jax.
 
 @functools.partial(jax.jit, static_argnames="model")
 def contexts(model: VisionLanguageModel, variables: Tree, batch: Mapping[str, jax.Array]) -> Context:
-    """What texts are written about; jitted once per model."""
+    """The model's context of a batch, which its texts are generated from."""
     return model.apply(variables, batch, method="context")
 
 
 def passes(variables: Tree, examples: Examples, batch_size: int) -> Iterator[tuple[Batch, int]]:
-    """`one_pass` on the devices that hold `variables`; of several hosts each makes its rows. Batches that their number does
-    not divide are made larger."""
+    """`one_pass` on the devices that hold `variables`. Each of several hosts makes its own rows. The batch size is rounded up
+    to a multiple of the number of devices that share a batch."""
     on = sharding.mesh_of(variables)
     if on is None:
         for one in one_pass(examples, batch_size):
@@ -72,7 +72,7 @@ def passes(variables: Tree, examples: Examples, batch_size: int) -> Iterator[tup
 def stage_outputs(
     model: VisionLanguageModel, variables: Tree, examples: Examples, name: str, batch_size: int = 64
 ) -> np.ndarray:
-    """The output of a stage for every example, (n, ...); what it reads must be in the examples' batches."""
+    """The output of a stage for every example, (n, ...). The examples' batches must hold what the stage reads."""
     batches = passes(variables, examples, batch_size)
     return np.concatenate([tree.fetch(_stage(model, variables, batch, name))[:n] for batch, n in batches])
 
@@ -80,7 +80,7 @@ def stage_outputs(
 def predict(
     model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, *, batch_size: int = 64, beams: int = 1
 ) -> list[dict[str, Any]]:
-    """One {'text', 'score'} per example, in order; score is the (length-normalised, for beams) log-probability in nats."""
+    """One {'text', 'score'} per example, in order; the score is the log-probability in nats, per token for several beams."""
     return [best for best, *_ in ranked(model, variables, task, examples, batch_size=batch_size, beams=beams)]
 
 
@@ -88,7 +88,7 @@ def predict(
 def ranked(
     model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, *, batch_size: int = 64, beams: int = 1
 ) -> list[list[dict[str, Any]]]:
-    """Per example the `beams` best texts as {'text', 'score'}, best first; different tokens may read the same."""
+    """The `beams` best texts of each example as {'text', 'score'}, best first; two of them may be equal texts."""
     template, written = task.template(model), []
     search = task.search(model, beams)
     for batch, n_real in passes(variables, examples, batch_size):
@@ -110,12 +110,12 @@ def choose(
     *,
     batch_size: int = 64,
 ) -> list[dict[str, Any]]:
-    """`predict` from a list of texts: per example the likeliest of `candidates` (`decode.rank`)."""
+    """As `predict`, but the text of each example is the most likely of `candidates` (`decode.rank`)."""
     template, found = task.template(model), []
     room = task.max_new_tokens and task.max_new_tokens + len(template.start)
     lead = [] if template.start else [template.pad]
     answers_AT = pad_tokens([[*lead, *template.target(text, room)[0]] for text in candidates], template.pad)
-    k = task.rank_k  # pyright: ignore[reportAttributeAccessIssue]  of a task that answers from a list
+    k = task.rank_k  # pyright: ignore[reportAttributeAccessIssue]  only for tasks with `candidates`
     options = {"pad": template.pad, "k": k, "smoothing": task.smoothing}
     for batch, n_real in passes(variables, examples, batch_size):
         context = contexts(model, variables, batch)
@@ -140,7 +140,7 @@ def _write(
 def _write_mixed(
     model: VisionLanguageModel, variables: Tree, batch: Batch, search: decode.Search
 ) -> tuple[jax.Array, jax.Array]:
-    """`_write` with a tuned tree per row: batch['adapter'] indexes the leading axis of every leaf of `peft`."""
+    """`_write` with an adapter per row: batch['adapter'] indexes the leading axis of every leaf of `peft`."""
 
     def one(row: Batch) -> tuple[jax.Array, jax.Array]:
         mine = variables | {"peft": jax.tree.map(lambda x: x[row["adapter"]], variables["peft"])}
@@ -162,7 +162,7 @@ def _nll(
 def nlls(
     model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, *, batch_size: int = 64
 ) -> np.ndarray:
-    """Per example the negative log-likelihood of the reference tokens, in nats, and their number: (n, 2) float64."""
+    """The negative log-likelihood of the reference tokens of each example, in nats, and their number: (n, 2) float64."""
     found = []
     for batch, n_real in passes(variables, examples, batch_size):
         both = _nll(model, task, variables, batch)
@@ -171,7 +171,7 @@ def nlls(
 
 
 def nll(model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, **options: Any) -> float:
-    """Mean negative log-likelihood of the reference tokens, in nats per token; `options` as of `nlls`."""
+    """Mean negative log-likelihood of the reference tokens, in nats per token; `options` as for `nlls`."""
     total, count = nlls(model, variables, task, examples, **options).sum(axis=0)
     return float(total / count)
 
@@ -179,12 +179,12 @@ def nll(model: VisionLanguageModel, variables: Tree, task: Task, examples: Examp
 def worth_of_images(
     model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, *, swaps: int = 4, **options: Any
 ) -> dict | None:
-    """By how many nats an example is likelier with its own picture than with that of another: {'gain', 'least', 'n'}.
+    """By how many nats an example is more likely with its own image than with another one: {'gain', 'least', 'n'}.
 
-    The mean over the n pictures; 'least' is the lower end of its one-sided 95 % interval (Student's t over pictures, as
-    examples of one picture are alike). A model that learned the texts and not what they have to do with the pictures gains
-    nothing. None of fewer than 5 pictures. `examples` have no outputs of stages per example; every image is swapped with up
-    to `swaps` others. `options` as of `nlls`.
+    'gain' is the mean over the n images; 'least' is the lower end of its one-sided 95 % interval (Student's t over images, as
+    examples of one image are correlated). A model that learned the texts but not their relation to the images has a gain of 0.
+    Returns None for fewer than 5 images. `examples` must not hold outputs of stages per example. Every image is swapped with
+    up to `swaps` others. `options` as for `nlls`.
     """
     mine = examples.arrays["image_index"]
     pictures, at = np.unique(mine, return_inverse=True)
@@ -204,8 +204,8 @@ def worth_of_images(
 
 
 def intervals(rows: list[dict], metric: str, label: str, others: Iterable[str]) -> dict[str, list[float]]:
-    """{label: [mean, low, high]} of a metric over the rows of predictions, and of its difference to each of `others`, as
-    {'label - other': ...}: 95 % bootstrap intervals that draw whole pictures, as answers about one picture are alike."""
+    """{label: [mean, low, high]} of a metric over the rows of predictions, and {'label - other': ...} of its difference from
+    each of `others`: 95 % bootstrap intervals. Whole images are resampled, as answers about one image are correlated."""
     _, group_N = np.unique([row["image_id"] for row in rows], return_inverse=True)
     size_G = np.bincount(group_N)
 
@@ -223,13 +223,11 @@ def intervals(rows: list[dict], metric: str, label: str, others: Iterable[str]) 
 
 
 def reading(task: Task, split: Split, model: VisionLanguageModel) -> Task:
-    """The task with room for the questions of a split, whatever it was tuned with. Raises ValueError for one that the model
-    cannot read to its end."""
+    """The task with `max_question` set to the longest question of a split. Raises ValueError for a question that is too long
+    for the model."""
     if not task.asks:
         return task
     longest = int(task.lengths(split, task.template(model))["max_question"].max())
     if longest > model.positions:
-        raise ValueError(
-            f"a question of {longest} tokens is longer than the {model.positions} that the model reads; shorten it"
-        )
+        raise ValueError(f"a question has {longest} tokens; it must have at most {model.positions}, shorten it")
     return dataclasses.replace(task, max_question=longest)

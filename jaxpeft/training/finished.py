@@ -1,4 +1,4 @@
-"""Directories of runs: whether one may go on in this one, and finished ones as models."""
+"""Run directories: whether a run may be resumed in one, and loading finished runs as models."""
 
 import dataclasses
 import json
@@ -22,37 +22,37 @@ Finished = tuple[VisionLanguageModel, Tree, tuple[Method, ...], tasks.Task]
 
 
 def load_run(workdir: str | Path, imports: Iterable[str] = ()) -> Finished:
-    """(model, variables, methods, task) of a finished run, for `generate`, `merge` and the exports.
+    """Load (model, variables, methods, task) of a finished run, for `generate`, `merge` and the exports.
 
-    `imports`: modules with the run's own method or task, which are imported first (see runtime/registry.py); nothing that
-    stands in a run directory is ever imported or executed. Raises ValueError where `workdir` holds no finished run, the base
-    is no longer the one that was tuned, or a method or task is unknown, with the modules that the run says it came from.
+    `imports`: modules with the run's own method or task, which are imported first (see runtime/registry.py). Nothing in a run
+    directory is ever imported or executed. Raises ValueError where `workdir` holds no finished run, where the base changed
+    since, or where a method or task is unknown; the message then names the modules that the run imported.
     """
     registry.load(imports)
     workdir = Path(workdir)
     if not (workdir / "result.json").exists():
-        raise ValueError(f"{workdir} holds no finished run: result.json is missing; run main.py on it to the end")
+        raise ValueError(f"{workdir} holds no finished run: result.json not found; finish the run with main.py")
     if not (workdir / "tuned").exists():
         raise ValueError(
-            f"{workdir} has no tuned/: an older version, which did not keep it, finished this run; run again"
+            f"{workdir} has no tuned/: the run was made by an older version, which did not save it; run it again"
         )
-    with files.reading(workdir, "holds no run of ours"):
+    with files.reading(workdir, "holds no jaxpeft run"):
         config = ml_collections.ConfigDict(renamed.translated(files.read_json(workdir / "config.json")))
         result = files.read_json(workdir / "result.json", MOST_RESULT)
         try:
             return _load_run(workdir, config, result)
         except registry.Unknown as error:
             names = [name for name in result.get("imports", []) if re.fullmatch(r"[\w.]{1,200}", name)][:5]
-            said = f"was made with code from {', '.join(names)}" if names else "does not say which module defines it"
+            said = f"used code from {', '.join(names)}" if names else "does not name the module that defines it"
             raise ValueError(
-                f"{workdir}: {error}. The run {said}; if you have that code and trust it, import it: "
+                f"{workdir}: {error}. The run {said}; if you have and trust this code, import it: "
                 f"--imports={','.join(names) or 'MODULE'}, in Python jp.load_run(..., imports=[...])"
             ) from error
 
 
 def _load_run(workdir: Path, config: Config, result: dict) -> Finished:
     options = result.get("task_options", tasks.IN_0_1.get(config.task, {}) | dict(config.task_options))
-    length = options.pop("length", None)  # of version 0.1: counts what a text begins with
+    length = options.pop("length", None)  # in version 0.1, the tokens of a text including its start
     task = tasks.build(config.task, **options)
     config.base = pinned_base(config, result)
     model, params, _ = read_base(config, task)
@@ -66,8 +66,7 @@ def _load_run(workdir: Path, config: Config, result: dict) -> Finished:
 
 
 def check_workdir(config: Config, workdir: Path, accept: bool = False, log: Log = print) -> bool:
-    """Whether a run with another config lives in `workdir`. Raises ValueError, with the differences, or, with `accept`, says
-    them."""
+    """Whether `workdir` holds a run with another config. Raises ValueError with the differences; with `accept` logs them."""
     if not (workdir / "config.json").exists():
         return False
     before, now = (tree.flatten(c) for c in (json.loads((workdir / "config.json").read_text()), as_json(config)))
@@ -76,8 +75,8 @@ def check_workdir(config: Config, workdir: Path, accept: bool = False, log: Log 
         rows = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys)
         if not accept:
             raise ValueError(
-                f"{workdir} holds a run with another config; use a new --workdir, or --accept_changes to go on from its last "
+                f"{workdir} holds a run with another config; use a new --workdir, or --accept_changes to resume from its last "
                 f"step. Changed: {rows}"
             )
-        log(f"{workdir} holds a run with another config, accepted as asked. Changed: {rows}")
+        log(f"{workdir} holds a run with another config, accepted because accept_changes is set. Changed: {rows}")
     return bool(keys)

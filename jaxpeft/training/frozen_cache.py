@@ -1,10 +1,10 @@
-"""Outputs of frozen stages: computed once per image or example, shared by runs through files, memory-mapped.
+"""Outputs of frozen stages: computed once per image or example, shared by runs through memory-mapped files.
 
-What decides a stage is derived from its program, not declared: the leaves that its output depends on, and whether it draws
-random numbers. A stage is cached where none of these leaves is trained, nothing in it is random (dropout), images are not
-augmented and the stages it reads are cached too. A file is named by all that its content depends on: the compiled program, the
-values of these leaves, images and prompts. It is written whole or not at all, so readers need no lock; two runs that start
-together may both compute it, and one of the equal files stays.
+The dependencies of a stage are derived from its program, not declared: the leaves that its output depends on, and whether it
+draws random numbers. A stage is cached if none of these leaves is trainable, nothing in it is random (dropout), images are not
+augmented, and the stages it reads are cached too. A file is named by a digest of everything that its content depends on: the
+compiled program, the values of these leaves, images and prompts. It is written completely or not at all, so readers need no
+lock; two runs that start together may both compute it, and either of the equal files is kept.
 """
 
 import contextlib
@@ -30,17 +30,17 @@ from jaxpeft.tree import Mask, Tree
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a stage's output depends on, with all that it reads. `row`: its shape without the batch axis."""
+    """What the output of a stage depends on, directly or through stages it reads. `row`: its shape without the batch axis."""
 
     leaves: frozenset[str]
     random: bool
-    augmented: bool  # whether it looks at the images themselves
+    augmented: bool  # whether it depends on the images, which may be augmented
     row: jax.ShapeDtypeStruct
     digest: str
 
 
 def programs(model: VisionLanguageModel, variables: Tree, examples: Examples | None = None) -> dict[str, Program]:
-    """Stage name -> its program, from shapes alone; those of `examples` (prompts, for one) where they are given."""
+    """Stage name -> its program, from shapes alone: those of `examples` (of prompts, for example) where they are given."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     batch = dict(jax.eval_shape(model.example))
     given = examples.arrays if examples is not None else {}
@@ -75,20 +75,20 @@ def programs(model: VisionLanguageModel, variables: Tree, examples: Examples | N
 
 @dataclasses.dataclass(frozen=True)
 class FrozenCache:
-    """The stages of a run that are computed once, and where their outputs are kept."""
+    """The stages of a run that are computed once, and where their outputs are stored."""
 
     model: VisionLanguageModel
     variables: Tree
     stages: tuple[Stage, ...]
     programs: dict[str, Program]
     why: dict[str, str]  # stage name -> why it is computed every step; '' where it is computed once
-    limit: int  # most bytes in the directory: the files that were not used for longest are deleted first
+    limit: int  # the most bytes in the directory: the least recently used files are deleted first
     directory: Path | None = None  # where runs share tables; None: in memory
     log: Callable[[str], object] = print
     tables: dict[tuple[str, str], np.ndarray] = dataclasses.field(default_factory=dict)  # of (split, stage), per image
 
     def fill(self, split: Split, examples: Examples, per: tuple[str, ...] = ("image", "example")) -> Examples:
-        """The examples with the outputs of cached stages, and without what only these stages read."""
+        """Add the outputs of cached stages to the examples, and remove what only these stages read."""
         stages = [stage for stage in self.stages if stage.per in per]
         for stage in stages:
             if stage.per == "image":
@@ -100,7 +100,7 @@ class FrozenCache:
         return _without(examples, self._unread({stage.name for stage in stages}))
 
     def shapes(self, examples: Examples) -> Examples:
-        """`fill` without computing anything: outputs of one image are zeros that take no memory."""
+        """As `fill`, but with zeros that take no memory in place of the outputs, and a single image."""
         for stage in self.stages:
             row = self.programs[stage.name].row
             n = 1 if stage.per == "image" else len(examples)
@@ -141,7 +141,7 @@ class FrozenCache:
         def compute() -> np.ndarray:
             return evaluate.stage_outputs(self.model, self.variables, examples, stage.name)
 
-        if not self.directory or not split.source:  # '' says nothing of where images are from
+        if not self.directory or not split.source:  # '': the origin of the images is unknown
             return compute()
         program = self.programs[stage.name]
         flat = tree.flatten(self.variables)
@@ -163,7 +163,7 @@ def _without(examples: Examples, names: set[str]) -> Examples:
 def planned(
     config: Config, model: VisionLanguageModel, variables: Tree, mask: Mask, examples: Examples, n_images: int
 ) -> FrozenCache:
-    """The cache of a run, in memory. `examples` are those of training, `n_images` all that are looked at."""
+    """The cache of a run, in memory. `examples` are the training examples, `n_images` counts the images of all splits."""
     found, limit = programs(model, variables, examples), config.data.feature_bytes
     n_rows = {"image": n_images, "example": len(examples)}
     why = cacheable(model, found, mask, config.data.augment, n_rows, limit)
@@ -173,9 +173,9 @@ def planned(
 def cacheable(
     model: VisionLanguageModel, found: dict[str, Program], mask: Mask, augment: str, n_rows: dict[str, int], limit: int
 ) -> dict[str, str]:
-    """Stage name -> why it is computed every step; '' for one that can be computed once.
+    """Stage name -> why it must be computed every step; '' for a stage that can be computed once.
 
-    `n_rows`: how many rows a stage per 'image' and per 'example' has; `limit`: most bytes that a table may take.
+    `n_rows`: the number of rows of a stage per 'image' and per 'example'; `limit`: the most bytes of a table.
     """
     trained, why = [name for name, on in tree.flatten(mask).items() if on], {}
     for stage in model.stages:
@@ -199,19 +199,19 @@ def cacheable(
 
 
 def _kept(path: Path, compute: Callable[[], np.ndarray], limit: int, log: Callable[[str], object]) -> np.ndarray:
-    """What `compute` returns, memory-mapped from `path`, which is written first where it is not there."""
+    """The result of `compute`, memory-mapped from `path` if it exists; otherwise computed and written there."""
     stored = None
     if path.exists():
         try:
             stored = np.load(path, mmap_mode="r")
             with contextlib.suppress(OSError):  # a read-only directory
                 os.utime(path)
-        except (ValueError, OSError) as error:  # truncated by something else than this module
+        except (ValueError, OSError) as error:  # truncated, but not by this module
             log(f"{path} cannot be read ({error}); computed again")
-    missing = sharding.any_of(stored is None)  # asked by all hosts
+    missing = sharding.any_of(stored is None)  # on any host
     if stored is not None and not missing:
         return stored
-    computed = compute()  # all hosts together
+    computed = compute()  # by all hosts together
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if sharding.is_first():
@@ -220,14 +220,14 @@ def _kept(path: Path, compute: Callable[[], np.ndarray], limit: int, log: Callab
                 np.save(file, computed)
             os.replace(temporary, path)
             _trim(path.parent, limit, keep=path)
-    except OSError as error:  # a full disk: what is computed can be used all the same
+    except OSError as error:  # a full disk: the result can be used all the same
         temporary.unlink(missing_ok=True)
-        log(f"{path} cannot be written ({error.strerror}); computed again the next time")
+        log(f"{path} cannot be written ({error.strerror}); it will be computed again next time")
     return computed
 
 
 def _trim(directory: Path, limit: int, keep: Path) -> None:
-    """Delete the longest unused tables until the rest fit in `limit`, and what killed writers left an hour ago."""
+    """Delete the least recently used tables until the rest fit into `limit`, and partial files older than an hour."""
     for path in directory.glob(".*.npy.*"):
         if time.time() - path.stat().st_mtime > 3600:
             path.unlink(missing_ok=True)

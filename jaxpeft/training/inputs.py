@@ -1,4 +1,4 @@
-"""What a run reads: the examples of every split, with outputs of frozen stages in place of what these are computed from."""
+"""The inputs of a run: the examples of every split, with outputs of frozen stages in place of what they are computed from."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from jaxpeft.training import frozen_cache
 from jaxpeft.training.frozen_cache import FrozenCache
 from jaxpeft.training.setup import Config, Log, Setup
 
-BOTH = ("image", "example")  # what stages may be per
+BOTH = ("image", "example")  # the kinds of stages: one output per image, or one per example
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """`whole` and `chosen`: where runs share tables, those of a training subset are those of the whole split."""
+    """The inputs of a run. `whole`, `chosen`: the whole training split, whose tables runs share, and the subset's indices."""
 
     task: Task
     template: Template
@@ -31,11 +31,11 @@ class Inputs:
     made: dict[tuple, Examples] = dataclasses.field(default_factory=dict)
 
     def examples(self, name: str) -> Examples:
-        """What training and likelihoods read of a split."""
+        """The examples of a split for training and likelihoods."""
         return self._once(("examples", name), lambda: self._filled(name, self._texts(name)))
 
     def eval_examples(self, name: str) -> Examples:
-        """What texts are written for."""
+        """The evaluation examples of a split, for which texts are generated."""
 
         def make() -> Examples:
             return self._filled(name, self.task.eval_examples(self.splits[name], self.template))
@@ -43,7 +43,7 @@ class Inputs:
         return self._once(("eval", name), make)
 
     def validation(self, name: str, most: int, per: tuple[str, ...] = BOTH) -> Examples:
-        """At most `most` examples of a split, spread over it; `per`: which stages are filled in."""
+        """At most `most` examples, spread evenly over a split; `per`: the kinds of stages that are filled in."""
 
         def make() -> Examples:
             examples = self._texts(name)
@@ -54,9 +54,9 @@ class Inputs:
         return self._once(("validation", name, most, per), make)
 
     def without_images(self, name: str) -> Examples:
-        """`eval_examples` that all look at one grey image."""
+        """`eval_examples` with the same grey image for all."""
         processor = self.cache.model.processor
-        assert processor is not None  # `self.template` is of it
+        assert processor is not None  # `self.template` comes from it
         colour = (np.asarray(processor.image_mean, np.float32) * 255).astype(np.uint8)
         grey = np.broadcast_to(colour, (processor.image_size, processor.image_size, 3))
         examples = self.task.eval_examples(self.splits[name], self.template)
@@ -82,7 +82,7 @@ class Inputs:
 
 
 def prepare(config: Config, setup: Setup, directory: Path | None, log: Log) -> Inputs:
-    """The inputs of a run. `directory`: where several runs share outputs of frozen stages; None keeps them in memory."""
+    """Prepare the inputs of a run. `directory`: where runs share outputs of frozen stages; None keeps them in memory."""
     model, (whole, chosen) = setup.model, setup.whole
     looked_at = setup.splits | ({"train": whole} if directory else {})
     images = {name: Resized.of(split.images, model) for name, split in looked_at.items()}
@@ -91,7 +91,7 @@ def prepare(config: Config, setup: Setup, directory: Path | None, log: Log) -> I
     n_images = sum(map(len, images.values()))
     cache = frozen_cache.planned(config, model, setup.variables, setup.mask, texts, n_images)
     for name, why in cache.why.items():
-        log(f"{name}: computed {f'every step: {why}' if why else 'once: no trained leaf decides it'}")
+        log(f"{name}: computed {f'every step: {why}' if why else 'once: it depends on no trainable leaf'}")
     cache = dataclasses.replace(cache, directory=directory, log=log)
     subset = (whole, chosen) if directory else (None, None)
     return Inputs(setup.task, template, setup.splits, images, cache, *subset, {("texts", "train"): texts})

@@ -1,7 +1,7 @@
-"""The training step, which is a pure function, and `fit`, which calls it until the steps are done.
+"""The training step, a pure function, and `fit`, which calls it until the steps are done.
 
-`fit` is read from top to bottom: there is no trainer class and there are no hooks. Randomness is `fold_in(seed, step)` and
-batches are a function of the step, so a resumed run repeats what the interrupted one would have done, bit for bit on the same
+`fit` can be read from top to bottom: there is no trainer class and there are no hooks. Randomness is `fold_in(seed, step)` and
+batches are a function of the step, so a resumed run does what the interrupted one would have done, bit for bit on the same
 machine.
 """
 
@@ -29,8 +29,8 @@ from jaxpeft.training.progress import Progress
 from jaxpeft.tree import Tree
 
 Loss = Callable[[Tree, dict[str, jax.Array], dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
-NOTHING, SAVE, STOP = range(3)  # what a host asks for; all hosts do the most that one of them asks for
-PAUSE = 50  # the next save waits this many times as long as the last one took: saving takes 2 % of the time at most
+NOTHING, SAVE, STOP = range(3)  # what a host requests; all hosts do the highest of their requests
+PAUSE = 50  # the next save waits this many times as long as the last one took, so saving takes at most 2 % of the time
 
 
 class Best(NamedTuple):
@@ -39,21 +39,21 @@ class Best(NamedTuple):
     loss: jax.Array
     step: jax.Array
     tuned: Tree
-    mark: jax.Array  # the loss that counts as progress when undercut by stop.min_gain
+    mark: jax.Array  # the last loss that was progress: lower than the mark before by a share of stop.min_gain
     since: jax.Array  # validations since then
-    stopped: jax.Array  # whether the decay was started because of that
+    stopped: jax.Array  # whether the decay was started because progress ended
 
 
 class TrainState(NamedTuple):
-    """What training changes, and the seed: step `s` draws from fold_in(seed, s). `best` where training validates.
+    """What training changes, and the seed: step `s` draws from fold_in(seed, s). `best` is None without validation.
 
-    After a step whose loss or gradient is not finite `ok` is False and nothing changes any more: the state is the one
-    from before that step, however many were dispatched behind it.
+    After a step whose loss or gradient is not finite, `ok` is False and nothing changes any more: the state stays the one
+    before that step, even if more steps were already dispatched.
     """
 
     step: jax.Array
     tuned: Tree
-    opt: Any  # of optax; that of `optim.optimizer` is a tuple that ends with its Schedule
+    opt: Any  # optax's state; that of `optim.optimizer` is a tuple whose last item is its Schedule
     seed: jax.Array | int = 0
     best: Best | None = None
     ok: jax.Array | bool = True
@@ -61,13 +61,13 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a run gives to the loop.
+    """What a run passes to the loop.
 
     loss: `loss(variables, batch, rngs) -> (sum, count)` over the rows of a batch: the loss of a task with its model.
     trainable, frozen: the variables, split (`tree.split`).
-    batches: `batches(n)` iterates over the batches after step n, over the rows that are this host's (`sharding.rows`).
-    manifest: what the run depends on, as JSON; a checkpoint with another one is refused.
-    validate: `validate(trainable)` is the validation loss; for the schedule 'plateau', None for the others.
+    batches: `batches(n)` iterates over the batches after step n, with the rows of this host (`sharding.rows`).
+    manifest: what the run depends on, as JSON; a checkpoint with another manifest is an error.
+    validate: `validate(trainable)` is the validation loss, for the schedule 'plateau'; None for the others.
     rules: how leaves are split over the mesh.
     """
 
@@ -87,10 +87,10 @@ class NonFinite(FloatingPointError):
 def train_step(
     state: TrainState, frozen: Tree, batch: dict[str, jax.Array], *, loss: Loss, tx: Any, grad_accum: int
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of the trainable parameters -> (state, metrics). Every array of `batch` has B rows, grad_accum divides B.
+    """Update the trainable parameters once -> (state, metrics). Every array of `batch` has B rows; grad_accum must divide B.
 
-    Gradients are of sums over the rows, divided once by the total count. Metrics: 'loss', 'grad_norm', and 'squares' (G,), the
-    squared norm of each leaf's gradient.
+    Gradients are those of sums over rows, divided once by the total count. Metrics: 'loss', 'grad_norm', and 'squares' (G,),
+    the squared norm of each leaf's gradient.
     """
     rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
@@ -104,7 +104,7 @@ def train_step(
         return jax.tree.map(jnp.add, total, (value, jnp.float32(count), grads)), None
 
     zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.tuned))
-    # every grad_accum-th row: each device's share of a microbatch is in its share of the batch
+    # a microbatch takes every grad_accum-th row, so that each device's part of it is in its part of the batch
     micros = jax.tree.map(lambda x: x.reshape(-1, grad_accum, *x.shape[1:]).swapaxes(0, 1), batch)
     if grad_accum == 1:
         (value, count, grads), _ = add(zero, (0, jax.tree.map(lambda x: x[0], micros)))
@@ -122,7 +122,7 @@ def train_step(
 
 
 def check_finite(step: int, metrics: dict[str, np.ndarray], names: list[str]) -> None:
-    """Raise NonFinite when the loss or the gradient of any leaf is not finite; `names` of the trainable leaves, in order."""
+    """Raise NonFinite if the loss or the gradient of a leaf is not finite; `names`: the trainable leaves, in order."""
     bad = [name for name, square in zip(names, metrics["squares"], strict=True) if not np.isfinite(square)]
     if bad or not np.isfinite(metrics["loss"]):
         groups = collections.Counter(
@@ -131,15 +131,14 @@ def check_finite(step: int, metrics: dict[str, np.ndarray], names: list[str]) ->
         some = ", ".join(bad if len(bad) < 5 else (f"{group} ({n} leaves)" for group, n in groups.items()))
         raise NonFinite(
             f"step {step}: loss {float(metrics['loss'])}, gradients not finite in: {some or 'no leaf'}. Try a lower "
-            f"optim.lr or optim.clip_norm, with --accept_changes to go on from what is saved, or look at the examples of this "
-            f"step"
+            f"optim.lr or optim.clip_norm (--accept_changes resumes from the saved step), or check the examples of this step"
         )
 
 
 def start(tuned: Tree, *, tx: optax.GradientTransformation, seed: int, best: bool) -> TrainState:
-    """The state before the first step; `best` where training validates.
+    """The state before the first step; `best`: whether training validates.
 
-    Of copies: outputs that are inputs would be donated to the step, and the caller keeps reading its trainable tree.
+    The parameters are copied, because the step donates its state and the caller keeps reading its trainable tree.
     """
     kept = Best(jnp.float32(jnp.inf), jnp.int32(0), _copy(tuned), jnp.float32(jnp.inf), jnp.int32(0), jnp.bool_(False))
     rest = {"seed": jnp.uint32(seed), "best": kept if best else None, "ok": jnp.bool_(True)}
@@ -155,17 +154,18 @@ def fit(
 ) -> tuple[TrainState, dict]:
     """Train from the newest good checkpoint in `workdir` to `config.steps` -> (state, timing).
 
-    With `job.validate` the schedule is 'plateau' and config.steps a cap: when the loss has not fallen by config.stop.min_gain
-    (a share of it) in config.stop.patience validations, one before the first step and then one every config.stop.every steps,
-    the rate decays to zero over optim.cooldown of the steps done, and the parameters with the lowest loss are returned.
-    timing['stopped'] says 'plateau' or 'cap', timing['kept_step'] which step is returned.
+    With `job.validate` the schedule is 'plateau' (early stopping with a cooldown) and config.steps is a cap. There is a
+    validation before the first step and one every config.stop.every steps. If the loss has not fallen by a share of
+    config.stop.min_gain in config.stop.patience validations, the learning rate decays to zero over optim.cooldown of the steps
+    done. The parameters with the lowest validation loss are returned. timing['stopped'] is 'plateau' or 'cap',
+    timing['kept_step'] the step that is returned.
 
-    Checkpoints are saved by the clock of the first host: config.checkpoint_seconds after the last one, or later where saving
-    takes more than 1 / PAUSE of that (0: after every step), and after the last step. What ends training early (a signal, an
-    error, a loss that is not finite) leaves the last good step saved; a SIGKILL costs that time, one save and one step.
+    Checkpoints are saved config.checkpoint_seconds after the last one (0: after every step), or later where a save takes more
+    than 1 / PAUSE of that time, by the clock of the first host, and after the last step. If a signal, an error or a loss that
+    is not finite ends training early, the last good step is saved first. A SIGKILL loses the time since the last save.
 
-    Raises ValueError where a checkpoint depends on something else than job.manifest says, unless `accept`; NonFinite; and
-    signals.Stopped after a stop was asked for.
+    Raises ValueError where a checkpoint does not match job.manifest, unless `accept`; NonFinite; and signals.Stopped after a
+    stop was requested.
     """
     mesh = sharding.mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.grad_accum, mesh)
@@ -173,7 +173,7 @@ def fit(
     timing: dict[str, Any] = {"steps": config.steps, "compile_s": 0.0, "step_s": 0.0, "train_s": 0.0}
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint_keep, log)
     with contextlib.closing(checkpoints):
-        # the state, on the mesh: of the newest good checkpoint, or new
+        # the state on the mesh: that of the newest good checkpoint, or a new one
         new_state = functools.partial(start, tx=tx, seed=config.seed, best=job.validate is not None)
         like = jax.eval_shape(new_state, job.trainable)
         placed = sharding.shardings(like, job.rules, mesh)
@@ -204,20 +204,20 @@ def fit(
         # the steps
         names = list(tree.flatten(state.tuned))
         bar = Progress(last, config.batch_size, first)
-        pending = collections.deque()  # (step, metrics, what hosts asked for) of steps dispatched and not yet looked at
-        durations = collections.deque(maxlen=1000)  # seconds of a step
-        shown = {}  # beside the loss, in the bar
+        pending = collections.deque()  # (step, metrics, requests of hosts) of dispatched steps that are not checked yet
+        durations = collections.deque(maxlen=1000)  # seconds per step
+        shown = {}  # what the progress bar shows beside the loss
         began = clock()
         save_at = began + config.checkpoint_seconds
 
         def asked() -> int:
-            """What this host asks for; of several hosts the first one's clock says when to save."""
+            """The request of this host. Only the first host's clock decides when to save."""
             if signals.asked() is not None:
                 return STOP
             return SAVE if sharding.is_first() and clock() >= save_at else NOTHING
 
         def settle(keep: int = 0) -> int:
-            """Wait for the pending steps but the newest `keep`, check and log them -> the most that a host asked for."""
+            """Wait for the pending steps except the newest `keep`, check and log them -> the highest request of a host."""
             most = NOTHING
             while len(pending) > keep:
                 done, metrics, wish = pending.popleft()
@@ -239,7 +239,7 @@ def fit(
                     step += 1
                     state, metrics = step_fn(state, frozen, batch)
                     pending.append((step, metrics, sharding.most_soon(asked(), mesh)))
-                    wish = settle(keep=1)  # the step before, while this one runs
+                    wish = settle(keep=1)  # checks the step before while this one runs
                     if step < last:
                         batch = sharding.shard_batch(next(stream), mesh, config.batch_size)
                     durations.append(clock() - tick)
@@ -247,7 +247,7 @@ def fit(
                         wish = max(wish, settle())
                         state, shown = _validated(config, state, job.validate, writer)
                         bar.n_steps = last = _last_step(config, state)
-                    if jax.process_count() == 1:  # no other host has to be told
+                    if jax.process_count() == 1:  # no need to agree with other hosts
                         wish = asked()
                     if wish != NOTHING or step == last or config.checkpoint_seconds == 0:
                         settle()
@@ -256,27 +256,27 @@ def fit(
                             saved = step
                         save_at = clock() + max(config.checkpoint_seconds, PAUSE * (clock() - saving))
                     if wish == STOP and step < last:
-                        goes_on = "is saved; the same command goes on from it"
+                        goes_on = "is saved; run the same command again to resume from it"
                         said = goes_on if checkpoints.wait() else "could not be saved"
                         log(f"\nstopped at step {step}, which {said}")
                         raise signals.Stopped("stopped", signals.asked() or signal.SIGTERM)
                     tick = clock()
-            except Exception as error:  # save the last good step; of several hosts the others may be in another place
+            except Exception as error:  # save the last good step, on a single host only: others may be at another step
                 if jax.process_count() == 1:
-                    with contextlib.suppress(Exception):  # a step that ran out of memory took its state with it
+                    with contextlib.suppress(Exception):  # if a step ran out of memory, its state is lost
                         if not isinstance(error, NonFinite):
                             settle()
                         good = int(state.step)
                         if good > saved or not checkpoints.wait():
                             checkpoints.save(good, state, job.manifest)
                         if good > first and checkpoints.wait():
-                            log(f"step {good} is saved; the same command goes on from it")
+                            log(f"step {good} is saved; run the same command again to resume from it")
                 raise
         timing |= {"step_s": statistics.median(durations), "train_s": clock() - began}
         if frozen_digest is not None and tree.digest(frozen) != frozen_digest:
             raise AssertionError("a frozen leaf changed during training")
         if not checkpoints.wait() and not (checkpoints.save(step, state, job.manifest) and checkpoints.wait()):
-            log("the last step is not stored: should what follows be cut off, training repeats from the step before")
+            log("the last step is not stored: if this run is interrupted now, it resumes from the last stored step")
     return _chosen(state, timing)
 
 
@@ -294,7 +294,7 @@ def _last_step(config: optim.Config, state: TrainState) -> int:
 
 
 def _chosen(state: TrainState, timing: dict) -> tuple[TrainState, dict]:
-    """What `fit` returns: the state with the best parameters, where training validates."""
+    """What `fit` returns: where training validates, the state with the best parameters."""
     if state.best is None:
         return state, timing
     stopped = "plateau" if state.best.stopped else "cap"
@@ -306,7 +306,7 @@ def _chosen(state: TrainState, timing: dict) -> tuple[TrainState, dict]:
 def _validated(
     config: optim.Config, state: TrainState, validate: Callable[[Tree], float], writer: results.Metrics
 ) -> tuple[TrainState, dict[str, float]]:
-    """(the state after a validation, its loss for the bar): the better parameters kept, the decay started if progress ended."""
+    """Validate once -> (state, values for the progress bar). Keeps the best parameters; starts the decay if progress ended."""
     assert state.best is not None
     loss, step = validate(state.tuned), int(state.step)
     best, s = jax.device_get((state.best._replace(tuned=None), _schedule(state)))
@@ -320,7 +320,7 @@ def _validated(
     tuned = state.best.tuned
     if loss < best.loss:
         tuned, best = _copy(state.tuned), best._replace(loss=loss, step=step)
-    # same types and places as before: the compiled step takes no others
+    # same types and shardings as before: the compiled step accepts no others
     old = (_schedule(state), state.best._replace(tuned=None))
     new = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), (s, best), old)
     s, best = sharding.put(new, jax.tree.map(lambda x: x.sharding, old))

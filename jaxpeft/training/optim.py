@@ -1,7 +1,7 @@
-"""The optimizer of the tuned half: its rule, schedule, weight decay and clipping from a config.
+"""The optimizer of the trainable parameters: its rule, schedule, weight decay and clipping from a config.
 
-Everything here sees tuned leaves only (they were split off before `jax.grad`), so clipping cannot count frozen
-gradients and no state is kept for frozen leaves. The masks inside are for what optax masks are good at: groups.
+The optimizer gets trainable leaves only (they are split off before `jax.grad`), so clipping never counts gradients of frozen
+leaves and no state is kept for them. Masks are used for groups of leaves only, such as those that decay.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jaxpeft.adapt import sites
 from jaxpeft.runtime.registry import Registry
 from jaxpeft.tree import Mask, Tree
 
-Config = Any  # an ml_collections.ConfigDict, which says of each of its values that it may be of any type
+Config = Any  # an ml_collections.ConfigDict, whose values are all annotated as Any
 SCHEDULES = ("constant", "cosine", "linear", "plateau")
 
 
@@ -28,20 +28,20 @@ def adamw(config: Config, decays: Mask | None) -> optax.GradientTransformation:
 
 
 def adafactor(config: Config, decays: Mask | None) -> optax.GradientTransformation:
-    """Shazeer and Stern 2018, arXiv 1804.04235, without momentum; a step is not scaled by the size of the parameter, as
-    adapters start at zero."""
+    """Shazeer and Stern 2018, arXiv 1804.04235, without momentum and without scaling by the parameter's size, as adapters
+    start at zero."""
     return optax.adafactor(
         1.0, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None, weight_decay_mask=decays
     )
 
 
 def lion(config: Config, decays: Mask | None) -> optax.GradientTransformation:
-    """Chen et al. 2023, arXiv 2302.06675. Its b2 is 0.99 there, and its rate a third to a tenth of AdamW's."""
+    """Chen et al. 2023, arXiv 2302.06675. They use b2 = 0.99 and a learning rate three to ten times smaller than AdamW's."""
     return optax.lion(1.0, config.b1, config.b2, weight_decay=config.weight_decay, mask=decays)
 
 
 def sgd(config: Config, decays: Mask | None) -> optax.GradientTransformation:
-    """Gradient descent with momentum b1; the decay is decoupled, as AdamW's."""
+    """Gradient descent with momentum b1; the weight decay is decoupled, as in AdamW."""
     return optax.chain(
         optax.trace(config.b1),
         optax.add_decayed_weights(config.weight_decay, decays),
@@ -50,7 +50,7 @@ def sgd(config: Config, decays: Mask | None) -> optax.GradientTransformation:
 
 
 def muon(config: Config, decays: Mask | None) -> optax.GradientTransformation:
-    """Jordan 2024: momentum b1, made orthogonal, for matrices (each layer's of a stack); Adam without decay for the rest."""
+    """Jordan 2024: orthogonalised momentum b1 for matrices (for each layer of a stack); Adam without decay for the rest."""
 
     def dimensions(params: Tree) -> Tree:
         return jax.tree.map(_matrix, tree.names(params), params)
@@ -62,20 +62,20 @@ def muon(config: Config, decays: Mask | None) -> optax.GradientTransformation:
 
 
 def _matrix(name: str, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-    """The axes of a matrix, behind that of a stack's layers; None for what is no matrix, as a stack's biases (L, D)."""
+    """The axes of a matrix, after the layer axis of a stack; None for other arrays, such as a stack's biases (L, D)."""
     layers = int("/blocks/" in name)
     return optax.contrib.MuonDimensionNumbers(layers, layers + 1) if x.ndim == 2 + layers else None
 
 
 # optim.name -> a function of config.optim and of the mask of leaves that decay (None: all), which returns an optax
-# transformation with a learning rate of 1. One of your own: OPTIMIZERS["mine"] = function (see jaxpeft/runtime/registry.py)
+# transformation with a learning rate of 1. To add one: OPTIMIZERS["mine"] = function (see jaxpeft/runtime/registry.py)
 OPTIMIZERS = Registry("optimizer", {"adamw": adamw, "adafactor": adafactor, "lion": lion, "sgd": sgd, "muon": muon})
 
 
 class Schedule(NamedTuple):
-    """The learning rate's numbers, as scalars in the optimizer's state and not as constants of the program.
+    """The numbers of the learning-rate schedule, as scalars in the optimizer's state and not as constants of the program.
 
-    So runs that differ in rate, warm-up or steps share one compiled step, and the loop can end a 'plateau' early.
+    So runs that differ in learning rate, warm-up or steps share one compiled step, and the loop can end a 'plateau' early.
     """
 
     step: jax.Array
@@ -85,36 +85,36 @@ class Schedule(NamedTuple):
     n_steps: jax.Array
 
     def rate(self, kind: str) -> jax.Array:
-        """Linear warm-up, then constant; from `decay_from` to `n_steps` a cosine or, else, a line to zero."""
+        """The learning rate: linear warm-up, then constant; from `decay_from` to `n_steps` a cosine or a line to zero."""
         done = jnp.clip((self.step - self.decay_from) / jnp.maximum(self.n_steps - self.decay_from, 1), 0.0, 1.0)
         after = {"constant": 1.0, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * done))}.get(kind, 1 - done)
         return self.lr * jnp.where(self.step < self.n_warm, self.step / jnp.maximum(self.n_warm, 1), after)
 
 
 def schedule(config: Config, n_steps: int) -> Schedule:
-    """`optim.schedule` at step 0: warm-up over `warmup`, and for 'plateau' a decay over the last `cooldown`, as shares
-    of all steps. With 'plateau' steps are the most there may be: the loop starts the decay where validation stops
-    improving."""
+    """`optim.schedule` at step 0: warm-up over `warmup`, and for 'plateau' a decay over the last `cooldown`, both fractions of
+    all steps. For 'plateau' `n_steps` is a cap: the loop starts the decay where validation stops improving. Raises ValueError
+    for an unknown schedule and for fractions out of range."""
     if config.schedule not in SCHEDULES:
         raise ValueError(f"optim.schedule is {config.schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if not 0 <= config.warmup < 1:
-        raise ValueError(f"optim.warmup is {config.warmup}; it is a fraction of all steps, in [0, 1)")
+        raise ValueError(f"optim.warmup is {config.warmup}; it must be a fraction of steps, in [0, 1)")
     n_warm = round(config.warmup * n_steps)
     decay_from = n_warm
     if config.schedule == "plateau":
         if not 0 < config.cooldown <= 1 - config.warmup:
-            raise ValueError(f"optim.cooldown is {config.cooldown}; it is a fraction of all steps, in (0, 1 - warmup]")
+            raise ValueError(f"optim.cooldown is {config.cooldown}; it must be a fraction of steps, in (0, 1 - warmup]")
         decay_from = n_steps - round(config.cooldown * n_steps)
     whole = (jnp.int32(x) for x in (n_warm, decay_from, n_steps))
     return Schedule(jnp.int32(0), jnp.float32(config.lr), *whole)
 
 
 def optimizer(config: Config, tuned: Tree, n_steps: int) -> optax.GradientTransformation:
-    """The rule `config.name` with global-norm clipping; leaves whose name contains `no_decay` (a regular expression) do not
+    """The rule `config.name` with global-norm clipping. Leaves whose name matches the regular expression `no_decay` do not
     decay.
 
-    A method may give its leaves a multiple of the learning rate (LoRA+): all of the update, decay too, is multiplied.
-    The last part of the state is the `Schedule`.
+    A method may multiply the learning rate of its leaves (LoRA+): the whole update, including weight decay, is multiplied.
+    The last item of the state is the `Schedule`.
     """
     start, kind = schedule(config, n_steps), config.schedule
     decays = (
@@ -127,7 +127,7 @@ def optimizer(config: Config, tuned: Tree, n_steps: int) -> optax.GradientTransf
         steps.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, scales)))
 
     def init(params: Tree) -> Schedule:
-        return jax.tree.map(jnp.array, start)  # copies, because a state's buffers may be donated
+        return jax.tree.map(jnp.array, start)  # copies, because the state's buffers may be donated
 
     def scaled(updates: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, Schedule]:
         rate = state.rate(kind)
@@ -137,7 +137,7 @@ def optimizer(config: Config, tuned: Tree, n_steps: int) -> optax.GradientTransf
 
 
 def _lr_scales(tuned: Tree) -> Tree:
-    """The tree with each leaf replaced by the multiple of the learning rate that its method asks for."""
+    """The tree with each leaf replaced by its method's multiple of the learning rate."""
 
     def of(node: Tree) -> Tree:
         if not sites.is_bound(node):

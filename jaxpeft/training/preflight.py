@@ -1,12 +1,12 @@
-"""Before a long run: does it fit, how long can a step not take less than, and how large may the batch be.
+"""Checks before a long run: does it fit into memory, how long does a step take at least, how large may the batch be?
 
     python main.py --config=... --workdir=DIR --preflight                       on the devices of this machine
-    python main.py ... --preflight --devices=8 --config.mesh.fsdp=8             on eight virtual ones of CPU
-    python main.py ... --preflight --topology=v5e:2x4 --config.mesh.fsdp=8      on a TPU slice that is not here (libtpu)
+    python main.py ... --preflight --devices=8 --config.mesh.fsdp=8             on eight virtual CPU devices
+    python main.py ... --preflight --topology=v5e:2x4 --config.mesh.fsdp=8      for a TPU slice, from any machine (libtpu)
 
-The step of the run is compiled from shapes: no weights are read (a base directory's config.json is enough), no pictures,
-nothing is computed. Memory is what XLA plans for one device: exact for a TPU topology, and for the CPU's program an
-estimate of an accelerator's, whose fusions differ. FLOPs are counted on the program with every layer written out.
+The training step is compiled from shapes: no weights (a base directory's config.json is enough) and no images are read, and
+nothing is computed. Memory is what XLA plans for one device: exact for a TPU topology; on CPU an estimate for an accelerator,
+whose fusions differ. FLOPs are counted on the program with unrolled layers.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ from jaxpeft.training.setup import Config
 from jaxpeft.tree import Tree
 
 Step = Callable[..., tuple[loop.TrainState, dict[str, jax.Array]]]
-Shapes = tuple[loop.TrainState, Tree, dict[str, jax.ShapeDtypeStruct]]  # what a step takes
+Shapes = tuple[loop.TrainState, Tree, dict[str, jax.ShapeDtypeStruct]]  # the arguments of a step
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak numbers of one device, from its vendor's data sheet: dense bfloat16 FLOP/s, bytes/s of memory, bytes of it."""
+    """Peak numbers of one device, from its data sheet: dense bfloat16 FLOP/s, memory bandwidth in bytes/s, memory in bytes."""
 
     flops: float
     bandwidth: float
@@ -56,7 +56,7 @@ CHIPS = {
 
 
 def chip_of(said: str | None, topology: str | None) -> Chip | None:
-    """A chip by name, as 'TFLOP/s,GB/s,GB', or of a topology's name; None where nothing is said."""
+    """The chip given by name or as 'TFLOP/s,GB/s,GB', or else that of the topology; None where neither is known."""
     if not said:
         return CHIPS.get((topology or "").split(":")[0])
     if said in CHIPS:
@@ -65,30 +65,28 @@ def chip_of(said: str | None, topology: str | None) -> Chip | None:
         flops, bandwidth, memory = (float(part) for part in said.split(","))
     except ValueError:
         raise ValueError(
-            f"chip is {said!r}; choose one of {', '.join(CHIPS)}, or give 'TFLOP/s,GB/s,GB' of one device"
+            f"chip is {said!r}; choose one of {', '.join(CHIPS)}, or give 'TFLOP/s,GB/s,GB' for one device"
         ) from None
     return Chip(flops * 1e12, bandwidth * 1e9, memory * 1e9)
 
 
 def devices_of(topology: str | None) -> list[Any]:
-    """The devices to plan for: of a TPU topology by name, else this machine's."""
+    """The devices to plan for: those of a TPU topology by name, or else this machine's."""
     if not topology:
         return jax.devices()
     from jax.experimental import topologies
 
     try:
         return list(topologies.get_topology_desc(topology, "tpu").devices)
-    except Exception as error:  # whatever libtpu says
-        raise ValueError(
-            f"topology {topology!r} cannot be planned for: {error}; it needs `pip install libtpu`"
-        ) from None
+    except Exception as error:  # libtpu's errors have many types
+        raise ValueError(f"topology {topology!r} cannot be loaded: {error}; it requires `pip install libtpu`") from None
 
 
 # ---------------------------------------------------------------- the step, in shapes
 
 
 def training_texts(c: Config) -> base.Split:
-    """The training pictures of a point, for their texts; of scenes, whose texts are much alike, 64."""
+    """The training split of a run, for its texts; for scenes, whose texts are all similar, 64 images of it."""
     if c.data.name != "scenes":
         whole = {key: value for key, value in setup.as_json(c.data).items() if key not in SUBSET}
         train = _training(json.dumps(whole), tuple(setup.needed_splits(c)))
@@ -98,7 +96,7 @@ def training_texts(c: Config) -> base.Split:
     return data.load(few, ["train"])["train"]
 
 
-SUBSET = ("subset_seed", "fraction", "n_images")  # what config.data says of the part of the pictures
+SUBSET = ("subset_seed", "fraction", "n_images")  # the keys of config.data that select a subset
 
 
 @functools.lru_cache(maxsize=4)
@@ -107,8 +105,8 @@ def _training(settings: str, splits: tuple[str, ...]) -> base.Split:
 
 
 def step_in_shapes(c: Config, model: VisionLanguageModel, batch_size: int | None = None) -> tuple[Step, Shapes, int]:
-    """(step, (state, frozen, batch), bytes of the outputs of frozen stages on the host) of a run, as shapes, with nothing
-    read but a few rows of its data."""
+    """(step, (state, frozen, batch) as shapes, bytes of the outputs of frozen stages on the host) of a run. Only texts of its
+    data are read."""
     batch_size = batch_size or c.batch_size
     pipeline.check_augment(c.data.augment)
     task, chosen = tasks.build(c.task, **c.task_options), setup.methods_of(c)
@@ -127,7 +125,7 @@ def step_in_shapes(c: Config, model: VisionLanguageModel, batch_size: int | None
     cache = frozen_cache.planned(c, model, variables, mask, examples, n_all)
     tables = ((stage, cache.programs[stage.name].row) for stage in cache.stages)
     n_bytes = sum(n_rows[stage.per] * row.size * row.dtype.itemsize for stage, row in tables)
-    assert model.processor is not None  # `task.template` asked it
+    assert model.processor is not None  # `task.template` used it
     size, index = model.processor.image_size, np.zeros_like(examples.arrays["image_index"])
     examples = dataclasses.replace(
         examples, images=np.zeros((1, size, size, 3), np.uint8), arrays=examples.arrays | {"image_index": index}
@@ -149,7 +147,7 @@ def step_in_shapes(c: Config, model: VisionLanguageModel, batch_size: int | None
 
 
 def flops_of(step: Step, shapes: Shapes, model: VisionLanguageModel) -> float:
-    """FLOPs of one step on all devices together. XLA counts the body of a loop once, so layers are written out."""
+    """FLOPs of one step on all devices together. XLA counts the body of a loop once, so the layers are unrolled."""
     step = functools.partial(step, model=model.unrolled())
     costs = jax.jit(step).lower(*shapes).cost_analysis()
     assert costs is not None  # no backend of JAX lacks it
@@ -158,7 +156,7 @@ def flops_of(step: Step, shapes: Shapes, model: VisionLanguageModel) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What XLA plans for one device, in bytes, and how long planning took."""
+    """The memory that XLA plans for one device, in bytes, and how long planning took."""
 
     arguments: int  # weights, optimizer, batch
     temporary: int  # activations and gradients
@@ -170,7 +168,7 @@ class Plan:
 
 
 def compiled(step: Step, shapes: Shapes, rules: sharding.Rules, mesh: Mesh) -> Plan:
-    """The plan of a step on a mesh; its results take the place of the state that is given in."""
+    """The plan of a step on a mesh. The step's output state reuses the memory of its input state."""
     state, frozen, batch = shapes
     placed = sharding.shardings(state, rules, mesh)
 
@@ -199,7 +197,7 @@ def compiled(step: Step, shapes: Shapes, rules: sharding.Rules, mesh: Mesh) -> P
 
 
 def report(config: Config, topology: str | None = None, chip: Chip | None = None) -> str:
-    """The plan of a point, as text. Raises ValueError for anything that the run itself would refuse, seen from shapes."""
+    """The preflight report of a run, as text. Raises ValueError for the run's errors that can be found from shapes."""
     devices = devices_of(topology)
     mesh = sharding.mesh(config.get("mesh"), devices)
     sharding.check_batch(config.batch_size, config.grad_accum, mesh)
@@ -249,7 +247,7 @@ def _share(n: float, chip: Chip | None) -> str:
 def _roofline(
     config: Config, mesh: Mesh, chip: Chip, flops: float, frozen: Tree, state: loop.TrainState
 ) -> list[tuple[str, str]]:
-    """The time that a step cannot beat: its FLOPs at the peak, or its weights and state through memory once each way."""
+    """The least time of a step: its FLOPs at peak speed, or reading and writing its weights and state once."""
     compute = flops / mesh.size / chip.flops
     width = jnp.dtype(config.model.dtype).itemsize
     weights = (tree.count(frozen) + tree.count(state.tuned)) * width * 2 * config.grad_accum / mesh.shape["tensor"]
@@ -274,9 +272,9 @@ def _largest(
     chip: Chip | None,
     plan: Plan,
 ) -> str:
-    """The largest batch whose planned peak fits: from a line through two plans, and then planned itself."""
+    """The largest batch whose planned peak fits: extrapolated from two plans, and then planned itself."""
     if chip is None:
-        return "give --chip for it"
+        return "unknown without --chip"
     unit = sharding.n_batch(mesh) * config.grad_accum
     peaks: dict[int, float] = {config.batch_size: plan.peak}
 
@@ -284,7 +282,7 @@ def _largest(
         if n not in peaks:
             try:
                 peaks[n] = compiled(*shapes_of(batch_size=n)[:2], model.sharding, mesh).peak
-            except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
+            except jax.errors.JaxRuntimeError as error:  # the TPU compiler raises where memory is exceeded
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 peaks[n] = np.inf

@@ -1,4 +1,4 @@
-"""One line that says how training goes: a live bar on a terminal, plain lines elsewhere."""
+"""The progress line of training: a live bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -8,20 +8,20 @@ import jax
 
 
 class Progress:
-    """`update(step, ...)` after every step; prints at most every `every` seconds, and always the last step."""
+    """Progress of training: call `update(step, ...)` after every step. Prints every `every` seconds, and the last step."""
 
     def __init__(
         self, n_steps: int, batch_size: int, start: int = 0, every: float | None = None, out: TextIO | None = None
     ) -> None:
         self._out = out or sys.stdout
         self._live = self._out.isatty()
-        self._silent = jax.process_index() > 0  # of several processes the first one speaks
+        self._silent = jax.process_index() > 0  # of several processes only the first one prints
         self._every = (0.2 if self._live else 10.0) if every is None else every
         self.n_steps, self._batch_size, self._start = n_steps, batch_size, start
         self._began = self._last = time.perf_counter()
 
     def update(self, step: int, **values: float) -> None:
-        """`step` is the number of steps done; `values` are shown as they are named."""
+        """Show the number of steps done and the `values` with their names."""
         now = time.perf_counter()
         if self._silent or (now - self._last < self._every and step < self.n_steps):
             return

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its metrics as they come, a table on the terminal, and a gallery of test pictures."""
+"""The results of a run: metrics during training, a table on the terminal, and a gallery of test images."""
 
 import contextlib
 import hashlib
@@ -16,22 +16,22 @@ import jax
 from jaxpeft.runtime import files, registry, text
 
 PACKAGE = Path(__file__).parents[1]
-APART = ("apps", "configs", "study")  # folders that no number of a run depends on; its config is compared by itself
+APART = ("apps", "configs", "study")  # folders that a run's numbers do not depend on; its config is compared separately
 
 
 class Metrics:
-    """metrics.jsonl, a line per record, continued by a resumed run; TensorBoard too if tensorboardX is installed.
+    """Writer of metrics.jsonl, a line per record, continued by a resumed run; also of TensorBoard if tensorboardX is installed.
 
-    Of several processes the first one writes. Lines that cannot be written (a full disk) are kept for the next try, as
-    training can go on without them.
+    Of several processes only the first one writes. Lines that cannot be written (a full disk) are kept for the next try, so
+    that training can continue.
     """
 
     def __init__(self, workdir: Path, start: int, log: Callable[[str], object] = print) -> None:
         self._path, self._board, self._log = workdir / "metrics.jsonl", None, log
-        self._waiting, self._size, self._failing = "", 0, False  # `_size`: bytes of the file that are whole lines
+        self._waiting, self._size, self._failing = "", 0, False  # `_size`: bytes of the file's complete lines
         if jax.process_index() > 0:
             return
-        if self._path.exists():  # a killed run may have logged steps that it never saved: they will be logged again
+        if self._path.exists():  # a killed run may have logged steps that it never saved; they will be logged again
             lines = self._path.read_text().splitlines() if start else []
             kept = [line for line in lines if _step_of(line) <= start]
             files.write_text(self._path, "".join(line + "\n" for line in kept))
@@ -57,11 +57,11 @@ class Metrics:
         raw = self._waiting.encode()
         try:
             with self._path.open("ab") as file:
-                file.truncate(self._size)  # what a failed try left of a line
+                file.truncate(self._size)  # remove the partial line of a failed write
                 file.write(raw)
         except OSError as error:
             if not self._failing:
-                self._log(f"{self._path} cannot be written ({error.strerror}); training goes on, its lines are kept")
+                self._log(f"{self._path} cannot be written ({error.strerror}); training continues, its lines are kept")
             self._failing = True
             return
         self._waiting, self._size, self._failing = "", self._size + len(raw), False
@@ -81,7 +81,7 @@ def _step_of(line: str) -> int:
 
 
 def _package_code() -> dict[str, str]:
-    """Python file of the package, without those in APART -> sha256."""
+    """Path of a Python file of the package, except those in APART -> sha256."""
     paths = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
     return {
         name.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -89,37 +89,37 @@ def _package_code() -> dict[str, str]:
     }  # fmt: skip
 
 
-_PACKAGE_CODE = _package_code()  # when the process starts: files that are edited later are not what it runs
+_PACKAGE_CODE = _package_code()  # computed at import: files that are edited later are not what this process runs
 
 
 def code() -> str:
-    """A short digest of the code that this process runs: the package's Python files but study/, apps/ and configs/, and
-    the modules of --imports. Runs with the same config and the same code may be compared."""
+    """A short digest of the code that this process runs: the package's Python files except study/, apps/ and configs/, and
+    the modules of --imports. Runs with the same config and the same code can be compared."""
     value = json.dumps(_PACKAGE_CODE | registry.digests, sort_keys=True)
     return hashlib.sha256(value.encode()).hexdigest()[:12]
 
 
 def memory() -> dict:
-    """Peak bytes so far: of the process, and of the first device where it reports them."""
+    """Peak memory so far, in bytes: of the process, and of the first device if it reports it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     device = jax.local_devices()[0].memory_stats() or {}
     return {"host_peak_bytes": peak, "device_peak_bytes": device.get("peak_bytes_in_use")}
 
 
 def validation(workdir: Path, split: str, timing: dict, worth: dict | None) -> dict:
-    """What validation said of a run: the loss at the first, the kept and the last step, as metrics.jsonl has it.
+    """The validation part of a result: the loss at the first, the best, the kept and the last step, from metrics.jsonl.
 
-    `timing` is that of `loop.fit`, `worth` what `evaluate.worth_of_images` found at the kept step.
+    `timing` is that of `loop.fit`, `worth` the result of `evaluate.worth_of_images` at the best step.
     """
     path, curve = workdir / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError):  # lines that a full disk cut
+        with contextlib.suppress(ValueError, KeyError):  # other records, and lines that a full disk cut off
             row = json.loads(line)
             curve.append((row["step"], row["validation_loss"]))
     (first_step, first), (last_step, last) = (curve[0], curve[-1]) if curve else ((0, None), (timing["steps"], None))
     step = timing["kept_step"]
     best = {"best_step": step, "best": dict(curve).get(step, timing["validation_loss"])}
-    kept = {"kept_step": step, "kept": best["best"]}  # unless it is found to be of no use
+    kept = {"kept_step": step, "kept": best["best"]}  # step 0 replaces it if the best step turns out to be of no use
     return (
         {"split": split, "first_step": first_step, "first": first}
         | best
@@ -141,14 +141,14 @@ def _validation(said: dict) -> list[str]:
     lines = [f"{said['split']}: nll {', '.join(named)}"]
     if worth := said["images"]:
         lines.append(
-            f"{said['split']}: on average a text is {worth['gain']:.3f} nats more likely with its own picture than with "
-            f"another (95 % lower bound {worth['least']:.3f}, {worth['n']} pictures)"
+            f"{said['split']}: on average a text is {worth['gain']:.3f} nats more likely with its own image than with "
+            f"another (95 % lower bound {worth['least']:.3f}, {worth['n']} images)"
         )
     return lines
 
 
 def _differences(split: str, scores: dict, metric: str) -> str:
-    """The line of `table` about intervals."""
+    """The line of `table` with the intervals."""
     known = scores["intervals"]
     blind = max(scores["blind"], key=lambda label: scores["blind"][label][metric])
     names = {"blind": LABELS.get(blind, blind), "text_only": LABELS["text_only"], "base": LABELS["base"]}
@@ -158,7 +158,7 @@ def _differences(split: str, scores: dict, metric: str) -> str:
         if found := known.get(f"tuned - {other}"):
             value, low, high = found
             parts.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}] over {name}")
-    return f"{split}, {metric}, 95 % intervals over pictures: " + "; ".join(parts)
+    return f"{split}, {metric}, 95 % intervals over images: " + "; ".join(parts)
 
 
 def table(result: dict) -> str:
@@ -220,7 +220,7 @@ LABELS = {
 
 
 def gallery(path: Path, cases: list[dict], columns: int = 4) -> None:
-    """A PNG of pictures with what was asked, what is true, and what was written before and after tuning.
+    """Write a PNG of images with the question, the truth, and the texts generated before and after tuning.
 
     A case is {'image': uint8 image_YXC, 'lines': [(label, text), ...]}.
     """
@@ -234,17 +234,17 @@ def gallery(path: Path, cases: list[dict], columns: int = 4) -> None:
     most_lines = max(title.count("\n") + 1 for title in titles)
     figure = Figure(figsize=(3.4 * columns, (2.7 + 0.14 * most_lines) * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    # letters that DejaVu lacks come from what is installed of Noto
+    # letters that DejaVu lacks are taken from the installed Noto fonts
     others = sorted(name for name in font_manager.get_font_names() if name.startswith("Noto Sans"))
     fonts = ["DejaVu Sans Mono", "DejaVu Sans", *others]
     for case, title, axes in zip(cases, titles, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
         axes.imshow(case["image"], interpolation="nearest")
-        axes.set_title(title, fontsize=7.5, loc="left", family=fonts, parse_math=False)  # "$5 or $6" is no formula
-        axes.set_anchor("SW")  # a picture that long text makes small stays under its text
+        axes.set_title(title, fontsize=7.5, loc="left", family=fonts, parse_math=False)  # "$5 or $6" is not a formula
+        axes.set_anchor("SW")  # keeps an image that is small because of a long text below that text
     for axes in figure.axes:
         axes.set_axis_off()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # no font here has it: a box is drawn
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn where no font has a letter
         figure.savefig(path, dpi=110, bbox_inches="tight")
 
 

@@ -1,9 +1,9 @@
-"""One run, top to bottom: setup, inputs, training, scores, files.
+"""One run from top to bottom: setup, inputs, training, scores, files.
 
     python main.py --config=configs/point.py:task=vqa,method=lora,size=8 --workdir=DIR
 
-Everything that can be wrong with config, data or checkpoint is an error before training starts and before anything is
-written that a corrected rerun would trip over.
+Errors in config, data or checkpoint are raised before training starts, and before anything is written that a corrected run in
+the same directory would conflict with.
 """
 
 import contextlib
@@ -38,15 +38,15 @@ def run(
     command: str = "",
     accept_changes: bool = False,
 ) -> dict:
-    """Train and evaluate one run in `workdir`; returns what result.json holds. `command`: what was typed, kept there.
+    """Train and evaluate one run in `workdir`; returns the content of result.json. `command`: the command line, stored there.
 
-    `features_in`: a directory where several runs keep outputs of frozen stages (frozen_cache.py). All processes of a run on
-    several hosts make the same call, on a `workdir` that all of them see.
+    `features_in`: a directory where several runs share outputs of frozen stages (frozen_cache.py). All processes of a run on
+    several hosts make the same call, with a `workdir` on a shared file system.
 
-    The same call goes on from the last checkpoint of an interrupted run and returns at once from a finished one. Raises
-    ValueError for a bad config, data set or checkpoint, or a `workdir` in use, before training; NonFinite on NaN;
-    KeyboardInterrupt after a stop was asked for and the state was saved. A run whose config, data or base is no longer
-    the one it began with is a ValueError that names the difference, unless `accept_changes`.
+    The same call resumes an interrupted run from its last checkpoint, and returns the result of a finished run at once. Raises
+    ValueError for an invalid config, data set or checkpoint, or a `workdir` in use, before training; NonFinite for a loss or
+    gradient that is not finite; KeyboardInterrupt after a stop was requested and the state was saved. A changed config, data
+    set or base is a ValueError that names the differences, unless `accept_changes`.
     """
     workdir, first = Path(workdir), sharding.is_first()
     workdir.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def run(
         changed = finished.check_workdir(config, workdir, accept_changes, log)
         if not changed and (workdir / "result.json").exists():
             result = json.loads((workdir / "result.json").read_text())
-            log(f"{workdir} is finished; this is its result\n\n{results.table(result)}")
+            log(f"the run in {workdir} is already finished; its result:\n\n{results.table(result)}")
             return result
         setup = setups.prepare(config, log)
         yardsticks = scoring.yardsticks(config, setup, log)
@@ -78,18 +78,18 @@ def run(
 
 
 def _begin(config: Config, setup: Setup, workdir: Path, changed: bool, log: Log) -> None:
-    """The first files: not before all that is given was found to be good."""
+    """Write the first files, after all inputs have been checked."""
     if not sharding.is_first():
         return
     if changed and (workdir / "result.json").exists():
         os.replace(workdir / "result.json", workdir / "result_before.json")
-        log(f"the result of the run before is kept as {workdir / 'result_before.json'}")
+        log(f"the previous result is kept as {workdir / 'result_before.json'}")
     files.write_json(workdir / "config.json", setups.as_json(config))
     files.write_json(workdir / "sites.json", sites.report(setup.variables, setup.mask))
 
 
 def _job(plan: Config, setup: Setup, read: Inputs, log: Log) -> Job:
-    """What the loop does; `plan` is the config with its number of steps."""
+    """The job of the loop; `plan` is the config with its number of steps."""
     examples, rows = read.examples("train"), sharding.rows(plan.batch_size, setup.mesh)
     options = {"seed": plan.seed, "augment": plan.data.augment, "rows": rows}
     if plan.optim.schedule == "plateau":
@@ -109,7 +109,7 @@ def _job(plan: Config, setup: Setup, read: Inputs, log: Log) -> Job:
 
 
 def _digests(setup: Setup) -> dict:
-    # a source may be a directory that is named by a digest and was moved
+    # a source may be a directory that is named by a digest; it may be moved
     of_data = {name: setups.digest([Path(one.source).name, one.rows]) for name, one in setup.splits.items()}
     return {"base": setup.facts["base_digest"], "data": of_data}
 
@@ -144,7 +144,7 @@ def _result(config: Config, setup: Setup, scored: scoring.Scored) -> dict:
 
 
 def _save(config: Config, setup: Setup, workdir: Path, whole: Tree, found: tuple[dict, list[dict]], log: Log) -> None:
-    """The last files; result.json comes last and makes the run a finished one."""
+    """Write the last files. result.json comes last: a run that has it is finished."""
     result, rows = found
     for name in config.eval.splits:
         mine = [row for row in rows if row["split"] == name]
@@ -159,12 +159,12 @@ def _save(config: Config, setup: Setup, workdir: Path, whole: Tree, found: tuple
     files.write_json(workdir / "result.json", result)
     log(
         f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl{with_gallery}; "
-        f"what was tuned: tuned/ (jp.load_run, jaxpeft generate)"
+        f"trained parameters: tuned/ (jp.load_run, jaxpeft generate)"
     )
 
 
 def point_id(config: Config) -> str:
-    """A readable, stable name of a point."""
+    """A readable, stable name of a run."""
     name = config.method.name + (f"{config.size}" if config.size else "")
     head = "" if config.head == "none" else f"+{config.head}"
     n = f"n{config.data.n_images}" if config.data.n_images else f"f{config.data.fraction:g}"

@@ -1,4 +1,4 @@
-"""After training: which step is kept, what each version of the model writes on each split, and how that scores."""
+"""After training: which step is kept, what each version of the model generates on each split, and how it scores."""
 
 import dataclasses
 import math
@@ -17,16 +17,16 @@ from jaxpeft.training.inputs import Inputs
 from jaxpeft.training.setup import Config, Log, Setup
 from jaxpeft.tree import Tree
 
-ENOUGH = 20  # validation images for a test of whether images matter; of fewer the mean alone decides
-FEW = 100  # images of a test split, below which its scores are said to be uncertain
+ENOUGH = 20  # validation images for a test of whether images matter; with fewer the mean alone decides
+FEW = 100  # images of a split, below which a warning says that its scores are uncertain
 
 
 @dataclasses.dataclass(frozen=True)
 class Yardstick:
-    """What a split's scores are compared with, known before training."""
+    """The scores that those of a split are compared with; known before training."""
 
     scores: dict[str, Any]  # {'blind', 'perfect_writer'}, or {'blind': {}} where there are no answers to score with
-    guess: list[str] | None  # the best text per example that needs no image
+    guess: list[str] | None  # the text of the best blind baseline for each example
 
 
 def yardsticks(config: Config, setup: Setup, log: Log) -> dict[str, Yardstick]:
@@ -35,13 +35,12 @@ def yardsticks(config: Config, setup: Setup, log: Log) -> dict[str, Yardstick]:
 
 
 def _yardstick(setup: Setup, name: str, log: Log) -> Yardstick:
-    """Said before training: what needs no image scores, and what this vocabulary lets one score at most.
-    Raises ValueError for ids that repeat."""
+    """The scores of blind baselines and of the perfect writer, logged before training. Raises ValueError for duplicate ids."""
     task, template = setup.task, setup.task.template(setup.model)
     cases = task.eval_examples(setup.splits[name], template)
     if not len(cases):
         raise ValueError(
-            f"split {name!r} has nothing to score: no {' and no '.join(sorted(set(task.limited_texts.values())))}"
+            f"split {name!r} has nothing to score: it has no {' and no '.join(sorted(set(task.limited_texts.values())))}"
         )
     tasks.check_ids(cases, task.id_key, name)
     if not scored(cases):
@@ -51,25 +50,25 @@ def _yardstick(setup: Setup, name: str, log: Log) -> Yardstick:
     best = max(blind, key=lambda label: blind[label][metric])
     log(
         f"{name}, {metric}: {results.LABELS.get(best, best)} {blind[best][metric]:.3f}; perfect writer {writer[metric]:.3f} "
-        f"({writer['out_of_reach']:,} of {writer['truths']:,} right texts are out of reach)"
+        f"({writer['out_of_reach']:,} of {writer['truths']:,} right texts cannot be written)"
     )
     if writer[metric] < 0.95 * writer["unhindered"]:
         shown = "".join(f"; {text!r} becomes {written!r}" for text, written in writer["examples"])
         log(
-            f"warning: {name}: the right texts as this base can write them score {writer[metric]:.3f} {metric}, as they are "
-            f"{writer['unhindered']:.3f}: its vocabulary or task_options.max_new_tokens loses part of them{shown}"
+            f"warning: {name}: the right texts as this base can write them have {metric} {writer[metric]:.3f}, unchanged "
+            f"{writer['unhindered']:.3f}: its vocabulary or task_options.max_new_tokens cuts parts of them{shown}"
         )
     n = len({row["image_id"] for row in cases.rows})
     if n < FEW:
         log(
-            f"warning: {name} has {n} pictures, too few to tell small differences: look at the intervals in the table"
+            f"warning: {name} has {n} images, too few to detect small differences: see the intervals in the table"
             + (f" (about +-{98 / math.sqrt(n):.0f} points)" if metric == "accuracy" else "")
         )
     return Yardstick({"blind": blind, "perfect_writer": writer}, guesses[best])
 
 
 def validation(config: Config, setup: Setup, inputs: Inputs) -> Callable[[Tree], float] | None:
-    """trainable -> nats per token of the references of a sample of config.stop.split; None without validation."""
+    """A function trainable -> nats per token of the references of a sample of config.stop.split; None without validation."""
     if config.optim.schedule != "plateau":
         return None
     examples, frozen = inputs.validation(config.stop.split, config.stop.examples), setup.frozen
@@ -84,8 +83,8 @@ def validation(config: Config, setup: Setup, inputs: Inputs) -> Callable[[Tree],
 def kept_step(
     config: Config, setup: Setup, inputs: Inputs, trained: tuple[Tree, dict], workdir: Path, log: Log
 ) -> tuple[Tree, dict | None]:
-    """(the trainable leaves that are kept, what the result says of validation): those of the best step, or of step 0 where
-    what was learned is of no use. `trained`: the best leaves and the timing, which is corrected."""
+    """(the trainable leaves that are kept, the validation part of the result): those of the best step, or of step 0 where
+    tuning was of no use. `trained`: the best leaves and the timing, whose 'kept_step' is corrected in place."""
     best, timing = trained
     if config.optim.schedule != "plateau":
         return best, None
@@ -101,31 +100,31 @@ def kept_step(
         log(f"step 0, the state before training, is kept: {why}")
     elif worth is not None and worth["least"] <= 0:
         log(
-            f"warning: {worth['n']} validation images are too few to show that the model uses them; look at its texts, "
-            f"or set more aside for validation"
+            f"warning: {worth['n']} validation images are too few to show that the model uses them; check its texts, "
+            f"or use more images for validation"
         )
     return best, validated
 
 
 def why_step_0(config: Config, validated: dict) -> str:
-    """Why what was tuned is of no use, and the base as it was is kept; '' where it is of use or that cannot be told."""
+    """Why tuning was of no use, so that step 0 is kept; '' where it was of use or where that cannot be decided."""
     worth, step = validated["images"], validated["best_step"]
     if step == 0:
-        return "the validation loss never fell below it; try a lower optim.lr, or leave these texts to the base"
-    # of few pictures the bound is below zero for useful models too
+        return "the validation loss was never lower; try a lower optim.lr, or use the base as it is"
+    # with few images the bound is below zero even for useful models
     if worth is None or (worth["least"] if worth["n"] >= ENOUGH else worth["gain"]) > 0:
         return ""
     return (
-        f"at the best step, {step}, it cannot be shown on {worth['n']} validation pictures that texts are more likely with "
-        f"their own picture than with another ({worth['gain']:+.3f} nats a text, 95 % lower bound {worth['least']:+.3f}), so "
-        f"the model seems to have learned the texts, not what the pictures show. Do texts and pictures belong together? "
-        f"--config.stop.images_must_matter=False --accept_changes keeps step {step} all the same"
+        f"at the best step, {step}, it cannot be shown on {worth['n']} validation images that texts are more likely with "
+        f"their own image than with another ({worth['gain']:+.3f} nats per text, 95 % lower bound {worth['least']:+.3f}), so "
+        f"the model seems to have learned the texts, not what the images show. Check that texts and images match. "
+        f"--config.stop.images_must_matter=False --accept_changes keeps step {step} anyway"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """`metrics`: split -> what the result says of it; `rows`: of predictions.jsonl; `forgetting`: None unless asked for."""
+    """`metrics`: split -> its scores; `rows`: those of predictions.jsonl; `forgetting`: None unless config.eval.forgetting."""
 
     metrics: dict[str, dict]
     rows: list[dict]
@@ -133,7 +132,7 @@ class Scored:
 
 
 def score(config: Config, setup: Setup, inputs: Inputs, best: Tree, known: dict[str, Yardstick]) -> Scored:
-    """Every version of the model on every split of config.eval.splits."""
+    """Score every version of the model on every split of config.eval.splits."""
     versions = {"base": {"params": setup.variables["params"]}} if config.eval.base else {}
     versions["tuned"] = tree.join(best, setup.frozen)
     task, metrics, rows = setup.task, {}, []
@@ -152,7 +151,7 @@ def score(config: Config, setup: Setup, inputs: Inputs, best: Tree, known: dict[
 
 
 def scored(examples: Examples) -> bool:
-    """Whether every example has a right answer: a test set for a server has none."""
+    """Whether every example has a right answer; a test set for an evaluation server has none."""
     return all(row.get("answers", True) for row in examples.rows)
 
 
@@ -161,7 +160,7 @@ def _score_split(
 ) -> tuple[dict, list[dict]]:
     """Scores of each version of the model on one split, and a row per example.
 
-    A split whose examples have no answers, as a test set for a server, is predicted and not scored.
+    A split whose examples have no answers, such as a test set for a server, gets predictions but no scores.
     """
     task, model, options = setup.task, setup.model, {"batch_size": config.eval.batch_size}
     cases = inputs.eval_examples(name)
@@ -170,7 +169,7 @@ def _score_split(
     looks = [(label, variables, cases) for label, variables in versions.items()]
     if config.eval.get("text_only", False) and known:
         looks.insert(-1, ("text_only", versions["tuned"], inputs.without_images(name)))
-    # its likelihood was measured in training
+    # the likelihood of this split was measured during training
     measured = config.optim.schedule == "plateau" and name == config.stop.split
     examples = inputs.examples(name) if known and not measured else None
     for label, variables, shown in looks:
@@ -194,8 +193,8 @@ def _score_split(
 def forgetting(config: Config, setup: Setup, inputs: Inputs, tuned: Tree) -> dict:
     """{'base', 'tuned', 'n'}: nats per token of captions of test images in the style of pre-training.
 
-    What tuning took away of what the base knew is 'tuned' less 'base', as in HF's comparison of methods. A model that
-    answers questions captions with the same parameters.
+    Forgetting is 'tuned' less 'base', as in Hugging Face's comparison of methods. A model that answers questions writes
+    captions with the same parameters.
     """
     settings = dict(config.data.items()) | {"captions": "web", "types": ()}
     split = data.load(ml_collections.ConfigDict(settings), ["test"])["test"]
@@ -211,7 +210,7 @@ def forgetting(config: Config, setup: Setup, inputs: Inputs, tuned: Tree) -> dic
 
 
 def gallery(workdir: Path, split: Split, rows: list[dict]) -> None:
-    """Twelve cases spread over the split: truth, before, after."""
+    """Write a gallery of twelve examples spread over the split: truth, before and after tuning."""
     rows = [row for row in rows if row["split"] == split.name]
     where = {row["image_id"]: i for i, row in enumerate(split.rows)}
     cases = []

@@ -1,4 +1,4 @@
-"""What is decided before anything is trained: task, model, methods, and the variables on their devices."""
+"""What is decided before training: task, model, methods, and the variables on their devices."""
 
 import collections
 import dataclasses
@@ -27,8 +27,8 @@ from jaxpeft.tree import Mask, Tree
 
 Log = Callable[[str], object]
 DTYPES = ("float32", "bfloat16")
-LEAST_STEPS = 100  # where epochs decide: a few images are seen often, and the best step is kept
-VALIDATIONS = 40  # where stop.every is 0
+LEAST_STEPS = 100  # minimum where epochs decide: a few images are seen many times, and the best step is kept
+VALIDATIONS = 40  # number of validations where stop.every is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,9 @@ class Setup:
     variables: Tree
     mask: Mask
     mesh: Mesh
-    originals: (
-        Tree  # the variables as they were loaded, on the host where `variables` are narrower: what `tuned/` is of
-    )
-    splits: dict[str, Split]  # 'train' is the part that is trained on
-    whole: tuple[Split, np.ndarray]  # the whole of 'train', and which of its images that part has
+    originals: Tree  # the variables as loaded, for `tuned/`; on the host where `variables` have a narrower dtype
+    splits: dict[str, Split]  # 'train' is the subset that is trained on
+    whole: tuple[Split, np.ndarray]  # all of 'train', and the indices of the subset in it
     candidates: list[str] | None  # the closed list that answers are chosen from
     facts: dict[str, Any]  # for the result: counts, model, texts
 
@@ -59,7 +57,7 @@ class Setup:
 
 
 def prepare(config: Config, log: Log) -> Setup:
-    """Read data and base, attach the methods, and put everything on its devices. Raises ValueError for what cannot be."""
+    """Read data and base, attach the methods, and put everything on its devices. Raises ValueError for an invalid setup."""
     mesh = sharding.mesh(config.get("mesh"))
     sharding.check_batch(config.batch_size, config.grad_accum, mesh)
     task = tasks.build(config.task, **config.task_options)
@@ -106,7 +104,7 @@ def needed_splits(config: Config) -> list[str]:
 
 
 def load_splits(config: Config) -> tuple[dict[str, Split], tuple[Split, np.ndarray]]:
-    """({name: split}, with the part of 'train' that the run uses; (the whole of 'train', which of its images these are))."""
+    """Load ({name: split} with the run's subset of 'train', (all of 'train', the indices of the subset in it))."""
     c = config.data
     splits = data.load(c, needed_splits(config))
     whole = splits["train"]
@@ -115,7 +113,7 @@ def load_splits(config: Config) -> tuple[dict[str, Split], tuple[Split, np.ndarr
 
 
 def check_config(config: Config) -> None:
-    """Raise ValueError for a setting that training or evaluation would refuse, before anything is read."""
+    """Raise ValueError for invalid settings of training or evaluation, before anything is read."""
     renamed.check_config(config)
     optim.schedule(config.optim, 1000)
     optim.OPTIMIZERS.find(config.optim.get("name", "adamw"))
@@ -129,7 +127,7 @@ def check_config(config: Config) -> None:
 
 
 def scheduled(config: Config, n_examples: int) -> Config:
-    """The config with numbers where they follow from the data: `steps` from `epochs`, `stop.every` from the steps."""
+    """The config with the numbers that depend on the data: `steps` from `epochs`, `stop.every` from `steps`."""
     c = config.copy_and_resolve_references()
     if not c.steps:
         if not c.get("epochs", 0) > 0:
@@ -146,21 +144,21 @@ def setup_model(
     model, params, report = read_base(config, task)
     for group, source in report.get("initialised", {}).items():
         if source != "checkpoint":
-            log(f"{group} starts from {source}")
+            log(f"{group} is initialised from {source}")
     chosen = methods_of(config)
 
     _, chosen, unknown, new = with_new_words(config, task, model, chosen, train)
     model, params, _ = loading.extend_vocabulary(model, params, new, config.seed)
     if new:
-        log(f"vocabulary: {len(new):,} words are new to the base; their rows start random and are tuned")
+        log(f"vocabulary: {len(new):,} words are added to the base; their rows are initialised randomly and trained")
     if unknown:
         shown = ", ".join(map(repr, list(unknown)[:5]))
         log(
-            f"warning: {len(unknown):,} different words of the training texts ({unknown.total():,} in all) are unknown to "
-            f"the base and read as [UNK]: {shown}"
+            f"warning: {len(unknown):,} different words of the training texts ({unknown.total():,} in all) are not in the "
+            f"base's vocabulary and are read as [UNK]: {shown}"
         )
     facts = {"base": str(config.base), "init": config.init, "report": report}
-    # new_rows: whether the rows of new words are leaves of their own, as they were not in version 0.1
+    # new_rows: whether the rows of new words are separate leaves, unlike in version 0.1
     return model, params, chosen, facts | {"unknown_words": len(unknown), "new_words": new, "new_rows": True}
 
 
@@ -169,10 +167,10 @@ def with_new_words(
 ) -> tuple[VisionLanguageModel, tuple[Method, ...], collections.Counter[str], list[str]]:
     """(model, methods, words that stay unknown, words that are added) for the training texts; no parameters are needed.
 
-    Words are added where the vocabulary has no pieces to spell them from: the tiny base's. The methods then train their rows.
+    Words are added only if the vocabulary has no word pieces, like that of the tiny base. The methods then train their rows.
     """
     texts, tokenizer = task.texts(train, task.template(model)), model.tokenizer
-    assert tokenizer is not None  # `task.template` asked it
+    assert tokenizer is not None  # `task.template` used it
     found = (word for text in texts for word in tokenizer.unknown_words(text))
     unknown = collections.Counter(dict(sorted(collections.Counter(found).items())))
     if not config.model.extend_vocabulary or tokenizer.has_pieces:
@@ -186,7 +184,7 @@ def with_new_words(
 def with_limits(
     task: tasks.Task, model: VisionLanguageModel, chosen: tuple[Method, ...], splits: dict[str, Split], log: Log
 ) -> tuple[tasks.Task, dict]:
-    """(the task with limits that fit the data and the base, {split: {limit: what it cuts}}); cuts are said."""
+    """(the task with limits that fit the data and the base, {split: {limit: what it cuts}}); cuts are logged."""
     chosen = sites.resolved(model, chosen)
     shifts = [sum(one.shift(site) for one in chosen if one.selects(site)) for site in sites.sites(model)]
     template = task.template(model)
@@ -211,14 +209,14 @@ def with_limits(
     )
     if long > max(2 * usual, 32):
         log(
-            f"warning: the longest training text has {long} tokens and 99 of 100 have at most {usual}; every batch is as long "
-            f"as the longest: a limit in task_options makes steps faster"
+            f"warning: the longest training text has {long} tokens, 99 of 100 have at most {usual}; every batch is padded to "
+            f"the longest: a limit in task_options makes steps faster"
         )
     return task, texts
 
 
 def abstract_model(config: Config) -> VisionLanguageModel:
-    """The model of a config, from the base's configuration alone: no weights are read, no words added."""
+    """The model of a config, from the base's configuration alone: no weights are read, and no words are added."""
     task = tasks.build(config.task, **config.task_options)
     model = loading.abstract(config.base, task=task.kind, **_options(config))
     if model.tokenizer is None:
@@ -232,13 +230,13 @@ def _options(config: Config) -> dict:
 
 
 def pinned_base(config: Config, result: dict) -> str:
-    """The base of a finished run: of a repository of the hub the very commit that was tuned, as 'owner/name@commit'."""
+    """The base of a finished run; for a repository of the hub with the commit that was tuned, as 'owner/name@commit'."""
     revision = result.get("model", {}).get("report", {}).get("revision")
     return f"{config['base'].partition('@')[0]}@{revision}" if revision else str(config["base"])
 
 
 def read_base(config: Config, task: tasks.Task) -> tuple[VisionLanguageModel, Tree, dict[str, Any]]:
-    """(model, params, report) that training starts from, before words are added."""
+    """Read (model, params, report) that training starts from, before words are added."""
     model, params, report = loading.read(config.base, task=task.kind, **_options(config))
     if model.tokenizer is None:
         raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
@@ -256,8 +254,8 @@ def methods_of(config: Config) -> tuple[methods.Method, ...]:
 
 
 def narrowed(variables: Tree, mask: Mask, dtype: str) -> Tree:
-    """Frozen matrices in `dtype`. In bfloat16 with model.dtype bfloat16 that is what every product casts them to, so nothing
-    changes. Word embeddings stay as they are: they are added to others in float32 before anything is rounded."""
+    """Cast frozen matrices to `dtype`. With model.dtype bfloat16, products cast them to bfloat16 anyway, so no result changes.
+    Word embeddings keep their dtype: they are added to others in float32 before anything is rounded."""
     if dtype == "float32":
         return variables
     if dtype != "bfloat16":
@@ -270,7 +268,7 @@ def narrowed(variables: Tree, mask: Mask, dtype: str) -> Tree:
 
 
 def _towers(model: VisionLanguageModel, chosen: Iterable[Method]) -> str:
-    """Which towers the methods touch, and which they leave alone."""
+    """A line with the towers that the methods adapt, and those that they do not."""
     chosen, touched = tuple(chosen), {}
     for site in sites.sites(model):
         name = site.path.split("/")[0]
@@ -278,23 +276,23 @@ def _towers(model: VisionLanguageModel, chosen: Iterable[Method]) -> str:
         hit = any(one.selects(site) or one.trains(f"{leaf}kernel") or one.trains(f"{leaf}bias") for one in chosen)
         touched[name] = touched.get(name, False) or hit
     names = {on: ", ".join(name for name, hit in touched.items() if hit == on) or "nothing" for on in (True, False)}
-    return f"adapted: {names[True]}; left alone: {names[False]}"
+    return f"adapted: {names[True]}; not adapted: {names[False]}"
 
 
 def _placed(variables: Tree, model: VisionLanguageModel, mesh: Mesh, log: Log) -> Tree:
-    """The variables on the mesh as the model's rules say, with a line about what that means where there are devices."""
+    """Put the variables on the mesh by the model's sharding rules; with several devices, log their memory."""
     placed = sharding.shardings(variables, model.sharding, mesh)
     if mesh.size > 1:
         n_bytes, n_all = sharding.bytes_per_device(variables, placed), sum(x.nbytes for x in jax.tree.leaves(variables))
         shape = " x ".join(f"{name} {n}" for name, n in mesh.shape.items())
         log(f"mesh {shape}: {n_bytes / 1e6:.1f} MB of weights per device, {n_all / 1e6:.1f} MB in all")
         if whole := sharding.whole(variables, placed):
-            log(f"every device holds whole: {', '.join(whole[:8])}")
+            log(f"not split, whole on every device: {', '.join(whole[:8])}")
     return sharding.put(variables, placed)
 
 
 def imports_of(config: Config, chosen: Iterable[Method], task: tasks.Task) -> list[str]:
-    """The modules outside jaxpeft that a run's method, task, data set, optimizer and metrics come from."""
+    """The modules outside jaxpeft that define a run's method, task, data set, optimizer and metrics."""
     entries = [METHODS[config.method.name], *map(type, chosen), type(task), data.DATASETS[config.data.name]]
     entries.append(optim.OPTIMIZERS[config.optim.get("name", "adamw")])
     return registry.modules_of(entries + [metrics.METRICS[name] for name in task.metrics])
@@ -306,5 +304,5 @@ def as_json(config: Config) -> dict:
 
 
 def digest(value: object) -> str:
-    """What a checkpoint remembers of a JSON value it must not be mixed up with."""
+    """A short SHA-256 digest of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,10 +1,9 @@
-"""Placing arrays on devices: a mesh (data, fsdp, tensor), rules by leaf name, and what a host gives to a global array.
+"""Placing arrays on devices: a mesh (data, fsdp, tensor), sharding rules by leaf name, and global arrays of several hosts.
 
-`pjit` is `jax.jit` with `NamedSharding` today: the step is one program, and the compiler adds what must be exchanged.
-A batch is split over 'data' and 'fsdp'. A model's `sharding` says by name how its leaves are split: 'fsdp' spreads the
-memory of weights, 'tensor' the work of heads and hidden units. Leaves that a method adds inherit from the leaf that they
-adapt, and optimizer states from the leaf that they belong to, because both carry its name. All hosts run the same calls;
-one host is the case of one process.
+The training step is one program, `jax.jit` with `NamedSharding`; the compiler adds the communication. A batch is split over
+'data' and 'fsdp'. A model's `sharding` maps leaf names to axes: 'fsdp' splits the memory of weights, 'tensor' the work of heads
+and hidden units. Leaves that a method adds inherit the axes of the leaf they adapt, and optimizer states those of their leaf,
+because both contain its name. All hosts make the same calls.
 """
 
 import contextlib
@@ -33,13 +32,13 @@ WHOLE: Rules = (("", ()),)  # every device holds every leaf
 
 
 def mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """Devices as (data, fsdp, tensor); `shape` has some of these keys. data, 0 if not given, stands for what remains then.
+    """Arrange devices as (data, fsdp, tensor); `shape` has some of these keys. data = 0, the default, takes what remains.
 
     Raises ValueError for another key, and where the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     if unknown := set(shape or {}) - set(AXES):
-        raise ValueError(f"mesh has no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")
+        raise ValueError(f"unknown mesh axis {', '.join(sorted(unknown))}; allowed: {', '.join(AXES)}")
     data, fsdp, tensor = ((shape or {}).get(axis, default) for axis, default in zip(AXES, (0, 1, 1), strict=True))
     if (
         min(fsdp, tensor) < 1
@@ -49,20 +48,20 @@ def mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None =
     ):
         raise ValueError(
             f"mesh (data {data}, fsdp {fsdp}, tensor {tensor}) does not fit {len(devices)} devices: the product of the "
-            f"three must be their number (data 0: what remains)"
+            f"three must be the number of devices (data 0: what remains)"
         )
-    # jax.make_mesh makes Explicit axes by default, under which gathers from sharded tables need annotations
+    # jax.make_mesh makes Explicit axes by default, for which gathers from sharded tables need annotations
     sizes = (len(devices) // (fsdp * tensor), fsdp, tensor)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def n_batch(on: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """The number of parts that a batch is split into."""
     return on.shape["data"] * on.shape["fsdp"]
 
 
 def check_batch(batch_size: int, grad_accum: int, on: Mesh) -> None:
-    """Raise ValueError where microbatches or devices do not divide the batch."""
+    """Raise ValueError where the batch is not divisible by microbatches and devices."""
     if batch_size % grad_accum:
         raise ValueError(f"batch_size {batch_size} is not divisible by grad_accum {grad_accum}")
     if (batch_size // grad_accum) % n_batch(on):
@@ -76,11 +75,10 @@ def check_batch(batch_size: int, grad_accum: int, on: Mesh) -> None:
 
 
 def shardings(tree: Tree, rules: Rules, on: Mesh) -> Tree:
-    """A NamedSharding for every leaf of variables, of a half of them, or of a training state.
+    """A NamedSharding for every leaf of variables, of the trainable or frozen ones, or of a training state.
 
-    A dimension that its axis does not divide stays whole, and so do an optimizer's arrays that have fewer dimensions than a
-    rule speaks of, or belong to no leaf (Muon's coefficients). Raises ValueError for array leaves of the model that no rule
-    covers.
+    A dimension that is not divisible by its axis is not split. Neither are optimizer arrays that have fewer dimensions than
+    their rule, or belong to no leaf (Muon's coefficients). Raises ValueError for array leaves of the model that no rule covers.
     """
     uncovered = []
 
@@ -117,13 +115,13 @@ def shardings(tree: Tree, rules: Rules, on: Mesh) -> Tree:
 
 
 def _inherited(site: Site, spec: Callable[[str], tuple], shape: tuple[int, ...]) -> tuple[str | None, ...]:
-    """The axes of an own leaf: a dimension as long as the site's is split as the site's is.
+    """The axes of an adapter leaf: a dimension with the same length as one of the site's is split like it.
 
     So LoRA's A (in, R) and B (R, out) follow the kernel's input and output, and a prefix (K, N, H) the heads. Where two
-    lengths are equal by chance the split may be another one; that costs an exchange and changes no value.
+    lengths are equal by chance the split may differ; that costs communication but changes no value.
     """
     own = shape[0 if site.layers is None else 1 :]
-    if not site.path or not own:  # leaves that all sites share
+    if not site.path or not own:  # leaves shared by all sites
         return ()
     leaf = {"linear": "kernel", "norm": "scale"}.get(site.kind, Site.key(site.kind))
     here = site.shape[1:] if site.kind == "kv" else site.shape
@@ -140,13 +138,13 @@ def _inherited(site: Site, spec: Callable[[str], tuple], shape: tuple[int, ...])
 
 
 def bytes_per_device(tree: Tree, placed: Tree) -> int:
-    """What the leaves take on one device; works on shapes."""
+    """The bytes that the leaves take on one device; works on shapes."""
     sizes = jax.tree.map(lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, tree, placed)
     return sum(jax.tree.leaves(sizes))
 
 
 def whole(tree: Tree, placed: Tree, at_least: int = 1 << 20) -> list[str]:
-    """The leaves of `at_least` bytes that every device holds whole although the mesh could split them, largest first."""
+    """The leaves of at least `at_least` bytes that are replicated although the mesh could split them, largest first."""
     if not jax.tree.leaves(placed) or n_split(jax.tree.leaves(placed)[0].mesh) == 1:
         return []
     flat, where = flatten(tree), flatten(placed)
@@ -156,7 +154,7 @@ def whole(tree: Tree, placed: Tree, at_least: int = 1 << 20) -> list[str]:
 
 
 def n_split(on: Mesh) -> int:
-    """Into how many parts a weight can be split."""
+    """The number of parts that a weight can be split into."""
     return on.shape["fsdp"] * on.shape["tensor"]
 
 
@@ -164,7 +162,7 @@ def n_split(on: Mesh) -> int:
 
 
 def put(tree: Tree, placed: Tree) -> Tree:
-    """Every leaf where `placed` says. Hosts give the same values, and each keeps the parts of its own devices."""
+    """Put every leaf on devices as in `placed`. Hosts pass the same values, and each keeps the parts of its own devices."""
 
     def one(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable or isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -176,8 +174,8 @@ def put(tree: Tree, placed: Tree) -> Tree:
 
 
 def placing(rules: Rules, on: Mesh) -> Callable[[str, Any], jax.Array]:
-    """The `place` of `loading.read`: a leaf (a `convert.Leaf`) goes where the rules say as soon as it is made. Of several
-    hosts each reads only what its own devices hold."""
+    """The argument `place` of `loading.read`: puts a leaf (a `convert.Leaf`) on devices as soon as it is made. Each of several
+    hosts reads only what its own devices hold."""
 
     def place(name: str, leaf: Any) -> jax.Array:
         shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -194,7 +192,7 @@ def placing(rules: Rules, on: Mesh) -> Callable[[str, Any], jax.Array]:
 
 
 def replicated(on: Mesh) -> NamedSharding:
-    """The sharding of a value that every device holds."""
+    """The sharding of a value that every device holds whole."""
     return NamedSharding(on, PartitionSpec())
 
 
@@ -204,7 +202,7 @@ def replicate(tree: Tree, on: Mesh) -> Tree:
 
 
 def rows(n: int, on: Mesh) -> np.ndarray:
-    """Which rows of a batch of `n` this host must have, ascending; all of them on one host."""
+    """The rows of a batch of `n` that this host must have, ascending; all of them on one host."""
     if jax.process_count() == 1:
         return np.arange(n)
     parts = NamedSharding(on, BATCH).addressable_devices_indices_map((n,)).values()
@@ -212,11 +210,11 @@ def rows(n: int, on: Mesh) -> np.ndarray:
 
 
 def shard_batch(batch: dict[str, np.ndarray], on: Mesh, n: int | None = None) -> dict[str, jax.Array]:
-    """Each array split along its first axis. Of a batch of `n` rows this host gives those of `rows(n, on)`."""
+    """Split each array along its first axis. Of a batch of `n` rows this host passes those of `rows(n, on)`."""
     sharding = NamedSharding(on, BATCH)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    assert n is not None, "each host has some rows of the batch: n is how many it has in all"
+    assert n is not None, "each host has only some rows of the batch: n must be the number of all rows"
     mine = rows(n, on)
 
     def one(x: np.ndarray) -> jax.Array:
@@ -231,7 +229,7 @@ def shard_batch(batch: dict[str, np.ndarray], on: Mesh, n: int | None = None) ->
 
 
 def packed(leaves: list[jax.Array]) -> jax.Array:
-    """`tree.pack` of arrays, begun on the devices that hold them and whole on each; all hosts call it."""
+    """`tree.pack` of arrays on the devices that hold them, replicated on each; all hosts call it."""
     return _packer(mesh_of(leaves))(leaves)
 
 
@@ -241,7 +239,7 @@ def _packer(on: Mesh | None) -> Callable[[list[jax.Array]], jax.Array]:
 
 
 def mesh_of(tree: Tree) -> Mesh | None:
-    """The mesh that a tree was put on, or None for arrays of one device and of no mesh of ours."""
+    """The mesh that a tree was put on, or None for arrays that are on no such mesh."""
     for leaf in jax.tree.leaves(tree):
         on = getattr(getattr(leaf, "sharding", None), "mesh", None)
         return on if on is not None and on.axis_names == AXES else None
@@ -249,7 +247,7 @@ def mesh_of(tree: Tree) -> Mesh | None:
 
 
 def using(tree: Tree) -> AbstractContextManager:
-    """A context in which what is traced splits its batch over the devices that hold `tree` (`ops.by_rows`)."""
+    """A context in which traced functions split their batch over the devices that hold `tree` (`ops.by_rows`)."""
     return using_mesh(mesh_of(tree))
 
 
@@ -259,12 +257,12 @@ def using_mesh(on: Mesh | None) -> AbstractContextManager:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Whether this process is the one that writes files and logs."""
     return jax.process_index() == 0
 
 
 def most_soon(number: int, on: Mesh) -> jax.Array | int:
-    """The largest `number` of all hosts, as an array that is ready when every host has said its own; all hosts call it."""
+    """The largest `number` of all hosts, as an array that is ready once every host has sent its own; all hosts call it."""
     if jax.process_count() == 1:
         return number
     of_devices = NamedSharding(on, PartitionSpec(AXES))

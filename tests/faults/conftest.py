@@ -1,4 +1,4 @@
-"""The table of faults, printed when the tests have run: what was done, how often, what was lost, how long recovery took."""
+"""The table of faults, printed after the tests: what was done, how often, what was lost, and how long recovery took."""
 
 import os
 import re
@@ -15,7 +15,7 @@ def pytest_generate_tests(metafunc):
 
 
 class Fault:
-    """What one test saw. `steps_lost`: steps that had to be done again; `recovering()` times coming back."""
+    """What one test saw. `steps_lost`: steps that had to be repeated; `timed()` measures the recovery."""
 
     def __init__(self, name):
         self.name, self.done, self.tries, self.steps_lost, self.seconds = name, "", 0, 0, 0.0
@@ -25,7 +25,7 @@ class Fault:
         self.steps_lost, self.seconds = max(self.steps_lost, steps_lost), max(self.seconds, seconds)
 
     def timed(self, function, *args, **kwargs):
-        """What `function` returns, and its seconds as those of recovery."""
+        """Call `function` and count its seconds as those of recovery -> its result."""
         began = time.perf_counter()
         value = function(*args, **kwargs)
         self.seconds = max(self.seconds, time.perf_counter() - began)
@@ -42,8 +42,8 @@ def fault(request):
     yield row
     if request.session.testsfailed > failed:
         return
-    assert row.tries, "a test of a fault says what it did: fault.tried(...)"
-    # properties go with a report from a worker of pytest-xdist to the process that prints the table
+    assert row.tries, "a test with `fault` must call fault.tried(...)"
+    # user properties are sent from workers of pytest-xdist to the process that prints the table
     request.node.user_properties.append(("fault", vars(row)))
 
 

@@ -1,4 +1,4 @@
-"""Faults of whole runs and studies: the run of `main.py` from data to result, and the work that processes share."""
+"""Faults of whole runs and studies: a run of `main.py` from data to result, and work shared by several processes."""
 
 import errno
 import json
@@ -90,7 +90,7 @@ def test_a_lock_of_another_host(tmp_path, fault, monkeypatch):
     finally:
         lives.kill()
         lives.communicate()
-    fault.tried("watched: taken over when nobody touches it, refused when somebody does")
+    fault.tried("taken over when nobody refreshes it, refused when somebody does")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ run.run(config_of(sys.argv[1]), sys.argv[2], lambda *_: None)
 
 @pytest.mark.parametrize("name", ["tuned.safetensors", "manifest.json"])
 def test_sigkill_while_the_result_is_written(base, tmp_path, fault, undisturbed, name):
-    """SIGKILL while what was tuned is written."""
+    """SIGKILL while the trained parameters are written."""
     workdir = tmp_path / "run"
     child = program(KILLED_AT, base, workdir, ROOT / "tests", name)
     assert child.wait(timeout=300) == -signal.SIGKILL
@@ -172,7 +172,7 @@ def test_sigkill_while_the_result_is_written(base, tmp_path, fault, undisturbed,
     assert {path.name for path in (workdir / "tuned").iterdir()} == {"tuned.safetensors", "manifest.json"}
     assert not [path for path in workdir.iterdir() if path.name.startswith(".tuned")]
     finished.load_run(workdir)
-    fault.tried("written again whole; no step is done again, nothing is left beside it")
+    fault.tried("written again completely; no step is done again, no partial files are left")
 
 
 def test_what_an_older_version_left_half_written(base, tmp_path, fault):
@@ -186,7 +186,7 @@ def test_what_an_older_version_left_half_written(base, tmp_path, fault):
 
 
 def test_a_full_disk_while_the_result_is_written(base, tmp_path, fault, monkeypatch, undisturbed):
-    """The disk is full while what was tuned is written."""
+    """The disk is full while the trained parameters are written."""
     from safetensors import SafetensorError
 
     def full(*_):
@@ -200,11 +200,11 @@ def test_a_full_disk_while_the_result_is_written(base, tmp_path, fault, monkeypa
     monkeypatch.undo()
     fault.timed(run.run, config_of(base), tmp_path, quiet)
     assert undisturbed == tuple((tmp_path / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl"))
-    fault.tried("one line, status 75; the same command ends it")
+    fault.tried("one line, exit code 75; the same command finishes the run")
 
 
 def test_a_directory_is_there_whole_or_not_at_all(tmp_path, fault):
-    """Errors and kills at every moment of writing a directory."""
+    """Errors and kills at any time while a directory is written."""
     out = tmp_path / "out"
 
     def write(text, fail=False):
@@ -239,11 +239,11 @@ def test_a_directory_is_there_whole_or_not_at_all(tmp_path, fault):
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds other files \(notes.txt\)"):
         write("sixth")
-    fault.tried("the old one or the new one, whole; leftovers are cleared, other files are not touched")
+    fault.tried("the old directory or the new one, complete; leftovers are removed, other files are not touched")
 
 
 def test_a_mounted_directory_is_written_into(tmp_path, fault):
-    """An export into a mount point, which cannot be renamed."""
+    """An export to a mount point, which cannot be renamed."""
     out = tmp_path / "out"
     out.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", out], capture_output=True).returncode:
@@ -276,7 +276,7 @@ def test_errors_of_the_machine_are_told_from_others(error, code, said):
 
 
 def test_an_error_that_took_the_place_of_one_of_the_machine_is_the_users():
-    """`raise ... from None` says that what came before does not matter."""
+    """`raise ... from None` hides the error that came before."""
     try:
         try:
             raise OSError(errno.EMFILE, "too many")
@@ -332,7 +332,7 @@ def test_full_disk_of_the_feature_cache(tmp_path, fault, monkeypatch):
     monkeypatch.undo()
     frozen_cache._kept(tmp_path / "f" / "x.npy", lambda: computed, 1 << 20, said.append)
     np.testing.assert_array_equal(np.load(tmp_path / "f" / "x.npy"), computed)
-    fault.tried("what was computed is used; no half file is left")
+    fault.tried("what was computed is used; no partial file is left")
 
 
 def test_a_damaged_feature_cache(tmp_path, fault):
@@ -345,7 +345,7 @@ def test_a_damaged_feature_cache(tmp_path, fault):
         fault.timed(frozen_cache._kept, path, lambda: computed, 1 << 20, said.append), computed
     )
     assert "cannot be read" in said[0]
-    fault.tried("said, and computed again")
+    fault.tried("reported, and computed again")
 
 
 # ---------------------------------------------------------------- studies
@@ -360,7 +360,7 @@ def small(monkeypatch):
 
 
 def test_out_of_memory_in_a_point(small, tmp_path, fault, monkeypatch):
-    """Out of memory in a point of a study."""
+    """Out of memory in a run of a study."""
     runs = state.read(small, tmp_path).todo
     bad = runs[1].id
 
@@ -373,15 +373,15 @@ def test_out_of_memory_in_a_point(small, tmp_path, fault, monkeypatch):
     assert not execute.execute(runs[1], tmp_path, quiet)
     (line,) = (tmp_path / "failures" / f"{bad}.jsonl").read_text().splitlines()
     assert "RESOURCE_EXHAUSTED" in json.loads(line)["error"]
-    assert not execute.execute(runs[0], tmp_path, quiet)  # and the others go on
+    assert not execute.execute(runs[0], tmp_path, quiet)  # the other runs continue
     with pytest.raises(signals.Stopped):
         execute.execute(runs[2], tmp_path, quiet)
     assert not (tmp_path / "failures" / f"{runs[2].id}.jsonl").exists()  # a stop is not a failure
-    fault.tried("written down with its reason, tried again twice; the others go on")
+    fault.tried("recorded with its reason and tried again twice; the other runs go on")
 
 
 def test_full_disk_in_a_point(small, tmp_path, fault, monkeypatch):
-    """The disk is full in a point of a study."""
+    """The disk is full in a run of a study."""
     runs = state.read(small, tmp_path).todo
 
     def run(*args, **kwargs):
@@ -392,7 +392,7 @@ def test_full_disk_in_a_point(small, tmp_path, fault, monkeypatch):
         execute.execute(runs[0], tmp_path, quiet)
     assert signals.exit_code(caught.value) == 75 and "result.json" in signals.message(caught.value)
     assert not (tmp_path / "failures").exists()
-    fault.tried("the worker ends with exit code 75; no try of the point is used up")
+    fault.tried("the worker ends with exit code 75; no try of the run is used up")
 
 
 WORKER = """
@@ -422,8 +422,8 @@ def test_a_killed_worker(tmp_path, fault):
             os.environ["PYTHONPATH"] = before
     assert (tmp_path / "done").exists() and "killed by SIGKILL" in said[0] and "a-run" in said[0]
     (line,) = (tmp_path / "failures" / "a-run.jsonl").read_text().splitlines()
-    assert "want of memory" in json.loads(line)["error"]
-    fault.tried("its run is written down as failed once, and another worker takes its place", 0)
+    assert "(likely out of memory)" in json.loads(line)["error"]
+    fault.tried("its run is recorded as failed once, and another worker takes its place", 0)
 
 
 def test_sigterm_at_a_claim(tmp_path, fault):
@@ -452,7 +452,7 @@ def test_sigterm_at_a_claim(tmp_path, fault):
         assert claimer.wait(timeout=60) == 75
         claimer.communicate()
         claim = locks.Lease(tmp_path, "run")
-        for _ in range(2):  # the first look may remove the gate that the dead one left
+        for _ in range(2):  # the first try may only remove the gate of the ended process
             if fault.timed(claim.take):
                 break
         claim.release()

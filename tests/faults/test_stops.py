@@ -1,7 +1,7 @@
-"""A stop while XLA compiles a program of seconds, in every program that compiles: the exit code is the promised one.
+"""A stop while XLA compiles for seconds, in every program that compiles: the exit code must be the documented one.
 
-What is compiled is real (the tiny BLIP's step and beam search, some 3 to 4 s each on two cores), nothing comes from a cache,
-and each test checks by the compiler's own log that the signal came between the begin and the end of that compilation.
+The compilations are real (the tiny BLIP's step and beam search, 3 to 4 s each on two cores) and do not use a cache. Each test
+checks in the compiler's log that the signal came between the start and the end of the compilation.
 """
 
 import os
@@ -35,7 +35,7 @@ PROGRAMS = {
 
 
 class Watched:
-    """A process whose stderr is read as it comes: when a program's compilation begins and ends."""
+    """A process whose stderr is read as it is written, to know when a compilation begins and ends."""
 
     def __init__(self, arguments):
         env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "1", "PYTHONUNBUFFERED": "1"}
@@ -72,7 +72,7 @@ class Watched:
         return list(map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()))
 
     def end(self):
-        """(exit code, what is left of stderr without the compiler's log)"""
+        """(exit code, stderr without the compiler's log)"""
         code = self.process.wait(timeout=120)
         self.process.stderr.close()
         said = [line for line in self.lines if line.strip() and not re.search(r"Compiling|Finished|WARNING|^W\d", line)]
@@ -87,7 +87,7 @@ def test_sigterm_while_xla_compiles(tmp_path, fault, name):
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(picture)
     last = str(picture) if name == "generate" else f"--workdir={tmp_path / 'run'}"
     rng, inside = random.Random(), False
-    for longest in (2.0, 1.0, 0.2, 0.0):  # a fast machine may be done before: then sooner
+    for longest in (2.0, 1.0, 0.2, 0.0):  # a fast machine may finish before: then try earlier
         watched = Watched((*arguments, last))
         try:
             watched.wait_for(f"Compiling jit({function})")
@@ -102,7 +102,7 @@ def test_sigterm_while_xla_compiles(tmp_path, fault, name):
             watched.process.kill()
         assert code == signals.RESTARTABLE, (code, said)
         assert "Traceback" not in said and "Fatal" not in said, said
-        assert not (tmp_path / "run" / "failures").exists()  # a stop is no failure of a run
+        assert not (tmp_path / "run" / "failures").exists()  # a stop does not count as a failure of the run
         if inside:
             break
     assert inside, f"{function} was compiled before the signal came"
@@ -121,4 +121,4 @@ def test_a_stop_that_comes_while_an_object_is_freed(fault):
         for _ in range(200):
             time.sleep(0.01)
     assert signals.exit_code(caught.value) == signals.RESTARTABLE
-    fault.tried("asked again a moment later")
+    fault.tried("raised again a moment later")

@@ -1,4 +1,4 @@
-"""Faults while training: every one leaves the newest good step, and the same command ends where no fault would have."""
+"""Faults during training: each leaves the newest good step, and the same command ends with the same result as without."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ from jaxpeft.runtime import locks, signals
 from jaxpeft.training import loop, sharding
 from jaxpeft.training.checkpoint import Checkpoints
 
-# the array store's own event loop complains when it is collected after a read that failed
+# the array store's event loop warns when it is garbage-collected after a failed read
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 HERE = Path(__file__).parent
 
@@ -34,7 +34,7 @@ def whole(tmp_path_factory):
 
 
 def same_end(workdir, whole, fault, c=None, **options):
-    """Run the same command to its end, and compare everything with the undisturbed run -> the step it went on from."""
+    """Run the same command to its end, and compare everything with the undisturbed run -> (the step it resumed from, log)."""
     said = []
     after = fault.timed(toy.fit, workdir, c, said.append, **options)
     np.testing.assert_array_equal(after, whole[0])
@@ -84,7 +84,7 @@ def test_damage(tmp_path, whole, fault, kind):
     assert (tmp_path / "checkpoints" / "damaged-12").exists()
     step, said = same_end(tmp_path, whole, fault)
     assert step == 12 and not any("damaged" in line for line in said)  # written again in its place
-    fault.tried("'checkpoint 12 is damaged ... trying checkpoint 11'; put aside; resumed from step 11", 1)
+    fault.tried("'checkpoint 12 is damaged ... trying checkpoint 11'; moved aside; resumed from step 11", 1)
 
 
 def test_all_damaged(tmp_path, whole, fault):
@@ -99,7 +99,7 @@ def test_all_damaged(tmp_path, whole, fault):
 
 
 def killed_at_random(workdir, steps, seconds, tries):
-    """The toy, killed so many times -> after each kill (steps logged, the step gone on from, seconds until then)."""
+    """Kill the toy `tries` times -> after each kill (steps logged, the step it resumed from, seconds until then)."""
     rng, logged, found = np.random.default_rng(0), 0, []
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
     for n in range(tries + 1):
@@ -139,13 +139,13 @@ def test_kill(tmp_path, fault, seconds):
     kills = killed_at_random(workdir, 200, seconds, 2)
     assert any(went_on > 0 for _, went_on, _ in kills)
     most = max(logged - went_on for logged, went_on, _ in kills)
-    if seconds == 0:  # the step that ran, and the one that was being saved
+    if seconds == 0:  # at most the step that ran and the one being saved are lost
         assert most <= 2
     np.testing.assert_array_equal(toy.fit(workdir, toy.config(200, seconds)), expected)
     steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 201))  # none twice, none missing
     for _, _, seconds in kills:
-        fault.tried("goes on from the last step that is on the disk", max(most, 0), seconds)
+        fault.tried("goes on from the last step on disk", max(most, 0), seconds)
 
 
 def test_kill_at_every_step(tmp_path, fault, monkeypatch):
@@ -158,7 +158,7 @@ def test_kill_at_every_step(tmp_path, fault, monkeypatch):
         opened.append(self)
 
     def copy(name):
-        opened[0].wait()  # what is being saved is on the disk: a copy of half a save is none that a kill could leave
+        opened[0].wait()  # until the save is on disk: a kill cannot leave what a copy of a partial save would have
         shutil.copytree(tmp_path / "run", tmp_path / name)
 
     def validate(tuned):
@@ -180,11 +180,11 @@ def test_kill_at_every_step(tmp_path, fault, monkeypatch):
         patch.setattr(Checkpoints, "__init__", noted)
         after = toy.fit(tmp_path / "run", c, change=copied, validate=copied_in_it)
     whole = after, (tmp_path / "run" / "metrics.jsonl").read_text()
-    for step in range(3, 13):  # when batch `step` is made, step - 1 has been begun
+    for step in range(3, 13):  # when batch `step` is made, step - 1 has started
         resumed, _ = same_end(tmp_path / f"copy {step}", whole, fault, c, validate=validate)
         assert resumed == step - 2
         fault.tried("goes on from the step before the one that ran", 1)
-    for step in (0, 3, 6, 9, 12):  # in a validation after step `step`, which is a part of it
+    for step in (0, 3, 6, 9, 12):  # during the validation after step `step`, which is part of that step
         resumed, _ = same_end(tmp_path / f"validation {step}", whole, fault, c, validate=validate)
         assert resumed == max(0, step - 1)
         fault.tried("goes on from the step before the one that ran", 1)
@@ -201,7 +201,7 @@ def test_kill_at_every_step(tmp_path, fault, monkeypatch):
     ids=["every step", "4 s", "4 s, but a save blocks for 0.125 s", "60 s"],
 )
 def test_the_clock(tmp_path, monkeypatch, seconds, per_save, steps):
-    """A step takes a second: saves come after `seconds`, or 50 times as long as the last one blocked; and the last step."""
+    """With steps of a second, saves come after `seconds` or 50 times the duration of the last save, and after the last step."""
     now, saved, save = [0.0], [], Checkpoints.save
 
     def timed(self, step, *args):
@@ -241,7 +241,7 @@ def test_sigterm(tmp_path, whole, fault, monkeypatch, moment):
             return save(self, step, *args)
 
         monkeypatch.setattr(Checkpoints, "save", saved)
-        c, steps_done = toy.config(), 2  # the first save is finished, and the next step notices
+        c, steps_done = toy.config(), 2  # the first save is completed, and the next step notices the signal
     else:
         c = toy.rarely(**{"optim.schedule": "plateau", "stop.every": 3, "stop.patience": 100})
         losses = iter(range(100, 0, -1))
@@ -267,7 +267,7 @@ def test_sigterm(tmp_path, whole, fault, monkeypatch, moment):
 
 
 def test_fewer_devices(tmp_path, whole, fault, monkeypatch):
-    """The machine that goes on has other devices (eight, then four, then one)."""
+    """The machine that resumes has other devices (eight, then four, then one)."""
     mesh = sharding.mesh
     for devices, stops_at in ((8, 5), (4, 9), (1, None)):
         monkeypatch.setattr(sharding, "mesh", lambda shape, n=devices: mesh(shape, jax.devices()[:n]))
@@ -277,11 +277,11 @@ def test_fewer_devices(tmp_path, whole, fault, monkeypatch):
             after = fault.timed(toy.fit, tmp_path, c, said.append, change=change)
         if devices < 8:
             assert f"resumed from step {5 if devices == 4 else 9}" in said, said
-    np.testing.assert_allclose(after, whole[0], rtol=0, atol=1e-5)  # sums over devices round otherwise
+    np.testing.assert_allclose(after, whole[0], rtol=0, atol=1e-5)  # sums over devices round differently
     losses = [[json.loads(line)["loss"] for line in text.splitlines()]
               for text in (whole[1], (tmp_path / "metrics.jsonl").read_text())]  # fmt: skip
     np.testing.assert_allclose(*losses, rtol=1e-6)
-    fault.tried("goes on from the step that was saved, on the devices there are")
+    fault.tried("goes on from the saved step, on the devices at hand")
 
 
 def test_sigint_twice(tmp_path, whole, fault):
@@ -290,7 +290,7 @@ def test_sigint_twice(tmp_path, whole, fault):
         toy.fit(tmp_path, change=toy.raise_at(7, signal.SIGINT, times=2))
     assert signals.exit_code(caught.value) == signals.INTERRUPTED
     step, _ = same_end(tmp_path, whole, fault)
-    assert step == 5  # at once: the step that runs is not waited for
+    assert step == 5  # it stops at once, without waiting for the step that runs
     fault.tried("ends at once with exit code 130, goes on from the step before the one that ran", 1)
 
 
@@ -314,11 +314,11 @@ def test_poisoned_batch(tmp_path, whole, fault):
 
 
 def test_corrupt_data_mid_epoch(tmp_path, whole, fault):
-    """A picture that cannot be read at step 7."""
+    """An image that cannot be read at step 7."""
 
     def corrupt(step, batch):
         if step == 7:
-            raise ValueError("cats/7.png: cannot be read as a picture")
+            raise ValueError("cats/7.png: cannot be read as an image")
         return batch
 
     with pytest.raises(ValueError, match="cats/7.png"):
@@ -338,7 +338,7 @@ def test_changed_inputs(tmp_path, fault, key):
     assert signals.exit_code(caught.value) == signals.FATAL
     said = []
     fault.timed(toy.fit, tmp_path, None, said.append, manifest=manifest | {key: "b"}, accept=True)
-    assert any("accepted as asked" in line for line in said) and "resumed from step 8" in said
+    assert any("accept_changes is set" in line for line in said) and "resumed from step 8" in said
     fault.tried("refused with the difference; goes on with --accept_changes")
 
 
@@ -378,14 +378,14 @@ def test_full_disk(small_disk, whole, fault, caplog):
     (line,) = [line for line in said if "could not be written" in line]
     assert line == "checkpoint 5 could not be written (No space left on device); step 4 is kept"
     loud = [one for one in caplog.records if "orbax" in one.pathname and one.levelname in ("WARNING", "ERROR")]
-    assert not loud  # it would print its traceback four times
+    assert not loud  # Orbax would print its traceback four times
     step, _ = same_end(workdir, whole, fault)
     assert step == 12
     fault.tried("training goes on, 'checkpoint 5 could not be written ... step 4 is kept'; step 12 written later")
 
 
 def test_disk_stays_full(small_disk, whole, fault):
-    """The disk is full and stays so."""
+    """The disk is full and stays full."""
     said = []
 
     def fill(step, batch):
@@ -431,11 +431,11 @@ def test_read_only_disk(small_disk, whole, fault):
     assert sum("metrics.jsonl cannot be written (Read-only file system)" in line for line in said) == 1
     step, _ = same_end(workdir, whole, fault)
     assert step == 12
-    fault.tried("training goes on; its lines and step 12 are written once they can be")
+    fault.tried("training goes on; its log lines and step 12 are written as soon as the disk allows")
 
 
 def test_failed_commit(tmp_path, whole, fault, monkeypatch):
-    """A background commit that fails."""
+    """A background save that fails."""
     import orbax.checkpoint as ocp
 
     said, real, calls = [], ocp.CheckpointManager.wait_until_finished, []
@@ -452,7 +452,7 @@ def test_failed_commit(tmp_path, whole, fault, monkeypatch):
     assert any("could not be written (RuntimeError: the store did not answer)" in line for line in said)
     step, _ = same_end(tmp_path, whole, fault)
     assert step == 12
-    fault.tried("said, and later saves still happen")
+    fault.tried("reported, and later saves still happen")
 
 
 def test_out_of_memory_of_a_step(tmp_path, whole, fault):
@@ -479,14 +479,14 @@ def test_clock_set_back(tmp_path, fault, monkeypatch):
     elsewhere = json.loads(path.read_text()) | {"host": "elsewhere"}
     path.write_text(json.dumps(elsewhere))
     other = locks.Lease(tmp_path, "run")
-    for shift in (0, -86400, -86400 + 1, 86400, 3):  # its owner touches it, by whatever clock
+    for shift in (0, -86400, -86400 + 1, 86400, 3):  # its owner refreshes it, by any clock
         os.utime(path, (time.time() + shift,) * 2)
         assert not other.take()
         time.sleep(0.3)
-    fault.tried("a claim whose time changes, forward or back, is not taken")
+    fault.tried("a claim whose time changes, forward or back, is left alone")
     assert not other.take()
     time.sleep(0.6)
-    assert fault.timed(other.take)  # not touched while it was watched
+    assert fault.timed(other.take)  # not refreshed while it was watched
     other.release()
     mine._done.set()
-    fault.tried("a claim whose time changes, forward or back, is not taken; one that nobody touches is")
+    fault.tried("a claim whose time changes, forward or back, is left alone; one that nobody refreshes is taken over")

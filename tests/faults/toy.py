@@ -1,6 +1,6 @@
-"""Training that compiles in a moment: a real loop, real checkpoints and real signals around a matrix with dropout.
+"""Training that compiles quickly: the real loop, checkpoints and signals, with a single matrix and dropout.
 
-As a program, `python toy.py WORKDIR STEPS SECONDS` trains with that time between checkpoints.
+`python toy.py WORKDIR STEPS SECONDS` trains with SECONDS between checkpoints.
 """
 
 import signal
@@ -24,7 +24,7 @@ def loss(variables, batch, rngs):
 
 
 def config(steps=12, seconds=0.0, **changes):
-    """A run with a checkpoint after every step; `seconds`: by the clock."""
+    """The config of a run with a checkpoint after every step, or with `seconds` between checkpoints."""
     c = defaults.get_config()
     c.steps, c.batch_size, c.log_every, c.checkpoint_seconds, c.check_frozen = steps, 8, 1, seconds, True
     c.optim.lr, c.optim.schedule, c.optim.warmup = 1e-2, "constant", 0.0
@@ -33,7 +33,7 @@ def config(steps=12, seconds=0.0, **changes):
 
 
 def rarely(steps=12, **changes):
-    """A run that saves its last step, and what an early end makes it save."""
+    """The config of a run that saves only its last step, or the last good step where it ends early."""
     return config(steps, 3600.0, **changes)
 
 
@@ -42,7 +42,7 @@ def unchanged(step, batch):
 
 
 def raise_at(moment, number=signal.SIGTERM, times=1):
-    """A change of batches that raises a signal when batch `moment` is made, while the step before runs."""
+    """A `change` for `batches` that raises a signal when batch `moment` is made, while the step before runs."""
 
     def change(step, batch):
         if step == moment:
@@ -54,7 +54,7 @@ def raise_at(moment, number=signal.SIGTERM, times=1):
 
 
 def batches(start, change=unchanged):
-    """Endless batches, each a function of its step; `change(step, batch)` may damage one."""
+    """Endless batches, each a function of its step; `change(step, batch)` may modify a batch."""
     step = start
     while True:
         step += 1
@@ -68,7 +68,7 @@ def quiet(*_):
 
 
 def train(workdir, c, log=quiet, change=unchanged, accept=False, **given):
-    """`loop.fit` on the toy -> (state, timing); `given`: fields of its `loop.Job`."""
+    """Run `loop.fit` on the toy -> (state, timing); `given`: fields of its `loop.Job`."""
     w = jnp.asarray(np.random.default_rng(0).normal(size=(256, 64)), jnp.float32)
     job = {
         "loss": loss,

@@ -1,20 +1,20 @@
-"""COCO captions in Karpathy's splits, VQA v2, Visual Genome's questions: official files on disk -> {split: Split}.
+"""COCO captions in Karpathy's splits, VQA v2 and Visual Genome's questions: official files on disk -> {split: Split}.
 
-    jaxpeft prepare coco_captions --root data      once; says what is missing and where it is from
-    c.data.name = "coco_captions"                                     then; `vqav2` the same way
+    jaxpeft prepare coco_captions --root data      once; lists missing files and where to get them
+    c.data.name = "coco_captions"                  then; `vqav2` works the same way
 
-Pictures are stored once, a set per folder of the originals, and texts beside them, so that both tasks share 19 GB. Splits
-and sizes are those of the publications: Karpathy and Fei-Fei 2015 (arXiv:1412.2306) for captions; Goyal et al. 2017
+Images are stored once, one data set per original folder, with texts beside them, so that both tasks share 19 GB. Splits and
+sizes are those of the publications: Karpathy and Fei-Fei 2015 (arXiv:1412.2306) for captions, Goyal et al. 2017
 (arXiv:1612.00837) for questions.
 
 Config keys (others are ignored):
-  data_dir      where `prepare` wrote, default ~/.cache/jaxpeft/coco
-  protocol      of vqav2: 'karpathy' (default): train, val and test are the pictures that captions have there, all answered,
-                nothing needs a server; 'official': train is `train_parts`, val is val2014, test_dev and test (test-std
-                included) have no answers and are for the server
-  train_parts   of protocol 'official': ('train',), or ('train', 'val') as BLIP does, and then there is no val
-  visual_genome of vqav2: add Visual Genome's questions to the training split, each with weight 0.2 (BLIP). Pictures that are
-                held out (COCO's val and test of the protocol) are left out
+  data_dir      the --out of `prepare`, default ~/.cache/jaxpeft/coco
+  protocol      for vqav2: 'karpathy' (default): train, val and test have the images of Karpathy's caption splits, all with
+                answers, so no server is needed; 'official': train is `train_parts`, val is val2014; test_dev and test
+                (which includes test-std) have no answers and are for the server
+  train_parts   for protocol 'official': ('train',), or ('train', 'val') as in BLIP, in which case there is no val
+  visual_genome for vqav2: add Visual Genome's questions to the training split, each with weight 0.2 (BLIP), except those on
+                images in the protocol's val and test splits
 """
 
 from collections.abc import Sequence
@@ -36,33 +36,33 @@ VQA_PARTS = {"train": "train2014", "val": "val2014", "test": "test2015", "test_d
 
 
 class CocoTrain2014(Prepared):
-    """Pictures: one split, pictures. A set per folder, so that what one task needs is added to what another prepared."""
+    """Images, in one split 'pictures'. One data set per folder, so that a second task adds only the folders it needs."""
 
     WITH_IMAGE = True
 
 
 class CocoVal2014(CocoTrain2014):
-    """As CocoTrain2014."""
+    """Like CocoTrain2014."""
 
 
 class CocoTest2015(CocoTrain2014):
-    """As CocoTrain2014."""
+    """Like CocoTrain2014."""
 
 
 class VisualGenome(CocoTrain2014):
-    """As CocoTrain2014."""
+    """Like CocoTrain2014."""
 
 
 class CocoCaptions(Prepared):
-    """Captions: splits train, restval, val, test; `part` is the folder that the picture is from."""
+    """Captions: splits train, restval, val, test; `part` is the folder that the image is from."""
 
 
 class Vqav2(Prepared):
-    """Questions, a row per picture: splits train, val, test, test_dev; `part` is Karpathy's split, or empty."""
+    """Questions, a row per image: splits train, val, test, test_dev; `part` is Karpathy's split, or empty."""
 
 
 class VgQa(Prepared):
-    """Questions of Visual Genome, a row per picture: split train; `part` is the COCO id of the picture, or empty."""
+    """Questions of Visual Genome, a row per image: split train; `part` is the COCO id of the image, or empty."""
 
 
 PICTURES = {"train2014": CocoTrain2014, "val2014": CocoVal2014, "test2015": CocoTest2015, "vg": VisualGenome}
@@ -70,7 +70,7 @@ TEXTS = {"coco_captions": CocoCaptions, "vqav2": Vqav2, "vg_qa": VgQa}
 
 
 def load(config, splits: Sequence[str]) -> dict[str, Split]:
-    """{name: Split}; raises ValueError where a split is unknown here, or was not prepared."""
+    """Load {name: Split}. Raises ValueError where a split is unknown or was not prepared."""
     home = Path(config.get("data_dir") or HOME).expanduser()
     return (_vqa if config.name == "vqav2" else _captions)(config, splits, home)
 
@@ -106,7 +106,7 @@ def _vqa(config, splits, home):
         if protocol == "karpathy":
             if any(not row["part"] for _, row in rows):
                 raise ValueError(
-                    "vqav2 was prepared without Karpathy's splits: prepare it again with karpathy/dataset_coco.json there, "
+                    "vqav2 was prepared without Karpathy's splits: add karpathy/dataset_coco.json and prepare it again, "
                     "or set data.protocol='official'"
                 )
             wanted = ("train", "restval") if name == "train" else (name,)
@@ -123,14 +123,14 @@ def _vqa(config, splits, home):
 
 
 def _weighted(row):
-    """A row of Visual Genome with ids that are not COCO's."""
+    """A row of Visual Genome, weighted, with ids that differ from COCO's."""
     questions = [q | {"question_id": f"vg{q['question_id']}", "weight": VG_WEIGHT} for q in row["questions"]]
     return row | {"image_id": f"vg{row['image_id']}", "questions": questions}
 
 
 def _known(splits, parts, what):
     if unknown := [name for name in splits if name not in parts]:
-        raise ValueError(f"no split {unknown} of {what}; there are {', '.join(parts)}")
+        raise ValueError(f"unknown splits {unknown} of {what}; allowed: {', '.join(parts)}")
 
 
 def _open(home: Path, builder):
@@ -145,7 +145,7 @@ def _open(home: Path, builder):
         )
         raise ValueError(
             f"{directory} holds no prepared data set: run\n    jaxpeft prepare {what} --root DIRECTORY "
-            f"--out {home}\nwith the official files below DIRECTORY; it says which are missing and where they are from"
+            f"--out {home}\nwith the official files below DIRECTORY; it lists missing files and where to get them"
         )
     return tfds.builder_from_directory(str(directory))
 
@@ -153,7 +153,7 @@ def _open(home: Path, builder):
 def _source(builder, split):
     if split not in builder.info.splits:
         raise ValueError(
-            f"{builder.data_path} has no split {split!r}: prepare it again with the files of that split there"
+            f"{builder.data_path} has no split {split!r}: add the files of that split and prepare it again"
         )
     decoders = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
     return builder.as_data_source(split, decoders=decoders)
@@ -167,7 +167,7 @@ def _rows(builder, split):
 
 
 class _Pictures:
-    """Where each picture is: (data source, index), by its folder and id."""
+    """The place of each image, (data source, index), by its folder and id."""
 
     def __init__(self, home):
         self._home, self._places = home, {}
@@ -179,14 +179,14 @@ class _Pictures:
             stored = len(ArrayRecordDataSource([str(path) for path in builder.info.splits["pictures"].filepaths]))
             if len(ids) != stored:  # counted in the files
                 raise ValueError(
-                    f"{stored} of {len(ids)} pictures in {builder.data_path}: delete it and prepare it again"
+                    f"{builder.data_path} has {stored} of {len(ids)} images: delete it and prepare it again"
                 )
             self._places[folder] = {one: (source, i) for i, one in enumerate(ids)}
         return self._places[folder].get(image_id)
 
 
 def _split(name, rows, pictures: _Pictures) -> Split:
-    """`rows` are (folder, row). Those whose picture was left out in preparation are left out too, and counted."""
+    """The split of `rows`, pairs (folder, row). Rows whose image was left out in preparation are left out and counted."""
     kept, places = [], []
     for folder, row in rows:
         place = pictures.place(folder, row["image_id"].removeprefix("vg"))
@@ -194,13 +194,13 @@ def _split(name, rows, pictures: _Pictures) -> Split:
             kept.append({key: row[key] for key in ("image_id", "captions", "questions")})
             places.append(place)
     if not kept:
-        raise ValueError(f"split {name!r}: none of its {len(rows)} pictures was prepared")
+        raise ValueError(f"split {name!r}: none of its {len(rows)} images was prepared")
     report = {"without a picture": len(rows) - len(kept)} if len(kept) < len(rows) else {}
     return Split(name, _Joined(places), kept, report, "coco")
 
 
 class _Joined(Sequence):
-    """Pictures at [(data source, index), ...], decoded when asked for."""
+    """Images at [(data source, index), ...], decoded on access."""
 
     def __init__(self, places: list[tuple[Any, int]]):
         self.places = places

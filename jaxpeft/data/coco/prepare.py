@@ -1,8 +1,8 @@
 """jaxpeft prepare coco_captions|vqav2 --root DIRECTORY [--visual-genome] [--workers N]
 
-Reads the official files below DIRECTORY, checks their number against the published sizes, decodes every picture once, and
-writes what `data.name = 'coco_captions'` and `'vqav2'` read. Nothing is downloaded: what is missing is listed with its
-address. Killed, it goes on where it was. Layout of DIRECTORY ('coco/', 'karpathy/', 'vqa/' and 'vg/' may be left out):
+Reads the official files below DIRECTORY, compares their sizes with the published ones, decodes every image once, and writes
+what `data.name = 'coco_captions'` and `'vqav2'` read. Nothing is downloaded: missing files are listed with their address.
+If it is interrupted, the same command resumes it. Layout of DIRECTORY ('coco/', 'karpathy/', 'vqa/' and 'vg/' may be omitted):
 
     coco/train2014/*.jpg coco/val2014/*.jpg coco/test2015/*.jpg (for VQA's test questions)
     karpathy/dataset_coco.json
@@ -27,7 +27,7 @@ from jaxpeft.data.base import progress_bars
 _COCO, _VQA = "images.cocodataset.org/zips", "s3.amazonaws.com/cvmlp/vqa/mscoco/vqa"
 _VG = "homes.cs.washington.edu/~ranjay/visualgenome/api.html (version 1.2)"
 _KARPATHY = "cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
-# what each file or directory is from, by the name it has below the root
+# path below the root -> where the file or directory comes from
 SOURCES = {
     "coco/train2014": f"{_COCO}/train2014.zip, 13 GB",
     "coco/val2014": f"{_COCO}/val2014.zip, 6 GB",
@@ -44,7 +44,7 @@ SOURCES = {
     "vg/image_data.json": _VG,
     "vg/question_answers.json": _VG,
 }
-# published sizes: pictures, and captioned pictures or questions, per split
+# the published sizes: images, captioned images or questions, per split
 SIZES = {
     "train2014": {"pictures": 82_783},
     "val2014": {"pictures": 40_504},
@@ -59,13 +59,13 @@ def prepare(name: str, root, out=None, *, visual_genome=False, test=True, worker
             on_error="raise", log=print) -> Path:  # fmt: skip
     """Prepare 'coco_captions' or 'vqav2' from the files below `root` into `out` (default coco.HOME); returns `out`.
 
-    `test`: of vqav2, whether the questions without answers are wanted too. `check_sizes=False` takes any number of pictures
-    and questions. `on_error='skip'` leaves out pictures that do not decode. Raises ValueError that lists everything missing,
-    or what differs from the published sizes, before anything is written.
+    `test`: for vqav2, include the questions without answers. `check_sizes=False` accepts any number of images and questions.
+    `on_error='skip'` leaves out images that cannot be decoded. Raises a ValueError that lists everything missing, or different
+    from the published sizes, before anything is written.
     """
     root, out = Path(root).expanduser(), Path(out or coco.HOME).expanduser()
     if name not in ("coco_captions", "vqav2"):
-        raise ValueError(f"no data set {name!r} to prepare; choose coco_captions or vqav2")
+        raise ValueError(f"unknown data set {name!r}; choose coco_captions or vqav2")
     if not root.is_dir():
         raise ValueError(f"--root {root} is not a directory")
     questions = name == "vqav2"
@@ -81,14 +81,14 @@ def prepare(name: str, root, out=None, *, visual_genome=False, test=True, worker
     found = {key: place for key in SOURCES if (place := _find(root, key))}
     if missing := [key for key in needed if key not in found]:
         rows = "\n".join(f"    {key:<54} {SOURCES[key]}" for key in missing)
-        raise ValueError(f"below {root} these are missing; get them from:\n{rows}")
+        raise ValueError(f"files not found below {root}; get them from:\n{rows}")
 
     texts = {}
     karpathy = _karpathy(found["karpathy/dataset_coco.json"]) if "karpathy/dataset_coco.json" in found else {}
     if questions:
         texts["vqav2"] = _vqa(found, karpathy, test)
         if not karpathy:
-            log("karpathy/dataset_coco.json is not there: only data.protocol='official' will be possible")
+            log("karpathy/dataset_coco.json not found: only data.protocol='official' will be available")
         if visual_genome:
             texts["vg_qa"] = {"train": _visual_genome(found)}
     else:
@@ -100,13 +100,13 @@ def prepare(name: str, root, out=None, *, visual_genome=False, test=True, worker
     everything = images | texts
     if check_sizes:
         _check_sizes(everything)
-    for kind, splits in texts.items():  # a text whose picture is not there is a wrong or unfinished directory
+    for kind, splits in texts.items():  # a text without its image means a wrong or incomplete directory
         _check_images(kind, splits, images, on_error)
 
     for kind, splits in everything.items():
         splits = {split: rows for split, rows in splits.items() if rows}
         if not splits:
-            raise ValueError(f"{kind}: the files below {root} hold nothing of it")
+            raise ValueError(f"{kind}: the files below {root} hold no rows of it")
         builder = (coco.PICTURES | coco.TEXTS)[kind](splits, workers, on_error, log, data_dir=str(out))
         began = time.perf_counter()
         if Path(builder.data_dir, "dataset_info.json").exists():
@@ -115,7 +115,7 @@ def prepare(name: str, root, out=None, *, visual_genome=False, test=True, worker
                     f"{builder.data_dir} was prepared from other files than those below {root}: "
                     "delete it, or give another --out"
                 )
-            log(f"{kind}: prepared before")
+            log(f"{kind}: already prepared")
             continue
         progress_bars()
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
@@ -126,14 +126,14 @@ def prepare(name: str, root, out=None, *, visual_genome=False, test=True, worker
 
 
 def _find(root: Path, key: str) -> Path | None:
-    """The file or directory that `key` names, in its own place or right below the root."""
+    """The file or directory `key`, in its subdirectory or directly below the root; None where it is in neither."""
     for place in (root / key, root / Path(key).name):
         if place.exists():
             return place.resolve()
 
 
 def _jpegs(directory: Path) -> list[dict]:
-    """A row per picture, in the order of their names; the id ends the name, without leading zeros."""
+    """A row per image, in the order of their names; the id is the number at the end of the name."""
     names = sorted(entry.name for entry in os.scandir(directory) if entry.name.lower().endswith((".jpg", ".jpeg")))
     rows = []
     for name in names:
@@ -144,11 +144,11 @@ def _jpegs(directory: Path) -> list[dict]:
 
 
 def _read(path: Path, key: str | None):
-    """The list that `path` holds (under `key`), or a ValueError that says what is wrong with the file."""
+    """The list in `path` (under `key`). Raises ValueError for an invalid file."""
     try:
         data = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: broken JSON, {error}; get the file again") from error
+        raise ValueError(f"{path}: invalid JSON, {error}; download the file again") from error
     data = data.get(key) if key and isinstance(data, dict) else data
     if not isinstance(data, list) or not all(isinstance(one, dict) for one in data):
         raise ValueError(
@@ -160,17 +160,17 @@ def _read(path: Path, key: str | None):
 def _field(path: Path, entry: dict, *keys):
     for key in keys:
         if key not in entry:
-            raise ValueError(f"{path}: an entry lacks {key!r}: {str(entry)[:80]}; is it the official file?")
+            raise ValueError(f"{path}: an entry has no {key!r}: {str(entry)[:80]}; is it the official file?")
     return [entry[key] for key in keys]
 
 
 def _karpathy(path: Path) -> dict[str, dict]:
-    """{image id: row} of every picture."""
+    """{image id: row} of every image."""
     rows = {}
     for image in _read(path, "images"):
         image_id, split, sentences, folder = _field(path, image, "cocoid", "split", "sentences", "filepath")
         if split not in coco.KARPATHY:
-            raise ValueError(f"{path}: image {image_id} is in split {split!r}; known are {', '.join(coco.KARPATHY)}")
+            raise ValueError(f"{path}: image {image_id} has split {split!r}; allowed: {', '.join(coco.KARPATHY)}")
         captions = [_field(path, one, "raw")[0].strip() for one in sentences]
         rows[str(image_id)] = {"image_id": str(image_id), "split": split, "part": folder, "captions": captions}
     return rows
@@ -193,9 +193,7 @@ def _vqa(found, karpathy, test) -> dict[str, list[dict]]:
         for one in _read(path, "questions"):
             key, image_id, question = _field(path, one, "question_id", "image_id", "question")
             if answers and key not in answers:
-                raise ValueError(
-                    f"{path}: question {key} has no annotation; questions and annotations must be one release"
-                )
+                raise ValueError(f"{path}: question {key} has no annotation; both files must be of the same release")
             replies, kind = answers.get(key, ([], ""))
             asked[str(image_id)].append(
                 {"question_id": str(key), "question": question.strip(), "answers": replies, "type": kind}
@@ -221,7 +219,7 @@ def _visual_genome(found) -> list[dict]:
         for pair in pairs:
             key, question, answer = _field(path, pair, "qa_id", "question", "answer")
             if question.strip() and answer.strip():
-                answer = answer.strip().rstrip(".").lower()  # full sentences' full stops; VQA's answers are lower case
+                answer = answer.strip().rstrip(".").lower()  # as VQA's answers: lower case, no full stop
                 questions.append(
                     {"question_id": str(key), "question": question.strip(), "answers": [answer], "type": "vg"}
                 )
@@ -238,14 +236,14 @@ def _check_sizes(everything) -> None:
                 rows = splits[split]
                 count = sum(len(row["questions"]) for row in rows) if kind == "vqav2" else len(rows)
                 if count != expected:
-                    what = "questions" if kind == "vqav2" else "pictures"
+                    what = "questions" if kind == "vqav2" else "images"
                     where = kind if split == "pictures" else f"{kind} {split}"
-                    wrong.append(f"    {where}: {count:,} {what}, published are {expected:,}")
+                    wrong.append(f"    {where}: found {count:,} {what}, expected {expected:,}")
     if wrong:
         raise ValueError(
-            "the files are not the published data sets:\n"
+            "the files differ from the published data sets:\n"
             + "\n".join(wrong)
-            + "\nComplete them, or take what is there with --any-size"
+            + "\nAdd what is missing, or accept any size with --any-size"
         )
 
 
@@ -259,25 +257,25 @@ def _check_images(kind, splits, images, on_error) -> None:
                 missing.append(f"    {kind} {split}: id {row['image_id']} is not in {folder}")
     if missing and on_error != "skip":
         raise ValueError(
-            f"{len(missing)} pictures that texts speak of are not there:\n"
+            f"the images of {len(missing)} texts were not found:\n"
             + "\n".join(missing[:5])
             + "\n    ..." * (len(missing) > 5)
-            + "\nComplete the directories, or leave these texts out with --on-error skip"
+            + "\nAdd the images, or leave out these texts with --on-error skip"
         )
 
 
 def main(argv=None) -> int:
-    """The command line -> exit status; mistakes are one message."""
+    """Run the command line -> exit status. An error is printed as one message."""
     parser = argparse.ArgumentParser(prog="jaxpeft prepare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("name", choices=("coco_captions", "vqav2"))
     parser.add_argument("--root", required=True, help="the directory with the official files")
     parser.add_argument("--out", help=f"where to write, default {coco.HOME}")
-    parser.add_argument("--visual-genome", action="store_true", help="with vqav2: Visual Genome's questions too")
-    parser.add_argument("--no-test", action="store_true", help="with vqav2: without the questions that have no answers")
-    parser.add_argument("--workers", type=int, help="processes, default one per core")
-    parser.add_argument("--any-size", action="store_true", help="do not compare with the published sizes")
-    parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="of pictures that do not decode")
+    parser.add_argument("--visual-genome", action="store_true", help="for vqav2: add Visual Genome's questions")
+    parser.add_argument("--no-test", action="store_true", help="for vqav2: leave out the questions without answers")
+    parser.add_argument("--workers", type=int, help="number of processes, default one per core")
+    parser.add_argument("--any-size", action="store_true", help="accept sizes that differ from the published ones")
+    parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="for undecodable images")
     args = parser.parse_args(argv)
     try:
         out = prepare(
@@ -288,7 +286,7 @@ def main(argv=None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; run the same command again to resume", file=sys.stderr)
         return 130
-    print(f"use it: --config.data.name={args.name} --config.data.data_dir={out}")
+    print(f"to use it: --config.data.name={args.name} --config.data.data_dir={out}")
     return 0

@@ -1,9 +1,9 @@
-"""Large data sets on disk -> TFDS directories (array_record, no TensorFlow), by several processes, resumable.
+"""Large data sets on disk -> TFDS directories (array_record, no TensorFlow), with several processes and resumable.
 
-A data set is a list of rows per split; a row is {'image_id', 'captions', 'questions'} and, where pictures are stored,
-'file'. Rows are cut into shards of fixed length. Each shard is written by one process into `.parts`, under a name that is a
-digest of what goes into it, and renamed there when it is whole: a killed preparation goes on with the shards that are
-missing, and a shard whose files changed is made again. When all are there they are renamed into the TFDS directory at once.
+A data set is a list of rows per split; a row is {'image_id', 'captions', 'questions'} and, where images are stored,
+'file'. Rows are cut into shards of fixed length. Each shard is written by one process into `.parts`, named by a digest of its
+content, and renamed when it is complete. So an interrupted preparation resumes with the missing shards, and a shard whose
+files changed is written again. When all shards are complete, they are moved into the TFDS directory together.
 """
 
 import concurrent.futures
@@ -23,12 +23,12 @@ from jaxpeft.data.folder import Info
 from jaxpeft.inputs import images
 from jaxpeft.runtime import host
 
-_VERSION = "1"  # part of the digests: raise it when the stored form changes
-SHARD_ROWS = 512  # pictures of one shard are in memory at once: some 100 MB of COCO
+_VERSION = "1"  # part of the digests: increase it when the stored form changes
+SHARD_ROWS = 512  # the images of one shard are in memory together: about 100 MB of COCO
 
 
 def features(with_image: bool):
-    """The stored form of a row. TFDS needs TensorFlow to nest sequences, so a question's answers are one JSON text."""
+    """The stored form of a row. TFDS needs TensorFlow to nest sequences, so a question's answers are one JSON string."""
     text = tfds.features.Text()
     questions = {key: text for key in ("question_id", "question", "answers", "type")}
     stored = {"image_id": text, "part": text, "captions": tfds.features.Sequence(text),
@@ -37,7 +37,7 @@ def features(with_image: bool):
 
 
 def encode(row: dict) -> dict:
-    """A row as TFDS stores it: `part` is what the row's data set calls the piece that its picture is from."""
+    """A row as TFDS stores it. `part` is the part of the data set that the image is from."""
     questions = [q | {"answers": json.dumps(q["answers"], ensure_ascii=False)} for q in row.get("questions", ())]
     return {"image_id": row["image_id"], "part": row.get("part", ""), "captions": row.get("captions", []),
             "questions": questions}  # fmt: skip
@@ -45,14 +45,14 @@ def encode(row: dict) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What one process writes at a time."""
+    """The rows that one process writes at a time."""
 
     split: str
     rows: list[dict]
     with_image: bool
 
     def digest(self) -> str:
-        """Of texts, and of the names, sizes and times of picture files, wherever the directory is now."""
+        """The digest of texts and of the names, sizes and times of image files; the directory's place does not matter."""
         rows = [row | {"file": os.path.basename(row["file"])} if "file" in row else row for row in self.rows]
         parts = [_VERSION, self.split, rows]
         for row in self.rows if self.with_image else ():
@@ -65,9 +65,9 @@ class Shard:
 
 
 def write_shard(shard: Shard, path: Path, skip: bool) -> dict:
-    """Write `path`, and beside it PATH.json = {'rows', 'bytes', 'ids', 'bad'}; returns that.
+    """Write `path` and beside it PATH.json = {'rows', 'bytes', 'ids', 'bad'}, which is returned.
 
-    `bad` lists the pictures that are missing or do not decode; with any, nothing is written unless `skip`.
+    `bad` lists the images that are missing or cannot be decoded; if there are any, nothing is written unless `skip`.
     """
     bad, good = [], []
 
@@ -98,18 +98,18 @@ def write_shard(shard: Shard, path: Path, skip: bool) -> dict:
         return facts
     os.replace(temporary, path)
     temporary.write_text(json.dumps(facts))
-    os.replace(temporary, path.with_name(path.name + ".json"))  # last: a shard without it is not whole
+    os.replace(temporary, path.with_name(path.name + ".json"))  # last: a shard without it is incomplete
     return facts
 
 
 class Prepared(tfds.core.ShardBasedBuilder):
-    """A TFDS builder over rows. Subclasses say whether pictures are stored; `tfds.builder_from_directory` reads it."""
+    """A TFDS builder over rows. Subclasses say whether images are stored; `tfds.builder_from_directory` reads it."""
 
     VERSION = tfds.core.Version("1.0.0")
     WITH_IMAGE = False
 
     def __init__(self, rows, workers=None, on_error="raise", log=print, **kwargs):
-        """`rows`: {split: [row]}, each 'file' an absolute path; `workers`: processes, by default one per core."""
+        """`rows`: {split: [row]}, with absolute paths as 'file'; `workers`: number of processes, by default one per core."""
         self._workers, self._skip, self._log = workers or host.cores(), on_error == "skip", log
         self._shards = {
             split: [Shard(split, some[i : i + SHARD_ROWS], self.WITH_IMAGE) for i in range(0, len(some), SHARD_ROWS)]
@@ -118,7 +118,7 @@ class Prepared(tfds.core.ShardBasedBuilder):
         super().__init__(file_format="array_record", **kwargs)
 
     def digest(self) -> str:
-        """Of everything that goes into the data set."""
+        """The digest of everything that the data set contains."""
         parts = {split: [shard.digest() for shard in some] for split, some in self._shards.items()}
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
@@ -127,7 +127,7 @@ class Prepared(tfds.core.ShardBasedBuilder):
         return Info(builder=self, features=features(self.WITH_IMAGE), metadata=metadata, disable_shuffling=True)
 
     def _log_download_bytes(self):
-        """Nothing is downloaded, and `log` says how it goes."""
+        """Nothing is downloaded; `log` reports the progress."""
 
     def _log_download_done(self):
         pass
@@ -146,10 +146,10 @@ class Prepared(tfds.core.ShardBasedBuilder):
         bad = [message for facts in done.values() for message in facts["bad"]]
         if bad and not self._skip:
             raise ValueError(
-                f"{len(bad)} pictures cannot be used; nothing was finished, and what was written is kept for the next try:\n"
+                f"{len(bad)} images cannot be read; the data set is not finished, shards written so far are kept for a retry:\n"
                 + "\n".join(f"    {message}" for message in bad[:5])
                 + ("\n    ..." if len(bad) > 5 else "")
-                + "\nReplace the files, or leave them out with --on-error skip."
+                + "\nReplace the files, or leave out these images with --on-error skip."
             )
         infos = []
         for split, some in shards.items():
@@ -162,7 +162,7 @@ class Prepared(tfds.core.ShardBasedBuilder):
         ids = {split: [one for path in some for one in done[path]["ids"]] for split, some in shards.items()}
         self.info.metadata.update(digest=self.digest(), ids=ids, left_out=len(bad), left_out_first=bad[:5])
         shutil.rmtree(parts)
-        for left_over in Path(self._data_dir).parent.glob("incomplete.*"):  # of preparations that were killed
+        for left_over in Path(self._data_dir).parent.glob("incomplete.*"):  # of interrupted preparations
             if left_over != Path(self.data_dir):
                 shutil.rmtree(left_over, ignore_errors=True)
 
@@ -170,7 +170,7 @@ class Prepared(tfds.core.ShardBasedBuilder):
         done = {path: _finished(path) for path in jobs}
         left = {path: shard for path, shard in jobs.items() if done[path] is None}
         if len(left) < len(jobs):
-            self._log(f"{self.name}: {len(jobs) - len(left)} of {len(jobs)} shards were written before")
+            self._log(f"{self.name}: {len(jobs) - len(left)} of {len(jobs)} shards are already written")
         to_do, rows, began, said = sum(len(shard.rows) for shard in left.values()), 0, time.perf_counter(), 0.0
         for path, facts in _each(left, min(self._workers, len(left)), self._skip):
             done[path], rows, now = facts, rows + len(left[path].rows), time.perf_counter()
@@ -183,7 +183,7 @@ class Prepared(tfds.core.ShardBasedBuilder):
 
 
 def _each(jobs: dict[Path, Shard], workers: int, skip: bool):
-    """(path, facts) of every shard as it is written. Processes start clean: forking one with JAX's threads can hang."""
+    """(path, facts) of every shard as it is written. Processes are spawned: forking one that has JAX's threads can hang."""
     if workers <= 1:
         for path, shard in jobs.items():
             yield path, write_shard(shard, path, skip)
@@ -193,13 +193,13 @@ def _each(jobs: dict[Path, Shard], workers: int, skip: bool):
         try:
             for future in concurrent.futures.as_completed(waiting):
                 yield waiting[future], future.result()
-        except BaseException:  # or leaving the block would wait for all that is queued
+        except BaseException:  # otherwise leaving the block would wait for all queued shards
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def _finished(path: Path) -> dict | None:
-    """What `write_shard` said of a shard, or None where it was not written or not to the end."""
+    """What `write_shard` returned for a shard, or None where it is missing or incomplete."""
     try:
         return json.loads(path.with_name(path.name + ".json").read_text()) if path.exists() else None
     except (OSError, ValueError):

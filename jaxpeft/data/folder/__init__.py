@@ -1,29 +1,29 @@
-"""People's own data: a directory of images and an annotation file -> {split: Split}.
+"""Your own data: a directory of images and an annotation file -> {split: Split}.
 
     load({"root": "photos", "annotations": "captions.csv"}, ["train", "val"])
     load({"root": "photos"}, ["train", "val"])  # metadata.csv or .jsonl files, or .txt files beside the images
 
-The dialects are those of formats.ACCEPTED.  Everything wrong with the data is collected and raised as one
-ValueError before anything is written; what is only worth saying is a remark of the report.  The prepared copy (TFDS,
-array_record, no TensorFlow) holds the bytes of each image once and unchanged, in a directory named by a digest of texts,
-images and options; while those stay the same it is used again.
+The accepted formats are those of formats.ACCEPTED.  All problems of the data are collected and raised as one ValueError before
+anything is written; what is no error but worth knowing is a remark of the report.  The prepared copy (TFDS, array_record, no
+TensorFlow) holds the bytes of each image once and unchanged, in a directory named by a digest of texts, images and options.
+It is reused as long as these stay the same.
 
-Hidden files and directories, those that macOS puts into archives (._* and __MACOSX) among them, are not looked at.  A name
-in another Unicode form than the file's, and one with Windows' backslashes, finds its file; an exact match comes first.
+Hidden files and directories are ignored, also those that macOS puts into archives (._* and __MACOSX).  A name with
+backslashes, or in another Unicode form than the file's, finds its file; an exact match has precedence.
 
-Config keys (attributes or a mapping; keys of other purposes are ignored):
+Config keys (attributes or a mapping; other keys are ignored):
   root           the directory of images
-  annotations    a path (below root, or else from the working directory), or {split: path}; a split is train, val, test
-                 or one of them with more after '_', as test_style.  Without it, root and the directories below are searched
-                 for metadata.csv and metadata.jsonl, and else for text files named as the images.  Where train/, val/ and
-                 test/ hold all of them, these are the splits
-  questions      the same for the questions of VQA v2
-  on_error       'raise', or 'skip': leave out what is wrong and say in the report how much that was
+  annotations    a path (below root, or else relative to the working directory), or {split: path}; a split is train, val, test
+                 or one of these with a suffix after '_', such as test_style.  Without it, root and the directories below it
+                 are searched for metadata.csv and metadata.jsonl, and else for text files named like the images.  Where all
+                 images are in train/, val/ and test/, these are the splits
+  questions      the same for the question files of VQA v2
+  on_error       'raise', or 'skip': leave out what is wrong and count it in the report
   val_fraction, test_fraction, seed
-                 how images are divided when the annotations name no split: by a hash of (seed, image id), so an image
-                 stays where it is when others are added; a split that would be empty gets one image, of three or more.
-                 Where annotations name splits but no val, and val is asked for, it is val_fraction of train
-  data_dir       where prepared copies live, default ~/.cache/jaxpeft/folder; may be deleted at any time
+                 how images are divided where the annotations name no split: by a hash of (seed, image id), so an image
+                 stays in its split when others are added; of three or more images, each split gets at least one.
+                 Where annotations name splits but not val, and val is needed, val is val_fraction of train
+  data_dir       the directory of prepared copies, default ~/.cache/jaxpeft/folder; it may be deleted at any time
 """
 
 import collections
@@ -49,20 +49,20 @@ from jaxpeft.inputs import images
 _DEFAULTS = {"root": None, "annotations": None, "questions": None, "on_error": "raise", "val_fraction": 0.1,
              "test_fraction": 0.1, "seed": 0, "data_dir": None}  # fmt: skip
 _DIRECTORIES = SPLITS | {"training": "train", "testing": "test"}
-_VERSION = "3"  # part of the digest: raise it when parsing or the stored form changes
+_VERSION = "3"  # part of the digest: increase it when parsing or the stored form changes
 
 
 def load(config, splits):
-    """{name: Split} for the names in `splits`; raises ValueError listing everything wrong with the data.
+    """Load {name: Split} for the names in `splits`. Raises a ValueError that lists all problems of the data.
 
-    Each split's `report` says what on_error='skip' left out of the whole directory.
+    Each split's `report` counts what on_error='skip' left out of the whole directory.
     """
     found, report = load_with_report(config, splits)
     return {name: dataclasses.replace(split, report=report) for name, split in found.items()}
 
 
 def load_with_report(config, splits):
-    """-> ({name: Split}, report), for the result file.
+    """Load ({name: Split}, report).
 
     The report is {kind of problem: count, ..., 'examples': [...], 'remarks': [a line for each kind of remark]}.
     """
@@ -73,9 +73,9 @@ def load_with_report(config, splits):
     found = {name: info.num_examples for name, info in builder.info.splits.items()}
     if missing := [name for name in splits if name not in found]:
         raise ValueError(
-            f"no image is in the splits {missing}; found are {found}, allowed train, val, test and as test_style. "
+            f"no images in the splits {missing}; found {found}; allowed: train, val, test, and names such as test_style. "
             "Splits come from the annotations or, where these name none, from val_fraction, test_fraction and seed; without "
-            "annotations=, from directories named train, val and test where they hold all images"
+            "annotations=, from directories named train, val and test if these hold all images"
         )
     return {name: _open(builder, name) for name in splits}, dict(builder.info.metadata)
 
@@ -84,17 +84,17 @@ def _options(config):
     config = dict(config.items()) if hasattr(config, "items") else dict(vars(config))
     for key in config.keys() - _DEFAULTS.keys():
         if close := difflib.get_close_matches(key, _DEFAULTS, cutoff=0.85):
-            raise ValueError(f"config key {key!r}: did you mean {close[0]!r}?  Known are {', '.join(_DEFAULTS)}")
+            raise ValueError(f"unknown config key {key!r}: did you mean {close[0]!r}? Allowed: {', '.join(_DEFAULTS)}")
     options = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
     if not options["root"]:
-        raise ValueError("root is missing; needed is root=DIRECTORY_OF_IMAGES")
+        raise ValueError("root is missing; set root=DIRECTORY_OF_IMAGES")
     if options["questions"] and not options["annotations"]:
-        raise ValueError("questions is given and annotations is missing; VQA v2 has two files, name both")
+        raise ValueError("questions is given but annotations is missing; VQA v2 has two files, give both")
     if options["on_error"] not in ("raise", "skip"):
         raise ValueError(f"on_error is {options['on_error']!r}; allowed: 'raise', 'skip'")
     val, test = options["val_fraction"], options["test_fraction"]
     if val < 0 or test < 0 or val + test >= 1:
-        raise ValueError(f"val_fraction {val} and test_fraction {test} must be at least 0 and their sum below 1")
+        raise ValueError(f"val_fraction {val} and test_fraction {test} must be at least 0, and their sum below 1")
     return options
 
 
@@ -102,10 +102,10 @@ def _options(config):
 
 
 def parse(annotations, root, questions=None):
-    """Files -> (rows, problems), a row per image: {image_id, file, split, captions, questions, where}; decodes nothing.
+    """Parse files into (rows, problems), a row per image: {image_id, file, split, captions, questions, where}.
 
-    Paths are given as in the config.  `split` is '' where the annotations name none.  Raises ValueError only when
-    an annotation file or the root is missing; all else is in `problems` and not in the rows.
+    No image is decoded. Paths are given as in the config.  `split` is '' where the annotations name none.  Raises ValueError
+    only where an annotation file or the root is missing; anything else wrong is in `problems` and not in the rows.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -128,8 +128,8 @@ def parse(annotations, root, questions=None):
 
 
 def _tell_apart(rows) -> None:
-    """Ids of several files that one split is made of: where one repeats, the later image is called by its file, and the later
-    question by its image and its own id."""
+    """Make ids unique where several files form one split: where an id repeats, the later image is named by its file, and the
+    later question by its image and its own id."""
     taken = {"image_id": set(), "question_id": set()}
 
     def own(key, split, value, other):
@@ -147,12 +147,12 @@ def _tell_apart(rows) -> None:
 
 
 class Source(NamedTuple):
-    """Where records come from: one annotation file (VQA v2: two), or the text files beside images."""
+    """The origin of records: one annotation file (VQA v2: two), or the text files beside images."""
 
     split: str | None
     path: Path | None = None
     asked: Path | None = None
-    directory: str = ""  # of the file, below root: where the names of images in it begin, if they do not begin at root
+    directory: str = ""  # of the file, below root: image names are relative to it, unless they are relative to root
     texts: dict[str, list[str]] | None = None  # {text file: its images}
 
 
@@ -170,7 +170,7 @@ def _records(source, files, problems):
 
 
 def _sources(annotations, questions, root):
-    """The sources that the config names, all existing."""
+    """The sources that the config names. Raises ValueError where a file does not exist."""
 
     def by_split(value):
         return dict(value.items()) if hasattr(value, "items") else {None: value}
@@ -180,13 +180,13 @@ def _sources(annotations, questions, root):
         for candidate in (root / path, path):
             if candidate.is_file():
                 return candidate
-        raise ValueError(f"no annotation file {str(path)!r}, neither in {str(root)!r} nor in the working directory")
+        raise ValueError(f"annotation file {str(path)!r} not found in {str(root)!r}, nor in the working directory")
 
     files, asked = by_split(annotations), by_split(questions)
     if unknown := [name for name in files if name is not None and split_name(name) is None]:
-        raise ValueError(f"annotations has the split names {unknown}; allowed: {', '.join(SPLITS)}, and as test_style")
+        raise ValueError(f"annotations has unknown splits {unknown}; allowed: {', '.join(SPLITS)}, and e.g. test_style")
     if questions is not None and files.keys() != asked.keys():
-        raise ValueError(f"questions has the splits {list(asked)} but annotations {list(files)}; give the same in both")
+        raise ValueError(f"questions has the splits {list(asked)}, annotations {list(files)}; they must be the same")
 
     def source(name):
         path = existing(files[name])
@@ -198,7 +198,7 @@ def _sources(annotations, questions, root):
 
 
 def _found(files, problems):
-    """The sources below root where the config names none: metadata files, else text files beside images.
+    """The sources below root where the config names none: metadata files, or else text files beside images.
 
     Raises ValueError where there are neither.
     """
@@ -213,7 +213,7 @@ def _found(files, problems):
     for directory, count in collections.Counter(os.path.dirname(name) for name in metadata).items():
         if count > 1:
             names = [name for name in metadata if os.path.dirname(name) == directory]
-            problems.note("two annotations", f"{' and '.join(names)} lie in one directory", fatal=True)
+            problems.note("two annotations", f"{' and '.join(names)} are in one directory", fatal=True)
     splits = [_split_of_directory(name) for name in metadata]
     splits = splits if all(splits) and set(splits) != {"train"} else [None] * len(metadata)
     return [
@@ -223,7 +223,7 @@ def _found(files, problems):
 
 
 def _texts(files):
-    """({text file: the images of its name in its directory}, text files beside no image of their name)."""
+    """({text file: the images beside it that have its name}, text files without such an image)."""
     pictures: dict[str, list[str]] = {}
     for name in files.all() + files.unread():
         pictures.setdefault(normal(os.path.splitext(name)[0]), []).append(name)
@@ -234,7 +234,7 @@ def _texts(files):
             beside = pictures.get(normal(stem), [])
             read = [image for image in beside if images.is_read(image)]
             if beside:
-                texts[name] = read or beside  # cat.heic beside cat.jpg is what cat.jpg was made from
+                texts[name] = read or beside  # cat.jpg was made from the cat.heic beside it, which is left out
             else:
                 others.append(name)
     return texts, others
@@ -242,25 +242,25 @@ def _texts(files):
 
 def _nothing_found(files, texts):
     tables = [name for name in files.names if name.lower().endswith((".csv", ".tsv", ".json", ".jsonl"))]
-    found = f"{len(files.all())} images, {len(files.unread())} of kinds that are not read"
-    found += f", {len(texts)} .txt files of other names (as {texts[0]})" if texts else ", no .txt files"
-    found += f"; is annotations={tables[0]} what you mean?" if tables else ""
+    found = f"images: {len(files.all())}, files in unsupported image formats: {len(files.unread())}"
+    found += f", .txt files with other names: {len(texts)} (such as {texts[0]})" if texts else ", .txt files: 0"
+    found += f"; did you mean annotations={tables[0]}?" if tables else ""
     return (
-        f"no texts for the images in {str(files.root)!r}: annotations=FILE is not given, and neither metadata.csv, nor "
-        f"metadata.jsonl, nor .txt files named as images (cat.txt beside cat.jpg) are in it or below.  Found are {found}"
+        f"no texts found for the images in {str(files.root)!r}: annotations=FILE is not given, and neither metadata.csv, nor "
+        f"metadata.jsonl, nor .txt files named like images (cat.txt beside cat.jpg) are in it or below it. Found {found}"
         f"\n{ACCEPTED}"
     )
 
 
 def _say_what_was_not_used(sources, rows, files, problems):
-    """Notes or remarks on the images that have no text, and on text files beside images that metadata files describe."""
+    """Report images without a text, and text files beside images that metadata files describe."""
     if texts := sources[0].texts:
         described = {image for pictures in texts.values() for image in pictures}
         stems = {os.path.splitext(image)[0] for image in described}
         for image in files.all():
             if image not in described:
                 stem = os.path.splitext(os.path.basename(image))[0]
-                problems.note("image without text", f"{image}: no {stem}.txt is beside it")
+                problems.note("image without text", f"{image}: no {stem}.txt beside it")
         for image in files.unread():
             if image not in described and os.path.splitext(image)[0] not in stems:
                 problems.remark("image not used", f"{image}: {images.why_unread(image)}")
@@ -270,28 +270,28 @@ def _say_what_was_not_used(sources, rows, files, problems):
             problems.remark("image not used", image)
     for name, pictures in _texts(files)[0].items():
         if unknown := [image for image in pictures if image not in rows]:
-            problems.note("two annotations", f"{name} is beside {unknown[0]}, which no metadata file describes")
+            problems.note("two annotations", f"{name} is beside {unknown[0]}, which is in no metadata file")
         else:
             problems.remark("text not read", name)
 
 
 def _split_of_directory(name):
-    """The split that the first directory of a path means, or None."""
+    """The split that the first directory of a path stands for, or None."""
     first, below, _ = name.partition("/")
     return _DIRECTORIES.get(first.lower()) or split_name(first) if below else None
 
 
 def _splits_of_directories(rows, problems):
-    """Fills row['split'] in place where nothing else names splits, and all images lie in directories named as splits.
+    """Fill row['split'] in place where nothing else names splits and all images are in directories named as splits.
 
-    Where directories for train and for another split hold only some images, the others are left without one, which is an
-    error later: a hash would mix the test pictures into train.
+    Where directories for train and for another split hold only some of the images, the others get no split, which is an error
+    later: a hash would mix test images into train.
     """
     if any(row["split"] for row in rows):
         return
     splits = [_split_of_directory(row["file"]) for row in rows]
     kinds = {split.split("_")[0] for split in splits if split}
-    if kinds == {"train"} and all(splits):  # nothing is held out: a hash does that, as without directories
+    if kinds == {"train"} and all(splits):  # nothing is held out, so a hash divides the images, as without directories
         return
     if all(splits) or ("train" in kinds and len(kinds) > 1):
         for row, split in zip(rows, splits, strict=True):
@@ -302,7 +302,7 @@ def _splits_of_directories(rows, problems):
 
 
 def _merge(record, file, split, rows, ids, question_ids, problems):
-    """Adds a record to the row of its file."""
+    """Add a record to the row of its file."""
     where, named = record["where"], {split_name(str(name)) for name in (split, record["split"]) if name}
     if len(named) > 1 or None in named:
         problems.note("split", f"{where}: split {record['split']!r}" + (f" in the file of {split!r}" if split else ""))
@@ -325,7 +325,7 @@ def _merge(record, file, split, rows, ids, question_ids, problems):
 
 
 def _add_question(question, row, where, question_ids, problems):
-    """Without ids, rows that repeat a question of an image bring more answers to it; with ids, they are a mistake."""
+    """Add a question to a row. Without ids, a repeated question of an image adds answers; with ids, it is an error."""
     asked = row["questions"]
     if not question["question_id"]:
         if same := [q for q in asked if q["question"] == question["question"]]:
@@ -333,16 +333,16 @@ def _add_question(question, row, where, question_ids, problems):
             return
         question = question | {"question_id": f"{row['image_id']}-{len(asked)}"}
     if question["question_id"] in question_ids:
-        problems.note("duplicate id", f"{where}: question_id {question['question_id']} was given before")
+        problems.note("duplicate id", f"{where}: question_id {question['question_id']} occurs twice")
         return
     question_ids.add(question["question_id"])
     asked.append(question)
 
 
 def assign_splits(rows, problems, val_fraction=0.1, test_fraction=0.1, seed=0, asked=()):
-    """Fills row['split'] in place by hash where no row has one; where only some have one, the others are removed.
+    """Fill row['split'] in place by hash where no row has a split; where only some have one, the others are removed.
 
-    Where rows have splits but none is val, and val is among those `asked` for, part of train becomes val.
+    Where rows have splits but none is val, and `asked` includes val, part of train becomes val.
     """
     if not any(row["split"] for row in rows):
         for row in rows:
@@ -352,14 +352,14 @@ def assign_splits(rows, problems, val_fraction=0.1, test_fraction=0.1, seed=0, a
         return
     for row in rows:
         if not row["split"]:
-            problems.note("split", f"{row['where']}: {row['file']} has no split, but other images have")
+            problems.note("split", f"{row['where']}: {row['file']} has no split, but other images have one")
     rows[:] = [row for row in rows if row["split"]]
     if "val" in asked and val_fraction > 0 and all(row["split"] != "val" for row in rows):
         _val_of_train(rows, problems, val_fraction, seed)
 
 
 def split_of(image_id, val_fraction, test_fraction, seed):
-    """'train', 'val' or 'test', a pure function of its arguments on any machine."""
+    """'train', 'val' or 'test': a pure function of its arguments, the same on every machine."""
     place = _place(image_id, seed)
     return "test" if place < test_fraction else "val" if place < test_fraction + val_fraction else "train"
 
@@ -370,13 +370,13 @@ def _place(image_id, seed):
 
 
 def _in_order(rows, split, seed):
-    """The rows of a split by their places: test lies before val, and val before train."""
+    """The rows of a split, sorted by hash: test comes before val, and val before train."""
     mine = [row for row in rows if row["split"] == split]
     return sorted(mine, key=lambda row: (_place(row["image_id"], seed), row["image_id"]))
 
 
 def _fill_empty(rows, problems, names, seed):
-    """Gives each empty split of these the nearest row of train (or of the largest, if train has none to give)."""
+    """Give each empty split of `names` the nearest row of train (or of the largest split, if train has a single row)."""
     if len(rows) < 3:
         return
     for name in names:
@@ -390,24 +390,24 @@ def _fill_empty(rows, problems, names, seed):
 
 
 def _val_of_train(rows, problems, val_fraction, seed):
-    """The first `val_fraction` of train by places becomes val: at least one image, and never all."""
+    """Move the first `val_fraction` of train, sorted by hash, to val: at least one image, and never all."""
     train = _in_order(rows, "train", seed)
     n = sum(_place(row["image_id"], seed) < val_fraction for row in train)
     n = min(max(n, 1), len(train) - 1)
     for row in train[: max(n, 0)]:
         row["split"] = "val"
     if n > 0:
-        problems.remark("split", f"val got {n} of {len(train)} images of train, as the annotations name no val")
+        problems.remark("split", f"val got {n} of {len(train)} images of train, because the annotations name no val")
 
 
 # Rows -> the prepared copy
 
 
 def check_images(rows, root, problems, workers=None):
-    """The rows whose image decodes; each image is decoded once, in threads (Pillow releases the interpreter's lock)."""
+    """The rows whose image can be decoded; each image is decoded once, in threads (Pillow releases the GIL)."""
 
     def looked_at(row):
-        """(kind of problem or None, message or None)."""
+        """(kind of problem or None, message or None) of a row."""
         try:
             return None, images.decode_and_remark(Path(root) / row["file"], name=row["file"])[1]
         except images.Unsupported as error:
@@ -426,9 +426,9 @@ def check_images(rows, root, problems, workers=None):
 
 
 def _digest(rows, problems, options):
-    """Names, sizes and times stand for the images: hashing the pixels of a large directory would take minutes.
+    """The digest of the prepared copy. It includes problems and remarks, because the copy stores them.
 
-    Problems and remarks are part of it, as the copy keeps them.
+    Names, sizes and times stand for the images: hashing the pixels of a large directory would take minutes.
     """
     root, parts = Path(options["root"]).expanduser(), [_VERSION, problems.report()]
     parts += [str(options[key]) for key in ("on_error", "val_fraction", "test_fraction", "seed")]
@@ -439,9 +439,9 @@ def _digest(rows, problems, options):
 
 
 def _prepare(rows, problems, options):
-    """The builder of the prepared copy, made now unless it is there.
+    """The builder of the prepared copy, which is written first unless it exists.
 
-    TFDS writes into 'incomplete.*' beside the final directory and renames at the end, so a copy that exists is whole.
+    TFDS writes into 'incomplete.*' beside the final directory and renames it at the end, so a copy that exists is complete.
     """
     root = Path(options["root"]).expanduser()
     home = Path(options["data_dir"] or "~/.cache/jaxpeft/folder").expanduser() / _digest(rows, problems, options)
@@ -453,14 +453,14 @@ def _prepare(rows, problems, options):
         if problems.fatal or not rows:
             what, fix = "a file cannot be read as it is" if problems.fatal else "no image is left", ""
         else:
-            what, fix = "some rows are wrong", "\nRepair them, or set on_error='skip' to leave them out and count them."
-        raise ValueError(f"data of {str(root)!r}: {what}; nothing was written.\n{problems}{fix}")
+            what, fix = "some rows are invalid", "\nFix them, or set on_error='skip' to leave them out and count them."
+        raise ValueError(f"data in {str(root)!r}: {what}; nothing was written.\n{problems}{fix}")
     builder = FolderData(rows, root, problems.report(), data_dir=home, file_format="array_record")
     progress_bars()
     try:
-        # no question to the public bucket here either, see Info
+        # do not query the public bucket here either, see Info
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    except Exception:  # another process may have finished the same copy first: its rename won
+    except Exception:  # another process may have finished the same copy first
         builder = FolderData(data_dir=home, file_format="array_record")
         if not _ready(builder):
             raise
@@ -475,11 +475,11 @@ def _ready(builder):
 
 class Info(tfds.core.DatasetInfo):
     def initialize_from_bucket(self):
-        """Does not ask a public bucket about private data, as TFDS would for each new data set."""
+        """Do not query a public bucket about private data, as TFDS would for every new data set."""
 
 
 class FolderData(tfds.core.GeneratorBasedBuilder):
-    """One example per image.  TFDS needs TensorFlow to nest sequences, so a question's answers are one JSON text."""
+    """One example per image.  TFDS needs TensorFlow to nest sequences, so a question's answers are one JSON string."""
 
     VERSION = tfds.core.Version("1.0.0")
     _log_download_bytes = _log_download_done = lambda self: None  # nothing is downloaded
@@ -498,7 +498,7 @@ class FolderData(tfds.core.GeneratorBasedBuilder):
         return Info(builder=self, features=features, metadata=metadata, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
-        names = dict.fromkeys(row["split"] for row in self._rows)  # only these: TFDS refuses empty splits
+        names = dict.fromkeys(row["split"] for row in self._rows)  # no empty splits: TFDS rejects them
         return {name: self._generate_examples(name) for name in names}
 
     def _generate_examples(self, split):
@@ -514,17 +514,17 @@ class FolderData(tfds.core.GeneratorBasedBuilder):
 def _open(builder, split):
     info = builder.info.splits[split]
     stored, expected = len(ArrayRecordDataSource([str(path) for path in info.filepaths])), info.num_examples
-    if stored != expected:  # counted in the files: the length of TFDS's data source comes from info itself
-        raise ValueError(f"{stored} of {expected} images of {split}: delete {builder.data_dir} and run again")
+    if stored != expected:  # counted in the files: TFDS takes the length of its data source from `info`
+        raise ValueError(f"{stored} of {expected} images of split {split!r}: delete {builder.data_dir} and run again")
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     assert len(source) == expected
     rows = [stored_row(source[i]) for i in range(expected)]
     images = StoredImages(source, [row["image_id"] for row in rows])
-    return Split(split, images, rows, source=str(builder.data_dir))  # named by a digest of pictures and options
+    return Split(split, images, rows, source=str(builder.data_dir))  # named by a digest of images and options
 
 
 def stored_row(example) -> dict:
-    """A row as it was given. TFDS returns bytes for text, and a dict of lists for a list of dicts."""
+    """A row as it was stored. TFDS returns bytes for text, and a dict of lists for a list of dicts."""
     asked = {key: [value.decode() for value in values] for key, values in example["questions"].items()}
     questions = [dict(zip(asked, values, strict=True)) for values in zip(*asked.values(), strict=True)]
     return {
@@ -536,7 +536,7 @@ def stored_row(example) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class StoredImages(Sequence):
-    """images[i] reads and decodes image i, upright RGB uint8 image_YXC; thread-safe, and picklable for workers."""
+    """images[i] reads and decodes image i: upright, RGB, uint8 image_YXC. Thread-safe, and picklable for workers."""
 
     source: Any
     names: list[str]

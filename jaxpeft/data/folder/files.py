@@ -1,4 +1,4 @@
-"""The files below a directory of people's own data: images, by path, name or id, and the texts beside them."""
+"""The files below a data directory: images, found by path, name or id, and the texts beside them."""
 
 import functools
 import os
@@ -10,10 +10,10 @@ from jaxpeft.inputs import images
 
 
 class Files:
-    """The files below a directory; images are found by path, by a name unique there, or by the id that ends a name.
+    """The files below a directory. An image is found by its path, by a unique name, or by the id at the end of its name.
 
-    A path must not leave the directory by '..' or from '/'; links in it are the owner's choice and are followed.
-    Hidden files and directories, and __MACOSX, are as if they were not there, but for a path that names one exactly.
+    A path must not leave the directory through '..' or an absolute path; symbolic links inside it are followed. Hidden files
+    and directories, and __MACOSX, are ignored, unless a path names one exactly.
     """
 
     def __init__(self, root):
@@ -24,13 +24,13 @@ class Files:
         return [name for name in self.names if images.is_read(name)]
 
     def unread(self):
-        """Pictures of kinds that are not read, such as .svg, as paths relative to the root, in order."""
+        """Images of unsupported formats, such as .svg, as paths relative to the root, in order."""
         return [name for name in self.names if images.is_unread(name)]
 
     def find(self, record, problems, directory=""):
         """The record's file as a path relative to the root, or None after a note (one per image, not per record).
 
-        The name of the record begins at `directory`, or, if there is a directory in it, at the root.
+        The record's name is relative to `directory` or, if it contains a directory, to the root.
         """
         key = (record["image"], None if record["image"] else record["image_id"], record["hint"], directory)
         if key not in self._known:
@@ -43,16 +43,16 @@ class Files:
         if found is None:
             return problems.note("outside the directory", what)
         if len(found) > 1:
-            return problems.note("ambiguous image", f"{what} is {' and '.join(found[:2])}")
+            return problems.note("ambiguous image", f"{what} matches {' and '.join(found[:2])}")
         if not found:
-            at = f", looked for in {directory}, where this file lies" if name and directory else ""
+            at = f" not found in {directory}, the directory of this file" if name and directory else ""
             return problems.note("missing image", what + at)
         if not _is_text(found[0]):
             return problems.note("bad value", f"{what}: the name {ascii(found[0])} is not UTF-8; rename the file")
         return found[0]
 
     def _by_name(self, name, directory):
-        """The files that a name may mean, more than one where it is ambiguous; None where it leads out of the root."""
+        """The files that match a name, several where it is ambiguous; None where it is outside the root."""
         spellings = dict.fromkeys([name, name.replace("\\", "/")])
         starts = {one: [directory, ""] if "/" in one and directory else [directory] for one in spellings}
         paths = [self._inside(one, start) for one in spellings for start in starts[one]]
@@ -68,7 +68,7 @@ class Files:
         return [path for path in found if path.split("/")[-1] == name] or found
 
     def _inside(self, name, start):
-        """A name that begins at a directory below the root, as a path relative to the root; None where it leaves it."""
+        """A name relative to a directory below the root, as a path relative to the root; None where it is outside."""
         absolute = os.path.isabs(name)
         path = os.path.relpath(name, self.root.absolute()) if absolute else os.path.normpath(os.path.join(start, name))
         return None if path.split(os.sep)[0] == os.pardir else path.replace(os.sep, "/")
@@ -84,7 +84,7 @@ class Files:
         names, seen = [], set()
         for directory, below, files in os.walk(self.root, followlinks=True):
             real = os.path.realpath(directory)
-            if real in seen:  # links may form a circle
+            if real in seen:  # symbolic links may form a cycle
                 below[:] = []
                 continue
             seen.add(real)
@@ -100,7 +100,7 @@ class Files:
 
     @functools.cached_property
     def _names(self):
-        """{normal name of a picture, read or not: paths}."""
+        """{normal name of an image, supported or not: paths}."""
         return _grouped((normal(path.split("/")[-1]), path) for path in sorted(self.all() + self.unread()))
 
     @functools.cached_property
@@ -118,14 +118,14 @@ def _grouped(pairs):
 
 
 def normal(name):
-    """macOS writes é as two characters where other systems write one: names are compared in one form."""
+    """A name in Unicode form NFC: macOS writes é as two characters, other systems as one."""
     return unicodedata.normalize("NFC", name)
 
 
 def _is_text(name):
     try:
         name.encode()
-    except UnicodeEncodeError:  # bytes of the file system that are no UTF-8
+    except UnicodeEncodeError:  # the file system has bytes that are not UTF-8
         return False
     return True
 

@@ -1,12 +1,11 @@
-"""Annotation files of many dialects -> records; the dialect is told from the content, never from the file's name.
+"""Annotation files of many formats -> records. The format is detected from the content, never from the file name.
 
 A record is one statement about one image: {where, image, image_id, split, captions, question, hint, beside}.  `image` (a
-path below the root or, with `beside`, below the directory of the annotation file) or `image_id` may be empty; `where` says
-in which file and line it stood.  A parser is a generator that tells `problems` about everything it leaves out, so that
-people hear about all of it at once.  A text file beside an image, which holds captions and nothing else, has a reader of
-its own, `caption_file`.
+path below the root or, with `beside`, below the directory of the annotation file) or `image_id` may be empty; `where` is the
+file and line of the record.  A parser is a generator that adds everything it leaves out to `problems`, so that users see all
+of it at once.  A text file beside an image, which holds captions only, is read by `caption_file`.
 
-To add a dialect: a rule in `detect`, a parser here, and its line in ACCEPTED.
+To add a format: a rule in `detect`, a parser here, and its line in ACCEPTED.
 """
 
 import csv
@@ -15,7 +14,7 @@ import json
 import os
 import re
 
-ACCEPTED = """accepted are
+ACCEPTED = """accepted formats:
   COCO captions   JSON {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
   Karpathy        JSON {"images": [{"filename", "split", "sentences": [{"raw"}]}]}
   a list          JSON [{"image", "caption"}, ...] or [{"image", "question", "answer"}, ...]
@@ -23,62 +22,62 @@ ACCEPTED = """accepted are
                   {"annotations": [{"question_id", "image_id", "answers": [{"answer"}]}]}
   table           CSV with a header, or JSONL, with the columns image, caption or image, question, answer;
                   optional: answers, image_id, question_id, split, type.  Several captions: caption_1, caption_2, ...
-                  or a list in JSONL.  text is another name of caption, file_name one of image: relative to the
-                  directory of the file that it stands in, as Hugging Face's ImageFolder has it
-without annotations=, in root or in directories below it
+                  or a list in JSONL.  text is another name for caption, and file_name for image: relative to the
+                  directory of its annotation file, as in Hugging Face's ImageFolder
+without annotations=, in root or in directories below it:
   ImageFolder     metadata.csv or metadata.jsonl: a table as above
-  text files      cat.txt beside cat.jpg, with a caption in each line
-where train/, val/ and test/ hold all pictures, these are the splits"""
+  text files      cat.txt beside cat.jpg, one caption per line
+where all images are in train/, val/ and test/, these are the splits"""
 
 FIXES = {
     "unreadable file": "repair or convert the annotation file",
     "unknown key": "correct the spelling or remove it (on_error='skip' ignores the key and keeps its row)",
-    "two names": "give one thing one name in all of the file: image or file_name, caption or text",
-    "two annotations": "name the file to read with annotations=FILE, or move the others out of root",
+    "two names": "use one name throughout the file: image or file_name, caption or text",
+    "two annotations": "give the file to read as annotations=FILE, or move the others out of root",
     "missing key": "add it",
-    "bad value": "write a text (or, for ids and answers, a number)",
-    "bad row": "repair the line",
-    "empty caption": "write one or remove the row (nan, None, null and <NA> are what programs write for a missing text)",
-    "empty question": "write one or remove the row (nan, None, null and <NA> are what programs write for a missing text)",
-    "empty answer": "write at least one answer for each question",
-    "image without text": "write a caption, or remove the image or its entry",
-    "duplicate id": "give one id to one thing; several answers to one question belong in one row",
-    "unmatched id": "make both sides agree, or remove the entry",
-    "two splits": "put every image into exactly one split, or the test set leaks into training",
-    "split": "name train, val (or valid, validation, dev), test or test_ANYTHING for every image, or for none (a directory "
-    "of this name does, where annotations= is not given)",
+    "bad value": "it must be a string (or, for ids and answers, a number)",
+    "bad row": "correct the line",
+    "empty caption": "add one or remove the row (nan, None, null and <NA> count as missing)",
+    "empty question": "add one or remove the row (nan, None, null and <NA> count as missing)",
+    "empty answer": "give at least one answer to each question",
+    "image without text": "add a caption, or remove the image or its entry",
+    "duplicate id": "ids must be unique; put several answers to one question into one row",
+    "unmatched id": "make both files agree, or remove the entry",
+    "two splits": "put every image into exactly one split, or test images leak into training",
+    "split": "give train, val (or valid, validation, dev), test or test_ANYTHING for every image, or for none (without "
+    "annotations=, as the name of a directory)",
     "missing image": "correct the path (relative to root; file_name: to the directory of its file) or remove the row",
-    "ambiguous image": "name the file instead of the id, or keep one file of that name below root",
+    "ambiguous image": "give the path instead of the name or id, or keep one file of that name below root",
     "outside the directory": "move the image below root and use a relative path",
     "corrupt image": "replace the file or remove its rows",
-    "unsupported image": "convert the file and name the new one, or remove its rows",
+    "unsupported image": "convert the file and update its rows, or remove them",
 }
-# what people should hear of though nothing is wrong
+# what users should know although it is no error
 REMARKS = {
-    "16-bit image nearly black": "it uses under an eighth of its range; stretch the values to 0..65535 if it should be lighter",
-    "text without an image": "no image of this name lies beside it, so it was not read",
+    "16-bit image nearly black": "it uses less than an eighth of its range; scale the values to 0..65535 to make it lighter",
+    "text without an image": "no image of this name is beside it, so it was ignored",
     "text not read": "a metadata file describes the same image, and was read instead",
-    "image not used": "nothing describes it",
-    "column not read": "it is neither the image nor a text of it",
+    "image not used": "it has no caption or question",
+    "column not read": "it holds neither the image nor a text",
     "split": "so that none is empty",
-    "directories": "images were divided by a hash, as not all lie in directories named as splits",
+    "directories": "images were divided by a hash, because not all are in directories named as splits",
 }
-MOST_CAPTIONS = 1 << 20  # bytes of a text file beside an image
+MOST_CAPTIONS = 1 << 20  # the most bytes of a text file beside an image
 _BOX = re.compile(r"[-+]?[.0-9][-+.0-9eE]*(\s+[-+]?[.0-9][-+.0-9eE]*){4,}")  # a line of a YOLO label file
 SPLITS = {"train": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
           "test": "test"}  # fmt: skip
 
 
 def split_name(name):
-    """The split that a name means, or None: a key of SPLITS, or train, val or test with more after '_': test_style."""
+    """The split that a name stands for, or None: a key of SPLITS, or train, val or test with a suffix, as test_style."""
     known = SPLITS.get(name)
     return known or (name if re.fullmatch(r"(train|val|test)_[A-Za-z0-9_]+", name) else None)
 
 
 class Problems:
-    """Everything found wrong, by kind: counted all, remembered the first `keep` of each kind.
+    """All problems found, by kind: every one is counted, and the first `keep` of each kind are kept as examples.
 
-    Beside them remarks: what people should hear of though nothing is wrong with it. They never make an error.
+    Remarks are kept beside them: what users should know although it is no error.
     """
 
     def __init__(self, keep=3):
@@ -87,7 +86,7 @@ class Problems:
 
     def note(self, kind, message, fatal=False):
         assert kind in FIXES, kind
-        self.fatal |= fatal  # a file we cannot read at all is not "some rows dropped": no skipping
+        self.fatal |= fatal  # a file that cannot be read at all must not be skipped as if it were a few rows
         self._add(self.counts, self.examples, kind, message)
 
     def remark(self, kind, message):
@@ -96,7 +95,7 @@ class Problems:
 
     def _add(self, counts, examples, kind, message):
         counts[kind] = counts.get(kind, 0) + 1
-        if counts[kind] <= self.keep:  # names of files may hold bytes that are no UTF-8
+        if counts[kind] <= self.keep:  # file names may hold bytes that are not UTF-8
             examples.setdefault(kind, []).append(message.encode(errors="backslashreplace").decode())
 
     def remarks(self):
@@ -124,7 +123,7 @@ def records(path, questions, problems, root):
     name = _called(path, root)
     dialect, data = detect(path, name, problems)
     if questions is None and dialect in ("vqa questions", "vqa annotations"):
-        message = f"{name}: found {dialect}, one file of two; give both questions= and annotations="
+        message = f"{name}: found {dialect}, one of two files; give both questions= and annotations="
         problems.note("unreadable file", message, fatal=True)
     elif questions is None and dialect is not None:
         yield from _PARSERS[dialect](name, data, problems)
@@ -139,18 +138,18 @@ def records(path, questions, problems, root):
 
 
 def _called(path, root):
-    """How messages call an annotation file: by its path below the root, as several may be called metadata.csv."""
+    """The name of an annotation file in messages: its path below the root, as several may be called metadata.csv."""
     below = os.path.relpath(path.absolute(), root.absolute())
     return path.name if below.split(os.sep)[0] == os.pardir else below.replace(os.sep, "/")
 
 
 def _read(path, most=None):
-    """The text of a file. Raises ValueError with the reason, as it follows on the name of the file."""
+    """The text of a file. Raises ValueError with the reason, worded to follow the name of the file."""
     try:
         if most and (size := path.stat().st_size) > most:
-            raise ValueError(f"it has {size:,} bytes, more than the {most:,} that a file of captions may have")
+            raise ValueError(f"it has {size:,} bytes; a file of captions must have at most {most:,}")
         raw = path.read_bytes()
-    except (ValueError, OSError) as error:  # too long, no permission
+    except (ValueError, OSError) as error:  # too large, or no permission
         raise ValueError(f": {error}") from error
     try:
         return raw.decode("utf-8-sig")  # spreadsheets write a byte-order mark
@@ -161,7 +160,7 @@ def _read(path, most=None):
 
 
 def caption_file(path, name, images, problems):
-    """The text file beside images, called `name` in messages: each of its lines that is not empty is a caption."""
+    """The records of the text file beside images, called `name` in messages: each non-empty line is a caption."""
     try:
         lines = re.split(r"\r\n|\r|\n", _read(path, MOST_CAPTIONS))
     except ValueError as error:
@@ -170,7 +169,7 @@ def caption_file(path, name, images, problems):
     captions, said = [], [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
     for i, line in said:
         if _BOX.fullmatch(line):
-            problems.note("bad value", f"{name} line {i}: {line[:60]!r} is numbers, as of boxes, and no caption")
+            problems.note("bad value", f"{name} line {i}: {line[:60]!r} is a row of numbers (boxes?), not a caption")
         else:
             captions += _captions([line], f"{name} line {i}", problems)
     if not said:
@@ -180,7 +179,7 @@ def caption_file(path, name, images, problems):
 
 
 def detect(path, name, problems):
-    """-> (dialect, data), or (None, None) with the reason among the problems; messages call the file `name`."""
+    """Detect (format, data), or (None, None) with the reason among the problems; messages call the file `name`."""
 
     def bad(message):
         problems.note("unreadable file", f"{name}{message}", fatal=True)
@@ -193,14 +192,14 @@ def detect(path, name, problems):
     first = next((line.strip() for line in text.split("\n") if line.strip()), "")
     if first[:1] not in ("[", "{"):
         header = {_meaning(column.strip(' "')) for column in first.split(_delimiter(first))}
-        return ("csv", text) if "image" in header else bad(f": found a text that begins {first[:60]!r}; {ACCEPTED}")
+        return ("csv", text) if "image" in header else bad(f": unknown format, it begins {first[:60]!r}; {ACCEPTED}")
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         if path.suffix.lower() in (".jsonl", ".ndjson") or (first[0] == "{" and _is_json(first)):
             return "jsonl", text
         at, reason = getattr(error, "lineno", 1), getattr(error, "msg", error)
-        return bad(f" line {at} column {getattr(error, 'colno', 1)}: broken JSON, {reason}")
+        return bad(f" line {at} column {getattr(error, 'colno', 1)}: invalid JSON, {reason}")
     if isinstance(data, dict):
         lists = {key: value for key, value in data.items() if isinstance(value, list)}
         if "images" in lists and "annotations" in lists:
@@ -212,11 +211,11 @@ def detect(path, name, problems):
         if "annotations" in lists and any(isinstance(a, dict) and "answers" in a for a in lists["annotations"]):
             return "vqa annotations", data
         if _names_an_image(data):
-            return "jsonl", text  # JSON lines with a single line
+            return "jsonl", text  # JSON Lines with a single line
     elif any(_names_an_image(row) for row in data):
         return "rows", data
     found = f"an object with the keys {sorted(data)[:10]}" if isinstance(data, dict) else f"a list {str(data)[:60]}"
-    return bad(f": found JSON, {found}; {ACCEPTED}")
+    return bad(f": unknown JSON format, {found}; {ACCEPTED}")
 
 
 def _names_an_image(row):
@@ -252,7 +251,7 @@ def coco(name, data, problems):
         image_id = _text(entry["image_id"], where, problems)
         described.add(image_id)
         if image_id not in files:
-            problems.note("unmatched id", f"{where}: image_id {image_id} is not among the images")
+            problems.note("unmatched id", f"{where}: image_id {image_id} is not in 'images'")
         elif _once(_text(entry.get("id"), where, problems), ids, f"{where}: annotation id", problems):
             yield _record(where, files[image_id], image_id, captions=_captions([entry["caption"]], where, problems))
     for image_id, file in files.items():
@@ -304,14 +303,14 @@ def vqa(questions_name, questions, answers_name, annotations, problems):
         place, reply = answers[question_id]
         image_id = _text(entry["image_id"], where, problems)
         if _text(reply.get("image_id", image_id), place, problems) != image_id:
-            problems.note("unmatched id", f"{place}: question_id {question_id} has another image_id than at {where}")
+            problems.note("unmatched id", f"{place}: question_id {question_id} has a different image_id at {where}")
             continue
         said = [a.get("answer") if isinstance(a, dict) else a for a in _listed(reply["answers"])]
         question = _question(entry["question"], said, question_id, reply.get("answer_type"), where, problems)
         yield _record(where, None, image_id, question=question, hint=questions.get("data_subtype"))
     for question_id, (where, _) in answers.items():
         if question_id not in asked:
-            problems.note("unmatched id", f"{where}: question_id {question_id} was never asked")
+            problems.note("unmatched id", f"{where}: question_id {question_id} is not among the questions")
 
 
 def rows(name, data, problems):
@@ -322,19 +321,19 @@ def rows(name, data, problems):
 
 def jsonl(name, text, problems):
     names = {}
-    for i, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON string
+    for i, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may be inside a JSON string
         if line.strip():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 column, reason = getattr(error, "colno", 1), getattr(error, "msg", error)
-                problems.note("bad row", f"{name} line {i} column {column}: broken JSON, {reason}")
+                problems.note("bad row", f"{name} line {i} column {column}: invalid JSON, {reason}")
             else:
                 yield from _row(row, f"{name} line {i}", problems, names)
 
 
 def table(name, text, problems):
-    """CSV: a cell `answer` is one answer as written, a cell `answers` is a list separated by '|'."""
+    """Rows of a CSV file: a cell `answer` is one answer, a cell `answers` is a list separated by '|'."""
     delimiter = _delimiter(next(line for line in text.split("\n") if line.strip()))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header, line, names = None, 1, {}
@@ -348,7 +347,7 @@ def table(name, text, problems):
                 if not _header(header, names, where, problems):
                     return
             elif len(cells) != len(header):
-                message = f"{where}: {len(cells)} cells for {len(header)} columns; quote cells with {delimiter!r}"
+                message = f"{where}: {len(cells)} cells for {len(header)} columns; quote cells containing {delimiter!r}"
                 problems.note("bad row", message)
             else:
                 pairs = zip(header, cells, strict=True)
@@ -357,22 +356,22 @@ def table(name, text, problems):
                     row["answers"] = row["answers"].split("|")
                 yield from _row(row, where, problems, names, columns=names)
     except csv.Error as error:
-        problems.note("unreadable file", f"{name} line {reader.line_num}: broken CSV, {error}", fatal=True)
+        problems.note("unreadable file", f"{name} line {reader.line_num}: invalid CSV, {error}", fatal=True)
 
 
 def _header(header, names, where, problems):
-    """Whether rows can be read under this header; fills `names`, see _renamed.
+    """Whether rows can be read with this header; fills `names`, see _renamed.
 
-    Columns without a name, as pandas writes for its index and spreadsheets for empty columns, are not read.
+    Columns without a name, such as pandas' index and empty columns of spreadsheets, are ignored.
     """
     named = [column for column in header if column]
     if len(set(named)) < len(named):
-        problems.note("unreadable file", f"{where}: a column appears twice in the header {header}", fatal=True)
+        problems.note("unreadable file", f"{where}: the header {header} has a column twice", fatal=True)
         return False
     for column in named:
         before = names.setdefault(_meaning(column), column)
         if before != column:
-            problems.note("two names", f"{where}: the columns {before!r} and {column!r} are one thing", fatal=True)
+            problems.note("two names", f"{where}: the columns {before!r} and {column!r} mean the same", fatal=True)
             return False
         if not _is_known(_meaning(column)):
             _unknown_key(f"column {column!r}", where, problems, _SHOWN_KEYS)
@@ -387,7 +386,7 @@ _NUMBERED = re.compile(r"(?:caption|text)_?([0-9]{1,6})")
 
 
 def _meaning(key):
-    """What a column or key stands for: 'image' for 'file_name', 'caption_2' for 'text2'; any other for itself."""
+    """What a column or key stands for: 'image' for 'file_name', 'caption_2' for 'text2'; any other name for itself."""
     if numbered := _NUMBERED.fullmatch(key):
         return f"caption_{int(numbered[1])}"
     return _OTHER_NAMES.get(key, key)
@@ -398,24 +397,24 @@ def _is_known(meaning):
 
 
 def _numbered(keys):
-    """Those of caption_1, caption_2, ... in this order."""
+    """The keys among caption_1, caption_2, ... in this order."""
     return sorted(filter(_NUMBERED.fullmatch, keys), key=lambda key: int(key.removeprefix("caption_")))
 
 
 def _renamed(row, names, where, problems):
-    """The row with its keys by what they stand for; None after a note where one thing has two names in this file.
+    """The row with its keys replaced by what they stand for; None after a note where two names have one meaning.
 
-    `names` is {what: the name that the file uses}, and grows with each row.
+    `names` is {meaning: the name that the file uses}, and grows with each row.
     """
     for key in row:
         before = names.setdefault(_meaning(key), key)
         if before != key:
-            return problems.note("two names", f"{where}: {key!r} is what {before!r} is in this row or before")
+            return problems.note("two names", f"{where}: {key!r} means the same as {before!r} used here or before")
     return {_meaning(key): value for key, value in row.items()}
 
 
 def _row(row, where, problems, names, columns=()):
-    """A row of BLIP's lists, of JSONL or of CSV (whose empty cells are absent keys): captions, a question, or both."""
+    """The record of a row of BLIP's lists, JSONL or CSV (an empty cell is an absent key): captions, a question, or both."""
     if isinstance(row, dict) and (row := _renamed(row, names, where, problems)) is None:
         return
     numbered = _numbered(row) if isinstance(row, dict) else []
@@ -435,7 +434,7 @@ def _row(row, where, problems, names, columns=()):
     if given := [one for key in numbered for one in _listed(row[key]) if not _is_empty(one)]:
         record["captions"] += _captions(given, where, problems)
     elif "caption" not in row and "question" not in row:
-        problems.note("empty caption", f"{where}: nothing is in {', '.join(names[key] for key in numbered)}")
+        problems.note("empty caption", f"{where}: no text in {', '.join(names[key] for key in numbered)}")
     if "question" in row:
         answers = _listed(row.get("answers", [])) + _listed(row.get("answer", []))
         question_id = _text(row.get("question_id"), where, problems)
@@ -466,14 +465,14 @@ def _captions(captions, where, problems):
     return [caption for caption in said if caption]
 
 
-# what pandas, numpy, R and databases write for a text that is missing; none of them is a caption of a picture
+# what pandas, numpy, R and databases write for a missing text; none of these is a caption
 _MISSING = frozenset({"", "nan", "none", "null", "<na>"})
 
 
 def _said(value, kind, where, problems, numbers=True):
-    """A caption or question; '' or None after a note, where it is missing or no text.
+    """A caption or question; '' or None after a note, where it is missing or not a string.
 
-    Answers are not read by this: 'none' answers a question.
+    Not for answers: 'none' may be one.
     """
     text = _text(value, where, problems, numbers)
     if text is None or text.lower() not in _MISSING:
@@ -483,7 +482,7 @@ def _said(value, kind, where, problems, numbers=True):
 
 
 def _is_empty(value):
-    """Whether a value is that of an empty cell: null, NaN or white space."""
+    """Whether a value is empty: null, NaN or white space."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
@@ -492,16 +491,16 @@ def _split(value):
 
 
 def _text(value, where, problems, numbers=True):
-    """Stripped text, '' for nothing (None, NaN), None after a note about an unusable value."""
+    """The stripped text, '' for a missing value (None, NaN), or None after a note about an invalid one."""
     if value is None or value != value:
         return ""
     if numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     try:
-        value.encode()  # a lone surrogate, as in "\ud83d", is valid JSON but no text
+        value.encode()  # a lone surrogate, as in "\ud83d", is valid JSON but not valid text
         return value.strip()
     except (AttributeError, UnicodeEncodeError):
-        problems.note("bad value", f"{where}: {value!r:.60} is not a text")
+        problems.note("bad value", f"{where}: {value!r:.60} is not a string")
 
 
 def _listed(value):
@@ -509,9 +508,9 @@ def _listed(value):
 
 
 def _once(value, seen, what, problems):
-    """Whether `value` is new; a set remembers it, a dict is filled by the caller."""
+    """Whether `value` is new. It is added to a set; a dict is filled by the caller."""
     if value and value in seen:
-        problems.note("duplicate id", f"{what} {value} was given before")
+        problems.note("duplicate id", f"{what} {value} occurs twice")
         return False
     if isinstance(seen, set):
         seen.add(value)
@@ -519,15 +518,15 @@ def _once(value, seen, what, problems):
 
 
 def _unknown_key(key, where, problems, known):
-    """Metadata files of Hugging Face have columns for other purposes; in other files a name nobody knows is misspelt."""
+    """Report an unknown key: a remark in Hugging Face's metadata files, which may have other columns, else a spelling error."""
     if re.match(r"(.*/)?metadata\.(csv|jsonl) ", where, re.IGNORECASE):
         problems.remark("column not read", f"{where}: {key}")
     else:
-        problems.note("unknown key", f"{where}: {key}; known are {', '.join(sorted(known))}")
+        problems.note("unknown key", f"{where}: {key}; allowed: {', '.join(sorted(known))}")
 
 
 def _entry(entry, where, problems, required, optional):
-    """Whether `entry` is an object with the required keys; keys nobody knows are noted, but do not spoil it."""
+    """Whether `entry` is an object with the required keys; unknown keys are noted, but do not make it invalid."""
     if not isinstance(entry, dict):
         problems.note("bad value", f"{where}: expected an object, got {entry!r:.60}")
         return False
@@ -535,5 +534,5 @@ def _entry(entry, where, problems, required, optional):
         _unknown_key(repr(key), where, problems, required | optional)
     missing = sorted(key for key in required if entry.get(key) is None)
     for key in missing:
-        problems.note("missing key", f"{where}: {key!r}; found are {', '.join(entry)}")
+        problems.note("missing key", f"{where}: {key!r}; found: {', '.join(entry)}")
     return not missing

@@ -1,8 +1,8 @@
-"""What a `scenes` picture holds and how it is drawn: objects, quadrants, held-out pairs, pixels.
+"""The content of a `scenes` image and how it is drawn: objects, quadrants, held-out pairs, pixels.
 
-Everything is a pure function of (seed, split, index): each item owns counter-based random streams (Philox, keyed by
-those three and a purpose), so items can be made in any order and in any number of processes and are always the same.
-Only `Generator.random` is used, whose values are a plain function of the raw bits, so that a numpy release that changes
+Everything is a pure function of (seed, split, index): each item has its own counter-based random streams (Philox, keyed by
+these three and a purpose), so items are the same in whatever order and by however many processes they are generated.
+Only `Generator.random` is used, whose values follow directly from the raw bits, so that a NumPy release that changes
 another method does not change the data.
 """
 
@@ -28,9 +28,9 @@ COLORS = {
 SIZES = {"small": 6.5, "large": 10.5}  # radius in pixels
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 HELD_PAIRS = frozenset((shape, (*COLORS,)[(3 * i + 4) % 8]) for i, shape in enumerate(SHAPES))  # each colour once
-MID_MARGIN = 4.5  # no centre is nearer to a mid line than this, so a quadrant is never in doubt
+MID_MARGIN = 4.5  # the least distance of a centre from the mid lines, so that its quadrant is unambiguous
 REACH = 1.12  # every outline fits in a disc of this many radii
-# 'text' and 'swap' have no pictures: scenes of the text-only corpus, and of captions that land under another picture.
+# 'text' and 'swap' have no images: they are the scenes of the text-only corpus, and of captions given to another image.
 SPLIT_IDS = {"pretrain": 0, "train": 1, "val": 2, "test": 3, "test_comp": 4, "text": 5, "swap": 6}
 STREAM_IDS = {"objects": 0, "pixels": 1, "web": 2, "human": 3, "questions": 4, "text": 5}
 
@@ -62,7 +62,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What is in the picture `index` of `split` under `seed`: one to four things that do not touch."""
+    """The content of image `index` of `split` with `seed`: one to four objects that do not touch."""
 
     split: str
     index: int
@@ -76,7 +76,7 @@ def stream(split, index, seed, name):
     if split not in SPLIT_IDS:
         raise ValueError(f"unknown scenes split {split!r}; use one of {', '.join(SPLIT_IDS)}")
     if not 0 <= index < 1 << 48 or not 0 <= seed < 1 << 64:
-        raise ValueError(f"scenes index {index} and seed {seed} must be in [0, 2**48) and [0, 2**64)")
+        raise ValueError(f"scenes index is {index} and seed is {seed}; they must be in [0, 2**48) and [0, 2**64)")
     key = np.array([seed, SPLIT_IDS[split] << 56 | STREAM_IDS[name] << 48 | index], np.uint64)
     return np.random.Generator(np.random.Philox(key=key))
 
@@ -118,8 +118,8 @@ def scene(split, index, seed=0):
 
 
 def _kinds(rng, number, comp):
-    """(shape, colour) per object. Half of the later ones repeat the shape or the colour of an earlier one, so that
-    counting, comparing and telling apart take more than spotting one colour."""
+    """(shape, colour) of each object. Half of the later ones repeat the shape or the colour of an earlier one, so that
+    counting, comparing and telling apart need more than finding one colour."""
     kinds = [pick(rng, sorted(HELD_PAIRS))] if comp else []
     while len(kinds) < number:
         shape, color = pick(rng, SHAPES), pick(rng, (*COLORS,))
@@ -132,8 +132,8 @@ def _kinds(rng, number, comp):
 
 
 def _centres(rng, radii, tries=60):
-    """Centres that keep inside the picture, off the mid lines and apart. After `tries` misses for one object: one
-    object in the middle of each quadrant, which always fits."""
+    """Centres that keep objects inside the image, off the mid lines and apart. After `tries` misses for one object, each
+    object is put in the middle of a quadrant, which always fits."""
     centres = []
     for radius in radii:
         for _ in range(tries):
@@ -150,7 +150,7 @@ def _centres(rng, radii, tries=60):
 
 
 def _coordinate(rng, radius):
-    """Uniform on the two intervals between border and mid line; one decimal, so a spec prints the same anywhere."""
+    """Uniform on the two intervals between border and mid line; one decimal, so that a spec prints the same everywhere."""
     low, high = REACH * radius + 0.5, SIDE / 2 - MID_MARGIN
     value = round(low + (high - low) * rng.random(), 1)
     return round(SIDE - value, 1) if chance(rng, 0.5) else value
@@ -192,9 +192,9 @@ def _outline(shape):
 
 
 def render(spec):
-    """Draws a Scene: uint8 image_YXC of 64x64 RGB. A grey ground with a slight tint and gradient, noise over all.
+    """Draw a Scene as a uint8 image_YXC of 64x64 RGB: a grey ground with a slight tint and gradient, and noise over all.
 
-    Specs and text do not depend on pillow. The pixels do (its polygon fill): compare them under one pillow version.
+    Specs and text do not depend on Pillow. The pixels do (its polygon fill): compare them with the same Pillow version.
     """
     rng = stream(spec.split, spec.index, spec.seed, "pixels")
     direction, slope = 2 * np.pi * rng.random(), 30 * rng.random()
@@ -211,7 +211,7 @@ def render(spec):
             continue
         c, s = math.cos(math.radians(thing.angle)), math.sin(math.radians(thing.angle))
         points = thing.radius * _outline(thing.shape) @ np.array([(c, s), (-s, c)]) + (thing.x, thing.y)
-        # Pixel (i, j) of the canvas covers [i, i + 1), pillow's polygon has its centre at i: hence the half.
+        # Pixel (i, j) of the canvas covers [i, i + 1), but Pillow's polygon puts its centre at i: hence the 0.5.
         draw.polygon((2 * points - 0.5).ravel().tolist(), fill=fill)
     noise_YXC = 12 * rng.random((SIDE, SIDE, 1)) - 6
     return (np.asarray(canvas.reduce(2)) + noise_YXC).round().clip(0, 255).astype(np.uint8)

@@ -1,10 +1,10 @@
-"""The report of a study: result files in, one self-contained page with figures, tables and verdicts out.
+"""The report of a study: one self-contained page with figures, tables and verdicts, made from result files.
 
-    DIR/report/index.html   everything, no network needed
-    DIR/report/*.png        the figures; claims.json and results.csv the numbers
+    DIR/report/index.html   the page, readable without a network
+    DIR/report/*.png        the figures; claims.json and results.csv hold the numbers
 
-Reads DIR/results.jsonl, DIR/study.json, DIR/points/*/predictions.jsonl and DIR/pictures/ and nothing else, so it can be
-made again anywhere from a copy of the files.
+Reads only DIR/results.jsonl, DIR/study.json, DIR/points/*/predictions.jsonl and DIR/pictures/, so it can be made anywhere from
+a copy of these files.
 """
 
 import collections
@@ -21,7 +21,7 @@ from jaxpeft.study.report.rows import as_csv, consistency, read
 
 
 def write(workdir: str | Path, mixed_code: bool = False) -> str:
-    """Write DIR/report from DIR's result files -> a line that says where it is and what the verdicts are.
+    """Write DIR/report from DIR's result files -> a line with its path and the numbers of verdicts.
 
     Raises ValueError where there are no results, and for cells whose runs were made by different code, unless `mixed_code`.
     """
@@ -42,7 +42,7 @@ def write(workdir: str | Path, mixed_code: bool = False) -> str:
     files.write_text(out / "results.csv", as_csv(study.rows))
     files.write_text(out / "index.html", render(study, converged, everything, scale, pngs))
     said = collections.Counter(v.verdict for v in converged)
-    counts = ", ".join(f"{n} {name}" for name, n in sorted(said.items())) or "no claim has its cells"
+    counts = ", ".join(f"{n} {name}" for name, n in sorted(said.items())) or "no claim can be judged"
     n_done = sum(row["status"] == "done" for row in study.rows)
     return f"report: {out / 'index.html'} ({n_done} runs; converged runs: {counts})"
 

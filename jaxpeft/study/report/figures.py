@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from jaxpeft.study import claims
 from jaxpeft.study.report.rows import Study, chosen_by_cell, consistency
 
-# Okabe and Ito's colours, told apart by all common kinds of colour blindness; markers for print without colour
+# Okabe and Ito's colours, distinguishable with all common kinds of colour blindness; markers for printing without colour
 STYLE = {
     "prompt": ("#E69F00", "o"), "prefix": ("#CC79A7", "s"), "serial_adapter": ("#0072B2", "^"),
     "parallel_adapter": ("#56B4E9", "v"), "lora": ("#009E73", "D"), "head": ("#999999", "x"), "full": ("#000000", "*"),
@@ -20,7 +20,7 @@ OTHERS = (("#D55E00", "P"), ("#F0E442", "X"), ("#661100", "h"), ("#332288", "<")
 
 
 def style(study: Study, variant: str) -> dict:
-    """Colour and marker of a variant, its method's in every figure; hollow where no head is tuned beside the method."""
+    """The colour and marker of a variant: those of its method; hollow where no head is trained as well."""
     variants = study.config["variants"]
     method, unknown = (
         variants[variant]["method"],
@@ -39,7 +39,7 @@ def _axes(n: int, columns: int = 2):
 
 
 def _panels(study: Study):
-    """(figure, {setting: its axes}), in the study's order."""
+    """(figure, {setting: its axes}), with settings in the study's order."""
     settings = list(study.config["settings"])
     figure, axes = _axes(len(settings))
     for ax in axes[len(settings) :]:
@@ -60,7 +60,7 @@ def _label(ax, title: str, x: str, y: str) -> None:
 
 
 def _legend(figure, axes):
-    """One legend below all panels, methods in the order of STYLE."""
+    """Add one legend below all panels, with methods in the order of STYLE."""
     seen, order = {}, {name: i for i, name in enumerate(STYLE)}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
@@ -73,7 +73,7 @@ def _legend(figure, axes):
 
 
 def _log(ax):
-    """A logarithmic x axis with plain numbers, few enough to be read."""
+    """Make the x axis logarithmic, with plain numbers, few enough to be readable."""
     ax.set_xscale("log")
     low, high = ax.get_xlim()
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
@@ -89,7 +89,7 @@ def _log_at(ax, values):
 
 
 def _lines(study: Study, setting: str, axis: str) -> dict[str, list[tuple[float, list[dict]]]]:
-    """variant -> [(x, rows)] along one axis, at the variant's middle size or at its most pictures."""
+    """variant -> [(x, rows)] along one axis, at the variant's middle size or at its largest number of images."""
     cells, lines = chosen_by_cell(study, setting), {}
     for variant in study.config["variants"]:
         mine = {cell: rows for cell, rows in cells.items() if cell[0] == variant}
@@ -106,7 +106,7 @@ def _lines(study: Study, setting: str, axis: str) -> dict[str, list[tuple[float,
 
 
 def figure_axis(study: Study, axis: str) -> Figure:
-    """Test score against training pictures, or against stored parameters; mean over seeds and their range."""
+    """Test score against training images, or against stored parameters; mean and range over seeds."""
     figure, panels = _panels(study)
     for setting, ax in panels.items():
         values, metric = set(), ""
@@ -130,8 +130,8 @@ def figure_axis(study: Study, axis: str) -> Figure:
         n = {row["n_test"] for row in study.rows if row["chosen"] and row["setting"] == setting}
         _label(
             ax,
-            f"{setting} (n = {', '.join(map(str, sorted(n))) or 0} test cases)",
-            "training pictures" if axis == "data" else "stored parameters",
+            f"{setting} (n = {', '.join(map(str, sorted(n))) or 0} test examples)",
+            "training images" if axis == "data" else "stored parameters",
             f"test {metric}",
         )
         if axis == "data" and values:
@@ -143,7 +143,7 @@ def figure_axis(study: Study, axis: str) -> Figure:
 
 
 def figure_pareto(study: Study, against: str) -> Figure:
-    """Test score of every cell against stored parameters or seconds; the line joins what nothing beats on both."""
+    """Test score of every cell against stored parameters or seconds; the line is the Pareto front."""
     figure, panels = _panels(study)
     for setting, ax in panels.items():
         points = []
@@ -163,7 +163,8 @@ def figure_pareto(study: Study, against: str) -> Figure:
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats: none costs (x) at most as much and scores (y) more, or the reverse."""
+    """The Pareto front of points (cost, score): those for which no other point costs less and scores at least as much, or
+    scores more at no higher cost."""
     front = []
     for x, y in sorted(points, key=lambda p: (p[0], -p[1])):
         if not front or y > front[-1][1]:
@@ -209,7 +210,7 @@ def figure_consistency(study: Study) -> Figure:
         ax.set_xlim(-0.05, 1.25)
         _label(
             ax,
-            {"data": "twice the pictures", "size": "twice the size"}[axis],
+            {"data": "twice the images", "size": "twice the size"}[axis],
             "consistency: frozen base / best tuned score",
             "% of the setting's mean score",
         )
@@ -217,7 +218,7 @@ def figure_consistency(study: Study) -> Figure:
 
 
 def figure_forgetting(study: Study) -> Figure:
-    """Change of the loss on captions in the style of pre-training, against test score: right and low is best."""
+    """Change of the loss on captions in the style of pre-training, against test score: lower right is best."""
     figure, panels = _panels(study)
     for setting, ax in panels.items():
         for (variant, _, _), rows in chosen_by_cell(study, setting).items():
@@ -234,29 +235,29 @@ def figure_forgetting(study: Study) -> Figure:
 FIGURES = {
     "score_data": (
         functools.partial(figure_axis, axis="data"),
-        "Test score against training pictures, at each variant's middle size. Points: mean over seeds; bars: their range; "
-        "orange rings: a run hit the cap on steps.",
+        "Test score against training images, at each variant's middle size. Points: mean over seeds; bars: range over seeds; "
+        "orange rings: a run reached the cap on steps.",
     ),
     "score_size": (
-        functools.partial(figure_axis, axis="size"), "Test score against stored parameters, on all training pictures."
+        functools.partial(figure_axis, axis="size"), "Test score against stored parameters, with all training images."
     ),
     "consistency": (
         figure_consistency,
-        "What doubling pictures or size (rank, bottleneck, length) adds, mean over PEFT variants, 95 % intervals, all runs.",
+        "Effect of doubling images or size (rank, bottleneck, length), mean over PEFT variants, 95 % intervals, all runs.",
     ),
     "pareto_stored": (
         functools.partial(figure_pareto, against="stored"),
-        "Every cell: test score against stored parameters. The line joins what nothing beats.",
+        "Every cell: test score against stored parameters. The line is the Pareto front.",
     ),
     "pareto_seconds": (
         functools.partial(figure_pareto, against="total_s"),
-        "Every cell: test score against the seconds of one run, compilation and evaluation included.",
+        "Every cell: test score against the seconds of one run, including compilation and evaluation.",
     ),
     "learning_rates": (
         figure_learning_rates, "Validation score against learning rate, a line per cell, seed 0. Filled: chosen."
     ),
     "forgetting": (
         figure_forgetting,
-        "Forgetting: change of the loss on captions in the style of pre-training, of test pictures.",
+        "Forgetting: change of the loss on test captions in the style of pre-training.",
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The page of a report: report.html filled with tables, figures and test pictures, all in one file."""
+"""The page of a report: report.html filled with tables, figures and test images, all in one file."""
 
 import base64
 import collections
@@ -14,7 +14,7 @@ from jaxpeft.study.report.figures import FIGURES
 from jaxpeft.study.report.rows import Study, cell_of, chosen_by_cell, read_jsonl
 
 HERE = Path(__file__).parent
-LONG = 20  # rows; a longer table is folded: on a phone it would be a hundred screens
+LONG = 20  # rows; a longer table is collapsed, because on a phone it would fill a hundred screens
 TITLES = {
     "score_data": "Score against data",
     "score_size": "Score against tunable size",
@@ -51,11 +51,11 @@ def render(study: Study, converged: list, everything: list, scale: list[dict], p
         learning_rates=", ".join(f"{factor:.3g}" for factor in config["learning_rates"]),
         recipe=_json(recipe),
         capped=_table(("cell", "seed", "steps"), capped)
-        if capped else "<p>None: every chosen run stopped because validation did.</p>",
+        if capped else "<p>None: every chosen run stopped because its validation loss stopped falling.</p>",
         everything=_table(VERDICTS, _verdict_rows(everything)) if everything else "",
         edges=_table(("cell", "learning rate", "which end"), edges) if edges else none,
         failures=_table(("run", "reason"), failed) if failed else none,
-        gallery=_gallery(study) or "<p>No pictures were kept.</p>",
+        gallery=_gallery(study) or "<p>No images were saved.</p>",
         cells=_cell_table(study),
         provenance=_json({key: first[key] for key in ("machine", "versions", "digests")}),
         command=html.escape(study.command),
@@ -70,12 +70,12 @@ def _notes(study: Study) -> str:
     notes = [study.config["note"]] if study.config["note"] else []
     if study.mixed:
         cells = ", ".join(map(str, study.mixed))
-        notes.append(f"Made by different code, and compared because --mixed_code was given: the runs of {cells}.")
+        notes.append(f"The runs of {cells} were made by different code; they are compared because of --mixed_code.")
     return "".join(f"<p class='note'>{html.escape(note)}</p>\n" for note in notes)
 
 
 def _recipe(point: dict) -> dict:
-    """What a reader needs of a point's config."""
+    """The part of a run's config that the report shows."""
     return {key: point[key] for key in ("base", "steps", "batch_size", "optim", "stop", "model", "data")}
 
 
@@ -92,14 +92,14 @@ def _verdict_rows(verdicts) -> list[list]:
         [
             v.claim, v.verdict, v.statement, v.where, v.effect,
             "" if v.low is None else f"[{v.low:.4g}, {v.high:.4g}]", v.margin, v.unit,
-            f"{v.n_cells} cells, {v.n_seeds} seeds, {v.n_examples} cases", v.note,
+            f"{v.n_cells} cells, {v.n_seeds} seeds, {v.n_examples} examples", v.note,
         ]
         for v in verdicts
     ]  # fmt: skip
 
 
 def _variant_table(variants: dict) -> str:
-    header = ("variant", "method", "head tuned beside it", "middle learning rate", "its own settings")
+    header = ("variant", "method", "head trained too", "middle learning rate", "settings")
     rows = [
         [name, one["method"], one["head"], f"{one['lr']:.3g}", json.dumps(one["fields"]) if one["fields"] else ""]
         for name, one in variants.items()
@@ -108,7 +108,7 @@ def _variant_table(variants: dict) -> str:
 
 
 def _edges(study: Study) -> list[list]:
-    """Cells whose chosen learning rate is the smallest or largest tried: a wider search may do better."""
+    """Cells whose chosen learning rate is the smallest or largest tried: a wider search may find a better one."""
     tried = collections.defaultdict(set)
     for row in study.rows:
         if row["seed"] == 0 and row["status"] == "done":
@@ -123,7 +123,7 @@ def _edges(study: Study) -> list[list]:
 
 def _cell_table(study: Study) -> str:
     header = (
-        "setting", "variant", "size", "pictures", "stored", "tuned", "learning rate", "test", "range", "seeds",
+        "setting", "variant", "size", "images", "stored", "tuned", "learning rate", "test", "range", "seeds",
         "forgetting", "seconds",
     )  # fmt: skip
     rows = []
@@ -140,7 +140,7 @@ def _cell_table(study: Study) -> str:
 
 
 def _gallery(study: Study, most: int = 6) -> str:
-    """Per setting some test pictures, with what each variant's best cell wrote."""
+    """Some test images per setting, with the texts of each variant's best cell."""
     parts = []
     for setting in study.config["settings"]:
         kept = (study.directory / "pictures" / setting).glob("*.png")
@@ -154,7 +154,7 @@ def _gallery(study: Study, most: int = 6) -> str:
 
 
 def _written(study: Study, setting: str, pictures) -> list[tuple[dict, dict[str, str]]]:
-    """(a line of predictions.jsonl, {variant: what its best cell wrote}), for one case of each of `pictures`."""
+    """(a line of predictions.jsonl, {variant: the text of its best cell}), for one example of each of `pictures`."""
     best: dict[str, dict] = {}
     for row in study.rows:
         if row["chosen"] and row["setting"] == setting and row["seed"] == 0:
@@ -177,12 +177,12 @@ def _card(about: dict, said: dict[str, str], picture: Path) -> str:
     lines = [("Q", about["question"])] if "question" in about else []
     lines += [("truth", truth), *said.items()]
     table = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in lines)
-    shown = _image(picture.read_bytes(), "", alt=f"test picture {about['image_id']}")
+    shown = _image(picture.read_bytes(), "", alt=f"test image {about['image_id']}")
     return f"<div>{shown}<table>{table}</table></div>"
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
-    """An HTML table, on a phone a card per row; numbers are right-aligned, everything is escaped."""
+    """An HTML table, shown as a card per row on a phone; numbers are right-aligned, all text is escaped."""
 
     def cell(tag, value, label=""):
         number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""What a report shows, read from a study's files: a flat row per run, and the runs that claims are judged on."""
+"""The data of a report, read from a study's files: a flat row per run, and the runs that claims are judged on."""
 
 import collections
 import csv
@@ -23,7 +23,7 @@ COLUMNS = (
 
 @dataclasses.dataclass
 class Study:
-    """Everything that the report shows, as read."""
+    """The data of a report."""
 
     config: dict
     command: str
@@ -36,8 +36,8 @@ class Study:
 def read(directory: Path, mixed_code: bool = False) -> Study:
     """Read a study's files, also those of version 0.1.
 
-    Raises ValueError where there are none, and where runs of one cell were made by different code, unless `mixed_code`:
-    what is chosen and compared within a cell must differ in learning rate and seed only.
+    Raises ValueError where there are none, and where runs of one cell were made by different code, unless `mixed_code`: runs
+    that are compared within a cell must differ in learning rate and seed only.
     """
     if not (directory / "results.jsonl").exists():
         raise ValueError(f"{directory} has no results.jsonl; run the study first")
@@ -58,10 +58,10 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The JSON values of a file, one a line."""
+    """The JSON values of a file, one per line."""
     return [
         json.loads(line) for line in path.read_text().split("\n") if line
-    ]  # splitlines() would also cut inside texts
+    ]  # splitlines() would also split inside texts
 
 
 def cell_of(row: dict) -> Cell:
@@ -69,7 +69,7 @@ def cell_of(row: dict) -> Cell:
 
 
 def _mixed(rows: list[dict]) -> dict[Cell, dict[str, list[str]]]:
-    """Cell -> code -> ids of its runs, of the cells with several. Results of version 0.1 have no code: '' for all of them."""
+    """Cell -> code -> ids of runs, for cells with several codes. Results of version 0.1 have no code: it is '' for them."""
     found = collections.defaultdict(lambda: collections.defaultdict(list))
     for row in rows:
         if row["status"] == "done":
@@ -82,11 +82,11 @@ def _refusal(directory: Path, mixed: dict[Cell, dict[str, list[str]]], most: int
         f"{', '.join(ids)} by {code or 'version 0.1'}"
         for by_code in list(mixed.values())[:most] for code, ids in by_code.items()
     )  # fmt: skip
-    more = f"; and {len(mixed) - most} cells more" if len(mixed) > most else ""
+    more = f"; and {len(mixed) - most} more cells" if len(mixed) > most else ""
     patterns = f"--rerun='{next(iter(mixed))}-*'" + (" or --rerun='*'" if len(mixed) > 1 else "")
     return (
         f"{directory}: runs of one cell must be made by the same code to be compared: {shown}{more}. Add {patterns} to the "
-        f"study's command to do them again, or --mixed_code to report them as they are"
+        f"study's command to run them again, or --mixed_code to report them as they are"
     )
 
 
@@ -120,7 +120,7 @@ def _final(row: dict, directory: Path) -> Final:
 
 
 def chosen_by_cell(study: Study, setting: str) -> dict[tuple, list[dict]]:
-    """(variant, size, n_images) -> its chosen rows, a row per seed."""
+    """(variant, size, n_images) -> its chosen rows, one per seed."""
     groups = collections.defaultdict(list)
     for row in study.rows:
         if row["chosen"] and row["setting"] == setting:
@@ -129,7 +129,7 @@ def chosen_by_cell(study: Study, setting: str) -> dict[tuple, list[dict]]:
 
 
 def consistency(study: Study) -> list[dict]:
-    """Per setting: how much of the best tuned score the frozen base has already: 1 is wholly consistent with pre-training."""
+    """The frozen base's score as a share of the best tuned score, for each setting: 1 is fully consistent with pre-training."""
     found = []
     for setting in study.config["settings"]:
         rows = [row for row in study.rows if row["setting"] == setting and row["status"] == "done"]
@@ -150,7 +150,7 @@ def consistency(study: Study) -> list[dict]:
 
 
 def as_csv(rows: list[dict]) -> str:
-    """COLUMNS of all rows."""
+    """The COLUMNS of all rows as CSV."""
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
     writer.writeheader()
