@@ -140,7 +140,7 @@ def unpack(words: np.ndarray, layout: list[list], what: str = "tree") -> dict[st
 
 
 def digest(tree: Tree) -> str:
-    """A hex digest of names, dtypes, shapes and bytes: equal exactly when two trees are."""
+    """A hex digest of names, dtypes, shapes and bytes: two trees have the same digest if and only if they are equal."""
     sha = hashlib.sha256()
     for name, leaf in sorted(flatten(tree).items()):
         array = np.ascontiguousarray(fetch(leaf))

@@ -246,7 +246,7 @@ def test_settings_come_from_the_file_and_absent_ones_are_reported(copy):
         ({"text_config": None}, "text_config is None, expected an object"),
         ({"vision_config.hidden_act": "quick_gelu"}, "vision_config.hidden_act is 'quick_gelu'"),
         ({"text_config.num_attention_heads": 5}, "text_width 32 is not divisible by text_heads 5"),
-        ({"text_config.num_attention_heads": "4"}, "text_config.num_attention_heads is '4', expected a int"),
+        ({"text_config.num_attention_heads": "4"}, "text_config.num_attention_heads is '4', expected int"),
         ({"text_config.num_hidden_layers": 0}, "text_config.num_hidden_layers is 0"),
         ({"vision_config.image_size": [40, 48]}, r"vision_config.image_size is \[40, 48\]"),
         ({"vision_config.image_size": 44}, "image_size 44 is not divisible by patch_size 8"),

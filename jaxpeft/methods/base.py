@@ -129,7 +129,7 @@ class Method:
         return 1.0
 
     def sizes(self, model: nn.Module, sites: list[Site]) -> Sequence[int]:
-        """The sensible values of `size_field` at the sites of a model, ascending."""
+        """The useful values of `size_field` for the sites of a model, ascending."""
         return range(1, 1 << 20)
 
     # adapter parameters

@@ -1,4 +1,4 @@
-"""Methods made of methods.
+"""Methods composed of other methods.
 
 Scoped   another method, restricted to the paths that a second pattern selects and to some layers of a stack. Layers are
          scanned, so every layer runs the method and a mask selects where it counts. Other layers have no parameters

@@ -18,7 +18,7 @@ from jaxpeft.ops import matmul
 
 @dataclasses.dataclass(frozen=True)
 class LoHa(LoRA):
-    """Elementwise product of two low-rank updates; fields as LoRA's."""
+    """Elementwise product of two low-rank updates, with the fields of LoRA."""
 
     name: ClassVar[str] = "loha"
 

@@ -281,7 +281,7 @@ def _read_config(path: Path, question_encoder: bool) -> tuple[BlipConfig, dict]:
         good = isinstance(value, int) or (isinstance(default, float) and isinstance(value, float))
         if not good or isinstance(value, bool) or not value >= smallest:
             raise ValueError(
-                f"{path}: {section}.{key} is {value!r}, expected a {type(default).__name__} such as {default}"
+                f"{path}: {section}.{key} is {value!r}, expected {type(default).__name__}, such as {default}"
             )
         fields[field] = value
     for field, section, key, _ in CONFIG:

@@ -51,7 +51,7 @@ def _start(
             f"a prompt of {len(search.start)} tokens leaves no tokens to generate within length {search.length}"
         )
     if search.length > model.positions:
-        raise ValueError(f"length {search.length} is more than the model's {model.positions} positions")
+        raise ValueError(f"length {search.length} exceeds the model's {model.positions} positions")
     n_rows = context.next_B.shape[0]
     start_RS = jnp.broadcast_to(jnp.array(search.start, jnp.int32), (n_rows, len(search.start)))
     logits_RV, cache = model.apply(variables, start_RS, context, search.length, method="start")

@@ -43,7 +43,7 @@ def read_json(path: str | Path, most: int = MOST_JSON) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+        raise ValueError(f"{path} contains a JSON {type(value).__name__}, expected an object")
     return value
 
 
