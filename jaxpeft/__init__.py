@@ -1,12 +1,12 @@
 """jaxpeft: parameter-efficient fine-tuning of vision-language models in JAX/Flax.
 
-The map, in the order of the imports: a module imports what stands above its folder, and never what stands below it.
-    runtime/ tree ops     files, signals, locks, registries, the process; trees of arrays by name; array operations
-    methods/ adapt/       what is trained, and the sites where a method meets a model; budgets; other Flax models
+Layout, in import order: a module imports from its own folder and those above it, never from those below.
+    runtime/ tree ops     files, signals, locks, registries, process setup; trees of arrays by name; array operations
+    methods/ adapt/       the methods, and the sites of a model where they act; parameter budgets; other Flax models
     inputs/ models/       tokenizers, images, templates; the model protocol, BLIP, its converter, loading, decoding
     data/ metrics/ tasks/ data sets -> examples -> batches; scores; captioning and VQA
     interchange/          PEFT adapters, Hugging Face directories and our own format, in and out
-    training/ config      one run: setup, inputs, the loop, checkpoints, evaluation, result; the defaults of its config
+    training/ config      one run: setup, inputs, training loop, checkpoints, evaluation, result; its default config
     study/ apps/ cli      a grid of runs and its report; generate, export, demo, pretrain; the `jaxpeft` command
 
     import jax, jaxpeft as jp
@@ -58,7 +58,7 @@ from jaxpeft.tree import join, split
 
 try:
     __version__ = _metadata.version("jaxpeft")
-except _metadata.PackageNotFoundError:  # a checkout that is not installed
+except _metadata.PackageNotFoundError:  # a clone that is not installed
     __version__ = "0+unknown"
 __all__ = [
     "BitFit", "Compacter", "DoRA", "Full", "Gated", "Head", "IA3", "LayerNorms", "LoHa", "LoRA", "MAM", "Method", "NewWords",
@@ -70,7 +70,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> None:
-    """Names of version 0.1 are an ImportError that names today's."""
+    """Raise ImportError for a name of version 0.1, giving the current name."""
     if name in _renamed.MODULES | _renamed.NAMES:
         raise ImportError(f"jaxpeft.{name} is now jaxpeft.{(_renamed.MODULES | _renamed.NAMES)[name]}")
     raise AttributeError(f"module 'jaxpeft' has no attribute {name!r}")

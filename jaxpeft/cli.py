@@ -1,11 +1,11 @@
 """The `jaxpeft` command. `python main.py` in a clone is `jaxpeft run`.
 
-    jaxpeft run --config=quickstart --workdir=runs/quickstart         one run; or a study, where the config is one
+    jaxpeft run --config=quickstart --workdir=runs/quickstart         one run, or a study if the config defines one
     jaxpeft preflight --config=folder:root=pics --topology=v5e:2x4    memory and time of a run, without running it
-    jaxpeft generate --workdir=runs/mine --image a.jpg                texts of a finished run
+    jaxpeft generate --workdir=runs/mine --image a.jpg                generate text with a finished run
 
---config=NAME is a config that comes with the package (configs/NAME.py in a clone), --config=FILE.py one of your own;
-`:key=value,...` behind it are its arguments, and --config.key=value sets any key.
+--config=NAME is a config of the package (configs/NAME.py in a clone), --config=FILE.py one of your own. Append its arguments
+as `:key=value,...`; --config.key=value sets any key.
 """
 
 import argparse
@@ -26,15 +26,15 @@ from jaxpeft.runtime import host, malloc, registry, renamed, signals
 PACKAGE = Path(jaxpeft.__file__).parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # installed; in a clone
 APPS = {  # commands that parse their own arguments: (module, what it does)
-    "generate": ("jaxpeft.apps.generate", "write texts for images with a finished run, or with a base"),
-    "export": ("jaxpeft.apps.export", "write a finished run for PyTorch: merged, or as a PEFT adapter"),
-    "demo": ("jaxpeft.apps.demo", "open a local page that shows finished runs beside their bases"),
+    "generate": ("jaxpeft.apps.generate", "generate texts for images with a finished run or a base model"),
+    "export": ("jaxpeft.apps.export", "export a finished run to PyTorch, merged or as a PEFT adapter"),
+    "demo": ("jaxpeft.apps.demo", "serve a local page that shows finished runs beside their base models"),
     "prepare": ("jaxpeft.data.coco.prepare", "prepare COCO captions or VQA v2 from the official files"),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command, then end the process: see `signals.exit_code` for the statuses."""
+    """Run one command and exit with the status of `signals.exit_code`."""
     signals.program(functools.partial(_command, sys.argv[1:] if argv is None else argv))
 
 
@@ -47,7 +47,7 @@ def _command(argv: list[str]) -> int | None:
         flag = word.lstrip("-").partition("=")[0]
         if word.startswith("-") and not flag.startswith("config."):
             raise ValueError(f"unknown argument --{flag}{registry.did_you_mean(flag, names)}")
-    registry.load([args.imports])  # before the config file, which may name what they add
+    registry.load([args.imports])  # before the config file, which may use the entries that they add
     return args.function(args, read_config(args.config, rest))
 
 
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, function in (("run", _run), ("study", _study), ("preflight", _preflight)):
         one = commands.add_parser(name, help=function.__doc__, description=function.__doc__, **style)
         one.set_defaults(function=function)
-        one.add_argument("--config", required=True, metavar="NAME or FILE.py", help="then :key=value,... of its own")
+        one.add_argument("--config", required=True, metavar="NAME or FILE.py", help="with arguments as :key=value,...")
         one.add_argument("--imports", default="", metavar="MODULE,...", help=registry.IMPORTS_HELP)
         if name in ("run", "study"):
             _add_where(one)
@@ -75,44 +75,44 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_where(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--workdir", metavar="DIR", help="where results and checkpoints go; the same command resumes from there")
+    add("--workdir", metavar="DIR", help="directory for results and checkpoints; the same command resumes from there")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--accept_changes", action="store_true", help="resume although config, data or base have changed")
-    add("--preflight", action="store_true", help="the same as the command preflight")
-    several = "one run by the processes of several hosts; auto: on TPU pods, in SLURM jobs, with --coordinator"
+    add("--accept_changes", action="store_true", help="resume even if config, data or base have changed")
+    add("--preflight", action="store_true", help="same as the command preflight")
+    several = "run on several hosts, one process each; auto: on TPU pods, in SLURM jobs, and with --coordinator"
     add("--distributed", default="auto", choices=["auto", "on", "off"], help=several)
-    add("--coordinator", metavar="HOST:PORT", help="of process 0, where the cluster does not say")
-    add("--num_processes", type=int, help="with --coordinator: how many processes")
-    add("--process_id", type=int, help="with --coordinator: which one this is, from 0")
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0, if the cluster does not provide it")
+    add("--num_processes", type=int, help="with --coordinator: number of processes")
+    add("--process_id", type=int, help="with --coordinator: index of this process, from 0")
 
 
 def _add_study(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--workers", type=int, default=0, help="of a study: processes; 0: one per core on CPU, one on accelerators")
-    add("--worker", type=int, default=-1, help="of a study: work for the process that started this one")
-    add("--executor", default="processes", choices=["processes", "ray"], help="of a study: where its runs are done")
+    add("--workers", type=int, default=0, help="study: worker processes; 0: one per core on CPU, one on accelerators")
+    add("--worker", type=int, default=-1, help="study: index of this worker process; set by the main process")
+    add("--executor", default="processes", choices=["processes", "ray"], help="study: what executes its runs")
     add("--resources", default="CPU=1", help="with --executor=ray, per run: CPU=4,GPU=1,memory_gb=16 or CPU=8,TPU=4")
-    add("--rerun", default="", metavar="PATTERN", help="of a study: do finished runs again, once, by id: 'vqa_*-s0-*'")
-    add("--mixed_code", action="store_true", help="of a study: report cells although different code made their runs")
-    add("--dry_run", action="store_true", help="of a study: print what would run and its estimated cost")
+    add("--rerun", default="", metavar="PATTERN", help="study: repeat finished runs, once, by id: 'vqa_*-s0-*'")
+    add("--mixed_code", action="store_true", help="study: report cells even if their runs used different code")
+    add("--dry_run", action="store_true", help="study: print which runs would start and their estimated cost")
 
 
 def _add_preflight(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--devices", type=int, default=0, help="plan for so many virtual CPU devices")
-    add("--topology", help="plan for a TPU slice, as v5e:2x4 (needs libtpu)")
-    add("--chip", help="a100, h100, v5e, ... or 'TFLOP/s,GB/s,GB' of a device")
+    add("--devices", type=int, default=0, help="plan for this number of virtual CPU devices")
+    add("--topology", help="plan for a TPU slice such as v5e:2x4 (needs libtpu)")
+    add("--chip", help="estimate time for a device: a100, h100, v5e, ... or its 'TFLOP/s,GB/s,GB'")
 
 
 def _run(args: argparse.Namespace, config):
-    """train, evaluate and save one run; or a study, where the config is one"""
+    """train, evaluate and save one run, or do a study if the config defines one"""
     if _is_study(config):
         return _study(args, config)
     if args.rerun:
-        raise ValueError(f"--rerun is of a study, and --config={args.config} is one run; use a new --workdir")
+        raise ValueError(f"--rerun is for studies, and --config={args.config} is a single run; use a new --workdir")
     if args.preflight:
         return _preflight(args, config)
     from jaxpeft.apps import pretrain
@@ -128,18 +128,18 @@ def _run(args: argparse.Namespace, config):
 
 
 def _study(args: argparse.Namespace, config):
-    """do every run of a study, and write its report"""
+    """do all runs of a study and write its report"""
     from jaxpeft.study import cost, execute, ray_executor, report
 
     if not _is_study(config):
-        raise ValueError(f"--config={args.config} is one run, not a study; use `jaxpeft run`")
+        raise ValueError(f"--config={args.config} is a single run, not a study; use `jaxpeft run`")
     workdir = _workdir(args)
     _prepare_process()
     if args.worker >= 0:
         return execute.work(config, workdir)
     if args.dry_run:
         if args.rerun:
-            raise ValueError("--dry_run writes nothing, and --rerun does; leave one of them out")
+            raise ValueError("--dry_run and --rerun cannot be combined; leave one of them out")
         return print(cost.dry_run(config, workdir))
     elsewhere = None
     if args.executor == "ray":
@@ -149,11 +149,11 @@ def _study(args: argparse.Namespace, config):
 
 
 def _is_study(config) -> bool:
-    return "settings" in config or "levels" in config  # its old name, which is an error that names the new one
+    return "settings" in config or "levels" in config  # the old name, for an error that gives the new one
 
 
 def _preflight(args: argparse.Namespace, config):
-    """print memory, FLOPs and the largest batch of a run; compute nothing"""
+    """print memory, FLOPs and the largest batch of a run without running it"""
     from jaxpeft.training import preflight
 
     _prepare_process()
@@ -170,20 +170,20 @@ def _prepare_process() -> None:
 
 def _workdir(args: argparse.Namespace) -> Path:
     if not args.workdir:
-        raise ValueError("--workdir=DIR is missing: where results and checkpoints go")
+        raise ValueError("--workdir=DIR is required: the directory for results and checkpoints")
     return Path(args.workdir)
 
 
 def _typed() -> list[str]:
-    """The command that was typed, as people would type it again."""
+    """The command line as it can be typed again."""
     program = Path(sys.argv[0]).name
     return [*(["python", program] if program.endswith(".py") else ["jaxpeft"]), *sys.argv[1:]]
 
 
 def read_config(config: str, overrides: list[str] = ()):
-    """The config of NAME or FILE.py, `:key=value,...` its arguments, with `--config.key=value` overrides.
+    """The config of NAME or FILE.py with its arguments (`:key=value,...`) and overrides (`--config.key=value`).
 
-    Raises ValueError in one line for a file that is missing or broken, and for an unknown argument or key.
+    Raises a one-line ValueError if the file is missing or broken, and for an unknown argument or key.
     """
     path, colon, arg = config.partition(":")
     if not Path(path).is_file():
@@ -191,7 +191,7 @@ def read_config(config: str, overrides: list[str] = ()):
         if not installed.is_file():
             names = [str(one.relative_to(CONFIGS))[:-3] for one in sorted(CONFIGS.rglob("[!_]*.py"))]
             wanted = registry.did_you_mean(path, names)
-            raise ValueError(f"--config={path}: there is no such file{wanted}; configs are {', '.join(names)}")
+            raise ValueError(f"--config={path}: file not found{wanted}; available configs: {', '.join(names)}")
         path = str(installed)
     values, argv = flags.FlagValues(), ["jaxpeft", f"--config={path}{colon}{arg}", *overrides]
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -203,10 +203,10 @@ def read_config(config: str, overrides: list[str] = ()):
 
 
 def _mistake(path: str, arg: str, overrides: list[str], error: Exception) -> str:
-    """What is wrong with a config: a key that it lacks, or what get_config itself said."""
+    """The error message for a config: an unknown key, or the error of get_config."""
     try:
         config = runpy.run_path(path)["get_config"](arg)
-    except Exception:  # the error of get_config is the one to tell
+    except Exception:  # then `error` is that of get_config
         known = []
     else:
         known = [name.replace("/", ".") for name in tree.flatten(config.to_dict())]
@@ -221,6 +221,6 @@ def _mistake(path: str, arg: str, overrides: list[str], error: Exception) -> str
             if key in renamed.GONE:
                 return f"--config.{key} {renamed.GONE[key]}"
             return f"--config.{key}: no such key{registry.did_you_mean(key, known)}{there}"
-    while "\n" in str(error) and (error.__cause__ or error.__context__):  # absl's texts hold whole tracebacks
+    while "\n" in str(error) and (error.__cause__ or error.__context__):  # absl's messages contain whole tracebacks
         error = error.__cause__ or error.__context__
     return f"{error}{renamed.advice(error)}"

@@ -8,11 +8,11 @@ ROWS = ("data", "fsdp")  # the mesh axes that a batch is split over
 
 
 def by_rows(x: jax.Array) -> jax.Array:
-    """`x` (B, ...) split over devices by its rows and nothing else, where a mesh is set (`jax.set_mesh`).
+    """Shard `x` (B, ...) over devices along its rows only, if a mesh is set (`jax.set_mesh`).
 
-    Said at every point of the residual stream: left to itself XLA's partitioner may split it as the weights are, which
-    exchanges more, and on a mesh of both kinds of axes it then gave wrong gradients without a word (jax 0.10.2, an
-    embedding split over ('tensor', 'fsdp'), batch over ('data', 'fsdp'): tests/test_sharding.py).
+    Applied everywhere in the residual stream: otherwise XLA's partitioner may shard it like the weights, which communicates
+    more, and on a mesh with both kinds of axes silently gave wrong gradients (jax 0.10.2, an embedding sharded over
+    ('tensor', 'fsdp'), the batch over ('data', 'fsdp'): tests/test_sharding.py).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not set(ROWS) <= set(mesh.axis_names):
@@ -25,8 +25,8 @@ def by_rows(x: jax.Array) -> jax.Array:
 def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """x (..., in) @ w (in, out) + bias (out,), with the leading axes flattened.
 
-    The gradient with respect to `w` of the unflattened product contracts over several axes, which XLA does 2.3 times
-    slower on CPU (MLP 128-512-128 over 64 x 65 tokens: 125 ms against 55 ms); elsewhere it is the same program.
+    The gradient with respect to `w` of the unflattened product contracts over several axes, which XLA on CPU does 2.3 times
+    slower (MLP 128-512-128 over 64 x 65 tokens: 125 ms instead of 55 ms); on other devices the program is the same.
     """
     y = x.reshape(-1, x.shape[-1]) @ w
     if bias is not None:
@@ -35,7 +35,7 @@ def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Arr
 
 
 def per_feature(v: jax.Array, like: jax.Array) -> jax.Array:
-    """A vector (out,) shaped to act on the last axis of `like` (..., out) without implicit rank promotion."""
+    """Reshape a vector (out,) to broadcast along the last axis of `like` (..., out) without implicit rank promotion."""
     return v.reshape((1,) * (like.ndim - 1) + v.shape)
 
 

@@ -1,8 +1,8 @@
-"""Trees of arrays by name: select leaves, split a tree in two halves and join it again, count, compare, digest.
+"""Trees of arrays by name: select leaves, split a tree into trainable and frozen halves, join, count, compare, digest.
 
 Freezing is a split, not a mask inside the optimizer: `tuned, frozen = split(variables, mask)` puts `None` where a leaf
-belongs to the other half, JAX treats `None` as an empty subtree, and `jax.grad` then never sees a frozen leaf.
-(`optax.masked` alone hands frozen leaves their raw gradient as an update.)
+belongs to the other half, JAX treats `None` as an empty subtree, and `jax.grad` never sees a frozen leaf.
+(`optax.masked` alone would apply the raw gradient to frozen leaves as an update.)
 """
 
 import difflib
@@ -43,7 +43,7 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def unflatten(like: Tree, leaves: dict[str, Any], what: str = "tree") -> Tree:
-    """Leaves by name back into the structure of `like`; raises ValueError with missing, extra and misshaped names."""
+    """Put leaves by name into the structure of `like`; raises ValueError listing missing, unexpected and wrong-shaped ones."""
     check_same(flatten(like), leaves, what)
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], like)
 
@@ -60,7 +60,7 @@ def check_same(expected: dict[str, Any], got: dict[str, Any], what: str) -> None
     if missing or extra or shapes:
         parts = [("missing", missing), ("unexpected", extra), ("wrong shape", shapes)]
         lines = [f"  {label} ({len(rows)}): {_some(rows)}" for label, rows in parts if rows]
-        raise ValueError(f"{what} does not fit:\n" + "\n".join(lines))
+        raise ValueError(f"{what} does not match:\n" + "\n".join(lines))
 
 
 def matches(tree: Tree, where: str) -> Mask:
@@ -76,14 +76,14 @@ def nearest(where: str, candidates: Iterable[str], n: int = 3) -> list[str]:
 
 
 def split(tree: Tree, mask: Mask) -> tuple[Tree, Tree]:
-    """(tuned, frozen): the leaves where `mask` is True and the rest; each half has `None` in place of the other's."""
+    """Split into (tuned, frozen): the leaves where `mask` is True, and the rest; each half has `None` for the other's."""
     tuned = jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, mask)
     frozen = jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, mask)
     return tuned, frozen
 
 
 def join(tuned: Tree, frozen: Tree) -> Tree:
-    """The inverse of `split`; raises ValueError where both halves or neither hold a leaf."""
+    """The inverse of `split`; raises ValueError if both halves or neither hold a leaf."""
 
     def pick(path: tuple[Any, ...], a: Any, b: Any) -> Any:
         if (a is None) == (b is None):
@@ -99,19 +99,19 @@ def count(tree: Tree) -> int:
 
 
 def fetch(x: jax.Array | np.ndarray | np.generic | float) -> np.ndarray:
-    """The whole value of a leaf in this host's memory; where hosts hold parts of it, all of them must call."""
+    """The whole value of a leaf in this host's memory; if several hosts hold parts of it, all of them must call this."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
 
 def layout(leaves: dict[str, Any]) -> list[list]:
-    """[name, dtype, shape] of leaves by name, as JSON has it: what `unpack` needs."""
+    """[name, dtype, shape] of leaves by name, ready for JSON: what `unpack` needs."""
     return [[name, str(np.dtype(leaf.dtype)), list(leaf.shape)] for name, leaf in leaves.items()]
 
 
 def pack(leaves: list) -> jax.Array:
-    """Leaves one after the other as 32-bit words, bit for bit: one array is copied and written sooner than hundreds."""
+    """Concatenate leaves as 32-bit words, bit for bit: one array is copied and written faster than hundreds."""
 
     def words(x: jax.Array) -> jax.Array:
         x = x.astype(np.uint8) if x.dtype == bool else x
@@ -123,7 +123,7 @@ def pack(leaves: list) -> jax.Array:
 
 
 def unpack(words: np.ndarray, layout: list[list], what: str = "tree") -> dict[str, np.ndarray]:
-    """The inverse of `pack`. Raises ValueError when the words are not as many as the layout says, or no words of its types."""
+    """The inverse of `pack`. Raises ValueError if the number or the types of the words do not match the layout."""
     sizes = [math.prod(shape) for _, _, shape in layout]
     if any(np.dtype(dtype).hasobject or np.dtype(dtype).itemsize > 4 for _, dtype, _ in layout):
         raise ValueError(
@@ -140,7 +140,7 @@ def unpack(words: np.ndarray, layout: list[list], what: str = "tree") -> dict[st
 
 
 def digest(tree: Tree) -> str:
-    """A hex digest of names, dtypes, shapes and bytes: equal exactly when two trees are."""
+    """A hex digest of names, dtypes, shapes and bytes: two trees have the same digest if and only if they are equal."""
     sha = hashlib.sha256()
     for name, leaf in sorted(flatten(tree).items()):
         array = np.ascontiguousarray(fetch(leaf))

@@ -121,7 +121,7 @@ def test_minimum_length_and_padding():
 
 def test_lengths_that_cannot_work_are_named():
     model, variables, context, start, _ = golden("vqa")
-    with pytest.raises(ValueError, match="prompt of 1 tokens leaves nothing to write within length 1"):
+    with pytest.raises(ValueError, match="prompt of 1 tokens leaves no tokens to generate within length 1"):
         decode.greedy(model, variables, context, search(model, start, 1))
-    with pytest.raises(ValueError, match="length 100 is more than the model's"):
+    with pytest.raises(ValueError, match="length 100 exceeds the model's"):
         decode.greedy(model, variables, context, search(model, start, 100))

@@ -270,7 +270,9 @@ def test_the_parts_that_an_index_names_are_downloaded(server, capsys):
 @pytest.mark.parametrize("name", ["../config.json", "onnx/config.json", "/etc/passwd", "", "..", 3, "model-7.bin", "*"])
 def test_an_index_names_plain_files_of_its_repository(server, name):
     server.repositories[NAME][COMMIT] = sharded(captioner(), x=name)
-    problem = "only plain names|names (model-7.bin|.), which the repository does not hold|is no index of weights"
+    problem = (
+        "expected the name of a file|lists (model-7.bin|.), which is not in the repository|is not an index of weights"
+    )
     with pytest.raises(ValueError, match=f"{NAME} at aaaaaaaa cannot be used: .*({problem})"):
         loading.load(NAME)
     assert set(server.fetched()) == {"config.json", "model.safetensors.index.json"}
@@ -311,13 +313,13 @@ def test_branches_tags_and_commits(server):
 @pytest.mark.parametrize(
     ("path", "revision", "message"),
     [
-        (f"{NAME}@v1", "v2", f"{NAME}@v1 names a revision, and revision=v2 is another one; give one of them"),
-        (NAME, "../../x", "'../../x' cannot be a revision of owner/a-blip; give a commit, a branch or a tag"),
-        (NAME, "", "'' cannot be a revision"),
-        (f"{NAME}@a b", None, "'a b' cannot be a revision"),
+        (f"{NAME}@v1", "v2", f"{NAME}@v1 contains a revision that differs from revision=v2; give only one of them"),
+        (NAME, "../../x", "'../../x' is not a valid revision of owner/a-blip; give a commit, branch or tag"),
+        (NAME, "", "'' is not a valid revision"),
+        (f"{NAME}@a b", None, "'a b' is not a valid revision"),
         (NAME, "v7", "owner/a-blip has no revision 'v7'; https://huggingface.co/owner/a-blip/tree/main lists its"),
         (NAME, "c" * 40, "owner/a-blip has no revision 'cccc"),
-        ("tiny", "v1", "revision v1 was asked for, and 'tiny' is a local checkpoint and has no revisions"),
+        ("tiny", "v1", "revision v1 was given, but 'tiny' is a local checkpoint and has no revisions"),
     ],
 )
 def test_revisions_that_cannot_be(server, path, revision, message):
@@ -340,7 +342,7 @@ def test_names_that_are_no_repository(server, path):
     assert downloads.parse(path) is None
     if path:
         with pytest.raises(
-            ValueError, match=r"no checkpoint at .*shipped names: tiny; owner/name or owner/name@revision of"
+            ValueError, match=r"no checkpoint at .*shipped names: tiny; or owner/name or owner/name@revision of"
         ):
             loading.load(path)
     assert server.requests == []
@@ -376,7 +378,7 @@ LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 def test_a_repository_that_does_not_exist(server):
     expected = (
-        "owner/typo is not a local directory, and the Hugging Face hub has no repository of that name, or it is private; "
+        "owner/typo is not a local directory, and the Hugging Face hub has no repository of that name or it is private; "
         f"check the name, or {LOGIN}"
     )
     assert refused("owner/typo") == refused("owner/typo", revision=COMMIT) == expected
@@ -403,18 +405,18 @@ def test_a_gated_index_of_weights(server):
 def test_a_token_that_is_refused(server, monkeypatch):
     server.errors["GET", f"/api/models/{NAME}"] = 401, ""
     monkeypatch.setenv("HF_TOKEN", "hf_old")
-    assert refused() == f"the Hugging Face hub refuses the token that is set; {LOGIN} to a valid one"
+    assert refused() == f"the Hugging Face hub rejected the token that is set; {LOGIN} to a valid one"
 
 
 def elsewhere(revision="") -> str:
     command = f"`hf download {NAME}{revision and f' --revision {revision}'} --local-dir DIR`"
-    return f"run {command} where there is a network, copy DIR here and give base=DIR"
+    return f"run {command} on a machine with a network, copy DIR here and set base=DIR"
 
 
 def test_a_server_that_fails(server):
     server.errors["GET", f"/api/models/{NAME}"] = 500, ""
     message = refused()
-    assert message.startswith("owner/a-blip is not a local directory, and cannot be downloaded (Server error '500 ")
+    assert message.startswith("owner/a-blip is not a local directory and cannot be downloaded (Server error '500 ")
     assert message.endswith(elsewhere())
 
 
@@ -447,7 +449,7 @@ def test_offline_with_nothing_or_too_little_in_the_cache(server, monkeypatch, ca
     offline(monkeypatch)
     cache = constants.HF_HUB_CACHE
     where = f"is not a local directory, and not all of it is in the cache {cache}; unset HF_HUB_OFFLINE, or run"
-    assert refused().startswith(f"owner/a-blip {where} `hf download owner/a-blip --local-dir DIR` where")
+    assert refused().startswith(f"owner/a-blip {where} `hf download owner/a-blip --local-dir DIR` on a machine")
     assert refused(revision=COMMIT).startswith(f"owner/a-blip at {COMMIT} {where}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     loading.abstract(NAME)
@@ -472,12 +474,12 @@ def test_offline_with_files_that_another_program_downloaded(server, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config.json": b'{"model_type": "bert"}'}, "config.json: model_type 'bert' is unknown; the known ones are blip"),
+        ({"config.json": b'{"model_type": "bert"}'}, "config.json: model_type 'bert' is unsupported; choose one of blip"),
         ({"config.json": b'{"model_type": "blip", "architectures": ["BlipForImageTextRetrieval"]}'},
          "only model_type 'blip' with one of BlipForConditionalGeneration, BlipForQuestionAn"),
         ({"config.json": b"<html>"}, "config.json is not JSON"),
-        ({"config.json": None}, "config.json is missing; a Hugging Face checkpoint has it beside the weights"),
-        ({"manifest.json": b"{}"}, "manifest.json is not a manifest of ours"),
+        ({"config.json": None}, "config.json is missing; it belongs beside the weights of a Hugging Face checkpoint"),
+        ({"manifest.json": b"{}"}, "manifest.json is not a jaxpeft manifest"),
     ],
 )  # fmt: skip
 def test_what_is_no_blip_is_refused_before_its_weights_come(server, changes, message):
@@ -493,9 +495,9 @@ def test_a_repository_without_weights_that_are_read(server):
     del files["model.safetensors"], files["pytorch_model.bin"]
     server.repositories[NAME][COMMIT] = files
     assert refused() == (
-        "owner/a-blip at aaaaaaaa has no weights that are read here (model.safetensors, "
-        "model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json); take another revision, or load it "
-        "with transformers, save it with save_pretrained('DIR') and give base=DIR"
+        "owner/a-blip at aaaaaaaa has no supported weights (model.safetensors, "
+        "model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json); use another revision, or load it "
+        "with transformers, save it with save_pretrained('DIR') and set base=DIR"
     )
     loading.abstract(NAME)  # planning needs none
 

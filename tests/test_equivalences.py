@@ -329,20 +329,20 @@ def test_dora_must_come_first():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: Scoped(targets="text_decoder"), "Scoped goes around another method"),
-        (lambda: Gated(), "Gated goes around another method"),
-        (lambda: Scoped(method=jp.BitFit(), layers=(0,)), "bitfit trains base leaves.*limit it by `targets`"),
-        (lambda: Scoped(method=jp.LoRA(), layers=(-1,)), "give numbers from 0"),
-        (lambda: attach(Scoped(method=jp.LoRA(), layers=(2,))), "layer 2 of .* which has layers 0..1"),
-        (lambda: attach(jp.OFT(block=5)), "block 5 does not divide the 12 inputs of"),
-        (lambda: attach(jp.PiSSA(rank=13)), "rank is 13; .* has 12"),
-        (lambda: attach(jp.Compacter(bottleneck=6)), "n=4 does not divide width 12 and bottleneck 6"),
-        (lambda: attach(jp.Prompt(targets="^vision$")), "has no words to start from"),
-        (lambda: jp.Prompt(init_weights="text"), "init_weights='text' needs it"),
+        (lambda: Scoped(targets="text_decoder"), "Scoped wraps another method"),
+        (lambda: Gated(), "Gated wraps another method"),
+        (lambda: Scoped(method=jp.BitFit(), layers=(0,)), "bitfit trains base leaves.*restrict it with `targets`"),
+        (lambda: Scoped(method=jp.LoRA(), layers=(-1,)), "expected layer numbers of at least 0"),
+        (lambda: attach(Scoped(method=jp.LoRA(), layers=(2,))), "no layer 2 in .*; it has layers 0..1"),
+        (lambda: attach(jp.OFT(block=5)), "block is 5; it must divide the 12 inputs of"),
+        (lambda: attach(jp.PiSSA(rank=13)), "rank is 13; .* allows at most 12"),
+        (lambda: attach(jp.Compacter(bottleneck=6)), "n=4 must divide width 12 and bottleneck 6"),
+        (lambda: attach(jp.Prompt(targets="^vision$")), "has no word embedding to start from"),
+        (lambda: jp.Prompt(init_weights="text"), "must be set if and only if init_weights='text'"),
         (lambda: jp.Prefix(positions="both"), "positions is 'both'; choose one of keep, shift"),
         (lambda: jp.SerialAdapter(placement="middle"), "placement is 'middle'"),
         (lambda: jp.ParallelAdapter(activation="tanh"), "activation is 'tanh'"),
-        (lambda: jp.LoRA(alpha="3r"), "alpha is '3r'; give a number, 'r' or '2r'"),
+        (lambda: jp.LoRA(alpha="3r"), "alpha is '3r'; expected a number, 'r' or '2r'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_value(call, message):
@@ -358,7 +358,7 @@ def test_scoped_prefix_with_an_mlp_folds():
 
 
 def test_the_same_method_twice_is_an_error():
-    with pytest.raises(ValueError, match="stands twice"):
+    with pytest.raises(ValueError, match="the same method twice"):
         attach((jp.LoRA(rank=2), jp.LoRA(rank=2)))
 
 

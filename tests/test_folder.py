@@ -357,7 +357,7 @@ def test_image_folder_with_a_file_for_each_split(tmp_path):
 
 @pytest.mark.parametrize("given, meant", [
     ({}, None), ({"annotations": "c.csv"}, "c.csv"), ({"train": "a", "test": "b"}, {"train": "a", "test": "b"}),
-    ({"test": "b"}, "give train=FILE too"), ({"annotations": "c.csv", "train": "a"}, "not both"),
+    ({"test": "b"}, "add train=FILE"), ({"annotations": "c.csv", "train": "a"}, "not both"),
 ])  # fmt: skip
 def test_what_a_config_says_of_annotations(given, meant):
     arguments = ConfigDict({"annotations": "", "train": "", "val": "", "test": ""} | given)
@@ -418,10 +418,12 @@ def test_pictures_of_other_kinds_beside_text_files(tmp_path):
     put(tmp_path, {"a.txt": "a", "b.txt": "b"})
     rows, problems = folder.parse(None, tmp_path)
     assert captions(rows) == {"a.jpg": ["a"]} and problems.counts == {"unsupported image": 1}
-    assert "b.txt: b.HEIC: HEIC/HEIF pictures are not read; convert them to JPEG or PNG first (a phone" in str(problems)
+    assert "b.txt: b.HEIC: HEIC/HEIF images are unsupported; convert them to JPEG or PNG first (a phone" in str(
+        problems
+    )
     assert problems.remarks() == [
         "image not used (1); it has no caption or question: logo.svg: "
-        "SVG pictures are not read; convert them to JPEG or PNG first"
+        "SVG images are unsupported; convert them to JPEG or PNG first"
     ]
 
 
@@ -841,7 +843,7 @@ def test_heic_is_told_from_a_damaged_picture(root, tmp_path):
     write(root / "c.csv", text)
     with pytest.raises(ValueError) as error:
         folder.load(config(root, tmp_path, "c.csv"), ["train"])
-    fix = "HEIC/HEIF pictures are not read; convert them to JPEG or PNG first (a phone can be set to save "
+    fix = "HEIC/HEIF images are unsupported; convert them to JPEG or PNG first (a phone can be set to save "
     fix += "'Most Compatible' JPEGs)"
     for line, file in ((2, "IMG_1.HEIC"), (3, "sub/IMG_2.jpg"), (4, "sub/IMG_3.heif")):
         assert f"    c.csv line {line}: cannot decode the image {file}: {fix}\n" in str(error.value)

@@ -131,7 +131,7 @@ def test_lora_here_is_the_equation():
 
 @pytest.mark.parametrize("method", [jp.Prefix(), jp.Prompt(), jp.VPT(), jp.MAM(), jp.UniPELT()])
 def test_what_cannot_be_seen_is_refused(method):
-    with pytest.raises(ValueError, match="which a foreign model does not show"):
+    with pytest.raises(ValueError, match="supported here are linear, norm, sublayer"):
         jp.intercept(method)
 
 
@@ -166,7 +166,7 @@ def test_a_module_level_nn_jit_that_answers_from_its_cache_is_an_error():
     try:
         variables = moved(bridge.attach(model, params, jax.random.key(1), X))
     except ValueError as error:  # the table itself came from the cache
-        assert "kernels that no visible Dense owns: mlp/" in str(error)
+        assert "not visible, as they do not belong to a Dense layer: mlp/" in str(error)
         return
     model.apply(variables, X)  # compiled without the interceptor, for the same arguments
     with pytest.raises(ValueError, match="1 sites were not reached: mlp/up .*nn.jit"):
@@ -377,7 +377,7 @@ def test_foreign_names_of_sublayers_take_serial_adapters():
 def test_an_adapter_that_finds_no_sublayer_says_what_it_looks_for():
     model = One(lambda name: Mlp(name=name))
     message = (
-        "targets='layer' matches layer; but it acts at sublayers called attention or mlp .placement='houlsby'. only"
+        "targets='layer' matches layer, but it acts at sublayers named attention or mlp .placement='houlsby'. only"
     )
     with pytest.raises(ValueError, match=message):
         bound(model, jp.SerialAdapter(targets="layer", bottleneck=2))
@@ -392,9 +392,9 @@ class Raw(nn.Module):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda name: nn.Conv(5, (3,), name=name), r"out of reach: layer/kernel \(Conv\)"),
-        (lambda name: Raw(name=name), r"out of reach: layer/w \(Raw\)"),
-        (lambda name: Normalised(5, name=name), r"out of reach: layer/kernel \(Normalised\)"),
+        (lambda name: nn.Conv(5, (3,), name=name), r"a Dense layer: layer/kernel \(Conv\)"),
+        (lambda name: Raw(name=name), r"a Dense layer: layer/w \(Raw\)"),
+        (lambda name: Normalised(5, name=name), r"a Dense layer: layer/kernel \(Normalised\)"),
     ],
     ids=["conv", "raw parameter", "own product"],
 )
@@ -407,9 +407,9 @@ def test_nnx_modules_and_other_things_are_refused():
     from flax import nnx
 
     bridge = jp.intercept(jp.LoRA(targets="", rank=2))
-    with pytest.raises(ValueError, match="Linear is a flax.nnx module; methods can be put on flax.linen modules only"):
+    with pytest.raises(ValueError, match="Linear is a flax.nnx module; only flax.linen modules are supported"):
         bridge.attach(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), {}, jax.random.key(0), X)
-    with pytest.raises(ValueError, match="function is no flax.linen module"):
+    with pytest.raises(ValueError, match="function is not a flax.linen module"):
         bridge.attach(lambda x: x, {}, jax.random.key(0), X)
 
 
@@ -433,5 +433,5 @@ def test_vmap_carries_the_collection_or_is_an_error(shared):
     np.testing.assert_allclose(
         model.apply({"params": bridge.merge(model, variables, X)}, X), adapted, atol=1e-5, rtol=1e-4
     )
-    with pytest.raises(ValueError, match="layer/up lies in a scan or vmap that does not carry the collection 'peft'"):
+    with pytest.raises(ValueError, match="layer/up is in a scan or vmap that does not carry the collection 'peft'"):
         jp.intercept(jp.LoRA(targets="up$", rank=2)).attach(hidden, params, jax.random.key(1), X)

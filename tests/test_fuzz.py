@@ -82,7 +82,7 @@ def torch_file(path, program: bytes, kind=zipfile.ZIP_STORED, **records):
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        (b"\x80\x02}r\xff\xff\xff\x7f.", "memo place"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "memo index"),
         (b"\x80\x04\x8e\xff\xff\xff\xff\xff\x00\x00\x00abc.", "damaged"),  # a text of 2**40 bytes
         (b"\x80\x02(" * 3, "damaged"),
     ],
@@ -107,13 +107,13 @@ def test_settings_are_bounded_in_size_and_depth(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         files.read_json(path)
     path.write_text(json.dumps({"a": "b" * 100}))
-    with pytest.raises(ValueError, match="more than the 50"):
+    with pytest.raises(ValueError, match="more than the limit of 50"):
         files.read_json(path, most=50)
 
 
 @pytest.mark.parametrize("name", ["../w.bin", "/etc/passwd", "..", "", "a/b", "a\\b", 3, "x\0"])
 def test_files_beside_a_file_stay_beside_it(tmp_path, name):
-    with pytest.raises(ValueError, match="plain names"):
+    with pytest.raises(ValueError, match="invalid reference to a file"):
         files.beside(tmp_path, name)
     assert files.beside(tmp_path, "model-00001-of-00002.safetensors").parent == tmp_path
 
@@ -131,7 +131,7 @@ def test_an_index_cannot_name_a_file_elsewhere(tmp_path):
     config = (fuzz.GOLDEN / "blip_caption_tiny" / "config.json").read_bytes()
     (tmp_path / "config.json").write_bytes(config)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../x.safetensors"}}))
-    with pytest.raises(ValueError, match="plain names"):
+    with pytest.raises(ValueError, match="invalid reference to a file"):
         loading.read(tmp_path)
 
 
@@ -179,5 +179,5 @@ def test_a_picture_bomb_is_refused_before_it_is_unpacked():
 def test_a_vocabulary_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MOST_JSON", 100)
     (tmp_path / "vocab.txt").write_text("\n".join(map(str, range(1000))))
-    with pytest.raises(ValueError, match="is it a vocabulary"):
+    with pytest.raises(ValueError, match="the limit for a vocabulary"):
         BlipTokenizer.from_file(tmp_path)

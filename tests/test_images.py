@@ -135,7 +135,7 @@ def ftyp(brand):
 ])  # fmt: skip
 def test_a_kind_that_is_not_read_is_named_with_the_remedy(tmp_path, data, name, kind):
     phone = " (a phone can be set to save 'Most Compatible' JPEGs)" if kind == "HEIC/HEIF" else ""
-    said = f"{kind} pictures are not read; convert them to JPEG or PNG first{phone}"
+    said = f"{kind} images are unsupported; convert them to JPEG or PNG first{phone}"
     with pytest.raises(images.Unsupported) as error:
         images.decode(data, name=name)
     assert str(error.value) == f"cannot decode the image {name}: {said}"

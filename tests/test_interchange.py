@@ -91,7 +91,7 @@ def test_missing_extra_misshaped_and_damaged_leaves_are_listed(saved):
         arrays[name] = arrays[name] + 1
 
     rewrite(saved, damage)
-    with pytest.raises(ValueError, match=f"1 leaves are not what was saved: {name}"):
+    with pytest.raises(ValueError, match=f"1 leaves differ from what was saved: {name}"):
         load(saved)
     rewrite(saved, lambda arrays: arrays.update({name: arrays[name][:1]}))
     with pytest.raises(ValueError, match=f"wrong shape.*{name}"):
@@ -177,11 +177,11 @@ def test_layers_and_heads_survive_the_way_there_and_back(tmp_path):
     [
         (jp.SerialAdapter(bottleneck=2), "serial_adapter has no PEFT type"),
         (jp.Prompt(length=2, init_weights="normal"), "positions='shift'"),
-        (jp.Prefix(length=2, positions="shift"), "PEFT has it at text_decoder/blocks/self_attention only"),
-        (jp.VeRA(targets="vision.*query$", rank=2), "fused matrix"),
-        (jp.OFT(targets="vision.*query$", block=2), "fused matrix"),
-        ((jp.LoRA(rank=2), jp.IA3()), "one PEFT directory holds one type"),
-        (jp.IA3(targets="head/vocabulary$"), "it scales the bias too over there"),
+        (jp.Prefix(length=2, positions="shift"), "PEFT supports it at text_decoder/blocks/self_attention only"),
+        (jp.VeRA(targets="vision.*query$", rank=2), "is fused in transformers"),
+        (jp.OFT(targets="vision.*query$", block=2), "is fused in transformers"),
+        ((jp.LoRA(rank=2), jp.IA3()), "a PEFT directory holds one type"),
+        (jp.IA3(targets="head/vocabulary$"), "PEFT also scales the bias"),
         (jp.LoRA(targets="vision/patch$", rank=2), "convolution"),
         (jp.BitFit(), "bitfit has no PEFT type"),
     ],
@@ -254,7 +254,7 @@ KEY = "base_model.model.text_decoder.bert.encoder.layer.0.attention.self.query.l
     [
         (lambda a: a.pop(KEY.replace("lora_A", "lora_B")), "lora_B.weight is missing"),
         (lambda a: a.update({KEY: a[KEY][:1]}), r"query has A \(1, .*expected"),
-        (lambda a: a.update({"stranger": a[KEY]}), "1 tensors are not read: stranger"),
+        (lambda a: a.update({"stranger": a[KEY]}), "1 unexpected tensors: stranger"),
         (lambda a: a.update({KEY.replace("query", "qurey"): a[KEY]}), "modules that this model does not have: .*qurey"),
     ],
 )
@@ -268,7 +268,7 @@ def test_tensors_that_do_not_fit_are_listed(exported, change, message):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not read; known: LORA, IA3"),
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is unsupported; choose one of LORA, IA3"),
         (
             {
                 "peft_type": "OFT",
@@ -279,11 +279,11 @@ def test_tensors_that_do_not_fit_are_listed(exported, change, message):
             },
             "truncated series",
         ),
-        ({"bias": "all"}, "bias='all' is not read"),
-        ({"a_field_of_a_later_peft": 3}, "a_field_of_a_later_peft=3 is not read"),
+        ({"bias": "all"}, "bias='all' is unsupported"),
+        ({"a_field_of_a_later_peft": 3}, "a_field_of_a_later_peft=3 is unsupported"),
         (
             {"velora_config": {"scale": 2}, "use_bdlora": {"n": 1}},
-            "use_bdlora={'n': 1}, velora_config={'scale': 2} is not read",
+            "use_bdlora={'n': 1}, velora_config={'scale': 2} is unsupported",
         ),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),

@@ -162,7 +162,7 @@ def test_nothing_to_train_is_an_error():
         (lambda: LoRA(rank=0), "rank is 0"),
         (lambda: LoRA(dropout=1.0), "dropout is 1.0"),
         (lambda: Selective(), "`leaves` is empty"),
-        (lambda: Head(matrix="tied"), "unknown kind 'tied'"),
+        (lambda: Head(matrix="tied"), "matrix is 'tied'; choose one of transform, untied"),
     ],
 )
 def test_bad_fields_are_named(call, message):
@@ -217,7 +217,7 @@ def test_merge_into_a_tied_matrix_is_refused():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: jp.LoRA(16), r"LoRA takes named fields: LoRA\(rank=16\); it has targets, rank"),
+        (lambda: jp.LoRA(16), r"LoRA takes keyword arguments: LoRA\(rank=16\); it has targets, rank"),
         (lambda: jp.Prompt(8), r"Prompt\(length=8\)"),
         (lambda: jp.SerialAdapter(32, 2.0), r"SerialAdapter\(bottleneck=32\)"),
         (lambda: jp.LoRA(rank="8"), "LoRA: rank is '8'; expected int"),

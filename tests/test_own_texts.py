@@ -111,7 +111,7 @@ def test_a_file_for_each_split(root, base, tmp_path):
     assert jp.run(c, tmp_path / "all", lambda _: None)["n_train_images"] == 24  # no validation, so all train
     for arg, message in (
         (f"root={root},test=test.csv", "files for test but none for train"),
-        (f"root={root},annotations=qa.csv,train=train.csv", "give annotations=FILE, or a file for each split"),
+        (f"root={root},annotations=qa.csv,train=train.csv", "give either annotations=FILE or one file per split"),
     ):
         with pytest.raises(ValueError, match=message):
             folder.get_config(arg)

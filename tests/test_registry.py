@@ -130,10 +130,10 @@ def outside():
 
 def test_jaxpefts_own_names_stay_its_own(outside):
     for one, name in ((METHODS, "lora"), (DATASETS, "scenes"), (tasks.TASKS, "vqa"), (optim.OPTIMIZERS, "adamw")):
-        with pytest.raises(ValueError, match=f"{name!r} is a {one.kind} of jaxpeft itself; choose another name"):
+        with pytest.raises(ValueError, match=f"{name!r} is a built-in {one.kind}; choose another name"):
             one[name] = outside.plain
     METHODS["shift"] = outside.Shift  # a cell of a notebook that runs again
-    with pytest.raises(TypeError, match="jaxpeft has a method class LoRA; call yours something else"):
+    with pytest.raises(TypeError, match="LoRA is a built-in method class; choose another name"):
         type("LoRA", (LoRA,), {"__module__": "mine"})
 
 
@@ -153,8 +153,8 @@ def test_a_method_from_outside_is_saved_by_its_name(outside):
         (lambda: DATASETS.find("sceens"), r"unknown data set 'sceens' \(did you mean 'scenes'\?\)"),
         (lambda: optim.OPTIMIZERS.find("adam"), r"unknown optimizer 'adam' \(did you mean 'adamw'\?\)"),
         (lambda: tasks.build("vqa", metrics=("exact",)), r"unknown metric 'exact'.*choose one of exact_match"),
-        (lambda: registry.load(["no_such_module"]), "--imports=no_such_module: no module of that name"),
-        (lambda: registry.load(["no/such.py"]), "--imports=no/such.py: there is no such file"),
+        (lambda: registry.load(["no_such_module"]), "--imports=no_such_module: module not found"),
+        (lambda: registry.load(["no/such.py"]), "--imports=no/such.py: file not found"),
     ],
 )
 def test_an_unknown_name_is_said_with_the_nearest(find, message):
@@ -170,5 +170,5 @@ def test_what_a_module_itself_raises_comes_through(tmp_path, monkeypatch):
             registry.load([name])
         assert "half" not in sys.modules and str(tmp_path) not in sys.path
     (tmp_path / "json.py").write_text("")
-    with pytest.raises(ValueError, match="a module 'json' is loaded already, from elsewhere; rename the file"):
+    with pytest.raises(ValueError, match="another module named 'json' is already loaded; rename the file"):
         registry.load(["json.py"])

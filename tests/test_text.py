@@ -248,12 +248,12 @@ def test_accents_are_kept_where_the_file_says_so(tmp_path):
 @pytest.mark.parametrize(
     "files, message",
     [
-        ({"added_tokens": {"zebra": 5}}, "added_tokens.json: 'zebra' has the id 5, which contradicts.*that row is another"),
+        ({"added_tokens": {"zebra": 5}}, "added_tokens.json: 'zebra' has the id 5, which contradicts.*the id of another token"),
         ({"added_tokens": {"a": 12}}, "'a' has the id 12, which contradicts the other files of this tokenizer .5."),
         ({"added_tokens": {"zebra": 40}}, "are not 0 to 10"),
         ({"added_tokens": {"zebra": "10"}}, None),
         ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "zebra"}}}}, "tokenizer_config.json"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"10": {"content": 3}}}}, "id 10 is 3; expected a text"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"10": {"content": 3}}}}, "id 10 is 3; expected a non-empty string"),
         ({"tokenizer_config": {"added_tokens_decoder": {"10": {"content": "gnu", "lstrip": 1}}}}, "expected true or false"),
         ({"tokenizer_config": {"do_lower_case": False}}, "do_lower_case=false"),
         ({"tokenizer_config": {"do_basic_tokenize": False}}, "do_basic_tokenize=false"),

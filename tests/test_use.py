@@ -130,14 +130,14 @@ def test_every_picture_is_captioned_or_said(run, folder, tmp_path, capsys):
     assert [line.split(":")[0] for line in out.splitlines()] == [str(tmp_path / name) for name in names]
     remedy, phone = "convert them to JPEG or PNG first", " (a phone can be set to save 'Most Compatible' JPEGs)"
     assert err.splitlines() == [
-        f"left out: {tmp_path / 'f.svg'}: SVG pictures are not read; {remedy}",
-        f"left out: {tmp_path / 'g.heic'}: HEIC/HEIF pictures are not read; {remedy}{phone}",
+        f"left out: {tmp_path / 'f.svg'}: SVG images are unsupported; {remedy}",
+        f"left out: {tmp_path / 'g.heic'}: HEIC/HEIF images are unsupported; {remedy}{phone}",
     ]
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "h.svg").write_text("<svg/>")
     with pytest.raises(SystemExit):
         generate.main(["--workdir", str(run[0]), "--folder", str(tmp_path / "only")])
-    said = f"files in unsupported image formats: 1, such as {tmp_path / 'only' / 'h.svg'}: SVG pictures are not read; {remedy}"
+    said = f"files in unsupported image formats: 1, such as {tmp_path / 'only' / 'h.svg'}: SVG images are unsupported; {remedy}"
     assert said in capsys.readouterr().err
 
 
@@ -148,7 +148,7 @@ def test_heic_under_another_name_is_said(run, folder, tmp_path, capsys):
     assert generate.main(["--workdir", str(run[0]), "--folder", str(tmp_path), "--beams", "1"]) == 1
     out, err = capsys.readouterr()
     assert out.startswith(f"{tmp_path / 'a.jpg'}: ") and len(out.splitlines()) == len(err.splitlines()) == 1
-    assert "b.jpg: HEIC/HEIF pictures are not read; convert them to JPEG or PNG first (a phone can be set" in err
+    assert "b.jpg: HEIC/HEIF images are unsupported; convert them to JPEG or PNG first (a phone can be set" in err
 
 
 @pytest.mark.parametrize("form", [str.lower, str.upper])

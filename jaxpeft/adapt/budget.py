@@ -1,4 +1,4 @@
-"""One budget for all methods: the size whose stored count is nearest a target, from shapes alone."""
+"""Parameter budgets: the size at which a method stores about a given number of parameters, from shapes alone."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from jaxpeft.tree import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Solved:
-    """A method of the size whose stored count is nearest the budget. `capped`: the method's sizes end before it."""
+    """A method of the size whose stored count is closest to the budget. `capped`: its largest size is below the budget."""
 
     method: Method | tuple[Method, ...]
     size: int
@@ -24,11 +24,11 @@ class Solved:
 
     @property
     def gap(self) -> float:
-        """How far the count is from the budget, as a share of it."""
+        """(stored count - budget) / budget."""
         return self.stored / self.budget - 1
 
     def __str__(self) -> str:
-        cap = ", the most this method can hold" if self.capped else ""
+        cap = ", the most that this method can store" if self.capped else ""
         return f"size {self.size}: {self.stored:,} stored, {100 * self.gap:+.2f} % of the budget {self.budget:,}{cap}"
 
 
@@ -39,7 +39,7 @@ def abstract_counts(model: nn.Module, method: Method | Iterable[Method]) -> dict
 
 
 def abstract_variables(model: nn.Module, method: Method | Iterable[Method]) -> Tree:
-    """What `attach` gives, as shapes."""
+    """The result of `attach`, as shapes."""
     return jax.eval_shape(lambda params: sites.attach(model, params, method, jax.random.key(0)), abstract_params(model))
 
 
@@ -50,17 +50,17 @@ def abstract_params(model: nn.Module) -> Tree:
 
 
 def solve_size(model: nn.Module, method: Method | Iterable[Method], budget: int) -> Solved:
-    """Choose the rank, bottleneck, length or block of a method so that what it stores comes nearest `budget` scalars.
+    """Choose the rank, bottleneck, length or block of a method so that it stores about `budget` scalars.
 
-    Of several methods the last one with a size is changed (the adapter of MAM), and the budget is of all together.
-    Raises ValueError for a method without a size, naming those that have one.
+    Of several methods the last one with a size is resized (the adapter of MAM), and the budget is for all of them together.
+    Raises ValueError for methods without a size.
     """
     many = sites.as_methods(method)
     index = max((i for i, one in enumerate(many) if one.size_field), default=None)
     if index is None:
-        raise ValueError(f"{', '.join(one.name for one in many)}: no size to choose; it stores what it stores")
+        raise ValueError(f"{', '.join(one.name for one in many)}: no size to choose; the number of parameters is fixed")
     if budget < 1:
-        raise ValueError(f"budget is {budget}; give a number of parameters")
+        raise ValueError(f"budget is {budget}; expected a number of parameters, at least 1")
     one = many[index]
     (chosen,) = sites.resolved(model, one)
     sizes = one.sizes(model, [site for site in sites.sites(model) if chosen.selects(site)])
@@ -71,7 +71,7 @@ def solve_size(model: nn.Module, method: Method | Iterable[Method], budget: int)
     def stored(i: int) -> int:
         return abstract_counts(model, sized(sizes[i]))["stored"]
 
-    high = 1  # counts rise with the size: double, then halve
+    high = 1  # counts grow with the size: double, then bisect
     while high < len(sizes) - 1 and stored(min(high, len(sizes) - 1)) < budget:
         high *= 2
     low, high = 0, min(high, len(sizes) - 1)

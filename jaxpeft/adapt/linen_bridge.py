@@ -1,20 +1,20 @@
-"""Methods on Flax Linen models that know nothing of sites: recorded once, checked, applied by interception.
+"""Methods on any Flax Linen model, without sites in its code: module calls are recorded once, then intercepted.
 
     bridge = jp.intercept(jp.LoRA(targets="attention/(query|value)$"))
     variables = bridge.attach(model, params, jax.random.key(0), example)     # {'params': ..., 'peft': ...}
-    y = jax.jit(lambda v, x: bridge.apply(model, v, x))(variables, x)        # inside the traced function, always
+    y = jax.jit(lambda v, x: bridge.apply(model, v, x))(variables, x)        # always call it inside the jitted function
 
-What can be seen is what Flax calls: Dense and DenseGeneral (so, MultiHeadDotProductAttention) are linears, LayerNorm
-and RMSNorm are norms, and every module whose output is shaped as its first input is a sublayer that `where` may select.
-A subclass of Dense is a linear where it calls Dense's own product, and the method acts on that product.
-So methods on linears, norms and sublayers work, and those that train base leaves in place. Prefix, prompt and VPT need
-to know where keys and sequences are, and are refused. Products of raw `self.param`, Conv and tied `Embed.attend` are out
-of reach; a `where` that matches only such is an error that names them. NNX modules are refused.
+Module calls are visible: Dense and DenseGeneral (and so MultiHeadDotProductAttention) are linears, LayerNorm and RMSNorm are
+norms, and every module whose output has the shape of its first input is a sublayer that `targets` may select. A subclass of
+Dense is a linear if it calls Dense's own product; the method acts on that product. So methods on linears, norms and
+sublayers work, and those that train base leaves in place. Prefix, prompt and VPT depend on the model's keys and sequences
+and are unsupported. Products of raw `self.param`, Conv and tied `Embed.attend` are invisible; if `targets` matches nothing
+else, the error names them. NNX modules are unsupported.
 
-Interception has traps; each is an error here. A scan or vmap that does not carry the `peft` collection, or not along axis 0
-(write `variable_axes={True: 0}`). A module under `nn.jit` that was compiled before and answers from Flax's cache. A
-site that an `apply` never reached. `apply` enters the interceptor itself, so it works in any thread, and a function
-jitted around it cannot be stale.
+Interception can fail in several ways, all of which are errors here: a scan or vmap that does not carry the `peft` collection,
+or not along axis 0 (write `variable_axes={True: 0}`); a module under `nn.jit` that was compiled before and is served from
+Flax's cache; a site that an `apply` never reached. `apply` itself enters the interceptor, so it works in any thread, and a
+function jitted around it cannot be stale.
 """
 
 import dataclasses
@@ -36,39 +36,39 @@ from jaxpeft.methods.base import Stream
 from jaxpeft.tree import Tree
 
 KINDS = ("linear", "norm", "sublayer")
-Call = Callable[..., Any]  # a method of a foreign module
-Args = tuple[Any, ...]  # what it is called with
+Call = Callable[..., Any]  # a method of a module of the model
+Args = tuple[Any, ...]  # its arguments
 Kwargs = dict[str, Any]
 
 
 def intercept(methods: Method | Iterable[Method]) -> "Bridge":
-    """A bridge that puts methods on foreign Linen models. Raises ValueError for a method that it cannot apply."""
+    """A bridge that applies methods to any Linen model. Raises ValueError for a method that it cannot apply."""
     many = sites.as_methods(methods)
     for one in many:
         if one.kinds and not set(one.kinds) <= set(KINDS):
             wanted = sorted(set(one.kinds) - set(KINDS))
-            raise ValueError(f"{one.name} acts at {', '.join(wanted)} sites, which a foreign model does not show")
+            raise ValueError(f"{one.name} acts at {', '.join(wanted)} sites; supported here are {', '.join(KINDS)}")
     return Bridge(many)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bridge:
-    """Methods for foreign models; made by `intercept`."""
+    """Methods for a Linen model without sites; created by `intercept`."""
 
     methods: tuple[Method, ...]
 
     def sites(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
-        """Every place that methods can act on in `model(*args, **kwargs)`, from one abstract trace of `init`.
+        """All sites of `model(*args, **kwargs)`, from one abstract trace of `init`.
 
-        Raises ValueError where a scan hides modules or stacks them along another axis than 0.
+        Raises ValueError if a scan hides modules, or stacks them along an axis other than 0.
         """
         return self._sites(model, args, kwargs)[0]
 
     def _sites(self, model: nn.Module, args: Args, kwargs: Kwargs) -> tuple[tuple[Site, ...], dict[str, str]]:
         """(sites, {path: class name} of every module that was called)"""
         if not isinstance(model, nn.Module):
-            what = "a flax.nnx module" if isinstance(model, nnx.Module) else "no flax.linen module"
-            raise ValueError(f"{type(model).__name__} is {what}; methods can be put on flax.linen modules only")
+            what = "a flax.nnx module" if isinstance(model, nnx.Module) else "not a flax.linen module"
+            raise ValueError(f"{type(model).__name__} is {what}; only flax.linen modules are supported")
         seen: dict[tuple[str, str], tuple[int, ...]] = {}
         called: dict[str, str] = {}
 
@@ -92,8 +92,8 @@ class Bridge:
             found = recorded.get(f"{path}/{Site.key(kind)}")
             if found is None:
                 raise ValueError(
-                    f"{path} lies in a scan or vmap that does not carry the collection 'peft', so methods could not act there; "
-                    "write variable_axes={True: 0}, split_rngs={True: True} there ({True: None} where parameters are shared)"
+                    f"{path} is in a scan or vmap that does not carry the collection 'peft', so methods cannot act there; "
+                    "use variable_axes={True: 0}, split_rngs={True: True} ({True: None} for shared parameters)"
                 )
             stacked = len(found.shape) - len(shape)
             if found.shape[stacked:] != shape or stacked > 1:
@@ -105,9 +105,9 @@ class Bridge:
         return tuple(table), called
 
     def attach(self, model: nn.Module, params: Tree, rng: jax.Array, *args: Any, **kwargs: Any) -> Tree:
-        """{'params': the same params, 'peft': own leaves}; `args` are what the model is called with (shapes matter).
+        """{'params': the same params, 'peft': adapter parameters}; `args` are arguments of the model (only shapes matter).
 
-        Raises ValueError when a method matches nothing (with the nearest paths), as `sites.attach` does.
+        Raises ValueError if a method matches nothing (with the closest paths), as `sites.attach` does.
         """
         flat, (table, called) = tree.flatten(params), self._sites(model, args, kwargs)
         try:
@@ -118,15 +118,15 @@ class Bridge:
             if not hidden or "matches none" not in str(error):
                 raise
             some = ", ".join(f"{name} ({called.get(name.rpartition('/')[0], 'not called')})" for name in hidden[:5])
-            raise ValueError(f"{error}; parameters that no visible Dense owns, so out of reach: {some}") from error
+            raise ValueError(f"{error}; not visible, as they do not belong to a Dense layer: {some}") from error
         variables = {"params": params, "peft": peft}
         sites.trainable(variables)
         return variables
 
     def apply(self, model: nn.Module, variables: Tree, *args: Any, strict: bool = True, **kwargs: Any) -> Any:
-        """`model.apply` with the methods acting. Call it inside the function that you jit.
+        """`model.apply` with the methods. Call it inside the function that you jit.
 
-        Raises ValueError when a bound site was not reached; strict=False allows it (another entry point of the model).
+        Raises ValueError if a bound site was not reached; strict=False allows that (for another entry point of the model).
         """
         variables = sites.expand(variables)
         bound = {
@@ -168,13 +168,13 @@ class Bridge:
         missed = sorted(bound - reached)
         if strict and missed:
             raise ValueError(
-                f"{len(missed)} sites were not reached: {', '.join(missed[:5])}. Is a module wrapped in nn.jit (its cached "
-                "program knows no interceptor), or is this another entry point (strict=False)?"
+                f"{len(missed)} sites were not reached: {', '.join(missed[:5])}. Remove nn.jit from the modules (its cached "
+                "programs bypass interception), or pass strict=False if this is another entry point of the model"
             )
         return result
 
     def merge(self, model: nn.Module, variables: Tree, *args: Any, **kwargs: Any) -> Tree:
-        """Plain params with the methods folded in, where that is exact (see `sites.merge`)."""
+        """Plain params with the methods merged, if that is exact (see `sites.merge`)."""
         return sites.merge_at(self.sites(model, *args, **kwargs), model, variables)
 
 
@@ -182,8 +182,8 @@ LINEARS, NORMS = (nn.Dense, nn.DenseGeneral), (nn.LayerNorm, nn.RMSNorm)
 
 
 def _own_call(context: InterceptorContext, classes: tuple[type[nn.Module], ...]) -> bool:
-    """Whether the method that runs is the `__call__` that one of these classes itself defines: a subclass that calls it by
-    `super()` is intercepted twice, and a subclass with another product never comes here."""
+    """Whether the intercepted method is the `__call__` that one of these classes itself defines: a subclass that calls it by
+    `super()` is intercepted twice, and for a subclass with another product this is never true."""
     function = context.orig_method.func
     return any(
         (function.__module__, function.__qualname__) == (c.__module__, f"{c.__name__}.__call__") for c in classes
@@ -195,19 +195,19 @@ def _first_name(context: InterceptorContext) -> str:
 
 
 def _first(context: InterceptorContext, args: Args, kwargs: Kwargs) -> Any:
-    """What a module is called on, by position or by name; None where it takes nothing."""
+    """The first argument of a call, by position or by name; None if there is none."""
     if args or not kwargs:
         return args[0] if args else None
     return kwargs.get(_first_name(context))
 
 
 def _with_first(context: InterceptorContext, call: Call, args: Args, kwargs: Kwargs, x: Any) -> Any:
-    """The call with `x` in place of what it was called on."""
+    """The call with `x` in place of its first argument."""
     return call(x, *args[1:], **kwargs) if args else call(**kwargs | {_first_name(context): x})
 
 
 def _kinds(context: InterceptorContext, x: Any, y: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(kind, shape) of the sites at a call on x that just returned y."""
+    """(kind, shape) of the sites at a call that maps x to y."""
     module = context.module
     if context.method_name != "__call__" or not hasattr(y, "shape") or not hasattr(x, "shape"):
         return
@@ -229,14 +229,14 @@ def _n_axes(module: nn.Module) -> int:
 
 
 def _trailing(module: nn.Module, x: jax.Array) -> bool:
-    """Whether a DenseGeneral contracts the last axes, in order: then it is a matrix product of flattened axes."""
+    """Whether a DenseGeneral contracts the last axes in order, so that it is a matrix product over flattened axes."""
     axis = getattr(module, "axis", -1)
     axes = [a % x.ndim for a in (axis if isinstance(axis, list | tuple) else (axis,))]
     return axes == list(range(x.ndim - len(axes), x.ndim))
 
 
 def _linear(bounds: tuple[sites.Bound, ...], module: nn.Module, x: jax.Array, call: Stream) -> jax.Array:
-    """The linear with its axes flattened to (..., in) -> (..., out) for the methods, and back. `call(x)` computes it."""
+    """The linear with methods, which see its axes flattened to (..., in) -> (..., out). `call(x)` computes it."""
     lead = x.shape[: x.ndim - _n_axes(module)]
     shapes = {}
 

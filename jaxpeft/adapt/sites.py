@@ -1,19 +1,19 @@
-"""Where model and method meet.
+"""Sites: the places of a model where methods act.
 
-Layers call the functions below at six kinds of place (`Site.KINDS`) and nowhere else. What a method adds at a site is a
-value in the Flax collection `peft`, mirroring module paths: a tuple of `Bound` (method, leaves), applied in order. A
-`Bound` is a pytree whose leaves are arrays and whose method is static, so the tuned tree carries its own behaviour: the
-model needs no list of methods, an evaluation cannot forget them, and jit compiles once per structure. The base stays in
-`params`, untouched.
+Layers call the functions below at six kinds of sites (`Site.KINDS`) and nowhere else. What a method adds at a site is a
+value in the Flax collection `peft`, mirroring module paths: a tuple of `Bound` (method, parameters), applied in order. A
+`Bound` is a pytree whose leaves are arrays and whose method is static, so the tree defines its own behaviour: the model
+needs no list of methods, an evaluation cannot omit them, and jit compiles once per structure. The base stays unchanged in
+`params`.
 
     variables = attach(model, params, LoRA(rank=8), rng)      # {'params': ..., 'peft': ...}
     tuned, frozen = tree.split(variables, trainable(variables))
 
 Layers are scanned, so a path has no layer index and leaves of a stacked site have a leading axis L.
 
-Order. At a linear, methods that change its input (OFT, IA3 on the FFN) act first, in their order, then those that
-change its output, in theirs. A method that reads the base kernel (DoRA) must be the first of those. Of several
-prefixes or prompts the later one stands further in front.
+Order: at a linear, methods that change its input (OFT, IA3 on the FFN) act first, in their order, then those that
+change its output, in their order. A method that reads the base kernel (DoRA) must be the first of the latter. Of several
+prefixes or prompts the last one comes first in the sequence.
 """
 
 import dataclasses
@@ -35,19 +35,19 @@ from jaxpeft.ops import matmul
 from jaxpeft.runtime.text import aligned
 from jaxpeft.tree import Mask, Tree
 
-SHARED = "_shared"  # key in the peft collection: every method in order, with the leaves that its sites share
+SHARED = "_shared"  # key in the peft collection: every method in order, with the parameters that its sites share
 
 
 NOWHERE = Site("", "linear", ())
-Static = tuple[Method, Site, bool, tuple[str, ...]]  # of a `Bound`: method, site, `acts`, names of its leaves
+Static = tuple[Method, Site, bool, tuple[str, ...]]  # of a `Bound`: method, site, `acts`, names of its parameters
 
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """One method at one site: static method and site, traced leaves. `acts`: the leaves are the expanded ones.
+    """One method at one site: static method and site, traced parameters. `acts`: the parameters are expanded.
 
-    Under `SHARED` the site is `NOWHERE`, and the leaves are those that the method's sites share.
+    Under `SHARED` the site is `NOWHERE`, and the parameters are those that the method's sites share.
     """
 
     method: Method
@@ -71,18 +71,18 @@ def _restored(bound: Bound, state: dict) -> Bound:
     return dataclasses.replace(bound, params=params)
 
 
-# flax.serialization then keeps tuned trees too: the arrays, put back into a tree of the same methods
+# for flax.serialization: it stores the arrays and restores them into a tree of the same methods
 register_serialization_state(Bound, lambda bound: to_state_dict(bound.params), _restored)
 
 
 def _bound(module: nn.Module, kind: str, shape: tuple[int, ...]) -> tuple[Bound, ...]:
-    """The methods bound at this site; records the site when `sites(model)` is asking."""
+    """The methods bound at this site; records the site while `sites(model)` traces the model."""
     if module.is_mutable_collection("sites"):
         module.put_variable("sites", Site.key(kind), jnp.zeros(shape))
     bounds = module.get_variable("peft", Site.key(kind), ())
     for bound in bounds:
         if not bound.acts:
-            raise ValueError(f"{bound.method.name} at {bound.site.path} is not expanded: call sites.expand first")
+            raise ValueError(f"{bound.method.name} at {bound.site.path} is not expanded; call sites.expand first")
     return bounds
 
 
@@ -99,7 +99,7 @@ def linear_by(
     bias: jax.Array | None,
     product: Stream | None,
 ) -> jax.Array:
-    """The map with methods around it; `product(x)` computes it where the layer is not ours."""
+    """A linear map with its methods; `product(x)`, if given, computes the map."""
     for bound in bounds:
         if bound.method.on_input(bound.site):
             x = bound.method.inputs(bound.params, x)
@@ -122,8 +122,8 @@ def norm(module: nn.Module, y: jax.Array) -> jax.Array:
 
 
 def sublayer(module: nn.Module, x_BTD: jax.Array, y_BTD: jax.Array, stream: Stream) -> jax.Array:
-    """Site of an attention or MLP: what it read, what it is about to add to the residual stream, and
-    `stream(y_BTD)`, the residual stream after it is added."""
+    """Site of an attention or MLP: its input, its output before the residual add, and `stream(y_BTD)`, the residual stream
+    after the output is added."""
     for bound in _bound(module, "sublayer", y_BTD.shape[-1:]):
         y_BTD = bound.method.sublayer(bound.params, x_BTD, y_BTD, stream)
     return y_BTD
@@ -132,9 +132,9 @@ def sublayer(module: nn.Module, x_BTD: jax.Array, y_BTD: jax.Array, stream: Stre
 def kv(
     module: nn.Module, x_BTD: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, mask_BTS: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-    """Site of an attention's keys, values and mask -> (keys, values, mask, gain_BTS or None). x_BTD makes the queries.
+    """Site of an attention's keys, values and mask -> (keys, values, mask, gain_BTS or None). x_BTD: input of the queries.
 
-    A gain multiplies scores before, and weights after the softmax.
+    A gain multiplies the scores before the softmax and the weights after it.
     """
     gain_BTS, rows = None, k_BNSH.shape[0]
     for bound in _bound(module, "kv", (x_BTD.shape[-1], k_BNSH.shape[1], k_BNSH.shape[3])):
@@ -168,7 +168,7 @@ def block(module: nn.Module, x_BTD: jax.Array) -> jax.Array:
 def embed(
     module: nn.Module, x_BTD: jax.Array, mask_BT: jax.Array | None, as_tokens: Stream | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Site where a sequence enters a stack -> (sequence, mask), learned tokens in front. `as_tokens`: see Method."""
+    """Site where a sequence enters a stack -> (sequence, mask) with learned tokens in front. `as_tokens`: see Method."""
     for bound in _bound(module, "embed", x_BTD.shape[-1:]):
         rows_KD = bound.method.embed(bound.params, x_BTD, as_tokens)
         if rows_KD is None:
@@ -181,12 +181,12 @@ def embed(
 
 
 def shift(module: nn.Module) -> int:
-    """By how many positions the tokens of a stack move, asked in the module that calls `embed`."""
+    """The number of positions by which methods shift the tokens of a stack; for the module that calls `embed`."""
     return sum(bound.method.shift(bound.site) for bound in module.get_variable("peft", Site.key("embed"), ()))
 
 
 class Adaptable(nn.Module):
-    """A model with sites: its `apply` expands what methods store into what acts."""
+    """A model with sites: its `apply` expands the stored parameters of methods first."""
 
     @nn.nowrap
     def apply(self, variables: Tree, *args: Any, **kwargs: Any) -> Any:
@@ -199,7 +199,7 @@ def is_bound(x: object) -> TypeGuard[Bound]:
 
 
 def expand(variables: Tree) -> Tree:
-    """Variables whose methods can act: `Method.expand` at every site that needs it. Done already: returned as it is."""
+    """Apply `Method.expand` at every site that needs it. Variables that are already expanded are returned unchanged."""
     peft = variables.get("peft", {})
     shared = {bound.method: bound.params for bound in peft.get(SHARED, {}).values()}
 
@@ -217,7 +217,7 @@ def expand(variables: Tree) -> Tree:
 
 
 def fold(variables: Tree) -> Tree:
-    """The same function with what only training needs folded away: a prefix's MLP becomes the prefix that it makes."""
+    """An equivalent tree without what only training needs: a prefix's MLP is replaced by the prefix that it computes."""
 
     def one(bound: Bound) -> Bound:
         after = bound.method.folded()
@@ -231,26 +231,26 @@ def fold(variables: Tree) -> Tree:
 
 
 def stack(trees: Iterable[Tree]) -> Tree:
-    """Several tuned trees on one base as one, every own leaf with a leading axis: see `jaxpeft.generate(adapter_ids=...)`.
+    """Stack adapter parameters of several trees on one base along a new first axis; see `jaxpeft.generate(adapter_ids=...)`.
 
-    Raises ValueError when they are of different methods or shapes, or when they differ in base leaves.
+    Raises ValueError if the trees have different methods or shapes, or differ in base leaves.
     """
     first, *rest = trees = [fold(one) for one in trees]
     for i, other in enumerate(rest, 1):
         if jax.tree.structure(first["peft"]) != jax.tree.structure(other["peft"]):
-            raise ValueError(f"tree {i} has other methods or sites than tree 0; trees of one stack are of one method")
+            raise ValueError(f"tree {i} has other methods or sites than tree 0; all trees of a stack must agree")
         tree.check_same(tree.flatten(first["peft"]), tree.flatten(other["peft"]), f"tree {i} of a stack")
         pairs = zip(jax.tree.leaves(first["params"]), jax.tree.leaves(other["params"]), strict=True)
         if any(a is not b and not jnp.array_equal(a, b) for a, b in pairs):
             raise ValueError(
-                f"tree {i} has other base leaves than tree 0 (was a head or bias trained?); a stack has one base"
+                f"tree {i} has other base leaves than tree 0 (was a head or bias trained?); a stack must have one base"
             )
     return first | {"peft": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one["peft"] for one in trees))}
 
 
-@functools.lru_cache(maxsize=32)  # a trace takes half a second, and attaching, counting and solving all ask
+@functools.lru_cache(maxsize=32)  # a trace takes half a second; attaching, counting and solving each need it
 def sites(model: nn.Module) -> tuple[Site, ...]:
-    """Every site of a model, from one abstract trace; nothing is computed."""
+    """All sites of a model, from one abstract trace without computation."""
     recorded = jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["sites"]
     found = []
     for name, leaf in tree.flatten(recorded).items():
@@ -261,21 +261,21 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
 
 
 def as_methods(method: Method | Iterable[Method]) -> tuple[Method, ...]:
-    """One method or several, as the tuple in which they apply."""
+    """One or several methods as a tuple, in order of application."""
     return (method,) if isinstance(method, Method) else tuple(method)
 
 
 def resolved(model: nn.Module, method: Method | Iterable[Method]) -> tuple[Method, ...]:
-    """Methods with the model's groups in place of their names."""
+    """Methods with the names of the model's groups replaced by their regular expressions."""
     return tuple(one.on(getattr(model, "targets", {})) for one in as_methods(method))
 
 
 def attach(model: nn.Module, params: Tree, method: Method | Iterable[Method], rng: jax.Array) -> Tree:
-    """Bind methods to the sites of a model: {'params': the same params, 'peft': their own leaves}.
+    """Bind methods to the sites of a model: {'params': the same params, 'peft': adapter parameters}.
 
-    Pure in (params, method, rng); works under `jax.eval_shape`. A site's leaves depend on its path and the method's
-    place in the tuple only, so adding a method does not change what another starts from. Raises ValueError when a
-    method matches no site or trains no base leaf, with the nearest paths.
+    Pure in (params, method, rng); works under `jax.eval_shape`. The initial parameters of a site depend only on its path and
+    the method's index in the tuple, so adding a method does not change those of another. Raises ValueError, with the closest
+    paths, if a method matches no site or trains no base leaf.
     """
     base = functools.partial(base_of, model, tree.flatten(params))
     variables = {"params": params, "peft": bind(sites(model), base, resolved(model, method), rng)}
@@ -289,20 +289,20 @@ def bind(
     """The `peft` collection for a table of sites; `base(site)` is what a method's `init` may read there."""
     methods, peft = as_methods(method), {}
     if len(set(methods)) < len(methods):
-        raise ValueError("the same method stands twice in the tuple; leave one out or give them different `targets`")
+        raise ValueError("the tuple contains the same method twice; remove one or give them different `targets`")
     for order, one in enumerate(methods):
         hits = [site for site in table if one.selects(site)]
         if one.kinds and not hits:
             known = [site.path for site in table if site.kind in one.kinds]
             if (near := [path for path in known if re.search(one.targets, path)]) and one.acts_at:
                 raise ValueError(
-                    f"{one.name}: targets={one.targets!r} matches {', '.join(near[:5])}; but it acts at {one.acts_at} only"
+                    f"{one.name}: targets={one.targets!r} matches {', '.join(near[:5])}, but it acts at {one.acts_at} only"
                 )
             default = one.targets and one.targets == getattr(type(one), "targets", None)
             raise ValueError(
                 f"{one.name}: targets={one.targets!r} matches none of the {len(known)} {'/'.join(one.kinds)} sites; "
                 f"nearest: {', '.join(tree.nearest(one.targets, known))}"
-                + ("; the default names a group of jaxpeft's own models: give a regular expression" if default else "")
+                + ("; the default is a group of jaxpeft's models; give a regular expression" if default else "")
             )
         own = jax.random.fold_in(rng, order)
         shared = one.init_shared(own, hits)
@@ -325,7 +325,7 @@ def bind(
 
 
 def base_of(model: nn.Module, flat: dict[str, Any], site: Site) -> Base:
-    """What of the base stands at a site, stacked as it is: see `Method.init`. A tied kernel is read where it is stored."""
+    """The base parameters at a site, in their stacked form: see `Method.init`. A tied kernel is read where it is stored."""
     if site.kind == "norm":
         return {name: flat.get(f"{site.path}/{name}") for name in ("scale", "bias")}
     if site.kind == "embed" and f"{site.path}/embed/word" in flat:
@@ -342,22 +342,22 @@ def base_of(model: nn.Module, flat: dict[str, Any], site: Site) -> Base:
 
 
 def _with_new_rows(flat: dict[str, Any], name: str) -> jax.Array:
-    """A word embedding, and after it the rows of words that were added to the base."""
+    """A word embedding, followed by the rows of words that were added to the base."""
     more = flat.get(re.sub("word$", "new_word", name))
     return flat[name] if more is None else jnp.concatenate([flat[name], more])
 
 
 def methods_of(variables: Tree) -> tuple[Method, ...]:
-    """The methods that `attach` put into a tree, in their order."""
+    """The methods of a tree made by `attach`, in their order."""
     shared = variables.get("peft", {}).get(SHARED, {})
     return tuple(shared[order].method for order in sorted(shared, key=int))
 
 
 def trainable(variables: Tree) -> Mask:
-    """True for the leaves that training moves: the methods' own (less their fixed ones) and the base leaves they name.
+    """True for the trainable leaves: adapter parameters (except fixed ones) and the base leaves that the methods train.
 
-    The methods are those that `attach` put into the tree. Raises ValueError when a method's `train` names no base leaf, and
-    when nothing at all is trained.
+    The methods are those that `attach` put into the tree. Raises ValueError if a method's `train` matches no base leaf, or if
+    nothing would be trained.
     """
     methods = methods_of(variables)
     base = [name for name in tree.flatten(variables) if name.startswith("params/")]
@@ -374,7 +374,7 @@ def trainable(variables: Tree) -> Mask:
     def moves(path: tuple[Any, ...], leaf: jax.Array) -> bool:
         return any(one.trains(f"params/{tree.path_name(path)}") for one in methods)
 
-    mask = jax.tree.map(lambda _: False, dict(variables))  # batch statistics of foreign models, for one, stay
+    mask = jax.tree.map(lambda _: False, dict(variables))  # also for other collections, such as batch statistics
     mask["params"] = jax.tree_util.tree_map_with_path(moves, variables["params"])
     if "peft" in variables:
         mask["peft"] = jax.tree.map(own, variables["peft"], is_leaf=is_bound)
@@ -384,7 +384,7 @@ def trainable(variables: Tree) -> Mask:
 
 
 def merge(model: nn.Module, variables: Tree) -> Tree:
-    """Plain params for the plain model with every bound method folded in, where that is exact; else ValueError."""
+    """Merge every bound method into plain params for the plain model. Raises ValueError if that is not exact."""
     return merge_at(sites(model), model, variables)
 
 
@@ -398,12 +398,12 @@ def merge_at(table: Iterable[Site], model: nn.Module, variables: Tree) -> Tree:
         left.pop((site.path, site.kind), None)
         for bound in bounds:
             if site.kind not in ("linear", "norm"):
-                raise ValueError(f"{bound.method.name} acts on {site.kind} at {site.path} and cannot be merged exactly")
+                raise ValueError(f"{bound.method.name} acts on {site.kind} at {site.path}; it cannot be merged exactly")
             if site.path in tied:
-                advice = "; tune with head='transform' to merge" if isinstance(bound.method, Head) else ""
+                advice = "; train with head='transform' to merge" if isinstance(bound.method, Head) else ""
                 raise ValueError(
-                    f"{bound.method.name}: {site.path} and {tied[site.path]} are one matrix in the plain model, so what was "
-                    f"tuned for the first alone cannot be merged{advice}"
+                    f"{bound.method.name}: {site.path} and {tied[site.path]} are one matrix in the plain model, so changes to "
+                    f"the first alone cannot be merged{advice}"
                 )
         inner = [bound for bound in bounds if not bound.method.on_input(site)]
         outer = [bound for bound in bounds if bound.method.on_input(site)]
@@ -416,20 +416,20 @@ def merge_at(table: Iterable[Site], model: nn.Module, variables: Tree) -> Tree:
         some = ", ".join(f"{method.name} at {path} ({kind})" for (path, kind), method in list(left.items())[:5])
         raise ValueError(
             f"{len(left)} sites that methods are bound to were not found in the model: {some}. A module under nn.jit that ran "
-            "before answers from Flax's cache and hides its sites: take nn.jit away to merge, or call jax.clear_caches() before"
+            "before is served from Flax's cache, which hides its sites; remove nn.jit or call jax.clear_caches() before merging"
         )
     return tree.unflatten(variables["params"], flat, "merged params")
 
 
 def _bound_sites(peft: Tree) -> dict[tuple[str, str], Method]:
-    """(path, kind) -> the last method there, of every site that has one."""
+    """(path, kind) -> the last method, for every site with a method."""
     acting = {name: node for name, node in peft.items() if name != SHARED}
     bounds = (one for one in jax.tree.leaves(acting, is_leaf=is_bound) if is_bound(one))
     return {(bound.site.path, bound.site.kind): bound.method for bound in bounds}
 
 
 def at(peft: Tree, site: Site) -> tuple[Bound, ...]:
-    """What is bound at a site."""
+    """The methods bound at a site."""
     node = peft
     for part in site.path.split("/"):
         node = node.get(part, {})
@@ -437,9 +437,9 @@ def at(peft: Tree, site: Site) -> tuple[Bound, ...]:
 
 
 def report(variables: Tree, mask: Mask) -> list[dict]:
-    """The match report: a row per leaf that is trained or stored beside the base: leaf, shape, trained and stored count.
+    """A row per leaf that is trained or stored beside the base: leaf, shape, trained and stored count.
 
-    Stored is what deployment needs (after `fold`): the prefix that an MLP makes, not the MLP; frozen random matrices too.
+    Stored is what deployment needs after `fold`: the prefix that an MLP computes, not the MLP; frozen random matrices too.
     """
     shapes, tuned = jax.eval_shape(fold, variables), tree.flatten(mask)
     folded, rows = tree.flatten(shapes), []
@@ -453,7 +453,7 @@ def report(variables: Tree, mask: Mask) -> list[dict]:
 
 
 def counts(variables: Tree, mask: Mask) -> dict[str, int]:
-    """tuned: trained scalars; stored: what deployment keeps beside the base; total: the base alone, the denominator."""
+    """tuned: trained scalars; stored: scalars that deployment keeps beside the base; total: scalars of the base alone."""
     rows = report(variables, mask)
     return {
         "tuned": sum(row["trained"] for row in rows),
@@ -463,8 +463,8 @@ def counts(variables: Tree, mask: Mask) -> dict[str, int]:
 
 
 def describe(variables: Tree, mask: Mask, leaves: bool = True) -> str:
-    """One table of counts: a line per leaf (unless `leaves` is False), per tower and kind of site, and in all: shape,
-    scalars trained, scalars stored, and the share of the base's scalars that is trained."""
+    """A table with a line per leaf (unless `leaves` is False), per tower and kind of site, and for the sum: shape, trained
+    scalars, stored scalars, and trained scalars in percent of the base's."""
     rows, total = report(variables, mask), tree.count(variables["params"])
     lines: list[tuple[str, str, int, int]] = []
 

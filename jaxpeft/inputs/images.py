@@ -1,7 +1,7 @@
-"""Images: bytes -> uint8 RGB pixels -> square uint8 -> normalised float32, as BLIP does it.
+"""Images: bytes -> uint8 RGB pixels -> square uint8 -> normalised float32, as in BLIP.
 
-Everything here is plain numpy and Pillow, has no state and may be called from many threads.  Pixels stay uint8 until
-the batch is made, so that a cache and the copy to the device are four times smaller.  Axes: Y rows, X columns, C = RGB.
+All functions are stateless and thread-safe, and use only numpy and Pillow. Pixels stay uint8 until the batch is made, so that
+caches and copies to the device are four times smaller. Axes: Y rows, X columns, C = RGB.
 """
 
 import functools
@@ -25,9 +25,9 @@ STD_C = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 BICUBIC = int(Image.Resampling.BICUBIC)
 FILTERS = tuple(int(one) for one in Image.Resampling)
 
-# not EPS or PS, for which Pillow starts another program on what the file says, nor formats that pictures do not come in
+# without EPS and PS, for which Pillow runs another program on the file's content, and formats that are not used for photos
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "DIB", "PCX")
-MOST_BYTES = 1 << 28  # of a picture file
+MOST_BYTES = 1 << 28  # of an image file
 
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
@@ -38,31 +38,30 @@ _TURNS = {
 
 
 def decode(source: Source, name: str | None = None) -> np.ndarray:
-    """Bytes or a path -> uint8 RGB image_YXC of the native size, turned upright by its EXIF orientation.
+    """Decode bytes or a file to uint8 RGB image_YXC of the native size, rotated by its EXIF orientation.
 
-    Reads what Pillow reads (JPEG, PNG, WebP, GIF, BMP, TIFF, ...; of an animation the first frame).  Transparency is
+    Reads the FORMATS of Pillow (JPEG, PNG, WebP, GIF, BMP, TIFF, ...; the first frame of an animation). Transparency is
     composited on white, 16-bit grey is scaled to 8 bits, palettes and CMYK are converted; ICC profiles are not applied.
-    Raises ValueError, naming the file, for data that are truncated, damaged or so large that they look like an attack, and
-    its kind Unsupported for those of a kind that is not read, such as HEIC. `name` is how messages call data that came as
-    bytes.
+    Raises ValueError, naming the file, for truncated, damaged or excessively large data, and its subclass Unsupported for
+    other formats, such as HEIC. `name` identifies data that is given as bytes in messages.
     """
     return decode_and_remark(source, name)[0]
 
 
 def decode_and_remark(source: Source, name: str | None = None) -> tuple[np.ndarray, str | None]:
-    """What `decode` returns, and a remark on the picture or None: where 16-bit values are so low that it turns dark."""
+    """`decode`, with a remark if 16-bit values are so low that the image is nearly black, else None."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         data, name = bytes(source), name or f"{len(source)} bytes"
     else:
         name, size = name or str(source), Path(source).stat().st_size
         if size > MOST_BYTES:
-            raise ValueError(f"cannot decode the image {name}: it has {size:,} bytes, more than {MOST_BYTES:,}")
+            raise ValueError(f"cannot decode the image {name}: {size:,} bytes, more than the limit of {MOST_BYTES:,}")
         data = Path(source).read_bytes()
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _check_area(image)
             deep = _is_16_bit(image)
-            image.load()  # Pillow is lazy: a truncated file shows itself only here
+            image.load()  # Pillow is lazy: a truncated file fails only here
             return np.array(_to_rgb(_upright(image)), np.uint8), _too_dark(image) if deep else None
     except Exception as error:  # Pillow's plugins raise nearly every type on damaged data
         if kind := _kind_by_content(data) or (is_unread(name) and _kind_by_name(name)):
@@ -72,20 +71,20 @@ def decode_and_remark(source: Source, name: str | None = None) -> tuple[np.ndarr
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow was built with."""
+    """The FORMATS that this build of Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @functools.cache
 def endings() -> frozenset[str]:
-    """The endings of file names, as '.jpg', of what `decode` reads."""
-    # Pillow opens MPO, several JPEGs in one file, as JPEG, and has no entry of its own for it
+    """The file extensions, such as '.jpg', of what `decode` reads."""
+    # Pillow opens MPO (several JPEGs in one file) as JPEG, without a separate entry
     read = {*_formats(), *(["MPO"] if "JPEG" in _formats() else [])}
     return frozenset(end for end, name in Image.registered_extensions().items() if name in read)
 
 
-# pictures that `decode` does not read, beside those that the system's table of endings knows
+# image formats that `decode` does not read, in addition to those in the system's table of extensions
 _OTHER = frozenset(
     ".svg .svgz .heic .heif .hif .heics .heifs .jxl .jxr .wdp .hdp .avif .avifs .bpg .psd .psb .xcf .ai .eps .ps .icns .cur "
     ".dds .qoi .exr .hdr .fits .sgi .xbm .xpm .pcd .dng .raw .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef "
@@ -97,22 +96,22 @@ _NAMES = {".heic": _HEIF, ".heif": _HEIF, ".hif": _HEIF, ".heics": _HEIF, ".heif
 
 
 class Unsupported(ValueError):
-    """A picture of a kind that is not read, as opposed to one that is damaged."""
+    """An image in an unsupported format, as opposed to a damaged one."""
 
 
 def is_read(name: str) -> bool:
-    """Whether a file name is that of a picture of a kind that `decode` reads."""
+    """Whether a file name has the extension of an image that `decode` reads."""
     return Path(name).suffix.lower() in endings()
 
 
 def is_unread(name: str) -> bool:
-    """Whether a file name is that of a picture of a kind that is not read."""
+    """Whether a file name has the extension of an image in an unsupported format."""
     known = Path(name).suffix.lower() in _OTHER or (mimetypes.guess_type(name)[0] or "").startswith("image/")
     return known and not is_read(name)
 
 
 def why_unread(name: str) -> str:
-    """What a picture is, by its name, and what to do, for a message."""
+    """The message for an unsupported image, by its file name: its format and what to do."""
     return _why(_kind_by_name(name))
 
 
@@ -122,7 +121,7 @@ def _kind_by_name(name: str) -> str:
 
 
 def _kind_by_content(data: bytes) -> str | None:
-    """The kind of a picture that is not read, whatever its name says: phones' HEIC is often called .jpg."""
+    """The unsupported format of an image by its content, or None: HEIC files of phones are often named .jpg."""
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
         return _HEIF
     if data[:2] == b"\xff\x0a" or data[:12] == b"\x00\x00\x00\x0cJXL \r\n\x87\n":
@@ -136,21 +135,21 @@ def _kind_by_content(data: bytes) -> str | None:
 
 def _why(kind: str) -> str:
     phone = " (a phone can be set to save 'Most Compatible' JPEGs)" if kind == _HEIF else ""
-    return f"{kind} pictures are not read; convert them to JPEG or PNG first{phone}"
+    return f"{kind} images are unsupported; convert them to JPEG or PNG first{phone}"
 
 
 def _check_area(image: Image.Image) -> None:
-    # Pillow itself only warns up to twice the limit, and turning a warning into an error is not thread-safe.
+    # Pillow itself only warns up to twice the limit, and turning warnings into errors is not thread-safe.
     limit = Image.MAX_IMAGE_PIXELS
     if limit and image.width * image.height > limit:
         raise ValueError(f"{image.width}x{image.height} pixels, more than the limit of {limit}")
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Not ImageOps.exif_transpose: that one writes the tags back, which fails on tags that cameras do write."""
+    """Apply the EXIF orientation. ImageOps.exif_transpose also writes the tags back, which fails for tags of some cameras."""
     try:
         turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # unreadable tags beside good pixels: viewers show the picture as stored, and so do we
+    except Exception:  # unreadable tags, good pixels: use the image as stored, as viewers do
         turn = None
     return image if turn is None else image.transpose(turn)
 
@@ -159,10 +158,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow's own conversion clips at 255 instead of scaling
         grey_YX = np.asarray(image).astype(np.int64)
         if grey_YX.min() < 0 or grey_YX.max() > 65535:
-            raise ValueError(f"32-bit values {grey_YX.min()}..{grey_YX.max()}; allowed: 0..65535 (16 bits)")
+            raise ValueError(f"32-bit values {grey_YX.min()}..{grey_YX.max()}; expected 0..65535 (16 bits)")
         image = Image.fromarray(((grey_YX + 128) // 257).astype(np.uint8))  # 65535 = 255 * 257, rounded
     elif image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed white level; convert the file to 8 or 16 bits")
+        raise ValueError("floating-point pixels have no defined white level; convert the file to 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -171,12 +170,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    """Whether an image that is not loaded yet has 16 bits a value; of colours Pillow keeps the upper 8 only."""
+    """Whether an image that is not loaded yet has 16 bits per value; in color Pillow keeps only the upper 8."""
     return image.mode.startswith("I") or any(";16" in str(tile) for tile in image.tile)
 
 
 def _too_dark(image: Image.Image) -> str | None:
-    """A remark where the values of a 16-bit image use under an eighth of their range, as those of 12-bit sensors do."""
+    """A remark if the values of a 16-bit image use less than an eighth of the range, as those of 12-bit sensors do."""
     value_YX = np.asarray(image)
     colour = value_YX[..., : len(image.getbands()) - image.mode.endswith("A")] if value_YX.ndim == 3 else value_YX
     most = int(colour.max()) if image.mode.startswith("I") else 256 * int(colour.max()) + 255
@@ -184,7 +183,7 @@ def _too_dark(image: Image.Image) -> str | None:
 
 
 def resize(image_YXC: np.ndarray, size: int, resample: int = BICUBIC) -> np.ndarray:
-    """uint8 image_YXC -> uint8 (size, size, 3), antialiased by Pillow's filter `resample`; aspect ratio not kept."""
+    """uint8 image_YXC -> uint8 (size, size, 3), antialiased by Pillow's filter `resample`; the aspect ratio is not kept."""
     _check_pixels(image_YXC)
     return np.array(Image.fromarray(image_YXC).resize((size, size), Image.Resampling(resample)))
 
@@ -197,7 +196,7 @@ def normalise(image_YXC: np.ndarray) -> np.ndarray:
 def per_channel(name: str, values: Iterable[float]) -> tuple[float, float, float]:
     """A mean or standard deviation of pixels in [0, 1] as three floats. Raises ValueError for anything else."""
     try:
-        one = tuple(float(np.float32(value)) for value in values)  # as they are used
+        one = tuple(float(np.float32(value)) for value in values)  # in the precision in which they are used
     except (TypeError, ValueError):
         one = ()
     if len(one) != 3 or not all(math.isfinite(x) for x in one) or (name.endswith("std") and min(one) <= 0):
@@ -208,10 +207,10 @@ def per_channel(name: str, values: Iterable[float]) -> tuple[float, float, float
 
 
 def processor_settings(directory: str | Path) -> dict:
-    """What the image processor files of a Hugging Face directory say, as {'image_size', 'image_mean', 'image_std',
-    'image_resample'}; {} where there are none.
+    """Read the image processor files of a Hugging Face directory: {'image_size', 'image_mean', 'image_std',
+    'image_resample'}; {} without such files.
 
-    Raises ValueError, naming file and key, for what is not a square resize and one affine map per channel.
+    Raises ValueError, naming file and key, for anything but a square resize and one affine map per channel.
     """
     said = {}
     for path in (Path(directory) / "preprocessor_config.json", Path(directory) / "processor_config.json"):
@@ -221,17 +220,17 @@ def processor_settings(directory: str | Path) -> dict:
         raw = raw if path.name.startswith("pre") else raw.get("image_processor")
         if not raw:
             continue
-        with files.reading(path, "is not an image processor's"):
+        with files.reading(path, "is not a valid image processor configuration"):
             mine = _processor(path, raw)
         if said and said != mine:
             raise ValueError(
-                f"{path} contradicts preprocessor_config.json beside it: {mine}, {said}; delete the wrong one"
+                f"{path} contradicts preprocessor_config.json in the same directory: {mine}, {said}; delete the wrong one"
             )
         said = mine
     return said
 
 
-# the keys of an image processor that are read, and those that say nothing of the pixels
+# the keys of an image processor that are read, and those that do not affect pixels
 _READ = {"size", "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
          "do_center_crop", "crop_size", "do_pad", "pad_size", "do_convert_rgb"}  # fmt: skip
 _HARMLESS = {"image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map",
@@ -240,19 +239,17 @@ _HARMLESS = {"image_processor_type", "feature_extractor_type", "processor_class"
 
 
 def _processor(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    # do_pad, which published BLIPs have on, does nothing to pictures of one size
+    # do_pad, which published BLIPs set, has no effect on images of one size
     for key, neutral in {"do_resize": True, "do_center_crop": False, "pad_size": None, "do_convert_rgb": True}.items():
         if raw.get(key, neutral) not in (neutral, None):
-            raise ValueError(
-                f"{path}: {key} is {raw[key]!r}, which is unsupported; pictures are made square by resizing"
-            )
+            raise ValueError(f"{path}: {key} is {raw[key]!r}, which is unsupported; images are made square by resizing")
     if unknown := sorted(key for key in raw.keys() - _READ - _HARMLESS if raw[key] not in (None, False)):
-        raise ValueError(f"{path}: {', '.join(unknown)} is unsupported; remove it if pictures do not depend on it")
+        raise ValueError(f"{path}: {', '.join(unknown)} is unsupported; remove it if images do not depend on it")
     said, size = {}, raw.get("size")
     if size is not None:
         sides = {size} if isinstance(size, int) else set(size.values()) if set(size) == {"height", "width"} else set()
         if len(sides) != 1 or not isinstance(next(iter(sides)), int):
-            raise ValueError(f"{path}: size is {size!r}; only square pictures, height and width, are supported")
+            raise ValueError(f"{path}: size is {size!r}; expected equal height and width")
         said["image_size"] = sides.pop()
     scale = raw.get("rescale_factor", 1 / 255) if raw.get("do_rescale", True) else 1.0
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 1:
@@ -265,7 +262,7 @@ def _processor(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
         mean_C, std_C = (tuple(x / (255 * scale) for x in values) for values in (mean_C, std_C))
     resample = raw.get("resample", BICUBIC)
     if isinstance(resample, bool) or resample not in FILTERS:
-        raise ValueError(f"{path}: resample is {resample!r}; Pillow's filters are {FILTERS}")
+        raise ValueError(f"{path}: resample is {resample!r}; expected a Pillow filter, {FILTERS}")
     return said | {"image_mean": mean_C, "image_std": std_C, "image_resample": resample}
 
 
@@ -277,10 +274,10 @@ def augment(
     flip: bool = True,
     resample: int = BICUBIC,
 ) -> np.ndarray:
-    """A random crop of `scale` of the area with ratio 3/4..4/3; with `flip`, mirrored half of the time; uint8.
+    """A random crop of `scale` of the area with aspect ratio 3/4..4/3; with `flip`, mirrored with probability 1/2; uint8.
 
-    With `size` the crop is resized as `resize` does (BLIP's training transform without RandAugment); without, it keeps
-    its native size.  `rng` is an np.random.Generator: one rng state gives one result.
+    With `size` the crop is resized by `resize` (BLIP's training transform without RandAugment); otherwise it keeps its native
+    size. The result is determined by the state of `rng`.
     """
     _check_pixels(image_YXC)
     top, left, height, width = _crop_box(*image_YXC.shape[:2], rng, scale)
@@ -294,7 +291,7 @@ def augment(
 def _crop_box(
     rows: int, columns: int, rng: np.random.Generator, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Inception-style box: ten draws of (area, log ratio), then the largest central box whose ratio is allowed."""
+    """Inception-style crop: ten draws of (area, log ratio), else the largest central box with an allowed ratio."""
     low, high = 3 / 4, 4 / 3
     for _ in range(10):
         area = rows * columns * rng.uniform(*scale)
@@ -309,14 +306,14 @@ def _crop_box(
 def resize_positions(position_PD: np.ndarray, new_grid: int) -> np.ndarray:
     """Position embeddings (1 + g*g, D) -> (1 + new_grid**2, D) for another image size, same dtype (numpy).
 
-    Row 0 (CLS) is kept.  The grid is interpolated as torch's `interpolate(mode='bicubic', align_corners=False)` does:
-    Keys' cubic with a = -0.75, edges clamped, no antialias; not the cubic (a = -0.5) of jax.image and Pillow.
+    Row 0 (CLS) is kept. The grid is interpolated like torch's `interpolate(mode='bicubic', align_corners=False)`: Keys'
+    cubic with a = -0.75, clamped edges, no antialiasing; jax.image and Pillow have a = -0.5.
     """
     position_PD = np.asarray(position_PD)
     grid = math.isqrt(len(position_PD) - 1) if len(position_PD) > 1 else 0
     if position_PD.ndim != 2 or grid * grid != len(position_PD) - 1 or not grid or new_grid < 1:
         raise ValueError(
-            f"position embeddings of shape {position_PD.shape}, new grid {new_grid}; expected (1 + g*g, D), CLS first, "
+            f"position embeddings of shape {position_PD.shape}, new grid {new_grid}; expected (1 + g*g, D) with CLS first "
             "and a new grid of at least 1"
         )
     cls_1D, grid_YXD = position_PD[:1], position_PD[1:].reshape(grid, grid, -1).astype(np.float64)
@@ -340,4 +337,4 @@ def _cubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
 
 def _check_pixels(image_YXC: np.ndarray) -> None:
     if image_YXC.dtype != np.uint8 or image_YXC.ndim != 3 or image_YXC.shape[-1] != 3 or not image_YXC.size:
-        raise ValueError(f"expected uint8 pixels (rows, columns, 3), got {image_YXC.dtype} {image_YXC.shape}: decode")
+        raise ValueError(f"expected an image of uint8 (rows, columns, 3), got {image_YXC.dtype} {image_YXC.shape}")

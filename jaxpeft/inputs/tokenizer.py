@@ -1,8 +1,8 @@
-"""Text in and out: BERT's WordPiece tokenizer, the normal form in which texts are compared, and BLIP's text cleaning.
+"""BERT's WordPiece tokenizer, the normal form in which texts are compared, and BLIP's text cleaning.
 
-The tokenizer is the `tokenizers` library's (Devlin et al. 2018, arXiv:1810.04805) behind a small wrapper that is a value:
-its ids equal those of transformers 5.23 `BertTokenizer` (tests/test_text.py), except that special tokens inside a user's
-text stay text: "[SEP]" in a caption is three ordinary words. A model may add special tokens of its own: see `Tokenizer`.
+The tokenizer is that of the `tokenizers` library (Devlin et al. 2018, arXiv:1810.04805) in an immutable wrapper. Its ids equal
+those of transformers 5.23 `BertTokenizer` (tests/test_text.py), except that special tokens inside a user's text are treated
+as text: "[SEP]" in a caption is three ordinary words. A model may add its own special tokens: see `Tokenizer`.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from jaxpeft.runtime import files
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-FILES = ("vocab.txt", "tokenizer.json")  # either makes a directory one with a tokenizer
+FILES = ("vocab.txt", "tokenizer.json")  # a directory with either of them has a tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class AddedWord:
-    """A word that was added to a trained tokenizer (`add_tokens` in transformers): it is found before words are split,
-    in the raw text or, where `normalized`, in the lower-cased one; `single_word` leaves it alone inside other words."""
+    """A word that was added to a trained tokenizer (`add_tokens` in transformers): it is matched before words are split,
+    in the raw text or, if `normalized`, in the lower-cased text; with `single_word` it is not matched inside other words."""
 
     content: str
     normalized: bool = True
@@ -39,16 +39,16 @@ class AddedWord:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A vocabulary as a value: tokenizers with equal fields are equal and hash alike, so a base that is loaded twice is
+    """An immutable tokenizer. Tokenizers with equal fields are equal and have equal hashes, so a base that is loaded twice is
     compiled once. A token's id is its index in `vocabulary`; the last ones may be `added` words.
 
-    A model whose texts need more special tokens subclasses it, with these behind BERT's in `special`; they are appended where
-    a file does not have them.
+    A model with more special tokens subclasses it and lists them after BERT's in `special`; they are appended if a file does
+    not have them.
     """
 
     vocabulary: tuple[str, ...]
     added: tuple[AddedWord, ...] = ()
-    strip_accents: bool | None = None  # None: as lower-casing, which is on
+    strip_accents: bool | None = None  # None: like lower-casing, which is on
     split_chinese: bool = True  # every CJK ideograph is a word
     pad_id: int = dataclasses.field(init=False)
     unk_id: int = dataclasses.field(init=False)
@@ -58,7 +58,7 @@ class Tokenizer:
     ids: dict[str, int] = dataclasses.field(init=False, repr=False)
     library: tokenizers.Tokenizer = dataclasses.field(init=False, repr=False)
 
-    special: ClassVar[tuple[str, ...]] = SPECIAL  # the tokens that stand for no text
+    special: ClassVar[tuple[str, ...]] = SPECIAL  # tokens that do not represent text
 
     def __post_init__(self):
         ids = {token: i for i, token in enumerate(self.vocabulary)}
@@ -86,9 +86,9 @@ class Tokenizer:
             built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
             built.post_processor = processors.BertProcessing(("[SEP]", self.sep_id), ("[CLS]", self.cls_id))
             built.add_special_tokens([token for token in self.special if token in pieces])
-            for token in self.vocabulary[first:]:  # the library numbers them in this order
+            for token in self.vocabulary[first:]:  # the library assigns ids in this order
                 built.add_tokens([words.get(token, tokenizers.AddedToken(token, special=True, normalized=False))])
-            built.encode_special_tokens = True  # in a user's text they are text
+            built.encode_special_tokens = True  # treats them as text in a user's text
         return built
 
     def __eq__(self, other):
@@ -107,31 +107,31 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | pathlib.Path) -> Self:
-        """A `vocab.txt` (one token a line), or a Hugging Face directory with `vocab.txt` or a WordPiece `tokenizer.json`.
+        """Read `vocab.txt` (one token per line), or a Hugging Face directory with it or a WordPiece `tokenizer.json`.
 
-        Words that were added later are read from tokenizer.json, added_tokens.json and tokenizer_config.json. Special
-        tokens that a model adds to BERT's are appended when absent. Raises ValueError, naming the file, for what is not an
-        uncased BERT tokenizer, and where two files contradict each other.
+        Words that were added later are read from tokenizer.json, added_tokens.json and tokenizer_config.json. Special tokens
+        that a model adds to BERT's are appended if absent. Raises ValueError, naming the file, for anything but an uncased
+        BERT tokenizer, and if two files contradict each other.
         """
         path = pathlib.Path(path)
         return _read_directory(cls, path) if path.is_dir() else _made(cls, _read_vocabulary(path), {}, {}, path)
 
     def extended(self, words: Iterable[str]) -> tuple[Self, tuple[str, ...]]:
-        """(a tokenizer with the words that are no tokens yet appended in order, those words); old ids stay."""
+        """(a tokenizer with the words that are not tokens yet appended in order, those words); existing ids are kept."""
         words = list(words)
         for word in words:
             if self.words(word) != [word]:
                 raise ValueError(
-                    f"{word!r} can never be a token: text is split into {self.words(word)}; give these instead"
+                    f"{word!r} can never be a token: it is split into {self.words(word)}; add these instead"
                 )
         new = tuple(dict.fromkeys(word for word in words if word not in self.ids))
-        # behind words that were added before, only such words can stand
+        # only added words can follow words that were added before
         more = tuple(AddedWord(word, single_word=True) for word in new) if self.added else ()
         return dataclasses.replace(self, vocabulary=self.vocabulary + new, added=self.added + more), new
 
     @functools.cached_property
     def has_pieces(self) -> bool:
-        """Whether words are spelled from pieces, as WordPiece's are; else a word that is not in the vocabulary is [UNK]."""
+        """Whether words are split into pieces, as in WordPiece; otherwise a word that is not in the vocabulary is [UNK]."""
         return any(word.startswith("##") for word in self.vocabulary)
 
     def __len__(self) -> int:
@@ -144,30 +144,30 @@ class Tokenizer:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def digest(self) -> str:
-        """sha256 of the vocabulary in order, and of the options where they are not the usual ones."""
+        """sha256 of the vocabulary in order, and of options that differ from the defaults."""
         return self._digest
 
     def files(self) -> dict[str, str]:
-        """File name -> text of what `from_file` and transformers read back as this tokenizer."""
+        """File name -> content of the files that `from_file` and transformers read as this tokenizer."""
         found = {"vocab.txt": "\n".join(self.vocabulary) + "\n"}
-        if self.added or self.strip_accents is not None or not self.split_chinese:  # vocab.txt cannot say it
+        if self.added or self.strip_accents is not None or not self.split_chinese:  # not representable in vocab.txt
             found = {"tokenizer.json": self.library.to_str(pretty=True) + "\n"}
         return found
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
-        """[CLS] pieces [SEP]; pieces are cut so that at most `max_length` ids come out, [SEP] included. No padding."""
+        """[CLS] pieces [SEP], truncated to at most `max_length` ids with [SEP] kept. No padding."""
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length is {max_length}; it must be at least 2, for [CLS] and [SEP]")
         pieces = self.pieces(text)
         return [self.cls_id, *pieces[: None if max_length is None else max_length - 2], self.sep_id]
 
     def pieces(self, text: str) -> list[int]:
-        """The ids of a text alone, nothing in front or behind."""
+        """The ids of a text without special tokens."""
         return list(self._pieces(text))
 
     @functools.cached_property
     def _pieces(self):
-        # questions repeat, and every text is asked for twice
+        # questions repeat, and every text is tokenized twice
         return functools.lru_cache(maxsize=1 << 17)(self._tokenized)
 
     def _tokenized(self, text: str) -> list[int]:
@@ -175,15 +175,15 @@ class Tokenizer:
             return self.library.encode(text, add_special_tokens=False).ids
 
     def words(self, text: str) -> list[str]:
-        """What `text` is split into before words are split into pieces."""
+        """The words of `text`, before they are split into pieces."""
         with _library_errors(f"the text {text!r:.80} cannot be tokenised"):
             return _split(self.library.normalizer, text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text up to the first [SEP] or [PAD]; special tokens dropped, ## pieces joined.
+        """The text up to the first [SEP] or [PAD], with special tokens dropped and ## pieces joined.
 
-        Spaces are then cleaned up as by HF `decode(skip_special_tokens=True, clean_up_tokenization_spaces=True)`, which
-        BLIP used: before . ? ! , and around ' but not around a hyphen or slash ("don't", "10, 000", "t - shirt").
+        Spaces are cleaned up like in HF `decode(skip_special_tokens=True, clean_up_tokenization_spaces=True)`, which BLIP
+        used: before . ? ! , and around ' but not around a hyphen or slash ("don't", "10, 000", "t - shirt").
         """
         tokens = []
         for i in map(int, ids):
@@ -196,7 +196,7 @@ class Tokenizer:
         return _clean_up(" ".join(tokens).replace(" ##", ""))
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of `text`, with repeats, that become [UNK]."""
+        """The words of `text`, with repetitions, that become [UNK]."""
         if self.covers(text):
             return []
         found = self.library.encode(text, add_special_tokens=False)
@@ -204,13 +204,13 @@ class Tokenizer:
         return [word for part in lost for word in self.words(part)]
 
     def covers(self, text: str) -> bool:
-        """Whether no word of `text` is lost."""
+        """Whether no word of `text` becomes [UNK]."""
         return self.unk_id not in self.pieces(text)
 
 
 @contextlib.contextmanager
 def _library_errors(what: str):
-    """Inside, what the library raises is a ValueError; its PanicException is no Exception and would pass every handler."""
+    """Raise errors of the library as ValueError; its PanicException is not an Exception and would pass every handler."""
     try:
         yield
     except BaseException as error:
@@ -232,7 +232,7 @@ def _split(normalizer, text: str) -> list[str]:
 
 
 def split_words(text: str) -> list[str]:
-    """Clean, lower-case, unaccented words, every punctuation mark and CJK ideograph a word of its own (BERT "basic")."""
+    """Split into clean, lower-case, unaccented words; every punctuation mark and CJK ideograph is one word (BERT "basic")."""
     with _library_errors(f"the text {text!r:.80} cannot be split"):
         return _split(_BERT, text)
 
@@ -246,7 +246,7 @@ def _clean_up(text):
 
 def _whole(word):
     if split_words(word) != [word]:
-        raise ValueError(f"{word!r} can never be a token: text is split into {split_words(word)}; give these instead")
+        raise ValueError(f"{word!r} can never be a token: it is split into {split_words(word)}; add these instead")
     return word
 
 
@@ -256,20 +256,19 @@ T = TypeVar("T", bound=Tokenizer)
 
 
 def _read_directory(cls: type[T], directory: pathlib.Path) -> T:
-    """The tokenizer of a Hugging Face directory, from all files that say something of it."""
+    """Read the tokenizer of a Hugging Face directory from all of its tokenizer files."""
     settings = _read_if_there(directory / "tokenizer_config.json")
     if settings.get("do_lower_case", True) is not True:
         raise ValueError(
-            f"{directory / 'tokenizer_config.json'} says do_lower_case=false; only uncased BERT tokenizers are "
-            f"supported"
+            f"{directory / 'tokenizer_config.json'} has do_lower_case=false; only uncased BERT tokenizers are supported"
         )
     if settings.get("do_basic_tokenize", True) is not True:
-        raise ValueError(f"{directory / 'tokenizer_config.json'} says do_basic_tokenize=false, which is unsupported")
+        raise ValueError(f"{directory / 'tokenizer_config.json'} has do_basic_tokenize=false, which is unsupported")
     options = {"strip_accents": settings.get("strip_accents"),
                "split_chinese": settings.get("tokenize_chinese_chars", True)}  # fmt: skip
     source, added, trained = directory / "tokenizer.json", {}, None
     if source.is_file():
-        with files.reading(source, "is no tokenizer.json"):
+        with files.reading(source, "is not a valid tokenizer.json"):
             trained, added, said = _read_tokenizer_json(source, cls.special)
         for name, value in said.items():  # transformers writes both files from one tokenizer
             if name in options and options[name] != value and _key(name) in settings:
@@ -283,23 +282,23 @@ def _read_directory(cls: type[T], directory: pathlib.Path) -> T:
         for token, i in (trained or {}).items():
             if listed.get(token, i) != i or (i < len(listed) and token not in listed):
                 raise ValueError(
-                    f"{source} and vocab.txt contradict each other: token {i} is {token!r} in the first and not in the "
+                    f"{source} and vocab.txt contradict each other: token {i} is {token!r} in the first but not in the "
                     f"second; delete the wrong file"
                 )
         trained = listed | (trained or {})
         source = directory / "vocab.txt"
     if trained is None:
-        raise ValueError(f"{directory} has neither vocab.txt nor tokenizer.json; put the base's tokenizer beside it")
+        raise ValueError(f"{directory} has neither vocab.txt nor tokenizer.json; copy the base's tokenizer there")
     later = [(directory / "tokenizer_config.json", settings.get("added_tokens_decoder") or {})]
     simple = _read_if_there(directory / "added_tokens.json")
     later.append((directory / "added_tokens.json", {i: {"content": token} for token, i in simple.items()}))
     for path, tokens in later:
-        with files.reading(path, "holds no added tokens"):
+        with files.reading(path, "does not contain valid added tokens"):
             for i, spec in tokens.items():
                 if not str(i).isdecimal():
-                    raise ValueError(f"{path}: an added token has the id {i!r}; expected a whole number")
+                    raise ValueError(f"{path}: an added token has the id {i!r}; expected an integer")
                 _add(int(i), {"content": spec} if isinstance(spec, str) else spec, trained, added, path, cls.special)
-    with files.reading(source, "is no BERT vocabulary"):
+    with files.reading(source, "is not a BERT vocabulary"):
         return _made(cls, trained, added, options, source)
 
 
@@ -313,7 +312,7 @@ def _read_if_there(path: pathlib.Path) -> dict:
 
 def _read_vocabulary(path: pathlib.Path) -> dict[str, int]:
     if path.stat().st_size > files.MOST_JSON:
-        raise ValueError(f"{path} has more than {files.MOST_JSON:,} bytes; is it a vocabulary?")
+        raise ValueError(f"{path} has more than {files.MOST_JSON:,} bytes, the limit for a vocabulary")
     with open(path, encoding="utf-8") as lines, files.reading(path):
         tokens = [line.rstrip("\n") for line in lines]
     ids = {token: i for i, token in enumerate(tokens)}
@@ -326,11 +325,11 @@ def _read_vocabulary(path: pathlib.Path) -> dict[str, int]:
 def _read_tokenizer_json(
     path: pathlib.Path, special: tuple[str, ...]
 ) -> tuple[dict[str, int], dict[str, AddedWord], dict]:
-    """(trained tokens, added words, options); raises ValueError for anything that BERT's tokenizer does not have."""
+    """(trained tokens, added words, options); raises ValueError for any feature that BERT's tokenizer does not have."""
     spec = files.read_json(path)
     model, normalizer = spec["model"], spec.get("normalizer") or {}
     if model.get("type", "WordPiece") != "WordPiece":
-        raise ValueError(f"{path} holds a {model['type']} model; only WordPiece is supported")
+        raise ValueError(f"{path} contains a {model['type']} model; only WordPiece is supported")
     expected = {"unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
     for key, value in expected.items():
         if model.get(key, value) != value:
@@ -346,7 +345,7 @@ def _read_tokenizer_json(
                "split_chinese": normalizer.get("handle_chinese_chars", True)}  # fmt: skip
     trained, added = dict(model["vocab"]), {}
     if not all(isinstance(token, str) and type(i) is int for token, i in trained.items()):
-        raise ValueError(f"{path}: a vocabulary is an object of texts and whole numbers")
+        raise ValueError(f"{path}: the vocabulary must map strings to integers")
     for one in spec.get("added_tokens") or ():
         _add(one["id"], one, trained, added, path, special)
     return trained, added, options if normalizer else {}
@@ -360,14 +359,14 @@ def _add(
     path: pathlib.Path,
     special: tuple[str, ...],
 ) -> None:
-    """Take over an added token: a new row, and unless it is a special token the words it is found in."""
+    """Add a token to `trained` and, unless it is a special token, to `added`."""
     content = spec["content"]
     if not isinstance(content, str) or not content or type(i) is not int:
-        raise ValueError(f"{path}: an added token with the id {i!r} is {content!r}; expected a text")
+        raise ValueError(f"{path}: the added token with id {i!r} is {content!r}; expected a non-empty string")
     if trained.get(content, i) != i or (content not in trained and i in trained.values()):
         raise ValueError(
             f"{path}: {content!r} has the id {i}, which contradicts the other files of this tokenizer "
-            f"({trained.get(content, 'that row is another token')}); delete the wrong one"
+            f"({trained.get(content, 'the id of another token')}); delete the wrong one"
         )
     new = content not in trained
     trained[content] = i
@@ -382,7 +381,7 @@ def _add(
 def _made(cls: type[T], trained: dict[str, int], added: dict[str, AddedWord], options: dict, path: pathlib.Path) -> T:
     tokens = sorted(trained, key=trained.get)
     if [trained[token] for token in tokens] != list(range(len(tokens))):
-        raise ValueError(f"the ids in {path} are not 0 to {len(tokens) - 1}; every id must belong to one token")
+        raise ValueError(f"the ids in {path} are not 0 to {len(tokens) - 1}; every id must belong to exactly one token")
     tokens += [token for token in cls.special if token not in trained and token not in SPECIAL]
     later = tuple(added[token] for token in tokens if token in added)
     return cls(tuple(tokens), later, **options)
@@ -390,7 +389,7 @@ def _made(cls: type[T], trained: dict[str, int], added: dict[str, AddedWord], op
 
 # ---------------------------------------------------------------------------------------------- normal form
 
-# Marks that any letter may carry; those of one script (vowels of Devanagari, tones of Thai) make other words
+# Marks that any letter may carry; those of one script (vowels of Devanagari, tones of Thai) distinguish words
 _ACCENTS = re.compile("[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]")
 _CJK = (
     (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF),
@@ -400,13 +399,13 @@ _CJK = (
 
 @functools.lru_cache(maxsize=1 << 16)  # answers repeat
 def normal_form(text: str) -> str:
-    """`text` as texts of one's own data are compared: words and marks with single spaces, whatever wrote them.
+    """The form in which texts of a user's data are compared: words and punctuation marks separated by single spaces.
 
-    Unicode NFKC, case folded, without accents, invisible characters dropped, every punctuation mark and CJK ideograph
-    apart: BERT's basic split, so that what an uncased tokenizer writes ("t - shirt", "cafe") equals what it was given
-    ("T-shirt", "Café"). It knows no vocabulary: runs with different tokenizers are scored alike. Letters of the Latin, Greek
-    and Cyrillic scripts lose their marks, as in BERT's (й and the tones of Vietnamese too); marks of other scripts, which
-    make another word, stay: Japanese が, Hindi मेल, Thai ม้า.
+    Unicode NFKC, case folded, without accents and invisible characters, every punctuation mark and CJK ideograph separate:
+    BERT's basic split, so that the output of an uncased tokenizer ("t - shirt", "cafe") equals its input ("T-shirt", "Café").
+    It does not depend on a vocabulary, so runs with different tokenizers are scored alike. Letters of the Latin, Greek and
+    Cyrillic scripts lose their marks, as in BERT (й and the tones of Vietnamese too); marks of other scripts, which
+    distinguish words, are kept: Japanese が, Hindi मेल, Thai ม้า.
     """
     text = unicodedata.normalize("NFKC", text).casefold()
     text = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
@@ -424,17 +423,17 @@ def _spaced(c: str) -> str:
 
 
 def is_mark(c: str) -> bool:
-    """Whether BERT counts a character as punctuation: all of ASCII that is neither letter, digit nor space ("$" is), and
-    Unicode's classes P elsewhere."""
+    """Whether BERT treats a character as punctuation: in ASCII all but letters, digits and space ("$" is one), elsewhere the
+    Unicode categories P."""
     return c.isascii() and c.isprintable() and not c.isalnum() and c != " " or unicodedata.category(c).startswith("P")
 
 
 def clean_caption(text: str, max_words: int = 50) -> str:
-    """BLIP's `pre_caption`: lower case, . ! " ( ) * # : ; ~ become spaces, spaces merged; COCO uses max_words=30."""
+    """BLIP's `pre_caption`: lower case, . ! " ( ) * # : ; ~ become spaces, spaces are merged; COCO uses max_words=30."""
     text = re.sub(r"\s{2,}", " ", re.sub(r'[.!"()*#:;~]', " ", text.lower()))
     return " ".join(text.rstrip("\n").strip(" ").split(" ")[:max_words])
 
 
 def clean_question(text: str, max_words: int = 50) -> str:
-    """BLIP's `pre_question`: as captions, but the marks vanish and spaces inside and in front stay; "?" stays."""
+    """BLIP's `pre_question`: like `clean_caption`, but marks are removed, and inner and leading spaces and "?" are kept."""
     return " ".join(re.sub(r'[.!"()*#:;~]', "", text.lower()).rstrip(" ").split(" ")[:max_words])

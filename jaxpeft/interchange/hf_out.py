@@ -1,6 +1,6 @@
-"""A tuned model -> a directory that transformers loads as a plain model, with no adapter beside it.
+"""Export a tuned model as a directory that transformers loads as a plain model, without an adapter.
 
-Every bound method is folded into the weights, which is exact or refused (`merge`). What the files hold is said by the model
+Every method is merged into the weights, exactly or with an error (`merge`). The model defines the content of the files
 (`model.hf`, models/hf.py).
 """
 
@@ -29,10 +29,10 @@ def export_hf(
 ) -> Path:
     """Write weights, configuration, tokenizer and processor files; `card` is the text of README.md.
 
-    With the `task` that was tuned, transformers' `generate` writes texts as long as ours, and from the same prompt; `beams`
-    is the number of beams that generation_config.json says.
+    With the `task` that was trained, `generate` of transformers has the same prompt and text length as ours; `beams` is the
+    number of beams in generation_config.json.
 
-    Raises ValueError for a method that cannot be merged exactly, for a model that transformers does not have, and where the
+    Raises ValueError for a method that cannot be merged exactly, for a model that transformers does not have, and if the
     directory holds other files. A model without a tokenizer gets no tokenizer files.
     """
     directory = Path(directory)

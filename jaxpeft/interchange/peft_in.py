@@ -1,4 +1,4 @@
-"""A directory of HF PEFT -> a tuned tree on our params; every tensor is read or it is an error."""
+"""Import a directory of HF PEFT as a tuned tree on our params; a tensor that is not read is an error."""
 
 import json
 import re
@@ -18,19 +18,19 @@ from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import files
 from jaxpeft.tree import Tree
 
-PREFIX = "base_model.model."  # of PEFT's names, before transformers'
+PREFIX = "base_model.model."  # PEFT's prefix of the names in transformers
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def import_peft(model: VisionLanguageModel, params: Tree, directory: str | Path) -> tuple[Tree, tuple[Method, ...]]:
-    """(variables, methods) of a PEFT directory for the model as transformers has it, on our params of the same base.
+    """Load a PEFT directory for the model in transformers on our params of the same base -> (variables, methods).
 
     Reads LORA (with rslora, dora, rank and alpha patterns, modules_to_save of the head), IA3, LN_TUNING, VERA, OFT (exact
-    Cayley transform), PROMPT_TUNING and PREFIX_TUNING of the text decoder. Raises ValueError for anything that it would have
-    to leave out: other types, unread or missing tensors, shapes, a base or an alpha that the file was not written with; and
-    for a model that transformers does not have.
+    Cayley transform), PROMPT_TUNING and PREFIX_TUNING of the text decoder. Raises ValueError for anything unsupported or
+    inconsistent: other types, unexpected or missing tensors, wrong shapes, a base or configuration that differs from the one
+    that the file was written with; and for a model that transformers does not have.
     """
-    with files.reading(directory, "is not what PEFT writes"):
+    with files.reading(directory, "is not a valid PEFT directory"):
         return _import_peft(model, params, Path(directory))
 
 
@@ -43,11 +43,11 @@ def _import_peft(model: VisionLanguageModel, params: Tree, directory: Path) -> t
     config, arrays, metadata = read(directory, CONFIG, WEIGHTS)
     kind = config.get("peft_type")
     if kind not in _IMPORT:
-        raise ValueError(f"{directory / CONFIG}: peft_type {kind!r} is not read; known: {', '.join(_IMPORT)}")
+        raise ValueError(f"{directory / CONFIG}: peft_type {kind!r} is unsupported; choose one of {', '.join(_IMPORT)}")
     facts = json.loads(metadata.get("jaxpeft", "{}"))
     if facts and facts["config"] != sha(config):
         raise ValueError(
-            f"{directory / CONFIG} was changed after it was written ({WEIGHTS} knows another one); restore it"
+            f"{directory / CONFIG} was changed after it was written (its digest differs from that in {WEIGHTS}); restore it"
         )
     _check_fields(config, kind, str(directory / CONFIG))
     arrays = {name.replace(".default.", "."): np.asarray(x, np.float32) for name, x in arrays.items()}
@@ -56,7 +56,7 @@ def _import_peft(model: VisionLanguageModel, params: Tree, directory: Path) -> t
     many, own, params = _IMPORT[kind](reader, config, params)
     reader.close()
     many = (*many, *head)
-    # as shapes: what a file asks for is made only when its tensors have been seen to be that large
+    # as shapes: nothing is allocated before the sizes in the configuration are checked against the tensors
     variables = jax.eval_shape(lambda: sites.attach(model, params, many, jax.random.key(0)))
     many = sites.methods_of(variables)
     if reader.matrix is not None:
@@ -70,13 +70,13 @@ def _import_peft(model: VisionLanguageModel, params: Tree, directory: Path) -> t
     return variables, many
 
 
-# Fields of PEFT's configurations that say nothing of what a saved adapter computes: where it came from, which modules it was
-# put on (the tensors' names say that), how it was initialised and trained ...
+# Fields of PEFT's configurations that do not affect what a saved adapter computes: its origin, its modules (the tensors'
+# names determine them), its initialisation and training ...
 _HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "runtime_config",
 }  # fmt: skip
-# ... and those of each type that are that, or that its reader reads
+# ... and fields of each type that do not affect it either, or that its reader reads
 _READ = {
     "LORA": {
         "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
@@ -98,38 +98,38 @@ _READ = {
     },
 }  # fmt: skip
 _NEUTRAL = (None, False, "none", {}, [])
-# of LoRA: those that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it when they begin
+# init_lora_weights that keep the base. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it at initialisation
 _KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def _check_fields(config: dict, kind: str, source: str) -> None:
-    """Raise ValueError for every field that is set and not known here: a later PEFT's, for one."""
+    """Raise ValueError for every field that is set but unknown, such as one of a later PEFT."""
     known = _HARMLESS | _READ[kind]
     if unread := sorted(name for name in config if name not in known and config[name] not in _NEUTRAL):
         said = ", ".join(f"{name}={config[name]!r:.80}" for name in unread)
-        raise ValueError(f"{source}: {said} is not read; it may change what the adapter computes")
+        raise ValueError(f"{source}: {said} is unsupported; it may change what the adapter computes")
     start = config.get("init_lora_weights", True)
     if kind == "LORA" and start not in _KEEPS_BASE:
         raise ValueError(
-            f"{source}: init_lora_weights={start!r} changed the base weights when tuning began, and the file does not hold "
+            f"{source}: init_lora_weights={start!r} changed the base weights at initialisation, and the file does not contain "
             f"them; save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...) in PEFT"
         )
 
 
 class _Reader:
-    """Tensors of a file, each taken once, by HF module."""
+    """The tensors of a file by HF module; each can be taken once."""
 
     def __init__(self, model: VisionLanguageModel, arrays: dict[str, np.ndarray], source: str):
         self.model, self.source, self.left = model, source, dict(arrays)
         self.form = hf.of(model)
-        self.matrix = None  # an untied vocabulary matrix, if there is one
+        self.matrix = None  # an untied vocabulary matrix, if any
         self.by_module: dict[str, list] = {}
         for path, place in self.form.places.items():
             for i, name in enumerate(place.names()):
                 self.by_module.setdefault(name, []).append((path, i, place))
 
     def modules(self, suffix) -> list[str]:
-        """Modules that have a tensor with this suffix; raises where the model has no such module."""
+        """Modules that have a tensor with this suffix; raises ValueError if the model has no such module."""
         end = f".{suffix}"
         found = [
             k.removeprefix(PREFIX).removesuffix(end) for k in self.left if k.startswith(PREFIX) and k.endswith(end)
@@ -154,21 +154,19 @@ class _Reader:
 
     def close(self):
         if self.left:
-            raise ValueError(
-                f"{self.source}: {len(self.left)} tensors are not read: {', '.join(sorted(self.left)[:10])}"
-            )
+            raise ValueError(f"{self.source}: {len(self.left)} unexpected tensors: {', '.join(sorted(self.left)[:10])}")
 
 
-_Found = tuple[tuple[Method, ...], dict[str, np.ndarray], Tree]  # methods, their leaves, params
+_Found = tuple[tuple[Method, ...], dict[str, np.ndarray], Tree]  # methods, adapter parameters, params
 
 
 def _take_head(reader: _Reader, config: dict, params: Tree) -> tuple[tuple[Method, ...], Tree]:
-    """(methods, params) of modules_to_save: the head, which PEFT unties."""
+    """(methods, params) of modules_to_save, which may be the head; PEFT unties it."""
     saved, head = config.get("modules_to_save") or [], reader.form.head
     if not saved:
         return (), params
     if list(saved) != [head.saved_as]:
-        raise ValueError(f"{reader.source}: modules_to_save {saved} is not read; only {[head.saved_as]}, the head, is")
+        raise ValueError(f"{reader.source}: modules_to_save is {saved}; only {[head.saved_as]}, the head, is supported")
     flat = dict(tree.flatten(params))
     start = f"{PREFIX}{head.module}."
     for key, leaf in head.leaves.items():
@@ -185,7 +183,7 @@ def _take_head(reader: _Reader, config: dict, params: Tree) -> tuple[tuple[Metho
 
 
 def _group(found: dict[str, dict[int, dict]], make, fill, model):
-    """Methods and leaves from {our path: {layer: leaves}}: one method per (arguments of `make`, set of layers)."""
+    """Methods and parameters from {our path: {layer: parameters}}: one method per (arguments of `make`, set of layers)."""
     groups: dict = {}
     for path, layers in found.items():
         fields = tuple(sorted(next(iter(layers.values()))["fields"].items()))
@@ -211,7 +209,7 @@ def _import_lora(reader: _Reader, config: dict, params: Tree) -> _Found:
         a = reader.take(f"{PREFIX}{name}.lora_A.weight")
         b = reader.take(f"{PREFIX}{name}.lora_B.weight")
         if a.ndim != 2 or b.ndim != 2:
-            raise ValueError(f"{reader.source}: {name} is a convolution or embedding; LoRA on it is not read")
+            raise ValueError(f"{reader.source}: {name} is a convolution or embedding; LoRA on it is unsupported")
         m = reader.take(f"{PREFIX}{name}.lora_magnitude_vector") if dora else None
         rank = _pattern(config.get("rank_pattern"), name, config.get("r", 8))
         alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
@@ -229,13 +227,13 @@ def _import_lora(reader: _Reader, config: dict, params: Tree) -> _Found:
             found.setdefault(path, {})[layer] = mine
             start += n_out
     fused = {path for path in found if reader.form.places[path].parts > 1}
-    for path in fused:  # of a fused matrix each part keeps the ranks that reach it in some layer
+    for path in fused:  # each part of a fused matrix keeps the ranks with a non-zero B in any layer
         keep = np.any([np.any(one["b"] != 0, axis=1) for one in found[path].values()], axis=0)
         for one in found[path].values():
             one["a"], one["b"] = one["a"][:, keep], one["b"][keep]
     if not dora:
         found = {path: layers for path, layers in found.items() if all(one["a"].shape[1] for one in layers.values())}
-    for layers in found.values():  # layers are stacked: one rank and scale each, smaller ranks filled up with zeros
+    for layers in found.values():  # stacked layers share one rank and scale; smaller ranks are padded with zeros
         rank = max(1, *(one["a"].shape[1] for one in layers.values()))
         scale = next(iter(layers.values()))["scale"]
         for one in layers.values():
@@ -248,7 +246,7 @@ def _import_lora(reader: _Reader, config: dict, params: Tree) -> _Found:
 
 
 def _pattern(patterns, name, default):
-    """PEFT's rank_pattern and alpha_pattern: regular expressions that end the module name."""
+    """Look up a module in PEFT's rank_pattern or alpha_pattern, regular expressions for the end of its name."""
     for pattern, value in (patterns or {}).items():
         expression = re.compile(pattern)
         if expression.fullmatch(name) or any(expression.fullmatch(name, i + 1) for i, c in enumerate(name) if c == "."):
@@ -265,10 +263,10 @@ def _import_ia3(reader: _Reader, config: dict, params: Tree) -> _Found:
         is_input = any(name == one or name.endswith(f".{one}") or re.fullmatch(one, name) for one in inputs)
         size = parts[0][2][0] if is_input else sum(shape[1] for *_, shape in parts)
         if vector.shape != ((1, size) if is_input else (size, 1)) or (is_input and len(parts) > 1):
-            raise ValueError(f"{reader.source}: {name}.ia3_l has shape {vector.shape}, which does not fit")
+            raise ValueError(f"{reader.source}: {name}.ia3_l has shape {vector.shape}, which does not match the module")
         if parts[0][0] == reader.form.head.vocabulary and not is_input:
             raise ValueError(
-                f"{reader.source}: {name}.ia3_l scales the vocabulary's bias there and not here; it is not read"
+                f"{reader.source}: {name}.ia3_l scales the vocabulary's bias in PEFT but not here; it is unsupported"
             )
         for path, layer, (_, n_out) in parts:
             one = {"l_in": vector[0]} if is_input else {"l": vector[start : start + n_out, 0]}
@@ -298,14 +296,14 @@ def _import_vera(reader: _Reader, config: dict, params: Tree) -> _Found:
     for name in reader.modules("vera_lambda_b"):
         ((path, layer, _), *more) = reader.parts(name, "linear")
         if more:
-            raise ValueError(f"{reader.source}: VeRA on the fused {name} is not read")
+            raise ValueError(f"{reader.source}: VeRA on the fused {name} is unsupported")
         one = {"l": reader.take(f"{PREFIX}{name}.vera_lambda_b"), "d": reader.take(f"{PREFIX}{name}.vera_lambda_d")}
         found.setdefault(path, {})[layer] = one | {
             "fields": {"rank": config["r"], "d_initial": config.get("d_initial", 0.1)}
         }
     many, own = _group(found, VeRA, ("l", "d"), reader.model)
     if len(many) > 1:
-        raise ValueError(f"{reader.source}: VeRA in different layers of different modules is not read")
+        raise ValueError(f"{reader.source}: VeRA in different layers of different modules is unsupported")
     shared = {key: reader.take(f"base_model.vera_{key.upper()}").T for key in ("a", "b")}
     return many, own | {f"peft/{sites.SHARED}/0/vera/{key}": x for key, x in shared.items()}, params
 
@@ -313,15 +311,15 @@ def _import_vera(reader: _Reader, config: dict, params: Tree) -> _Found:
 def _import_oft(reader: _Reader, config: dict, params: Tree) -> _Found:
     if config.get("use_cayley_neumann", True):
         raise ValueError(
-            f"{reader.source}: use_cayley_neumann=True is a truncated series of the inverse rotation, which is not read; "
-            "train with use_cayley_neumann=False"
+            f"{reader.source}: use_cayley_neumann=True, a truncated series of the inverse rotation, is unsupported; train with "
+            "use_cayley_neumann=False"
         )
     found = {}
     for name in reader.modules("oft_R.weight"):
         q = reader.take(f"{PREFIX}{name}.oft_R.weight")
         ((path, layer, (n_in, _)), *more) = reader.parts(name, "linear")
         if more:
-            raise ValueError(f"{reader.source}: OFT on the fused {name} is not read")
+            raise ValueError(f"{reader.source}: OFT on the fused {name} is unsupported")
         found.setdefault(path, {})[layer] = {"q": q, "fields": {"block": n_in // q.shape[0]}}
     return *_group(found, OFT, ("q",), reader.model), params
 

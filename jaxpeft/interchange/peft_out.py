@@ -1,4 +1,4 @@
-"""A tuned tree -> a directory that HF PEFT loads on transformers' model. See the package's docstring for what has a type."""
+"""Export a tuned tree as a directory that HF PEFT loads on the transformers model; the package docstring lists the types."""
 
 import json
 import re
@@ -38,13 +38,13 @@ def export_peft(
     model: VisionLanguageModel, variables: Tree, directory: str | Path, *, base: str = "", revision: str = "",
     with_base: bool = False, card: str = "", task: Task | None = None, beams: int = 1,
 ) -> Path:  # fmt: skip
-    """Write a directory that peft.PeftModel.from_pretrained loads on transformers' model.
+    """Write a directory that peft.PeftModel.from_pretrained loads on the transformers model.
 
     Prompt and Prefix are loaded on its text decoder (`model.hf.decoder.module`), everything else on the model. `base` and
-    `revision` say which model that is, where it is known. `with_base` writes it too, as `base/` in the directory: needed
-    where it is no Hugging Face checkpoint yet, and done in any case where words were added to it, as their rows are part of a
-    base there. `card` is the text of README.md; `task` and `beams` are for the base, as in `export_hf`. Raises ValueError,
-    with the reason, for what has no PEFT type, and for a model that transformers does not have.
+    `revision` identify that model, if known. `with_base` also writes the base, as `base/` in the directory: needed if it is
+    not a Hugging Face checkpoint yet, and always done if words were added to it, as their rows then belong to the base.
+    `card` is the text of README.md; `task` and `beams` are for the base, as in `export_hf`. Raises ValueError, with the
+    reason, for methods without a PEFT type, and for a model that transformers does not have.
     """
     hf.of(model)
     with_base |= bool(model.config.new_words)
@@ -56,10 +56,10 @@ def export_peft(
     rest = [one for one in many if one not in heads]
     kinds = {_type_of(one) for one in rest}
     if len(kinds) != 1:
-        raise ValueError(f"one PEFT directory holds one type; these are {sorted(kinds)}: save_tuned holds them all")
+        raise ValueError(f"a PEFT directory holds one type, got {sorted(kinds)}; use save_tuned, which holds them all")
     (kind,) = kinds
     if heads and kind in ("PROMPT_TUNING", "PREFIX_TUNING", "LN_TUNING"):
-        raise ValueError(f"a {kind} directory cannot hold a tuned head; use save_tuned")
+        raise ValueError(f"a {kind} directory cannot hold a trained head; use save_tuned")
     acting = sites.expand(folded)
     form = hf.of(model)
     config, arrays = _EXPORT[kind](form, acting, folded, rest)
@@ -86,11 +86,11 @@ def export_peft(
 
 
 def inner_of(method: Method) -> Method:
-    """The method inside a `Scoped`, or the method."""
+    """The method inside a `Scoped`, or the method itself."""
     return method.method if isinstance(method, Scoped) else method
 
 
-_TYPES: dict[type, str] = {  # by the class itself: a subclass computes something else
+_TYPES: dict[type, str] = {  # by exact class: a subclass computes something else
     LoRA: "LORA",
     PiSSA: "LORA",
     DoRA: "LORA",
@@ -108,14 +108,14 @@ def _type_of(method: Method) -> str:
     kind = _TYPES.get(type(inner))
     virtual = isinstance(inner, Prompt | Prefix)
     if kind is None or (virtual and inner is not method):
-        raise ValueError(f"{method.name} has no PEFT type; save_tuned keeps it exactly")
+        raise ValueError(f"{method.name} has no PEFT type; use save_tuned")
     if virtual and inner.positions != "shift":
-        raise ValueError(f"{inner.name}: PEFT counts its tokens as positions; tune with positions='shift' to export")
+        raise ValueError(f"{inner.name}: PEFT counts its tokens as positions; train with positions='shift' to export")
     return kind
 
 
 def _head_arrays(head: hf.HeadPlace, acting: Tree) -> dict[str, np.ndarray]:
-    """The head whole: PEFT wraps its module, whose copy of the vocabulary matrix is then its own."""
+    """The whole head: PEFT copies its module, which unties the vocabulary matrix."""
     flat = tree.flatten(acting["params"])
     bound = sites.at(acting.get("peft", {}), sites.Site(head.vocabulary, "linear", ()))
     matrix = bound[0].params["matrix"] if bound else head.matrix(flat)
@@ -125,19 +125,17 @@ def _head_arrays(head: hf.HeadPlace, acting: Tree) -> dict[str, np.ndarray]:
 
 
 def _bounds(form: hf.HuggingFace, acting: Tree, methods: list[Method]) -> dict[str, dict[int, list]]:
-    """HF module name -> {part: [(method, leaves of that layer), ...]} of the linear sites that the methods bind."""
+    """HF module name -> {part: [(method, parameters of that layer), ...]} of the linear sites of the methods."""
     found = {}
     for site in sites.sites(form.model):
         for bound in sites.at(acting.get("peft", {}), site):
             if bound.method not in methods:
                 continue
             if site.path == form.head.vocabulary and isinstance(bound.method, IA3):
-                raise ValueError(
-                    f"{bound.method.name}: at {site.path} it scales the bias too over there; use save_tuned"
-                )
+                raise ValueError(f"{bound.method.name}: at {site.path} PEFT also scales the bias; use save_tuned")
             place = form.places[site.path]
             if place.convolution:
-                raise ValueError(f"{bound.method.name}: {site.path} is a convolution over there; use save_tuned")
+                raise ValueError(f"{bound.method.name}: {site.path} is a convolution in transformers; use save_tuned")
             params = {name: np.asarray(x) for name, x in bound.params.items()}
             for i, name in enumerate(place.names()):
                 mine = {k: x if site.layers is None else x[i] for k, x in params.items()}
@@ -147,7 +145,7 @@ def _bounds(form: hf.HuggingFace, acting: Tree, methods: list[Method]) -> dict[s
 
 
 def _kernels(form: hf.HuggingFace, params: Tree, name: str) -> list[np.ndarray]:
-    """The base's kernel (in, out) of every part of an HF module."""
+    """The base kernels (in, out) of the parts of an HF module."""
     flat, found = tree.flatten(params), {}
     for path, place in form.places.items():
         if name in place.names():
@@ -163,7 +161,7 @@ def _export_lora(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list
     inner = [inner_of(one) for one in methods]
     dora = {isinstance(one, DoRA) for one in inner}
     if len(dora) > 1:
-        raise ValueError("one PEFT directory is DoRA in all modules or in none; use save_tuned")
+        raise ValueError("a PEFT directory has DoRA in all modules or in none; use save_tuned")
     (dora,), first = dora, inner[0]
     same = len({(one.scale, one.rank, one.rank_stabilized) for one in inner}) == 1
     stabilized = same and first.rank_stabilized
@@ -223,7 +221,7 @@ def _export_ia3(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[
         if any(len(many) > 1 for many in parts.values()) or (
             len(sizes) > 1 and any("l_in" in t for t in thetas.values())
         ):
-            raise ValueError(f"ia3: {name} takes one vector over there; use save_tuned")
+            raise ValueError(f"ia3: PEFT has one vector for {name}; use save_tuned")
         if "l_in" in next(iter(thetas.values())):
             inputs.append(name)
             arrays[f"{PREFIX}{name}.ia3_l"] = thetas[0]["l_in"][None]
@@ -253,7 +251,7 @@ def _export_vera(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list
     (shared,) = folded["peft"][sites.SHARED].values()
     for name, parts in _bounds(form, acting, methods).items():
         if len(_kernels(form, acting["params"], name)) > 1:
-            raise ValueError(f"vera: {name} is a fused matrix over there and ours acts on a part of it; use save_tuned")
+            raise ValueError(f"vera: {name} is fused in transformers and only a part of it is adapted; use save_tuned")
         params = parts[0][0][1]
         arrays |= {f"{PREFIX}{name}.vera_lambda_b": params["l"], f"{PREFIX}{name}.vera_lambda_d": params["d"]}
         targets.append(name)
@@ -270,13 +268,11 @@ def _export_vera(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list
 def _export_oft(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     (method,) = _only(methods)
     if isinstance(methods[0], Scoped) and methods[0].layers is not None:
-        raise ValueError("oft in some layers only: use save_tuned")
+        raise ValueError("oft in some layers only is unsupported; use save_tuned")
     arrays, targets = {}, []
     for name, parts in _bounds(form, folded, methods).items():
         if len(_kernels(form, acting["params"], name)) > 1:
-            raise ValueError(
-                f"oft: {name} is a fused matrix over there and ours turns the input of a part; use save_tuned"
-            )
+            raise ValueError(f"oft: {name} is fused in transformers and only a part of it is adapted; use save_tuned")
         arrays[f"{PREFIX}{name}.oft_R.weight"] = parts[0][0][1]["q"]
         targets.append(name)
     config = {"r": 0, "oft_block_size": method.block, "coft": False, "eps": 6e-5, "block_share": False, "bias": "none"}
@@ -291,7 +287,7 @@ def _export_oft(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[
 
 def _only(methods: list[Method]) -> list[Method]:
     if len(methods) != 1:
-        raise ValueError(f"one PEFT directory holds one {methods[0].name}; use save_tuned")
+        raise ValueError(f"a PEFT directory holds one {methods[0].name}, got {len(methods)}; use save_tuned")
     return [inner_of(methods[0])]
 
 
@@ -301,7 +297,7 @@ def _decoder_only(form: hf.HuggingFace, variables: Tree, methods: list[Method], 
     allowed = {"kv": decoder.attention, "embed": decoder.embed}[kind]
     if [s.path for s in here] != [allowed]:
         raise ValueError(
-            f"{method.name}: PEFT has it at {allowed} only, not at {', '.join(s.path for s in here)}; use save_tuned"
+            f"{method.name}: PEFT supports it at {allowed} only, got {', '.join(s.path for s in here)}; use save_tuned"
         )
     (bound,) = sites.at(variables["peft"], here[0])
     return [method, bound.params]
@@ -327,9 +323,8 @@ def _export_prompt(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: li
 def _export_prefix(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     method, params = _decoder_only(form, acting, methods, "kv")
     both_LCKD = np.stack([np.asarray(params[name]).reshape(*params[name].shape[:2], -1) for name in ("k", "v")], axis=1)
-    rows = both_LCKD.transpose(2, 0, 1, 3).reshape(
-        method.length, -1
-    )  # per token: K, V of layer 0, K, V of layer 1, ...
+    # per token: K, V of layer 0, K, V of layer 1, ...
+    rows = both_LCKD.transpose(2, 0, 1, 3).reshape(method.length, -1)
     return _virtual(form.decoder, method) | {"prefix_projection": False, "encoder_hidden_size": None}, {
         "prompt_embeddings": rows
     }

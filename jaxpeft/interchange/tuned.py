@@ -1,7 +1,7 @@
-"""Our own files of a tuned tree, for any method: manifest.json and tuned.safetensors.
+"""Our own format for a tuned tree of any method: manifest.json and tuned.safetensors.
 
-The manifest names methods with their fields, the digest of the base leaves that were left alone, every target and a
-digest per leaf; the metadata of the weights file hold a digest of the manifest, so a changed alpha is noticed.
+The manifest holds the methods with their fields, the digest of the frozen base leaves, every target and a digest per leaf.
+The metadata of the weights file hold a digest of the manifest, so that a changed alpha is detected.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ Beside = dict[str, Callable[[Path], None]]
 
 
 def to_json(method: Method) -> dict:
-    """A method as JSON: its name and fields; 'scoped' and 'gated' hold the method inside."""
+    """A method as JSON: its name and fields; `Scoped` and `Gated` hold their inner method."""
     fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     if isinstance(method, Scoped | Gated):
         fields["method"] = to_json(method.method)
@@ -41,7 +41,7 @@ def from_json(value: dict) -> Method:
     fields = {renamed.FIELDS.get(key, key): x for key, x in value.items()}
     cls = known.get(fields.pop("name", None))
     if cls is None:
-        raise Unknown(f"unknown method {value.get('name')!r} in a manifest; known: {', '.join(sorted(known))}")
+        raise Unknown(f"unknown method {value.get('name')!r} in a manifest; known methods: {', '.join(sorted(known))}")
     unknown = set(fields) - {field.name for field in dataclasses.fields(cls)}
     if unknown:
         raise ValueError(f"{cls.__name__} in a manifest has unknown fields {sorted(unknown)}")
@@ -51,14 +51,14 @@ def from_json(value: dict) -> Method:
 
 
 def _subclasses(cls: type) -> Iterator[type]:
-    """Every class made from `cls`, one's own too, whoever imported it; of one name the last counts."""
+    """All subclasses of `cls`, users' own included; of several with one name the last counts."""
     for one in cls.__subclasses__():
         yield one
         yield from _subclasses(one)
 
 
 def frozen_digest(variables: Tree, methods: Iterable[Method]) -> str:
-    """The digest of the base leaves that the methods leave alone: what a tuned tree must be put on again."""
+    """The digest of the base leaves that the methods keep frozen, which identifies the base of a tuned tree."""
     many = tuple(methods)
     flat = tree.flatten(variables["params"])
     return tree.digest({n: x for n, x in flat.items() if not any(one.trains(f"params/{n}") for one in many)})
@@ -70,9 +70,9 @@ def sha(value: object) -> str:
 
 
 def save_tuned(model: VisionLanguageModel, variables: Tree, directory: str | Path) -> Path:
-    """Write what tuning made: own leaves (a prefix's MLP folded into its prefix) and trained base leaves, float32.
+    """Write adapter parameters (a prefix's MLP folded into its prefix) and trained base leaves, float32.
 
-    Refuses to write into a directory that holds something else.
+    Raises ValueError if the directory holds other files.
     """
     variables = sites.fold(variables)
     many = sites.methods_of(variables)
@@ -97,12 +97,12 @@ def save_tuned(model: VisionLanguageModel, variables: Tree, directory: str | Pat
 
 
 def load_tuned(model: VisionLanguageModel, params: Tree, directory: str | Path) -> tuple[Tree, tuple[Method, ...]]:
-    """(variables, methods) of what `save_tuned` wrote, on the base it was tuned on; bit for bit what was saved.
+    """Load what `save_tuned` wrote, bit for bit, on the base that it was trained on -> (variables, methods).
 
-    Raises ValueError when the base is another one, when a leaf is missing, extra, misshaped or damaged, and when the
-    manifest is not the one that was written.
+    Raises ValueError if the base is another one, if a leaf is missing, unexpected, damaged or has a wrong shape, and if the
+    manifest was changed.
     """
-    with files.reading(directory, "holds no tuned tree of ours"):
+    with files.reading(directory, "is not a tuned tree of jaxpeft"):
         return _load_tuned(model, params, Path(directory))
 
 
@@ -111,7 +111,7 @@ def _load_tuned(model, params, directory: str | Path):
     said = sha([manifest.get(key) for key in ("methods", "frozen_digest", "leaves")])
     if metadata.get("jaxpeft") != said:
         raise ValueError(
-            f"{directory / MANIFEST} was changed after it was written ({TUNED} knows another one); restore it"
+            f"{directory / MANIFEST} was changed after it was written (its digest differs from that in {TUNED}); restore it"
         )
     many = tuple(from_json(one) for one in manifest["methods"])
     variables = jax.eval_shape(lambda: sites.attach(model, params, many, jax.random.key(0)))
@@ -121,7 +121,7 @@ def _load_tuned(model, params, directory: str | Path):
     tree.check_same(flat, arrays, str(directory / TUNED))
     bad = [name for name, x in arrays.items() if tree.digest({"": x}) != manifest["leaves"].get(name)]
     if bad:
-        raise ValueError(f"{directory / TUNED}: {len(bad)} leaves are not what was saved: {', '.join(bad[:5])}")
+        raise ValueError(f"{directory / TUNED}: {len(bad)} leaves differ from what was saved: {', '.join(bad[:5])}")
     base = {f"params/{name}": x for name, x in tree.flatten(params).items()}
     variables = tree.unflatten(variables, base | {name: jnp.asarray(x) for name, x in arrays.items()})
     check_base(variables, many, manifest["frozen_digest"], directory)
@@ -129,10 +129,10 @@ def _load_tuned(model, params, directory: str | Path):
 
 
 def check_base(variables: Tree, methods: Iterable[Method], digest: str, directory: str | Path) -> None:
-    """Raise ValueError when the frozen part of the base is not the one that was tuned on."""
+    """Raise ValueError if the frozen part of the base has another digest."""
     here = frozen_digest(variables, methods)
     if digest != here:
-        raise ValueError(f"{directory} was tuned on another base: its frozen part has digest {digest}, this one {here}")
+        raise ValueError(f"{directory} was tuned on another base: its frozen part has digest {digest}, not {here}")
 
 
 def write(
@@ -144,12 +144,12 @@ def write(
     metadata: dict[str, str],
     beside: Beside | None = None,
 ) -> Path:
-    """Write a JSON and a safetensors file into a new directory, or one that holds only such a pair, both or neither.
+    """Write a JSON and a safetensors file atomically into a new directory, or over one that holds only such a pair.
 
-    `beside`: file or directory -> a function that writes it at a path, as part of the whole.
+    `beside`: name of another file or directory -> a function that writes it at a path.
     """
     beside = beside or {}
-    # the last name: what version 0.1 left where it was killed
+    # f".{weights_name}" may be left from a killed process of version 0.1
     with files.whole_directory(directory, (config_name, weights_name, f".{weights_name}", *beside)) as new:
         files.write_tensors(new / weights_name, arrays, metadata)
         files.write_text(new / config_name, json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -161,7 +161,7 @@ def write(
 def read(
     directory: Path, config_name: str, weights_name: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
-    """(JSON object, arrays, metadata) of a pair of files; ValueError naming the file for what cannot be read."""
+    """(JSON object, arrays, metadata) of a pair of files; raises ValueError naming the file if one cannot be read."""
     for name in (config_name, weights_name):
         if not (directory / name).is_file():
             raise ValueError(f"{directory / name} is missing")

@@ -1,5 +1,5 @@
-"""The methods, by the name that configs use. A new method is one file, one line here and one row in the test table; or a
-line in a module of your own, `METHODS["mine"] = Mine` (see jaxpeft/runtime/registry.py)."""
+"""The methods, by the names that configs use. A new method is one file, one line here and one row in the test table; or one
+line in your own module, `METHODS["mine"] = Mine` (see jaxpeft/runtime/registry.py)."""
 
 import inspect
 from typing import Any
@@ -21,7 +21,7 @@ _SINGLE = (
     Prompt, Prefix, SerialAdapter, ParallelAdapter, LoRA, LoHa, DoRA, PiSSA, VeRA, IA3, SSF, OFT, Compacter, VPT,
     BitFit, LayerNorms, Full, Head, Selective,
 )  # fmt: skip
-# name -> a method, or a function that returns several
+# name -> a method, or a function that returns several methods
 METHODS = Registry("method", {cls.name: cls for cls in _SINGLE} | {"mam": MAM, "unipelt": UniPELT})
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]  of `_SINGLE` too; it exports every public name
@@ -36,21 +36,21 @@ def defaults(name: str) -> dict:
 
 
 def size_field(name: str) -> str:
-    """The field of method `name` that `size` sets; '' where there is none."""
+    """The field of method `name` that `size` sets; '' if there is none."""
     field = getattr(METHODS.find(name), "size_field", "bottleneck" if name == "mam" else "rank")
     return field if field in defaults(name) else ""
 
 
 def build(name: str, head: str = "none", **fields: Any) -> tuple[Method, ...]:
-    """The methods of one run: `name` with its fields and, unless head='none', the tuned head beside it."""
+    """The methods of a run: `name` with its fields and, unless head='none', the head that is trained beside it."""
     cls = METHODS.find(name)
     unknown = set(fields) - set(defaults(name))
     if unknown:
-        raise ValueError(f"method {name}: unknown fields {sorted(unknown)}; it has {sorted(defaults(name))}")
+        raise ValueError(f"method {name}: unknown fields {sorted(unknown)}; choose from {sorted(defaults(name))}")
     if head not in HEADS:
         raise ValueError(f"unknown head {head!r}; choose one of {', '.join(HEADS)}")
     beside = () if head == "none" else (Head(matrix=head),)
     if beside and cls is Head:
-        raise ValueError("method 'head' with head=...: they are the same leaves; set method.matrix and head='none'")
+        raise ValueError("method 'head' and head=... train the same leaves; set method.matrix and head='none'")
     made = cls(**fields)
     return (*(made if isinstance(made, tuple) else (made,)), *beside)

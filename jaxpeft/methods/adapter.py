@@ -5,13 +5,13 @@ SerialAdapter    Houlsby et al. 2019, arXiv 1902.00751, section 2.1: y <- y + s 
                  2005.00247): once per layer, after the MLP, and A reads the residual stream as the block's own
                  LayerNorm leaves it: y <- y + s * A(LN(x + y)). In a pre-norm block (ViT) it reads x + y
 ParallelAdapter  He et al. 2021, arXiv 2110.04366, table 1: y <- y + s * A(x), x the input of the sublayer (in a
-                 pre-norm block the normalised one). Best on the MLP in that paper; on attention this adds after the
-                 output projection. s = 4 there ("scaled"), 1 (plain), or learned from 1
+                 pre-norm block the normalised one). Best on the MLP in that paper; on attention it is added after the
+                 output projection. The paper has s = 4 ("scaled"), 1 (plain), or learned starting at 1
 Compacter        Karimi Mahabadi et al. 2021, arXiv 2106.04647: a serial adapter whose matrices are sums of n Kronecker
                  products A_i (x) (s_i t_i), the A_i (n x n) shared by all adapters, s_i t_i of rank one
 
-Both older papers start near the identity (std 1e-2, .02 in later code); init='zero_up' starts at it exactly and is the
-default for all, so that methods do not differ in where they start. init='normal' draws both matrices with `std`.
+Both older papers start near the identity (std 1e-2, .02 in later code). The default, init_weights='zero_up', starts exactly
+at the identity, as the other methods do. init_weights='normal' draws both matrices with `std`.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ ACTIVATIONS = {
     "swish": nn.swish,
     "linear": lambda x: x,
 }
-# sublayers by the last name of their path, here and in other models: self_attention, MultiHeadDotProductAttention_0, MlpBlock
+# sublayers by the last name of their path, in any model: self_attention, MultiHeadDotProductAttention_0, MlpBlock
 _MLP = r"(mlp|ffn|feed_?forward)"
 PLACEMENTS = {
     placement: rf"(?i)({kinds})(_?(block|layer))?(_?\d+)?$"
@@ -89,8 +89,8 @@ class SerialAdapter(_Bottleneck):
 
     @property
     def acts_at(self) -> str:
-        called = "attention or mlp" if self.placement == "houlsby" else "mlp"
-        return f"sublayers called {called} (placement={self.placement!r})"
+        named = "attention or mlp" if self.placement == "houlsby" else "mlp"
+        return f"sublayers named {named} (placement={self.placement!r})"
 
     def sublayer(self, params: Params, x_BTD: jax.Array, y_BTD: jax.Array, stream: Stream) -> jax.Array:
         reads_BTD = stream(y_BTD) if self.placement == "pfeiffer" else y_BTD
@@ -99,7 +99,7 @@ class SerialAdapter(_Bottleneck):
 
 @dataclasses.dataclass(frozen=True)
 class ParallelAdapter(_Bottleneck):
-    """A bottleneck beside a sublayer."""
+    """A bottleneck parallel to a sublayer."""
 
     targets: str = "text.mlp"
     scale: float = 4.0
@@ -117,7 +117,7 @@ class ParallelAdapter(_Bottleneck):
 
 @dataclasses.dataclass(frozen=True)
 class Compacter(SerialAdapter):
-    """A serial adapter made of Kronecker products; `n` divides width and bottleneck."""
+    """A serial adapter made of Kronecker products; `n` must divide width and bottleneck."""
 
     activation: str = "gelu"
     n: int = 4
@@ -133,7 +133,7 @@ class Compacter(SerialAdapter):
     def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         (width,), m, n = site.shape, self.bottleneck, self.n
         if width % n or m % n:
-            raise ValueError(f"compacter: n={n} does not divide width {width} and bottleneck {m} at {site.path}")
+            raise ValueError(f"compacter: n={n} must divide width {width} and bottleneck {m} at {site.path}")
         glorot = jax.nn.initializers.glorot_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
         keys = jax.random.split(rng, 4)
         params = {

@@ -1,11 +1,11 @@
-"""Methods made of methods.
+"""Methods composed of other methods.
 
-Scoped   another method, kept to the paths that a second pattern selects and to some layers of a stack. Layers are
-         scanned, so every layer runs the method and a gate says where it counts; leaves of other layers do not exist
-         (they are filled in with zeros by `expand`), so counts, files and optimizer state hold only what is trained
+Scoped   another method, restricted to the paths that a second pattern selects and to some layers of a stack. Layers are
+         scanned, so every layer runs the method and a mask selects where it counts. Other layers have no parameters
+         (`expand` fills in zeros), so counts, files and optimizer state hold only what is trained
 Gated    another method times a gate sigmoid(x g + c) of the site's input, per token: UniPELT's (Mao et al. 2021,
          arXiv 2110.07577, section 3.2). The paper averages the gate over the sequence, which in a causal decoder would
-         let a token see those after it; per token it does not. A gated prefix scales its keys and values per query
+         let a token see later ones; a gate per token does not. A gated prefix scales its keys and values per query
 UniPELT  gated prefix, serial adapter and LoRA together (section 3.3; prefix 10, bottleneck D / 16 = 48, rank 8)
 MAM      Mix-And-Match (He et al. 2021, arXiv 2110.04366, section 4.6): a small prefix in attention (30) and a scaled
          parallel adapter on the FFN (512)
@@ -29,18 +29,18 @@ from jaxpeft.ops import matmul
 
 @dataclasses.dataclass(frozen=True)
 class _Around(Method):
-    """Everything as the method inside has it."""
+    """A wrapper that forwards everything to its inner method."""
 
     method: Method | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method) or not isinstance(self.targets, str):
             kind = type(self).__name__
-            raise ValueError(f"{kind} goes around another method: {kind}(method=LoRA(...), targets='text')")
+            raise ValueError(f"{kind} wraps another method: {kind}(method=LoRA(...), targets='text')")
 
     @property
     def inner(self) -> Method:
-        """`method`, which `__post_init__` saw."""
+        """`method`, checked by `__post_init__`."""
         return typing.cast(Method, self.method)
 
     @property
@@ -94,7 +94,7 @@ class _Around(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Scoped(_Around):
-    """`method` where `targets` matches too and, if `layers` (numbers from 0) is given, in those layers only."""
+    """`method` at the sites that `targets` matches too and, if `layers` (numbered from 0) is given, in those layers only."""
 
     layers: tuple[int, ...] | None = None
 
@@ -103,11 +103,11 @@ class Scoped(_Around):
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
             if not self.layers or self.layers[0] < 0:
-                raise ValueError(f"scoped: layers is {self.layers}; give numbers from 0")
+                raise ValueError(f"scoped: layers is {self.layers}; expected layer numbers of at least 0")
             if self.inner.train:
                 raise ValueError(
                     f"scoped: {self.inner.name} trains base leaves, which hold all layers of a stack in one array; "
-                    "limit it by `targets`, not by layers"
+                    "restrict it with `targets`, not with `layers`"
                 )
 
     @property
@@ -118,11 +118,11 @@ class Scoped(_Around):
         return super().selects(site) and (self.layers is None or site.layers is not None or site.kind == "embed")
 
     def _fewer(self, site: Site) -> Site | None:
-        """The site as the method inside sees it, or None where layers mean nothing."""
+        """The site as the inner method sees it, or None if `layers` does not apply."""
         if self.layers is None or site.layers is None:
             return None
         if self.layers[-1] >= site.layers:
-            raise ValueError(f"scoped: layer {self.layers[-1]} of {site.path}, which has layers 0..{site.layers - 1}")
+            raise ValueError(f"scoped: no layer {self.layers[-1]} in {site.path}; it has layers 0..{site.layers - 1}")
         return dataclasses.replace(site, layers=len(self.layers))
 
     def init_site(self, rng: jax.Array, site: Site, base: Base) -> Params:
@@ -177,7 +177,7 @@ class Scoped(_Around):
 
 @dataclasses.dataclass(frozen=True)
 class Gated(_Around):
-    """`method` (on linear, sublayer or kv sites) times a gate of the site's input; `targets` narrows it further."""
+    """`method` (on linear, sublayer or kv sites) times a gate on the site's input; `targets` restricts it further."""
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
     y = x W + b + (alpha / r) * x ((A1 B1) * (A2 B2))        A: (in, r), B: (r, out), the product elementwise
 
-The update has a rank of up to r^2. A1, B1, B2 are normal (std 1, .1, 1), A2 is zero, so a fresh LoHa is the identity.
+The update has rank up to r^2. A1, B1, B2 are normal (std 1, .1, 1) and A2 is zero, so a fresh LoHa is the identity.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jaxpeft.ops import matmul
 
 @dataclasses.dataclass(frozen=True)
 class LoHa(LoRA):
-    """Elementwise product of two low-rank updates; fields as LoRA's."""
+    """Elementwise product of two low-rank updates, with the fields of LoRA."""
 
     name: ClassVar[str] = "loha"
 

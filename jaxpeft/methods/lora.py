@@ -6,15 +6,15 @@ LoRA    Hu et al. 2021, arXiv 2106.09685, eq. 3
         adapter's path only. The paper adapts query and value projections.
 rsLoRA  Kalajdzievski 2023, arXiv 2312.03732: s = alpha / sqrt(r)   (`rank_stabilized`)
 LoRA+   Hayou et al. 2024, arXiv 2402.12354: B learns `lr_ratio` times faster than A (the paper suggests 16 with a
-        smaller rate for A; weight decay scales with the rate, as with an optimizer group)
-DoRA    Liu et al. 2024, arXiv 2402.09353, eq. 5: W' = m * (W + s A B) / ||W + s A B||, the norm per output and constant
-        in the backward pass, m starts as the norms of W
+        smaller learning rate for A; weight decay scales with the learning rate, as in an optimizer group)
+DoRA    Liu et al. 2024, arXiv 2402.09353, eq. 5: W' = m * (W + s A B) / ||W + s A B||, with a norm per output that is
+        constant in the backward pass; m starts as the norms of W
 PiSSA   Meng et al. 2024, arXiv 2404.02948: A B starts as the top-r part of W's SVD. The paper replaces W by the
-        residual; here W stays and the start A0 B0 is subtracted, which is the same map and keeps one base for all
-        methods. A0 and B0 are stored: reading them back never depends on an SVD
+        residual; here W is kept and the initial A0 B0 is subtracted, which is the same map and keeps one base for all
+        methods. A0 and B0 are stored, so loading does not depend on an SVD
 
-The size of the step depends on alpha's policy, and in a sweep over ranks that is a confound, so it is a field: a number
-(fixed), 'r' (s = 1) or '2r' (s = 2, the default; with `rank_stabilized` s = 2 sqrt(r)).
+How alpha depends on the rank sets the size of updates, a confound in a sweep over ranks, so `alpha` can be a number (fixed),
+'r' (s = 1) or '2r' (s = 2, the default; with `rank_stabilized` s = 2 sqrt(r)).
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class LoRA(Method):
     alpha: float | str = "2r"  # a number, 'r' or '2r'
     rank_stabilized: bool = False
     dropout: float = 0.0
-    lr_ratio: float = 1.0  # of B's learning rate to A's
+    lr_ratio: float = 1.0  # learning rate of B / learning rate of A
     name: ClassVar[str] = "lora"
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
     size_field: ClassVar[str] = "rank"
@@ -50,7 +50,7 @@ class LoRA(Method):
         try:
             object.__setattr__(self, "alpha", self.alpha if self.alpha in ("r", "2r") else float(self.alpha))
         except (TypeError, ValueError):
-            raise ValueError(f"{self.name}: alpha is {self.alpha!r}; give a number, 'r' or '2r'") from None
+            raise ValueError(f"{self.name}: alpha is {self.alpha!r}; expected a number, 'r' or '2r'") from None
 
     @property
     def scale(self) -> float:
@@ -59,7 +59,7 @@ class LoRA(Method):
         return alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
     def sizes(self, model: nn.Module, sites: list[Site]) -> Sequence[int]:
-        """Up to the rank that a kernel can have."""
+        """1 to the largest rank of a kernel."""
         return range(1, max(min(site.shape) for site in sites) + 1)
 
     def lr_scale(self, leaf: str) -> float:
@@ -92,7 +92,7 @@ class LoRA(Method):
 
 @dataclasses.dataclass(frozen=True)
 class DoRA(LoRA):
-    """LoRA on the direction of each output's weights, and a magnitude of its own."""
+    """LoRA on the direction of each output's weights, with a trained magnitude."""
 
     name: ClassVar[str] = "dora"
     first: ClassVar[bool] = True
@@ -105,7 +105,7 @@ class DoRA(LoRA):
         ratio = params["m"] / jax.lax.stop_gradient(_norms(base["kernel"] + self.delta(params)))
         plain = y if base["bias"] is None else y - per_feature(base["bias"].astype(y.dtype), y)
         ratio = per_feature(ratio.astype(y.dtype), y)
-        return y + (ratio - 1) * plain + ratio * update  # in this form exactly y at the start
+        return y + (ratio - 1) * plain + ratio * update  # this form is exactly y at initialization
 
     def merge(self, params: Params, base: Base) -> Base:
         kernel = base["kernel"] + self.delta(params)
@@ -129,7 +129,7 @@ class PiSSA(LoRA):
 
     def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         if self.rank > min(site.shape):
-            raise ValueError(f"pissa: rank is {self.rank}; {site.path} of shape {site.shape} has {min(site.shape)}")
+            raise ValueError(f"pissa: rank is {self.rank}; {site.path} {site.shape} allows at most {min(site.shape)}")
         left, values, right = jnp.linalg.svd(base["kernel"], full_matrices=False)
         root = jnp.sqrt(values[: self.rank] / self.scale)
         a, b = left[:, : self.rank] * root[None], right[: self.rank] * root[:, None]

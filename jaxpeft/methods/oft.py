@@ -3,8 +3,8 @@
     y = (x R) W + b        R = diag(R_1, ..., R_n), R_i = (I - Q_i)(I + Q_i)^-1 (Cayley), Q_i skew of size `block`
 
 Q is stored as its upper triangle, row by row; it starts at zero, so R = I and a fresh OFT is the identity. The Cayley
-transform is exact (a linear solve); HF PEFT's default is a truncated series of the *inverse* rotation, so what is
-exported says `use_cayley_neumann: false`.
+transform is exact (a linear solve); HF PEFT's default is a truncated series of the *inverse* rotation, so exports set
+`use_cayley_neumann: false`.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class OFT(Method):
         at_least(self.name, "block", self.block, 2)
 
     def sizes(self, model: nn.Module, sites: list[Site]) -> Sequence[int]:
-        """The divisors of all inputs."""
+        """The common divisors of the input widths."""
         widths = [site.shape[0] for site in sites]
         return [b for b in range(2, min(widths) + 1) if not any(width % b for width in widths)]
 
@@ -44,7 +44,7 @@ class OFT(Method):
     def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         n_in = site.shape[0]
         if n_in % self.block:
-            raise ValueError(f"oft: block {self.block} does not divide the {n_in} inputs of {site.path}")
+            raise ValueError(f"oft: block is {self.block}; it must divide the {n_in} inputs of {site.path}")
         return {"q": jnp.zeros((n_in // self.block, self.block * (self.block - 1) // 2))}
 
     def expand(self, params: Params, shared: Params, site: Site) -> Params:

@@ -3,12 +3,12 @@
     head = softmax(q [P_k; K]^T / sqrt(H)) [P_v; V]      P_k, P_v: `length` learned keys and values per layer and head
 
 which equals (1 - g) attention(q, K, V) + g attention(q, P_k, P_v), g the softmax mass of the prefix. So a prefix is
-never the identity: even zeros take mass from the rest.
+never the identity: even zero keys take softmax mass from the others.
 
 With `mlp` > 0 the paper's reparameterisation is trained: P = tanh(E W1 + b1) W2 + b2, one E (length, D) and MLP for all
-layers of an attention type. It is a way to train: `sites.fold` leaves the flat prefix it makes, exactly, and 'stored'
-counts that. `positions='shift'` counts the prefix as `length` positions before the text, as transformers does when
-HF PEFT puts a prefix in the key-value cache (needed to export there); by default the text keeps its positions.
+layers of an attention type. Only training needs it: `sites.fold` replaces it exactly by the prefix that it computes, and
+'stored' counts that prefix. `positions='shift'` counts the prefix as `length` positions before the text, as transformers
+does with a prefix of HF PEFT (needed to export one); by default the text keeps its positions.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ class Prefix(Method):
 
     targets: str = "text.attention"
     length: int = 16
-    mlp: int = 0  # hidden width of the reparameterisation (800 in the authors' code); 0: trained flat
-    std: float = 0.02  # of the flat prefix at the start, and of E
+    mlp: int = 0  # hidden width of the reparameterisation (800 in the authors' code); 0: train the prefix directly
+    std: float = 0.02  # of the initial prefix, or of E
     positions: str = "keep"
     name: ClassVar[str] = "prefix"
     size_field: ClassVar[str] = "length"
@@ -50,7 +50,7 @@ class Prefix(Method):
         return self.mlp > 0
 
     def selects(self, site: Site) -> bool:
-        if site.kind == "embed":  # of a stack whose self-attention has the prefix: it moves the positions there
+        if site.kind == "embed":  # the prefix in a stack's self-attention shifts the positions of the stack
             return (
                 self.positions == "shift" and re.search(self.targets, f"{site.path}/blocks/self_attention") is not None
             )

@@ -1,15 +1,15 @@
-"""Learned tokens in front of a sequence.
+"""Learned tokens before a sequence.
 
 Prompt   Lester et al. 2021, arXiv 2104.08691: `length` learned rows before the tokens of a stack, at its input only.
-         They take no position embedding and the text keeps its positions; positions='shift' is what transformers does
-         with HF PEFT's prompts: rows are word embeddings at positions 0..length-1, normalised with the text, which
-         moves up by `length`. init_weights: 'normal' (std), 'vocabulary' (random words of the base) or 'text' (the words of
-         `text`, repeated)
-VPT      Jia et al. 2022, arXiv 2203.12119: the same for a ViT ('shallow'), or fresh rows in place of the learned ones
-         at the input of every layer ('deep'). Start: uniform with bound sqrt(6 / (3 patch^2 + D)). The paper writes
-         [class; prompt; patches]; order is meaningless without positions, and here they stand in front
+         They get no position embedding and the text keeps its positions. positions='shift' is what transformers does
+         with HF PEFT's prompts: rows are word embeddings at positions 0..length-1, normalised with the text, whose
+         positions shift by `length`. init_weights: 'normal' (std), 'vocabulary' (random words of the base) or 'text' (the
+         words of `text`, repeated)
+VPT      Jia et al. 2022, arXiv 2203.12119: the same for a ViT ('shallow'), or new learned rows at the input of every
+         layer in place of the previous ones ('deep'). Initially uniform with bound sqrt(6 / (3 patch^2 + D)). The paper
+         writes [class; prompt; patches]; without positions the order has no effect, and here they come first
 
-Learned tokens never leave the stack: what follows sees as many tokens as without them.
+Learned tokens never leave the stack: later layers see as many tokens as without them.
 """
 
 import dataclasses
@@ -46,10 +46,10 @@ class Prompt(Method):
         one_of("prompt", "init_weights", self.init_weights, INITS)
         one_of("prompt", "positions", self.positions, POSITIONS)
         if bool(self.text) != (self.init_weights == "text"):
-            raise ValueError("prompt: `text` goes with init_weights='text', and init_weights='text' needs it")
+            raise ValueError("prompt: `text` must be set if and only if init_weights='text'")
 
     def sizes(self, model: nn.Module, sites: list[Site]) -> Sequence[int]:
-        """Up to as many tokens as the text stack has positions: more are longer than any text the base can read."""
+        """1 to the number of positions of the text stack, the length of the longest text that the base can read."""
         return range(1, model.config.max_positions + 1)
 
     def shift(self, site: Site) -> int:
@@ -59,7 +59,7 @@ class Prompt(Method):
         if self.init_weights == "normal":
             return {"rows": self.std * jax.random.normal(rng, (self.length, *site.shape))}
         if "word" not in base:
-            raise ValueError(f"prompt: {site.path} has no words to start from; use init_weights='normal'")
+            raise ValueError(f"prompt: {site.path} has no word embedding to start from; use init_weights='normal'")
         if self.init_weights == "vocabulary":
             ids = jax.random.randint(rng, (self.length,), 0, base["word"].shape[0])
         else:
@@ -70,7 +70,7 @@ class Prompt(Method):
             words = base["tokenizer"].encode(self.text)[1:-1]
             ids = np.resize(np.array(words, np.int32), self.length)
         rows = base["word"][ids]
-        if self.positions == "keep":  # they enter after the embedding's LayerNorm, so that is how they must look
+        if self.positions == "keep":  # rows are added after the embedding's LayerNorm, so they are normalised here
             rows = (rows - rows.mean(-1, keepdims=True)) / rows.std(-1, keepdims=True)
             rows = rows * base["norm/scale"][None] + base["norm/bias"][None]
         return {"rows": rows}
@@ -79,7 +79,7 @@ class Prompt(Method):
         if self.positions == "keep":
             return params["rows"]
         if as_tokens is None:
-            raise ValueError("prompt: positions='shift' needs a stack of words; use positions='keep'")
+            raise ValueError("prompt: positions='shift' needs a text stack; use positions='keep'")
         return as_tokens(params["rows"])
 
 
@@ -90,7 +90,7 @@ class VPT(Method):
     targets: str = "vision"
     length: int = 10
     depth: str = "shallow"
-    patch: int = 16  # side of a patch in pixels, for the start
+    patch: int = 16  # side of a patch in pixels, for the initialization
     name: ClassVar[str] = "vpt"
     size_field: ClassVar[str] = "length"
 
@@ -103,7 +103,7 @@ class VPT(Method):
         return ("embed", "block") if self.depth == "deep" else ("embed",)
 
     def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
-        if self.depth == "deep" and site.kind == "embed":  # makes room; the first block puts its own rows there
+        if self.depth == "deep" and site.kind == "embed":  # `embed` adds zeros, which the first block replaces
             return {}
         bound = (6 / (3 * self.patch**2 + site.shape[0])) ** 0.5
         return {"rows": jax.random.uniform(rng, (self.length, *site.shape), jnp.float32, -bound, bound)}

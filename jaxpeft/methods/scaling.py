@@ -1,4 +1,4 @@
-"""Methods that scale what flows through the base.
+"""Methods that scale activations of the base.
 
 IA3     Liu et al. 2022, arXiv 2205.05638, section 3.3: keys, values and the FFN's inner activation are multiplied by
         learned vectors that start at one. Keys and values are outputs of a linear (their bias is scaled too); the inner
@@ -23,7 +23,7 @@ class IA3(Method):
     """Learned scales of keys, values and inner FFN activations."""
 
     targets: str = "text.attention.kv_mlp.down"
-    feedforward: str = r"mlp/down$"  # of these linears the input is scaled, of the others the output
+    feedforward: str = r"mlp/down$"  # linears whose input is scaled; of all others the output is
     name: ClassVar[str] = "ia3"
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
 
@@ -68,7 +68,7 @@ class SSF(Method):
 
     def merge(self, params: Params, base: Base) -> Base:
         if base["bias"] is None:
-            raise ValueError("ssf shifts the output of a layer that has no bias, so there is nothing to merge into")
+            raise ValueError("ssf: the layer has no bias that the shift could be merged into")
         (weight,) = base.keys() - {"bias"}  # a linear's kernel or a norm's scale, outputs last
         scaled = {name: x * per_feature(params["g"], x) if x.ndim > 1 else x * params["g"] for name, x in base.items()}
         return {weight: scaled[weight], "bias": scaled["bias"] + params["t"]}

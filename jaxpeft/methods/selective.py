@@ -1,12 +1,12 @@
 """Training base leaves in place: full fine-tuning, the head, biases, LayerNorms, or any leaves that a pattern names.
 
-BitFit (Zaken et al. 2021, arXiv 2106.10199) trains every bias, LayerNorms' included; tuning LayerNorms alone trains
-scale and bias of each. Their `targets` narrows the choice to a tower or stack.
+BitFit (Zaken et al. 2021, arXiv 2106.10199) trains every bias, those of LayerNorms included; LayerNorms trains their scales
+and biases only. `targets` restricts either to a tower or stack.
 
 BLIP's head is a dense layer, GELU and LayerNorm ("transform"), then the vocabulary matrix, tied to the word embedding,
-and a free bias. `Head(matrix='transform')` trains transform and bias and leaves the matrix alone; 'untied' also
-gives the head a vocabulary matrix of its own, initialised as a copy (V * D leaves: usually far more than the method
-beside it, so it is counted as stored and trained).
+and a free bias. `Head(matrix='transform')` trains transform and bias and keeps the matrix frozen; 'untied' also gives the
+head its own vocabulary matrix, initialised as a copy. It has V * D parameters, usually far more than the method beside it,
+and is counted as stored and trained.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ HEADS = ("none", "transform", "untied")
 
 @dataclasses.dataclass(frozen=True)
 class Selective(Method):
-    """Train the base leaves whose name ('params/...') contains the regular expression `leaves`, or a group of the model's."""
+    """Train the base leaves whose name ('params/...') matches `leaves`, a regular expression or a named group of the model."""
 
     leaves: str = ""
     name: ClassVar[str] = "selective"
 
     def __post_init__(self) -> None:
         if not self.leaves:
-            raise ValueError("selective: `leaves` is empty; give a regular expression of base leaves, such as 'norm'")
+            raise ValueError("selective: `leaves` is empty; expected a regular expression for base leaves, e.g. 'norm'")
 
     @property
     def train(self) -> str:
@@ -59,9 +59,9 @@ class LayerNorms(BitFit):
 
 @dataclasses.dataclass(frozen=True)
 class NewWords(Method):
-    """Train the rows of words that were added to the base's vocabulary: embedding, output bias and nothing else.
+    """Train only the embedding rows and output biases of words that were added to the base's vocabulary.
 
-    `training/setup.py` puts it beside the method of a run whose texts have words that the base lacks.
+    `training/setup.py` adds it to the method of a run whose texts have words that the base lacks.
     """
 
     leaves: str = "new_words"
@@ -74,7 +74,7 @@ class NewWords(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Full(Method):
-    """Full fine-tuning: every base leaf is tuned."""
+    """Full fine-tuning: train every base leaf."""
 
     name: ClassVar[str] = "full"
     train: ClassVar[str] = "^params/"
@@ -82,7 +82,7 @@ class Full(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Head(Method):
-    """Tune the decoder's head; `matrix` says whether its vocabulary matrix is untied from the embedding and tuned."""
+    """Train the decoder's head; matrix='untied' also unties its vocabulary matrix from the embedding and trains it."""
 
     targets: str = "head"
     matrix: str = "transform"  # 'transform' or 'untied'
@@ -92,7 +92,7 @@ class Head(Method):
 
     def __post_init__(self) -> None:
         if self.matrix not in HEADS[1:]:
-            raise ValueError(f"head: unknown kind {self.matrix!r}; choose one of {', '.join(HEADS)}")
+            raise ValueError(f"head: matrix is {self.matrix!r}; choose one of {', '.join(HEADS[1:])}")
 
     @property
     def train(self) -> str:
@@ -103,13 +103,11 @@ class Head(Method):
         return ("linear",) if self.matrix == "untied" else ()
 
     def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
-        return {
-            "matrix": base["kernel"].T
-        }  # (V, D), the layout of the embedding: the same product, so identity is exact
+        return {"matrix": base["kernel"].T}  # (V, D) like the embedding: the same product, so it starts as the identity
 
     def linear(self, params: Params, x: jax.Array, y: jax.Array, base: Base, rng: jax.Array | None) -> jax.Array:
         return matmul(x, params["matrix"].T.astype(x.dtype))
 
     def merge(self, params: Params, base: Base) -> Params:
-        """Where the base has a vocabulary matrix of its own; `sites.merge` refuses a tied one."""
+        """For a base whose vocabulary matrix is not tied; `sites.merge` rejects a tied one."""
         return base | {"kernel": params["matrix"].T}

@@ -3,7 +3,7 @@
     y = x W + b + ((x A) * d) B * l        A: (in, r), B: (r, out) random, frozen, shared by all sites and layers
 
 d starts at 0.1 and l at zero, so a fresh VeRA is the identity. A and B are drawn for the largest input and output and
-cut per site; they are stored (another generator would give another basis), counted as stored and not as trained.
+sliced per site. They are stored, as another random generator would give other matrices, and counted as stored, not trained.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jaxpeft.ops import matmul, per_feature
 
 @dataclasses.dataclass(frozen=True)
 class VeRA(Method):
-    """Scales of a shared random low-rank update."""
+    """Trained scales of a random low-rank update that all sites share."""
 
     targets: str = "text.attention.qv"
     rank: int = 256

@@ -1,8 +1,8 @@
-"""What a model must offer: the protocol between a vision-language model and everything that trains, decodes or exports it.
+"""The interface of a vision-language model for everything that trains, decodes or exports it.
 
-A model is a Flax module whose `apply(..., method=...)` computes the functions below. Encoder-decoders (a text attends to image
-tokens or question states) and prefix-LMs (a text follows image and prompt in one sequence) both fit it: only the model itself
-looks inside `Context.memory`.
+A model is a Flax module whose `apply(..., method=...)` computes the functions below. The interface covers encoder-decoders (a
+text attends to image tokens or question states) and prefix-LMs (a text follows image and prompt in one sequence): only the
+model itself reads `Context.memory`.
 
 Axes: B rows of the context, R = B * A rows of texts (rows b*A .. b*A+A-1 belong to context row b), S context positions, T text
 positions, V words.
@@ -24,16 +24,16 @@ from jaxpeft.runtime.registry import Registry
 
 
 class Context(NamedTuple):
-    """What texts are written about, computed once per row. A pytree."""
+    """What texts are conditioned on, computed once per row. A pytree."""
 
     memory: Any  # states (B, S, D), or keys and values of every layer; only the model reads it
-    mask_BS: jax.Array | None  # True at real entries, whatever the padding side; None where all are real
+    mask_BS: jax.Array | None  # True at real entries, on either padding side; None if all entries are real
     next_B: jax.Array  # position of the first text token: zeros in an encoder-decoder
-    first_BV: jax.Array | None = None  # logits of the first text token; None where a text begins with `template.start`
+    first_BV: jax.Array | None = None  # logits of the first text token; None if a text begins with `template.start`
 
 
 class Cache(NamedTuple):
-    """A text that is being written. `rows` has a row per text on axis 1 of every leaf, behind the layers: beams reorder it."""
+    """State of decoding. `rows` has a row per text on axis 1 of every leaf, after the layers; beam search reorders it."""
 
     rows: Any  # keys and values of the text so far, (L, R, ...)
     shared: Any  # what all texts of a context row share, and counters
@@ -41,85 +41,85 @@ class Cache(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of `context` that can be computed once while it is frozen. Stages form a DAG over batch keys."""
+    """A part of `context` that can be computed once if it is frozen. Stages form a DAG over batch keys."""
 
     name: str  # the batch key of its output, (B, ...)
     reads: tuple[str, ...]  # batch keys, or names of other stages
-    per: str  # 'image' or 'example': what a row of its output belongs to
+    per: str  # 'image' or 'example': what each row of its output belongs to
 
 
 class VisionLanguageModel(sites.Adaptable):
-    """Base class of the models. Functions that make another model carry `nn.nowrap`, or it would become a submodule.
+    """Base class of models. Functions that return another model need `nn.nowrap`, or it would become a submodule.
 
-    Fields: `config`, a frozen dataclass; `processor`, which is no part of the jit key."""
+    Fields: `config`, a frozen dataclass; `processor`, which is not part of the jit key."""
 
     config: Any
     processor: Processor | None = dataclasses.field(default=None, compare=False, repr=False)
 
     model_type: ClassVar[str] = ""  # the key in MODELS, and in the files of a checkpoint
-    stages: ClassVar[tuple[Stage, ...]] = ()  # in an order in which they can be computed
+    stages: ClassVar[tuple[Stage, ...]] = ()  # in order of computation
     targets: ClassVar[dict[str, str]] = {}  # named groups of sites: name -> regular expression of site paths
     # (pattern of leaf paths, mesh axes of its last dimensions), see training/sharding.py
     sharding: ClassVar[tuple[tuple[str, tuple[str | None, ...]], ...]] = ()
-    tied: ClassVar[dict[str, str]] = {}  # path of a linear without a kernel of its own -> the leaf it reads, transposed
+    tied: ClassVar[dict[str, str]] = {}  # path of a linear without its own kernel -> the leaf that it uses, transposed
 
-    if TYPE_CHECKING:  # Flax gives every module one, which its type does not say
+    if TYPE_CHECKING:  # Flax adds it to every module, but not to its type
 
         def __hash__(self) -> int: ...
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The processor's tokenizer; None where there is none."""
+        """The processor's tokenizer, or None."""
         return self.processor and self.processor.tokenizer
 
     @property
     def hf(self) -> HuggingFace | None:
-        """How transformers and PEFT have this model; None where they do not."""
+        """The form of this model in transformers and PEFT; None if they do not have it."""
         return MODELS[self.model_type]().hf(self) if self.model_type in MODELS else None
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The names of the tasks that this model does."""
+        """The names of the tasks that this model supports."""
         raise NotImplementedError
 
     @property
     def positions(self) -> int:
-        """The most text tokens that it reads."""
+        """The maximum number of text tokens."""
         raise NotImplementedError
 
     def replaced(self, tokenizer: Tokenizer | None = None, **fields: Any) -> "VisionLanguageModel":
-        """The model with other fields of its config and, where given, another tokenizer; its processor follows."""
+        """The model with changed fields of its config and, if given, another tokenizer; the processor is updated."""
         raise NotImplementedError
 
     def for_task(self, task: str) -> "VisionLanguageModel":
-        """The same parameters as a model of another task. Raises ValueError where they cannot do it."""
+        """The model for another task with the same parameters. Raises ValueError if they do not support it."""
         raise NotImplementedError
 
     def unrolled(self) -> "VisionLanguageModel":
-        """The same model with every layer written out in its program: XLA counts the body of a loop once."""
+        """The same model with unrolled layers, to count FLOPs: XLA counts the body of a loop once."""
         raise NotImplementedError
 
     def example(self) -> dict:
-        """A batch of zeros that touches every stage: enough for `init` and for finding sites."""
+        """A small batch that uses every stage, for `init` and for finding sites."""
         raise NotImplementedError
 
     def stage(self, batch: dict, name: str) -> jax.Array:
-        """The output of one stage from a batch that holds what it reads."""
+        """The output of one stage, from a batch that has its inputs."""
         raise NotImplementedError
 
     def context(self, batch: dict) -> Context:
-        """The context of a batch, from the furthest stages whose outputs are in it."""
+        """The context of a batch, starting from the latest stages whose outputs it contains."""
         raise NotImplementedError
 
     def score(self, tokens_RT: jax.Array, context: Context) -> jax.Array:
-        """Teacher-forced logits (R, T, V): column t predicts the token behind tokens_RT[:, t].
+        """Teacher-forced logits (R, T, V): column t predicts the token after tokens_RT[:, t].
 
         In a prefix-LM column 0 of tokens_RT is a placeholder: its logits are the context's `first_BV`.
         """
         raise NotImplementedError
 
     def start(self, tokens_RS: jax.Array, context: Context, room: int) -> tuple[jax.Array, Cache]:
-        """(logits (R, V) of the token behind `template.start`, a cache with room for `room` tokens, the start's included)."""
+        """(logits (R, V) of the token after `template.start`, a cache for `room` tokens including the start)."""
         raise NotImplementedError
 
     def step(self, token_R: jax.Array, cache: Cache, context: Context) -> tuple[jax.Array, Cache]:
@@ -134,9 +134,9 @@ class VisionLanguageModel(sites.Adaptable):
 
 
 def _in(module: str) -> Callable[[], Converter]:
-    """The `CONVERTER` of a module that is imported when it is wanted."""
+    """The `CONVERTER` of a module, imported on first use."""
     return lambda: importlib.import_module(module).CONVERTER
 
 
-# model_type of config.json (Hugging Face) or manifest.json (ours) -> a function that gives its converter
+# model_type of config.json (Hugging Face) or manifest.json (jaxpeft) -> a function that returns its converter
 MODELS: dict[str, Callable[[], Converter]] = Registry("model type", {"blip": _in("jaxpeft.models.blip_convert")})

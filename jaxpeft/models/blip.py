@@ -1,11 +1,11 @@
 """BLIP (Li et al. 2022, arXiv 2201.12086): a ViT, a text decoder and, for VQA, a question encoder.
 
 Captioning:  image -> encode_image -> score(caption)
-VQA:         image -> encode_image -> encode_question -> score(answer), which looks at the question states only
+VQA:         image -> encode_image -> encode_question -> score(answer), which attends to the question states only
 
-The ViT is pre-norm, the text stacks are post-norm as BERT's; every text layer has self-attention, cross-attention and
-an MLP. The vocabulary matrix is tied to the word embedding. Stages are separate methods, so a frozen one can be
-computed once. All widths, epsilons and head counts are explicit: a wrong one changes logits by 1e-4 and no shape.
+The ViT is pre-norm, the text stacks are post-norm like BERT; every text layer has self-attention, cross-attention and an
+MLP. The vocabulary matrix is tied to the word embedding. Stages are separate methods, so a frozen one can be computed once.
+All widths, epsilons and head counts are explicit: a wrong epsilon changes logits by 1e-4 but no shape.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ REMAT = {"none": None, "full": None, "dots": jax.checkpoint_policies.dots_with_n
 
 
 def position_init(key, shape, dtype=jnp.float32):
-    """(1 + side^2, D) image positions that tell rows and columns apart from the first step: sines and cosines of both,
-    with waves of 1 to 20 grid sides, centred over the patches; noise for the class token and the last D mod 4 columns.
+    """(1 + side^2, D) position embeddings that distinguish rows and columns from the first step: sines and cosines of both,
+    with wavelengths of 1 to 20 grid sides, centred over the patches; noise for the class token and the last D mod 4 columns.
 
-    Only training from scratch sees it (pre-training and `init=scratch`). The noise of std 0.02 that BLIP adds to an
-    ImageNet ViT is lost in a small tower beside patches whose brightness alone has ten times its norm: a base that was
-    pre-trained from it could not tell left from right, and this one can (docs/results/scenes.md).
+    Used only to train from scratch (pre-training and `init=scratch`). In a small tower the noise of std 0.02 that BLIP adds to
+    an ImageNet ViT is too weak beside patches whose brightness alone has ten times its norm: a base that was pre-trained from
+    it could not tell left from right, unlike this one (docs/results/scenes.md).
     """
     side, waves = math.isqrt(shape[0] - 1), shape[1] // 4
     waves_F = 2 * np.pi / side / 20 ** (np.arange(waves) / waves)
@@ -47,7 +47,7 @@ def position_init(key, shape, dtype=jnp.float32):
     return _INIT(key, shape, dtype).at[1:, : 4 * waves].set((position_PD - position_PD.mean(0)).astype(dtype))
 
 
-# a config file from a stranger must not ask for all memory, so lengths have a largest value; those not named, 1 << 20
+# upper limits, so that an untrusted config cannot exhaust memory; 1 << 20 for other fields
 MOST = {"image_size": 4096, "vision_layers": 256, "text_layers": 256, "vision_width": 1 << 14, "text_width": 1 << 14}
 MOST_PATCHES = 1 << 14
 
@@ -73,24 +73,24 @@ class BlipConfig:
     pad_id: int = 0
     cls_id: int = 101
     sep_id: int = 102
-    bos_id: int = 30522  # [DEC], the first token of what the decoder writes
+    bos_id: int = 30522  # [DEC], the first token of the decoder
     enc_id: int = 30523  # [ENC], the first token of a question
     question_encoder: bool = False
-    new_words: int = 0  # of vocab_size, the last so many: words added to a base, whose rows are leaves of their own
-    untied_head: bool = False  # a vocabulary matrix of its own, as BLIPs have that transformers 4.40 tuned whole
+    new_words: int = 0  # number of words, the last of the vocabulary, that were added; their rows are separate leaves
+    untied_head: bool = False  # own vocabulary matrix, as in BLIPs that were fully fine-tuned with transformers 4.40
     image_mean: tuple = tuple(images.MEAN_C.tolist())  # per channel of pixels in [0, 1]: CLIP's, which BLIP keeps
     image_std: tuple = tuple(images.STD_C.tolist())
-    image_resample: int = images.BICUBIC  # Pillow's number of the filter that makes pictures square
+    image_resample: int = images.BICUBIC  # number of the Pillow filter that resizes images to squares
     dropout: float = 0.0
     dtype: str = "float32"
-    unroll: int | None = None  # stacks of up to so many layers are written out; None: UNROLLED
-    remat: str = "none"  # what the backward pass computes again: 'full', all of a layer; 'dots', all but products
+    unroll: int | None = None  # unroll stacks with at most this number of layers; None: UNROLLED
+    remat: str = "none"  # what the backward pass recomputes: 'full', whole layers; 'dots', all but matrix products
 
     def __post_init__(self):
         for name in ("image_mean", "image_std"):
             object.__setattr__(self, name, images.per_channel(name, getattr(self, name)))
         if self.image_resample not in images.FILTERS:
-            raise ValueError(f"image_resample is {self.image_resample!r}; Pillow's filters are {images.FILTERS}")
+            raise ValueError(f"image_resample is {self.image_resample!r}; expected a Pillow filter, {images.FILTERS}")
         for name, kind in type(self).__annotations__.items():
             value, most = getattr(self, name), MOST.get(name, 1 << 20)
             least = 0 if name.endswith(("_id", "_resample", "new_words")) else 1
@@ -99,7 +99,7 @@ class BlipConfig:
             ):
                 raise ValueError(f"{name} is {value!r:.80}, expected {'an' if kind is int else 'a'} {kind.__name__}")
             if kind is int and not least <= value <= most:
-                raise ValueError(f"{name} is {value:.3g}; it is {least} to {most:,}")
+                raise ValueError(f"{name} is {value:.3g}; it must be between {least} and {most:,}")
         for tower in ("vision", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
@@ -111,7 +111,7 @@ class BlipConfig:
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         if self.n_patches > MOST_PATCHES:
-            raise ValueError(f"{self.n_patches:,} patches of an image; at most {MOST_PATCHES:,} are computed")
+            raise ValueError(f"{self.n_patches:,} patches per image; the limit is {MOST_PATCHES:,}")
 
     @property
     def n_patches(self) -> int:
@@ -119,10 +119,11 @@ class BlipConfig:
 
 
 def _stack(block, config: BlipConfig, n_layers: int):
-    """`block` scanned over stacked layers: one compilation, one (L, ...) leaf per weight, a path without layer index.
+    """Scan `block` over stacked layers: one compilation, one (L, ...) leaf per weight, a path without layer index.
 
-    Short stacks are unrolled inside the scan: the same tree, and XLA on CPU then fuses across the loop body (tiny ViT,
-    batch 64, gradient: 309 ms against 462 ms); for twelve layers the step time is equal and compiling takes longer.
+    Short stacks are unrolled inside the scan: the tree is the same, and XLA on CPU then fuses operations of several layers
+    (tiny ViT, batch 64, gradient: 309 ms instead of 462 ms). For twelve layers the step time is the same and compilation
+    takes longer.
     """
     if config.remat != "none":
         block = nn.remat(block, prevent_cse=False, policy=REMAT[config.remat])
@@ -137,7 +138,7 @@ def _stack(block, config: BlipConfig, n_layers: int):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to width: the strided convolution of a ViT as one matrix product. Site: linear."""
+    """Patch embedding: the strided convolution of a ViT as one matrix product over non-overlapping patches. Site: linear."""
 
     config: BlipConfig
 
@@ -146,7 +147,7 @@ class PatchEmbed(nn.Module):
         c = self.config
         p, grid = c.patch_size, c.image_size // c.patch_size
         if image_BYXC.shape[1:] != (c.image_size, c.image_size, 3):
-            raise ValueError(f"images are {image_BYXC.shape[1:]}; the model takes ({c.image_size}, {c.image_size}, 3)")
+            raise ValueError(f"images are {image_BYXC.shape[1:]}; expected ({c.image_size}, {c.image_size}, 3)")
         kernel = self.param("kernel", _INIT, (p, p, 3, c.vision_width)).reshape(-1, c.vision_width)
         bias = self.param("bias", nn.initializers.zeros, (c.vision_width,))
         x = image_BYXC.astype(c.dtype).reshape(-1, grid, p, grid, p, 3).swapaxes(2, 3).reshape(-1, grid**2, p * p * 3)
@@ -172,7 +173,7 @@ class VisionBlock(nn.Module):
 
 
 class Vision(nn.Module):
-    """image_BYXC (normalised float) -> tokens (B, 1 + P, D): class token and patches, all given to the text side."""
+    """image_BYXC (normalised float) -> tokens (B, 1 + P, D): class token and patches, all read by the text stacks."""
 
     config: BlipConfig
 
@@ -194,7 +195,7 @@ class TextBlock(nn.Module):
     """x = norm(x + self_attention); x = norm(x + cross_attention); x = norm(x + mlp).
 
     `cache` holds one layer's 'self' keys and values (B,N,S,H) up to a fixed length and, once computed, the 'cross' ones
-    of the context. It is a value: given in, the new one returned.
+    of the context. It is immutable; the updated cache is returned.
     """
 
     config: BlipConfig
@@ -207,7 +208,7 @@ class TextBlock(nn.Module):
             return Attention(c.text_width, c.text_heads, c.dropout, c.dtype, name=name)
 
         def add(x, name):
-            """y -> norm(x + y), for the residual add and for methods that read what comes out of it."""
+            """y -> norm(x + y), for the residual add and for methods that read its result."""
             norm = LayerNorm(epsilon=c.text_eps, dtype=c.dtype, name=name)
             return lambda y: norm(x + y)
 
@@ -255,7 +256,7 @@ class Embed(nn.Module):
         """Word embeddings (B, T, D) or (1, K, D) at positions start, start + 1, ..."""
         n_tokens = words_BTD.shape[1]
         if n_tokens > self.config.max_positions:
-            raise ValueError(f"{n_tokens} tokens are more than max_positions {self.config.max_positions}")
+            raise ValueError(f"{n_tokens} tokens exceed max_positions {self.config.max_positions}")
         return self.norm(words_BTD + jax.lax.dynamic_slice_in_dim(self.position, start, n_tokens)[None])
 
     def __call__(self, tokens_BT, start):
@@ -263,7 +264,7 @@ class Embed(nn.Module):
 
 
 class Head(nn.Module):
-    """States to logits (float32): dense, GELU, LayerNorm, the vocabulary matrix (tied, or its own) and a free bias."""
+    """States to logits (float32): dense, GELU, LayerNorm, the vocabulary matrix (tied or its own) and a free bias."""
 
     config: BlipConfig
 
@@ -295,14 +296,14 @@ class TextStack(nn.Module):
     def __call__(self, tokens_BT, mask_BT, context_BSD, context_mask_BS, causal, cache=None, cache_length=0):
         """-> (states_BTD or logits_BTV, cache). mask_BT: True at real tokens, None where all are.
 
-        `cache_length` > 0 starts a cache with room for that many tokens; with a cache only the last token's output is
-        returned. Tokens that methods add in front take no position embedding and never leave the stack.
+        `cache_length` > 0 starts a cache for that number of tokens; with a cache only the last token's output is returned.
+        Tokens that methods add in front get no position embedding and never leave the stack.
         """
         c = self.config
         start, embed = sites.shift(self), Embed(c, name="embed")
         if start + max(tokens_BT.shape[1], cache_length) > c.max_positions:
             raise ValueError(
-                f"{start} shifted positions and {max(tokens_BT.shape[1], cache_length)} tokens are more than "
+                f"{start} shifted positions and {max(tokens_BT.shape[1], cache_length)} tokens exceed "
                 f"max_positions {c.max_positions}"
             )
         if cache is not None:
@@ -332,8 +333,8 @@ class TextStack(nn.Module):
         return Head(c, name="head")(x_BTD, word_VD) if self.head else x_BTD, cache
 
 
-# How leaves are split: heads, hidden units and words over 'tensor', as Megatron does; the other side of every matrix over
-# 'fsdp'. Last dimensions; a stack's L is never split. '@': what methods add there (jaxpeft/training/sharding.py).
+# Mesh axes of the last dimensions of leaves: heads, hidden units and words over 'tensor', as in Megatron; the other side of
+# every matrix over 'fsdp'; a stack's L is never sharded. '@': adapter parameters (see jaxpeft/training/sharding.py).
 SHARDING = (
     (r"(query|key|value|mlp/up)/kernel$", ("fsdp", "tensor")),
     (r"(query|key|value|mlp/up)/bias$", ("tensor",)),
@@ -367,7 +368,7 @@ TRAINED = {  # groups of base leaves
 
 
 class Blip(VisionLanguageModel):
-    """The model. A captioner's context is its image tokens; with a question encoder it is the question's states."""
+    """BLIP. The context of a captioning model is its image tokens; with a question encoder it is the question states."""
 
     config: BlipConfig
     sharding: ClassVar = SHARDING
@@ -403,7 +404,7 @@ class Blip(VisionLanguageModel):
     @nn.nowrap
     def for_task(self, task: str) -> "Blip":
         if task == "vqa" and not self.config.question_encoder:
-            raise ValueError("this BLIP has no question encoder, which answering needs")
+            raise ValueError("this BLIP has no question encoder, which task 'vqa' needs")
         return self.replaced(question_encoder=task == "vqa")
 
     def setup(self):
@@ -413,7 +414,7 @@ class Blip(VisionLanguageModel):
             self.text_encoder = TextStack(self.config, head=False)
 
     def encode_image(self, image_BYXC):
-        """uint8 images, or floats already normalised -> image tokens (B, 1 + P, vision_width)."""
+        """uint8 images, or normalised floats -> image tokens (B, 1 + P, vision_width)."""
         if image_BYXC.dtype == jnp.uint8:
             c = self.config
             mean_C, std_C = (jnp.asarray(x, jnp.float32)[None, None, None] for x in (c.image_mean, c.image_std))
@@ -421,7 +422,7 @@ class Blip(VisionLanguageModel):
         return self.vision(image_BYXC)
 
     def encode_question(self, image_BPD, prompt_BT, mask_BT=None):
-        """Question ids (first one enc_id) -> question states (B, T, text_width); mask defaults to non-pad."""
+        """Question ids (starting with enc_id) -> question states (B, T, text_width); the default mask excludes padding."""
         mask_BT = prompt_BT != self.config.pad_id if mask_BT is None else mask_BT
         return self.text_encoder(prompt_BT, mask_BT, image_BPD, None, causal=False)[0]
 
@@ -444,7 +445,7 @@ class Blip(VisionLanguageModel):
         return self.text_decoder(tokens_RT, None, context.memory, context.mask_BS, causal=True)[0]
 
     def masked_lm(self, tokens_BT):
-        """BERT's view of the decoder's weights: both directions, no image -> logits_BTV. For text-only warm-up."""
+        """The decoder as a bidirectional masked language model without image -> logits_BTV. For text-only warm-up."""
         return self.text_decoder(tokens_BT, tokens_BT != self.config.pad_id, None, None, causal=False)[0]
 
     def start(self, tokens_RS, context, room):
@@ -465,7 +466,7 @@ class Blip(VisionLanguageModel):
 
 
 def _cache(cache: dict) -> Cache:
-    """The text stack's cache as beams see it: keys and values of the context are one per image, those of texts per row."""
+    """Split the text stack's cache for beam search: keys and values of texts are per row, those of the context are shared."""
     layers = cache["layers"]
     return Cache({"self": layers["self"]}, cache | {"layers": {"cross": layers["cross"]}})
 
@@ -497,7 +498,7 @@ def _vqa(tokenizer: BlipTokenizer) -> Template:
 
 
 def processor(config: BlipConfig, tokenizer: BlipTokenizer | None) -> Processor:
-    """BLIP's own templates, the words of `tokenizer`, and the images that `config` says."""
+    """The processor with BLIP's templates, `tokenizer`, and the image settings of `config`."""
     templates = {"captioning": _captioning, "vqa": _vqa}
     templates = {name: functools.partial(make, tokenizer) for name, make in templates.items()}
     return Processor(tokenizer, config.image_size, config.image_resample, config.image_mean, templates)

@@ -1,8 +1,8 @@
-"""BLIP checkpoints: transformers' names and layout <-> our parameter tree.
+"""BLIP checkpoints: names and layout of transformers <-> our parameter tree.
 
-One table says which reference tensor becomes which leaf (`convert`). Salesforce's own names (`visual_encoder.*`) are accepted.
-The reference fuses query, key and value of the vision blocks, keeps kernels as (out, in), convolutions as OIHW, and stores the
-tied vocabulary matrix and bias sometimes twice.
+One table maps reference tensors to leaves (`convert`). Salesforce's original names (`visual_encoder.*`) are accepted too. The
+reference fuses query, key and value of the vision blocks, stores kernels as (out, in), convolutions as OIHW, and sometimes
+the tied vocabulary matrix and bias twice.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from jaxpeft.models.convert import Change, Dtype, Place, Rule, Table, Tensor
 from jaxpeft.runtime import files
 
 # (kind, reference name, our path, reference kernel shape), {} stands for the layer; a matrix is a dense without bias.
-# Sizes: D width, 3D fused, F MLP,
-# C width of the cross-attention's context, P image positions, p patch size, V vocabulary, T text positions.
+# Sizes: D width, 3D fused, F MLP, C width of the cross-attention's context, P image positions, p patch size, V vocabulary,
+# T text positions.
 VISION = (
     ("leaf", "embeddings.class_embedding", "class_embedding", "1 1 D"),
     ("leaf", "embeddings.position_embedding", "position", "1 P D"),
@@ -59,8 +59,8 @@ HEAD = (
     ("norm", "cls.predictions.transform.LayerNorm", "head/norm", "D"),
     ("leaf", "cls.predictions.bias", "head/bias", "V"),
 )
-UNTIED = ("matrix", "cls.predictions.decoder", "head/vocabulary", "V D")  # where it is not the word embedding
-TIED = {  # a second name of a tensor -> the name that is kept
+UNTIED = ("matrix", "cls.predictions.decoder", "head/vocabulary", "V D")  # if it is not the word embedding
+TIED = {  # second name of a tensor -> the name that is kept
     "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
 }
@@ -92,9 +92,9 @@ CONFIG = (
     ("max_positions", "text_config", "max_position_embeddings", 512),
     ("text_eps", "text_config", "layer_norm_eps", 1e-12),
     ("pad_id", "text_config", "pad_token_id", 0),
-    ("sep_id", "text_config", "sep_token_id", 102),  # not eos_token_id, whose class default 2 is no end of anything
+    ("sep_id", "text_config", "sep_token_id", 102),  # not eos_token_id, whose class default 2 is not the end token
     ("bos_id", "text_config", "bos_token_id", 30522),
-    ("cls_id", "text_config", "cls_token_id", 101),  # the last two are no keys of transformers'
+    ("cls_id", "text_config", "cls_token_id", 101),  # cls_ and enc_token_id are not keys of transformers
     ("enc_id", "text_config", "enc_token_id", 30523),
     ("dropout", "text_config", "hidden_dropout_prob", 0.0),
 )
@@ -103,7 +103,7 @@ TASKS = ("captioning", "vqa")
 
 
 def table(config: BlipConfig) -> list[Rule]:
-    """The rules of a model: `VISION`, `TEXT` and `HEAD` with sizes filled in and weights and biases apart."""
+    """The rules of a model: `VISION`, `TEXT` and `HEAD` with sizes filled in, weights and biases separate."""
     c = config
     vision = {"D": c.vision_width, "F": c.vision_mlp, "P": 1 + c.n_patches, "p": c.patch_size}
     text = {"D": c.text_width, "F": c.text_mlp, "C": c.vision_width, "V": c.vocab_size, "T": c.max_positions}
@@ -135,13 +135,13 @@ def _rules(lines: Iterable[tuple], reference_prefix: str, our_prefix: str, sizes
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape without leading axes of size 1, where there are some."""
+    """The shape without leading axes of size 1; None if it has none."""
     n_ones = sum(n == 1 for n in shape[:-1])
     return shape[n_ones:] if n_ones else None
 
 
 def names(config: BlipConfig) -> Table:
-    """`table` with what is said of other names."""
+    """`table` with renamed, dropped and tied names."""
     tied = {second: first for second, first in TIED.items() if not (config.untied_head and second.endswith("weight"))}
     return Table(table(config), RENAMES, DROPPED, tied)
 
@@ -149,18 +149,18 @@ def names(config: BlipConfig) -> Table:
 def from_hf(tensors: Mapping[str, Tensor], config: BlipConfig, source: str = "checkpoint") -> dict:
     """Reference tensors -> our params (numpy, same dtypes, stacked layers).
 
-    Raises one ValueError with the keys that nothing reads, the leaves that nothing fills and the shapes that differ.
+    Raises one ValueError with all unexpected tensors, missing tensors and wrong shapes.
     """
     return convert.nested(convert.read(tensors, names(config), source, place=convert.in_memory))
 
 
 def to_hf(params: tree.Tree, config: BlipConfig) -> dict[str, np.ndarray]:
-    """The inverse of `from_hf`, with transformers' names; tied tensors once, under the name that it keeps."""
+    """The inverse of `from_hf`, with the names of transformers; tied tensors once, under the name that is kept."""
     return convert.written(tree.flatten(params), names(config))
 
 
 def hf_config(config: BlipConfig) -> dict:
-    """config.json of a transformers BLIP with this architecture: what `_read_config` reads, with nothing left to defaults."""
+    """config.json of a transformers BLIP with this architecture: everything that `_read_config` reads, without defaults."""
     sections = {"vision_config": {"model_type": "blip_vision_model"}, "text_config": {"model_type": "blip_text_model"}}
     for field, section, key, _ in CONFIG:
         sections[section][key] = getattr(config, field)
@@ -176,7 +176,7 @@ def hf_config(config: BlipConfig) -> dict:
 
 
 def has_untied_head(tensors: Mapping[str, Tensor], source: str) -> bool:
-    """Whether the head's vocabulary matrix is another one than the word embedding."""
+    """Whether the head's vocabulary matrix differs from the word embedding."""
     second, first = next(iter(TIED.items()))
     tensors = Table((), RENAMES, DROPPED).renamed(tensors, source)
     return {second, first} <= tensors.keys() and not convert.equal(tensors[second], tensors[first])
@@ -192,9 +192,9 @@ def read_directory(
 ) -> tuple[BlipConfig, tree.Tree, dict]:
     """A transformers BLIP directory -> (BlipConfig, params, report).
 
-    `image_size` resizes the position embedding. `question_encoder=True` on a captioning checkpoint starts the question
-    encoder, and the decoder that reads its states, from the captioning decoder. The report tells which files were read,
-    which configuration keys were absent (class defaults were used) and where each group of leaves came from. Raises
+    `image_size` resizes the position embedding. `question_encoder=True` on a captioning checkpoint initializes the question
+    encoder, and the decoder that reads its states, from the captioning decoder. The report lists the files that were read,
+    the configuration keys that were absent (class defaults were used) and the origin of each group of leaves. Raises
     ValueError naming file and key.
     """
     path = Path(path)
@@ -203,7 +203,7 @@ def read_directory(
     config, defaults = read_config(path / "config.json", has_encoder)
     config = dataclasses.replace(config, untied_head=has_untied_head(tensors, tensors.source))
     if has_encoder and question_encoder is False:
-        raise ValueError(f"{path}: the decoder of a VQA checkpoint reads question states; take a captioning checkpoint")
+        raise ValueError(f"{path}: the decoder of a VQA checkpoint needs question states; use a captioning checkpoint")
     rules, (resized, changes), copies = names(config), resize(config, image_size), {}
     if question_encoder and not has_encoder:
         resized, copies = start_question_encoder(resized, rules.rules)
@@ -217,7 +217,7 @@ def read_directory(
 
 
 def resize(config: BlipConfig, image_size: int | None) -> tuple[BlipConfig, dict[str, Change]]:
-    """(config for another image size, what that does to leaves as they are read)."""
+    """(config for another image size, changes of leaves as they are read)."""
     if image_size in (None, config.image_size):
         return config, {}
     if image_size % config.patch_size or image_size < config.patch_size:
@@ -228,16 +228,16 @@ def resize(config: BlipConfig, image_size: int | None) -> tuple[BlipConfig, dict
 
 
 def start_question_encoder(config: BlipConfig, rules: Iterable[Rule]) -> tuple[BlipConfig, dict[str, str]]:
-    """Captioning config -> (the same for VQA, {leaf of the question encoder: the decoder's that it starts from}).
+    """Captioning config -> (config for VQA, {leaf of the question encoder: leaf of the decoder that initializes it}).
 
-    The encoder gets the decoder's embeddings and blocks; the answer decoder keeps its own. Its cross-attention read
-    image tokens and now reads question states, so both must have the same width.
+    The encoder gets the decoder's embeddings and blocks; the answer decoder keeps its own. Its cross-attention, trained on
+    image tokens, now reads question states, so both must have the same width.
     """
     if config.vision_width != config.text_width:
         raise ValueError(
-            "text_decoder/blocks/cross_attention/{key,value}/kernel cannot start from the captioning checkpoint: they "
-            f"take image tokens of width {config.vision_width} there and question states of width {config.text_width} "
-            "here; take one with equal widths or a VQA checkpoint"
+            "text_decoder/blocks/cross_attention/{key,value}/kernel cannot be initialized from the captioning checkpoint: "
+            f"it has image tokens of width {config.vision_width}, VQA has question states of width {config.text_width}; "
+            "use a checkpoint with equal widths or a VQA checkpoint"
         )
     leaves = [leaf for rule in rules for leaf in rule.leaves if leaf.startswith("text_decoder/")]
     copies = {x.replace("text_decoder", "text_encoder"): x for x in leaves if not x.startswith("text_decoder/head/")}
@@ -245,24 +245,24 @@ def start_question_encoder(config: BlipConfig, rules: Iterable[Rule]) -> tuple[B
 
 
 def _group(name: str) -> str:
-    """'vision/patch', 'text_decoder/blocks/self_attention', ...: what a report speaks about."""
+    """The group of a leaf in a report: 'vision/patch', 'text_decoder/blocks/self_attention', ..."""
     return re.match(r"[^/]+/(blocks/)?[^/]+", name)[0]
 
 
 def read_config(path: Path, question_encoder: bool) -> tuple[BlipConfig, dict]:
     """(config, {'section.key': class default used because the file does not have it})"""
-    with files.reading(path, "is no BLIP's configuration"):
+    with files.reading(path, "is not a BLIP configuration"):
         return _read_config(path, question_encoder)
 
 
 def _read_config(path: Path, question_encoder: bool) -> tuple[BlipConfig, dict]:
     if not path.exists():
-        raise ValueError(f"{path} is missing; a transformers BLIP directory has it beside the weights")
+        raise ValueError(f"{path} is missing; it belongs beside the weights of a transformers BLIP")
     raw = files.read_json(path)
     kinds = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
     if raw.get("model_type") != "blip" or not set(raw.get("architectures") or kinds) <= set(kinds):
         found = f"model_type {raw.get('model_type')!r}, architectures {raw.get('architectures')}"
-        raise ValueError(f"{path}: {found}; only model_type 'blip' with one of {', '.join(kinds)} can be read")
+        raise ValueError(f"{path}: {found}; only model_type 'blip' with one of {', '.join(kinds)} is supported")
     for section in ("vision_config", "text_config"):
         if not isinstance(raw.get(section), dict):
             raise ValueError(f"{path}: {section} is {raw.get(section)!r}, expected an object; save the config in full")
@@ -276,19 +276,19 @@ def _read_config(path: Path, question_encoder: bool) -> tuple[BlipConfig, dict]:
             defaults[f"{section}.{key}"] = default
         value = raw[section].get(key, default)
         if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
-            value = value[0]  # sizes may be written [height, width]
+            value = value[0]  # sizes may be [height, width]
         smallest = 0 if field.endswith("_id") or isinstance(default, float) else 1
         good = isinstance(value, int) or (isinstance(default, float) and isinstance(value, float))
         if not good or isinstance(value, bool) or not value >= smallest:
             raise ValueError(
-                f"{path}: {section}.{key} is {value!r}, expected a {type(default).__name__} such as {default}"
+                f"{path}: {section}.{key} is {value!r}, expected {type(default).__name__}, such as {default}"
             )
         fields[field] = value
     for field, section, key, _ in CONFIG:
-        known = f"{section}.{key}" not in defaults  # else the tokenizer says it
+        known = f"{section}.{key}" not in defaults  # otherwise the id comes from the tokenizer
         if field.endswith("_id") and known and fields[field] >= fields["vocab_size"] and field in used_ids(fields):
             raise ValueError(
-                f"{path}: {section}.{key} {fields[field]} is outside the vocabulary of {fields['vocab_size']}"
+                f"{path}: {section}.{key} {fields[field]} is outside the vocabulary of {fields['vocab_size']} tokens"
             )
     try:
         return BlipConfig(**fields), defaults
@@ -297,12 +297,12 @@ def _read_config(path: Path, question_encoder: bool) -> tuple[BlipConfig, dict]:
 
 
 def used_ids(fields: dict) -> tuple[str, ...]:
-    """The special ids that a model of this configuration reads or writes."""
+    """The special token ids that a model with this configuration uses."""
     return ("pad_id", "sep_id", "bos_id", *(("enc_id",) if fields["question_encoder"] else ()))
 
 
 class _Converter:
-    """What `loading` asks (see `convert.Converter`). VQA needs the question encoder, captioning must not have it."""
+    """See `convert.Converter`. VQA needs the question encoder, captioning must not have it."""
 
     def config(self, fields: dict) -> BlipConfig:
         return BlipConfig(**fields)
@@ -311,7 +311,7 @@ class _Converter:
         if task is None:
             return config
         if _asks(task) and not config.question_encoder:
-            raise ValueError(f"{source} holds no question encoder, which the vqa task needs")
+            raise ValueError(f"{source} has no question encoder, which task 'vqa' needs")
         return dataclasses.replace(config, question_encoder=_asks(task))
 
     def resize(self, config: BlipConfig, image_size: int | None) -> tuple[BlipConfig, dict[str, Change]]:
@@ -319,7 +319,7 @@ class _Converter:
 
     def read_config(self, directory: Path, task: str | None) -> tuple[BlipConfig, dict]:
         path, asks = directory / "config.json", _asks(task)
-        with files.reading(path, "is no BLIP's configuration"):
+        with files.reading(path, "is not a BLIP configuration"):
             if task is None:
                 asks = (files.read_json(path).get("architectures") or [""])[0] == "BlipForQuestionAnswering"
             return _read_config(path, asks)
@@ -350,7 +350,7 @@ def _asks(task: str | None) -> bool | None:
     """Whether a task needs the question encoder; None for None."""
     if task not in (None, *TASKS):
         raise ValueError(
-            f"task is {task!r}; a BLIP does {' or '.join(map(repr, TASKS))}, None: what the checkpoint holds"
+            f"task is {task!r}; BLIP supports {' or '.join(map(repr, TASKS))}, or None for that of the checkpoint"
         )
     return None if task is None else task == "vqa"
 
@@ -359,13 +359,13 @@ CONVERTER = _Converter()
 
 
 def _with_processor(config: BlipConfig, directory: Path, image_size: int | None) -> BlipConfig:
-    """The configuration with what the directory's image processor does to pictures."""
+    """The configuration with the settings of the directory's image processor."""
     said = images.processor_settings(directory)
     size = said.pop("image_size", config.image_size)
     if image_size is None and size != config.image_size:
         raise ValueError(
-            f"{directory}: the image processor makes pictures of {size} pixels and config.json says {config.image_size}; "
-            f"choose one with image_size={size} (--config.model.image_size={size}), which resizes the position embedding"
+            f"{directory}: the image processor has image size {size} and config.json {config.image_size}; choose one with "
+            f"image_size={size} (--config.model.image_size={size}), which resizes the position embedding"
         )
     return dataclasses.replace(config, **said)
 
@@ -373,21 +373,21 @@ def _with_processor(config: BlipConfig, directory: Path, image_size: int | None)
 def _with_tokenizer(
     config: BlipConfig, directory: Path, defaults: Iterable[str]
 ) -> tuple[BlipConfig, BlipTokenizer | None]:
-    """The directory's tokenizer, and the configuration with its special ids where config.json does not have them
-    (`defaults`). Raises ValueError where the two contradict each other."""
+    """(the configuration, with special ids of the tokenizer where config.json has none (`defaults`); the tokenizer or None).
+    Raises ValueError if configuration and tokenizer contradict each other."""
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
         return config, None
     tokenizer = BlipTokenizer.from_file(directory)
-    spare = 0 if config.question_encoder else 1  # a captioning model never reads [ENC], which may be without a row
+    spare = 0 if config.question_encoder else 1  # a captioning model does not use [ENC], which may have no row
     if len(tokenizer) - spare * (tokenizer.enc_id == len(tokenizer) - 1) > config.vocab_size:
-        raise ValueError(f"{directory}: {len(tokenizer)} words for a vocabulary matrix of {config.vocab_size} rows")
+        raise ValueError(f"{directory}: {len(tokenizer)} tokens exceed vocab_size {config.vocab_size} of the weights")
     ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")}
     absent = {field for field, section, key, _ in CONFIG if f"{section}.{key}" in defaults}
     for field in used_ids(vars(config)):
         if field not in absent and getattr(config, field) != ids[field]:
             token = tokenizer.vocabulary[ids[field]]
             raise ValueError(
-                f"{directory}: the configuration says {field} {getattr(config, field)}, and {token} is number {ids[field]} of "
-                f"the tokenizer; put the tokenizer that the weights were trained with beside them"
+                f"{directory}: {field} is {getattr(config, field)} in the configuration, but {token} is {ids[field]} in the "
+                f"tokenizer; use the tokenizer that the weights were trained with"
             )
     return dataclasses.replace(config, **ids), tokenizer

@@ -1,14 +1,14 @@
-"""BLIP as transformers has it: module names, the files beside the weights, and code for a model card.
+"""BLIP in transformers: module names, the files beside the weights, and code for a model card.
 
     transformers.BlipForConditionalGeneration    captioning
     transformers.BlipForQuestionAnswering        VQA
 
-The head's vocabulary matrix is written twice, as the word embedding too: transformers before 4.57 does not tie them when it
-loads, and would leave it random.
+The head's vocabulary matrix is written twice, also as the word embedding: transformers before 4.57 does not tie them when
+loading, and would leave the head's random.
 
-Of a VQA model transformers attends to the padding of questions: `generate` in every release tried, and from 4.54 on (tried:
-4.54.1, 4.57.6, 5.23.0, 5.24.0) the decoder too, whatever mask it is given; 4.53.3 is right. Ask questions of one length at a
-time, or one by one, and all releases agree.
+In VQA models transformers attends to the padding of questions: `generate` in every release tested, and from 4.54 on (tested:
+4.54.1, 4.57.6, 5.23.0, 5.24.0) the decoder too, regardless of the mask; 4.53.3 is correct. For batches of questions of equal
+length, and for single questions, all releases agree.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ HEAD = HeadPlace(
 
 
 def form(model: Blip, table: Table, config: dict) -> "BlipInTransformers":
-    """`table` and `config`: what the converter says of the names of its tensors, and of config.json."""
+    """The form of a model, given its table of tensor names and the content of config.json."""
     c = model.config
     attention = "text_decoder/blocks/self_attention"
     decoder = Decoder("text_decoder", "text_decoder", attention, c.text_width, c.text_heads, c.text_layers)
@@ -47,13 +47,13 @@ def form(model: Blip, table: Table, config: dict) -> "BlipInTransformers":
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlipInTransformers(HuggingFace):
-    """See the head of this file. `config` is config.json."""
+    """See the docstring of this file. `config` is the content of config.json."""
 
     config: dict
 
     def settings(self, task: Any, beams: int) -> dict[str, dict]:
-        """With the `task` that was tuned, transformers' `generate` writes texts as long as ours, and from the same prompt
-        (see `generation`)."""
+        """With the `task` that was trained, `generate` of transformers has the same prompt and text length as ours (see
+        `generation`)."""
         c, tokenizer = self.model.config, self.model.tokenizer
         config = self.config | {"text_config": dict(self.config["text_config"])}
         said = {"bos_token_id": c.bos_id, "pad_token_id": c.pad_id, "eos_token_id": c.sep_id}
@@ -65,7 +65,7 @@ class BlipInTransformers(HuggingFace):
         settings = {"config.json": config, "generation_config.json": said}
         if tokenizer is None:
             return settings
-        # transformers begins a question with the "cls" token; BLIP's questions begin with [ENC]
+        # transformers begins a question with the "cls" token, BLIP with [ENC]
         first = "[ENC]" if c.question_encoder else "[CLS]"
         settings["preprocessor_config.json"] = {
             "image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor", "do_convert_rgb": True,
@@ -83,14 +83,13 @@ class BlipInTransformers(HuggingFace):
         return settings
 
     def generation(self, task: Any, beams: int = 1) -> tuple[dict, dict]:
-        """(settings for generation_config.json, settings for the text_config of config.json) that make transformers write
-        as `jaxpeft.generate` does.
+        """(settings for generation_config.json, settings for the text_config of config.json) with which transformers
+        generates the same texts as `jaxpeft.generate`.
 
         The first are for inputs that begin with the prompt, as in the model card's code. A plain `model.generate(**inputs)`
-        asks the text decoder, whose settings transformers takes from text_config; there the prompt is a sequence bias, which
-        makes each of its tokens certain after the one before. Of the releases tried, 5.23 and 5.24 follow it, and 4.53 to
-        5.17 ignore it, as they do not bias a second token. It distorts the scores of beams, so beams need the prompt in the
-        inputs.
+        uses the text decoder with the settings of text_config; there the prompt is a sequence bias, which makes each of its
+        tokens certain after the previous one. Of the releases tested, 5.23 and 5.24 follow it, and 4.53 to 5.17 ignore it, as
+        they do not bias a second token. It distorts the scores of beams, so beam search needs the prompt in the inputs.
         """
         search = task.search(self.model)
         prompt, length = list(search.start), search.length
@@ -105,7 +104,7 @@ class BlipInTransformers(HuggingFace):
     def code(
         self, task: Any, out: str, base: str = "", revision: str = "", in_decoder: bool = False, beams: int = 1
     ) -> list[str]:
-        quoted = functools.partial(json.dumps, ensure_ascii=False)  # as Python writes it
+        quoted = functools.partial(json.dumps, ensure_ascii=False)  # a Python literal
         (kind,), out, where = self.config["architectures"], quoted(out), quoted(base or out)
         pinned = f', revision="{revision}"' if revision else ""
         lines = [
@@ -135,13 +134,13 @@ class BlipInTransformers(HuggingFace):
             *([first] if base and task.asks else []),
             "with torch.inference_mode():",
             f"    ids = model.generate(**inputs, {said})",
-            f"print(processor.decode(ids[0, {len(template.start)}:], skip_special_tokens=True))  # behind the prompt",
+            f"print(processor.decode(ids[0, {len(template.start)}:], skip_special_tokens=True))  # after the prompt",
         ]
 
     def notes(self, task: Any) -> list[str]:
         if not task.asks:
             return []
         return [
-            "Ask questions of one length at a time, or one by one: transformers attends to the padding of questions "
-            "(`generate` in every release tried; from 4.54 on the decoder too), so answers in a padded batch may differ."
+            "Batch only questions of equal length, or ask one at a time: transformers attends to the padding of questions "
+            "(`generate` in every release tested; from 4.54 on the decoder too), so answers in a padded batch may differ."
         ]

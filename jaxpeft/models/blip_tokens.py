@@ -1,4 +1,4 @@
-"""BLIP's tokenizer: BERT's, with a token that begins what the decoder writes and one that begins a question."""
+"""BLIP's tokenizer: BERT's, with a token that begins a decoded text and one that begins a question."""
 
 from typing import ClassVar
 
@@ -8,7 +8,7 @@ SPECIAL = (*Tokenizer.special, "[DEC]", "[ENC]")
 
 
 class BlipTokenizer(Tokenizer):
-    """`from_file` appends [DEC], then [ENC], where they are absent: 30522 and 30523 for bert-base-uncased."""
+    """`from_file` appends [DEC], then [ENC], if they are absent: 30522 and 30523 for bert-base-uncased."""
 
     special: ClassVar[tuple[str, ...]] = SPECIAL
 

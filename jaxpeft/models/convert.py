@@ -1,13 +1,13 @@
-"""Checkpoint files <-> parameter trees, by a table of names: which tensor becomes which leaf, and how.
+"""Checkpoint files <-> parameter trees, by a table that maps tensors to leaves.
 
-A model gives a `Table`; reading, writing, the accounting and the placing on devices are here, once for all models.
+A model provides a `Table`; reading, writing, checking and placing on devices are the same for all models.
 
-    tensors = convert.opened(directory)                      names -> tensors that lie in files until they are indexed
-    leaves = convert.read(tensors, table, place=...)         leaf by leaf: make it, put it to its place, forget it
+    tensors = convert.opened(directory)                      names -> tensors that stay in files until they are indexed
+    leaves = convert.read(tensors, table, place=...)         leaf by leaf: read it, place it, free it
     tensors = convert.written(leaves, table)                 the inverse
 
-Every tensor of a checkpoint is read, or dropped by a rule that says why, or named in an error; every leaf of the table is
-filled once. So a checkpoint is never twice in memory, and a host of several reads only the parts of its own devices.
+Every tensor of a checkpoint is read, or dropped by a rule with a reason, or listed in an error; every leaf of the table is
+filled once. So a checkpoint is never in memory twice, and each of several hosts reads only the parts of its own devices.
 """
 
 import collections
@@ -31,53 +31,53 @@ DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
     "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
-ALIGNED = 64  # bytes; XLA on CPU takes arrays that begin at a multiple of it as they are, and copies others
-ELEMENTS = 1 << 22  # that are compared at a time
+ALIGNED = 64  # bytes; XLA on CPU uses arrays that begin at a multiple of it without a copy
+ELEMENTS = 1 << 22  # number of elements that are compared at a time
 
 
 class Tensor(Protocol):
-    """What a checkpoint holds under a name. numpy arrays are ones."""
+    """A tensor of a checkpoint. numpy arrays satisfy this protocol."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """The part at a tuple of slices, or all of it at `...`."""
+        """The part at a tuple of slices, or the whole tensor at `...`."""
 
 
 class Converter(Protocol):
-    """What `loading` needs to know of a kind of model; `MODELS` (models/base.py) gives it by model_type.
+    """How `loading` reads a type of model; `MODELS` (models/base.py) maps model_type to it.
 
-    `task` is 'vqa', 'captioning' or None, for what the checkpoint holds; one that the model cannot do is a ValueError.
+    `task` is 'vqa', 'captioning' or None for that of the checkpoint; an unsupported task is a ValueError.
     """
 
     def config(self, fields: dict) -> Any:
-        """The configuration that a manifest of ours holds as JSON."""
+        """The configuration from its JSON in a jaxpeft manifest."""
 
     def for_task(self, config: Any, task: str | None, source: str) -> Any:
-        """`config` of a whole checkpoint of ours, without what the task does not need."""
+        """`config` of a jaxpeft checkpoint, without parts that the task does not need."""
 
     def resize(self, config: Any, image_size: int | None) -> tuple[Any, dict[str, "Change"]]:
-        """(config for another image size, what is done to leaves by name as they are read)."""
+        """(config for another image size, changes of leaves by name as they are read)."""
 
     def read_config(self, directory: Path, task: str | None) -> tuple[Any, dict[str, Any]]:
-        """(configuration in a Hugging Face directory, whose weights need not be there; what its file does not say, with the
-        value that is taken)."""
+        """(configuration in a Hugging Face directory, keys that its file lacks with the defaults used). Weights may be
+        missing."""
 
     def read_directory(
         self, directory: Path, task: str | None, image_size: int | None, place: "Place", dtype: "Dtype"
     ) -> tuple[Any, tree.Tree, dict[str, Any]]:
         """(config, params, report) of a Hugging Face directory. `report`: source, digest, files, 'defaults' of
-        `read_config`, and what else is worth keeping."""
+        `read_config`, and details of the conversion."""
 
     def model(
         self, config: Any, directory: Path | None = None, defaults: Iterable[str] = (), image_size: int | None = None
     ) -> Any:
-        """The model, with the tokenizer and the image settings of the directory; `defaults`: what the configuration did not
-        say, and the tokenizer may. `image_size`: as the user chose it."""
+        """The model, with tokenizer and image settings of the directory. `defaults`: keys missing in the configuration, which
+        the tokenizer may provide. `image_size`: the user's choice."""
 
     def hf(self, model: Any) -> Any:
-        """How transformers and PEFT have the model (`HuggingFace` of models/hf.py); None where they do not."""
+        """The form of the model in transformers and PEFT (`HuggingFace` of models/hf.py); None if they do not have it."""
 
 
 # ---------------------------------------------------------------- the table
@@ -85,11 +85,11 @@ class Converter(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One tensor of a checkpoint, or one of every layer, and the leaf or leaves that it holds.
+    """One tensor of a checkpoint, or one per layer, and the leaf or leaves that it becomes.
 
-    `name` has '{}' for the number of the layer where there are `layers`; these are stacked along a new first axis.
-    `shape` is the tensor's. With several `leaves` it is split along its first axis into equal parts. Then the axes are
-    put in the order `axes`, and the result gets the shape `leaf_shape` (of one layer).
+    With `layers`, `name` has '{}' for the layer number, and layers are stacked along a new first axis. `shape` is that of the
+    tensor. With several `leaves` it is split along its first axis into equal parts. Then the axes are permuted to `axes`, and
+    the result is reshaped to `leaf_shape` (of one layer).
     """
 
     name: str
@@ -100,12 +100,12 @@ class Rule:
     layers: Sequence[int] | None = None
 
     def names(self) -> list[str]:
-        """The tensors, in the order of the layers."""
+        """The names of the tensors, in the order of the layers."""
         return [self.name] if self.layers is None else [self.name.format(i) for i in self.layers]
 
     @property
     def part(self) -> tuple[int, ...]:
-        """The shape of what one tensor has of one leaf, in the file's layout."""
+        """The shape of the part of one tensor that belongs to one leaf, in the file's layout."""
         first, rest = self.shape[:1], self.shape[1:]
         return tuple(n // len(self.leaves) for n in first) + rest
 
@@ -123,11 +123,11 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The rules of a model, and what is said of names beside them.
+    """The rules of a model, and how other names are treated.
 
-    `renames`: (regular expression, replacement) that turn other names of the same tensors into those of the rules.
-    `dropped`: (regular expression, why) of tensors that the model does not need. `tied`: second names of tensors, each with
-    the name that is kept; both must hold the same values.
+    `renames`: (regular expression, replacement) that turn alternative names of tensors into those of the rules.
+    `dropped`: (regular expression, reason) of tensors that the model does not need. `tied`: second name of a tensor -> the
+    name that is kept; both must hold the same values.
     """
 
     rules: Sequence[Rule]
@@ -144,37 +144,35 @@ class Table:
                 raise ValueError(f"the table has two rules for the {kind} {twice[0]}")
 
     def renamed(self, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-        """The tensors by the names of the rules, without dropped ones."""
+        """The tensors by the names of the rules, without dropped tensors."""
         renamed = {}
         for name, x in tensors.items():
             for pattern, new in self.renames:
                 name = re.sub(pattern, new, name)
             if name in renamed:
-                raise ValueError(f"{source}: two keys mean {name}; keep one of them")
+                raise ValueError(f"{source}: two keys map to {name}; keep one of them")
             if not any(re.search(pattern, name) for pattern, _ in self.dropped):
                 renamed[name] = x
         return renamed
 
     def accounted(self, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-        """The tensors of the rules, all of them and no others. Raises one ValueError with the names that no rule reads, the
-        tensors that are missing and the shapes that differ; another where tied tensors do."""
+        """The tensors of the rules. Raises one ValueError with all unexpected tensors, missing tensors and wrong shapes, and
+        one for tied tensors that differ."""
         tensors = self.renamed(tensors, source)
         for second, first in self.tied.items():
             if second in tensors:
                 x = tensors.pop(second)
                 if not equal(tensors.setdefault(first, x), x):
-                    raise ValueError(
-                        f"{source}: {second} differs from {first}, to which it is tied; this model has one of them"
-                    )
+                    raise ValueError(f"{source}: {second} differs from {first}, but this model ties them")
         expected = {name: np.broadcast_to(np.int8(0), rule.shape) for rule in self.rules for name in rule.names()}
         tree.check_same(
-            expected, tensors, f"{source} (unexpected: keys that nothing reads; missing: leaves left unfilled)"
+            expected, tensors, f"{source} (unexpected: keys that are not used; missing: parameters without values)"
         )
         return tensors
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same values; a few rows at a time, as both may lie in a file."""
+    """Whether two tensors hold the same values; compares a few rows at a time, as both may be in files."""
     if tuple(a.shape) != tuple(b.shape):
         return False
     n, step = (a.shape or (1,))[0], max(1, ELEMENTS // max(1, math.prod(a.shape[1:])))
@@ -185,27 +183,27 @@ def equal(a: Tensor, b: Tensor) -> bool:
 # ---------------------------------------------------------------- leaves
 
 Dtype = str | Callable[[str], Any]  # of all leaves, or of a leaf by name
-Change = Callable[[np.ndarray], np.ndarray]  # what is done to a leaf once it is read
+Change = Callable[[np.ndarray], np.ndarray]  # applied to a leaf after it is read
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One leaf of a model, made from its tensors when it is indexed, and only as much of them as the index asks for."""
+    """One leaf of a model, read lazily: indexing reads only the parts of its tensors that the index needs."""
 
     rule: Rule
-    part: int  # of the rule's leaves
+    part: int  # index in the rule's leaves
     tensors: Sequence[Tensor]  # one, or one per layer
     dtype: np.dtype
-    change: Change | None = None  # of the whole leaf
+    change: Change | None = None  # applied to the whole leaf
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
-        """Of what an index of `...` gives."""
+        """The shape of `self[...]`."""
         shape = self.rule.shape_of_leaf
         return shape if self.change is None else self.change(np.zeros(shape, np.float32)).shape
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """The values at `...` or at one slice per axis (of step 1), as an array that belongs to the caller."""
+        """The values at `...` or at one slice per axis (of step 1), as an array that the caller owns."""
         if self.change is not None:
             return aligned(self.change(self._read((slice(None),) * len(self.rule.shape_of_leaf)))[index], self.dtype)
         return self._read((slice(None),) * len(self.shape) if index is ... else index)
@@ -222,7 +220,7 @@ class Leaf:
         return out
 
     def _read_one(self, tensor: Tensor, bounds: list[tuple[int, int]], out: np.ndarray) -> None:
-        """One tensor's part of the leaf into `out`."""
+        """Read one tensor's part of the leaf into `out`."""
         rule, axes = self.rule, self.rule.order
         inside = [(0, n) for n in rule.part]
         if rule.leaf_shape is None:
@@ -244,7 +242,7 @@ def leaves(
     dtype: Dtype | None = None,
     changes: Mapping[str, Change] | None = None,
 ) -> dict[str, Leaf]:
-    """The leaves of a table by name, not read yet; the types of the file where `dtype` is None. `changes` by leaf.
+    """The leaves of a table by name, not read yet; `dtype` None keeps the types of the file. `changes` by leaf.
 
     Raises ValueError as `Table.accounted` does.
     """
@@ -261,7 +259,7 @@ Place = Callable[[str, Leaf], Any]  # name and leaf -> the array that the tree h
 
 
 def on_device(_: str, leaf: Leaf) -> jax.Array:
-    """A leaf on the first device. On CPU the array that was read is the device's: nothing is copied."""
+    """A leaf on the first device. On CPU the device uses the array that was read, without a copy."""
     return jax.device_put(leaf[...])
 
 
@@ -281,8 +279,8 @@ def read(
     copies: Mapping[str, str] | None = None,
     wanted: Container[str] | None = None,
 ) -> dict[str, Any]:
-    """Leaves by name, made one at a time and put where `place` says. `copies`: leaves that hold what another one does, and
-    share its array. `wanted`: the leaves that are made, None for all; the checkpoint must have the others too.
+    """Read leaves one at a time and place each with `place`; returns them by name. `copies`: leaf -> another leaf whose array
+    it shares. `wanted`: the leaves to read, None for all; the checkpoint must have the others too.
 
     Raises ValueError as `Table.accounted` does, before anything is read.
     """
@@ -320,7 +318,7 @@ def nested(flat: Mapping[str, Any]) -> dict:
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that XLA on CPU can take as it is."""
+    """An array that XLA on CPU can use without a copy."""
     n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(n_bytes + ALIGNED, np.uint8)
     start = -raw.ctypes.data % ALIGNED
@@ -328,7 +326,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def aligned(x: np.ndarray, dtype: Any) -> np.ndarray:
-    """`x` in an array of `empty`."""
+    """A copy of `x` in an array of `empty`."""
     out = empty(x.shape, dtype)
     out[...] = x
     return out
@@ -339,7 +337,7 @@ def aligned(x: np.ndarray, dtype: Any) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stored:
-    """A tensor of a safetensors file. The file is mapped while it is read, so that no page of it stays in memory."""
+    """A tensor of a safetensors file. The file is mapped only while it is read, so that no page of it stays in memory."""
 
     path: Path
     name: str
@@ -352,7 +350,7 @@ class _Stored:
 
 
 class Checkpoint(dict[str, Tensor]):
-    """The tensors of one or several files by name; `files` are the names of what was opened."""
+    """The tensors of one or several files by name; `files` are the names of the opened files."""
 
     def __init__(self, directory: Path, names: list[str], tensors: dict[str, Tensor]):
         super().__init__(tensors)
@@ -360,9 +358,9 @@ class Checkpoint(dict[str, Tensor]):
 
 
 def opened(directory: Path, weights: Sequence[str] = WEIGHTS) -> Checkpoint:
-    """The weights of a directory: the first of `weights` that is there, and for an index the files that it names.
+    """Open the weights of a directory: the first of `weights` that exists and, for an index, the files that it lists.
 
-    Raises ValueError, naming the file, for one that is missing or cannot be read.
+    Raises ValueError, naming the file, if one is missing or cannot be read.
     """
     found = [name for name in weights if (directory / name).exists()]
     if not found:
@@ -383,14 +381,14 @@ def opened(directory: Path, weights: Sequence[str] = WEIGHTS) -> Checkpoint:
         tensors |= shard
     for key, name in index["weight_map"].items():
         if key not in shards[name]:
-            raise ValueError(f"{directory / name}: {key} is not in it, though {first} says so")
+            raise ValueError(f"{directory / name}: tensor {key} not found, although {first} lists it there")
     return Checkpoint(directory, [first, *shards], tensors)
 
 
 def _opened(path: Path) -> dict[str, Tensor]:
     """The tensors of one file by name."""
     if not path.exists():
-        raise ValueError(f"{path} is missing, though the index beside it names it; fetch it again")
+        raise ValueError(f"{path} is missing, although the index lists it; download it again")
     return dict(_safetensors(path)) if path.suffix == ".safetensors" else _torch(path)
 
 
@@ -399,15 +397,13 @@ def _safetensors(path: Path) -> Iterator[tuple[str, _Stored]]:
         for name in file.keys():  # noqa: SIM118  no iterator
             part = file.get_slice(name)
             if part.get_dtype() not in DTYPES:
-                raise ValueError(
-                    f"{path}: {name} is of type {part.get_dtype()}, which is not read here; save it as BF16"
-                )
+                raise ValueError(f"{path}: {name} has the unsupported type {part.get_dtype()}; save it as BF16")
             yield name, _Stored(path, name, tuple(part.get_shape()), np.dtype(DTYPES[part.get_dtype()]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Mapped:
-    """A tensor of a torch file, which is mapped; the pages that a look needed are let go after it."""
+    """A tensor of a memory-mapped torch file; the pages that an access reads are released after it."""
 
     array: np.ndarray
     release: Callable[[], None]
@@ -431,5 +427,5 @@ def _torch(path: Path) -> dict[str, Tensor]:
     tensors = tensors["model"] if isinstance(tensors.get("model"), dict) else tensors
     other = [str(key) for key, x in tensors.items() if not isinstance(x, np.ndarray)]
     if other:
-        raise ValueError(f"{path}: {', '.join(other[:10])} ({len(other)}) are no tensors; save the state_dict alone")
+        raise ValueError(f"{path}: {', '.join(other[:10])} ({len(other)}) are not tensors; save only the state_dict")
     return {name: _Mapped(x, release) for name, x in tensors.items()}

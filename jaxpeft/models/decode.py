@@ -1,7 +1,7 @@
-"""Greedy and beam search over a model's cache, and ranking of a closed list; a whole search is one jitted call.
+"""Greedy and beam search with a model's cache, and ranking of a closed list; a whole search is one jitted call.
 
-What texts of one context row share (an image's keys and values) is computed once and never repeated per beam.
-Beam search follows the semantics of `transformers` (early_stopping=False): 2K candidates a step, only the best K of
+What texts of one context row share (an image's keys and values) is computed once and not repeated per beam.
+Beam search follows the semantics of `transformers` (early_stopping=False): 2K candidates per step, only the best K of
 them may finish, a finished score is logp / n_generated ** length_penalty with the end token counted, and a row is
 closed once no running beam can beat its worst finished one.
 """
@@ -25,12 +25,12 @@ _LOW = -1e9  # a score no real beam reaches; finite, so that sums of two stay or
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What is written: `length` counts all ids of a text, `start` included; `min_length` too."""
+    """Settings of a search: `length` and `min_length` count all ids of a text, `start` included."""
 
     start: tuple[int, ...]
     stop: tuple[int, ...]
     pad: int
-    n_words: int  # matrices are padded to a multiple of 64 or so: rows from here on belong to no token
+    n_words: int  # vocabulary matrices may be padded: rows from here on do not belong to a token
     length: int
     min_length: int = 0
     beams: int = 1
@@ -38,7 +38,7 @@ class Search:
 
     @classmethod
     def of(cls, template: Template, max_new_tokens: int, **options: Any) -> "Search":
-        """The search that writes at most `max_new_tokens` behind a template's start."""
+        """The search for at most `max_new_tokens` tokens after a template's start."""
         ids = {"start": template.start, "stop": template.stop, "pad": template.pad, "n_words": len(template.tokenizer)}
         return cls(**ids, length=len(template.start) + max_new_tokens, **options)
 
@@ -48,10 +48,10 @@ def _start(
 ) -> tuple[int, jax.Array, Cache]:
     if search.length <= len(search.start):
         raise ValueError(
-            f"a prompt of {len(search.start)} tokens leaves nothing to write within length {search.length}"
+            f"a prompt of {len(search.start)} tokens leaves no tokens to generate within length {search.length}"
         )
     if search.length > model.positions:
-        raise ValueError(f"length {search.length} is more than the model's {model.positions} positions")
+        raise ValueError(f"length {search.length} exceeds the model's {model.positions} positions")
     n_rows = context.next_B.shape[0]
     start_RS = jnp.broadcast_to(jnp.array(search.start, jnp.int32), (n_rows, len(search.start)))
     logits_RV, cache = model.apply(variables, start_RS, context, search.length, method="start")
@@ -59,8 +59,7 @@ def _start(
 
 
 def _log_probs(logits: jax.Array, t: jax.Array, search: Search) -> jax.Array:
-    """log softmax, with the end tokens forbidden while fewer than `min_length` tokens stand, and always the rows that no
-    token belongs to."""
+    """log softmax without padding rows of the vocabulary and, in texts of less than `min_length` tokens, without end tokens."""
     log_probs = jax.nn.log_softmax(logits, axis=-1).at[..., search.n_words :].add(_LOW)
     return log_probs.at[..., np.array(search.stop)].add(jnp.where(t < search.min_length, _LOW, 0.0))
 
@@ -73,8 +72,8 @@ def _ends(token: jax.Array, search: Search) -> jax.Array:
 def greedy(
     model: VisionLanguageModel, variables: Tree, context: Context, search: Search
 ) -> tuple[jax.Array, jax.Array]:
-    """The most likely token each time -> (tokens (B, length) padded after the end token, log-probability (B,))."""
-    variables = sites.expand(variables)  # once, and not in every step
+    """Greedy search -> (tokens (B, length) padded after the end token, log-probability (B,))."""
+    variables = sites.expand(variables)  # once instead of in every step
     n_rows, logits_BV, cache = _start(model, variables, context, search)
     n_start, length, pad = len(search.start), search.length, search.pad
     tokens_BT = jnp.full((n_rows, length), pad, jnp.int32).at[:, :n_start].set(jnp.array(search.start, jnp.int32))
@@ -107,15 +106,15 @@ def greedy(
 def beam_search(
     model: VisionLanguageModel, variables: Tree, context: Context, search: Search
 ) -> tuple[jax.Array, jax.Array]:
-    """The `beams` best sequences -> (tokens (B, beams, length), scores (B, beams)), best first."""
-    variables = sites.expand(variables)  # once, and not in every step
+    """Beam search -> (tokens (B, beams, length), scores (B, beams)), best first."""
+    variables = sites.expand(variables)  # once instead of in every step
     n_rows, logits_BV, cache = _start(model, variables, context, search)
     n_start, length, beams = len(search.start), search.length, search.beams
     start_S = jnp.array(search.start, jnp.int32)
     tokens_BKT = jnp.full((n_rows, beams, length), search.pad, jnp.int32).at[:, :, :n_start].set(start_S)
 
     def with_beams(cache: Cache, source_BK: jax.Array) -> Cache:
-        """Rows of the texts so far follow the beams they continue."""
+        """The cache with rows reordered to follow the beams that they continue."""
         n_now = jax.tree.leaves(cache.rows)[0].shape[1] // n_rows
         rows = (jnp.arange(n_rows)[:, None] * n_now + source_BK).reshape(-1)
         return cache._replace(rows=jax.tree.map(lambda x: x[:, rows], cache.rows))
@@ -127,7 +126,7 @@ def beam_search(
         t = state["t"]
         log_probs = _log_probs(state["logits"], t, search)
         total = (log_probs.reshape(n_rows, beams, -1) + state["score"][..., None]).reshape(n_rows, -1)
-        score, flat = jax.lax.top_k(total, 2 * beams)  # enough to keep `beams` alive when `beams` of them end
+        score, flat = jax.lax.top_k(total, 2 * beams)  # enough to keep `beams` running if `beams` of them end
         source, token = flat // log_probs.shape[-1], (flat % log_probs.shape[-1]).astype(jnp.int32)
         sequence = jnp.take_along_axis(state["tokens"], source[..., None], axis=1).at[:, :, t].set(token)
         ends = _ends(token, search) | (t + 1 == length)
@@ -162,7 +161,7 @@ def beam_search(
     state = {
         "t": jnp.int32(n_start),
         "tokens": tokens_BKT,
-        # one live beam at first, or all would write the same
+        # only one beam runs at first, or all would be the same
         "score": jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, _LOW)[None], (n_rows, 1)),
         "final": tokens_BKT,
         "final_score": jnp.full((n_rows, beams), _LOW),
@@ -187,11 +186,11 @@ def rank(
     smoothing: float = 0.0,
     chunk: int = 16,
 ) -> tuple[jax.Array, jax.Array]:
-    """The answers of a list, best first -> (indices (B, k), scores (B, k)): BLIP's way to answer from a closed list.
+    """Rank the answers of a closed list, as BLIP does -> (indices (B, k), scores (B, k)), best first.
 
-    The first word's probability picks `k` of the A answers; those are ordered by the negative loss of the whole answer, in
-    nats, summed over its tokens, with the label smoothing of training (as BLIP does). `answers_AT`: [first token or
-    placeholder, answer, end], padded. `chunk` candidates per row are in memory at a time.
+    The probability of the first token selects `k` of the A answers, which are ordered by the negative loss of the whole
+    answer, in nats, summed over its tokens, with the label smoothing of training. `answers_AT`: [first token or placeholder,
+    answer, end], padded. `chunk` candidates per row are in memory at a time.
     """
     n_rows, k = context.next_B.shape[0], min(k, answers_AT.shape[0])
     variables = sites.expand(variables)

@@ -1,8 +1,8 @@
-"""How transformers and PEFT have a model: what exporting and importing ask of it.
+"""The form of a model in transformers and PEFT, which export and import need.
 
-A model's converter gives one `HuggingFace` (`model.hf`), most of which its table of names says already: which tensor of a
-checkpoint is which leaf says which module over there is which of ours, too. What a table cannot say is written down in
-`HeadPlace` and `Decoder`, and the files beside the weights are methods of a subclass (models/blip_hf.py is one).
+A model's converter provides one `HuggingFace` (`model.hf`). Most of it follows from its table of names: the mapping of tensors
+to leaves also maps modules of transformers to ours. `HeadPlace` and `Decoder` hold what the table does not, and a subclass
+writes the files beside the weights (such as models/blip_hf.py).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jaxpeft.tree import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where one of our linears or norms is in transformers' model: module name ('{}' for the layer), part of a fusion."""
+    """Where one of our linears or norms is in transformers: module name ('{}' for the layer) and part of a fused matrix."""
 
     module: str
     part: int = 0
@@ -34,29 +34,29 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class HeadPlace:
-    """The head that writes words. PEFT saves its module whole, and its vocabulary matrix is then its own over there."""
+    """The output head. PEFT saves its module whole, which unties its vocabulary matrix."""
 
-    module: str  # over there
+    module: str  # in transformers
     saved_as: str  # its name in PEFT's modules_to_save
     leaves: dict[str, str]  # tensor below `module` -> our leaf; kernels are transposed
-    linear: str  # below `module`: the linear that gives the logits; it holds `bias` too
+    linear: str  # below `module`: the linear that computes the logits; it holds `bias` too
     vocabulary: str  # our path of that linear
-    embedding: str  # our leaf (V, D) that is its matrix where it has no kernel of its own
+    embedding: str  # our leaf (V, D) that is its matrix if it has no kernel of its own
     bias: str  # our leaf
 
     def matrix(self, flat: Mapping[str, Any]) -> np.ndarray:
-        """The vocabulary matrix (V, D) in flat params: the head's own, or the word embedding that it is tied to."""
+        """The vocabulary matrix (V, D) in flat params: that of the head, or the word embedding that it is tied to."""
         own = flat.get(f"{self.vocabulary}/kernel")
         return np.asarray(flat[self.embedding] if own is None else own.T)
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The text layers that PEFT's virtual tokens act in."""
+    """The text layers in which PEFT's virtual tokens act."""
 
-    module: str  # over there: what PEFT wraps
-    embed: str  # our site where tokens are put in front
-    attention: str  # our site whose keys and values a prefix goes to
+    module: str  # in transformers: the module that PEFT wraps
+    embed: str  # our site where prompt tokens are added
+    attention: str  # our site where a prefix is added
     width: int
     heads: int
     layers: int
@@ -64,7 +64,7 @@ class Decoder:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HuggingFace:
-    """One model as transformers has it. `task` below is the task that was tuned, None where it is not known."""
+    """The form of one model in transformers. `task` below is the task that was trained, None if unknown."""
 
     model: Any
     table: convert.Table
@@ -73,7 +73,7 @@ class HuggingFace:
 
     @functools.cached_property
     def places(self) -> dict[str, Place]:
-        """Our module path -> Place, for every linear and norm, and the head's vocabulary, tied or not."""
+        """Our module path -> Place, for every linear and norm and for the head's vocabulary, tied or not."""
         found = {}
         for rule in self.table.rules:
             layers = None if rule.layers is None else len(rule.layers)
@@ -82,28 +82,28 @@ class HuggingFace:
                 if last in ("kernel", "scale"):
                     module = rule.name.removesuffix(".weight")
                     found[path] = Place(module, part, len(rule.leaves), layers, len(rule.shape) == 4)
-        # a module of its own there, which an adapter may wrap, though its weight is the word embedding
+        # a separate module in transformers, which an adapter may wrap, even if its weight is the word embedding
         return found | {self.head.vocabulary: Place(f"{self.head.module}.{self.head.linear}")}
 
     def tensors(self, params: Tree) -> dict[str, np.ndarray]:
-        """The weights file, float32; a tied tensor under each of its names, as some releases do not tie when they load."""
+        """The weights, float32; tied tensors under each name, as some releases do not tie them when loading."""
         flat = convert.written(tree.flatten(params), self.table)
         tensors = {name: np.asarray(x, np.float32) for name, x in flat.items()}
         return tensors | {second: tensors[first] for second, first in self.table.tied.items()}
 
     def settings(self, task: Any, beams: int) -> dict[str, dict]:
-        """File name -> JSON of the files beside the weights; with a `task`, generation there begins and ends as ours."""
+        """File name -> JSON of the files beside the weights; with a `task`, generation has the same prompt and lengths."""
         raise NotImplementedError
 
     def code(
         self, task: Any, out: str, base: str = "", revision: str = "", in_decoder: bool = False, beams: int = 1
     ) -> list[str]:
-        """Lines of Python that write the text of a picture with transformers: of the merged model in `out`, or, with
-        `base`, of that with the PEFT adapter in `out`, which is put on the decoder where `in_decoder`."""
+        """Lines of Python that generate the text of an image with transformers: with the merged model in `out` or, with
+        `base`, with that model and the PEFT adapter in `out`, which wraps only the decoder if `in_decoder`."""
         raise NotImplementedError
 
     def notes(self, task: Any) -> list[str]:
-        """What users of that code must know."""
+        """Notes for users of that code."""
         return []
 
 
@@ -112,6 +112,6 @@ def of(model: Any) -> HuggingFace:
     found = getattr(model, "hf", None)
     if found is None:
         raise ValueError(
-            f"{type(model).__name__} has no Hugging Face form; use save_tuned, which keeps any method exactly"
+            f"{type(model).__name__} has no Hugging Face form; use save_tuned, which supports every model and method"
         )
     return found

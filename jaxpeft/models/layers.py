@@ -1,12 +1,12 @@
-"""The layers of the ported models, and the only place that calls sites.
+"""The layers of the models; only they and the models call sites.
 
 Axis legend, for array names everywhere in this package (`x_BTD` has axes B, T, D):
     B batch            T query or target tokens    S key or source tokens    P image patches     A texts per image
     D width            F MLP hidden                N attention heads         H head size         V vocabulary
-    L stacked layers   R rank or bottleneck        K prompt or prefix length image_BYXC pictures
+    L stacked layers   R rank or bottleneck        K prompt or prefix length image_BYXC images
 
-Parameters are float32; `dtype` is what the matrix products run in. Dropout acts exactly when an rng named 'dropout'
-is given to `apply`, so evaluation cannot leave it on.
+Parameters are float32; `dtype` is that of the matrix products. Dropout acts if and only if an rng named 'dropout' is passed
+to `apply`, so evaluation cannot leave it on.
 """
 
 import jax
@@ -20,7 +20,7 @@ _INIT = nn.initializers.normal(0.02)  # BERT's and BLIP's
 
 
 def dropout(module: nn.Module, x, rate: float):
-    """Inverted dropout when an rng named 'dropout' is given; the identity otherwise."""
+    """Inverted dropout if an rng named 'dropout' is given; otherwise the identity."""
     if rate == 0 or not module.has_rng("dropout"):
         return x
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
@@ -42,7 +42,7 @@ class Dense(nn.Module):
 
 
 class TiedDense(nn.Module):
-    """x (..., D) @ embedding_VD.T for a matrix stored elsewhere. Site: linear (methods must not merge into it)."""
+    """x (..., D) @ embedding_VD.T for a matrix stored elsewhere. Site: linear (methods cannot be merged into it)."""
 
     dtype: str = "float32"
 
@@ -67,8 +67,8 @@ class Attention(nn.Module):
     `rows` of the query batch may be a multiple A of the context batch (several texts per image, several beams): they
     are folded into the query axis, so keys and values are never repeated.
 
-    Heads stand before positions, the layout of the two products: XLA on CPU otherwise transposes their results (BLIP-base
-    ViT layer, batch 8, two cores: 16 against 27 ms for these lines), and caches would be transposed at every token.
+    Heads come before positions, the layout of the two products: otherwise XLA on CPU transposes their results (BLIP-base ViT
+    layer, batch 8, two cores: 27 ms instead of 16 ms for these lines), and caches would be transposed at every token.
     """
 
     width: int
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         return self._heads(self.key(context_BSD)), self._heads(self.value(context_BSD))
 
     def __call__(self, x_BTD, k_BNSH, v_BNSH, mask_BTS=None, *, stream):
-        """mask_BTS: True where a query may look; None for everywhere. Broadcasts over B, T. `stream`: see sites."""
+        """mask_BTS: True where a query may attend, None for everywhere; broadcasts over B, T. `stream`: see sites."""
         n_rows, n_tokens, _ = x_BTD.shape
         folded_BTD = x_BTD.reshape(k_BNSH.shape[0], -1, x_BTD.shape[-1])  # fold texts of one context into T
         q_BNTH = self._heads(self.query(folded_BTD))
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         if gain_BTS is not None:
             scores_BNTS *= gain_BTS[:, None]
         if mask_BTS is not None:
-            # finite, so that a row that may look nowhere gives a mean and not NaN
+            # finite, so that a row without allowed positions gives a mean instead of NaN
             scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min / 2)
         weights_BNTS = dropout(self, jax.nn.softmax(scores_BNTS, axis=-1), self.dropout)
         if gain_BTS is not None:

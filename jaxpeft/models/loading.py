@@ -1,8 +1,8 @@
-"""Base checkpoints in and out: our own directories, Hugging Face directories, and repositories of the Hugging Face hub.
+"""Load and save base checkpoints: jaxpeft directories, Hugging Face directories, and Hugging Face hub repositories.
 
-Ours: manifest.json (model type and config, digest, where it came from, held-out scores), model.safetensors (leaves by name)
-and vocab.txt. `aliases` in the manifest name subtrees that share another's leaves and are not stored twice. Which model a
-directory holds is its `model_type` (`MODELS`); what is particular to a model is in its converter.
+A jaxpeft directory has manifest.json (model type and config, digest, origin, held-out scores), model.safetensors (leaves by
+name) and vocab.txt. `aliases` in the manifest name subtrees that share another's leaves and are not stored twice.
+`model_type` selects the model (`MODELS`), whose converter has everything specific to it.
 """
 
 import dataclasses
@@ -36,16 +36,16 @@ def load(
     revision: str | None = None,
     **runtime: Any,
 ) -> tuple[Any, Tree]:
-    """(model, params) of a checkpoint: 'tiny' (shipped), a directory of ours, a Hugging Face directory, or a repository of the
-    Hugging Face hub as 'owner/name' or 'owner/name@revision'. A directory of that name comes first.
+    """Load (model, params) of a checkpoint: 'tiny' (shipped), a jaxpeft or Hugging Face directory, or a repository on the
+    Hugging Face hub as 'owner/name' or 'owner/name@revision'. A directory of that name takes precedence.
 
-    `task`: 'vqa' (from a captioning BLIP the question encoder starts from the decoder's layers), 'captioning', or None for
-    what the checkpoint holds. `image_size` resizes the position embedding. `revision`: a commit, branch or tag of a
-    repository, None for its default branch; with a full commit that is in the cache nothing is asked of the hub, and with
-    HF_HUB_OFFLINE=1 it is never asked. `runtime`: dtype, remat, dropout.
+    `task`: 'vqa' (of a captioning BLIP, the decoder's layers initialize the question encoder), 'captioning', or None for that
+    of the checkpoint. `image_size` resizes the position embedding. `revision`: a commit, branch or tag of a repository, None
+    for its default branch; a full commit in the cache is read without a request, and HF_HUB_OFFLINE=1 disables all requests.
+    `runtime`: dtype, remat, dropout.
 
-    Raises ValueError naming file and key for anything missing, unread or misshaped; naming the repository for what cannot
-    be downloaded; and where `revision` is given with a directory, or differs from the one in `path`.
+    Raises ValueError naming file and key for missing or unexpected tensors and wrong shapes; naming the repository if it cannot
+    be downloaded; and if `revision` is given with a directory, or differs from the one in `path`.
     """
     model, params, _ = read(path, task=task, image_size=image_size, revision=revision, **runtime)
     return model, params
@@ -61,11 +61,11 @@ def read(
     param_dtype: Dtype = "float32",
     **runtime: Any,
 ) -> tuple[Any, Tree, dict[str, Any]]:
-    """`load` and a report of where each part came from. For a repository of the hub `source` is its name and `revision` the
-    full commit that was read: given as `revision`, the same files are read again.
+    """`load`, and a report of the origin of each part. For a hub repository `source` is its name and `revision` the full
+    commit that was read, with which the same files can be loaded again.
 
-    Leaves are made one at a time, in `param_dtype` (of all, or a function of a leaf's name), and `place` says where each
-    goes: on the first device, or where `sharding.placing` puts it.
+    Leaves are read one at a time, in `param_dtype` (of all, or a function of a leaf's name), and placed by `place`: on the
+    first device, or as `sharding.placing` does.
     """
     _check_runtime(runtime)
     directory, downloaded = _located(path, revision)
@@ -87,7 +87,7 @@ def abstract(
     revision: str | None = None,
     **runtime: Any,
 ) -> Any:
-    """The model of `load` from manifest.json or config.json alone, for planning: weights need not be there, and those of a
+    """The model of `load` from manifest.json or config.json alone, for planning: weights may be missing, and those of a
     repository are not downloaded."""
     _check_runtime(runtime)
     directory, _ = _located(path, revision, weights=False)
@@ -101,54 +101,54 @@ def abstract(
 
 
 def _with(model: Any, changes: dict[str, Any]) -> Any:
-    """The model with other values of fields of its configuration."""
+    """The model with changed fields of its configuration."""
     return model.replaced(**changes)
 
 
 def is_ours(path: str | Path, revision: str | None = None) -> bool:
-    """Whether a checkpoint is in our own format, which transformers does not load."""
+    """Whether a checkpoint is in jaxpeft's own format, which transformers does not load."""
     return (_located(path, revision, weights=False)[0] / "manifest.json").exists()
 
 
 def _check_runtime(runtime: dict[str, Any]) -> None:
     for old in set(runtime) & set(renamed.LOADING):
-        raise TypeError(f"load() takes no {old}: {renamed.LOADING[old]}")
+        raise TypeError(f"load() has no argument {old}: {renamed.LOADING[old]}")
     if unknown := set(runtime) - set(RUNTIME):
         raise ValueError(f"unknown model options {sorted(unknown)}; choose from {', '.join(RUNTIME)}")
 
 
 def _kind(directory: Path, path: str | Path) -> tuple[Converter, dict[str, Any] | None]:
-    """(converter, manifest): how the model of a directory is read; the manifest, with its config read, of one of ours.
+    """(converter of a directory's model, manifest with its config parsed, or None for a Hugging Face directory).
 
-    Raises ValueError for a model type that is not known.
+    Raises ValueError for an unknown model type.
     """
     file = directory / "manifest.json"
     ours = file.exists()
     if not ours and not (file := directory / "config.json").exists():
         raise _missing(path)
     said = files.read_json(file)
-    model_type = said.get("model_type", "blip" if ours else None)  # manifests of 0.1 are BLIPs' and do not say it
+    model_type = said.get("model_type", "blip" if ours else None)  # manifests of 0.1 do not have it; all are BLIP
     try:
         kind = MODELS.find(str(model_type))()
     except registry.Unknown:
         known = ", ".join(sorted(MODELS))
-        raise ValueError(f"{file}: model_type {model_type!r} is unknown; the known ones are {known}") from None
+        raise ValueError(f"{file}: model_type {model_type!r} is unsupported; choose one of {known}") from None
     if not ours:
         return kind, None
-    with files.reading(file, "is not a manifest of ours"):
+    with files.reading(file, "is not a jaxpeft manifest"):
         aliases = {str(copy): source + "" for copy, source in said["aliases"].items()}
         known = {"aliases": aliases, "digest": said["digest"] + "", "config": kind.config(said["config"])}
         return kind, said | known
 
 
 def _located(path: str | Path, revision: str | None, *, weights: bool = True) -> tuple[Path, dict[str, str]]:
-    """(the checkpoint's directory, what a report says of it beside the rest: source and revision of a repository)."""
+    """(the checkpoint's directory, additions to its report: source and revision of a repository)."""
     shipped = ASSETS / str(path)
     directory = shipped if (shipped / "manifest.json").exists() else Path(path).expanduser()
     if directory.exists():
         if revision is not None:
             raise ValueError(
-                f"revision {revision} was asked for, and {str(path)!r} is a local checkpoint and has no revisions; leave "
+                f"revision {revision} was given, but {str(path)!r} is a local checkpoint and has no revisions; leave "
                 f"the revision out"
             )
         return directory, {}
@@ -160,9 +160,9 @@ def _located(path: str | Path, revision: str | None, *, weights: bool = True) ->
 
 
 def _check_settings(directory: Path) -> None:
-    """Raise ValueError unless manifest.json or config.json describes a model that can be read."""
+    """Raise ValueError unless manifest.json or config.json describes a supported model."""
     if not any((directory / name).exists() for name in downloads.FIRST):
-        raise ValueError("config.json is missing; a Hugging Face checkpoint has it beside the weights")
+        raise ValueError("config.json is missing; it belongs beside the weights of a Hugging Face checkpoint")
     kind, manifest = _kind(directory, directory)
     if manifest is None:
         kind.read_config(directory, None)
@@ -171,9 +171,9 @@ def _check_settings(directory: Path) -> None:
 def _missing(path: str | Path) -> ValueError:
     shipped = sorted(p.parent.name for p in ASSETS.glob("*/manifest.json"))
     return ValueError(
-        f"no checkpoint at {str(path)!r}: a directory with manifest.json (ours) or config.json (Hugging Face) is "
-        f"needed, or one of the shipped names: {', '.join(shipped) or 'none'}; owner/name or owner/name@revision of the "
-        f"Hugging Face hub works too"
+        f"no checkpoint at {str(path)!r}: expected a directory with manifest.json (jaxpeft) or config.json (Hugging Face), "
+        f"or one of the shipped names: {', '.join(shipped) or 'none'}; or owner/name or owner/name@revision of the "
+        f"Hugging Face hub"
     )
 
 
@@ -186,7 +186,7 @@ def _read_ours(
     place: Place,
     dtype: Dtype,
 ) -> tuple[Any, Tree, dict[str, Any]]:
-    """(config, params, report) of a directory of ours, whose tensors are the leaves under their own names."""
+    """(config, params, report) of a jaxpeft directory, whose tensors have the names of the leaves."""
     config = kind.for_task(manifest["config"], task, str(directory))
     wanted = shapes(kind.model(config))
     whole = wanted if config == manifest["config"] else shapes(kind.model(manifest["config"]))
@@ -210,19 +210,19 @@ def shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def scratch(model: Any, seed: int) -> Tree:
-    """Random weights: the control for what pre-training gives."""
+    """Random weights, the control for the effect of pre-training."""
     return jax.jit(lambda: model.init(jax.random.key(seed), model.example()))()["params"]
 
 
 def save(
     directory: str | Path, model: Any, params: Tree, *, aliases: dict[str, str], dtype: str = "float16", **facts: Any
 ) -> Path:
-    """Write a checkpoint directory of ours; leaves under an alias are dropped (they equal their source's)."""
+    """Write a jaxpeft checkpoint directory without the leaves under an alias, which must equal those of its source."""
     flat = tree.flatten(params)
     for copy, source in aliases.items():
         for name in [name for name in flat if name.startswith(copy + "/")]:
             if not np.array_equal(flat[name], flat[source + name[len(copy) :]]):
-                raise ValueError(f"{name} differs from {source}'s, which the alias says it equals")
+                raise ValueError(f"{name} differs from that of {source}, of which it is an alias")
             del flat[name]
     config = {k: v for k, v in dataclasses.asdict(model.config).items() if k not in RUNTIME}
     stored = {name: np.asarray(x, dtype).astype(np.float32) for name, x in flat.items()}
@@ -242,9 +242,9 @@ def save(
 
 
 def wider(model: Any, words: Iterable[str]) -> tuple[Any, list[str]]:
-    """The model with whole words added that its vocabulary lacks, and those words; their rows are leaves of their own.
+    """(the model with the words that its vocabulary lacks added as whole words, those words); their rows are separate leaves.
 
-    Rows that a base's matrix has beyond its own words are dropped.
+    Rows of the base's matrix that do not belong to a word are dropped.
     """
     tokenizer, new = model.tokenizer.extended(words)
     if not new:
@@ -254,9 +254,9 @@ def wider(model: Any, words: Iterable[str]) -> tuple[Any, list[str]]:
 
 
 def extend_vocabulary(model: Any, params: Tree, words: Iterable[str], seed: int) -> tuple[Any, Tree, list[str]]:
-    """`wider` with parameters: the base's as they are, new rows N(0, 0.02) and new biases 0.
+    """`wider` with parameters: those of the base unchanged, new rows N(0, 0.02) and new biases 0.
 
-    New rows are random, so whoever adds words must also train them (`methods.NewWords`).
+    New rows are random, so they must be trained (`methods.NewWords`).
     """
     extended, new = wider(model, words)
     if not new:
@@ -277,7 +277,7 @@ def extend_vocabulary(model: Any, params: Tree, words: Iterable[str], seed: int)
 
 
 def joined(model: Any, params: Tree) -> tuple[Any, Tree]:
-    """The model whose added words are words like others: each matrix whole, as other programs have it."""
+    """The model with added words joined to the base's: whole matrices, as other programs expect them."""
     if not model.config.new_words:
         return model, params
     whole = _with(model, {"new_words": 0})

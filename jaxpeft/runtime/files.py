@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, and read with bounds where others made them.
+"""Atomic writes of files, and bounded reads of untrusted ones.
 
-Nothing in a file of others is run, sizes are bounded before memory is taken, and whatever is wrong is a ValueError that names
-the file. Pickled tensors have a reader of their own, `torch_files`; pictures have `inputs.images`.
+No code in an untrusted file is executed, sizes are checked before memory is allocated, and every defect is a ValueError that
+names the file. Pickled tensors are read by `torch_files`, images by `inputs.images`.
 """
 
 import contextlib
@@ -19,41 +19,39 @@ import safetensors
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-MOST_JSON = 64 << 20  # bytes of a settings file; the largest tokenizer.json are a few MB
+MOST_JSON = 64 << 20  # bytes; the largest tokenizer.json files have a few MB
 
 
 @contextlib.contextmanager
 def reading(path: str | Path, what: str = "cannot be read") -> Iterator[None]:
-    """Inside, any error about what a file holds becomes a ValueError naming it; those of the disk stay OSErrors."""
+    """Turn any error about a file's content into a ValueError that names the file; disk errors stay OSErrors."""
     try:
         yield
     except (ValueError, OSError):
         raise
-    except (
-        Exception
-    ) as error:  # a missing key, a text for a number, one bracket 100,000 times: all are the file's fault
+    except Exception as error:  # a missing key, a string for a number, 100,000 brackets: all are defects of the file
         raise ValueError(f"{path} {what} ({type(error).__name__}: {error!s:.300})") from error
 
 
 def read_json(path: str | Path, most: int = MOST_JSON) -> dict:
-    """The JSON object in a settings file. Raises ValueError for anything else, and for more than `most` bytes."""
+    """Read the JSON object in a file. Raises ValueError for any other content, and for more than `most` bytes."""
     path = Path(path)
     if (size := path.stat().st_size) > most:
-        raise ValueError(f"{path} has {size:,} bytes, more than the {most:,} that a file of settings may have")
+        raise ValueError(f"{path} has {size:,} bytes, more than the limit of {most:,} for a JSON file")
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+        raise ValueError(f"{path} contains a JSON {type(value).__name__}, expected an object")
     return value
 
 
 @contextlib.contextmanager
 def open_safetensors(path: str | Path) -> Iterator[Any]:
-    """A safetensors file, mapped while the block runs; its header cannot ask for more than the file holds.
+    """Open a safetensors file, memory-mapped while the block runs; the sizes in its header are checked against the file.
 
-    Raises ValueError naming the file for one that is missing, damaged, or has types that numpy lacks.
+    Raises ValueError, naming the file, if it is missing or damaged, or has data types that numpy lacks.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} is missing")
@@ -62,27 +60,27 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
             yield file
     except (OSError, ValueError):
         raise
-    except Exception as error:  # its own kind, and those of types that numpy lacks
-        raise ValueError(f"{path} cannot be read as safetensors: {error}; fetch it again") from error
+    except Exception as error:  # SafetensorError, and errors about data types that numpy lacks
+        raise ValueError(f"{path} cannot be read as safetensors: {error}; download it again") from error
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(tensors by name, metadata) of a safetensors file."""
+    """Read a safetensors file: (tensors by name, metadata)."""
     with open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  no iterator
 
 
 def beside(directory: Path, name: Any) -> Path:
-    """The file that another one names by `name`; raises ValueError where that is not a plain name in its directory."""
+    """The path of a file that another file refers to; raises ValueError unless `name` is a plain file name."""
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise ValueError(
-            f"{directory}: a file beside it is called {name!r}; only plain names in that directory are followed"
+            f"{directory}: invalid reference to a file {name!r}; expected the name of a file in this directory"
         )
     return directory / name
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half."""
+    """Write a file atomically: a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text)
@@ -93,17 +91,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON value, indented, atomically."""
+    """Write an indented JSON value atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """One JSON value a line, atomically."""
+    """Write one JSON value per line, atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_tensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file. Its library tells errors of the system in a class of its own; here they are OSErrors."""
+    """Write a safetensors file. The library reports system errors in a class of its own; here they are OSErrors."""
     try:
         save_file(arrays, path, metadata)
     except SafetensorError as error:
@@ -114,16 +112,16 @@ def write_tensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str,
 
 @contextlib.contextmanager
 def whole_directory(directory: str | Path, own: Iterable[str]) -> Iterator[Path]:
-    """Write a directory so that it is there whole or not at all: inside, files go into a sibling, which then takes its place.
+    """Write a directory atomically: the block writes its files into a sibling directory, which then takes its place.
 
-    Raises ValueError where the directory holds other files than `own`, the names that this writer gives. What killed writers
-    left beside it is deleted.
+    Raises ValueError if the directory holds files other than `own`, the names that this writer uses. Leftovers of killed
+    writers are deleted.
     """
     directory = Path(directory).absolute()
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
-        raise ValueError(f"{directory} is a link or a file; choose a new directory")
+        raise ValueError(f"{directory} is a symbolic link or a file; choose a new directory")
     mine = f".{directory.name}.jaxpeft-"
-    # a mount point cannot be renamed, nor anything in a directory that is not ours: then files are moved one by one
+    # neither a mount point nor a directory in a read-only parent can be renamed: their files are moved one by one
     inside = directory.exists() and (os.path.ismount(directory) or not os.access(directory.parent, os.W_OK))
     home = directory if inside else directory.parent
     if directory.exists():
@@ -159,7 +157,7 @@ def whole_directory(directory: str | Path, own: Iterable[str]) -> Iterator[Path]
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process of this host has this number."""
+    """Whether a process with this id exists on this host."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

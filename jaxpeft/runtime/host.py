@@ -1,4 +1,4 @@
-"""Before JAX looks for devices: which processes belong together, which devices there are, where compiled programs are kept."""
+"""Setup of the process before JAX initializes: multi-host runs, virtual devices, the cache of compiled programs."""
 
 import hashlib
 import importlib.metadata
@@ -10,12 +10,12 @@ import jax
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> dict:
-    """Where a number was measured."""
+    """The hardware and operating system, to record beside a measurement."""
     device = jax.devices()[0]
     return {
         "device": f"{len(jax.devices())} x {device.device_kind}",
@@ -25,7 +25,7 @@ def machine() -> dict:
 
 
 def versions() -> dict:
-    """The packages that decide numbers."""
+    """Versions of Python and of the packages that affect results."""
     names = ("jaxpeft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
@@ -33,11 +33,11 @@ def versions() -> dict:
 def join_others(
     when: str = "auto", coordinator: str | None = None, n: int | None = None, me: int | None = None
 ) -> bool:
-    """Make this process one of those of a run on several hosts, before JAX looks for devices; whether it is.
+    """Join the processes of a multi-host run before JAX initializes; return whether this is one.
 
-    `when` is 'on', 'off' or 'auto': where `coordinator` is given (as an argument or in JAX_COORDINATOR_ADDRESS, then with
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID), in a SLURM step of several tasks, and on a TPU slice of several hosts. Clusters
-    that JAX knows (SLURM, GKE, TPU, Open MPI) say the rest themselves. Raises ValueError where something is missing.
+    `when` is 'on', 'off' or 'auto': join if `coordinator` is given (as an argument, or in JAX_COORDINATOR_ADDRESS with
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID), in a SLURM step of several tasks, and on a TPU slice of several hosts. JAX detects
+    the other values on SLURM, GKE, TPU and Open MPI. Raises ValueError if a value is missing.
     """
     env = os.environ
     coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
@@ -45,7 +45,7 @@ def join_others(
     me = int(env["JAX_PROCESS_ID"]) if me is None and "JAX_PROCESS_ID" in env else me
     if coordinator and (n is None) != (me is None):
         raise ValueError(
-            f"--coordinator {coordinator} needs both --num_processes (now {n}) and --process_id (now {me})"
+            f"--coordinator {coordinator} needs both --num_processes (got {n}) and --process_id (got {me})"
         )
     slurm = int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
     tpu = len([one for one in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if one]) > 1
@@ -59,19 +59,19 @@ def join_others(
 
 
 def plan_for(n_devices: int, topology: str | None) -> None:
-    """Before JAX looks for devices: `n_devices` virtual ones of CPU, or none but CPU where a topology is planned for."""
+    """Before JAX initializes: create `n_devices` virtual CPU devices, or use the CPU alone to plan for a topology."""
     if n_devices or topology:
         jax.config.update("jax_platforms", "cpu")
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu else looks for the machine's metadata server
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu queries the cloud's metadata server
     if n_devices:
         jax.config.update("jax_num_cpu_devices", n_devices)
 
 
 def keep_compiled_programs() -> Path | None:
-    """Let XLA keep compiled programs on disk, so that a rerun and the next point of a study do not compile again.
+    """Let XLA keep compiled programs on disk, so that reruns and later runs of a study do not compile again.
 
-    Under $XDG_CACHE_HOME/jaxpeft (~/.cache), one directory per kind of processor, because programs for CPU hold its
-    instructions. JAX's own settings (JAX_COMPILATION_CACHE_DIR) go first; then None is returned.
+    Returns their directory, below $XDG_CACHE_HOME/jaxpeft (~/.cache/jaxpeft): one per type of CPU, because programs hold its
+    instructions. Returns None if JAX's own setting (JAX_COMPILATION_CACHE_DIR) takes precedence.
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return None

@@ -1,9 +1,9 @@
-"""Rights held by one process among all that see a directory: on a run of a study, and on a run's own directory.
+"""Leases: locks on a run of a study or on a run's directory, held by one process among all that share a file system.
 
-A file made whole or not at all, touched every BEAT seconds by a thread. It is free again when its owner lets go, when the
-owner's process is gone from this host, or when its time did not change during STALE seconds of watching. The watching is
-on this process's monotonic clock: clocks of hosts may differ, and may be set back. A process that lives on this host is
-never taken for dead, however slow.
+A lease is a file, created atomically and touched every BEAT seconds by a thread. It is free when its owner releases it, when
+the owner was a process of this host that no longer exists, or when its mtime stays unchanged for STALE seconds, measured by
+this process's monotonic clock: clocks of hosts may differ and may be set back. A running process of this host is never
+considered dead, however slow it is.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STALE, BEAT = 120.0, 10.0  # seconds
-_watched: dict[Path, tuple[int, float]] = {}  # file -> (its time, since when this process has seen that time)
+_watched: dict[Path, tuple[int, float]] = {}  # file -> (its mtime, when this process first saw that mtime)
 
 
 class Lease:
-    """The right to `directory / name`, held by at most one process of any host that sees the directory."""
+    """The lease `directory / name`, held by at most one process among all hosts that share the directory."""
 
     def __init__(self, directory: Path, name: str):
         directory.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ class Lease:
         self._me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
 
     def take(self) -> bool:
-        """Whether the claim is now ours."""
+        """Try to take the lease; return whether it is ours."""
         if not (self._create(self._path) or self._take_over()):
             return False
         _watched.pop(self._path, None)
@@ -43,14 +43,14 @@ class Lease:
         self._path.unlink(missing_ok=True)
 
     def owner(self) -> dict | None:
-        """Who holds it: host, pid, since; or None where nobody does."""
+        """The holder: host, pid, since; None if the lease is free."""
         try:
             return None if self._stale() else json.loads(self._path.read_text())
         except (FileNotFoundError, ValueError):
             return None
 
     def _create(self, path: Path) -> bool:
-        """Written aside and linked: nobody sees half a claim."""
+        """Create a lease file under another name and link it, so that no process sees a part of it."""
         aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             aside.write_text(json.dumps(self._me | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}))
@@ -62,10 +62,10 @@ class Lease:
             aside.unlink(missing_ok=True)
 
     def _take_over(self) -> bool:
-        """Replace a stale claim. A second file makes looking and replacing one act among those who try."""
+        """Replace a stale lease. A second file makes checking and replacing it atomic among the processes that try."""
         gate = self._path.with_name(f".{self._path.name}.gate")
         if not self._create(gate):
-            if _unchanged(gate) > STALE:  # whoever made it was killed between two lines
+            if _unchanged(gate) > STALE:  # the process that created it was killed before it removed it
                 gate.unlink(missing_ok=True)
             return False
         try:
@@ -89,15 +89,15 @@ class Lease:
         while not self._done.wait(BEAT):
             try:
                 os.utime(self._path)
-            except OSError:  # a full or unreachable disk: others may take over, the result is still written
+            except OSError:  # a full or unreachable disk: others may take over, but the result is still written
                 pass
 
 
 @contextlib.contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """Hold `directory` as the only process that writes there; raises ValueError, naming the owner, where another does.
+    """Hold `directory` as the only process that writes there; raises ValueError, naming the owner, if another one does.
 
-    An owner on another host is watched until it is seen to live or STALE seconds have shown that it does not.
+    A lease from another host is watched until its owner touches it, or until it has been stale for STALE seconds.
     """
     claim, began = Lease(directory, ".owner"), time.monotonic()
     first = None
@@ -109,7 +109,7 @@ def held(directory: Path) -> Iterator[None]:
         if owner and (lives or time.monotonic() - began > STALE + BEAT):
             raise ValueError(
                 f"{directory} is in use by process {owner['pid']} on {owner['host']} since {owner.get('since')}; stop that "
-                f"one first, or use another --workdir"
+                f"process first, or use another --workdir"
             )
         time.sleep(min(1.0, BEAT / 4))
     try:
@@ -119,7 +119,7 @@ def held(directory: Path) -> Iterator[None]:
 
 
 def _unchanged(path: Path) -> float:
-    """For how many seconds this process has seen the time of `path` unchanged; 0 at the first look."""
+    """For how many seconds this process has seen the same mtime of `path`; 0 at the first call."""
     try:
         now = path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -132,7 +132,7 @@ def _unchanged(path: Path) -> float:
 
 
 def _started(pid: int) -> str:
-    """When a process of this host began, so that a reused number is not taken for it; '' where it is gone."""
+    """The start time of a process of this host, to distinguish it from a later one with the same id; '' if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         return stat.rsplit(")", 1)[1].split()[19]

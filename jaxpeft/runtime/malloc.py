@@ -1,6 +1,6 @@
-"""Memory that was freed: kept for the next training step, and given back after every compilation.
+"""Settings of malloc: keep freed memory for the next training step, return it to the system after every compilation.
 
-A setting of the whole process, so programs make it and the library does not.
+They affect the whole process, so programs make them and the library does not.
 """
 
 import ctypes
@@ -11,17 +11,17 @@ import jax
 
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # malloc.h
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-LONG = 0.3  # seconds; shorter compilations leave little behind
+LONG = 0.3  # seconds; shorter compilations leave little memory behind
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
     """Let glibc's malloc keep large freed blocks for the next step instead of returning them to the system.
 
-    XLA on CPU allocates its temporaries anew every step, and by default each is mapped and faulted in page by page:
-    48,000 faults a step for the tiny BLIP's gradient at batch 32, and 350 ms of processor time against 260 ms with this (two
-    busy cores, x86-64). What loading and compiling leave behind is given back when a program has been compiled, so what is
-    kept is what the step itself used: BLIP-base trains in 1.62 GB (results/memory.json). False where there is no glibc.
+    XLA on CPU allocates its temporaries anew every step, and by default each is mapped and faulted in page by page: 48,000
+    page faults per step for the tiny BLIP's gradient at batch 32, and 350 ms of CPU time instead of 260 ms (two busy cores,
+    x86-64). What loading and compiling leave behind is returned after every compilation, so only what a step itself used is
+    kept: BLIP-base trains in 1.62 GB (results/memory.json). Returns False without glibc.
     """
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is None:
@@ -33,7 +33,7 @@ def keep_freed_memory() -> bool:
 
 
 def release_freed_memory() -> bool:
-    """Return freed memory to the system now; whether there was some."""
+    """Return freed memory to the system now; return whether there was any."""
     trim = getattr(_libc(), "malloc_trim", None)
     return bool(trim and trim(0))
 

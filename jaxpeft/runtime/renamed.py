@@ -1,4 +1,4 @@
-"""Names of version 0.1 and what they are now: code that uses an old one gets an error, saved files are translated."""
+"""Names of version 0.1 and their replacements: code that uses an old name gets an error, saved files are translated."""
 
 import re
 
@@ -10,16 +10,16 @@ CONFIG = {  # config keys, flattened
     "optim.decay": "optim.weight_decay",
     "task_options.length": "task_options.max_new_tokens",
 }
-# config keys that no key with another name stands for: what an error says of them; left out when a saved config is read
+# removed config keys without a replacement, and the end of their error message; ignored in saved configs
 GONE = {
-    "checkpoint_every": "is gone, as checkpoints are saved by the clock: set config.checkpoint_seconds (0: every step)",
-    "journal_mb": "is gone, as there is no journal any more: config.checkpoint_seconds bounds what a kill costs",
+    "checkpoint_every": "was removed; set the time between checkpoints, config.checkpoint_seconds (0: every step)",
+    "journal_mb": "was removed with the journal; config.checkpoint_seconds limits how much work a killed run loses",
 }
 STUDY = {"arms": "variants", "levels": "settings", "rates": "learning_rates"}  # config keys of a study
 ROW = {"arm": "variant", "level": "setting"}  # of a row of results.jsonl
 FIELDS = {"start": "init_weights", "where": "targets"}  # of methods, in code and in saved manifests
 LOADING = {
-    "question_encoder": "task='vqa' for a model that answers questions, task='captioning' for one without"
+    "question_encoder": "use task='vqa' for a model that answers questions, task='captioning' for one that does not"
 }  # jp.load
 NAMES = {  # of jaxpeft itself
     "export_blip": "export_hf", "expand": "adapt.sites.expand",
@@ -41,10 +41,10 @@ MODULES = {  # below jaxpeft
 
 
 def translated(config: dict) -> dict:
-    """A saved config of version 0.1, nested as JSON has it, with today's keys."""
+    """A saved config of version 0.1 (nested dictionaries) with the current keys."""
     config = {k: dict(value) if isinstance(value, dict) else value for k, value in config.items() if k not in GONE}
     for old, new in CONFIG.items():
-        if old == "task_options.length":  # it counted what a text begins with: see training/finished.py
+        if old == "task_options.length":  # it included the start of a text: see training/finished.py
             continue
         section, _, key = old.rpartition(".")
         place = config.get(section, {}) if section else config
@@ -54,7 +54,7 @@ def translated(config: dict) -> dict:
 
 
 def check_config(config) -> None:
-    """Raise ValueError for a key of version 0.1 in a ConfigDict, naming today's."""
+    """Raise ValueError for a key of version 0.1 in a ConfigDict, naming the current key."""
     for old, new in CONFIG.items():
         section, _, key = old.rpartition(".")
         if key in (config.get(section, {}) if section else config):
@@ -65,7 +65,7 @@ def check_config(config) -> None:
 
 
 def translated_study(config: dict) -> dict:
-    """The saved config of a study of version 0.1 with today's keys."""
+    """A saved study config of version 0.1 with the current keys."""
     config = {STUDY.get(key, key): value for key, value in config.items()}
     config["variants"] = {
         name: {STUDY.get(key, key): value for key, value in one.items()} for name, one in config["variants"].items()
@@ -74,12 +74,12 @@ def translated_study(config: dict) -> dict:
 
 
 def translated_row(row: dict) -> dict:
-    """A row of a results.jsonl of version 0.1 with today's keys."""
+    """A row of a results.jsonl of version 0.1 with the current keys."""
     return {ROW.get(key, key): value for key, value in row.items()}
 
 
 def check_study(config) -> None:
-    """Raise ValueError for a key of version 0.1 in the ConfigDict of a study, naming today's."""
+    """Raise ValueError for a key of version 0.1 in the ConfigDict of a study, naming the current key."""
     for old, new in STUDY.items():
         if old in config:
             raise ValueError(f"config.{old} of a study is now config.{new}; rename it")
@@ -89,7 +89,7 @@ def check_study(config) -> None:
 
 
 def advice(error: Exception) -> str:
-    """What to import instead, where `error` is about a module or a config of version 0.1; else ''."""
+    """What to import instead, if `error` is about a module or a config of version 0.1; else ''."""
     if re.search(r"'?common'? from '?configs|No module named 'configs\.common'", str(error)):
         return "; `from configs import common` is now `from jaxpeft import config`"
     return ""

@@ -1,11 +1,11 @@
-"""Stopping: what Ctrl-C and SIGTERM do, and the exit codes that tell a scheduler whether to start the command again.
+"""Handling of Ctrl-C and SIGTERM, and exit codes that tell a scheduler whether to start the command again.
 
-A training loop says that it looks (`with signals.polled()`), and then the first signal only sets `asked()`: the loop ends at
-the next step with everything saved. Elsewhere (loading, compiling, evaluation) the signal raises `Stopped` as soon as
-Python runs again, and the checkpoint being written is finished on the way out. A second Ctrl-C raises at once.
+In a training loop that polls (`with signals.polled()`) the first signal only sets `asked()`: the loop ends at the next step
+with everything saved. Elsewhere (loading, compiling, evaluation) the signal raises `Stopped` as soon as Python code runs, and
+a checkpoint that is being written is completed first. A second Ctrl-C raises immediately.
 
-A program is `signals.program(main)`: after a signal it ends without the interpreter's own shutdown, in which jaxlib 0.10
-crashes (a segmentation fault, status 139) when the signal came while XLA compiled for the CPU.
+A program calls `signals.program(main)`: after a signal it exits without the interpreter's own shutdown, in which jaxlib 0.10
+crashes (segmentation fault, status 139) if the signal came while XLA was compiling for the CPU.
 """
 
 import atexit
@@ -19,15 +19,15 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
-RESTARTABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from here
-INTERRUPTED = 130  # by Ctrl-C; the same command goes on too
-FATAL = 1  # something must be changed first
+RESTARTABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes from here
+INTERRUPTED = 130  # by Ctrl-C; the same command resumes too
+FATAL = 1  # something must be fixed first
 _TRANSIENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # libraries tell these in errors of their own, by the system's words
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # also recognized by their text, as libraries raise their own errors
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked for the end; `code` is the exit code."""
+    """A signal requested a stop; `code` is the exit code."""
 
     def __init__(self, message: str = "", number: int = signal.SIGTERM):
         super().__init__(message)
@@ -39,7 +39,7 @@ _polls = 0
 
 
 def asked() -> int | None:
-    """The signal that asked for a stop, or None."""
+    """The signal that requested a stop, or None."""
     return _asked
 
 
@@ -51,7 +51,7 @@ def _handle(number, frame):
 
 
 def _lost(hook, unraisable) -> None:
-    """Python drops what is raised while it frees objects, as it does in JAX's hook of the garbage collector: ask again."""
+    """Send the signal again: Python drops exceptions raised while it frees objects, as in JAX's garbage collector hook."""
     if not isinstance(error := unraisable.exc_value, Stopped):
         hook(unraisable)
         return
@@ -63,7 +63,7 @@ def _lost(hook, unraisable) -> None:
 
 @contextlib.contextmanager
 def handled():
-    """Inside, SIGINT and SIGTERM are ours; nested uses and other threads than the main one change nothing."""
+    """Handle SIGINT and SIGTERM in the block; nested uses, and uses outside the main thread, change nothing."""
     global _asked
     numbers = (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is _handle:
@@ -81,14 +81,14 @@ def handled():
 
 
 def check() -> None:
-    """Raise `Stopped` where a stop was asked for and nobody polls, should the handler's own exception have been lost."""
+    """Raise `Stopped` if a stop was requested and nothing polls, in case the handler's own exception was lost."""
     if _asked is not None and not _polls:
         raise Stopped(f"stopped by {signal.Signals(_asked).name}", _asked)
 
 
 def program(main: Callable[[], int | None]) -> NoReturn:
-    """Be the program `main`: what it returns is the exit status; a stop, an error that is for the user, and one of the machine
-    are one line and the status of `exit_code`."""
+    """Run `main` and exit with the status that it returns. A stop, a user error and a machine error print one line and exit
+    with the status of `exit_code`."""
     try:
         with handled():
             status = main()
@@ -106,7 +106,7 @@ def _end(error: BaseException) -> NoReturn:
         print(text if isinstance(error, KeyboardInterrupt) else f"error: {text}", file=sys.stderr)
     if not isinstance(error, KeyboardInterrupt):
         sys.exit(exit_code(error))
-    atexit._run_exitfuncs()  # of JAX for several hosts, Ray, logging, temporary files: all but the interpreter's own end
+    atexit._run_exitfuncs()  # of multi-host JAX, Ray, logging, temporary files: all but the interpreter's own shutdown
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a closed pipe
             stream.flush()
@@ -115,7 +115,7 @@ def _end(error: BaseException) -> NoReturn:
 
 @contextlib.contextmanager
 def polled():
-    """Inside, the caller looks at `asked()` between steps."""
+    """In the block the caller checks `asked()` between steps."""
     global _polls
     with handled():
         _polls += 1
@@ -126,7 +126,7 @@ def polled():
 
 
 def _machine_error(error: BaseException | None) -> int | None:
-    """The number of the system's error that `error` is or comes from, where that may be gone later."""
+    """The errno of the system error that `error` is or was caused by, if that may be temporary; else None."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -141,18 +141,18 @@ def _machine_error(error: BaseException | None) -> int | None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether an error is of the machine and may be gone later: a full or unreachable disk, too many open files."""
+    """Whether an error comes from the machine and may be temporary: a full or unreachable disk, too many open files."""
     return _machine_error(error) is not None
 
 
 def reason(error: BaseException) -> str:
-    """What the system says of an error of the machine, '' for any other: 'No space left on device'."""
+    """The system's description of a machine error, such as 'No space left on device'; '' for any other error."""
     number = _machine_error(error)
     return "" if number is None else os.strerror(number)
 
 
 def exit_code(error: BaseException) -> int:
-    """What a process that ends with `error` should return."""
+    """The exit code of a process that ends with `error`."""
     if isinstance(error, Stopped):
         return error.code
     if isinstance(error, KeyboardInterrupt):

@@ -1,10 +1,10 @@
-"""Tables of plain text."""
+"""Plain-text tables."""
 
 from collections.abc import Iterable, Sequence
 
 
 def aligned(rows: Iterable[Sequence[str]], left: int = 1, gap: str = "  ") -> list[str]:
-    """A line per row, columns of one width: the first `left` start together, the others end together."""
+    """Lines of a table with aligned columns: the first `left` columns left-aligned, the others right-aligned."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
