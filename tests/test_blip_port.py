@@ -313,7 +313,7 @@ def test_a_captioning_checkpoint_starts_a_vqa_model(tmp_path, copy):
 
 
 def test_unequal_widths_cannot_start_a_vqa_model():
-    with pytest.raises(ValueError, match=r"cross_attention/\{key,value\}/kernel .* width 48 .* width 32"):
+    with pytest.raises(ValueError, match=r"cross_attention/\{key,value\}/kernel .* width 48, .* width 32"):
         blip_convert.read_directory(CAPTION, question_encoder=True)
 
 

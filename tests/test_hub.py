@@ -49,7 +49,7 @@ def test_image_size_resizes_positions(saved):
 
 
 def test_alias_that_does_not_hold_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="text_encoder/embed/.* differs from text_decoder"):
+    with pytest.raises(ValueError, match="text_encoder/embed/.* differs from that of text_decoder"):
         loading.save(tmp_path / "x", tiny.model(), tiny.params(), aliases=ALIASES)
 
 
