@@ -23,7 +23,7 @@ import reference
 from peers import BATCH, LENGTH, PEERS, RANK
 
 TRAINED = {"base": 589_824}
-CHECKED = 3  # steps or texts of both that must agree, which also warm up
+CHECKED = 3  # steps or texts that must agree; they also warm up both
 LOSS = 1e-3  # largest difference of the losses of these steps
 
 
@@ -106,7 +106,7 @@ def measure(mode: str, peers: dict, runs: int) -> tuple[list[dict], list[str]]:
 
 
 def memory(args, directory: Path) -> list[dict]:
-    """Peak resident memory of a process that loads one peer and does the headline work twice."""
+    """Peak resident memory of a process that loads one peer and does the main work twice."""
     rows = []
     for name in PEERS:
         command = [sys.executable, __file__, "--mode", args.mode, "--only", name, "--directory", str(directory)]

@@ -73,7 +73,7 @@ def ours(files, size, threads):
 
 
 def in_processes(files, size, workers):
-    """Our batches made by grain's worker processes."""
+    """jaxpeft's batches, made by grain's worker processes."""
     examples = base.Examples(
         {"image_index": np.arange(len(files))}, pipeline.Resized(Decoded(files), size, cache_bytes=0), []
     )

@@ -29,7 +29,7 @@ class Torch:
         self.prompt_BT = torch.tensor(self.inputs["prompt"]).long()
 
     def steps(self, others: bool = True) -> dict:
-        """{label: one training step -> loss}: '' is the headline. All share the model; the headline's come first."""
+        """{label: one training step -> loss}: '' is the main one and comes first. All share the model."""
         import peft
         import torch
 

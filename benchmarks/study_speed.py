@@ -32,7 +32,7 @@ from jaxpeft.runtime import files
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-PEERS = ("lora",)  # what the loop in PyTorch runs
+PEERS = ("lora",)  # the methods of PyTorch's loop
 
 
 def get_config(arg=""):

@@ -6,13 +6,13 @@
 
 As published: 384 pixels, batches of 256, 5 epochs, AdamW 1e-5 with weight decay 0.05 on every leaf, no warm-up, no clipping,
 label smoothing 0.1, random crop of half the area or more, flip, RandAugment(2, 5); captions cleaned and cut to 30 words; beam
-3, 5 to 20 tokens including the prompt. Dropout 0.1 is in the text towers at the same places as in BERT, and not in the image
-encoder, as in BLIP's base model. Scored on Karpathy's test split, with PTB tokens and METEOR if Java is installed.
+3, 5 to 20 tokens including the prompt. Scored on Karpathy's test split, with PTB tokens and METEOR if Java is installed.
 `upload_test.json` has COCO's result format.
 
 Different from the publication: a caption that is cut to 40 tokens is trained without an end token; the cosine schedule changes
 every step, not every epoch; the last step is kept, not the epoch with the best CIDEr + BLEU-4 on val
-(--config.eval.splits="('val','test')" scores both). There are no published learning rates for PEFT methods: `LR` is not tuned.
+(--config.eval.splits="('val','test')" scores both). Dropout 0.1 is in the text towers at the same places as in BERT; the image
+encoder has none, as in BLIP's base model. There are no published learning rates for PEFT methods: `LR` is not tuned.
 """
 
 from jaxpeft import config

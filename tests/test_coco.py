@@ -201,7 +201,7 @@ def test_a_tree_that_changed_is_not_taken_for_the_prepared_one(tree, home, tmp_p
 def test_broken_official_files_are_named(tree, tmp_path):
     for name, text, says in (
         ("karpathy/dataset_coco.json", "{", "dataset_coco.json: invalid JSON"),
-        ("karpathy/dataset_coco.json", '{"images": [{"cocoid": 1}]}', "lacks 'split'"),
+        ("karpathy/dataset_coco.json", '{"images": [{"cocoid": 1}]}', "has no 'split'"),
         ("karpathy/dataset_coco.json", "[1]", "expected a list of objects"),
     ):
         root = tmp_path / says[:4].strip()

@@ -222,5 +222,5 @@ def test_frozen_matrices_in_bfloat16_change_nothing_where_products_are_in_bfloat
 
 def test_a_mesh_takes_some_axes_and_no_other():
     assert dict(sharding.mesh({"fsdp": 4}).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
-    with pytest.raises(ValueError, match="no axis fdsp"):
+    with pytest.raises(ValueError, match="unknown mesh axis fdsp"):
         sharding.mesh({"fdsp": 4})

@@ -237,10 +237,10 @@ def test_limits_are_the_longest_texts_up_to_the_positions():
     words = tasks.build("captioning", max_words=2)
     assert words.cuts(words.lengths(SPLIT, CAPTION))["max_words"] == {"limit": 2, "longest": 3, "cut": 1, "of": 3}
     for task, field, value, allowed in (
-        ("vqa", "max_new_tokens", 69, "1 to 63"), ("vqa", "max_new_tokens", 64, "1 to 63"),
-        ("vqa", "max_new_tokens", -1, "1 to 63"), ("vqa", "max_question", 2, "3 to 64"),
-        ("captioning", "max_tokens", -1, "5 to 64"), ("captioning", "max_tokens", 4, "5 to 64"),
-        ("captioning", "max_new_tokens", -1, "1 to 60"), ("captioning", "max_new_tokens", 61, "1 to 60"),
+        ("vqa", "max_new_tokens", 69, "between 1 and 63"), ("vqa", "max_new_tokens", 64, "between 1 and 63"),
+        ("vqa", "max_new_tokens", -1, "between 1 and 63"), ("vqa", "max_question", 2, "between 3 and 64"),
+        ("captioning", "max_tokens", -1, "between 5 and 64"), ("captioning", "max_tokens", 4, "between 5 and 64"),
+        ("captioning", "max_new_tokens", -1, "between 1 and 60"), ("captioning", "max_new_tokens", 61, "between 1 and 60"),
     ):  # fmt: skip
         with pytest.raises(
             ValueError, match=f"task_options.{field} is {value}; with this base and prompt it must be {allowed}"

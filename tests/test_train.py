@@ -644,7 +644,7 @@ def test_subsets_are_nested_and_batches_are_a_function_of_seed_and_step():
 
 
 @pytest.mark.parametrize(
-    "key, value, message", [("fraction", 0.0, "fraction is 0.0"), ("n_images", 99, "has 3 pictures")]
+    "key, value, message", [("fraction", 0.0, "fraction is 0.0"), ("n_images", 99, "has 3 images")]
 )
 def test_impossible_subsets_are_named(key, value, message):
     split = scenes.load({"n_train": 3}, ["train"])["train"]

@@ -95,7 +95,7 @@ def generate(
         ids, n_trees = np.asarray(adapter_ids, np.int32), {x.shape[0] for x in jax.tree.leaves(variables["peft"])}
         if ids.shape != (len(pictures),) or len(n_trees) != 1 or not np.all((0 <= ids) & (ids < min(n_trees))):
             raise ValueError(
-                f"adapter_ids is {ids.tolist()}; it must have one index for each of {len(pictures)} images, of {n_trees} trees"
+                f"adapter_ids is {ids.tolist()}; it must hold one index per image ({len(pictures)}) of {n_trees} trees"
             )
         cases = dataclasses.replace(cases, arrays=cases.arrays | {"adapter": ids})
     found = evaluate.ranked(model, variables, task, cases, batch_size=batch_size, beams=max(beams, top or 1))

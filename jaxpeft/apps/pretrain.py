@@ -122,7 +122,7 @@ def edited(caption: str, scene, rng: np.random.Generator) -> str | None:
     places = [i for i in range(len(words) - 1) if words[i] in scenes.COLORS and words[i + 1] in scenes.SHAPES]
     if not places:
         return None
-    sides = [  # of '<color> <shape> on the left', the indices of 'left' where no such thing is on the right
+    sides = [  # in '<color> <shape> on the left', the index of 'left', if no such object is on the right
         i + 4
         for i in places
         if words[i + 2 : i + 3] in (["on"], ["at"])

@@ -100,7 +100,7 @@ def rouge_l(predictions: Predictions, references: References, beta: float = 1.2)
 
     F = (1 + beta^2) P R / (R + beta^2 P) with P and R the longest common subsequence over the length of the prediction
     and of the reference; the best P and the best R over references may come from different ones. The reference code
-    splits at each single space, so empty text is one empty word, and two empty captions score 1.
+    splits at each single space, so an empty text is one empty word, and two empty captions score 1.
     """
     ids = _check(predictions, references)
     scores = []

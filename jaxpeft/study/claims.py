@@ -313,7 +313,7 @@ def _best_against_full(table, finals, setting, peft):
 
 
 def _interactions(tables, tasks, peft, replicates) -> list[Verdict]:
-    """The title's claim: slopes, as shares of their setting's mean score, are larger for VQA than for captioning."""
+    """Judge the claim in the paper's title: slopes, as shares of their setting's mean score, are larger for VQA."""
     out = []
     near = [setting for setting in tables if tasks[setting] != "vqa" and tables[setting].enough]
     far = [setting for setting in tables if tasks[setting] == "vqa" and tables[setting].enough]

@@ -65,7 +65,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def lengths(self, split: Split, template: Template) -> dict[str, np.ndarray]:
-        """Limit -> the length of each text of the split, including prompt and special tokens."""
+        """Limit -> how much of it each text of the split needs, including prompt and special tokens."""
 
     @abc.abstractmethod
     def least(self, template: Template) -> dict[str, int]:

@@ -162,7 +162,7 @@ def fit(
 
     Checkpoints are saved config.checkpoint_seconds after the last one (0: after every step), or later where a save takes more
     than 1 / PAUSE of that time, by the clock of the first host, and after the last step. If a signal, an error or a loss that
-    is not finite ends training early, the last good step is saved first. A SIGKILL loses the time since the last save.
+    is not finite ends training early, the last good step is saved first. A SIGKILL loses that time, one save and one step.
 
     Raises ValueError where a checkpoint does not match job.manifest, unless `accept`; NonFinite; and signals.Stopped after a
     stop was requested.

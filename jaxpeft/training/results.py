@@ -249,5 +249,5 @@ def gallery(path: Path, cases: list[dict], columns: int = 4) -> None:
 
 
 def _filled(text: str) -> str:
-    """At most six lines of 40 characters."""
+    """Wrap a text to at most six lines of 40 characters."""
     return textwrap.fill(text, 40, subsequent_indent="   ", max_lines=6, placeholder=" ...")

@@ -56,7 +56,7 @@ def _yardstick(setup: Setup, name: str, log: Log) -> Yardstick:
         shown = "".join(f"; {text!r} becomes {written!r}" for text, written in writer["examples"])
         log(
             f"warning: {name}: the right texts as this base can write them have {metric} {writer[metric]:.3f}, unchanged "
-            f"{writer['unhindered']:.3f}: its vocabulary or task_options.max_new_tokens cuts parts of them{shown}"
+            f"{writer['unhindered']:.3f}: its vocabulary or task_options.max_new_tokens loses parts of them{shown}"
         )
     n = len({row["image_id"] for row in cases.rows})
     if n < FEW:

@@ -197,7 +197,7 @@ def replicated(on: Mesh) -> NamedSharding:
 
 
 def replicate(tree: Tree, on: Mesh) -> Tree:
-    """The same value on every device."""
+    """Put the same value on every device."""
     return put(tree, jax.tree.map(lambda _: replicated(on), tree))
 
 

@@ -121,4 +121,4 @@ def test_a_stop_that_comes_while_an_object_is_freed(fault):
         for _ in range(200):
             time.sleep(0.01)
     assert signals.exit_code(caught.value) == signals.RESTARTABLE
-    fault.tried("raised again a moment later")
+    fault.tried("delivered again a moment later")

@@ -314,7 +314,7 @@ def _merge(record, file, split, rows, ids, question_ids, problems):
         problems.note("two splits", f"{where}: {file} is in {name!r} and {row['split']!r}, see {row['where']}")
     elif (row and row["image_id"] != image_id) or ids.setdefault(image_id, file) != file:
         at = f"{file} and {ids[image_id]}" if ids.get(image_id, file) != file else f"{row['image_id']!r} of {file}"
-        problems.note("duplicate id", f"{where}: image id {image_id!r} beside {at}")
+        problems.note("duplicate id", f"{where}: image id {image_id!r}, compare {at}")
     else:
         if row is None:
             row = {"image_id": image_id, "file": file, "split": name, "captions": [], "questions": [], "where": where}
@@ -376,7 +376,7 @@ def _in_order(rows, split, seed):
 
 
 def _fill_empty(rows, problems, names, seed):
-    """Give each empty split of `names` the nearest row of train (or of the largest split, if train has a single row)."""
+    """Give each empty split of `names` the nearest row of train (or of the largest split, if train has at most one)."""
     if len(rows) < 3:
         return
     for name in names:

@@ -88,13 +88,13 @@ def _web_caption(rng, objects):
 
 
 def _side(rng, thing):
-    """'on the left' or 'at the top': half of where a thing is, in the words of the position questions."""
+    """'on the left' or 'at the top': one half of an object's position, in the words of the position questions."""
     vertical, horizontal = thing.quadrant.split()
     return f"on the {horizontal}" if chance(rng, 0.5) else f"at the {vertical}"
 
 
 def human_captions(split, index, n=5, seed=0):
-    """n references that say how many, what and where: 'there are two shapes a red circle at the top left and a ...'."""
+    """n references that state number, kinds and positions: 'there are two shapes a red circle at the top left and a ...'."""
     rng = stream(split, index, seed, "human")
     objects = scene(split, index, seed).objects
     return [_human_caption(rng, objects) for _ in range(n)]
@@ -149,7 +149,7 @@ def _questions(rng, objects, n, comp):
 
 
 def _exist(rng, objects, comp):
-    """The answer is drawn first; 'no' asks for something that shares its colour or its shape with what is there."""
+    """The answer is drawn first; 'no' asks for an absent object that shares its colour or shape with a present one."""
     present = pick(rng, objects)
     answer = pick(rng, ("yes", "no"))
     if chance(rng, 0.3):

@@ -196,7 +196,7 @@ def figure_learning_rates(study: Study) -> Figure:
 
 
 def figure_consistency(study: Study) -> Figure:
-    """How much data and tunable size matter, against how consistent a setting is with pre-training."""
+    """The effects of data and tunable size, against how consistent a setting is with pre-training."""
     scale = {row["setting"]: row["consistency"] for row in consistency(study)}
     figure, axes = _axes(2)
     for ax, axis in zip(axes, ("data", "size"), strict=True):
