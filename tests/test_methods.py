@@ -192,6 +192,17 @@ def test_lora_is_the_papers_equation():
     np.testing.assert_allclose(got, x @ (kernel + 2.0 * params["a"] @ params["b"]), rtol=1e-4, atol=1e-4)
 
 
+def test_loha_is_the_papers_equation():
+    """x W + b + alpha / r * x ((A1 B1) * (A2 B2)), elementwise in the brackets."""
+    rng = np.random.default_rng(0)
+    shapes = {"a1": (5, 2), "b1": (2, 7), "a2": (5, 2), "b2": (2, 7)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    x, y = rng.normal(size=(2, 4, 5)).astype(np.float32), rng.normal(size=(2, 4, 7)).astype(np.float32)
+    got = jp.LoHa(rank=2, alpha=6.0).linear(params, jnp.asarray(x), jnp.asarray(y), {}, None)
+    update = 3.0 * (params["a1"] @ params["b1"]) * (params["a2"] @ params["b2"])
+    np.testing.assert_allclose(got, y + x @ update, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "rank, alpha, stabilized, scale",
     [(8, "2r", False, 2.0), (8, "r", False, 1.0), (4, 16.0, False, 4.0), (16, "16", False, 1.0), (64, 16, True, 2.0)],
