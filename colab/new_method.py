@@ -21,7 +21,7 @@
 #
 # $$ y = x W + b + \alpha\, x\, \mathrm{Re}\,\mathcal F^{-1}(E), \qquad E_{j_l, k_l} = c_l. $$
 #
-# **How long it takes.** MINUTES on two CPU cores. Nothing is downloaded except Python packages.
+# **How long it takes.** A few minutes on two CPU cores. Nothing is downloaded except Python packages.
 
 # %% [markdown]
 # ## Install

@@ -19,7 +19,8 @@
 # Then we ask it about images that it has never seen, and compare its answers with the truth, with the model before
 # training, and with guesses that do not look at the image.
 #
-# **How long it takes.** MINUTES on two CPU cores. Nothing is downloaded except Python packages.
+# **How long it takes.** A few minutes on two CPU cores, up to ten if they are busy. Nothing is downloaded except
+# Python packages.
 
 # %% [markdown]
 # ## Install
