@@ -194,9 +194,9 @@ left.legend(frameon=False)
 _ = right.legend(frameon=False)
 
 # %% [markdown]
-# Both learn, as both end above the dotted line. Which one is better cannot be read from this: there is one seed,
-# one learning rate each, and different numbers of parameters. For a fair comparison, make both variants of a study
-# (`study.ipynb`).
+# Both learned to look: both bars end above the dotted line. Which method is better cannot be read from this, as
+# there is one seed, one learning rate each, and different numbers of parameters. For a fair comparison, make both
+# variants of a study (`study.ipynb`).
 #
 # ## What did they add to a matrix?
 #
@@ -219,9 +219,9 @@ for ax, name in zip(axes, ("fourier", "lora")):
     figure.colorbar(image, ax=ax, shrink=0.8)
 
 # %% [markdown]
-# LoRA's update is made of stripes: each of its two directions is one row pattern times one column pattern. That of
-# FourierFT is made of waves over the whole matrix, and its rank is high although it has fewer parameters. This is
-# what the paper promises.
+# LoRA's update is made of stripes: each of its two directions is one row pattern times one column pattern, so its
+# rank is 2. That of FourierFT is a sum of 64 waves over the whole matrix. Its rank is far higher, although it has
+# an eighth of LoRA's parameters here (64 instead of 512).
 #
 # ## Keep it
 #
