@@ -135,7 +135,7 @@ def test_generate_answers_and_names_misuse():
     split = _scenario(3)
     texts = jp.generate(model, variables, split.images, "w1 w2", beams=2, batch_size=2)
     assert len(texts) == 3 and all(word in tiny.TOKENIZER.ids for text in texts for word in text.split())
-    with pytest.raises(ValueError, match="give prompts"):
+    with pytest.raises(ValueError, match="pass prompts"):
         jp.generate(model, variables, split.images)
     with pytest.raises(ValueError, match="2 prompts for 3 pictures"):
         jp.generate(model, variables, split.images, ["w1", "w2"])

@@ -183,7 +183,7 @@ def test_mistakes_on_the_command_line_are_said(args, message, capsys):
 
 @pytest.mark.slow
 def test_a_question_for_a_model_that_captions_is_said(run, folder):
-    with pytest.raises(SystemExit, match="this model captions: give no prompts"):
+    with pytest.raises(SystemExit, match="this model captions: pass no prompts"):
         generate.main(["--workdir", str(run[0]), "--image", str(folder / "0.png"), "--question", "what is it"])
 
 
@@ -232,7 +232,7 @@ def test_a_run_is_exported_with_a_card_that_says_what_it_is(run, tmp_path, capsy
         assert fact in card, fact
     assert str(workdir) not in card
     assert export.main(["--workdir", str(workdir), "--out", str(tmp_path / "out")]) == 1
-    assert "is not empty" in capsys.readouterr().err
+    assert "is not an empty directory" in capsys.readouterr().err
 
 
 def test_an_adapter_is_exported_with_its_card(base, tmp_path, capsys):
