@@ -19,9 +19,9 @@
 # number, and let all three programs write captions for held-out images. Then we go the other way: we read the PEFT
 # adapter back, and at last one that was trained in PyTorch from the start.
 #
-# **How long it takes.** About two minutes on two idle CPU cores. The comparison needs `torch`, `transformers` and
-# `peft`; without them the notebook writes the files and skips the cells that read them. Nothing is downloaded
-# except Python packages.
+# **How long it takes.** Five minutes on two busy CPU cores, less on idle ones. The comparison needs `torch`,
+# `transformers` and `peft`; without them the notebook writes the files and skips the cells that read them. Nothing
+# is downloaded except Python packages.
 
 # %% [markdown]
 # ## Install
@@ -256,7 +256,8 @@ if TORCH:
     )
 
 # %% [markdown]
-# Again only rounding. From here, the imported adapter is like any other: it can be evaluated, trained further,
+# Again only rounding. (The loss starts low because the base that was written beside the adapter already has the
+# tuned layer of the head.) From here, the imported adapter is like any other: it can be evaluated, trained further,
 # merged or exported again.
 #
 # ## What can be exported
