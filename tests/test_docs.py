@@ -255,6 +255,7 @@ RUNNABLE = [
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch, restored):
+    """No block raises; blocks with an assertion of their own hold it."""
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)).save("photo.jpg")

@@ -425,7 +425,9 @@ def test_a_stack_of_different_trees_is_refused():
         jp.stack([one, attach(jp.LoRA(rank=3))])
     with pytest.raises(ValueError, match="other base leaves"):
         jp.stack([one, attach(jp.LoRA(rank=2), jax.tree.map(lambda x: x + 1, tiny.params()))])
-    with pytest.raises(ValueError, match="adapter_ids"):
+    with pytest.raises(
+        ValueError, match=r"adapter_ids is \[0, 2\]; expected one index per image \(2\), each below 2, the number"
+    ):
         jp.generate(tiny.model(), jp.stack([one, one]), list(tiny.batch(n=2)["image"]), "w1", adapter_ids=[0, 2])
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from configs import point, pretrain, quickstart
 from jaxpeft import cli, config
+from jaxpeft.runtime.text import aligned
 from jaxpeft.training.progress import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -129,3 +130,10 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere():
     assert bar.getvalue().count("\r") == 4 and bar.getvalue().count("\n") == 1
     assert "[########################] step 4/4  loss 1.5" in bar.getvalue()
     assert lines.getvalue().count("\n") == 4 and "\r" not in lines.getvalue() and "examples/s  ETA" in lines.getvalue()
+
+
+def test_columns_of_a_table_are_of_one_width_and_names_start_together():
+    rows = [("leaf", "shape", "stored"), ("a", "2x3", "6"), ("longer", "4", "1,000")]
+    assert aligned(rows) == ["leaf    shape  stored", "a         2x3       6", "longer      4   1,000"]
+    assert aligned(rows, left=2) == ["leaf    shape  stored", "a       2x3         6", "longer  4       1,000"]
+    assert aligned([("a", ""), ("bc", "")]) == ["a", "bc"]

@@ -137,6 +137,8 @@ def test_generate_answers_and_names_misuse():
     assert len(texts) == 3 and all(word in tiny.TOKENIZER.ids for text in texts for word in text.split())
     with pytest.raises(ValueError, match="pass prompts"):
         jp.generate(model, variables, split.images)
+    with pytest.raises(ValueError, match="this model captions: pass no prompts"):
+        jp.generate(tiny.model(question_encoder=False), variables, split.images, "")
     with pytest.raises(ValueError, match="2 prompts for 3 images"):
         jp.generate(model, variables, split.images, ["w1", "w2"])
     assert len(SPECIAL) == 7

@@ -72,7 +72,9 @@ def generate(
     """
     name = "captioning" if prompts is None else "vqa"
     if name not in model.tasks:
-        raise ValueError(f"this model {'captions: pass no prompts' if prompts else 'answers questions: pass prompts'}")
+        raise ValueError(
+            f"this model {'answers questions: pass prompts' if prompts is None else 'captions: pass no prompts'}"
+        )
     task = task or tasks.build(name)
     alone = isinstance(images, str | Path) or getattr(images, "ndim", 4) == 3
     some = cast(Sequence[Picture], [images] if alone else images)
@@ -95,7 +97,8 @@ def generate(
         ids, n_trees = np.asarray(adapter_ids, np.int32), {x.shape[0] for x in jax.tree.leaves(variables["peft"])}
         if ids.shape != (len(pictures),) or len(n_trees) != 1 or not np.all((0 <= ids) & (ids < min(n_trees))):
             raise ValueError(
-                f"adapter_ids is {ids.tolist()}; it must hold one index per image ({len(pictures)}) of {n_trees} trees"
+                f"adapter_ids is {ids.tolist()}; expected one index per image ({len(pictures)}), each below {min(n_trees)}, "
+                f"the number of stacked trees"
             )
         cases = dataclasses.replace(cases, arrays=cases.arrays | {"adapter": ids})
     found = evaluate.ranked(model, variables, task, cases, batch_size=batch_size, beams=max(beams, top or 1))

@@ -234,6 +234,7 @@ def _delimiter(header):
 
 
 def coco(name, data, problems):
+    """Read COCO captions -> records; rows that are invalid go to `problems`."""
     _entry(data, name, problems, {"images", "annotations"}, {"info", "licenses", "license", "type"})
     files, described = {}, set()
     extra = {"width", "height", "license", "flickr_url", "coco_url", "date_captured"}
@@ -260,6 +261,7 @@ def coco(name, data, problems):
 
 
 def karpathy(name, data, problems):
+    """Read Karpathy's JSON, as `coco` does."""
     _entry(data, name, problems, {"images"}, {"dataset"})
     extra = {"filepath", "split", "cocoid", "imgid", "sentids"}
     for i, image in enumerate(data["images"]):
@@ -278,6 +280,7 @@ def karpathy(name, data, problems):
 
 
 def vqa(questions_name, questions, answers_name, annotations, problems):
+    """Read the questions and annotations of VQA v2, as `coco` does."""
     top = {"info", "task_type", "data_type", "data_subtype", "license"}
     _entry(questions, questions_name, problems, {"questions"}, top)
     _entry(annotations, answers_name, problems, {"annotations"}, top)
@@ -314,12 +317,14 @@ def vqa(questions_name, questions, answers_name, annotations, problems):
 
 
 def rows(name, data, problems):
+    """Read a JSON list of objects, as `coco` does."""
     names = {}
     for i, row in enumerate(data):
         yield from _row(row, f"{name} row {i}", problems, names)
 
 
 def jsonl(name, text, problems):
+    """Read JSONL: an object per line, as `coco` does."""
     names = {}
     for i, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may be inside a JSON string
         if line.strip():

@@ -65,6 +65,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def cell_of(row: dict) -> Cell:
+    """The cell of the grid that a row of results.jsonl belongs to."""
     return Cell(row["setting"], row["variant"], row["size"], row["n_images"])
 
 
