@@ -20,14 +20,14 @@ import tiny
 
 from jaxpeft.apps.pretrain import ALIASES, init, shared
 from jaxpeft.data import scenes
-from jaxpeft.models import blip, loading
+from jaxpeft.models import loading, stack
 from jaxpeft.models.blip import BlipConfig, build
 from jaxpeft.models.blip_tokens import BlipTokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)  # before any array exists
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-blip.UNROLLED = 0  # scanned as models of base size are: half the program to compile; test_model.py unrolls
+stack.UNROLLED = 0  # scanned as models of base size are: half the program to compile; test_model.py unrolls
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,9 +7,10 @@ import pytest
 import tiny
 
 from jaxpeft import tree
-from jaxpeft.models import blip
+from jaxpeft.models import stack
 from jaxpeft.models.base import Context
-from jaxpeft.models.blip import BlipConfig, build, position_init
+from jaxpeft.models.blip import BlipConfig, build
+from jaxpeft.models.vit import position_init
 
 VARIABLES = {"params": tiny.params()}
 BATCH = tiny.batch(3, n_texts=2)
@@ -73,10 +74,10 @@ def test_unrolled_layers_and_remat_change_nothing(change, monkeypatch):
         loss = jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, BATCH) ** 2)))
         return model.apply(VARIABLES, BATCH), tree.flatten(loss(VARIABLES["params"]))
 
-    assert blip.UNROLLED == 0  # conftest
+    assert stack.UNROLLED == 0  # conftest
     logits, grads = results(tiny.model())
     if change == "unrolled":
-        monkeypatch.setattr(blip, "UNROLLED", 4)
+        monkeypatch.setattr(stack, "UNROLLED", 4)
     changed, changed_grads = results(tiny.model(remat="full" if change == "remat" else "none"))
     np.testing.assert_allclose(changed, logits, atol=1e-6)
     for name, leaf in grads.items():

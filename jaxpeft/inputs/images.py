@@ -303,11 +303,12 @@ def _crop_box(
     return (rows - height) // 2, (columns - width) // 2, height, width
 
 
-def resize_positions(position_PD: np.ndarray, new_grid: int) -> np.ndarray:
+def resize_positions(position_PD: np.ndarray, new_grid: int, mode: str = "bicubic") -> np.ndarray:
     """Position embeddings (1 + g*g, D) -> (1 + new_grid**2, D) for another image size, same dtype (numpy).
 
-    Row 0 (CLS) is kept. The grid is interpolated like torch's `interpolate(mode='bicubic', align_corners=False)`: Keys'
-    cubic with a = -0.75, clamped edges, no antialiasing; jax.image and Pillow have a = -0.5.
+    Row 0 (CLS) is kept. The grid is interpolated like torch's `interpolate(mode=mode, align_corners=False)`, with clamped edges
+    and no antialiasing: 'bicubic', as BLIP does, is Keys' cubic with a = -0.75 (jax.image and Pillow have a = -0.5);
+    'bilinear', as mPLUG does.
     """
     position_PD = np.asarray(position_PD)
     grid = math.isqrt(len(position_PD) - 1) if len(position_PD) > 1 else 0
@@ -317,7 +318,7 @@ def resize_positions(position_PD: np.ndarray, new_grid: int) -> np.ndarray:
             "and a new grid of at least 1"
         )
     cls_1D, grid_YXD = position_PD[:1], position_PD[1:].reshape(grid, grid, -1).astype(np.float64)
-    weight_NO = _cubic_weights(grid, new_grid)
+    weight_NO = {"bicubic": _cubic_weights, "bilinear": _linear_weights}[mode](grid, new_grid)
     new_YXD = np.einsum("yi,xj,ijd->yxd", weight_NO, weight_NO, grid_YXD, optimize=True)
     return np.concatenate([cls_1D, new_YXD.reshape(new_grid**2, -1).astype(position_PD.dtype)])
 
@@ -332,6 +333,16 @@ def _cubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
         near = ((a + 2) * x - (a + 3)) * x * x + 1
         far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
         np.add.at(weight_NO, (np.arange(new), np.clip(first_N + tap, 0, old - 1)), np.where(x <= 1, near, far))
+    return weight_NO
+
+
+def _linear_weights(old: int, new: int) -> np.ndarray:
+    """(new, old) matrix of one-dimensional linear interpolation; a row's weights sum to one."""
+    centre_N = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, None)
+    first_N = np.floor(centre_N).astype(int)
+    weight_NO = np.zeros((new, old))
+    np.add.at(weight_NO, (np.arange(new), first_N), 1 - (centre_N - first_N))
+    np.add.at(weight_NO, (np.arange(new), np.minimum(first_N + 1, old - 1)), centre_N - first_N)
     return weight_NO
 
 

@@ -29,6 +29,7 @@ class Template:
     after: tuple[int, ...] = ()
     clean_question: Callable[[str], str] = str
     clean_text: Callable[[str], str] = str
+    beam_search: str = "transformers"  # a key of models.decode.BEAM_SEARCHES: how beams are scored and when they stop
 
     def prompt(self, question: str, limit: int = 0) -> tuple[list[int], int]:
         """(ids of a prompt, number of ids cut off); `limit`: maximum number of ids in all, 0 for no limit."""

@@ -139,4 +139,6 @@ def _in(module: str) -> Callable[[], Converter]:
 
 
 # model_type of config.json (Hugging Face) or manifest.json (jaxpeft) -> a function that returns its converter
-MODELS: dict[str, Callable[[], Converter]] = Registry("model type", {"blip": _in("jaxpeft.models.blip_convert")})
+MODELS: dict[str, Callable[[], Converter]] = Registry(
+    "model type", {"blip": _in("jaxpeft.models.blip_convert"), "mplug": _in("jaxpeft.models.mplug_convert")}
+)

@@ -16,18 +16,16 @@ from jaxpeft import tree
 from jaxpeft.inputs import images
 from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
 from jaxpeft.models import blip_hf, convert
+from jaxpeft.models.bert_convert import DROPPED, HEAD, TEXT, TIED, UNTIED
 from jaxpeft.models.blip import Blip, BlipConfig, build
 from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.models.convert import Change, Dtype, Place, Rule, Table, Tensor
 from jaxpeft.runtime import files
 
-# (kind, reference name, our path, reference kernel shape), {} stands for the layer; a matrix is a dense without bias.
-# Sizes: D width, 3D fused, F MLP, C width of the cross-attention's context, P image positions, p patch size, V vocabulary,
-# T text positions.
 VISION = (
     ("leaf", "embeddings.class_embedding", "class_embedding", "1 1 D"),
     ("leaf", "embeddings.position_embedding", "position", "1 P D"),
-    ("conv", "embeddings.patch_embedding", "patch", "D 3 p p"),
+    ("dense", "embeddings.patch_embedding", "patch", "D 3 p p"),
     ("norm", "encoder.layers.{}.layer_norm1", "blocks/norm1", "D"),
     ("qkv", "encoder.layers.{}.self_attn.qkv", "blocks/attention", "3D D"),
     ("dense", "encoder.layers.{}.self_attn.projection", "blocks/attention/out", "D D"),
@@ -36,35 +34,6 @@ VISION = (
     ("dense", "encoder.layers.{}.mlp.fc2", "blocks/mlp/down", "D F"),
     ("norm", "post_layernorm", "norm", "D"),
 )
-TEXT = (
-    ("leaf", "embeddings.word_embeddings.weight", "embed/word", "V D"),
-    ("leaf", "embeddings.position_embeddings.weight", "embed/position", "T D"),
-    ("norm", "embeddings.LayerNorm", "embed/norm", "D"),
-    ("dense", "encoder.layer.{}.attention.self.query", "blocks/self_attention/query", "D D"),
-    ("dense", "encoder.layer.{}.attention.self.key", "blocks/self_attention/key", "D D"),
-    ("dense", "encoder.layer.{}.attention.self.value", "blocks/self_attention/value", "D D"),
-    ("dense", "encoder.layer.{}.attention.output.dense", "blocks/self_attention/out", "D D"),
-    ("norm", "encoder.layer.{}.attention.output.LayerNorm", "blocks/self_norm", "D"),
-    ("dense", "encoder.layer.{}.crossattention.self.query", "blocks/cross_attention/query", "D D"),
-    ("dense", "encoder.layer.{}.crossattention.self.key", "blocks/cross_attention/key", "D C"),
-    ("dense", "encoder.layer.{}.crossattention.self.value", "blocks/cross_attention/value", "D C"),
-    ("dense", "encoder.layer.{}.crossattention.output.dense", "blocks/cross_attention/out", "D D"),
-    ("norm", "encoder.layer.{}.crossattention.output.LayerNorm", "blocks/cross_norm", "D"),
-    ("dense", "encoder.layer.{}.intermediate.dense", "blocks/mlp/up", "F D"),
-    ("dense", "encoder.layer.{}.output.dense", "blocks/mlp/down", "D F"),
-    ("norm", "encoder.layer.{}.output.LayerNorm", "blocks/mlp_norm", "D"),
-)
-HEAD = (
-    ("dense", "cls.predictions.transform.dense", "head/dense", "D D"),
-    ("norm", "cls.predictions.transform.LayerNorm", "head/norm", "D"),
-    ("leaf", "cls.predictions.bias", "head/bias", "V"),
-)
-UNTIED = ("matrix", "cls.predictions.decoder", "head/vocabulary", "V D")  # if it is not the word embedding
-TIED = {  # second name of a tensor -> the name that is kept
-    "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
-    "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
-}
-DROPPED = ((r"embeddings\.position_ids$", "a buffer: the numbers 0, 1, 2, ..."),)
 RENAMES = (  # Salesforce's vision names; its text names are the same
     (r"^visual_encoder\.blocks\.", "vision_model.encoder.layers."),
     (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
@@ -103,41 +72,17 @@ TASKS = ("captioning", "vqa")
 
 
 def table(config: BlipConfig) -> list[Rule]:
-    """The rules of a model: `VISION`, `TEXT` and `HEAD` with sizes filled in, weights and biases separate."""
+    """The rules of a model: `VISION`, `TEXT` and `HEAD` with sizes filled in."""
     c = config
     vision = {"D": c.vision_width, "F": c.vision_mlp, "P": 1 + c.n_patches, "p": c.patch_size}
     text = {"D": c.text_width, "F": c.text_mlp, "C": c.vision_width, "V": c.vocab_size, "T": c.max_positions}
     answer = text | {"C": c.text_width if c.question_encoder else c.vision_width}
-    rules = _rules(VISION, "vision_model.", "vision/", vision, c.vision_layers)
-    rules += _rules(TEXT, "text_decoder.bert.", "text_decoder/", answer, c.text_layers)
-    rules += _rules((*HEAD, UNTIED) if c.untied_head else HEAD, "text_decoder.", "text_decoder/", answer, 0)
+    rules = convert.rules(VISION, "vision_model.", "vision/", vision, range(c.vision_layers))
+    rules += convert.rules(TEXT, "text_decoder.bert.", "text_decoder/", answer, range(c.text_layers))
+    rules += convert.rules((*HEAD, UNTIED) if c.untied_head else HEAD, "text_decoder.", "text_decoder/", answer)
     if c.question_encoder:
-        rules += _rules(TEXT, "text_encoder.", "text_encoder/", text, c.text_layers)
+        rules += convert.rules(TEXT, "text_encoder.", "text_encoder/", text, range(c.text_layers))
     return rules
-
-
-def _rules(lines: Iterable[tuple], reference_prefix: str, our_prefix: str, sizes: dict, n_layers: int) -> list[Rule]:
-    sizes = sizes | {"3D": 3 * sizes["D"], "1": 1, "3": 3}
-    rules = []
-    for kind, reference, ours, dims in lines:
-        reference, ours = reference_prefix + reference, our_prefix + ours
-        shape = tuple(sizes[dim] for dim in dims.split())
-        layers = range(n_layers) if "{}" in reference else None
-        if kind == "leaf":
-            rules.append(Rule(reference, (ours,), shape, leaf_shape=_without_ones(shape), layers=layers))
-            continue
-        parts = [f"{ours}/{part}" for part in ("query", "key", "value")] if kind == "qkv" else [ours]
-        weight, axes = {"norm": ("scale", None), "conv": ("kernel", (2, 3, 1, 0))}.get(kind, ("kernel", (1, 0)))
-        rules.append(Rule(f"{reference}.weight", tuple(f"{x}/{weight}" for x in parts), shape, axes, layers=layers))
-        if kind != "matrix":
-            rules.append(Rule(f"{reference}.bias", tuple(f"{x}/bias" for x in parts), shape[:1], layers=layers))
-    return rules
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape without leading axes of size 1; None if it has none."""
-    n_ones = sum(n == 1 for n in shape[:-1])
-    return shape[n_ones:] if n_ones else None
 
 
 def names(config: BlipConfig) -> Table:
@@ -316,6 +261,9 @@ class _Converter:
 
     def resize(self, config: BlipConfig, image_size: int | None) -> tuple[BlipConfig, dict[str, Change]]:
         return resize(config, image_size)
+
+    def claims(self, path: Path) -> bool:
+        return False
 
     def read_config(self, directory: Path, task: str | None) -> tuple[BlipConfig, dict]:
         path, asks = directory / "config.json", _asks(task)

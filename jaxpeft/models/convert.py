@@ -60,6 +60,10 @@ class Converter(Protocol):
     def resize(self, config: Any, image_size: int | None) -> tuple[Any, dict[str, "Change"]]:
         """(config for another image size, changes of leaves by name as they are read)."""
 
+    def claims(self, path: Path) -> bool:
+        """Whether a path without manifest.json and config.json holds this type of model: a bare file of weights, or a directory
+        in a format of its own. It then takes the place of the directory below."""
+
     def read_config(self, directory: Path, task: str | None) -> tuple[Any, dict[str, Any]]:
         """(configuration in a Hugging Face directory, keys that its file lacks with the defaults used). Weights may be
         missing."""
@@ -169,6 +173,40 @@ class Table:
             expected, tensors, f"{source} (unexpected: keys that are not used; missing: parameters without values)"
         )
         return tensors
+
+
+def rules(
+    lines: Iterable[tuple], reference_prefix: str, our_prefix: str, sizes: dict, layers: Sequence[int] = ()
+) -> list[Rule]:
+    """The rules of (kind, reference name, our path, reference shape); '{}' in a name stands for the number of a layer.
+
+    Kinds: 'leaf', a tensor that is one leaf; 'dense', kernel and bias of a linear or convolution; 'matrix', the kernel alone;
+    'norm'; 'qkv', a dense whose output is query, key and value. A name that ends in '*' continues with 'weight' or 'bias'
+    without a dot, as torch's 'in_proj_*'. Sizes of shapes: D width, 3D fused, F MLP, C width of the cross-attention's context,
+    P image positions, p patch size, V vocabulary, T text positions.
+    """
+    sizes = sizes | {"3D": 3 * sizes["D"], "1": 1, "3": 3}
+    found = []
+    for kind, reference, ours, dims in lines:
+        reference, ours = reference_prefix + reference, our_prefix + ours
+        shape = tuple(sizes[dim] for dim in dims.split())
+        numbers = layers if "{}" in reference else None
+        if kind == "leaf":
+            found.append(Rule(reference, (ours,), shape, leaf_shape=_without_ones(shape), layers=numbers))
+            continue
+        reference = reference[:-1] if reference.endswith("*") else f"{reference}."
+        parts = [f"{ours}/{part}" for part in ("query", "key", "value")] if kind == "qkv" else [ours]
+        weight, axes = {"norm": ("scale", None)}.get(kind, ("kernel", (2, 3, 1, 0) if len(shape) == 4 else (1, 0)))
+        found.append(Rule(f"{reference}weight", tuple(f"{x}/{weight}" for x in parts), shape, axes, layers=numbers))
+        if kind != "matrix":
+            found.append(Rule(f"{reference}bias", tuple(f"{x}/bias" for x in parts), shape[:1], layers=numbers))
+    return found
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape without leading axes of size 1; None if it has none."""
+    n_ones = sum(n == 1 for n in shape[:-1])
+    return shape[n_ones:] if n_ones else None
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
@@ -424,7 +462,7 @@ class _Mapped:
 
 def _torch(path: Path) -> dict[str, Tensor]:
     tensors, release = torch_files.load_mapped(path)
-    tensors = tensors["model"] if isinstance(tensors.get("model"), dict) else tensors
+    tensors = next((tensors[key] for key in ("model", "module") if isinstance(tensors.get(key), dict)), tensors)
     other = [str(key) for key, x in tensors.items() if not isinstance(x, np.ndarray)]
     if other:
         raise ValueError(f"{path}: {', '.join(other[:10])} ({len(other)}) are not tensors; save only the state_dict")

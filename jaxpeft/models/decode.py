@@ -1,9 +1,13 @@
 """Greedy and beam search with a model's cache, and ranking of a closed list; a whole search is one jitted call.
 
 What texts of one context row share (an image's keys and values) is computed once and not repeated per beam.
-Beam search follows the semantics of `transformers` (early_stopping=False): 2K candidates per step, only the best K of
-them may finish, a finished score is logp / n_generated ** length_penalty with the end token counted, and a row is
-closed once no running beam can beat its worst finished one.
+There are two beam searches, and the template of a model names its own (`BEAM_SEARCHES`):
+
+    transformers   with early_stopping=False: 2K candidates per step, only the best K of them may finish, a finished score is
+                   logp / n_generated ** length_penalty with the end token counted, and a row is closed once no running beam
+                   can beat its worst finished one
+    mplug          mPLUG's release: a score is logp / ((5 + n_generated) / 6) ** 0.6; a beam that ends is stored but goes on,
+                   also after its end token; a row is closed once its best beam ends, and all its beams are then stored
 """
 
 import dataclasses
@@ -34,13 +38,14 @@ class Search:
     length: int
     min_length: int = 0
     beams: int = 1
-    length_penalty: float = 1.0
+    length_penalty: float = 1.0  # of beam search 'transformers'
+    kind: str = "transformers"  # a key of BEAM_SEARCHES
 
     @classmethod
     def of(cls, template: Template, max_new_tokens: int, **options: Any) -> "Search":
         """The search for at most `max_new_tokens` tokens after a template's start."""
         ids = {"start": template.start, "stop": template.stop, "pad": template.pad, "n_words": len(template.tokenizer)}
-        return cls(**ids, length=len(template.start) + max_new_tokens, **options)
+        return cls(**ids, length=len(template.start) + max_new_tokens, kind=template.beam_search, **options)
 
 
 def _start(
@@ -106,18 +111,18 @@ def greedy(
 def beam_search(
     model: VisionLanguageModel, variables: Tree, context: Context, search: Search
 ) -> tuple[jax.Array, jax.Array]:
-    """Beam search -> (tokens (B, beams, length), scores (B, beams)), best first."""
+    """The beam search `search.kind` -> (tokens (B, beams, length), scores (B, beams)), best first."""
+    return BEAM_SEARCHES[search.kind](model, variables, context, search)
+
+
+def _transformers_beams(
+    model: VisionLanguageModel, variables: Tree, context: Context, search: Search
+) -> tuple[jax.Array, jax.Array]:
     variables = sites.expand(variables)  # once instead of in every step
     n_rows, logits_BV, cache = _start(model, variables, context, search)
     n_start, length, beams = len(search.start), search.length, search.beams
     start_S = jnp.array(search.start, jnp.int32)
     tokens_BKT = jnp.full((n_rows, beams, length), search.pad, jnp.int32).at[:, :, :n_start].set(start_S)
-
-    def with_beams(cache: Cache, source_BK: jax.Array) -> Cache:
-        """The cache with rows reordered to follow the beams that they continue."""
-        n_now = jax.tree.leaves(cache.rows)[0].shape[1] // n_rows
-        rows = (jnp.arange(n_rows)[:, None] * n_now + source_BK).reshape(-1)
-        return cache._replace(rows=jax.tree.map(lambda x: x[:, rows], cache.rows))
 
     def running(state: dict[str, Any]) -> jax.Array:
         return (state["t"] < length) & jnp.any(state["open"]) & ~state["all_ended"]
@@ -143,7 +148,7 @@ def beam_search(
         tokens = jnp.take_along_axis(sequence, kept[..., None], axis=1)
         source = jnp.take_along_axis(source, kept, axis=1)
         token_B = jnp.take_along_axis(token, kept, axis=1).reshape(-1)
-        cache = with_beams(state["cache"], source)
+        cache = _with_beams(state["cache"], source)
         logits, cache = model.apply(variables, token_B, cache, context, method="step")
         can_improve = score[:, 0] / n_generated**search.length_penalty > final_score[:, -1]
         return {
@@ -168,10 +173,74 @@ def beam_search(
         "open": jnp.ones(n_rows, bool),
         "all_ended": jnp.zeros((), bool),
         "logits": jnp.repeat(logits_BV, beams, axis=0),
-        "cache": with_beams(cache, jnp.zeros((n_rows, beams), jnp.int32)),
+        "cache": _with_beams(cache, jnp.zeros((n_rows, beams), jnp.int32)),
     }
     state = jax.lax.while_loop(running, write, state)
     return state["final"], state["final_score"]
+
+
+def _mplug_beams(
+    model: VisionLanguageModel, variables: Tree, context: Context, search: Search
+) -> tuple[jax.Array, jax.Array]:
+    variables = sites.expand(variables)  # once instead of in every step
+    n_rows, logits_BV, cache = _start(model, variables, context, search)
+    n_start, length, beams = len(search.start), search.length, search.beams
+    start_S = jnp.array(search.start, jnp.int32)
+    tokens_BKT = jnp.full((n_rows, beams, length), search.pad, jnp.int32).at[:, :, :n_start].set(start_S)
+
+    def running(state: dict[str, Any]) -> jax.Array:
+        return (state["t"] < length) & jnp.any(state["open"])
+
+    def write(state: dict[str, Any]) -> dict[str, Any]:
+        t = state["t"]
+        log_probs = _log_probs(state["logits"], t, search)
+        total = (log_probs.reshape(n_rows, beams, -1) + state["total"][..., None]).reshape(n_rows, -1)
+        total, flat = jax.lax.top_k(total, beams)
+        source, token = flat // log_probs.shape[-1], (flat % log_probs.shape[-1]).astype(jnp.int32)
+        tokens = jnp.take_along_axis(state["tokens"], source[..., None], axis=1).at[:, :, t].set(token)
+        score = total / ((5 + t + 1 - n_start) / 6) ** 0.6
+        ends = _ends(token, search) | (t + 1 == length)
+        closes_B1 = ends[:, :1]
+
+        stored = jnp.where((ends | closes_B1) & state["open"][:, None], score, _LOW)
+        final_score, best = jax.lax.top_k(jnp.concatenate([state["final_score"], stored], axis=1), beams)
+        final = jnp.concatenate([state["final"], tokens], axis=1)
+        cache = _with_beams(state["cache"], source)
+        logits, cache = model.apply(variables, token.reshape(-1), cache, context, method="step")
+        return {
+            "t": t + 1,
+            "tokens": tokens,
+            "total": total,
+            "final": jnp.take_along_axis(final, best[..., None], axis=1),
+            "final_score": final_score,
+            "open": state["open"] & ~closes_B1[:, 0],
+            "logits": logits,
+            "cache": cache,
+        }
+
+    state = {
+        "t": jnp.int32(n_start),
+        "tokens": tokens_BKT,
+        # only one beam runs at first, or all would be the same
+        "total": jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, _LOW)[None], (n_rows, 1)),
+        "final": tokens_BKT,
+        "final_score": jnp.full((n_rows, beams), _LOW),
+        "open": jnp.ones(n_rows, bool),
+        "logits": jnp.repeat(logits_BV, beams, axis=0),
+        "cache": _with_beams(cache, jnp.zeros((n_rows, beams), jnp.int32)),
+    }
+    state = jax.lax.while_loop(running, write, state)
+    return state["final"], state["final_score"]
+
+
+def _with_beams(cache: Cache, source_BK: jax.Array) -> Cache:
+    """The cache with rows reordered to follow the beams that they continue."""
+    n_rows, n_now = source_BK.shape[0], jax.tree.leaves(cache.rows)[0].shape[1] // source_BK.shape[0]
+    rows = (jnp.arange(n_rows)[:, None] * n_now + source_BK).reshape(-1)
+    return cache._replace(rows=jax.tree.map(lambda x: x[:, rows], cache.rows))
+
+
+BEAM_SEARCHES = {"transformers": _transformers_beams, "mplug": _mplug_beams}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "pad", "k", "smoothing", "chunk"))

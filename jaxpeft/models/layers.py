@@ -111,14 +111,21 @@ class Attention(nn.Module):
         return sites.sublayer(self, x_BTD, by_rows(self.out(y_BTD)), stream)
 
 
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),  # the exact one, by erf
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
+
+
 class Mlp(nn.Module):
-    """down(gelu(up(x))), exact (erf) GELU. Site: sublayer, and its two linears."""
+    """down(activation(up(x))). Site: sublayer, and its two linears."""
 
     width: int
     hidden: int
     dtype: str = "float32"
+    activation: str = "gelu"  # a key of ACTIVATIONS
 
     @nn.compact
     def __call__(self, x_BTD, *, stream):
-        h_BTF = nn.gelu(Dense(self.hidden, self.dtype, name="up")(x_BTD), approximate=False)
+        h_BTF = ACTIVATIONS[self.activation](Dense(self.hidden, self.dtype, name="up")(x_BTD))
         return sites.sublayer(self, x_BTD, by_rows(Dense(self.width, self.dtype, name="down")(h_BTF)), stream)

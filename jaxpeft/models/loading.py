@@ -125,6 +125,9 @@ def _kind(directory: Path, path: str | Path) -> tuple[Converter, dict[str, Any] 
     file = directory / "manifest.json"
     ours = file.exists()
     if not ours and not (file := directory / "config.json").exists():
+        for model_type in MODELS:
+            if (kind := MODELS[model_type]()).claims(directory):
+                return kind, None
         raise _missing(path)
     said = files.read_json(file)
     model_type = said.get("model_type", "blip" if ours else None)  # manifests of 0.1 do not have it; all are BLIP

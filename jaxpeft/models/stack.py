@@ -1,0 +1,61 @@
+"""Stacks of equal layers as one scanned program, and the fields of a configuration that all models have."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+from flax import linen as nn
+
+UNROLLED = 4  # layers
+REMAT = {"none": None, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+MOST = 1 << 20  # upper limit of an integer field, so that an untrusted config cannot exhaust memory
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+    """Base class of the configurations of models. Raises ValueError for fields of a wrong type or out of range."""
+
+    dtype: str = "float32"  # of matrix products
+    unroll: int | None = None  # unroll stacks with at most this number of layers; None: UNROLLED
+    remat: str = "none"  # what the backward pass recomputes: 'full', whole layers; 'dots', all but matrix products
+
+    most: ClassVar[dict[str, int]] = {}  # upper limits of fields, where they are below MOST
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            self._check(field.name, field.type)
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(REMAT)}")
+
+    def _check(self, name: str, kind: Any) -> None:
+        value, most = getattr(self, name), self.most.get(name, MOST)
+        least = 0 if name.endswith(("_id", "_resample", "new_words", "token_types")) else 1
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{name} is {value!r:.80}, expected {'an' if kind is int else 'a'} {kind.__name__}")
+        if kind is int and not least <= value <= most:
+            raise ValueError(f"{name} is {value:.3g}; it must be between {least} and {most:,}")
+
+    def _check_heads(self, tower: str) -> None:
+        width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+        if width % heads:
+            raise ValueError(f"{tower}_width {width} is not divisible by {tower}_heads {heads}")
+
+
+def stack(block: type[nn.Module], config: StackConfig, n_layers: int, n_shared: int) -> Any:
+    """Scan `block` over stacked layers: one compilation, one (L, ...) leaf per weight, a path without layer index.
+
+    The block takes the sequence, one argument per layer (such as its cache), and `n_shared` arguments that all layers get.
+    Short stacks are unrolled inside the scan: the tree is the same, and XLA on CPU then fuses operations of several layers
+    (tiny ViT, batch 64, gradient: 309 ms instead of 462 ms). For twelve layers the step time is the same and compilation
+    takes longer.
+    """
+    if config.remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=REMAT[config.remat])
+    return nn.scan(
+        block,
+        variable_axes={True: 0},
+        split_rngs={True: True},
+        in_axes=(0, *[nn.broadcast] * n_shared),
+        length=n_layers,
+        unroll=n_layers if n_layers <= (UNROLLED if config.unroll is None else config.unroll) else 1,
+    )
