@@ -341,10 +341,10 @@ def controls(kind, module, clip, data, right, seed):
     return wrong
 
 
-KEPT = (  # the gradients that are stored: one of each kind of tensor
+KEPT = (  # the stored gradients, one of each kind of tensor; of queries in fusion none, as the last softmax is saturated there
     r"visual\.(conv1|class_embedding|positional_embedding|ln_pre)|resblocks\.1\.(attn\.(in|out)_proj_?\.?weight|mlp\.c_fc\.bias)"
     r"|visn_fc|text_encoder\.(embeddings\.(token_type|LayerNorm)|encoder\.layer\.1\.attention\.self\.key\.weight)"
-    r"|fusion_encoder\.encoder\.layer\.(1|4|6)\.(attention\.self\.query|crossattention\.self\.value|output\.dense)\.weight"
+    r"|fusion_encoder\.encoder\.layer\.(1|4|6)\.(attention\.self\.value|crossattention\.self\.value|output\.dense)\.weight"
     r"|text_decoder\.(bert\.embeddings\.(word|token_type)|cls\.predictions\.(bias|transform\.dense\.weight))"
     r"|text_decoder\.bert\.encoder\.layer\.0\.crossattention\.self\.key\.weight"
 )
