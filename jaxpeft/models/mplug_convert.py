@@ -126,7 +126,8 @@ def table(config: MplugConfig, first: int) -> Table:
 
 def first_layer(names: Iterable[str], config: MplugConfig) -> int:
     """The number of the first fusion layer that acts: the last `fusion_layers` of the stored ones do."""
-    found = [re.match(r"fusion_encoder\.(?:(?:fusion|bert)\.)*encoder\.layer\.(\d+)\.", name) for name in names]
+    layer = re.compile(r"(?:^|\.)fusion_encoder\.(?:(?:fusion|bert)\.)*encoder\.layer\.(\d+)\.")
+    found = map(layer.search, names)
     n_stored = 1 + max((int(one[1]) for one in found if one), default=config.fusion_layers - 1)
     return n_stored - config.fusion_layers
 
@@ -228,7 +229,7 @@ def read_config(path: Path) -> tuple[MplugConfig, dict]:
 
 
 def _kind_of(path: Path) -> MplugConfig:
-    """The configuration of a bare file, one of KINDS by the shape of its patch embedding, in the image size of its positions."""
+    """The configuration of a bare file: one of KINDS by the shape of its patch embedding, its image size by its positions."""
     tensors = _opened(path)
     shapes = {re.sub(*RENAMES[0], name): tuple(x.shape) for name, x in tensors.items()}
     found = shapes.get("visual_encoder.visual.conv1.weight")
@@ -240,8 +241,8 @@ def _kind_of(path: Path) -> MplugConfig:
                 raise ValueError(f"{path}: {n_positions} image positions; expected one and a square number")
             return dataclasses.replace(config, image_size=side * config.patch_size, fusion=True)
     raise ValueError(
-        f"{path}: visual_encoder.visual.conv1.weight has the shape {found}, which is none of {', '.join(KINDS)}; put the weights "
-        f"as pytorch_model.bin into a directory with config.yaml and config_bert.json, and give that directory"
+        f"{path}: visual_encoder.visual.conv1.weight has the shape {found}, which is none of {', '.join(KINDS)}; put the "
+        f"weights as pytorch_model.bin into a directory with config.yaml and config_bert.json, and give that directory"
     )
 
 
