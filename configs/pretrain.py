@@ -1,6 +1,7 @@
-"""Pre-train the tiny BLIP from scratch on scenes; makes the checkpoint that the package ships.
+"""Pre-train a tiny model from scratch on scenes; makes the checkpoints that the package ships.
 
-python main.py --config=configs/pretrain.py --workdir=runs/pretrain
+python main.py --config=configs/pretrain.py --workdir=runs/pretrain                BLIP: base 'tiny'
+python main.py --config=configs/pretrain.py:model=mplug --workdir=runs/pretrain    mPLUG: base 'tiny_mplug'
 python main.py --config=configs/pretrain.py:steps=20 --workdir=runs/try        every stage cut to 20 steps
 """
 
@@ -8,40 +9,44 @@ import ml_collections
 
 from jaxpeft import config
 
+VISION = {"image_size": 64, "patch_size": 8, "vision_layers": 4, "vision_heads": 4}
+TEXT = {"text_layers": 3, "text_heads": 4, "max_positions": 64}
+WIDTHS = {"vision_width": 128, "vision_mlp": 512, "text_width": 128, "text_mlp": 512}
+NARROW = {"vision_width": 96, "vision_mlp": 384, "text_width": 96, "text_mlp": 384}
+ARCHITECTURES = {
+    "blip": VISION | TEXT | WIDTHS,
+    "mplug": VISION | TEXT | NARROW | {"encoder_layers": 1, "fusion_layers": 3, "stride": 2},
+}
+# `first`: the index of a stage's first image in the endless split; no image is used in both image stages
+STAGES = {
+    "blip": {
+        "text": {"steps": 3000, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 0},
+        "lm": {"steps": 2500, "lr": 1e-3, "schedule": "constant", "warmup": 0.084, "first": 0},
+        "lm_itm": {"steps": 2800, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 10_000_000},
+    },
+    "mplug": {
+        "text": {"steps": 3000, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 0},
+        "lm": {"steps": 2500, "lr": 1e-3, "schedule": "constant", "warmup": 0.084, "first": 0},
+        "lm_prefix_itm": {"steps": 2800, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 10_000_000},
+    },
+}
+
 
 def get_config(arg=""):
-    a = config.parse_arg(arg, steps=0, seed=0)
+    a = config.parse_arg(arg, model="blip", steps=0, seed=0)
+    if a.model not in STAGES:
+        raise ValueError(f"model is {a.model!r}; choose one of {', '.join(STAGES)}")
     c = config.get_config("captioning", "full")
     for key in ("task", "task_options", "base", "init", "method", "head", "size", "model", "data", "eval"):
         del c[key]
     c.pretrain = True
     c.seed = a.seed
-    c.architecture = ml_collections.ConfigDict(
-        {
-            "image_size": 64,
-            "patch_size": 8,
-            "vision_width": 128,
-            "vision_layers": 4,
-            "vision_heads": 4,
-            "vision_mlp": 512,
-            "text_width": 128,
-            "text_layers": 3,
-            "text_heads": 4,
-            "text_mlp": 512,
-            "max_positions": 64,
-        }  # fmt: skip
-    )
+    c.model_type = a.model
+    c.architecture = ml_collections.ConfigDict(ARCHITECTURES[a.model])
     c.batch_size = 32
     c.captions_per_image = 2
-    # `first`: the index of a stage's first image in the endless split; no image is used in both image stages
-    c.order = ("text", "lm", "lm_itm")
-    c.stages = ml_collections.ConfigDict(
-        {
-            "text": {"steps": 3000, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 0},
-            "lm": {"steps": 2500, "lr": 1e-3, "schedule": "constant", "warmup": 0.084, "first": 0},
-            "lm_itm": {"steps": 2800, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 10_000_000},
-        }
-    )
+    c.order = tuple(STAGES[a.model])
+    c.stages = ml_collections.ConfigDict(STAGES[a.model])
     for stage in c.stages.values():
         stage.steps = a.steps or stage.steps
     c.optim.weight_decay = 0.05

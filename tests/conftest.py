@@ -18,7 +18,7 @@ import jax
 import pytest
 import tiny
 
-from jaxpeft.apps.pretrain import ALIASES, init, shared
+from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
 from jaxpeft.data import scenes
 from jaxpeft.models import loading, stack
 from jaxpeft.models.blip import BlipConfig, build

@@ -23,7 +23,7 @@ from safetensors.numpy import load, save
 from test_hub import BLIP_PROCESSOR, WORDS
 
 from jaxpeft import tree
-from jaxpeft.apps.pretrain import ALIASES, init, shared
+from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
 from jaxpeft.models import downloads, loading
 from jaxpeft.runtime import signals
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import jaxpeft as jp
 from jaxpeft import interchange, tree
-from jaxpeft.apps.pretrain import ALIASES, init, shared
+from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
 from jaxpeft.data import pipeline
 from jaxpeft.models import loading
 

@@ -13,7 +13,7 @@ from test_sharding import SIZES
 from tiny import config_of
 
 from jaxpeft import tasks, tree
-from jaxpeft.apps.pretrain import ALIASES, init, shared
+from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
 from jaxpeft.data import scenes
 from jaxpeft.models import loading
 from jaxpeft.models.blip import BlipConfig, build

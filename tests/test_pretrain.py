@@ -8,12 +8,13 @@ import tiny
 
 from configs import pretrain as config_file
 from jaxpeft import tree
-from jaxpeft.apps import pretrain
+from jaxpeft.apps import pretrain, pretrain_blip
 from jaxpeft.data import scenes
 from jaxpeft.models import loading
 from jaxpeft.models.blip_tokens import BlipTokenizer
 
 TOKENIZER = BlipTokenizer.from_words(scenes.WORDS)
+PROCESSOR = tiny.model().replaced(TOKENIZER).processor
 
 
 def test_masking_is_berts():
@@ -64,7 +65,7 @@ def test_nearest_other_shares_words_and_is_another_text():
 
 def test_caption_batch_has_one_shape_and_its_own_text_first():
     batches = [
-        pretrain.caption_batch(TOKENIZER, "lm_itm", 2, range(s, s + 5), np.random.default_rng(0)) for s in (0, 100)
+        pretrain.caption_batch(PROCESSOR, "lm_itm", 2, range(s, s + 5), np.random.default_rng(0)) for s in (0, 100)
     ]
     assert [{k: v.shape for k, v in b.items()} for b in batches][0] == {k: v.shape for k, v in batches[1].items()}
     pairs = batches[0]["pairs"]
@@ -78,11 +79,11 @@ def test_caption_batch_has_one_shape_and_its_own_text_first():
 @pytest.mark.slow
 def test_sharing_ties_all_but_self_attention():
     """A gradient through the encoder reaches the decoder's cross-attention, not the decoder's self-attention."""
-    params = pretrain.init(tiny.model(), 0)
+    params = pretrain_blip.init(tiny.model(), 0)
 
     def loss(params):
         batch = tiny.batch()
-        variables = {"params": pretrain.shared(params)}
+        variables = {"params": pretrain_blip.shared(params)}
         image_BPD = tiny.model().apply(variables, batch["image"], method="encode_image")
         return jnp.sum(tiny.model().apply(variables, image_BPD, batch["prompt"], method="encode_question") ** 3)
 
