@@ -76,7 +76,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.data.subset_seed = 0
     c.data.captions = "human"  # scenes only; 'web': the style of pre-training
     c.data.types = ()  # scenes only: the types of questions to keep; (): all
-    c.data.augment = "none"  # 'crop', 'crop_flip', 'blip' (adds RandAugment), on images at their native size
+    c.data.augment = "none"  # 'crop', 'crop_flip', 'blip' or 'mplug' (add RandAugment), on images at their native size
     c.data.feature_bytes = 4 << 30  # memory limit for the outputs of one frozen stage (image tokens, question states)
 
     c.mesh = ml_collections.ConfigDict({"data": 0, "fsdp": 1, "tensor": 1})  # devices; data 0: all remaining ones
@@ -87,8 +87,11 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.optim = ml_collections.ConfigDict()
     c.optim.name = "adamw"  # a key of jaxpeft.training.optim.OPTIMIZERS: adafactor, lion, muon, sgd
     c.optim.lr = 3e-3
+    c.optim.lr_groups = ()  # pairs (pattern of leaf names, factor of the learning rate): (("^params/vision", 0.5),)
     c.optim.schedule = "cosine"
     c.optim.warmup = 0.06
+    c.optim.start_lr = 0.0  # where the warm-up begins
+    c.optim.end_lr = 0.0  # where the decay ends
     c.optim.cooldown = 0.2  # schedule 'plateau': share of the steps
     c.optim.weight_decay = 0.0
     c.optim.no_decay = r"(bias|scale|position|class_embedding)$"

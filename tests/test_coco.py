@@ -12,15 +12,16 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import blip_caption_coco, blip_vqa_v2
+from configs import blip_caption_coco, blip_vqa_v2, mplug_caption_coco, mplug_vqa_v2
 from jaxpeft import data, metrics, ops
-from jaxpeft.data import base, coco
+from jaxpeft.data import base, coco, scenes
 from jaxpeft.data.coco import prepare, prepared
 from jaxpeft.inputs import images
+from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.metrics import coco_java
-from jaxpeft.models import decode
+from jaxpeft.models import decode, loading, mplug
 from jaxpeft.tasks import build
-from jaxpeft.training import results
+from jaxpeft.training import optim, results
 from jaxpeft.training import run as run_module
 
 
@@ -299,6 +300,64 @@ def test_recipes_are_the_published_ones():
     assert c.steps == 10 * (443_757 + 214_354 + 1_445_322) // 256
     with pytest.raises(ValueError, match="protocol"):
         blip_vqa_v2.get_config("protocol=other")
+
+
+def test_mplugs_recipes_are_those_of_the_release():
+    c = mplug_caption_coco.get_config("")
+    assert (c.batch_size, c.steps, c.data.augment) == (1024, 5 * 566_435 // 1024, "mplug")
+    assert (c.task_options.max_tokens, c.task_options.min_length, c.eval.beams) == (25, 9, 5)
+    c = mplug_vqa_v2.get_config("protocol=official")
+    assert c.steps == 8 * (443_757 + 214_354 + 1_445_322) // 1024 and c.data.visual_genome_weight == 0.5
+    assert (c.task_options.max_question, c.task_options.max_new_tokens, c.task_options.min_length) == (25, 10, 2)
+    assert (c.optim.weight_decay, c.optim.clip_norm, c.task_options.smoothing) == (0.02, 1.0, 0.0)
+    with pytest.raises(ValueError, match="protocol"):
+        mplug_vqa_v2.get_config("protocol=other")
+
+
+def test_mplugs_full_tuning_has_two_learning_rates_and_begins_at_both_from_one():
+    """Text: 1e-5 -> 3e-5 over 400 iterations, then a cosine to 1e-6; the ViT's goes down from 1e-5 to 5e-6 meanwhile."""
+    c = mplug_vqa_v2.get_config("protocol=official")
+    tuned = {
+        "params": {"vision": {"a": jnp.ones(2)}, "text_decoder": {"norm": {"scale": jnp.ones(2)}, "b": jnp.ones(2)}}
+    }
+    tx = optim.optimizer(c.optim, tuned, c.steps)
+    rates = {}
+    for step in (0, 200, 400, c.steps):
+        state = tx.init(tuned)
+        state = (*state[:-1], state[-1]._replace(step=jnp.int32(step)))
+        updates, _ = tx.update(jax.tree.map(lambda x: x * 1e-2, tuned), state, jax.tree.map(jnp.zeros_like, tuned))
+        rates[step] = [
+            -float(updates["params"][name][key][0]) for name, key in (("vision", "a"), ("text_decoder", "b"))
+        ]
+    expected = {0: (1e-5, 1e-5), 200: (7.5e-6, 2e-5), 400: (5e-6, 3e-5), c.steps: (1e-6, 1e-6)}
+    for step, pair in expected.items():  # the first update of Adam is the learning rate
+        np.testing.assert_allclose(rates[step], pair, rtol=2e-3, err_msg=str(step))
+    lora = mplug_vqa_v2.get_config("method=lora")
+    assert not lora.optim.lr_groups and (lora.optim.start_lr, lora.optim.end_lr, lora.optim.warmup) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [mplug_caption_coco, mplug_vqa_v2])
+def test_mplugs_recipes_run(recipe, home, tmp_path):
+    """Full tuning of a small mPLUG by every setting of the recipe."""
+    tokenizer = Tokenizer.from_words(scenes.WORDS)
+    sizes = {f"vision_{k}": n for k, n in (("width", 12), ("layers", 1), ("heads", 2), ("mlp", 16))}
+    sizes |= {f"text_{k}": n for k, n in (("width", 12), ("layers", 1), ("heads", 2), ("mlp", 16))}
+    model = mplug.build(
+        mplug.MplugConfig(
+            **sizes, image_size=32, patch_size=8, encoder_layers=1, fusion_layers=3, stride=2, fusion=True,
+            vocab_size=len(tokenizer), max_positions=64, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id,
+        ),
+        tokenizer,
+    )  # fmt: skip
+    loading.save(tmp_path / "base", model, loading.scratch(model, 0), aliases={})
+    config = recipe.get_config("image_size=32,dtype=float32,steps=3,batch_size=8")
+    result = run(config, tmp_path / "base", home, tmp_path / "run")
+    assert (
+        np.isfinite(result["metrics"]["test"]["tuned"]["nll"])
+        and result["counts"]["tuned"] == result["counts"]["total"]
+    )
+    assert (tmp_path / "run" / "upload_test.json").exists()
 
 
 # ranking

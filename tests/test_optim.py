@@ -137,3 +137,22 @@ def test_a_run_with_another_optimizer_learns_and_goes_on_to_more_steps(base, tmp
     for result in (whole, parts):
         test = result["metrics"]["test"]
         assert np.isfinite(test["tuned"]["nll"]) and test["tuned"]["nll"] != test["base"]["nll"]
+
+
+def test_groups_multiply_the_learning_rate_of_leaves_by_name():
+    tuned = {"params": {"vision": {"a": jnp.ones(2)}, "text": {"b": jnp.ones(2)}}}
+    c = settings("sgd")
+    c.lr_groups, c.weight_decay, c.clip_norm, c.schedule, c.warmup = (
+        ((r"^params/vision", 0.25),),
+        0.0,
+        0.0,
+        "constant",
+        0.0,
+    )
+    tx = optim.optimizer(c, tuned, 10)
+    updates, _ = tx.update(tuned, tx.init(tuned), tuned)
+    a, b = updates["params"]["vision"]["a"], updates["params"]["text"]["b"]
+    np.testing.assert_allclose(a, 0.25 * b, rtol=1e-6)
+    c.lr_groups = (("^vision", 0.5),)
+    with pytest.raises(ValueError, match=r"lr_groups: '\^vision' matches no trained leaf, such as params/"):
+        optim.optimizer(c, tuned, 10)

@@ -1,8 +1,8 @@
 """Pre-training of tiny models on procedural scenes: makes the checkpoints that the package ships.
 
-Each model has its objectives in apps/pretrain_NAME.py; their stages are separate, resumable runs. Stage 'text' reads text alone, the
-others an image and two web captions of it. For matching, each image has two negatives: the caption in the batch that shares the
-most words with its own, and its own caption with one colour, shape or side changed to something not in the image.
+Each model has its objectives in apps/pretrain_NAME.py; their stages are separate, resumable runs. Stage 'text' reads text,
+the others an image and two web captions of it. For matching, each image has two negatives: the caption in the batch that shares
+the most words with its own, and its own caption with one colour, shape or side changed to something not in the image.
 
     python main.py --config=configs/pretrain.py --workdir=runs/pretrain
 """

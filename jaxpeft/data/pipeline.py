@@ -19,7 +19,8 @@ from jaxpeft.inputs import images
 from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import host
 
-AUGMENTS = ("none", "crop", "crop_flip", "blip")  # blip: crop_flip, then RandAugment
+MAGNITUDES = {"blip": 5, "mplug": 7}  # augmentations that add RandAugment to crop_flip -> its magnitude
+AUGMENTS = ("none", "crop", "crop_flip", *MAGNITUDES)
 
 
 def subset(split: Split, *, seed: int, fraction: float = 1.0, n_images: int | None = None) -> tuple[Split, np.ndarray]:
@@ -72,7 +73,7 @@ class Resized(Sequence):
     def augmented(self, i: int, kind: str, rng: np.random.Generator) -> np.ndarray:
         """A random crop of image `i` at its original size, resized; a function of the state of `rng`."""
         image_YXC = images.augment(self.source[i], rng, size=self._size, flip=kind != "crop", resample=self._resample)
-        return randaugment(image_YXC, rng) if kind == "blip" else image_YXC
+        return randaugment(image_YXC, rng, magnitude=MAGNITUDES[kind]) if kind in MAGNITUDES else image_YXC
 
 
 def check_augment(augment: str) -> None:

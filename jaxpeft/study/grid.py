@@ -9,6 +9,7 @@ order.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable, Iterator
 
 import ml_collections
@@ -93,12 +94,13 @@ def _sizes(config, task: str, variant) -> tuple[int, ...]:
     if variant.get("sizes"):
         return tuple(variant.sizes)
     budgets = variant.get("budgets") or config.budgets
-    return tuple(dict.fromkeys(_solved(config.points[task].base, task, variant.method, n) for n in budgets))
+    base, fields = config.points[task].base, json.dumps(dict(variant.get("fields", {})), sort_keys=True)
+    return tuple(dict.fromkeys(_solved(base, task, variant.method, fields, n) for n in budgets))
 
 
 @functools.cache
-def _solved(base: str, task: str, method: str, stored: int) -> int:
-    return budget.solve_size(abstract_model(base, task), methods.build(method), stored).size
+def _solved(base: str, task: str, method: str, fields: str, stored: int) -> int:
+    return budget.solve_size(abstract_model(base, task), methods.build(method, **json.loads(fields)), stored).size
 
 
 @functools.cache

@@ -6,6 +6,7 @@ leaves and no state is kept for them. Masks are used for groups of leaves only, 
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -84,11 +85,15 @@ class Schedule(NamedTuple):
     decay_from: jax.Array
     n_steps: jax.Array
 
-    def rate(self, kind: str) -> jax.Array:
-        """The learning rate: linear warm-up, then constant; from `decay_from` to `n_steps` a cosine or a line to zero."""
+    def rate(self, kind: str, scale: float = 1.0, ends: tuple[float, float] = (0.0, 0.0)) -> jax.Array:
+        """The learning rate: a line from `ends[0]` to lr * scale in the warm-up, then constant; from `decay_from` to `n_steps`
+        a cosine or a line to `ends[1]`."""
         done = jnp.clip((self.step - self.decay_from) / jnp.maximum(self.n_steps - self.decay_from, 1), 0.0, 1.0)
         after = {"constant": 1.0, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * done))}.get(kind, 1 - done)
-        return self.lr * jnp.where(self.step < self.n_warm, self.step / jnp.maximum(self.n_warm, 1), after)
+        warming = self.step < self.n_warm
+        share = jnp.where(warming, self.step / jnp.maximum(self.n_warm, 1), after)
+        end = jnp.where(warming, *ends)
+        return end + (self.lr * scale - end) * share
 
 
 def schedule(config: Config, n_steps: int) -> Schedule:
@@ -113,7 +118,8 @@ def optimizer(config: Config, tuned: Tree, n_steps: int) -> optax.GradientTransf
     """The rule `config.name` with global-norm clipping. Leaves whose name matches the regular expression `no_decay` do not
     decay.
 
-    A method may multiply the learning rate of its leaves (LoRA+): the whole update, including weight decay, is multiplied.
+    A method may multiply the learning rate of its leaves (LoRA+), and so may `lr_groups`, pairs of a pattern of names and a
+    factor: the whole update, including weight decay, is multiplied.
     The last item of the state is the `Schedule`.
     """
     start, kind = schedule(config, n_steps), config.schedule
@@ -122,22 +128,24 @@ def optimizer(config: Config, tuned: Tree, n_steps: int) -> optax.GradientTransf
     )
     steps = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     steps.append(OPTIMIZERS.find(config.get("name", "adamw"))(config, decays))
-    scales = _lr_scales(tuned)
-    if any(scale != 1 for scale in jax.tree.leaves(scales)):
-        steps.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, scales)))
+    scales = _lr_scales(tuned, config.get("lr_groups", ()))
+    ends = config.get("start_lr", 0.0), config.get("end_lr", 0.0)
 
     def init(params: Tree) -> Schedule:
         return jax.tree.map(jnp.array, start)  # copies, because the state's buffers may be donated
 
     def scaled(updates: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, Schedule]:
-        rate = state.rate(kind)
-        return jax.tree.map(lambda u: u * rate.astype(u.dtype), updates), state._replace(step=state.step + 1)
+        rates = {scale: state.rate(kind, scale, ends) for scale in sorted(set(jax.tree.leaves(scales)))}
+        return jax.tree.map(lambda u, scale: u * rates[scale].astype(u.dtype), updates, scales), state._replace(
+            step=state.step + 1
+        )
 
     return optax.chain(*steps, optax.GradientTransformation(init, scaled))
 
 
-def _lr_scales(tuned: Tree) -> Tree:
-    """The tree with each leaf replaced by its method's multiple of the learning rate."""
+def _lr_scales(tuned: Tree, groups: Iterable[tuple[str, float]]) -> Tree:
+    """The tree with each leaf replaced by the multiple of the learning rate that its method and the first of `groups` whose
+    pattern its name matches give it. Raises ValueError for a pattern without a match."""
 
     def of(node: Tree) -> Tree:
         if not sites.is_bound(node):
@@ -146,4 +154,12 @@ def _lr_scales(tuned: Tree) -> Tree:
             node, params={k: x if x is None else node.method.lr_scale(k) for k, x in node.params.items()}
         )
 
-    return jax.tree.map(of, tuned, is_leaf=sites.is_bound)
+    names = tree.names(tuned)
+    for pattern, _ in groups:
+        if not any(re.search(pattern, name) for name in jax.tree.leaves(names)):
+            raise ValueError(
+                f"optim.lr_groups: {pattern!r} matches no trained leaf, such as {jax.tree.leaves(names)[0]}"
+            )
+    first = lambda name: next((factor for pattern, factor in groups if re.search(pattern, name)), 1.0)  # noqa: E731
+    of_method = jax.tree.map(of, tuned, is_leaf=sites.is_bound)
+    return jax.tree.map(lambda name, scale: scale * first(name), names, of_method)

@@ -13,8 +13,9 @@ Config keys (others are ignored):
                 answers, so no server is needed; 'official': train is `train_parts`, val is val2014; test_dev and test
                 (which includes test-std) have no answers and are for the server
   train_parts   for protocol 'official': ('train',), or ('train', 'val') as in BLIP, in which case there is no val
-  visual_genome for vqav2: add Visual Genome's questions to the training split, each with weight 0.2 (BLIP), except those on
-                images in the protocol's val and test splits
+  visual_genome for vqav2: add Visual Genome's questions to the training split, except those on images in the protocol's val
+                and test splits
+  visual_genome_weight  of each of these questions: 0.2 (default) as in BLIP, 0.5 in mPLUG
 """
 
 from collections.abc import Sequence
@@ -118,13 +119,14 @@ def _vqa(config, splits, home):
         else:
             held_out = set() if "val" in train_parts else {row["image_id"] for row in _rows(texts, "val")}
         more = [row for row in _rows(_open(home, TEXTS["vg_qa"]), "train") if row["part"] not in held_out]
-        found["train"] += [("vg", _weighted(row)) for row in more]
+        weight = config.get("visual_genome_weight", VG_WEIGHT)
+        found["train"] += [("vg", _weighted(row, weight)) for row in more]
     return {name: _split(name, rows, pictures) for name, rows in found.items()}
 
 
-def _weighted(row):
+def _weighted(row, weight):
     """A row of Visual Genome, weighted, with ids that differ from COCO's."""
-    questions = [q | {"question_id": f"vg{q['question_id']}", "weight": VG_WEIGHT} for q in row["questions"]]
+    questions = [q | {"question_id": f"vg{q['question_id']}", "weight": weight} for q in row["questions"]]
     return row | {"image_id": f"vg{row['image_id']}", "questions": questions}
 
 
