@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import shutil
 
@@ -15,6 +16,7 @@ import jaxpeft as jp
 from jaxpeft import config as defaults
 from jaxpeft import tree
 from jaxpeft.adapt import sites
+from jaxpeft.data import scenes
 from jaxpeft.data.base import Split
 from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.methods import METHODS
@@ -336,3 +338,19 @@ def test_export_to_transformers_says_that_there_is_none(tmp_path):
 def test_the_vocabulary_of_a_file_is_that_of_its_directory():
     assert mplug_convert.CONVERTER.claims(GOLDEN) and mplug_convert.CONVERTER.claims(GOLDEN / "pytorch_model.bin")
     assert not mplug_convert.CONVERTER.claims(GOLDEN.parent)
+
+
+def test_the_shipped_tiny_mplug():
+    """It is small, answers for both tasks, and its manifest says how it was made and what it scores."""
+    directory = loading.ASSETS / "tiny_mplug"
+    assert sum(path.stat().st_size for path in directory.iterdir()) < 4e6
+    (model, found), captioner = loading.load("tiny_mplug", task="vqa"), loading.load("tiny_mplug", task="captioning")
+    kinds = [kind for kind, _ in model.config.runs]
+    assert set(kinds) == {"cross", "joint"} and sum(x.size for x in jax.tree.leaves(found)) == 1_479_434
+    assert set(captioner[1]) == {"vision", "text_decoder"}
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["command"].startswith("python main.py --config=configs/pretrain.py:model=mplug")
+    assert manifest["scores"]["web"]["cider_d"] > 2  # it describes held-out images
+    image = scenes.render(scenes.scene("test", 0))
+    text = jp.generate(captioner[0], {"params": captioner[1]}, [image], beams=3)[0]
+    assert any(thing.pair[0] in text for thing in scenes.scene("test", 0).objects), text
