@@ -62,6 +62,7 @@ class VisionLanguageModel(sites.Adaptable):
     # (pattern of leaf paths, mesh axes of its last dimensions), see training/sharding.py
     sharding: ClassVar[tuple[tuple[str, tuple[str | None, ...]], ...]] = ()
     tied: ClassVar[dict[str, str]] = {}  # path of a linear without its own kernel -> the leaf that it uses, transposed
+    word_scale: ClassVar[float] = 1.0  # factor of word embeddings when they enter a text stack
 
     if TYPE_CHECKING:  # Flax adds it to every module, but not to its type
 
@@ -140,5 +141,12 @@ def _in(module: str) -> Callable[[], Converter]:
 
 # model_type of config.json (Hugging Face) or manifest.json (jaxpeft) -> a function that returns its converter
 MODELS: dict[str, Callable[[], Converter]] = Registry(
-    "model type", {"blip": _in("jaxpeft.models.blip_convert"), "mplug": _in("jaxpeft.models.mplug_convert")}
+    "model type",
+    {
+        "blip": _in("jaxpeft.models.blip_convert"),
+        "mplug": _in("jaxpeft.models.mplug_convert"),
+        "paligemma": _in("jaxpeft.models.paligemma_convert"),
+        "smolvlm": _in("jaxpeft.models.smolvlm_convert"),
+        "idefics3": _in("jaxpeft.models.smolvlm_convert"),  # the same architecture under its first name
+    },
 )
