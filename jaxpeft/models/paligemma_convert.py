@@ -21,7 +21,7 @@ RENAMES = (
 
 
 class _Converter(prefix_lm_convert.PrefixLMConverter):
-    model, settings = PaliGemma, PaliGemmaConfig
+    kind, settings = PaliGemma, PaliGemmaConfig
     fields = (
         *prefix_lm_convert.CONFIG,
         ("bos_id", "text_config", "bos_token_id"),

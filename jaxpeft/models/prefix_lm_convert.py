@@ -90,7 +90,7 @@ def rules(config: PrefixLMConfig, vision: str, decoder: str, scale: str) -> list
 class PrefixLMConverter:
     """See `convert.Converter`. Every model of this kind supports both tasks."""
 
-    model: Any  # the class of the model
+    kind: Any  # the class of the model
     settings: Any  # the class of its configuration
     fields: tuple[tuple[str, str, str], ...] = CONFIG
     defaults: dict[str, Any]  # our field -> the value of the class in transformers, for keys that a file does not have
@@ -108,7 +108,7 @@ class PrefixLMConverter:
 
     def for_task(self, config: Any, task: str | None, source: str) -> Any:
         if task not in (None, *TASKS):
-            raise ValueError(f"task is {task!r}; {self.model.__name__} supports {' and '.join(map(repr, TASKS))}")
+            raise ValueError(f"task is {task!r}; {self.kind.__name__} supports {' and '.join(map(repr, TASKS))}")
         return config
 
     def resize(self, config: Any, image_size: int | None) -> tuple[Any, dict[str, Change]]:
@@ -128,7 +128,7 @@ class PrefixLMConverter:
 
     def read_config(self, directory: Path, task: str | None) -> tuple[Any, dict[str, Any]]:
         path = directory / "config.json"
-        with files.reading(path, f"is not a configuration of {self.model.__name__}"):
+        with files.reading(path, f"is not a configuration of {self.kind.__name__}"):
             config, defaults = self._read(path)
         return self.for_task(config, task, str(directory)), defaults
 
@@ -146,9 +146,14 @@ class PrefixLMConverter:
             report["resized"] = f"position embedding from {config.image_size} to {resized.image_size} pixels"
         return resized, params, report
 
-    def model_of(self, config: Any, directory: Path | None) -> PrefixLM:
-        """The model with what it needs of a directory beside the weights."""
-        return self.model.build(config)
+    def model(
+        self,
+        config: Any,
+        directory: Path | None = None,
+        defaults: Iterable[str] = (),
+        image_size: int | None = None,
+    ) -> PrefixLM:
+        return self.kind.build(config)
 
     def hf(self, model: PrefixLM) -> None:
         return None
@@ -162,7 +167,7 @@ class PrefixLMConverter:
 
     def _read(self, path: Path) -> tuple[Any, dict[str, Any]]:
         if not path.exists():
-            raise ValueError(f"{path} is missing; it belongs beside the weights of a transformers {self.model.__name__}")
+            raise ValueError(f"{path} is missing; it belongs beside the weights of a transformers {self.kind.__name__}")
         raw = files.read_json(path)
         for section in ("vision_config", "text_config"):
             if not isinstance(raw.get(section), dict):

@@ -15,7 +15,7 @@ RENAMES = ((r"^(text_model|vision_model|connector)\.", r"model.\1."),)
 
 
 class _Converter(prefix_lm_convert.PrefixLMConverter):
-    model, settings = SmolVLM, SmolVLMConfig
+    kind, settings = SmolVLM, SmolVLMConfig
     fields = (
         *prefix_lm_convert.CONFIG,
         ("shuffle", "", "scale_factor"),
