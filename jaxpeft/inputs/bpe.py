@@ -227,8 +227,9 @@ def _check_tokens(path: pathlib.Path, said: dict[str, Any], known: dict[str, int
 
 def _steps(spec: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     """A normalizer or pre-tokenizer without its sequences."""
-    for one in (spec or {}).get("normalizers") or (spec or {}).get("pretokenizers") or ([spec] if spec else []):
-        yield from [one] if one is spec else _steps(one)
+    if spec:
+        parts = spec.get("normalizers", spec.get("pretokenizers"))
+        yield from [spec] if parts is None else (step for part in parts for step in _steps(part))
 
 
 def _check(path: pathlib.Path, spec: dict[str, Any]) -> None:
