@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax
 
 from jaxpeft.adapt import sites
-from jaxpeft.inputs.processor import Processor
 from jaxpeft.inputs.any_tokenizer import AnyTokenizer
+from jaxpeft.inputs.processor import Processor
 from jaxpeft.models.convert import Converter
 from jaxpeft.models.hf import HuggingFace
 from jaxpeft.runtime.registry import Registry

@@ -7,6 +7,8 @@ The image is one frame, so it is written as by transformers' processors with `do
 special tokens in a user's question stay text here.
 """
 
+from collections.abc import Callable
+
 from jaxpeft.inputs.bpe import Bpe
 from jaxpeft.inputs.processor import Template
 
@@ -33,9 +35,9 @@ def vqa(tokenizer: Bpe) -> Template:
     return _chat(tokenizer, "", " {}".format)
 
 
-def _chat(tokenizer: Bpe, request: str, clean_text) -> Template:
+def _chat(tokenizer: Bpe, request: str, clean_text: Callable[[str], str]) -> Template:
     around, end, pieces = tokenizer.id_of(AROUND), tokenizer.id_of(END), tokenizer.pieces
-    first = (tokenizer.bos_id, *pieces("User:"), around, *pieces_of(tokenizer, GLOBAL))
+    first = (tokenizer.bos_id, *pieces("User:"), around, *_pieces_of(tokenizer, GLOBAL))
     template = Template(
         tokenizer,
         start=(),
@@ -54,7 +56,7 @@ def _chat(tokenizer: Bpe, request: str, clean_text) -> Template:
     return template
 
 
-def pieces_of(tokenizer: Bpe, token: str) -> list[int]:
+def _pieces_of(tokenizer: Bpe, token: str) -> list[int]:
     """The id of an added token, or the pieces that write it: older Idefics3 files lack <global-img>."""
     return [tokenizer.ids[token]] if token in tokenizer.ids else tokenizer.pieces(token)
 
