@@ -44,11 +44,23 @@ QUESTIONS = [
     "nul\x00 bell\x07 \u00a0\u3000\u2028 \ufeffbom \ue000",
     "{} {braces} %s \\n \\",
     "\u2581already\u2581a\u2581space",
-    "<loc0001> <row_1_col_1> <0x41>",
+    "<loc0001> <0x41> <",
     "x" * 300,
     "what is the color of the dog in front of the red table? " * 20,
 ]
-TARGETS = ["a cat", "", " ", "no", "2", "\n", "two  dogs", "caf\u00e9 \u65e5\u672c \U0001f600", "A Dog.", " led", "? odd"]
+TARGETS = [
+    "a cat",
+    "",
+    " ",
+    "no",
+    "2",
+    "\n",
+    "two  dogs",
+    "caf\u00e9 \u65e5\u672c \U0001f600",
+    "A Dog.",
+    " led",
+    "? odd",
+]
 
 
 def pictures():
@@ -60,7 +72,18 @@ def pictures():
 
     found = {
         f"{rows}x{columns}": Image.fromarray(noise(rows, columns, 3))
-        for rows, columns in ((37, 51), (51, 37), (1, 1), (1, 90), (90, 1), (3, 200), (200, 3), (28, 28), (32, 32), (64, 96))
+        for rows, columns in (
+            (37, 51),
+            (51, 37),
+            (1, 1),
+            (1, 90),
+            (90, 1),
+            (3, 200),
+            (200, 3),
+            (28, 28),
+            (32, 32),
+            (64, 96),
+        )
     }
     found["grey"] = Image.fromarray(noise(23, 40))
     found["bit"] = Image.fromarray(noise(17, 13) > 127)
@@ -81,7 +104,7 @@ def corpus(rng, n=600):
     for _ in range(n):
         words = " ".join(rng.choice(WORDS, rng.integers(2, 9)))
         lines.append(words + rng.choice(["?\n", "?", ".", "\n", "\n\n", "!"]))
-    return [*lines, *["<eos> < eos> <end_of_utterance>\n"] * 60]
+    return [*lines, "< > <>"]
 
 
 def trained(library, size, first, rng, alphabet=()):
@@ -105,7 +128,9 @@ def paligemma(extra=8):
     library.normalizer = normalizers.Replace(" ", "\u2581")
     first = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     model = trained(library, 420, first, np.random.default_rng(1))
-    tokenizer = GemmaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    spelled = [("<", "e"), ("<e", "o"), ("<eo", "s"), ("<eos", ">")]
+    vocabulary = model["vocab"] | {"".join(pair): len(model["vocab"]) + i for i, pair in enumerate(spelled[:-1])}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=spelled + [tuple(pair) for pair in model["merges"]])
     size = SIZES["paligemma"]
     images = SiglipImageProcessorPil(size={"height": size, "width": size})
     images.image_seq_length = N_IMAGE["paligemma"]
