@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax
 
 from jaxpeft.adapt import sites
+from jaxpeft.inputs.any_tokenizer import AnyTokenizer
 from jaxpeft.inputs.processor import Processor
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models.convert import Converter
 from jaxpeft.models.hf import HuggingFace
 from jaxpeft.runtime.registry import Registry
@@ -69,7 +69,7 @@ class VisionLanguageModel(sites.Adaptable):
         def __hash__(self) -> int: ...
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self) -> AnyTokenizer | None:
         """The processor's tokenizer, or None."""
         return self.processor and self.processor.tokenizer
 
@@ -88,7 +88,7 @@ class VisionLanguageModel(sites.Adaptable):
         """The maximum number of text tokens."""
         raise NotImplementedError
 
-    def replaced(self, tokenizer: Tokenizer | None = None, **fields: Any) -> "VisionLanguageModel":
+    def replaced(self, tokenizer: AnyTokenizer | None = None, **fields: Any) -> "VisionLanguageModel":
         """The model with changed fields of its config and, if given, another tokenizer; the processor is updated."""
         raise NotImplementedError
 
