@@ -45,8 +45,9 @@ def template(kind, task, **options):
 
 def whole(kind, one, prompt):
     """A prompt as transformers has it, with placeholders for the image."""
-    image = [TOKENIZERS[kind].id_of("<image>")] * make.N_IMAGE[kind]
-    return [*prompt[: one.image_at], *image, *prompt[one.image_at :]]
+    image = one.tokenizer.id_of("<image>")
+    at = 0 if kind == "paligemma" else prompt.index(image)  # PaliGemma's prompts have none
+    return [*prompt[:at], *[image] * make.N_IMAGE[kind], *prompt[at + (kind == "smolvlm") :]]
 
 
 def check(kind, one, question, target, expected):
@@ -151,17 +152,14 @@ def test_templates_take_the_options_of_tasks():
     assert one.text(one.target("a  red dog")[0]) == "a" and one.text(one.target("a red dog")[0]) == "a red"
     one = template("smolvlm", "captioning", prompt="Describe.", max_words=2)
     assert "Describe." in one.tokenizer.decode(one.prompt("")[0]) and one.text(one.target("a red dog")[0]) == "a red"
-    assert one.tokenizer.decode(one.prompt("")[0][: one.image_at]) == "User:"
+    image = {kind: TOKENIZERS[kind].id_of("<image>") for kind in KINDS}
+    assert one.tokenizer.decode(one.prompt("")[0][: one.before.index(image["smolvlm"])]) == "User:"
     made = {
         kind: Processor(TOKENIZERS[kind], 32, templates={"vqa": lambda kind=kind: template(kind, "vqa")})
         for kind in KINDS
     }
-    assert {kind: one.template("vqa").image_at for kind, one in made.items()} == {"paligemma": 0, "smolvlm": 5}
-
-
-def test_image_tokens_are_counted_as_in_the_published_models():
-    assert [paligemma_text.n_image_tokens(size, 14) for size in (224, 448, 896)] == [256, 1024, 4096]
-    assert smolvlm_text.n_image_tokens(512, 16, 4) == 64 and smolvlm_text.n_image_tokens(384, 14, 3) == 81
+    found = {kind: one.template("vqa").before.count(image[kind]) for kind, one in made.items()}
+    assert found == {"paligemma": 0, "smolvlm": 1}
 
 
 def test_padding_that_a_prompt_contains_is_refused(tmp_path):
@@ -399,10 +397,10 @@ def test_live_texts_equal_transformers(kind, theirs, tmp_path):
     assert [ours.decode(ids) for ids in their_ids] == [
         processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in their_ids
     ]
-    one, image = KINDS[kind][0].vqa(ours), [ours.id_of("<image>")] * make.N_IMAGE[kind]
+    one = KINDS[kind][0].vqa(ours)
     for question, target in PAIRS[::4]:
         prompt = one.prompt(question)[0]
-        full = [*prompt[: one.image_at], *image, *prompt[one.image_at :]]
+        full = whole(kind, one, prompt)
         if kind == "paligemma":
             expected = make.paligemma_ids(processor, f"answer en {question}", target)
             assert (full, one.target(target)[0]) == (expected["prompt"], expected["target"])

@@ -239,7 +239,9 @@ def test_released_sizes(model, expected):
 
 def test_the_parts_of_paligemma_3b():
     shapes = loading.shapes(paligemma.build(paligemma.PaliGemmaConfig()))
-    found = {part: sum(np.prod(x.shape) for n, x in shapes.items() if n.startswith(part)) for part in ("vision", "decoder")}
+    found = {
+        part: sum(np.prod(x.shape) for n, x in shapes.items() if n.startswith(part)) for part in ("vision", "decoder")
+    }
     assert found == {"vision": 412_442_352, "decoder": 2_508_662_784}
 
 
@@ -360,7 +362,10 @@ class _Files:
 
 @every_kind
 def test_whether_the_head_is_tied_is_read_from_the_weights(tmp_path, kind):
-    words = {"paligemma": "language_model.model.embed_tokens.weight", "smolvlm": "model.text_model.embed_tokens.weight"}[kind]
+    words = {
+        "paligemma": "language_model.model.embed_tokens.weight",
+        "smolvlm": "model.text_model.embed_tokens.weight",
+    }[kind]
 
     def own(tensors):
         return tensors | {"lm_head.weight": tensors[words] * np.asarray(2, ml_dtypes.bfloat16)}
@@ -387,7 +392,9 @@ def test_every_tensor_is_accounted_for(tmp_path, kind):
         return {name: x for name, x in tensors.items() if "layers.2.self_attn.k_proj.weight" not in name}
 
     def taller(tensors):
-        return {n: np.concatenate([x, x]) if n.endswith("layers.0.mlp.up_proj.weight") else x for n, x in tensors.items()}
+        return {
+            n: np.concatenate([x, x]) if n.endswith("layers.0.mlp.up_proj.weight") else x for n, x in tensors.items()
+        }
 
     for change, message in ((more, r"unexpected \(1\): model\.other\.weight"), (fewer, r"missing \(1\): .*k_proj\.weight"),
                             (taller, r"wrong shape \(1\): .*up_proj\.weight: expected \(36, 24\), got \(72, 24\)")):  # fmt: skip
@@ -440,7 +447,11 @@ def test_absent_settings_have_the_values_of_the_classes(tmp_path):
     directory = written("paligemma", tmp_path / "base", **gone, text_config__eos_token_id=[3])
     model, params, report = loading.read(directory)
     assert model == loaded("paligemma")[0]
-    assert set(report["defaults"]) >= {"text_config.rms_norm_eps", "text_config.rope_theta", "vision_config.layer_norm_eps"}
+    assert set(report["defaults"]) >= {
+        "text_config.rms_norm_eps",
+        "text_config.rope_theta",
+        "vision_config.layer_norm_eps",
+    }
     same(params, loaded("paligemma")[1])
     assert loading.abstract(directory) == model
     old = written("smolvlm", tmp_path / "old", text_config__rope_parameters=None, text_config__rope_theta=1e5)

@@ -329,7 +329,10 @@ def base_of(model: nn.Module, flat: dict[str, Any], site: Site) -> Base:
     if site.kind == "norm":
         return {name: flat.get(f"{site.path}/{name}") for name in ("scale", "bias")}
     if site.kind == "embed" and f"{site.path}/embed/word" in flat:
-        words = {"word": _with_new_rows(flat, f"{site.path}/embed/word"), "word_scale": getattr(model, "word_scale", 1.0)}
+        words = {
+            "word": _with_new_rows(flat, f"{site.path}/embed/word"),
+            "word_scale": getattr(model, "word_scale", 1.0),
+        }
         norm = {name: flat.get(f"{site.path}/embed/{name}") for name in ("norm/scale", "norm/bias")}
         return words | norm | {"tokenizer": getattr(model, "tokenizer", None)}
     if site.kind != "linear":

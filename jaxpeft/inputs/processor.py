@@ -18,8 +18,8 @@ class Template:
 
     A text is `start` + pieces + `stop[0]`. In an encoder-decoder `start` holds at least the token that begins a text; it is
     given and not scored. In a prefix-LM it is empty: the first token of a text follows the prompt. A prompt is `before` +
-    question + `after`; truncation shortens only the question. The image tokens of a prefix-LM are not part of it: they
-    precede id number `image_at` of every prompt.
+    question + `after`; truncation shortens only the question. Of the image tokens of a prefix-LM it holds at most one id,
+    which stands for all of them.
     """
 
     tokenizer: AnyTokenizer
@@ -32,7 +32,6 @@ class Template:
     clean_question: Callable[[str], str] = str
     clean_text: Callable[[str], str] = str
     around: tuple[str, str] = ("", "")  # texts in front of and behind the question that are tokenised together with it
-    image_at: int = 0
     beam_search: str = "transformers"  # a key of models.decode.BEAM_SEARCHES: how beams are scored and when they stop
 
     def prompt(self, question: str, limit: int = 0) -> tuple[list[int], int]:

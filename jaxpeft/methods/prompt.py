@@ -70,7 +70,9 @@ class Prompt(Method):
             words = base["tokenizer"].pieces(self.text)
             ids = np.resize(np.array(words, np.int32), self.length)
         rows = base["word"][ids] * base["word_scale"]
-        if self.positions == "keep" and base["norm/scale"] is not None:  # rows are added after the embedding's LayerNorm
+        if (
+            self.positions == "keep" and base["norm/scale"] is not None
+        ):  # rows are added after the embedding's LayerNorm
             rows = (rows - rows.mean(-1, keepdims=True)) / rows.std(-1, keepdims=True)
             rows = rows * base["norm/scale"][None] + base["norm/bias"][None]
         return {"rows": rows}

@@ -3,9 +3,9 @@
     [image tokens; <bos> prompt \\n]  text <eos>
      `-- every token sees all ---'    causal
 
-Captioning has the prompt 'caption en', VQA 'answer en <question>'. Texts are not lower-cased. Word embeddings are multiplied by
-sqrt(D), in the dtype of the products, image tokens are not. The prompt holds no ids for the image, which always comes first.
-Learned prompts stand before the image and belong to the bidirectional block.
+Word embeddings are multiplied by sqrt(D), in the dtype of the products, image tokens are not. The ids of a prompt hold no image,
+which always comes first. Learned prompts stand before the image and belong to the block in which every token sees all. Prompts:
+paligemma_text.py.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from jaxpeft.inputs.processor import Template
-from jaxpeft.inputs.tokenizer import Tokenizer
+from jaxpeft.inputs.any_tokenizer import AnyTokenizer
+from jaxpeft.models import paligemma_text
 from jaxpeft.models.layers import Dense
 from jaxpeft.models.prefix_lm import PrefixLM, PrefixLMConfig
 
@@ -23,43 +23,11 @@ from jaxpeft.models.prefix_lm import PrefixLM, PrefixLMConfig
 class PaliGemmaConfig(PrefixLMConfig):
     """PaliGemma-3B at 224 pixels by default."""
 
-    bos_id: int = 2
-    eos_id: int = 1
-
     activation: ClassVar[str] = "gelu_tanh"
 
     @property
     def word_scale(self) -> float:
         return self.text_width**0.5
-
-
-def _template(config: PaliGemmaConfig, tokenizer: Tokenizer, before: str, max_words: int = 0, **options) -> Template:
-    """<bos> before<question>\\n, then text <eos>."""
-
-    def clean(text: str) -> str:
-        return " ".join(text.split(" ")[: max_words or None])
-
-    return Template(
-        tokenizer,
-        start=(),
-        stop=(config.eos_id,),
-        pad=config.pad_id,
-        before=(config.bos_id, *tokenizer.pieces(before)),
-        after=tuple(tokenizer.pieces("\n")),
-        clean_text=clean,
-        **options,
-    )
-
-
-def _captioning(
-    config: PaliGemmaConfig, tokenizer: Tokenizer, prompt: str | None = None, max_words: int = 0
-) -> Template:
-    return _template(config, tokenizer, "caption en" if prompt is None else prompt, max_words)
-
-
-def _vqa(config: PaliGemmaConfig, tokenizer: Tokenizer) -> Template:
-    # the space belongs to the question's first piece
-    return _template(config, tokenizer, "answer en", clean_question=" {}".format)
 
 
 class PaliGemma(PrefixLM):
@@ -68,7 +36,7 @@ class PaliGemma(PrefixLM):
     config: PaliGemmaConfig
     model_type: ClassVar = "paligemma"  # the key in MODELS
     causal: ClassVar[bool] = False
-    templates: ClassVar = {"captioning": _captioning, "vqa": _vqa}
+    templates: ClassVar = paligemma_text.TEMPLATES
 
     def setup(self):
         super().setup()
@@ -83,6 +51,6 @@ class PaliGemma(PrefixLM):
         return jnp.concatenate([image_BPD, words_BQD], axis=1), mask_BS
 
 
-def build(config: PaliGemmaConfig, tokenizer: Tokenizer | None = None) -> PaliGemma:
+def build(config: PaliGemmaConfig, tokenizer: AnyTokenizer | None = None) -> PaliGemma:
     """The model with its processor."""
     return PaliGemma.build(config, tokenizer)

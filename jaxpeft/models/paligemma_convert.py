@@ -7,6 +7,7 @@ of modules since 4.52 (`model.language_model.layers...`, `model.vision_tower...`
 scale is 1 + weight.
 """
 
+from jaxpeft.inputs import images
 from jaxpeft.models import convert, prefix_lm_convert
 from jaxpeft.models.convert import Table
 from jaxpeft.models.paligemma import PaliGemma, PaliGemmaConfig
@@ -22,16 +23,11 @@ RENAMES = (
 
 class _Converter(prefix_lm_convert.PrefixLMConverter):
     kind, settings = PaliGemma, PaliGemmaConfig
-    fields = (
-        *prefix_lm_convert.CONFIG,
-        ("bos_id", "text_config", "bos_token_id"),
-        ("eos_id", "text_config", "eos_token_id"),
-    )
     defaults = {
         "image_size": 224, "patch_size": 16, "vision_width": 768, "vision_layers": 12, "vision_heads": 12,
         "vision_mlp": 3072, "vision_eps": 1e-6, "vocab_size": 256000, "text_width": 3072, "text_layers": 28,
         "text_heads": 16, "kv_heads": 16, "head_size": 256, "text_mlp": 24576, "text_eps": 1e-6, "max_positions": 8192,
-        "rope_theta": 10000.0, "pad_id": 0, "bos_id": 2, "eos_id": 1, "tied": True,
+        "rope_theta": 10000.0, "pad_id": 0, "tied": True,
     }  # fmt: skip
     fixed = (
         ("", "model_type", ("paligemma",)),
@@ -41,6 +37,7 @@ class _Converter(prefix_lm_convert.PrefixLMConverter):
         ("text_config", "hidden_activation", ("gelu_pytorch_tanh",)),
         ("text_config", "attention_bias", (False,)),
     )
+    processor = images.SIGLIP
     tied = ("lm_head.weight", "model.language_model.embed_tokens.weight")
 
     def table(self, config: PaliGemmaConfig) -> Table:

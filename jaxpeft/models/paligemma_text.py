@@ -7,13 +7,6 @@ Nothing is cleaned or lower-cased. Ids equal those of transformers' `PaliGemmaPr
 from jaxpeft.inputs.bpe import Bpe
 from jaxpeft.inputs.processor import Template
 
-IMAGE = "<image>"  # the placeholder of transformers, which ours does not need
-
-
-def n_image_tokens(image_size: int, patch_size: int) -> int:
-    """The number of image tokens of an image, which precede <bos>."""
-    return (image_size // patch_size) ** 2
-
 
 def captioning(tokenizer: Bpe, prompt: str | None = None, max_words: int = 0) -> Template:
     """<bos>caption en\\n | <caption><eos>. `prompt` replaces "caption en"."""

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Self
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxpeft.inputs.any_tokenizer import AnyTokenizer
 from jaxpeft.inputs.processor import Processor, Template
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models.base import Stage, VisionLanguageModel
 from jaxpeft.models.decoder import Decoder, DecoderConfig
 from jaxpeft.models.siglip import Siglip, SiglipConfig
@@ -26,6 +26,7 @@ from jaxpeft.models.vit import normalised
 class PrefixLMConfig(SiglipConfig, DecoderConfig):
     """The fields of an image tower and of a decoder."""
 
+    image_longest_edge: ClassVar[int] = 0  # images are resized once
     most: ClassVar = SiglipConfig.most | DecoderConfig.most
 
     @property
@@ -72,14 +73,16 @@ class PrefixLM(VisionLanguageModel):
     targets: ClassVar = TARGETS
     tasks: ClassVar = ("captioning", "vqa")
     causal: ClassVar[bool]  # whether prefixes are read from left to right
-    templates: ClassVar[dict[str, Callable[..., Template]]] = {}  # task -> (config, tokenizer, text options) -> template
+    templates: ClassVar[dict[str, Callable[..., Template]]] = {}  # task -> (tokenizer, text options) -> template
 
     @classmethod
-    def build(cls, config: Any, tokenizer: Tokenizer | None = None) -> Self:
+    def build(cls, config: Any, tokenizer: AnyTokenizer | None = None) -> Self:
         """The model with its processor: `tokenizer`, the class's templates, and the image settings of `config`."""
-        templates = {name: functools.partial(make, config, tokenizer) for name, make in cls.templates.items()}
-        size, resample, mean = config.image_size, config.image_resample, config.image_mean
-        return cls(config, Processor(tokenizer, size, resample, mean, templates))
+        templates = {name: functools.partial(make, tokenizer) for name, make in cls.templates.items()}
+        c = config
+        return cls(
+            c, Processor(tokenizer, c.image_size, c.image_resample, c.image_mean, templates, c.image_longest_edge)
+        )
 
     @property
     def tied(self) -> dict[str, str]:
@@ -94,7 +97,7 @@ class PrefixLM(VisionLanguageModel):
         return self.config.max_positions - self.config.n_image_tokens
 
     @nn.nowrap
-    def replaced(self, tokenizer: Tokenizer | None = None, **fields) -> Self:
+    def replaced(self, tokenizer: AnyTokenizer | None = None, **fields) -> Self:
         return self.build(dataclasses.replace(self.config, **fields), tokenizer or self.tokenizer)
 
     @nn.nowrap

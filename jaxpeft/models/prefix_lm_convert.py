@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxpeft import tree
 from jaxpeft.inputs import images
+from jaxpeft.inputs.bpe import Bpe
 from jaxpeft.models import convert
 from jaxpeft.models.convert import Change, Dtype, Place, Rule, Table, Tensor
 from jaxpeft.models.prefix_lm import PrefixLM, PrefixLMConfig
@@ -96,6 +97,7 @@ class PrefixLMConverter:
     defaults: dict[str, Any]  # our field -> the value of the class in transformers, for keys that a file does not have
     # (section, key, supported values), the first of which is that of an absent key; section '' is the top of the file
     fixed: tuple[tuple[str, str, tuple], ...]
+    processor: images.ProcessorKind
     tied: tuple[str, str]  # the head's tensor, the word embedding's
 
     def table(self, config: Any) -> Table:
@@ -153,7 +155,39 @@ class PrefixLMConverter:
         defaults: Iterable[str] = (),
         image_size: int | None = None,
     ) -> PrefixLM:
-        return self.kind.build(config)
+        if directory is None:
+            return self.kind.build(config)
+        config = self._with_processor(config, directory, image_size)
+        if not (directory / "tokenizer.json").exists():
+            return self.kind.build(config)
+        tokenizer = Bpe.from_file(directory)
+        image = getattr(config, "image_id", None)
+        if image is not None and tokenizer.ids.get("<image>") != image:
+            raise ValueError(
+                f"{directory}: image_token_id is {image} in the configuration, but <image> is {tokenizer.ids.get('<image>')} in "
+                f"the tokenizer; use the tokenizer that the weights were trained with"
+            )
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"{directory}: {len(tokenizer)} tokens exceed vocab_size {config.vocab_size} of the weights"
+            )
+        return self.kind.build(dataclasses.replace(config, pad_id=tokenizer.pad_id), tokenizer)
+
+    def _with_processor(self, config: Any, directory: Path, image_size: int | None) -> Any:
+        """The configuration with the settings of the directory's image processor."""
+        said = images.processor_settings(directory, self.processor)
+        size, n_tokens = said.pop("image_size", config.image_size), images.image_tokens(directory)
+        if image_size is None and size != config.image_size:
+            raise ValueError(
+                f"{directory}: the image processor has image size {size} and config.json {config.image_size}; choose one with "
+                f"image_size={size} (--config.model.image_size={size}), which resizes the position embedding"
+            )
+        if image_size is None and n_tokens not in (None, config.n_image_tokens):
+            raise ValueError(
+                f"{directory}: the processor writes {n_tokens} image tokens per image, but with config.json there are "
+                f"{config.n_image_tokens}; copy both files from the same model"
+            )
+        return dataclasses.replace(config, **said)
 
     def hf(self, model: PrefixLM) -> None:
         return None
@@ -171,7 +205,9 @@ class PrefixLMConverter:
         raw = files.read_json(path)
         for section in ("vision_config", "text_config"):
             if not isinstance(raw.get(section), dict):
-                raise ValueError(f"{path}: {section} is {raw.get(section)!r}, expected an object; save the config in full")
+                raise ValueError(
+                    f"{path}: {section} is {raw.get(section)!r}, expected an object; save the config in full"
+                )
         for section, key, supported in self.fixed:
             value = (raw[section] if section else raw).get(key)
             if value not in (None, *supported):

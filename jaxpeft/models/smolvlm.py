@@ -1,24 +1,25 @@
 """SmolVLM (Marafioti et al. 2025, arXiv 2504.05299) and Idefics3 (Laurencon et al. 2024, arXiv 2408.12637): SigLIP, a pixel
 shuffle, one linear projector, and a Llama-like decoder that is causal everywhere.
 
-    <|im_start|>User:<fake_token_around_image><global-img>[image tokens]<fake_token_around_image>question<end_of_utterance>
-    Assistant: text<end_of_utterance>
+    User: [image tokens] question
+    Assistant: text
 
 The pixel shuffle puts r x r neighbouring patches into one token of r^2 times the width (64 tokens per image in the small
 models). In the ids of a prompt one <image> stands for all image tokens; they take its place, wherever it stands in a row.
+Prompts: smolvlm_text.py.
 
 Deviation: an image is one square, which transformers calls do_image_splitting=False; there are no crops of larger images.
 """
 
 import dataclasses
-from collections.abc import Iterable
 from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxpeft.inputs.processor import Template
-from jaxpeft.inputs.tokenizer import Tokenizer
+from jaxpeft.inputs import images
+from jaxpeft.inputs.any_tokenizer import AnyTokenizer
+from jaxpeft.models import smolvlm_text
 from jaxpeft.models.layers import Dense
 from jaxpeft.models.prefix_lm import PrefixLM, PrefixLMConfig
 from jaxpeft.ops import by_rows
@@ -34,7 +35,8 @@ class SmolVLMConfig(PrefixLMConfig):
     vision_layers: int = 12
     vision_heads: int = 12
     vision_mlp: int = 3072
-    image_resample: int = 1  # Lanczos
+    image_resample: int = images.SMOLVLM.resample
+    image_longest_edge: int = 2048  # of an image after a first resize
     shuffle: int = 4  # side, in patches, of what becomes one image token
     vocab_size: int = 49280
     text_width: int = 576
@@ -61,48 +63,13 @@ class SmolVLMConfig(PrefixLMConfig):
         return self.n_patches // self.shuffle**2
 
 
-class _Chat(Template):
-    """A template whose texts begin with a space, which is not part of the text."""
-
-    def text(self, ids: Iterable[int]) -> str:
-        return super().text(ids).strip()
-
-
-def _template(
-    config: SmolVLMConfig, tokenizer: Tokenizer, before: str = "", max_words: int = 0, **options
-) -> Template:
-    around, end = tokenizer.ids["<fake_token_around_image>"], tokenizer.ids["<end_of_utterance>"]
-    user = (tokenizer.ids["<|im_start|>"], *tokenizer.pieces("User:"))
-    image = (around, tokenizer.ids["<global-img>"], config.image_id, around)
-
-    def clean(text: str) -> str:
-        return " " + " ".join(text.split(" ")[: max_words or None])
-
-    return _Chat(
-        tokenizer,
-        start=(),
-        stop=(end,),
-        pad=config.pad_id,
-        before=(*user, *image, *tokenizer.pieces(before)),
-        after=(end, *tokenizer.pieces("\nAssistant:")),
-        clean_text=clean,
-        **options,
-    )
-
-
-def _captioning(
-    config: SmolVLMConfig, tokenizer: Tokenizer, prompt: str | None = None, max_words: int = 0
-) -> Template:
-    return _template(config, tokenizer, "Can you describe this image?" if prompt is None else prompt, max_words)
-
-
 class SmolVLM(PrefixLM):
     """SmolVLM and Idefics3."""
 
     config: SmolVLMConfig
     model_type: ClassVar = "smolvlm"  # the key in MODELS
     causal: ClassVar[bool] = True
-    templates: ClassVar = {"captioning": _captioning, "vqa": _template}
+    templates: ClassVar = smolvlm_text.TEMPLATES
 
     def setup(self):
         super().setup()
@@ -139,6 +106,6 @@ def shuffled(x_BPD, side: int):
     return x.reshape(n_rows, n * n, side * side * width)
 
 
-def build(config: SmolVLMConfig, tokenizer: Tokenizer | None = None) -> SmolVLM:
+def build(config: SmolVLMConfig, tokenizer: AnyTokenizer | None = None) -> SmolVLM:
     """The model with its processor."""
     return SmolVLM.build(config, tokenizer)

@@ -6,6 +6,7 @@ Names are `model.text_model...`, `model.vision_model...`, `model.connector...`; 
 lack `model.`. Whether the head is tied is read from the weights.
 """
 
+from jaxpeft.inputs import images
 from jaxpeft.models import convert, prefix_lm_convert
 from jaxpeft.models.convert import Table
 from jaxpeft.models.smolvlm import SmolVLM, SmolVLMConfig
@@ -35,6 +36,7 @@ class _Converter(prefix_lm_convert.PrefixLMConverter):
         ("text_config", "attention_bias", (False,)),
         ("text_config", "mlp_bias", (False,)),
     )
+    processor = images.SMOLVLM
     tied = ("lm_head.weight", "model.text_model.embed_tokens.weight")
 
     def table(self, config: SmolVLMConfig) -> Table:

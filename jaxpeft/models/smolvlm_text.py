@@ -1,9 +1,9 @@
 """SmolVLM's chat template for one image and one question, also that of Idefics3:
 
-    <|im_start|>User:<fake_token_around_image><global-img> | image | <fake_token_around_image>question<end_of_utterance>
+    <|im_start|>User:<fake_token_around_image><global-img><image><fake_token_around_image>question<end_of_utterance>
     Assistant: text<end_of_utterance>
 
-The image is one frame, so it is written as by transformers' processors with `do_image_splitting=False`. Ids equal theirs;
+One <image> stands for all image tokens, which the model puts in its place. The image is one frame, so it is written as by transformers' processors with `do_image_splitting=False`. Ids equal theirs;
 special tokens in a user's question stay text here.
 """
 
@@ -14,11 +14,6 @@ from jaxpeft.inputs.processor import Template
 
 IMAGE, AROUND, GLOBAL, END = "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"
 CAPTION = "Can you describe this image?"
-
-
-def n_image_tokens(image_size: int, patch_size: int, scale_factor: int) -> int:
-    """The number of image tokens of a frame after pixel shuffle: `image_seq_len` of transformers."""
-    return (image_size // patch_size) ** 2 // scale_factor**2
 
 
 def captioning(tokenizer: Bpe, prompt: str | None = None, max_words: int = 0) -> Template:
@@ -37,15 +32,14 @@ def vqa(tokenizer: Bpe) -> Template:
 
 def _chat(tokenizer: Bpe, request: str, clean_text: Callable[[str], str]) -> Template:
     around, end, pieces = tokenizer.id_of(AROUND), tokenizer.id_of(END), tokenizer.pieces
-    first = (tokenizer.bos_id, *pieces("User:"), around, *_pieces_of(tokenizer, GLOBAL))
+    image = (around, *_pieces_of(tokenizer, GLOBAL), tokenizer.id_of(IMAGE), around)
     template = Template(
         tokenizer,
         start=(),
         stop=(end,),
         pad=tokenizer.pad_id,
-        before=(*first, around, *pieces(request)),
+        before=(tokenizer.bos_id, *pieces("User:"), *image, *pieces(request)),
         after=(end, *pieces("\nAssistant:")),
-        image_at=len(first),
         clean_text=clean_text,
     )
     if template.pad in (*template.before, *template.after):

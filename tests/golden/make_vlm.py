@@ -37,12 +37,22 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 HERE = pathlib.Path(__file__).parent
 VOCAB, IMAGE, PAD, END, MOST = 61, 59, 0, 3, 8
 IMAGE_SIZE = 12
-TOWER = dict(hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4, patch_size=3, image_size=IMAGE_SIZE)
+TOWER = dict(
+    hidden_size=20,
+    intermediate_size=28,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    patch_size=3,
+    image_size=IMAGE_SIZE,
+)
 TEXT = dict(
     vocab_size=VOCAB, hidden_size=24, intermediate_size=36, num_hidden_layers=3, num_attention_heads=6, head_dim=10,
     pad_token_id=PAD, bos_token_id=2, eos_token_id=END, max_position_embeddings=64,
 )  # fmt: skip
-SEEDS = {"paligemma": 0, "smolvlm": 0}  # whose words depend on the image and whose texts sometimes end early (`telling` checks)
+SEEDS = {
+    "paligemma": 0,
+    "smolvlm": 0,
+}  # whose words depend on the image and whose texts sometimes end early (`telling` checks)
 
 
 def build(kind):
@@ -55,9 +65,7 @@ def build(kind):
         config.vision_config.vision_use_head = False
         cls = PaliGemmaForConditionalGeneration
     else:
-        text = LlamaConfig(
-            **TEXT, num_key_value_heads=3, rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=False
-        )
+        text = LlamaConfig(**TEXT, num_key_value_heads=3, rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=False)
         config = SmolVLMConfig(
             text_config=text, vision_config=TOWER, image_token_id=IMAGE, scale_factor=2, tie_word_embeddings=False
         )
@@ -224,7 +232,9 @@ def numbers_of(kind):
         assert abs(float(mean - loss)) < 1e-9, "the loss is not the mean over tokens of texts"
         loss.backward()
         gradients = {
-            f"grad/{n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and n != "lm_head.weight"
+            f"grad/{n}": p.grad.clone()
+            for n, p in model.named_parameters()
+            if p.grad is not None and n != "lm_head.weight"
         }
         if kind == "smolvlm":
             gradients["grad/lm_head.weight"] = model.lm_head.weight.grad.clone()
@@ -240,7 +250,9 @@ def numbers_of(kind):
         moved = float((scored(model, kind, swapped, "left")[0] - logits).detach().abs().numpy()[where].max())
         changed = (generated(model, kind, swapped, 1)[0] != greedy).any(-1).sum()
     single = build(kind).float()
-    error = np.abs(scored(single, kind, data, "left", torch.float32)[0].detach().numpy() - logits.detach().numpy())[where].max()
+    error = np.abs(scored(single, kind, data, "left", torch.float32)[0].detach().numpy() - logits.detach().numpy())[
+        where
+    ].max()
     same = [np.array_equal(generated(single, kind, data, n, torch.float32)[0], x) for n, x in ((1, greedy), (3, beams))]
     if not (telling(greedy) and telling(beams) and all(same) and changed >= 2):
         return None  # take another seed
