@@ -1,4 +1,5 @@
-"""The decoder of prefix language models, as Gemma 1 (arXiv 2403.08295) and Llama (Touvron et al. 2023, arXiv 2302.13971) have it.
+"""The decoder of prefix language models: Gemma 1 (Gemma Team 2024, arXiv 2403.08295) and Llama (Touvron et al. 2023,
+arXiv 2302.13971).
 
     x = word[ids] * word_scale                          sqrt(D) in Gemma, 1 in Llama
     x += attention(norm1(x));  x += mlp(norm2(x))       RMSNorm, rotary positions, grouped heads, a gated MLP; no biases
@@ -12,14 +13,14 @@ A texts of one prefix share its keys and values, without copies: this equals A s
 one prefix with a block mask. Query head n reads key head n // M. Head size H is a field of its own: N * H may differ from D.
 
 Rotary positions (Su et al. 2021, arXiv 2104.09864) turn the halves (x1, x2) of queries and keys by position * theta^(-2i/H).
-They are relative, so the padding side does not matter, and a text may follow prompts of different lengths. Learned prompts get
-the positions before the prefix; keys of a learned prefix are not turned, which is position 0.
+They are relative, so the padding side does not matter, and texts may follow prompts of different lengths. Learned prompts
+get the positions before the prefix; keys of a learned prefix are not turned, which is position 0.
 
 Deviation: a scale holds what the norm multiplies by (files of Gemma hold scale - 1), in float32; in bfloat16, transformers'
 Llama rounds before this product, and Gemma after it, as here.
 
-Gemma 2 and 3 need more per-layer norms, soft caps, and layers with a sliding window: a flag per layer would enter `Block` beside
-`layer`.
+Gemma 2 and 3 need more norms per layer, soft caps, and layers with a sliding window: a flag per layer would enter `Block`
+beside `layer`.
 """
 
 import dataclasses
@@ -153,8 +154,8 @@ def _per_text(x_BTS, n_texts: int):
 class Block(nn.Module):
     """x += attention(norm1(x)); x += mlp(norm2(x)).
 
-    `layer`: None while the prefix is read, whose keys and values are returned; {'context': (k, v)} for whole texts; with 'own' for
-    the next token of each, whose keys and values are written there at `index`, and returned.
+    `layer`: None while the prefix is read, whose keys and values are returned; {'context': (k, v)} for whole texts; with 'own'
+    for the next token of each text, whose keys and values are written there at `index`, and returned.
     """
 
     config: DecoderConfig

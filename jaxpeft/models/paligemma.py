@@ -3,8 +3,8 @@
     [image tokens; <bos> prompt \\n]  text <eos>
      `-- every token sees all ---'    causal
 
-Word embeddings are multiplied by sqrt(D), in the dtype of the products, image tokens are not. The ids of a prompt hold no image,
-which always comes first. Learned prompts stand before the image and belong to the block in which every token sees all. Prompts:
+Word embeddings are multiplied by sqrt(D), in the dtype of the products, image tokens are not. The ids of a prompt hold no
+image, which always comes first. Learned prompts stand before the image, in the block in which every token sees all. Prompts:
 paligemma_text.py.
 """
 

@@ -164,8 +164,8 @@ class PrefixLMConverter:
         image = getattr(config, "image_id", None)
         if image is not None and tokenizer.ids.get("<image>") != image:
             raise ValueError(
-                f"{directory}: image_token_id is {image} in the configuration, but <image> is {tokenizer.ids.get('<image>')} in "
-                f"the tokenizer; use the tokenizer that the weights were trained with"
+                f"{directory}: image_token_id is {image} in the configuration, but <image> is "
+                f"{tokenizer.ids.get('<image>')} in the tokenizer; use the tokenizer that the weights were trained with"
             )
         if len(tokenizer) > config.vocab_size:
             raise ValueError(

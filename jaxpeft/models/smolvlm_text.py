@@ -3,7 +3,8 @@
     <|im_start|>User:<fake_token_around_image><global-img><image><fake_token_around_image>question<end_of_utterance>
     Assistant: text<end_of_utterance>
 
-One <image> stands for all image tokens, which the model puts in its place. The image is one frame, so it is written as by transformers' processors with `do_image_splitting=False`. Ids equal theirs;
+One <image> stands for all image tokens, which the model puts in its place. The image is one frame, so it is written as by
+transformers' processors with `do_image_splitting=False`. Apart from these image tokens, ids equal theirs;
 special tokens in a user's question stay text here.
 """
 

@@ -1,7 +1,7 @@
 """Captioning: an image in, a sentence out. BLIP's recipe (Li et al. 2022, section 5.2).
 
-A text begins with the prompt, or, in a prefix-LM, follows it; the prompt is not scored. The loss is the mean over caption tokens. Every reference caption is a
-training example. Scores: CIDEr-D, BLEU-1..4 and ROUGE-L over all references.
+A text begins with the prompt or, in a prefix-LM, follows it; the prompt is not scored. The loss is the mean over caption
+tokens. Every reference caption is a training example. Scores: CIDEr-D, BLEU-1..4 and ROUGE-L over all references.
 """
 
 import collections

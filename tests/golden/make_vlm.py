@@ -12,10 +12,10 @@ Weights are drawn in bfloat16 and the reference runs in float64, also in softmax
 transformers drops to float32 (`in_float64`). A text is one row of the reference: image, prompt and text without padding
 between them, padding on the left (and, checked here, on the right).
 
-Keys: images (B, Y, X, C); prompts (B, Q), padded with -1 on the right, in SmolVLM with one id 59 for the image; texts (R, T), padded
-with -1, and owner (R,), the prompt of each; image_tokens (B, P, D); logits (R, T, V), those of each token of the texts, from the
-position before it; loss, the mean over all tokens of texts; grad/NAME; greedy (B, 8) and beams (B, 3, 8), texts by `generate`, padded
-with -1, with beam_scores (B, 3); float32, the largest error of logits of transformers in float32.
+images (B, Y, X, C); prompts (B, Q), padded with -1 on the right, in SmolVLM with one id 59 for the image; texts (R, T), padded
+with -1, and owner (R,), the prompt of each; image_tokens (B, P, D); logits (R, T, V) of each token of the texts, from the
+position before it; loss, the mean over all tokens of texts; grad/NAME; greedy (B, 8) and beams (B, 3, 8), texts by `generate`,
+padded with -1, with beam_scores (B, 3); float32, the largest error of logits of transformers in float32.
 """
 
 import contextlib
