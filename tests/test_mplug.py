@@ -12,6 +12,7 @@ import tiny
 from safetensors.numpy import save_file
 
 import jaxpeft as jp
+from jaxpeft import config as defaults
 from jaxpeft import tree
 from jaxpeft.adapt import sites
 from jaxpeft.data.base import Split
@@ -19,7 +20,7 @@ from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.methods import METHODS
 from jaxpeft.models import convert, loading, mplug, mplug_convert
 from jaxpeft.tasks import build as task_of
-from jaxpeft.training import evaluate, frozen_cache
+from jaxpeft.training import evaluate, frozen_cache, loop, optim, sharding
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "mplug_base_tiny"
 WORDS = Tokenizer.from_words(f"w{i}" for i in range(20))
@@ -289,6 +290,31 @@ def test_nothing_stale_is_served(targets):
     np.testing.assert_allclose(evaluate.nlls(MODEL, moved, task, filled[0], batch_size=4), after, rtol=1e-5)
     texts = [evaluate.predict(MODEL, moved, task, one, batch_size=4, beams=3) for one in (cases, filled[1])]
     assert [one["text"] for one in texts[0]] == [one["text"] for one in texts[1]]
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one():
+    """A step of LoRA in every tower, on one device and on a mesh of 2 x 2 x 2."""
+    task = task_of("vqa", max_new_tokens=5)
+    tuned = jp.attach(MODEL, params(), jp.LoRA(targets=r"(query|value|up)$", rank=2), jax.random.key(0))
+    mask, batch = sites.trainable(tuned), tiny.batch(8, n_texts=2)
+    batch |= {name: batch[name] % len(WORDS) for name in ("prompt", "tokens", "targets")}
+    tx = optim.optimizer(defaults.get_config().optim, tree.split(tuned, mask)[0], 10)
+    step = functools.partial(loop.train_step, loss=functools.partial(task.loss, MODEL), tx=tx, grad_accum=1)
+    results = []
+    for shape in ({"data": 1, "fsdp": 1, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        on = sharding.mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
+        where = sharding.shardings(tuned, MODEL.sharding, on)
+        placed = sharding.put(tuned, where)
+        trainable, frozen = tree.split(placed, mask)
+        state = loop.TrainState(jax.numpy.int32(0), trainable, tx.init(trainable))
+        with sharding.using(placed):
+            state, metrics = jax.jit(step)(state, frozen, sharding.shard_batch(batch, on, 8))
+        results.append((float(metrics["loss"]), tree.flatten(jax.tree.map(np.asarray, state.tuned))))
+    assert not [name for name in sharding.whole(tuned, where, at_least=1) if name.endswith("kernel")]
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
+    for name, leaf in results[0][1].items():
+        np.testing.assert_allclose(leaf, results[1][1][name], atol=1e-6, err_msg=name)
 
 
 def test_a_merged_model_is_the_tuned_one():

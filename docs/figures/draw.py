@@ -544,7 +544,7 @@ def rooms() -> Figure:
         (("runtime/", "files, signals, locks, registries, the process"), ("tree", "trees of arrays by name: split, join"),
          ("ops", "small array operations")),
         (("methods/", "what is trained"), ("adapt/", "the sites where a method meets a model")),
-        (("inputs/", "tokenizers, images, templates"), ("models/", "the protocol, BLIP, loading, decoding")),
+        (("inputs/", "tokenizers, images, templates"), ("models/", "the protocol, BLIP, mPLUG, decoding")),
         (("data/", "data sets, examples, batches"), ("metrics/", "scores of captions and answers"),
          ("tasks/", "captioning and VQA")),
         (("interchange/", "PEFT and Hugging Face files, in and out"),),

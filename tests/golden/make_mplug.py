@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 HERE = pathlib.Path(__file__).parent
+VISION_LAYERS = 3
 N_WRONG = 3  # rows stored of wrong logits
 PAD, CLS, SEP = 0, 101, 102  # the ends are constants of the reference's TextGenerator, so the vocabulary is over 102
 VOCAB, IMAGE, PATCH = 107, 48, 16
@@ -77,7 +78,7 @@ def build(kind, task, module, clip, seed=0):
     def tiny_clip(config, num_patches=240):
         # its constructor derives heads from widths (width // 64), so the tower is made by itself
         tower = clip.CLIP(8, IMAGE, 1, 64, PATCH, 4, 11, 8, 2, 1)
-        tower.visual = clip.VisualTransformer(IMAGE, PATCH, k["vision"], 3, k["heads"], 8)
+        tower.visual = clip.VisualTransformer(IMAGE, PATCH, k["vision"], VISION_LAYERS, k["heads"], 8)
         tower.visual.transformer.use_grad_ckp = False
         return tower
 
@@ -93,7 +94,7 @@ def build(kind, task, module, clip, seed=0):
         model = getattr(module, name)(config)
     decoder = model.text_decoder
     decoder.cls.predictions.decoder.weight = decoder.bert.embeddings.word_embeddings.weight
-    redraw(model, seed)
+    DRAWN(model, seed)
     for layer in model.fusion_encoder.encoder.layer:
         # modelscope adds to the image states in place, which autograd refuses in backward (the first release does not)
         layer.register_forward_pre_hook(lambda _, args: (*args[:3], args[3].clone(), *args[4:]))
@@ -124,6 +125,9 @@ def redraw(model, seed):
             value[[PAD, CLS]] -= 9.0
         with torch.no_grad():
             parameter.copy_(torch.tensor(np.float32(np.float16(value))).to(parameter.dtype))
+
+
+DRAWN = redraw  # benchmarks/mplug_parity.py draws other weights for models of full size
 
 
 def words(rng, lengths, end):
@@ -385,8 +389,8 @@ def main():
         (directory / "config_bert.json").write_text(json.dumps(k["bert"], indent=1))
         said = dict(
             task="visual-question-answering", bert_config="config_bert.json", clip_name="ViT-B-16", image_res=IMAGE,
-            vision_width=k["vision"], clip_vision_width=k["vision"], clip_vision_layers=3, clip_vision_patch_size=PATCH,
-            clip_vision_heads=k["heads"],
+            vision_width=k["vision"], clip_vision_width=k["vision"], clip_vision_layers=VISION_LAYERS,
+            clip_vision_patch_size=PATCH, clip_vision_heads=k["heads"],
         )  # fmt: skip
         (directory / "config.yaml").write_text("".join(f"{key}: {value}\n" for key, value in said.items()))
         state = {n: x.half() for n, x in vqa.state_dict().items() if x.is_floating_point()}
