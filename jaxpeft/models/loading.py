@@ -1,7 +1,7 @@
 """Load and save base checkpoints: jaxpeft directories, Hugging Face directories, and Hugging Face hub repositories.
 
 A jaxpeft directory has manifest.json (model type and config, digest, origin, held-out scores), model.safetensors (leaves by
-name) and the tokenizer's files. `aliases` in the manifest name subtrees that share another's leaves and are not stored twice.
+name) and vocab.txt. `aliases` in the manifest name subtrees that share another's leaves and are not stored twice.
 `model_type` selects the model (`MODELS`), whose converter has everything specific to it.
 """
 
@@ -236,8 +236,9 @@ def save(
         "digest": tree.digest(stored),
         **facts,
     }
-    own = (*TOKENIZER_FILES, "tokenizer_config.json", "model.safetensors", "manifest.json")
-    with files.whole_directory(directory, own) as new:
+    with files.whole_directory(
+        directory, (*TOKENIZER_FILES, "tokenizer_config.json", "model.safetensors", "manifest.json")
+    ) as new:
         files.write_tensors(new / "model.safetensors", {name: np.asarray(x, dtype) for name, x in flat.items()})
         for name, content in model.tokenizer.files().items():
             files.write_text(new / name, content)

@@ -1,4 +1,4 @@
-"""SmolVLM's chat template for one image and one question:
+"""SmolVLM's chat template for one image and one question, also that of Idefics3:
 
     <|im_start|>User:<fake_token_around_image><global-img> | image | <fake_token_around_image>question<end_of_utterance>
     Assistant: text<end_of_utterance>
