@@ -28,17 +28,14 @@ def tokenizer(kind) -> Bpe:
     return Bpe.from_file(FOLDER / kind)
 
 
-WHERE_IMAGE = 2  # number of the image's id in the prompts of SmolVLM below
-
-
 class Whole:
-    """The reference: logits (T, V) of every token of one text."""
+    """The reference: logits (T, V) of every token of one text. `at`: where the id of the image stands in a prompt of SmolVLM; the
+    prompts of PaliGemma have none."""
 
-    def whole(self, image_YXC, prompt_Q, text_T):
+    def whole(self, image_YXC, prompt_Q, text_T, at):
         decoder = self.decoder
         image_1PD, words_1QD = self.stage({"image": image_YXC[None]}, "image_tokens"), decoder.words(prompt_Q[None])
-        before = WHERE_IMAGE if self.causal else 0  # PaliGemma's prompts have no id for the image
-        parts = words_1QD[:, :before], image_1PD, words_1QD[:, before + self.causal :]
+        parts = words_1QD[:, :at], image_1PD, words_1QD[:, at + self.causal :]
         x_1SD = jnp.concatenate(parts, axis=1)
         n_prefix = x_1SD.shape[1]
         x_1SD = jnp.concatenate([x_1SD, decoder.words(text_T[None, :-1])], axis=1)
@@ -92,7 +89,7 @@ def batch(kind, n_texts=2, seed=0):
     for i, (row, n) in enumerate(zip(prompt, LENGTHS, strict=True)):
         ids = words(2 + n)
         if kind == "smolvlm":
-            ids = np.insert(ids, WHERE_IMAGE, model(kind).config.image_id)
+            ids = np.insert(ids, 2, model(kind).config.image_id)
         row[slice(-len(ids), None) if i % 2 == 0 else slice(len(ids))] = ids
     tokens = np.concatenate([np.full((len(LENGTHS), n_texts, 1), pad), words(len(LENGTHS), n_texts, 3)], axis=2)
     image = rng.integers(0, 256, (len(LENGTHS), 12, 12, 3)).astype(np.uint8)
