@@ -29,8 +29,8 @@ def tokenizer(kind) -> Bpe:
 
 
 class Whole:
-    """The reference: logits (T, V) of every token of one text. `at`: where the id of the image stands in a prompt of SmolVLM; the
-    prompts of PaliGemma have none."""
+    """The reference: logits (T, V) of every token of one text. `at`: where the id of the image stands in a prompt of SmolVLM;
+    the prompts of PaliGemma have none."""
 
     def whole(self, image_YXC, prompt_Q, text_T, at):
         decoder = self.decoder
