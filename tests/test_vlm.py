@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import tiny_vlm
 from test_protocol import loop_search
 from test_vlm_parity import written
@@ -19,7 +20,7 @@ from jaxpeft import methods, tree
 from jaxpeft.adapt import sites
 from jaxpeft.models import decode, decoder, loading
 from jaxpeft.tasks import build
-from jaxpeft.training import evaluate, frozen_cache, sharding
+from jaxpeft.training import evaluate, frozen_cache, run, sharding
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 METHODS = {
@@ -448,3 +449,17 @@ def test_a_config_is_checked():
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(config, **change)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "task", "method"), [("smolvlm", "captioning", "lora"), ("paligemma", "vqa", "prefix")]
+)
+def test_a_run_trains_scores_and_is_loaded_again(tmp_path, kind, task, method):
+    config = tiny.config_of(directory(kind, tmp_path / "base"), task, method)
+    result = run.run(config, tmp_path / "run")
+    tuned = result["metrics"]["test"]["tuned"]
+    assert np.isfinite(tuned["nll"]) and tuned["nll"] < result["metrics"]["test"]["base"]["nll"]
+    model, variables, *_ = jp.load_run(tmp_path / "run")
+    image = np.random.default_rng(0).integers(0, 256, (20, 16, 3), np.uint8)
+    assert isinstance(jp.generate(model, variables, image, "what is it?" if task == "vqa" else None), str)
