@@ -462,4 +462,5 @@ def test_a_run_trains_scores_and_is_loaded_again(tmp_path, kind, task, method):
     assert np.isfinite(tuned["nll"]) and tuned["nll"] < result["metrics"]["test"]["base"]["nll"]
     model, variables, *_ = jp.load_run(tmp_path / "run")
     image = np.random.default_rng(0).integers(0, 256, (20, 16, 3), np.uint8)
-    assert isinstance(jp.generate(model, variables, image, "what is it?" if task == "vqa" else None), str)
+    (text,) = jp.generate(model, variables, image, "what is it?" if task == "vqa" else None)
+    assert isinstance(text, str)
