@@ -116,7 +116,18 @@ def code_tokens(path: Path):
 
 
 def test_blip_is_named_in_its_own_files_only():
-    families = ("blip", "mplug", "vit", "bert", "encoder_decoder")
+    families = (
+        "blip",
+        "mplug",
+        "vit",
+        "bert",
+        "encoder_decoder",
+        "siglip",
+        "decoder",
+        "prefix_lm",
+        "paligemma",
+        "smolvlm",
+    )
     mine = [
         *PACKAGE.glob("apps/pretrain*.py"),
         *(one for name in families for one in PACKAGE.glob(f"models/{name}*.py")),

@@ -284,9 +284,9 @@ def test_a_panic_of_the_library_is_a_value_error():
         "normalizer": broken,
         "model": {"type": "WordPiece", "vocab": {"a": 0}},
     }
-    with pytest.raises(ValueError, match="mine: .*precompiled_charsmap"), tokenizer._library_errors("mine"):
+    with pytest.raises(ValueError, match="mine: .*precompiled_charsmap"), tokenizer.library_errors("mine"):
         tokenizers.Tokenizer.from_str(json.dumps(spec))
-    with pytest.raises(KeyboardInterrupt), tokenizer._library_errors("mine"):
+    with pytest.raises(KeyboardInterrupt), tokenizer.library_errors("mine"):
         raise KeyboardInterrupt
     with pytest.raises(ValueError, match="cannot be tokenised"):
         BlipTokenizer.from_words(["a"]).encode("lone \ud83d surrogate")

@@ -329,8 +329,11 @@ def base_of(model: nn.Module, flat: dict[str, Any], site: Site) -> Base:
     if site.kind == "norm":
         return {name: flat.get(f"{site.path}/{name}") for name in ("scale", "bias")}
     if site.kind == "embed" and f"{site.path}/embed/word" in flat:
-        words = {"word": _with_new_rows(flat, f"{site.path}/embed/word")}
-        norm = {name: flat[f"{site.path}/embed/{name}"] for name in ("norm/scale", "norm/bias")}
+        words = {
+            "word": _with_new_rows(flat, f"{site.path}/embed/word"),
+            "word_scale": getattr(model, "word_scale", 1.0),
+        }
+        norm = {name: flat.get(f"{site.path}/embed/{name}") for name in ("norm/scale", "norm/bias")}
         return words | norm | {"tokenizer": getattr(model, "tokenizer", None)}
     if site.kind != "linear":
         return {}

@@ -43,8 +43,16 @@ def subset(split: Split, *, seed: int, fraction: float = 1.0, n_images: int | No
 class Resized(Sequence):
     """Images resized to the model's square input size; up to `cache_bytes` of them are kept in memory after first use."""
 
-    def __init__(self, source: Sequence, size: int, resample: int = images.BICUBIC, cache_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        source: Sequence,
+        size: int,
+        resample: int = images.BICUBIC,
+        cache_bytes: int = 1 << 30,
+        longest_edge: int = 0,
+    ) -> None:
         self.source, self._size, self._resample, self._cache_bytes = source, size, resample, cache_bytes
+        self._longest_edge = longest_edge
         self._room = cache_bytes // (size * size * 3)
         self._kept: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
@@ -52,14 +60,15 @@ class Resized(Sequence):
     @classmethod
     def of(cls, source: Sequence, model: VisionLanguageModel) -> "Resized":
         """Images in the size and with the resampling that `model` was trained with."""
-        return cls(source, model.processor.image_size, model.processor.resample)
+        one = model.processor
+        return cls(source, one.image_size, one.resample, longest_edge=one.longest_edge)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, i: int) -> np.ndarray:
         if i not in self._kept:
-            image_YXC = images.resize(self.source[i], self._size, self._resample)
+            image_YXC = images.resize(self.source[i], self._size, self._resample, self._longest_edge)
             with self._lock:
                 if len(self._kept) >= self._room:
                     return image_YXC
@@ -68,11 +77,12 @@ class Resized(Sequence):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the kept images and the lock, for worker processes."""
-        return Resized, (self.source, self._size, self._resample, self._cache_bytes)
+        return Resized, (self.source, self._size, self._resample, self._cache_bytes, self._longest_edge)
 
     def augmented(self, i: int, kind: str, rng: np.random.Generator) -> np.ndarray:
         """A random crop of image `i` at its original size, resized; a function of the state of `rng`."""
-        image_YXC = images.augment(self.source[i], rng, size=self._size, flip=kind != "crop", resample=self._resample)
+        image_YXC = images.augment(self.source[i], rng, flip=kind != "crop")
+        image_YXC = images.resize(image_YXC, self._size, self._resample, self._longest_edge)
         return randaugment(image_YXC, rng, magnitude=MAGNITUDES[kind]) if kind in MAGNITUDES else image_YXC
 
 

@@ -4,11 +4,12 @@ All functions are stateless and thread-safe, and use only numpy and Pillow. Pixe
 caches and copies to the device are four times smaller. Axes: Y rows, X columns, C = RGB.
 """
 
+import dataclasses
 import functools
 import io
 import math
 import mimetypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,15 +183,33 @@ def _too_dark(image: Image.Image) -> str | None:
     return f"values up to {most} of 65535" if most < 65536 // 8 else None
 
 
-def resize(image_YXC: np.ndarray, size: int, resample: int = BICUBIC) -> np.ndarray:
-    """uint8 image_YXC -> uint8 (size, size, 3), antialiased by Pillow's filter `resample`; the aspect ratio is not kept."""
+def resize(image_YXC: np.ndarray, size: int, resample: int = BICUBIC, longest_edge: int = 0) -> np.ndarray:
+    """uint8 image_YXC -> uint8 (size, size, 3), antialiased by Pillow's filter `resample`; the aspect ratio is not kept.
+
+    With `longest_edge` the longer side is first resized to it with the aspect ratio kept, as SmolVLM does before it makes the
+    frame of the whole image; both steps round to uint8.
+    """
     _check_pixels(image_YXC)
-    return np.array(Image.fromarray(image_YXC).resize((size, size), Image.Resampling(resample)))
+    image, resample = Image.fromarray(image_YXC), Image.Resampling(resample)
+    if longest_edge:
+        image = image.resize(_kept_ratio(*image.size, longest_edge), resample)
+    return np.array(image.resize((size, size), resample))
 
 
-def normalise(image_YXC: np.ndarray) -> np.ndarray:
-    """uint8 (..., 3) -> float32 (..., 3): /255, then CLIP's mean and standard deviation per channel."""
-    return (np.asarray(image_YXC).astype(np.float32) / 255 - MEAN_C) / STD_C
+def _kept_ratio(width: int, height: int, longest: int) -> tuple[int, int]:
+    """(width, height) with the longer side `longest`, the other one rounded down, then up to an even number, at least 1."""
+    ratio = width / height  # in transformers' order of operations, whose rounding decides the size
+    if width >= height:
+        other = int(longest / ratio)
+        return longest, max(1, other + other % 2)
+    other = int(longest * ratio)
+    return max(1, other + other % 2), longest
+
+
+def normalise(image_YXC: np.ndarray, mean: Sequence[float] = MEAN_C, std: Sequence[float] = STD_C) -> np.ndarray:
+    """uint8 (..., 3) -> float32 (..., 3): /255, then mean and standard deviation per channel, by default CLIP's."""
+    mean_C, std_C = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    return (np.asarray(image_YXC).astype(np.float32) / 255 - mean_C) / std_C
 
 
 def per_channel(name: str, values: Iterable[float]) -> tuple[float, float, float]:
@@ -206,9 +225,27 @@ def per_channel(name: str, values: Iterable[float]) -> tuple[float, float, float
     return one
 
 
-def processor_settings(directory: str | Path) -> dict:
+@dataclasses.dataclass(frozen=True)
+class ProcessorKind:
+    """What an image processor of transformers does where its file says nothing, and the sizes that it has."""
+
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resample: int = BICUBIC
+    frames: bool = False  # whether it makes frames of `max_image_size` of an image resized to `size.longest_edge`
+
+
+CLIP = ProcessorKind(tuple(MEAN_C.tolist()), tuple(STD_C.tolist()))  # BLIP
+SIGLIP = ProcessorKind()  # PaliGemma
+SMOLVLM = ProcessorKind(resample=int(Image.Resampling.LANCZOS), frames=True)  # and Idefics3
+
+
+def processor_settings(directory: str | Path, kind: ProcessorKind = CLIP) -> dict:
     """Read the image processor files of a Hugging Face directory: {'image_size', 'image_mean', 'image_std',
     'image_resample'}; {} without such files.
+
+    With `kind.frames` also 'image_longest_edge', the longer side after a first resize. `do_image_splitting` is not read: an
+    image is always one frame, that of the whole image.
 
     Raises ValueError, naming file and key, for anything but a square resize and one affine map per channel.
     """
@@ -221,7 +258,7 @@ def processor_settings(directory: str | Path) -> dict:
         if not raw:
             continue
         with files.reading(path, "is not a valid image processor configuration"):
-            mine = _processor(path, raw)
+            mine = _framed(path, raw, kind) if kind.frames else _processor(path, raw, kind)
         if said and said != mine:
             raise ValueError(
                 f"{path} contradicts preprocessor_config.json in the same directory: {mine}, {said}; delete the wrong one"
@@ -235,10 +272,44 @@ _READ = {"size", "do_resize", "resample", "do_rescale", "rescale_factor", "do_no
          "do_center_crop", "crop_size", "do_pad", "pad_size", "do_convert_rgb"}  # fmt: skip
 _HARMLESS = {"image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map",
              "data_format", "input_data_format", "return_tensors", "device", "disable_grouping", "default_to_square",
-             "size_divisor"}  # fmt: skip
+             "size_divisor", "image_seq_length"}  # fmt: skip
+_FRAMES = {"do_image_splitting", "return_row_col_info", "video_sampling"}  # not read where an image is one frame
+MOST_EDGE = 4096  # transformers resizes longer sides once more
 
 
-def _processor(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+def _framed(path: Path, raw: dict[str, Any], kind: ProcessorKind) -> dict[str, Any]:
+    """`_processor` for SmolVLM: the frame of the whole image, made by two resizes."""
+    edges = {}
+    for key in ("size", "max_image_size"):
+        value = raw.get(key)
+        edge = value.get("longest_edge") if isinstance(value, dict) and len(value) == 1 else None
+        if type(edge) is not int or not 1 <= edge <= MOST_EDGE:
+            raise ValueError(f"{path}: {key} is {value!r}; expected {{'longest_edge': 1 to {MOST_EDGE}}}")
+        edges[key] = edge
+    raw = {key: value for key, value in raw.items() if key not in _FRAMES | {"max_image_size"}}
+    said = _processor(path, raw | {"size": edges["max_image_size"]}, kind)
+    return said | {"image_longest_edge": edges["size"]}
+
+
+def image_tokens(directory: str | Path) -> int | None:
+    """The number of image tokens of an image in the processor files of a Hugging Face directory; None if they do not say.
+
+    `image_seq_len` of processor_config.json (SmolVLM) or `image_seq_length` of preprocessor_config.json (PaliGemma).
+    """
+    for name, key in (("processor_config.json", "image_seq_len"), ("preprocessor_config.json", "image_seq_length")):
+        path = Path(directory) / name
+        raw = files.read_json(path) if path.is_file() else {}
+        nested = raw.get("image_processor") if isinstance(raw.get("image_processor"), dict) else {}
+        for where in (raw, nested or {}):
+            found = where.get(key, where.get("image_seq_length"))
+            if found is not None:
+                if type(found) is not int or found < 1:
+                    raise ValueError(f"{path}: the number of image tokens is {found!r}; expected a positive integer")
+                return found
+    return None
+
+
+def _processor(path: Path, raw: dict[str, Any], kind: ProcessorKind) -> dict[str, Any]:
     # do_pad, which published BLIPs set, has no effect on images of one size
     for key, neutral in {"do_resize": True, "do_center_crop": False, "pad_size": None, "do_convert_rgb": True}.items():
         if raw.get(key, neutral) not in (neutral, None):
@@ -256,11 +327,11 @@ def _processor(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{path}: rescale_factor is {scale!r}; expected a number in (0, 1]")
     mean_C, std_C = (0.0,) * 3, (1.0,) * 3
     if raw.get("do_normalize", True):
-        mean_C = per_channel(f"{path}: image_mean", raw.get("image_mean", MEAN_C.tolist()))
-        std_C = per_channel(f"{path}: image_std", raw.get("image_std", STD_C.tolist()))
+        mean_C = per_channel(f"{path}: image_mean", raw.get("image_mean", kind.image_mean))
+        std_C = per_channel(f"{path}: image_std", raw.get("image_std", kind.image_std))
     if scale != 1 / 255:  # (scale p - mean) / std in terms of p / 255
         mean_C, std_C = (tuple(x / (255 * scale) for x in values) for values in (mean_C, std_C))
-    resample = raw.get("resample", BICUBIC)
+    resample = raw.get("resample", kind.resample)
     if isinstance(resample, bool) or resample not in FILTERS:
         raise ValueError(f"{path}: resample is {resample!r}; expected a Pillow filter, {FILTERS}")
     return said | {"image_mean": mean_C, "image_std": std_C, "image_resample": resample}

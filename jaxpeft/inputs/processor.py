@@ -4,11 +4,12 @@ They run on the host and are not part of the compiled program: models that diffe
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxpeft.inputs import images
-from jaxpeft.inputs.tokenizer import Tokenizer
+from jaxpeft.inputs.any_tokenizer import AnyTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +18,11 @@ class Template:
 
     A text is `start` + pieces + `stop[0]`. In an encoder-decoder `start` holds at least the token that begins a text; it is
     given and not scored. In a prefix-LM it is empty: the first token of a text follows the prompt. A prompt is `before` +
-    question + `after`; truncation shortens only the question.
+    question + `after`; truncation shortens only the question. Of the image tokens of a prefix-LM it holds at most one id,
+    which stands for all of them.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     start: tuple[int, ...]
     stop: tuple[int, ...]  # each of them ends a text
     pad: int
@@ -29,11 +31,18 @@ class Template:
     after: tuple[int, ...] = ()
     clean_question: Callable[[str], str] = str
     clean_text: Callable[[str], str] = str
+    around: tuple[str, str] = ("", "")  # texts in front of and behind the question that are tokenised together with it
     beam_search: str = "transformers"  # a key of models.decode.BEAM_SEARCHES: how beams are scored and when they stop
 
     def prompt(self, question: str, limit: int = 0) -> tuple[list[int], int]:
         """(ids of a prompt, number of ids cut off); `limit`: maximum number of ids in all, 0 for no limit."""
-        return self._framed(self.before, self.tokenizer.pieces(self.clean_question(question)), self.after, limit)
+        question, (first, last), pieces = self.clean_question(question), self.around, self.tokenizer.pieces
+        ids, cut = self._framed(self.before, pieces(first + question + last), self.after, limit)
+        if cut and any(self.around):  # a question that is cut is tokenised apart
+            ids, cut = self._framed(
+                (*self.before, *pieces(first)), pieces(question), (*pieces(last), *self.after), limit
+            )
+        return ids, cut
 
     def target(self, text: str, limit: int = 0) -> tuple[list[int], int]:
         """(ids of a training text, number of ids cut off); `limit`: maximum number of ids, with start and end, 0 for no limit.
@@ -44,8 +53,9 @@ class Template:
         return (ids[:limit], len(ids) - limit) if 0 < limit < len(ids) else (ids, 0)
 
     def text(self, ids: Iterable[int]) -> str:
-        """The text of generated ids, given without `start`, up to the first end token or padding."""
-        return self.tokenizer.decode(ids)
+        """The text of generated ids, given without `start`, up to the first end token or padding, without outer spaces."""
+        written = itertools.takewhile(lambda i: i != self.pad and i not in self.stop, map(int, ids))
+        return self.tokenizer.decode(list(written)).strip()
 
     def _framed(
         self, before: Sequence[int], pieces: Sequence[int], after: Sequence[int], limit: int
@@ -58,11 +68,12 @@ class Template:
 class Processor:
     """Tokenizer, image settings, and `templates`: task name -> a function from the task's text options to its template."""
 
-    tokenizer: Tokenizer | None
+    tokenizer: AnyTokenizer | None
     image_size: int
     resample: int = images.BICUBIC  # number of a Pillow filter
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel of pixels in [0, 1]
     templates: dict[str, Callable[..., Template]] = dataclasses.field(default_factory=dict)
+    longest_edge: int = 0  # the longer side after a first resize, see `images.resize`; 0: images are resized once
 
     def template(self, task: str, **options: Any) -> Template:
         """The template of a task. Raises ValueError if the model has no tokenizer or does not support the task."""

@@ -5,7 +5,6 @@ those of transformers 5.23 `BertTokenizer` (tests/test_text.py), except that spe
 as text: "[SEP]" in a caption is three ordinary words. A model may add its own special tokens: see `Tokenizer`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -19,6 +18,7 @@ from typing import ClassVar, Self, TypeVar
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from jaxpeft.inputs.any_tokenizer import AnyTokenizer, library_errors
 from jaxpeft.runtime import files
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -38,9 +38,8 @@ class AddedWord:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tokenizer:
-    """An immutable tokenizer. Tokenizers with equal fields are equal and have equal hashes, so a base that is loaded twice is
-    compiled once. A token's id is its index in `vocabulary`; the last ones may be `added` words.
+class Tokenizer(AnyTokenizer):
+    """BERT's tokenizer. A token's id is its index in `vocabulary`; the last ones may be `added` words.
 
     A model with more special tokens subclasses it and lists them after BERT's in `special`; they are appended if a file does
     not have them.
@@ -77,7 +76,7 @@ class Tokenizer:
     def _build(self) -> tokenizers.Tokenizer:
         first = self.ids[self.added[0].content] if self.added else len(self)
         words = {word.content: tokenizers.AddedToken(**dataclasses.asdict(word)) for word in self.added}
-        with _library_errors("the vocabulary cannot be used"):
+        with library_errors("the vocabulary cannot be used"):
             pieces = dict(zip(self.vocabulary[:first], range(first), strict=True))
             built = tokenizers.Tokenizer(models.WordPiece(pieces, unk_token="[UNK]", max_input_chars_per_word=100))
             built.normalizer = normalizers.BertNormalizer(
@@ -90,12 +89,6 @@ class Tokenizer:
                 built.add_tokens([words.get(token, tokenizers.AddedToken(token, special=True, normalized=False))])
             built.encode_special_tokens = True  # treats them as text in a user's text
         return built
-
-    def __eq__(self, other):
-        return type(other) is type(self) and self.digest() == other.digest()
-
-    def __hash__(self) -> int:
-        return hash(self.digest())
 
     def __reduce__(self):
         return type(self), (self.vocabulary, self.added, self.strip_accents, self.split_chinese)
@@ -161,22 +154,9 @@ class Tokenizer:
         pieces = self.pieces(text)
         return [self.cls_id, *pieces[: None if max_length is None else max_length - 2], self.sep_id]
 
-    def pieces(self, text: str) -> list[int]:
-        """The ids of a text without special tokens."""
-        return list(self._pieces(text))
-
-    @functools.cached_property
-    def _pieces(self):
-        # questions repeat, and every text is tokenized twice
-        return functools.lru_cache(maxsize=1 << 17)(self._tokenized)
-
-    def _tokenized(self, text: str) -> list[int]:
-        with _library_errors(f"the text {text!r:.80} cannot be tokenised"):
-            return self.library.encode(text, add_special_tokens=False).ids
-
     def words(self, text: str) -> list[str]:
         """The words of `text`, before they are split into pieces."""
-        with _library_errors(f"the text {text!r:.80} cannot be tokenised"):
+        with library_errors(f"the text {text!r:.80} cannot be tokenised"):
             return _split(self.library.normalizer, text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -208,21 +188,6 @@ class Tokenizer:
         return self.unk_id not in self.pieces(text)
 
 
-@contextlib.contextmanager
-def _library_errors(what: str):
-    """Raise errors of the library as ValueError; its PanicException is not an Exception and would pass every handler."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, ValueError) or not (isinstance(error, Exception) or _is_panic(error)):
-            raise
-        raise ValueError(f"{what}: {error}") from error
-
-
-def _is_panic(error: BaseException) -> bool:
-    return type(error).__name__ == "PanicException"
-
-
 _BERT = normalizers.BertNormalizer()
 _PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
 
@@ -233,7 +198,7 @@ def _split(normalizer, text: str) -> list[str]:
 
 def split_words(text: str) -> list[str]:
     """Split into clean, lower-case, unaccented words; every punctuation mark and CJK ideograph is one word (BERT "basic")."""
-    with _library_errors(f"the text {text!r:.80} cannot be split"):
+    with library_errors(f"the text {text!r:.80} cannot be split"):
         return _split(_BERT, text)
 
 

@@ -135,7 +135,7 @@ class Method:
     # adapter parameters
     def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         """Adapter parameters for one layer of a site. `base` holds a linear's 'kernel' and 'bias', a norm's 'scale' and
-        'bias', or a text stack's 'word', 'norm/scale', 'norm/bias' and 'tokenizer'."""
+        'bias', or a text stack's 'word', 'word_scale', 'norm/scale', 'norm/bias' (None without a norm) and 'tokenizer'."""
         raise ValueError(f"{self.name} adds nothing at a {site.kind} site")
 
     def init_site(self, rng: jax.Array, site: Site, base: Base) -> Params:

@@ -67,10 +67,12 @@ class Prompt(Method):
                 raise ValueError(
                     "prompt: init_weights='text' needs the base's vocabulary (vocab.txt beside the weights)"
                 )
-            words = base["tokenizer"].encode(self.text)[1:-1]
+            words = base["tokenizer"].pieces(self.text)
             ids = np.resize(np.array(words, np.int32), self.length)
-        rows = base["word"][ids]
-        if self.positions == "keep":  # rows are added after the embedding's LayerNorm, so they are normalised here
+        rows = base["word"][ids] * base["word_scale"]
+        if (
+            self.positions == "keep" and base["norm/scale"] is not None
+        ):  # rows are added after the embedding's LayerNorm
             rows = (rows - rows.mean(-1, keepdims=True)) / rows.std(-1, keepdims=True)
             rows = rows * base["norm/scale"][None] + base["norm/bias"][None]
         return {"rows": rows}

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax
 
 from jaxpeft.adapt import sites
+from jaxpeft.inputs.any_tokenizer import AnyTokenizer
 from jaxpeft.inputs.processor import Processor
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models.convert import Converter
 from jaxpeft.models.hf import HuggingFace
 from jaxpeft.runtime.registry import Registry
@@ -62,13 +62,14 @@ class VisionLanguageModel(sites.Adaptable):
     # (pattern of leaf paths, mesh axes of its last dimensions), see training/sharding.py
     sharding: ClassVar[tuple[tuple[str, tuple[str | None, ...]], ...]] = ()
     tied: ClassVar[dict[str, str]] = {}  # path of a linear without its own kernel -> the leaf that it uses, transposed
+    word_scale: ClassVar[float] = 1.0  # factor of word embeddings when they enter a text stack
 
     if TYPE_CHECKING:  # Flax adds it to every module, but not to its type
 
         def __hash__(self) -> int: ...
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self) -> AnyTokenizer | None:
         """The processor's tokenizer, or None."""
         return self.processor and self.processor.tokenizer
 
@@ -87,7 +88,7 @@ class VisionLanguageModel(sites.Adaptable):
         """The maximum number of text tokens."""
         raise NotImplementedError
 
-    def replaced(self, tokenizer: Tokenizer | None = None, **fields: Any) -> "VisionLanguageModel":
+    def replaced(self, tokenizer: AnyTokenizer | None = None, **fields: Any) -> "VisionLanguageModel":
         """The model with changed fields of its config and, if given, another tokenizer; the processor is updated."""
         raise NotImplementedError
 
@@ -140,5 +141,12 @@ def _in(module: str) -> Callable[[], Converter]:
 
 # model_type of config.json (Hugging Face) or manifest.json (jaxpeft) -> a function that returns its converter
 MODELS: dict[str, Callable[[], Converter]] = Registry(
-    "model type", {"blip": _in("jaxpeft.models.blip_convert"), "mplug": _in("jaxpeft.models.mplug_convert")}
+    "model type",
+    {
+        "blip": _in("jaxpeft.models.blip_convert"),
+        "mplug": _in("jaxpeft.models.mplug_convert"),
+        "paligemma": _in("jaxpeft.models.paligemma_convert"),
+        "smolvlm": _in("jaxpeft.models.smolvlm_convert"),
+        "idefics3": _in("jaxpeft.models.smolvlm_convert"),  # the same architecture under its first name
+    },
 )

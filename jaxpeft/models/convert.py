@@ -93,7 +93,7 @@ class Rule:
 
     With `layers`, `name` has '{}' for the layer number, and layers are stacked along a new first axis. `shape` is that of the
     tensor. With several `leaves` it is split along its first axis into equal parts. Then the axes are permuted to `axes`, and
-    the result is reshaped to `leaf_shape` (of one layer).
+    the result is reshaped to `leaf_shape` (of one layer). `offset` is added to the values, in float32.
     """
 
     name: str
@@ -102,6 +102,7 @@ class Rule:
     axes: tuple[int, ...] | None = None
     leaf_shape: tuple[int, ...] | None = None
     layers: Sequence[int] | None = None
+    offset: float = 0.0
 
     def names(self) -> list[str]:
         """The names of the tensors, in the order of the layers."""
@@ -181,8 +182,9 @@ def rules(
     """The rules of (kind, reference name, our path, reference shape); '{}' in a name stands for the number of a layer.
 
     Kinds: 'leaf', a tensor that is one leaf; 'dense', kernel and bias of a linear or convolution; 'matrix', the kernel alone;
-    'norm'; 'qkv', a dense whose output is query, key and value. A name that ends in '*' continues with 'weight' or 'bias'
-    without a dot, as torch's 'in_proj_*'. Sizes of shapes: D width, 3D fused, F MLP, C width of the cross-attention's context,
+    'norm', scale and bias; 'scale', the scale of a norm without bias; 'scale-1', the same stored as scale - 1; 'qkv', a dense
+    whose output is query, key and value. A name that ends in '*' continues with 'weight' or 'bias' without a dot, as torch's
+    'in_proj_*'. Sizes of shapes: D width, 3D fused, F MLP, C width of the cross-attention's context,
     P image positions, p patch size, V vocabulary, T text positions.
     """
     sizes = sizes | {"3D": 3 * sizes["D"], "1": 1, "3": 3}
@@ -196,9 +198,13 @@ def rules(
             continue
         reference = reference[:-1] if reference.endswith("*") else f"{reference}."
         parts = [f"{ours}/{part}" for part in ("query", "key", "value")] if kind == "qkv" else [ours]
-        weight, axes = {"norm": ("scale", None)}.get(kind, ("kernel", (2, 3, 1, 0) if len(shape) == 4 else (1, 0)))
-        found.append(Rule(f"{reference}weight", tuple(f"{x}/{weight}" for x in parts), shape, axes, layers=numbers))
-        if kind != "matrix":
+        if kind in ("norm", "scale", "scale-1"):
+            weight, axes = "scale", None
+        else:
+            weight, axes = "kernel", (2, 3, 1, 0) if len(shape) == 4 else (1, 0)
+        leaves, offset = tuple(f"{x}/{weight}" for x in parts), 1.0 if kind == "scale-1" else 0.0
+        found.append(Rule(f"{reference}weight", leaves, shape, axes, layers=numbers, offset=offset))
+        if kind in ("dense", "norm", "qkv"):
             found.append(Rule(f"{reference}bias", tuple(f"{x}/bias" for x in parts), shape[:1], layers=numbers))
     return found
 
@@ -270,7 +276,7 @@ class Leaf:
         x = tensor[tuple(slice(*bound) for bound in inside)].transpose(axes)
         if rule.leaf_shape is not None:
             x = x.reshape(rule.leaf_shape)[tuple(slice(*bound) for bound in bounds)]
-        out[...] = x
+        out[...] = x.astype(np.float32) + np.float32(rule.offset) if rule.offset else x
 
 
 def leaves(
@@ -335,6 +341,8 @@ def written(flat: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
     tensors = {}
     for rule in table.rules:
         arrays = [np.asarray(flat[leaf]) for leaf in rule.leaves]
+        if rule.offset:
+            arrays = [x.astype(np.float32) - np.float32(rule.offset) for x in arrays]
         part = tuple(rule.part[axis] for axis in rule.order)
         for i, name in enumerate(rule.names()):
             parts = [x if rule.layers is None else x[i] for x in arrays]

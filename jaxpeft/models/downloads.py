@@ -21,7 +21,7 @@ from jaxpeft.runtime import files, signals
 
 FIRST = ("manifest.json", "config.json")  # show whether the checkpoint is supported
 SETTINGS = (*FIRST, "preprocessor_config.json", "processor_config.json", *tokenizer.FILES, "tokenizer_config.json",
-            "added_tokens.json")  # fmt: skip
+            "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]*", re.ASCII)
 
 

@@ -4,6 +4,7 @@ Axis legend, for array names everywhere in this package (`x_BTD` has axes B, T, 
     B batch            T query or target tokens    S key or source tokens    P image patches     A texts per image
     D width            F MLP hidden                N attention heads         H head size         V vocabulary
     L stacked layers   R rank or bottleneck        K prompt or prefix length image_BYXC images
+    G key and value heads, each read by M query heads (N = G * M); in files of decoders, R = B * A rows of texts
 
 Parameters are float32; `dtype` is that of the matrix products. Dropout acts if and only if an rng named 'dropout' is passed
 to `apply`, so evaluation cannot leave it on.
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxpeft.adapt import sites
-from jaxpeft.ops import by_rows
+from jaxpeft.ops import by_rows, per_feature
 
 _INIT = nn.initializers.normal(0.02)  # BERT's and BLIP's
 
@@ -59,6 +60,20 @@ class LayerNorm(nn.LayerNorm):
     @nn.compact
     def __call__(self, x):
         return sites.norm(self, by_rows(super().__call__(x)))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467). Site: norm."""
+
+    epsilon: float
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        scale_D = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return sites.norm(self, by_rows((y * per_feature(scale_D, y)).astype(self.dtype)))
 
 
 class Attention(nn.Module):
@@ -114,6 +129,8 @@ class Attention(nn.Module):
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),  # the exact one, by erf
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "silu": nn.silu,
 }
 
 
@@ -129,3 +146,20 @@ class Mlp(nn.Module):
     def __call__(self, x_BTD, *, stream):
         h_BTF = ACTIVATIONS[self.activation](Dense(self.hidden, self.dtype, name="up")(x_BTD))
         return sites.sublayer(self, x_BTD, by_rows(Dense(self.width, self.dtype, name="down")(h_BTF)), stream)
+
+
+class GatedMlp(nn.Module):
+    """down(activation(gate(x)) * up(x)) without biases (Shazeer 2020, arXiv 2002.05202). Site: sublayer, and its linears."""
+
+    width: int
+    hidden: int
+    dtype: str
+    activation: str  # a key of ACTIVATIONS
+
+    @nn.compact
+    def __call__(self, x_BTD, *, stream):
+        def linear(features, name):
+            return Dense(features, self.dtype, use_bias=False, name=name)
+
+        h_BTF = ACTIVATIONS[self.activation](linear(self.hidden, "gate")(x_BTD)) * linear(self.hidden, "up")(x_BTD)
+        return sites.sublayer(self, x_BTD, by_rows(linear(self.width, "down")(h_BTF)), stream)

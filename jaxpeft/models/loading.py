@@ -237,7 +237,9 @@ def save(
         "digest": tree.digest(stored),
         **facts,
     }
-    with files.whole_directory(directory, (*TOKENIZER_FILES, "model.safetensors", "manifest.json")) as new:
+    with files.whole_directory(
+        directory, (*TOKENIZER_FILES, "tokenizer_config.json", "model.safetensors", "manifest.json")
+    ) as new:
         files.write_tensors(new / "model.safetensors", {name: np.asarray(x, dtype) for name, x in flat.items()})
         for name, content in model.tokenizer.files().items():
             files.write_text(new / name, content)

@@ -39,6 +39,7 @@ class VitConfig(StackConfig):
     image_resample: int = images.BICUBIC  # number of the Pillow filter that resizes images to squares
 
     clip: ClassVar[bool] = False  # whether the tower is CLIP's
+    crops: ClassVar[bool] = False  # whether pixels after the last whole patch are ignored; otherwise there must be none
     most: ClassVar = StackConfig.most | {"image_size": 4096, "vision_layers": 256, "vision_width": 1 << 14}
 
     def __post_init__(self) -> None:
@@ -48,7 +49,7 @@ class VitConfig(StackConfig):
             raise ValueError(f"image_resample is {self.image_resample!r}; expected a Pillow filter, {images.FILTERS}")
         super().__post_init__()
         self._check_heads("vision")
-        if self.image_size % self.patch_size:
+        if self.image_size % self.patch_size and not self.crops:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         if self.n_patches > MOST_PATCHES:
             raise ValueError(f"{self.n_patches:,} patches per image; the limit is {MOST_PATCHES:,}")
@@ -56,6 +57,11 @@ class VitConfig(StackConfig):
     @property
     def n_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def vision_activation(self) -> str:
+        """Of the MLPs, a key of `layers.ACTIVATIONS`."""
+        return "quick_gelu" if self.clip else "gelu"
 
     @property
     def vision_dropout(self) -> float:
@@ -99,6 +105,8 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"images are {image_BYXC.shape[1:]}; expected ({c.image_size}, {c.image_size}, 3)")
         kernel = self.param("kernel", _INIT, (p, p, 3, c.vision_width)).reshape(-1, c.vision_width)
         bias = None if c.clip else self.param("bias", nn.initializers.zeros, (c.vision_width,))
+        if c.crops:
+            image_BYXC = image_BYXC[:, : grid * p, : grid * p]
         x = image_BYXC.astype(c.dtype).reshape(-1, grid, p, grid, p, 3).swapaxes(2, 3).reshape(-1, grid**2, p * p * 3)
         return sites.linear(self, x, kernel, bias)
 
@@ -113,7 +121,7 @@ class VisionBlock(nn.Module):
         c = self.config
         norm = [LayerNorm(epsilon=c.vision_eps, dtype=c.dtype, name=f"norm{i}") for i in (1, 2)]
         attention = Attention(c.vision_width, c.vision_heads, c.vision_dropout, c.dtype, name="attention")
-        mlp = Mlp(c.vision_width, c.vision_mlp, c.dtype, "quick_gelu" if c.clip else "gelu", name="mlp")
+        mlp = Mlp(c.vision_width, c.vision_mlp, c.dtype, c.vision_activation, name="mlp")
         x_BPD = sites.block(self, x_BPD)
         h_BPD = norm[0](x_BPD)
         x_BPD = x_BPD + attention(h_BPD, *attention.keys_values(h_BPD), stream=x_BPD.__add__)

@@ -1,7 +1,7 @@
 """Captioning: an image in, a sentence out. BLIP's recipe (Li et al. 2022, section 5.2).
 
-A text begins with the prompt, which is not scored. The loss is the mean over caption tokens. Every reference caption is a
-training example. Scores: CIDEr-D, BLEU-1..4 and ROUGE-L over all references.
+A text begins with the prompt or, in a prefix-LM, follows it; the prompt is not scored. The loss is the mean over caption
+tokens. Every reference caption is a training example. Scores: CIDEr-D, BLEU-1..4 and ROUGE-L over all references.
 """
 
 import collections
@@ -69,7 +69,7 @@ class Captioning(Task):
             raise ValueError(f"split {split.name!r} has no captions; the captioning task needs at least one")
         ids = [[template.target(text, self.max_tokens)[0]] for _, text in pairs]
         arrays = teacher_forced(ids, [[1.0]] * len(ids), template)
-        arrays["image_index"] = np.array([i for i, _ in pairs], np.int32)
+        arrays |= _framed([i for i, _ in pairs], template)
         return Examples(arrays, split.images, [{"image_id": split.rows[i]["image_id"]} for i, _ in pairs])
 
     def eval_examples(self, split: Split, template: Template) -> Examples:
@@ -79,7 +79,7 @@ class Captioning(Task):
             {"image_id": split.rows[i]["image_id"], "references": [read(t) for t in split.rows[i]["captions"]]}
             for i in indices
         ]
-        return Examples({"image_index": np.array(indices, np.int32)}, split.images, rows)
+        return Examples(_framed(indices, template), split.images, rows)
 
     def truths(self, row: dict) -> list[str]:
         return row["references"]
@@ -123,6 +123,14 @@ class Captioning(Task):
         known = [{"image_id": str(i), "references": row["captions"]} for i, row in enumerate(_spread(described, 100))]
         best = max(tried, key=lambda text: self.per_example(known, [text] * len(known)).mean())
         return {"constant_caption": [often[0]] * len(rows), "best_caption": [best] * len(rows)}
+
+
+def _framed(indices: list[int], template: Template) -> dict[str, np.ndarray]:
+    """The arrays 'image_index' and, where the template has a prompt without a question, 'prompt'."""
+    arrays, prompt = {"image_index": np.array(indices, np.int32)}, template.prompt("")[0]
+    if prompt:
+        arrays["prompt"] = np.tile(np.array(prompt, np.int32), (len(indices), 1))
+    return arrays
 
 
 def _spread(items: list, n: int) -> list:

@@ -1,0 +1,249 @@
+"""What converters of prefix language models share: tensor names of SigLIP and of the decoder, and reading config.json.
+
+A model's own file has the names around these parts, and the defaults of its classes in transformers.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpeft import tree
+from jaxpeft.inputs import images
+from jaxpeft.inputs.bpe import Bpe
+from jaxpeft.models import convert
+from jaxpeft.models.convert import Change, Dtype, Place, Rule, Table, Tensor
+from jaxpeft.models.prefix_lm import PrefixLM, PrefixLMConfig
+from jaxpeft.runtime import files
+
+VISION = (
+    ("dense", "embeddings.patch_embedding", "patch", "D 3 p p"),
+    ("leaf", "embeddings.position_embedding.weight", "position", "P D"),
+    ("norm", "encoder.layers.{}.layer_norm1", "blocks/norm1", "D"),
+    ("dense", "encoder.layers.{}.self_attn.q_proj", "blocks/attention/query", "D D"),
+    ("dense", "encoder.layers.{}.self_attn.k_proj", "blocks/attention/key", "D D"),
+    ("dense", "encoder.layers.{}.self_attn.v_proj", "blocks/attention/value", "D D"),
+    ("dense", "encoder.layers.{}.self_attn.out_proj", "blocks/attention/out", "D D"),
+    ("norm", "encoder.layers.{}.layer_norm2", "blocks/norm2", "D"),
+    ("dense", "encoder.layers.{}.mlp.fc1", "blocks/mlp/up", "F D"),
+    ("dense", "encoder.layers.{}.mlp.fc2", "blocks/mlp/down", "D F"),
+    ("norm", "post_layernorm", "norm", "D"),
+)
+DECODER = (  # Q: N * H, K: G * H; 'scale' stands for the kind of the norms
+    ("leaf", "embed_tokens.weight", "embed/word", "V D"),
+    ("scale", "layers.{}.input_layernorm", "blocks/norm1", "D"),
+    ("matrix", "layers.{}.self_attn.q_proj", "blocks/attention/query", "Q D"),
+    ("matrix", "layers.{}.self_attn.k_proj", "blocks/attention/key", "K D"),
+    ("matrix", "layers.{}.self_attn.v_proj", "blocks/attention/value", "K D"),
+    ("matrix", "layers.{}.self_attn.o_proj", "blocks/attention/out", "D Q"),
+    ("scale", "layers.{}.post_attention_layernorm", "blocks/norm2", "D"),
+    ("matrix", "layers.{}.mlp.gate_proj", "blocks/mlp/gate", "F D"),
+    ("matrix", "layers.{}.mlp.up_proj", "blocks/mlp/up", "F D"),
+    ("matrix", "layers.{}.mlp.down_proj", "blocks/mlp/down", "D F"),
+    ("scale", "norm", "norm", "D"),
+)
+HEAD = (("matrix", "lm_head", "head", "V D"),)
+DROPPED = (
+    (r"rotary_emb\.inv_freq$", "a buffer: the wavelengths of rotary positions"),
+    (r"embeddings\.position_ids$", "a buffer: the numbers 0, 1, 2, ..."),
+    (r"^model\.vision_(tower|model)\.head\.", "SigLIP's pooling head; the decoder reads all patches"),
+)
+POSITION = "vision/position"
+TASKS = ("captioning", "vqa")
+# (our field, section of config.json, key); the values of absent keys are `defaults` of a converter
+CONFIG = (
+    ("image_size", "vision_config", "image_size"),
+    ("patch_size", "vision_config", "patch_size"),
+    ("vision_width", "vision_config", "hidden_size"),
+    ("vision_layers", "vision_config", "num_hidden_layers"),
+    ("vision_heads", "vision_config", "num_attention_heads"),
+    ("vision_mlp", "vision_config", "intermediate_size"),
+    ("vision_eps", "vision_config", "layer_norm_eps"),
+    ("vocab_size", "text_config", "vocab_size"),
+    ("text_width", "text_config", "hidden_size"),
+    ("text_layers", "text_config", "num_hidden_layers"),
+    ("text_heads", "text_config", "num_attention_heads"),
+    ("kv_heads", "text_config", "num_key_value_heads"),
+    ("head_size", "text_config", "head_dim"),
+    ("text_mlp", "text_config", "intermediate_size"),
+    ("text_eps", "text_config", "rms_norm_eps"),
+    ("max_positions", "text_config", "max_position_embeddings"),
+    ("rope_theta", "text_config", "rope_theta"),
+    ("pad_id", "text_config", "pad_token_id"),
+)
+
+
+def rules(config: PrefixLMConfig, vision: str, decoder: str, scale: str) -> list[Rule]:
+    """The rules of tower, decoder and, if it is not tied, head. `vision`, `decoder`: prefixes of names; `scale`: kind of the
+    decoder's norms, see `convert.rules`."""
+    c = config
+    sizes = {"D": c.vision_width, "F": c.vision_mlp, "P": c.n_patches, "p": c.patch_size}
+    found = convert.rules(VISION, vision, "vision/", sizes, range(c.vision_layers))
+    sizes = {"D": c.text_width, "F": c.text_mlp, "V": c.vocab_size}
+    sizes |= {"Q": c.text_heads * c.head_size, "K": c.kv_heads * c.head_size}
+    lines = [(scale if kind == "scale" else kind, *rest) for kind, *rest in DECODER]
+    found += convert.rules(lines, decoder, "decoder/", sizes, range(c.text_layers))
+    return found + (convert.rules(HEAD, "", "decoder/", sizes) if c.untied_head else [])
+
+
+class PrefixLMConverter:
+    """See `convert.Converter`. Every model of this kind supports both tasks."""
+
+    kind: Any  # the class of the model
+    settings: Any  # the class of its configuration
+    fields: tuple[tuple[str, str, str], ...] = CONFIG
+    defaults: dict[str, Any]  # our field -> the value of the class in transformers, for keys that a file does not have
+    # (section, key, supported values), the first of which is that of an absent key; section '' is the top of the file
+    fixed: tuple[tuple[str, str, tuple], ...]
+    processor: images.ProcessorKind
+    tied: tuple[str, str]  # the head's tensor, the word embedding's
+
+    def table(self, config: Any) -> Table:
+        """The rules of a model, and how other names are treated."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ the protocol
+    def config(self, fields: dict) -> Any:
+        return self.settings(**fields)
+
+    def for_task(self, config: Any, task: str | None, source: str) -> Any:
+        if task not in (None, *TASKS):
+            raise ValueError(f"task is {task!r}; {self.kind.__name__} supports {' and '.join(map(repr, TASKS))}")
+        return config
+
+    def resize(self, config: Any, image_size: int | None) -> tuple[Any, dict[str, Change]]:
+        if image_size in (None, config.image_size):
+            return config, {}
+        resized, side = dataclasses.replace(config, image_size=image_size), image_size // config.patch_size
+
+        def change(position_PD: np.ndarray) -> np.ndarray:
+            """Resized as BLIP's, whose first row is a class token's."""
+            position_PD = np.asarray(position_PD, np.float32)
+            return images.resize_positions(np.concatenate([position_PD[:1], position_PD]), side)[1:]
+
+        return resized, {POSITION: change}
+
+    def claims(self, path: Path) -> bool:
+        return False
+
+    def read_config(self, directory: Path, task: str | None) -> tuple[Any, dict[str, Any]]:
+        path = directory / "config.json"
+        with files.reading(path, f"is not a configuration of {self.kind.__name__}"):
+            config, defaults = self._read(path)
+        return self.for_task(config, task, str(directory)), defaults
+
+    def read_directory(
+        self, directory: Path, task: str | None, image_size: int | None, place: Place, dtype: Dtype
+    ) -> tuple[Any, tree.Tree, dict[str, Any]]:
+        tensors = convert.opened(directory)
+        config, defaults = self.read_config(directory, task)
+        config = dataclasses.replace(config, untied_head=self._has_own_head(tensors, config, tensors.source))
+        resized, changes = self.resize(config, image_size)
+        flat = convert.read(tensors, self.table(config), tensors.source, place=place, dtype=dtype, changes=changes)
+        params = convert.nested(flat)
+        report = {"source": directory.name, "files": tensors.files, "defaults": defaults, "digest": tree.digest(params)}
+        if changes:
+            report["resized"] = f"position embedding from {config.image_size} to {resized.image_size} pixels"
+        return resized, params, report
+
+    def model(
+        self,
+        config: Any,
+        directory: Path | None = None,
+        defaults: Iterable[str] = (),
+        image_size: int | None = None,
+    ) -> PrefixLM:
+        if directory is None:
+            return self.kind.build(config)
+        config = self._with_processor(config, directory, image_size)
+        if not (directory / "tokenizer.json").exists():
+            return self.kind.build(config)
+        tokenizer = Bpe.from_file(directory)
+        image = getattr(config, "image_id", None)
+        if image is not None and tokenizer.ids.get("<image>") != image:
+            raise ValueError(
+                f"{directory}: image_token_id is {image} in the configuration, but <image> is "
+                f"{tokenizer.ids.get('<image>')} in the tokenizer; use the tokenizer that the weights were trained with"
+            )
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"{directory}: {len(tokenizer)} tokens exceed vocab_size {config.vocab_size} of the weights"
+            )
+        return self.kind.build(dataclasses.replace(config, pad_id=tokenizer.pad_id), tokenizer)
+
+    def _with_processor(self, config: Any, directory: Path, image_size: int | None) -> Any:
+        """The configuration with the settings of the directory's image processor."""
+        said = images.processor_settings(directory, self.processor)
+        size, n_tokens = said.pop("image_size", config.image_size), images.image_tokens(directory)
+        if image_size is None and size != config.image_size:
+            raise ValueError(
+                f"{directory}: the image processor has image size {size} and config.json {config.image_size}; choose one with "
+                f"image_size={size} (--config.model.image_size={size}), which resizes the position embedding"
+            )
+        if image_size is None and n_tokens not in (None, config.n_image_tokens):
+            raise ValueError(
+                f"{directory}: the processor writes {n_tokens} image tokens per image, but with config.json there are "
+                f"{config.n_image_tokens}; copy both files from the same model"
+            )
+        return dataclasses.replace(config, **said)
+
+    def hf(self, model: PrefixLM) -> None:
+        return None
+
+    # ------------------------------------------------------------ config.json
+    def _has_own_head(self, tensors: Mapping[str, Tensor], config: Any, source: str) -> bool:
+        """Whether the head's matrix is not the word embedding. Files decide, not config.json, which may say either."""
+        head, words = self.tied
+        tensors = dataclasses.replace(self.table(config), rules=()).renamed(tensors, source)
+        return {head, words} <= tensors.keys() and not convert.equal(tensors[head], tensors[words])
+
+    def _read(self, path: Path) -> tuple[Any, dict[str, Any]]:
+        if not path.exists():
+            raise ValueError(f"{path} is missing; it belongs beside the weights of a transformers {self.kind.__name__}")
+        raw = files.read_json(path)
+        for section in ("vision_config", "text_config"):
+            if not isinstance(raw.get(section), dict):
+                raise ValueError(
+                    f"{path}: {section} is {raw.get(section)!r}, expected an object; save the config in full"
+                )
+        for section, key, supported in self.fixed:
+            value = (raw[section] if section else raw).get(key)
+            if value not in (None, *supported):
+                name = f"{section}.{key}" if section else key
+                raise ValueError(f"{path}: {name} is {value!r}; supported: {', '.join(map(repr, supported))}")
+        text = raw["text_config"] = _with_rope(raw["text_config"], path)
+        fields, defaults = {}, {}
+        for field, section, key in self.fields:
+            value = (raw[section] if section else raw).get(key, raw.get(key))
+            if value is None and field in ("kv_heads", "head_size"):
+                value = self.defaults.get(field) or _derived(field, text, fields)
+            if value is None:
+                value = defaults[f"{section}.{key}" if section else key] = self.defaults[field]
+            if isinstance(value, list) and value and value.count(value[0]) == len(value):
+                value = value[0]  # sizes may be [height, width], and end tokens a list
+            fields[field] = value
+        tie = raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+        fields["untied_head"] = not (self.defaults["tied"] if tie is None else tie)
+        try:
+            return self.settings(**fields), defaults
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _derived(field: str, text: dict, fields: dict) -> Any:
+    """Llama's values of keys that may be null: a key head per query head, and heads that fill the width."""
+    heads = fields["text_heads"]
+    if field == "kv_heads":
+        return heads
+    return fields["text_width"] // heads if isinstance(heads, int) and heads > 0 else None
+
+
+def _with_rope(text: dict, path: Path) -> dict:
+    """A decoder's configuration with `rope_theta`, which newer files have inside `rope_parameters`."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{path}: text_config has rotary positions of type {kind!r}; only 'default' is supported")
+    return text | ({"rope_theta": rope["rope_theta"]} if rope.get("rope_theta") is not None else {})

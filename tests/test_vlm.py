@@ -1,0 +1,466 @@
+"""PaliGemma and SmolVLM behind the model protocol: packed, cached and batched, they equal a loop over single sequences;
+methods, caching of image tokens, tasks and devices. Numbers of transformers: test_vlm_parity.py."""
+
+import dataclasses
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import tiny_vlm
+from test_protocol import loop_search
+from test_vlm_parity import written
+from tiny_vlm import KINDS, LENGTHS, SPLIT
+
+import jaxpeft as jp
+from jaxpeft import methods, tree
+from jaxpeft.adapt import sites
+from jaxpeft.models import decode, decoder, loading
+from jaxpeft.tasks import build
+from jaxpeft.training import evaluate, frozen_cache, run, sharding
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+METHODS = {
+    "nothing": (),
+    "lora": jp.LoRA(rank=2),
+    "prompt": jp.Prompt(length=3, init_weights="normal", std=0.5),
+    "prefix": jp.Prefix(length=2),
+    "adapter": jp.SerialAdapter(bottleneck=3),
+    "gates": jp.UniPELT(length=2, bottleneck=3, rank=2),
+    "several": (
+        jp.LoRA(targets="", rank=2),
+        jp.Prompt(length=3, init_weights="normal", std=0.5, positions="shift"),
+        jp.Prefix(length=2, positions="shift"),
+        jp.Prefix(length=1),
+        jp.ParallelAdapter(targets="", bottleneck=3),
+        jp.SSF(targets=""),
+    ),
+}
+every_method = pytest.mark.parametrize("name", METHODS)
+SOME = [("paligemma", "several"), ("smolvlm", "several"), ("paligemma", "nothing")]
+
+
+@functools.cache
+def variables(kind, name):
+    """The tree of a method with every adapter parameter moved from its start."""
+    if not METHODS[name]:
+        return {"params": tiny_vlm.params(kind)}
+    found = jp.attach(tiny_vlm.model(kind), tiny_vlm.params(kind), METHODS[name], jax.random.key(1))
+    keys = iter(range(1000))
+    move = lambda x: x + 0.3 * jax.random.normal(jax.random.key(next(keys)), x.shape)  # noqa: E731
+    return found | {"peft": jax.tree.map(move, found["peft"])}
+
+
+@functools.cache
+def alone(kind, name):
+    """(image, prompt with padding, text) -> logits of every token of the text, one sequence at a time."""
+    model, pad = tiny_vlm.model(kind), tiny_vlm.tokenizer(kind).pad_id
+    image_id = getattr(model.config, "image_id", None)
+    whole = jax.jit(lambda *x: model.apply(variables(kind, name), *x, method="whole"), static_argnums=3)
+
+    def run(image, prompt, text):
+        longest = np.full(6, pad, np.int32)  # what follows in a text does not matter: one program
+        longest[: len(text)] = text
+        prompt = prompt[prompt != pad]
+        at = prompt.tolist().index(image_id) if image_id else 0
+        return np.asarray(whole(image, prompt, longest, at))[: len(text)]
+
+    return run
+
+
+@every_kind
+@every_method
+@pytest.mark.slow
+def test_packed_texts_equal_single_sequences(kind, name):
+    b = tiny_vlm.batch(kind)
+    logits = jax.jit(tiny_vlm.model(kind).apply)(variables(kind, name), b)
+    assert logits.shape == (len(LENGTHS), 2, 4, tiny_vlm.model(kind).config.vocab_size)
+    for i, a in np.ndindex(b["tokens"].shape[:2]):
+        expected = alone(kind, name)(b["image"][i], b["prompt"][i], [*b["tokens"][i, a, 1:], 7])
+        np.testing.assert_allclose(logits[i, a], expected, atol=3e-6 * np.abs(expected).max(), rtol=1e-5)
+
+
+@every_kind
+def test_packed_texts_equal_single_sequences_behind_a_learned_prefix(kind):
+    test_packed_texts_equal_single_sequences(kind, "prefix")
+
+
+def log_probs_of(kind, name, image, prompt):
+    n_words = len(tiny_vlm.tokenizer(kind))
+
+    def log_probs(text):
+        logits = alone(kind, name)(image, prompt, [*text, 7])
+        return np.asarray(jax.nn.log_softmax(logits[-1]))[:n_words]
+
+    return log_probs
+
+
+@pytest.mark.parametrize(("kind", "name"), SOME)
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.slow
+def test_searches_equal_a_loop_without_cache(kind, name, beams):
+    model, b = tiny_vlm.model(kind), tiny_vlm.batch(kind)
+    template = model.processor.template("vqa")
+    context = evaluate.contexts(model, variables(kind, name), b)
+    search = decode.Search.of(template, 5, beams=beams)
+    if beams == 1:
+        tokens, score = decode.greedy(model, variables(kind, name), context, search)
+        tokens, score = tokens[:, None], score[:, None]
+    else:
+        tokens, score = decode.beam_search(model, variables(kind, name), context, search)
+    for i in range(len(LENGTHS)):
+        log_probs = log_probs_of(kind, name, b["image"][i], b["prompt"][i])
+        for k, (text, value) in enumerate(loop_search(log_probs, beams, 5, template.stop[0])[:beams]):
+            assert np.asarray(tokens[i, k]).tolist()[: len(text)] == text
+            np.testing.assert_allclose(score[i, k], value, atol=2e-5)
+
+
+@pytest.mark.parametrize(("kind", "name"), SOME)
+@pytest.mark.slow
+def test_ranking_equals_the_likelihood_of_each_answer(kind, name):
+    model, b, rng = tiny_vlm.model(kind), tiny_vlm.batch(kind), np.random.default_rng(5)
+    template = model.processor.template("vqa")
+    answers = [[*rng.integers(300, 398, n).tolist(), template.stop[0]] for n in (1, 2, 3, 2, 1)]
+    padded = np.array([[template.pad, *text, *[template.pad] * (4 - len(text))] for text in answers], np.int32)
+    context = evaluate.contexts(model, variables(kind, name), b)
+    order, score = decode.rank(model, variables(kind, name), context, padded, pad=template.pad, k=5, chunk=2)
+    for i in range(len(LENGTHS)):
+        sums = []
+        for text in answers:
+            logits = alone(kind, name)(b["image"][i], b["prompt"][i], text)
+            sums.append(float(np.asarray(jax.nn.log_softmax(logits))[np.arange(len(text)), text].sum()))
+        assert np.asarray(order[i]).tolist() == np.argsort(sums)[::-1].tolist()
+        np.testing.assert_allclose(score[i], sorted(sums)[::-1], atol=5e-5)
+
+
+# ------------------------------------------------------------------------------------------- methods
+TOWER = {"vpt": "vision"}  # methods of the image tower
+NO_DEFAULT = {"selective", "scoped"}  # nothing to choose by default
+FIELDS = {"oft": {"block": 2}, "compacter": {"n": 2, "bottleneck": 4}, "prompt": {"length": 3}, "prefix": {"length": 2},
+          "pissa": {"rank": 2}, "vera": {"rank": 2}}  # fmt: skip
+
+
+@every_kind
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if name not in NO_DEFAULT])
+def test_defaults_act_in_the_decoder_only(kind, name):
+    model = tiny_vlm.model(kind)
+    method = methods.build(name, **FIELDS.get(name, {}))
+    if name == "bitfit":
+        with pytest.raises(ValueError, match=r"bitfit: 'bias\$' matches no base leaf below '\^decoder'"):
+            jax.eval_shape(lambda p: jp.attach(model, p, method, jax.random.key(0)), tiny_vlm.params(kind))
+        return
+    tuned = jax.eval_shape(lambda p: jp.attach(model, p, method, jax.random.key(0)), tiny_vlm.params(kind))
+    trained = {leaf for leaf, on in tree.flatten(jp.trainable(tuned)).items() if on}
+    towers = {leaf.split("/")[1] for leaf in trained} - {sites.SHARED}
+    assert towers == ({"vision", "projector", "decoder"} if name == "full" else {TOWER.get(name, "decoder")})
+
+
+@every_kind
+def test_the_groups_name_what_they_say(kind):
+    model = tiny_vlm.model(kind)
+    linears = {site.path: site.shape for site in sites.sites(model) if site.kind == "linear"}
+    found = {}
+    for group in ("text.attention.qv", "text.attention.kv_mlp.down", "projector", "head"):
+        (method,) = sites.resolved(model, jp.LoRA(targets=group))
+        found[group] = {site.path for site in sites.sites(model) if method.selects(site)}
+    at = "decoder/blocks/"
+    assert found == {
+        "text.attention.qv": {f"{at}attention/query", f"{at}attention/value"},
+        "text.attention.kv_mlp.down": {f"{at}attention/key", f"{at}attention/value", f"{at}mlp/down"},
+        "projector": {"projector"},
+        "head": {"decoder/head"},
+    }
+    assert linears[f"{at}attention/query"] == (14, 24) and linears[f"{at}attention/out"] == (24, 14)
+    assert linears[f"{at}attention/value"] == (14, 12)  # two key heads of size 6
+
+
+@every_kind
+def test_lora_on_tower_and_projector(kind):
+    """Its gradients are not zero, the rest is frozen, and merging is exact."""
+    model, b = tiny_vlm.model(kind), tiny_vlm.batch(kind)
+    groups = (jp.LoRA(targets=r"^vision.*(query|up|patch)$", rank=2), jp.LoRA(targets="projector", rank=2))
+    tuned = jp.attach(model, tiny_vlm.params(kind), groups, jax.random.key(0))
+    keys = iter(range(1000))
+    move = lambda x: x + 0.3 * jax.random.normal(jax.random.key(next(keys)), x.shape)  # noqa: E731
+    tuned |= {"peft": jax.tree.map(move, tuned["peft"])}
+    mask = jp.trainable(tuned)
+
+    def loss(trainable, frozen):
+        return jnp.square(model.apply(tree.join(trainable, frozen), b)).mean()
+
+    gradients = jax.jit(jax.grad(loss))(*tree.split(tuned, mask))
+    flat = {name: float(jnp.abs(x).max()) for name, x in tree.flatten(gradients).items()}
+    assert {name.split("/")[1] for name in flat} == {"vision", "projector"} and min(flat.values()) > 1e-6
+    merged = {"params": jp.merge(model, tuned)}
+    run = jax.jit(model.apply)
+    np.testing.assert_allclose(run(merged, b), run(tuned, b), rtol=2e-4, atol=2e-4)
+    assert np.abs(run(merged, b) - run({"params": tiny_vlm.params(kind)}, b)).max() > 0.01
+
+
+@every_kind
+def test_prompts_begin_as_words_on_the_scale_of_the_decoder(kind):
+    model, words = tiny_vlm.model(kind), tiny_vlm.params(kind)["decoder"]["embed"]["word"]
+    text = "a cat"
+    method = jp.Prompt(length=3, init_weights="text", text=text)
+    tuned = jp.attach(model, tiny_vlm.params(kind), method, jax.random.key(0))
+    ids = np.resize(tiny_vlm.tokenizer(kind).pieces(text), 3)
+    scale = 14**0.5 if kind == "paligemma" else 1
+    rows = tree.flatten(tuned)["peft/decoder/@embed/0/prompt/rows"]
+    np.testing.assert_allclose(rows, words[ids] * scale, rtol=1e-6)
+    in_model = model.apply(tuned, ids[None], method=lambda m, x: m.decoder.words(x))
+    np.testing.assert_allclose(rows, in_model[0], rtol=1e-6)
+
+
+@pytest.mark.slow
+@every_kind
+def test_a_prompt_that_shifts_positions_computes_the_same(kind):
+    """Rotary positions are relative: rows at -3, -2, -1 before 0 equal rows at 0, 1, 2 before 3. Keys of a prefix stay at 0."""
+    model, b = tiny_vlm.model(kind), tiny_vlm.batch(kind)
+    logits = {}
+    for positions in ("keep", "shift"):
+        for name, method in (("prompt", jp.Prompt), ("prefix", jp.Prefix)):
+            fields = {"init_weights": "normal"} if name == "prompt" else {}
+            method = method(length=3, std=0.5, positions=positions, **fields)
+            tuned = jp.attach(model, tiny_vlm.params(kind), method, jax.random.key(0))
+            logits[name, positions] = np.asarray(jax.jit(model.apply)(tuned, b))
+    scale = np.abs(logits["prompt", "keep"]).max()
+    np.testing.assert_allclose(logits["prompt", "keep"], logits["prompt", "shift"], atol=5e-6 * scale)
+    assert np.abs(logits["prefix", "keep"] - logits["prefix", "shift"]).max() > 1e-4 * scale
+
+
+# ------------------------------------------------------------------------------------------- image tokens are computed once
+@every_kind
+def test_what_is_cached_follows_from_the_program(kind):
+    model = tiny_vlm.model(kind)
+    n_tokens = model.config.n_image_tokens
+    for method, why in (
+        (jp.LoRA(rank=2), ""),
+        (jp.LoRA(targets="projector", rank=2), "peft/projector/@linear/0/lora/a is trained"),
+        (
+            jp.LoRA(targets=r"^vision/.*query$", rank=2),
+            "peft/vision/blocks/attention/query/@linear/0/lora/a is trained",
+        ),
+    ):
+        tuned = jp.attach(model, tiny_vlm.params(kind), method, jax.random.key(0))
+        found = frozen_cache.programs(model, tuned)
+        assert found["image_tokens"].row.shape == (n_tokens, 14)
+        mask, n_rows = sites.trainable(tuned), {"image": 10, "example": 10}
+        assert frozen_cache.cacheable(model, found, mask, "none", n_rows, 10**6) == {"image_tokens": why}
+    assert {name.split("/")[1] for name in found["image_tokens"].leaves} == {"vision", "projector"}
+
+
+@pytest.mark.slow
+@every_kind
+@pytest.mark.parametrize("task", ["vqa", "captioning"])
+def test_tables_stand_in_for_images_and_give_the_same_numbers(kind, task):
+    model, tuned, task = tiny_vlm.model(kind), variables(kind, "lora"), build(task, max_new_tokens=5, min_length=0)
+    template = task.template(model)
+    examples, cases = task.examples(SPLIT, template), task.eval_examples(SPLIT, template)
+    found = frozen_cache.programs(model, tuned, examples)
+    cache = frozen_cache.FrozenCache(model, tuned, model.stages, found, {}, 10**9)
+    filled = cache.fill(SPLIT, examples)
+    assert filled.images is None and filled.tables["image_tokens"].shape == (3, model.config.n_image_tokens, 14)
+    with_images = evaluate.nlls(model, tuned, task, examples, batch_size=4)
+    np.testing.assert_allclose(evaluate.nlls(model, tuned, task, filled, batch_size=4), with_images, rtol=1e-5)
+    texts = [evaluate.predict(model, tuned, task, one, beams=3) for one in (cases, cache.fill(SPLIT, cases))]
+    assert [one["text"] for one in texts[0]] == [one["text"] for one in texts[1]]
+
+
+# ------------------------------------------------------------------------------------------- tasks
+@every_kind
+def test_a_caption_has_a_prompt_and_every_token_of_it_is_scored(kind):
+    model, task = tiny_vlm.model(kind), build("captioning", max_new_tokens=5, min_length=0)
+    template = task.template(model)
+    examples, cases = task.examples(SPLIT, template), task.eval_examples(SPLIT, template)
+    frame = template.prompt("")[0]
+    for one in (examples, cases):
+        np.testing.assert_array_equal(one.arrays["prompt"], np.tile(frame, (len(one), 1)))
+    tokens, targets, weights = (examples.arrays[name][0, 0] for name in ("tokens", "targets", "weights"))
+    text = template.target("a cat is here")[0]
+    assert targets[: len(text)].tolist() == text and tokens[1 : len(text)].tolist() == text[:-1]
+    assert weights.tolist() == [1.0] * len(text) + [0.0] * (len(weights) - len(text))
+    assert template.text(text) == "a cat is here"
+
+
+@pytest.mark.slow
+@every_kind
+def test_likelihoods_of_a_task_equal_those_of_single_sequences(kind):
+    model, task = tiny_vlm.model(kind), build("vqa", max_new_tokens=5, min_length=0)
+    template = task.template(model)
+    examples = task.examples(SPLIT, template)
+    found = evaluate.nlls(model, variables(kind, "lora"), task, examples, batch_size=4)
+    prompt, total = examples.arrays["prompt"][0], 0.0
+    for text, weights in zip(examples.arrays["targets"][0], examples.arrays["weights"][0], strict=True):
+        text = text[weights > 0]
+        logits = alone(kind, "lora")(SPLIT.images[examples.arrays["image_index"][0]], prompt, text)
+        total -= np.asarray(jax.nn.log_softmax(logits))[np.arange(len(text)), text].sum()
+    np.testing.assert_allclose(found[0, 0], total, rtol=1e-5)
+
+
+@pytest.mark.slow
+@every_kind
+def test_generate_writes_captions_and_answers(kind):
+    model, params = tiny_vlm.model(kind), tiny_vlm.params(kind)
+    images = [np.random.default_rng(i).integers(0, 256, (20, 16, 3), np.uint8) for i in range(2)]
+    for prompts in (None, "what is the dog?"):
+        texts = jp.generate(model, {"params": params}, images, prompts, beams=2)
+        assert len(texts) == 2 and all(isinstance(text, str) for text in texts)
+
+
+# ------------------------------------------------------------------------------------------- programs and devices
+@pytest.mark.slow
+@every_kind
+def test_how_layers_run_does_not_matter(kind):
+    model, b = tiny_vlm.model(kind), tiny_vlm.batch(kind)
+    expected = jax.jit(model.apply)(variables(kind, "several"), b)
+    scale = np.abs(expected).max()
+    ways = (model.unrolled(), 1e-5), (model.replaced(remat="full"), 1e-6), (model.replaced(dtype="bfloat16"), 0.1)
+    for other, near in ways:
+        found = jax.jit(other.apply)(variables(kind, "several"), b)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, atol=near * scale)
+
+
+def test_dropout_acts_in_training_only():
+    model, b = tiny_vlm.model("paligemma"), tiny_vlm.batch("paligemma")
+    wet = model.replaced(dropout=0.5)
+    run = jax.jit(lambda v, rngs: wet.apply(v, b, rngs=rngs))
+    plain, trained = (run(variables("paligemma", "nothing"), rngs) for rngs in ({}, {"dropout": jax.random.key(0)}))
+    assert np.abs(plain - trained).max() > 0.01
+    found = frozen_cache.programs(wet, variables("paligemma", "nothing"))
+    assert not found["image_tokens"].random  # the tower has none
+
+
+@pytest.mark.slow
+@every_kind
+def test_eight_devices_equal_one(kind):
+    model, tuned, b = tiny_vlm.model(kind), variables(kind, "several"), tiny_vlm.batch(kind)
+    b = {name: np.concatenate([x, x[:1]]) for name, x in b.items()}
+    found = []
+    for shape in ({"data": 1, "fsdp": 1, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        on = sharding.mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
+        placed = sharding.put(tuned, sharding.shardings(tuned, model.sharding, on))
+
+        def loss(params, rest, b):
+            return jnp.square(model.apply({"params": rest, "peft": params}, b)).mean()
+
+        with sharding.using(placed):
+            value = jax.jit(jax.value_and_grad(loss))(placed["peft"], placed["params"], sharding.shard_batch(b, on, 4))
+        found.append((float(value[0]), tree.flatten(jax.tree.map(np.asarray, value[1]))))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
+    for name, x in found[0][1].items():
+        np.testing.assert_allclose(x, found[1][1][name], atol=2e-5 * max(1e-3, np.abs(x).max()), err_msg=name)
+
+
+@every_kind
+def test_a_rule_places_every_leaf_and_no_key_head_is_split(kind):
+    on = sharding.mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    found = sharding.shardings({"params": tiny_vlm.params(kind)}, tiny_vlm.model(kind).sharding, on)
+    specs = {name.removeprefix("params/"): tuple(x.spec) for name, x in tree.flatten(found).items()}
+    assert specs["decoder/blocks/attention/query/kernel"] == (None, "fsdp", "tensor")
+    assert specs["decoder/blocks/attention/key/kernel"] == (None, "fsdp", None)
+    assert specs["vision/blocks/attention/key/kernel"] == (None, "fsdp", "tensor")
+    assert specs["decoder/blocks/mlp/down/kernel"] == (None, "tensor", "fsdp")
+
+
+# ------------------------------------------------------------------------------------------- files with their tokenizers
+def directory(kind, path):
+    """A golden checkpoint with the toy tokenizer and image processor: its vocabulary is that of the toy."""
+    words = tiny_vlm.tokenizer(kind)
+
+    def taller(tensors):
+        rng = np.random.default_rng(0)
+        for name, x in tensors.items():
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                more = rng.normal(0, 0.3, (len(words) - len(x), x.shape[1]))
+                tensors[name] = np.concatenate([x, more.astype(x.dtype)])
+        return tensors
+
+    settings = {"text_config__vocab_size": len(words), "vision_config__image_size": 12}
+    if kind == "smolvlm":
+        settings["image_token_id"] = words.id_of("<image>")
+    written(kind, path, taller, **settings)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_vlm.FOLDER / kind / name, path)
+    return path
+
+
+@every_kind
+def test_a_directory_has_model_tokenizer_and_templates(tmp_path, kind):
+    path = directory(kind, tmp_path / "base")
+    model, params = loading.load(path)
+    assert model.tokenizer == tiny_vlm.tokenizer(kind) and model.config.pad_id == model.tokenizer.pad_id
+    assert loading.abstract(path) == model
+    one = model.processor
+    assert (one.image_size, one.resample, one.longest_edge) == {"paligemma": (12, 3, 0), "smolvlm": (12, 1, 2048)}[kind]
+    loading.save(tmp_path / "ours", model, params, aliases={}, dtype="float32")
+    loading.save(tmp_path / "ours", model, params, aliases={}, dtype="float32")  # over itself
+    again, values = loading.load(tmp_path / "ours")
+    assert again == model and again.tokenizer == model.tokenizer
+    for name, x in tree.flatten(values).items():
+        np.testing.assert_array_equal(x, tree.flatten(params)[name], err_msg=name)
+    for task in ("vqa", "captioning"):
+        assert loading.load(path, task=task)[0].processor.template(task).start == ()
+    with pytest.raises(ValueError, match="task is 'retrieval'; .* supports 'captioning' and 'vqa'"):
+        loading.load(path, task="retrieval")
+
+
+def test_files_that_contradict_each_other(tmp_path):
+    path = directory("smolvlm", tmp_path / "base")
+    config = (path / "config.json").read_text()
+    (path / "config.json").write_text(config.replace('"image_token_id": 401', '"image_token_id": 400'))
+    with pytest.raises(ValueError, match="image_token_id is 400 in the configuration, but <image> is 401"):
+        loading.load(path)
+    (path / "config.json").write_text(config)
+    shutil.copy(tiny_vlm.FOLDER / "smolvlm" / "preprocessor_config.json", path)  # of another image size
+    with pytest.raises(ValueError, match="the image processor has image size"):
+        loading.load(path)
+
+
+@every_kind
+def test_a_model_without_its_tokenizer_says_what_is_missing(kind):
+    model = type(tiny_vlm.model(kind)).build(tiny_vlm.model(kind).config)
+    with pytest.raises(ValueError, match="no tokenizer; put vocab.txt or tokenizer.json beside its weights"):
+        model.processor.template("vqa")
+
+
+def test_positions_are_rotated_by_halves():
+    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) with the angle position * theta^(-2i/H)."""
+    x = np.random.default_rng(0).normal(size=(1, 1, 3, 4)).astype(np.float32)
+    position = np.array([[0, 1, 5]])
+    found = np.asarray(decoder.rotated(jnp.asarray(x), jnp.asarray(position), 100.0))
+    np.testing.assert_allclose(found[0, 0, 0], x[0, 0, 0])
+    for t, p in enumerate([0, 1, 5]):
+        for i, angle in enumerate([p * 1.0, p * 0.1]):
+            turned = (x[0, 0, t, i] + 1j * x[0, 0, t, i + 2]) * np.exp(1j * angle)
+            np.testing.assert_allclose(found[0, 0, t, [i, i + 2]], [turned.real, turned.imag], rtol=1e-5, atol=1e-6)
+
+
+def test_a_config_is_checked():
+    config = tiny_vlm.model("smolvlm").config
+    for change, message in (
+        ({"kv_heads": 3}, "text_heads 4 is not divisible by kv_heads 3"),
+        ({"head_size": 5}, "head_size is 5; rotary positions need an even number"),
+        ({"shuffle": 3}, "4 patches in a row are not divisible by shuffle 3"),
+        ({"vision_heads": 5}, "vision_width 12 is not divisible by vision_heads 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(config, **change)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "task", "method"), [("smolvlm", "captioning", "lora"), ("paligemma", "vqa", "prefix")]
+)
+def test_a_run_trains_scores_and_is_loaded_again(tmp_path, kind, task, method):
+    config = tiny.config_of(directory(kind, tmp_path / "base"), task, method)
+    result = run.run(config, tmp_path / "run")
+    tuned = result["metrics"]["test"]["tuned"]
+    assert np.isfinite(tuned["nll"]) and tuned["nll"] < result["metrics"]["test"]["base"]["nll"]
+    model, variables, *_ = jp.load_run(tmp_path / "run")
+    image = np.random.default_rng(0).integers(0, 256, (20, 16, 3), np.uint8)
+    (text,) = jp.generate(model, variables, image, "what is it?" if task == "vqa" else None)
+    assert isinstance(text, str)
