@@ -8,8 +8,9 @@ from jaxpeft import config
 
 
 def get_config(arg=""):
-    a = config.parse_arg(arg, task="vqa", steps=0)
+    a = config.parse_arg(arg, task="vqa", steps=0, base="tiny")
     c = config.get_config(a.task, "lora", 16, head="transform")
+    c.base = a.base
     c.data.n_train = 8192
     c.data.n_val = 0
     # vqa: 1e-3, 2e-3 and 3e-3 have accuracy .683, .637 and .585 on 512 validation images with one seed. With the larger two,

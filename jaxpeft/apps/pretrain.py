@@ -31,12 +31,14 @@ from jaxpeft.ops import matmul
 from jaxpeft.runtime import host
 from jaxpeft.tasks.base import teacher_forced
 from jaxpeft.tasks.captioning import Captioning
+from jaxpeft.tasks.vqa import Vqa
 from jaxpeft.training import evaluate, loop
 from jaxpeft.training.setup import as_json
 from jaxpeft.training.setup import digest as run_digest
 from jaxpeft.tree import Tree
 
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+STATED = ("color", "shape", "position")  # types of questions whose answers captions state too
 TEXT_LENGTH = 28  # tokens of a pre-training text, including special ones
 TASK = Captioning(max_tokens=40, max_new_tokens=36, variant="coco")  # the task of the held-out scores in the manifest
 
@@ -121,13 +123,16 @@ def caption_batch(
     processor: Processor, stage: str, n_texts: int, indices: Iterable[int], rng: np.random.Generator
 ) -> dict:
     """A batch of images with `n_texts` web captions each; for matching ('itm' in the stage's name) the texts (own, edited,
-    nearest other); for prefixes ('prefix') the first caption cut in two at a random word."""
+    nearest other); for prefixes ('prefix') the first caption cut in two at a random word; for questions ('qa') two of them with
+    their answers, as rows 2b and 2b + 1. A prefix-LM gets its captions' prompt too."""
     template, reads = processor.template("captioning"), processor.template("vqa")
     indices = [int(i) for i in indices]
     bodies = [scenes.plain_web_captions("pretrain", i, n_texts) for i in indices]
     captions = [[f"{template.start_text} {text}".lstrip() for text in group] for group in bodies]
     batch = _texts([[template.target(text, TEXT_LENGTH)[0] for text in group] for group in bodies], template)
     batch["image"] = np.stack([scenes.render(scenes.scene("pretrain", i)) for i in indices])
+    if not template.start:
+        batch["prompt"] = np.tile(np.array(template.prompt("")[0], np.int32), (len(indices), 1))
 
     def read(texts: Iterable[str]) -> np.ndarray:
         return pad_tokens([reads.prompt(text, TEXT_LENGTH)[0] for text in texts], template.pad, TEXT_LENGTH)
@@ -148,13 +153,24 @@ def caption_batch(
         rest = [" ".join(one[cut:]) for one, cut in zip(words, cuts, strict=True)]
         rest = _texts([[template.target(text, TEXT_LENGTH)[0]] for text in rest], template)
         batch |= {f"rest_{name}": x for name, x in rest.items()}
+    if "qa" in stage:
+        asked = [q for i in indices for q in _two(scenes.questions("pretrain", i), rng)]
+        batch["answer_prompt"] = read(q["question"] for q in asked)
+        answers = _texts([[reads.target(q["answers"][0], 8)[0]] for q in asked], reads, length=8)
+        batch |= {f"answer_{name}": x for name, x in answers.items()}
     return batch
 
 
-def _texts(ids: list[list[list[int]]], template: Template) -> dict:
+def _two(questions: list[dict], rng: np.random.Generator) -> list[dict]:
+    """Two questions whose answers captions state too, the same one twice where there is no other."""
+    stated = [q for q in questions if q["type"] in STATED] or questions
+    return [stated[int(i)] for i in (rng.permutation(len(stated)) if len(stated) > 1 else [0, 0])[:2]]
+
+
+def _texts(ids: list[list[list[int]]], template: Template, length: int = TEXT_LENGTH) -> dict:
     """Teacher-forced texts in one shape for every batch."""
     batch = teacher_forced(ids, [[1.0] * len(ids[0])] * len(ids), template)
-    short = TEXT_LENGTH - 1 - batch["tokens"].shape[-1]
+    short = length - (template.start != ()) - batch["tokens"].shape[-1]
     return {name: np.pad(x, ((0, 0), (0, 0), (0, short))) for name, x in batch.items()}
 
 
@@ -175,7 +191,7 @@ def run(config, workdir, log=print) -> dict:
     """Run the stages, score the held-out images zero-shot, and write WORKDIR/checkpoint (what `loading.load` reads)."""
     began, workdir = time.perf_counter(), Path(workdir)
     objectives = importlib.import_module(f"jaxpeft.apps.pretrain_{config.model_type}")
-    model = objectives.model(objectives.TOKENIZER.from_words(scenes.WORDS), **config.architecture)
+    model = objectives.model(objectives.tokenizer(), **config.architecture)
     params, seconds, digest = objectives.init(model, config.seed), {}, run_digest(as_json(config))
     log(f"{tree.count(params):,} stored parameters, {tree.count(objectives.shared(params)):,} in the model")
     for name in config.order:
@@ -220,9 +236,17 @@ def run(config, workdir, log=print) -> dict:
 
 
 def zero_shot(model: VisionLanguageModel, params: Tree, config) -> dict:
-    """CIDEr-D and nats per token on held-out images, for web captions (as in training) and for human ones."""
+    """CIDEr-D and nats per token on held-out images, for web captions (as in training) and for human ones; of a model that was
+    trained on questions also the accuracy of its answers, by type."""
     task, scores = TASK, {}
     half = jax.tree.map(lambda x: jnp.asarray(np.float16(x), jnp.float32), params)  # what is stored
+    if "lm_qa" in config.order:
+        asks, answering = Vqa(max_new_tokens=9), model.for_task("vqa")
+        held_out = scenes.load({"n_test": config.n_heldout}, ["test"])["test"]
+        cases = asks.eval_examples(held_out, asks.template(answering))
+        written = [one["text"] for one in evaluate.predict(answering, {"params": half}, asks, cases)]
+        found = asks.score(cases.rows, written)
+        scores["questions"] = {key: found[key] for key in ("accuracy", "by_type")} | {"n": len(cases)}
     model = model.for_task("captioning")
     variables = {"params": {name: half[name] for name in budget.abstract_params(model)}}
     for style in scenes.STYLES:

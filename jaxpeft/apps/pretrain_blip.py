@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.apps.pretrain import caption_loss, masked_loss, matching_loss
+from jaxpeft.data import scenes
 from jaxpeft.models.blip import Blip, BlipConfig, build
 from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.tree import Tree
@@ -24,7 +25,12 @@ ALIASES = {f"text_encoder/{part}": f"text_decoder/{part}" for part in ("embed",)
     f"text_encoder/blocks/{part}": f"text_decoder/blocks/{part}"
     for part in ("cross_attention", "cross_norm", "mlp", "mlp_norm")
 }
-NAME, TOKENIZER = "tiny BLIP on scenes", BlipTokenizer
+NAME = "tiny BLIP on scenes"
+
+
+def tokenizer() -> BlipTokenizer:
+    """The words of the scenes."""
+    return BlipTokenizer.from_words(scenes.WORDS)
 
 
 def model(tokenizer: BlipTokenizer, **architecture) -> Blip:

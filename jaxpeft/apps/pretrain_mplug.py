@@ -18,13 +18,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.apps.pretrain import caption_loss, masked_loss, matching_loss
+from jaxpeft.data import scenes
 from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models.base import Context
 from jaxpeft.models.mplug import Mplug, MplugConfig, build
 from jaxpeft.tree import Tree
 
 ALIASES: dict[str, str] = {}
-NAME, TOKENIZER = "tiny mPLUG on scenes", Tokenizer
+NAME = "tiny mPLUG on scenes"
+
+
+def tokenizer() -> Tokenizer:
+    """The words of the scenes."""
+    return Tokenizer.from_words(scenes.WORDS)
 
 
 def model(tokenizer: Tokenizer, **architecture) -> Mplug:
