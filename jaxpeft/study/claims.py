@@ -319,14 +319,16 @@ def _missing(methods: Sequence[str], points: int, where: str) -> str:
 
 
 def named(of: Mapping[str, Sequence[tuple]]) -> tuple[str, ...]:
-    """Cells in words: 'lora_head 16 at 64, 256, 1024 images', 'lora_head 2, 16 at 1024 images'."""
+    """Cells in words: 'lora_head 16 at 64, 256, 1024 images', 'lora_head 2, 4 at 1024 images'."""
     found = []
     for variant, line in of.items():
-        sizes, images = (list(dict.fromkeys(cell[i] for cell in line)) for i in (1, 2))
-        groups = [(sizes, images)] if len(sizes) * len(images) == len(line) else [([s], [n]) for _, s, n in line]
-        for some, ns in groups:
-            size = " " + ", ".join(map(str, some)) if any(some) else ""
-            found.append(f"{variant}{size} at {', '.join(map(str, ns))} images")
+        images, alike = collections.defaultdict(list), collections.defaultdict(list)
+        for _, size, n in sorted(line):
+            images[size].append(str(n))
+        for size, ns in images.items():
+            alike[", ".join(ns)].append(str(size))
+        for ns, sizes in alike.items():
+            found.append(f"{variant}{'' if sizes == ['0'] else ' ' + ', '.join(sizes)} at {ns} images")
     return tuple(found)
 
 
@@ -377,6 +379,24 @@ def line(claim: str, statement: str, predicts: str, where: str, effect: Effect, 
     word = intervals.NOT_TESTED if effect.missing else intervals.verdict(found.low, found.high, margin)
     numbers = (found.value, found.low, found.high, found.p)
     return Verdict(claim, statement, predicts, where, *numbers, margin, word, *about, effect.missing)
+
+
+def check(config) -> None:
+    """Raise ValueError for a study's margins, or a setting's `consistent` and `ceiling`, that claims cannot be judged by."""
+    margins = dict(config.get("margins", MARGINS))
+    if margins.keys() != MARGINS.keys():
+        raise ValueError(f"config.margins has {', '.join(sorted(margins))}; it must have {', '.join(sorted(MARGINS))}")
+    for name, value in margins.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"config.margins.{name} is {value!r}; it must be a number above 0, in points")
+    for name, setting in config.settings.items():
+        if not isinstance(consistent := setting.get("consistent", True), bool):
+            raise ValueError(f"config.settings.{name}.consistent is {consistent!r}; it must be True or False")
+        ceiling = setting.get("ceiling", 1.0)
+        if isinstance(ceiling, bool) or not isinstance(ceiling, int | float) or not ceiling > 0:
+            raise ValueError(
+                f"config.settings.{name}.ceiling is {ceiling!r}; it must be a score of the main metric above 0"
+            )
 
 
 def judge(
