@@ -154,19 +154,26 @@ def trend(results: Sequence[Result], axis: str, over: str = "axis") -> Effect:
 def departure(results: Sequence[Result]) -> Effect:
     """C4: how far scores are from monotonic along the method's size.
 
-    effect_s = mean over variants of score(i) - score(j) of seed s, where i, j are the two sizes whose difference is the smaller
-    of the largest rise and the largest fall, picked on the other seeds (`intervals.departure`). Noise alone gives 0. The margin
-    is a multiple of the seeds' standard deviation. Needs three seeds.
+    effect_s = mean over variants of score(i) - score(j) of seed s, for all seeds but the first. On the first seed, i, j are the
+    two sizes whose difference is the smaller of the largest rise and the largest fall; where it has no rise or no fall, the
+    variant counts as 0. So no seed is measured at a pair that its own noise has picked, and noise alone gives 0 on average. The
+    margin is a multiple of the seeds' standard deviation. The line names the pairs.
     """
     by_cell = cells(results)
     of = lines(by_cell, "size")
     everything = [cell for line in of.values() for cell in line]
     every = dict(zip(everything, scores(by_cell, everything), strict=True)) if everything else {}
-    found = []
-    if every and len(every[everything[0]]) > 2:
-        found = [intervals.departure(np.array([every[cell] for cell in line]))[0] for line in of.values()]
-    effect = _effect(found, by_cell, of, "size")
-    return dataclasses.replace(effect, missing=effect.missing or ("" if found else "fewer than three seeds"))
+    values, pairs = [], []
+    for variant, line in of.items():
+        score_PS = np.array([every[cell] for cell in line])
+        if pair := intervals.departure_pair(score_PS[:, 0]):
+            i, j = pair
+            values.append(score_PS[i, 1:] - score_PS[j, 1:])
+            pairs.append(f"{variant} {line[i][1]} less {line[j][1]} at {line[i][2]} images")
+        else:
+            values.append(np.zeros(score_PS.shape[1] - 1))
+            pairs.append(f"{variant}: monotonic on the first seed")
+    return dataclasses.replace(_effect(values, by_cell, of, "size"), cells=tuple(pairs))
 
 
 def layers_less(results: Sequence[Result], rival: str) -> Effect:
@@ -370,7 +377,7 @@ def line(claim: str, statement: str, predicts: str, where: str, effect: Effect, 
     """The line of a claim in the report: the interval of its effect and the verdict."""
     about = (len(effect.values), list(effect.methods), list(effect.cells))
     if len(effect.values) < 2:
-        note = effect.missing or "one seed: no interval"
+        note = effect.missing or "too few seeds for an interval"
         value = float(effect.values[0]) if len(effect.values) else None
         return Verdict(
             claim, statement, predicts, where, value, None, None, None, margin, intervals.NOT_TESTED, *about, note

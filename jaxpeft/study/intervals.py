@@ -1,4 +1,4 @@
-"""The statistics of claims: intervals over seeds, the word for an interval, slopes, and departures from monotonicity.
+"""The statistics of claims: intervals over seeds, the word for an interval, slopes, and pairs that depart from monotonicity.
 
 An effect is one number per seed. Each seed draws a subset, an initialisation and an order of its own, so the numbers of
 different seeds are independent, and the interval is that of Student's t. Whatever the runs of one seed have in common cancels
@@ -31,7 +31,7 @@ def t_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Es
     values = np.asarray(values, float)
     if len(values) < 2:
         raise ValueError(f"an interval over seeds needs at least 2 seeds, but there is {len(values)}")
-    mean, error, df = values.mean(), stats.sem(values), len(values) - 1
+    mean, error, df = values.mean(), values.std(ddof=1) / np.sqrt(len(values)), len(values) - 1
     half = stats.t.ppf(0.5 + level / 2, df) * error
     p = 2 * stats.t.sf(abs(mean) / error, df) if error else float(mean == 0)
     return Estimate(float(mean), float(mean - half), float(mean + half), float(p))
@@ -70,28 +70,19 @@ def seed_sd(scores_CS: np.ndarray) -> float:
     return float(np.sqrt(scores_CS.var(axis=1, ddof=1).mean()))
 
 
-def departure_pairs(scores_P: np.ndarray) -> tuple[int, int]:
-    """(i, j): the pair of points whose scores_P[i] - scores_P[j] is the departure from monotonicity.
+def departure_pair(scores_P: np.ndarray) -> tuple[int, int] | None:
+    """(i, j): the pair of points whose scores_P[i] - scores_P[j] is the departure from monotonicity; None for a monotonic line.
 
     It is the smaller of the largest rise and the largest fall along the points, because a monotonic line lacks one of them.
     """
     first, second = np.triu_indices(len(scores_P), 1)
     rises = scores_P[second] - scores_P[first]
     up, down = rises.argmax(), rises.argmin()
+    if min(rises[up], -rises[down]) <= 0:
+        return None
     if rises[up] < -rises[down]:
         return int(second[up]), int(first[up])
     return int(first[down]), int(second[down])
-
-
-def departure(scores_PS: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The departure from monotonicity of each seed -> (seeds,), and the pair of points of each seed.
-
-    A seed's pair is picked on the mean of the other seeds, so that noise alone has the mean 0, and a monotonic line one of at
-    most 0.
-    """
-    n = scores_PS.shape[1]
-    pairs = [departure_pairs(np.delete(scores_PS, s, axis=1).mean(axis=1)) for s in range(n)]
-    return np.array([scores_PS[i, s] - scores_PS[j, s] for s, (i, j) in enumerate(pairs)]), pairs
 
 
 def surviving(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
