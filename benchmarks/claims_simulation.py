@@ -3,7 +3,7 @@
     python benchmarks/claims_simulation.py --out results/claims_simulation.json
 
 The noise is that of results/scenes_full. The studies are made here, by code that shares nothing with jaxpeft/study/claims.py:
-this file knows the truth, that one only rows of scores. Per effect (0, half a margin, one, two), `--studies` studies are judged:
+this file knows the truth, that one only rows of scores. Per effect (0, half a margin, one, two), 1,000 studies are judged:
 
 - coverage: how often the 95 % interval contains the true effect;
 - wrong: how often the verdict says something false of the true effect;
@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import scipy
 
 from jaxpeft.study import claims, intervals
 
@@ -54,7 +55,10 @@ def committed_noise(path: Path = COMMITTED) -> dict:
     for task, level in (("captioning", "captions_human"), ("vqa", "vqa_unstated")):
         mine = {cell: np.array(both) for cell, both in chosen.items() if cell[0] == level}
         blind = max(
-            score[r["main_metric"]] for r in rows if r["level"] == level for score in r["metrics"]["test"]["blind"].values()
+            score[r["main_metric"]]
+            for r in rows
+            if r["level"] == level
+            for score in r["metrics"]["test"]["blind"].values()
         )
         span = max(test.mean() for test, _ in mine.values()) - blind
         pairs = np.array([both[:, 1] - both[:, 2] for both in mine.values()])  # the seeds that nothing was chosen on
@@ -114,8 +118,8 @@ def study(rng, noise: dict, effect: float, n_seeds: int, choose=None) -> tuple[l
     """(rows, scales, truths) of a study in which every claim has the true effect `effect` in margins, or 0.
 
     a: captions, inconsistent; data, size and composition with layers have the effect. b: captions, consistent; nothing has.
-    c: questions, consistent; data have the effect, sizes a hump of it (in margins of C4, twice the seeds' deviation). d: other questions, inconsistent; full fine-tuning is
-    behind by it, and all other cells are equal, so that the best one is luck.
+    c: questions, consistent; data have the effect, sizes a hump of it (in margins of C4: twice the seeds' deviation). d: other
+    questions, inconsistent; full fine-tuning is behind by it, and all other cells are equal, so that the best one is luck.
     """
     e = effect * MARGIN
     captions, questions = noise["captioning"], noise["vqa"]
@@ -134,20 +138,19 @@ def study(rng, noise: dict, effect: float, n_seeds: int, choose=None) -> tuple[l
     scales = [claims.Scale(name, *kind, blind=0.0, ceiling=1.0, declared=True) for name, kind in kinds.items()]
     points = 100 * e
     truths = {
-        ("C1", "a"): points, ("C2", "a"): points, ("C3", "c"): points, ("C4", "c"): picked(rows, "c", HUMP, hump), ("C4", "b"): 0.0,
-        ("C5 prefix", "a"): points, ("C6", "d"): points, ("C7 data", ""): points, ("C7 size", ""): points,
+        ("C1", "a"): points, ("C2", "a"): points, ("C3", "c"): points, ("C4", "b"): 0.0,
+        ("C4", "c"): picked(rows, "c", HUMP, hump), ("C5 prefix", "a"): points, ("C6", "d"): points,
+        ("C7 data", ""): points, ("C7 size", ""): points,
     }  # fmt: skip
     return rows, scales, truths
 
 
 def picked(rows: list, name: str, shape: tuple, hump: float) -> float:
     """The true effect of C4 in points: of the pairs of sizes that are furthest from monotonic on seed 0, mean over methods."""
-    total = 0.0
+    mine = [r for r in rows if r.setting == name and r.n_images == IMAGES[-1] and r.seed == 0]
+    score, total = {(r.method, r.size): r.score for r in mine}, 0.0
     for method in METHODS:
-        seen = [
-            next(r.score for r in rows if (r.setting, r.method, r.size, r.n_images, r.seed) == (name, method, s, IMAGES[-1], 0))
-            for s in SIZES
-        ]
+        seen = [score[method, size] for size in SIZES]
         rise = max((seen[j] - seen[i], j, i) for i in range(5) for j in range(i + 1, 5))
         fall = max((seen[i] - seen[j], i, j) for i in range(5) for j in range(i + 1, 5))
         size, high, low = min(rise, fall)
@@ -168,7 +171,9 @@ def one_study(job) -> tuple[list, object]:
     """(claim, effect, low, high, verdict, wrong, covered) of each claim with a known truth, and the check on selection."""
     seed, effect, n_seeds, choose = job
     noise = committed_noise()
-    rows, scales, truths = study(np.random.default_rng([seed, n_seeds, int(10 * effect)]), noise, effect, n_seeds, choose)
+    rows, scales, truths = study(
+        np.random.default_rng([seed, n_seeds, int(10 * effect)]), noise, effect, n_seeds, choose
+    )
     out = []
     for line in claims.judge(rows, scales):
         name = "C5 prefix" if line.claim == "C5" and "prefix" in line.statement else line.claim
@@ -180,7 +185,9 @@ def one_study(job) -> tuple[list, object]:
                 margin = 100 * claims.MARGINS["departure"] * noise[task]["images"][IMAGES[-1]]["sd"]
             label = f"{name} {'flat' if key == ('C4', 'b') else ''}".strip()
             covered = line.low <= truth <= line.high
-            out.append((label, truth, line.high - line.low, line.verdict, false_of(line.verdict, truth, margin), covered))
+            out.append(
+                (label, truth, line.high - line.low, line.verdict, false_of(line.verdict, truth, margin), covered)
+            )
     selection = claims.selection(rows)
     return out, selection and selection.low > 0
 
@@ -210,44 +217,65 @@ def simulate(effect: float, n_seeds: int, studies: int, workers: int, choose=Non
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--studies", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 10])
+    parser.add_argument("--out", type=Path, help="a file that exists is continued")
+    parser.add_argument("--studies", type=int, default=1000, help="per effect, with three seeds")
+    parser.add_argument("--more-seeds", type=int, default=10, help="the power with as many seeds; 0: leave it out")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
-    began, rows = time.time(), []
-    for n_seeds in args.seeds:
-        for effect in EFFECTS:
-            table, alarms = simulate(effect, n_seeds, args.studies, args.workers)
-            for claim, found in sorted(table.items()):
-                rows.append({"seeds": n_seeds, "effect": effect, "claim": claim, **found})
-                print(text(rows[-1]), flush=True)
-            print(f"seeds {n_seeds}, effect {effect}: selection found in {100 * alarms:.1f} %, none planted", flush=True)
-            rows.append({"seeds": n_seeds, "effect": effect, "claim": "selection", "alarms": alarms})
-    selection = {}
-    for choose in ("test", "validation"):
-        table, alarms = simulate(0.0, 3, args.studies, args.workers, choose)
-        selection[choose] = {"found": alarms, "coverage": {claim: one["coverage"] for claim, one in table.items()}}
-        print(f"rates chosen on {choose}: selection found in {100 * alarms:.1f} % of studies", flush=True)
-    if args.out:
-        about = {"studies": args.studies, "machine": platform.machine(), "seconds": round(time.time() - began)}
-        noise = {
-            task: {"luck": one["luck"], "sd": {str(n): 100 * by["sd"] for n, by in one["images"].items()}}
-            for task, one in committed_noise().items()
-        }
-        margins = dict(claims.MARGINS) | {"level": intervals.LEVEL}
-        value = {**about, "margins": margins, "noise_points": noise, "rows": rows, "selection": selection}
-        args.out.write_text(json.dumps(value, indent=1) + "\n")
+    done = json.loads(args.out.read_text()) if args.out and args.out.exists() else about(args.studies)
+    parts = [(3, effect, args.studies, None) for effect in EFFECTS]
+    parts += [(3, 0.0, args.studies, choose) for choose in ("test", "validation")]
+    parts += [(args.more_seeds, effect, args.studies // 5, None) for effect in EFFECTS if args.more_seeds]
+    for n_seeds, effect, studies, choose in parts:
+        facts = {"seeds": n_seeds, "effect": effect, "studies": studies, "rates_chosen_on": choose}
+        if any(part.items() >= facts.items() for part in done["parts"]):
+            continue
+        began = time.time()
+        claims_, alarms = simulate(effect, n_seeds, studies, args.workers, choose)
+        seconds = round(time.time() - began)
+        done["parts"].append({**facts, "seconds": seconds, "selection_found": alarms, "claims": claims_})
+        print("\n".join(text(done["parts"][-1])), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(done, indent=1) + "\n")
     return 0
 
 
-def text(row: dict) -> str:
-    """A row of the table."""
-    words = ", ".join(f"{word} {100 * share:.1f}" for word, share in row["verdicts"].items())
-    return (
-        f"seeds {row['seeds']}, effect {row['effect']} margins, {row['claim']:9}: truth {row['truth']:5.1f} points, +-"
-        f"{row['half_width']:.1f}; coverage {100 * row['coverage']:.1f} %, wrong {100 * row['wrong']:.1f} %; {words}"
-    )
+def about(studies: int) -> dict:
+    """What the numbers depend on."""
+    noise = {
+        task: {
+            "luck": one["luck"],
+            "sd_points": {str(n): 100 * by["sd"] for n, by in one["images"].items()},
+            "common_sd_points": {str(n): 100 * by["common"] for n, by in one["images"].items()},
+        }
+        for task, one in committed_noise().items()
+    }
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__}
+    machine = {"machine": platform.machine(), "system": platform.system(), **versions}
+    margins = dict(claims.MARGINS) | {"level": intervals.LEVEL}
+    return {
+        "command": "python benchmarks/claims_simulation.py",
+        **machine,
+        "margins": margins,
+        "noise": noise,
+        "parts": [],
+    }
+
+
+def text(part: dict) -> list[str]:
+    """The lines of a part of the table."""
+    planted = f", rates chosen on {part['rates_chosen_on']}" if part["rates_chosen_on"] else ""
+    lines = [
+        f"{part['seeds']} seeds, effect {part['effect']} margins{planted}, {part['studies']} studies, {part['seconds']} s: "
+        f"selection found in {100 * part['selection_found']:.1f} %"
+    ]
+    for claim, row in sorted(part["claims"].items()):
+        words = ", ".join(f"{word} {100 * share:.1f}" for word, share in row["verdicts"].items())
+        lines.append(
+            f"  {claim:9}: truth {row['truth']:5.1f} points, +-{row['half_width']:.1f}; "
+            f"coverage {100 * row['coverage']:.1f} %, wrong {100 * row['wrong']:.1f} %; {words}"
+        )
+    return lines
 
 
 if __name__ == "__main__":

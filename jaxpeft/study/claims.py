@@ -3,13 +3,14 @@
 **Rows.** A `Result` is the chosen run of a cell with one seed. A `Scale` says of a setting whether it is consistent with what
 the base was pre-trained on, which the study's config declares, and where its scores begin and end.
 
-**Unit.** All effects are in points: 100 (score - blind) / (ceiling - blind), so that captions and questions can be compared. 0 is
-the best guess without the image, 100 the ceiling. Effects of an axis are changes over the whole axis, not per doubling.
+**Unit.** All effects are in points: 100 (score - blind) / (ceiling - blind), so that captions and questions can be compared.
+0 is the best guess without the image, 100 the ceiling. Effects of an axis are changes over the whole axis, not per doubling.
 
-**Test.** From each claim follows one number per seed, the effect, by an equation that stands at its function. Its 95 % t-interval
-over seeds and a margin that the study's config sets beforehand decide the verdict (`intervals.verdict`): positive; positive,
-below the margin; flat; or negative. Where the interval is too wide for any of them it is 'undecided'. 'not tested' are effects
-of fewer than three methods, or with fewer than three points each: they speak about these methods, not about methods.
+**Test.** From each claim follows one number per seed, the effect, by an equation that stands at its function. Its 95 %
+t-interval over seeds and a margin that the study's config sets beforehand decide the verdict (`intervals.verdict`): positive;
+positive, below the margin; flat; or negative. Where the interval is too wide for any of them, it is 'undecided'. Effects of
+fewer than three methods, or with fewer than three points each, are 'not tested': they speak about these methods, not about
+methods. C6 compares two cells, so it needs three methods to pick from, but no points on an axis.
 
 | claim | effect | where | the paper predicts | refuted by |
 |---|---|---|---|---|
@@ -179,9 +180,9 @@ def departure(results: Sequence[Result]) -> Effect:
 def layers_less(results: Sequence[Result], rival: str) -> Effect:
     """C5: methods on layers (serial and parallel adapter, LoRA) less `rival` ('prefix' or 'prompt') at equal size.
 
-    effect_s = mean over cells r of the rival of (mean over methods on layers of their score - score(r)). A method's cell has the
-    same number of images, the same head and the closest number of stored parameters, at most a factor `EQUAL` apart; cells of
-    the rival that lack it for one of the methods are left out. Refuted by an interval below or around 0.
+    effect_s = mean over cells r of the rival of (mean over methods on layers of their score - score(r)). A method's cell has
+    the same number of images, the same head and the closest number of stored parameters, at most a factor `EQUAL` apart; cells
+    of the rival that lack it for one of the methods are left out. Refuted by an interval below 0 or within the margin.
     """
     by_cell = cells(results)
     about = {cell: next(iter(runs.values())) for cell, runs in by_cell.items()}
@@ -248,7 +249,8 @@ def contrast(results: Sequence[Result], scales: Sequence[Scale], effect: Callabl
     variants = [{one.variant for one in results if one.setting == setting} for setting in used]
     common = set.intersection(*variants)
     found = {
-        setting: effect([one for one in results if one.setting == setting and one.variant in common]) for setting in used
+        setting: effect([one for one in results if one.setting == setting and one.variant in common])
+        for setting in used
     }
     if any(not len(one.values) for one in found.values()):
         why = next(one.missing for one in found.values() if not len(one.values))
@@ -406,9 +408,7 @@ def check(config) -> None:
             )
 
 
-def judge(
-    results: Sequence[Result], scales: Sequence[Scale], margins: Mapping[str, float] = MARGINS
-) -> list[Verdict]:
+def judge(results: Sequence[Result], scales: Sequence[Scale], margins: Mapping[str, float] = MARGINS) -> list[Verdict]:
     """The verdicts on all claims, sorted by claim, for the settings that declare whether they are consistent."""
     results, found = in_points(results, scales), []
     for scale in scales:

@@ -21,7 +21,6 @@ from jaxpeft.runtime import renamed
 from jaxpeft.study import claims
 from jaxpeft.training import setup
 
-
 OF_STUDY = ("task", "lr_scale", "consistent", "ceiling")  # keys of a setting that are none of a run's config
 
 

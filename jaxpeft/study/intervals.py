@@ -13,7 +13,10 @@ from scipy import stats
 
 LEVEL = 0.95
 POSITIVE, BELOW, FLAT, NEGATIVE = "positive", "positive, below the margin", "flat", "negative"
-UNDECIDED, NOT_TESTED = "undecided", "not tested"  # no verdict: the interval allows several, or there is too little to judge
+UNDECIDED, NOT_TESTED = (
+    "undecided",
+    "not tested",
+)  # no verdict: the interval allows several, or there is too little to judge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +89,8 @@ def departure_pair(scores_P: np.ndarray) -> tuple[int, int] | None:
 
 
 def surviving(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
-    """Which effects differ from 0 when all are looked at together: Benjamini and Yekutieli's control of false discoveries, valid
-    under any dependence."""
+    """Which effects differ from 0 when all are looked at together, by Benjamini and Yekutieli's control of false discoveries,
+    which holds under any dependence."""
     if not len(p_values):
         return []
     return [bool(p <= 1 - level) for p in stats.false_discovery_control(p_values, method="by")]

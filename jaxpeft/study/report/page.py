@@ -27,7 +27,8 @@ TITLES = {
     "forgetting": "Forgetting",
 }
 VERDICTS = (
-    "claim", "verdict", "statement", "the paper predicts", "on", "effect", "95 % interval", "margin", "methods", "seeds", "cells",
+    "claim", "verdict", "statement", "the paper predicts", "on", "effect", "95 % interval", "margin", "methods", "seeds",
+    "cells",
 )  # fmt: skip
 
 
@@ -95,8 +96,8 @@ def _claims(study: Study, verdicts: list, selection) -> str:
     """The section on claims: the table of verdicts and what its numbers mean."""
     if not verdicts:
         return (
-            "<p>No claim is judged, because no setting says whether it is consistent with pre-training. Declare it in the study's "
-            "config: <code>settings.NAME.consistent = True</code> or <code>False</code>.</p>"
+            "<p>No claim is judged, because no setting says whether it is consistent with pre-training. Declare it in the "
+            "study's config: <code>settings.NAME.consistent = True</code> or <code>False</code>.</p>"
         )
     rows = [
         [
@@ -118,12 +119,12 @@ def _claims(study: Study, verdicts: list, selection) -> str:
 
 
 HOW_TO_READ = (
-    "Effects in points: 0 is the best guess without the image, 100 the ceiling of the setting. Effects of data and size are changes "
-    "over the whole axis. The interval is that of Student's t over seeds; the margin was set in the study's config. <b>positive</b>: "
-    "the interval is above 0. <b>positive, below the margin</b>: and all of it is too small to matter. <b>flat</b>: it contains 0 "
-    "and lies within the margin. <b>negative</b>: it is below 0. <b>undecided</b>: no verdict, the interval is too wide. "
-    f"<b>not tested</b>: fewer than {LEAST} methods with {LEAST} points each. Each line speaks of its methods and cells only. A "
-    "verdict against the paper is a result."
+    "Effects in points: 0 is the best guess without the image, 100 the ceiling of the setting. Effects of data and size are "
+    "changes over the whole axis. The interval is that of Student's t over seeds; the margin was set in the study's config. "
+    "<b>positive</b>: the interval is above 0. <b>positive, below the margin</b>: and all of it is too small to matter. "
+    "<b>flat</b>: it contains 0 and lies within the margin. <b>negative</b>: it is below 0. <b>undecided</b>: no verdict, the "
+    f"interval is too wide. <b>not tested</b>: fewer than {LEAST} methods with {LEAST} points each. Each line speaks of its "
+    "methods and cells only. A verdict against the paper is a result."
 )
 
 
@@ -138,8 +139,9 @@ def _multiplicity(verdicts: list) -> str:
     tested = [one for one in verdicts if one.verdict != NOT_TESTED]
     kept = [f"{one.claim} on {one.where} ({one.effect:+.1f})" for one in tested if one.survives]
     return (
-        f"{len(tested)} lines were tested, each at 95 %: if all true effects were 0, about {len(tested) / 20:.1f} of them would "
-        f"be called positive or negative by chance. Looked at together (false discoveries at 5 %, Benjamini and Yekutieli), "
+        f"{len(tested)} lines were tested, each at 95 %: if all true effects were 0, about {len(tested) / 20:.1f} of them "
+        f"would be called positive or negative by chance. Looked at together (Benjamini and Yekutieli's control of false "
+        f"discoveries, at 5 %), "
         f"{'these differ from 0: ' + '; '.join(kept) if kept else 'none differs from 0'}."
     )
 
@@ -240,7 +242,7 @@ def _card(about: dict, said: dict[str, str], picture: Path) -> str:
 
 
 def _table(header: Iterable[str], rows: list, fold: bool = True) -> str:
-    """An HTML table, shown as a card per row on a phone; numbers are right-aligned, all text is escaped. Long ones are folded."""
+    """An HTML table, shown as a card per row on a phone; numbers are right-aligned, text is escaped, long ones are folded."""
 
     def cell(tag, value, label=""):
         number = isinstance(value, int | float) and not isinstance(value, bool)
