@@ -116,8 +116,10 @@ def figure_axis(study: Study, axis: str) -> Figure:
             scores = [[row["test"] for row in rows] for _, rows in line]
             mean = [statistics.fmean(one) for one in scores]
             spread = [
-                [m - min(one) for m, one in zip(mean, scores, strict=True)],
-                [max(one) - m for m, one in zip(mean, scores, strict=True)],
+                [
+                    max(0.0, m - min(one)) for m, one in zip(mean, scores, strict=True)
+                ],  # equal scores: their mean rounds
+                [max(0.0, max(one) - m) for m, one in zip(mean, scores, strict=True)],
             ]
             ax.errorbar(xs, mean, yerr=spread, label=variant, capsize=2, markersize=5, linewidth=1.2, **look)
             capped = [

@@ -154,7 +154,8 @@ def _selection(found) -> str:
     if found.low > 0:
         return (
             f"Warning: seed 0, on which learning rates are chosen, scores {numbers} more than the other seeds on test images. "
-            f"Were rates chosen on the scored images? The effects are then too large for the variants that were searched most."
+            f"Either rates were chosen on the scored images, or the luck of a run is in its scores on both kinds of images. "
+            f"Then the scores of seed 0 are too high."
         )
     return f"Check of the choice of rates: seed 0, on which they are chosen, differs from the other seeds by {numbers} on test."
 
