@@ -237,7 +237,35 @@ def main(argv=None) -> int:
         print("\n".join(text(done["parts"][-1])), flush=True)
         if args.out:
             args.out.write_text(json.dumps(done, indent=1) + "\n")
+    print("\n".join(tables(done)))
     return 0
+
+
+def tables(done: dict) -> list[str]:
+    """The lines of two tables: coverage and verdicts with three seeds, and the power with more."""
+    words = ("positive", "positive, below the margin", "flat", "negative", "undecided")
+    three = [
+        "| claim | effect, margins | truth, points | interval | coverage | wrong | + | + below | flat | - | undecided |"
+    ]
+    three.append("|" + "---|" * 11)
+    more = ["| claim | seeds | interval | half a margin | one | two |", "|" + "---|" * 6]
+    plain = [part for part in done["parts"] if not part["rates_chosen_on"]]
+    for claim in sorted(plain[0]["claims"]):
+        for part in plain:
+            row = part["claims"][claim]
+            if part["seeds"] == 3:
+                shares = " | ".join(f"{100 * row['verdicts'].get(word, 0):.1f}" for word in words)
+                three.append(
+                    f"| {claim} | {part['effect']:g} | {row['truth']:.1f} | ±{row['half_width']:.1f} | "
+                    f"{100 * row['coverage']:.1f} | {100 * row['wrong']:.1f} | {shares} |"
+                )
+        for seeds in dict.fromkeys(part["seeds"] for part in plain):
+            mine = [part["claims"][claim] for part in plain if part["seeds"] == seeds]
+            found = [sum(row["verdicts"].get(word, 0) for word in words[:2]) for row in mine[1:]]
+            if claim != "C4 flat":
+                power = " | ".join(f"{100 * share:.0f}" for share in found)
+                more.append(f"| {claim} | {seeds} | ±{mine[0]['half_width']:.1f} | {power} |")
+    return [*three, "", *more]
 
 
 def about(studies: int) -> dict:

@@ -99,6 +99,7 @@ def test_the_pair_that_departs_from_monotonic():
 def test_what_is_different_from_zero_alone_may_not_be_among_many():
     assert intervals.surviving([0.001, 0.9]) == [True, False]
     assert intervals.surviving([0.04] + [0.9] * 9) == [False] * 10
+    assert intervals.surviving([0.04, 0.04]) == [False, False]  # each is .06 under any dependence
     assert intervals.surviving([]) == []
 
 
@@ -334,6 +335,7 @@ def test_the_committed_simulation_is_what_the_page_says():
             assert row["coverage"] >= 0.93 and row["wrong"] <= nominal + 0.02, (part["effect"], claim)
     (planted,) = [p for p in kept["parts"] if p["rates_chosen_on"] == "test"]
     assert planted["selection_found"] > 0.95
+    assert "\n".join(claims_simulation.tables(kept)) in (ROOT / "docs/results/claims_simulation.md").read_text()
 
 
 def test_scenes_full_judged_again_equals_the_recomputation(tmp_path):
