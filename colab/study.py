@@ -137,8 +137,8 @@ display(Image(filename=str(directory / "report" / "score_data.png"), width=560))
 # ## All cells, and what the report concludes
 #
 # The test score of the chosen run of each cell, and why it stopped: `plateau` when the validation loss no longer
-# improved, `cap` at the last step allowed. Below it are claims of the paper (arXiv 2403.08433) that this grid can
-# say something about.
+# improved, `cap` at the last step allowed. Below it are two claims of the paper (arXiv 2403.08433), and what the
+# report says of them.
 
 # %%
 study = reading.read(directory)
@@ -148,18 +148,16 @@ for row in sorted(study.rows, key=lambda row: (row["variant"], row["size"], row[
         what = f"{row['variant']:<12}{row['size']:>5}{row['n_images']:>8}{row['stored']:>9,}{row['lr']:>8g}"
         print(f"{what}   {row['test']:.3f} ({row['stopped']})")
 print()
-for claim in json.loads((directory / "report" / "claims.json").read_text())["converged"]:
-    if claim["effect"] is not None:
-        print(f"{claim['statement']}: {claim['verdict']}")
-        print(
-            f"    {claim['effect']:+.3f} [{claim['low']:+.3f}, {claim['high']:+.3f}] {claim['unit']}; {claim['note']}"
-        )
+for claim in json.loads((directory / "report" / "claims.json").read_text())["verdicts"]:
+    if claim["claim"] in ("C1", "C2"):
+        print(f"{claim['claim']}, {claim['statement']}: {claim['verdict']}")
+        print(f"    {claim['note']}")
 
 # %% [markdown]
-# **How to read it.** The first number of a claim is the effect, the brackets hold its 95 % interval. *Supported*
-# means that the interval is above zero, *undecided* that it contains zero: this grid cannot tell. With one seed,
-# the interval covers the choice of test questions only. Another seed, and other validation images, could move the
-# scores by more. That is why real studies have several seeds and more validation images.
+# **How to read it.** A claim about methods needs at least three of them, with three points each, and several seeds:
+# the interval of an effect is one over seeds, because another seed moves the scores too. This grid has none of these,
+# so its claims are *not tested*. In a real study there are four verdicts: *positive*; *positive, below the margin*
+# that was set before; *flat*; *negative*. Where the interval allows none of them, it says *undecided*.
 #
 # ## The real ones
 #

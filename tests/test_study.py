@@ -1,5 +1,6 @@
 """The grid, who works on what, and what is run again; points are trained in test_train.py and replaced here."""
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -18,8 +19,8 @@ from jaxpeft.data import pipeline, scenes
 from jaxpeft.models import loading
 from jaxpeft.runtime import files, locks, registry
 from jaxpeft.runtime.locks import Lease
+from jaxpeft.study import claims, cost, execute, grid, progress, report, reruns
 from jaxpeft.study import config as studies
-from jaxpeft.study import cost, execute, grid, progress, report, reruns
 from jaxpeft.study.grid import Cell
 from jaxpeft.study.report import figures, page
 from jaxpeft.study.report.rows import as_csv, consistency
@@ -717,16 +718,69 @@ def test_a_study_of_version_0_1_is_reported_as_today(done):
         report.read(done)
 
 
-def test_the_640_runs_of_version_0_1_give_the_same_table(tmp_path, monkeypatch):
-    """results/scenes_full: every row, and with it every choice of a learning rate. Its predictions are not kept there."""
+def test_the_640_runs_of_version_0_1_give_the_same_table(tmp_path):
+    """results/scenes_full: every row, and with it every choice of a learning rate. The report needs no predictions."""
     kept = Path(__file__).parents[1] / "results" / "scenes_full"
     (tmp_path / "results.jsonl").symlink_to(kept / "results.jsonl")
     config = setup.as_json(scenes_full.get_config())
     config = {OLD.get(key, key): value for key, value in config.items()}
     files.write_json(tmp_path / "study.json", {"config": config})
-    monkeypatch.setattr("jaxpeft.study.report.rows._final", lambda row, directory: row["id"])
     study = report.read(tmp_path)
     (_, *rows), (_, *expected) = as_csv(study.rows).splitlines(), (kept / "results.csv").read_text().splitlines()
     assert len(rows) == 640 and rows == expected
-    claims = json.loads((kept / "claims.json").read_text())
-    assert [list(row.values()) for row in consistency(study)] == [list(row.values()) for row in claims["consistency"]]
+    old = json.loads((kept / "claims.json").read_text())
+    assert [list(row.values()) for row in consistency(study)] == [list(row.values()) for row in old["consistency"]]
+    line = report.write(tmp_path)
+    assert "640 runs; claims: 1 flat; 1 negative; 9 not tested; 5 positive; 5 undecided" in line
+    page = (tmp_path / "report" / "index.html").read_text()
+    table = page[page.index("<h2>Claims") : page.index("<h2>How consistent")]
+    assert table.count("<tr>") == 22 and "<details>" not in table
+    assert "captions_web (consistent): blind 0.308, ceiling 3.608, the study&#x27;s best cell." in table
+    assert "12 lines were tested" in table and "these differ from 0: C1 on captions_human (+26.6); C1 on" in table
+    assert "differs from the other seeds by +0.07 standard deviations" in table and "Warning" not in table
+    assert "lora_head 16 at 64, 256, 1024, 4096, 16384 images; parallel_adapter_head 64 at" in table
+    assert 'class=" not-tested"' in table and 'class=" positive"' in table
+    kept = json.loads((tmp_path / "report" / "claims.json").read_text())
+    assert len(kept["verdicts"]) == 21 and kept["margins"] == {"data": 2, "size": 2, "method": 2, "departure": 2}
+
+
+@pytest.fixture
+def own(fake, tmp_path):
+    """A study of two methods on a folder of one's own, which declares nothing."""
+    c = tiny.get_config("steps=3,seeds=3")
+    del c.variants.head
+    c.settings = {"my_photos": {"task": "captioning", "data": {"captions": "human"}}}
+    execute.run(c, tmp_path, log=quiet)
+    return tmp_path
+
+
+def test_a_study_of_ones_own_speaks_of_no_paper(own):
+    line = report.write(own)
+    assert "claims: none, no setting declares `consistent`" in line
+    page = (own / "report" / "index.html").read_text()
+    assert "No claim is judged" in page and "settings.NAME.consistent = True" in page
+    assert "the paper predicts" not in page and "my_photos" in page
+
+
+def test_two_methods_of_ones_own_are_not_a_test(own):
+    """The same study once it declares: every line says what it lacks."""
+    about = json.loads((own / "study.json").read_text())
+    about["config"]["settings"]["my_photos"] |= {"consistent": False, "ceiling": 7.3}
+    files.write_json(own / "study.json", about)
+    assert "not tested)" in report.write(own)
+    found = json.loads((own / "report" / "claims.json").read_text())
+    assert found["verdicts"] and {one["verdict"] for one in found["verdicts"]} == {"not tested"}
+    assert all(one["note"] for one in found["verdicts"])
+    assert found["scales"][0]["ceiling"] == 7.3 and found["scales"][0]["declared"]
+    assert "ceiling 7.300, declared" in (own / "report" / "index.html").read_text()
+
+
+def test_scores_of_seed_0_that_are_too_good_are_a_warning(done):
+    study = report.read(done)
+    better = [dataclasses.replace(one, score=one.score + 0.1 * (one.seed == 0)) for one in study.results]
+    many = [
+        dataclasses.replace(one, seed=seed, score=one.score + 0.01 * seed)
+        for one in better for seed in (one.seed, 2) if seed == one.seed or one.seed
+    ]  # fmt: skip
+    assert "Warning: seed 0" in page._selection(claims.selection(many))
+    assert "Too few seeds" in page._selection(claims.selection(study.results))

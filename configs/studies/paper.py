@@ -63,7 +63,10 @@ def get_config(arg=""):
         if one["method"] in PLACES[a.towers]:
             one["fields"] = one["fields"] | {"targets": PLACES[a.towers][one["method"]]}
     variants["full"] = variants["full"] | {"lr": 1e-5}  # the release's for captioning
-    settings = {"captions_coco": {"task": "captioning"}, "vqa_v2": {"task": "vqa"}}
+    # pre-training has had captions, those of COCO among them; it has had no questions
+    settings = {
+        "captions_coco": {"task": "captioning", "consistent": True}, "vqa_v2": {"task": "vqa", "consistent": False}
+    }  # fmt: skip
     return studies.study(
         "paper", __doc__, settings, variants, budgets=(150_000, 500_000, 1_500_000, 5_000_000, 15_000_000), n_images=N_IMAGES,
         seeds=a.seeds, learning_rates=(0.1, 0.3, 1.0, 3.0, 10.0), make_point=point,

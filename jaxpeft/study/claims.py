@@ -1,92 +1,110 @@
-"""The paper's claims as tests on a study's results: effect, bootstrap interval, verdict. Pure functions of numbers.
+"""The paper's claims (arXiv 2403.08433) as tests on a study's results. Pure functions over rows; statistics in intervals.py.
 
-Input is a list of `Final`: one per cell and seed, at the learning rate that validation chose, with the main metric of
-every test example. All runs of a setting are scored on the same examples, and seed s draws the same subset in every cell,
-so both are resampled jointly: a replicate draws seeds and examples with replacement and recomputes the whole effect.
-With one seed only examples are resampled, and the interval does not cover the variation between seeds.
+**Rows.** A `Result` is the chosen run of a cell with one seed. A `Scale` says of a setting whether it is consistent with what
+the base was pre-trained on, which the study's config declares, and where its scores begin and end.
 
-A verdict ('supported', 'refuted' or 'undecided') is based on an interval, not on a point estimate. A claim that nothing
-changes is judged by an equivalence test: it is supported if the whole interval is within a stated margin of zero. Intervals
-are 95 % percentile intervals; for equivalence 90 %, which amounts to two one-sided tests at 5 %.
+**Unit.** All effects are in points: 100 (score - blind) / (ceiling - blind), so that captions and questions can be compared.
+0 is the best guess without the image, 100 the ceiling. Effects of an axis are changes over the whole axis, not per doubling.
+
+**Test.** From each claim follows one number per seed, the effect, by an equation that stands at its function. Its 95 %
+t-interval over seeds and a margin that the study's config sets beforehand decide the verdict (`intervals.verdict`): positive;
+positive, below the margin; flat; or negative. Where the interval is too wide for any of them, it is 'undecided'. Effects of
+fewer than three methods, or with fewer than three points each, are 'not tested': they speak about these methods, not about
+methods. C6 compares two cells, so it needs three methods to pick from, but no points on an axis.
+
+| claim | effect | where | the paper predicts | refuted by |
+|---|---|---|---|---|
+| C1 | `trend`, data | inconsistent settings | positive | flat, negative, below the margin |
+| C2 | `trend`, size | inconsistent settings | positive | flat, negative, below the margin |
+| C3 | `trend`, data | consistent settings | flat | positive, negative |
+| C4 | `departure` | consistent settings | positive | flat, negative |
+| C4 | `departure` | inconsistent settings | not positive | positive |
+| C4 difference | `contrast` of `departure` | tasks that have both | positive | flat, negative |
+| C5 | `layers_less` | each setting, prefix and prompt apart | positive | flat, negative |
+| C6 | `best_less_full` | each setting and number of images | positive (it "can") | negative |
+| C7 | `contrast` of `trend`, data and size | tasks that have both | positive | flat, negative |
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from jaxpeft.metrics.bootstrap import REPLICATES, interval
+from jaxpeft.study import intervals
 
 LAYER, EMBEDDING = ("serial_adapter", "parallel_adapter", "lora"), ("prompt", "prefix")
-MARGIN = 0.05  # share of the setting's mean score that counts as no change
+PEFT = (*LAYER, *EMBEDDING)  # the paper's five
+LEAST = 3  # methods, points of each, for an effect to be tested
+EQUAL = 1.25  # stored parameters of cells of equal size differ by this factor at most
+# In points; a departure is measured in standard deviations of a cell's score over seeds.
+MARGINS = {"data": 2.0, "size": 2.0, "method": 2.0, "departure": 2.0}
 
 
 @dataclasses.dataclass(frozen=True)
-class Final:
-    """A cell's run with one seed: its place in the grid and its scores on test examples."""
+class Result:
+    """A cell's run with one seed, at the learning rate that validation chose: its place in the grid and its scores."""
 
     setting: str
     task: str
     variant: str
     method: str
+    head: str
     size: int
     n_images: int
     stored: int
     seed: int
-    each: np.ndarray  # (examples,) main metric
-    converged: bool
+    score: float  # main metric on test images
     validation: float  # main metric on the split that learning rates are chosen on
 
-
-class Table:
-    """The finals of one setting as an array scores[cell, seed] of per-example vectors, resampled together."""
-
-    def __init__(self, finals: Sequence[Final]):
-        self.cells = sorted({(f.variant, f.size, f.n_images) for f in finals})
-        self.about = {(f.variant, f.size, f.n_images): f for f in finals}
-        seeds = [{f.seed for f in finals if (f.variant, f.size, f.n_images) == cell} for cell in self.cells]
-        self.seeds = sorted(set.intersection(*seeds)) if seeds else []  # the seeds that every cell has
-        where = {(f.variant, f.size, f.n_images, f.seed): f.each for f in finals}
-        rows = [[where[*cell, seed] for seed in self.seeds] for cell in self.cells]
-        self.each_CSE = np.array(rows) if rows and self.seeds else np.zeros((len(rows), 0, 0))
-
-    def means(self, rng: np.random.Generator | None = None, examples=None) -> np.ndarray:
-        """Mean scores (cells,); with `rng` those of a bootstrap replicate, with `examples` on these examples only."""
-        x = self.each_CSE if examples is None else self.each_CSE[:, :, examples]
-        if rng is None:
-            return x.mean(axis=(1, 2))
-        _, n_seeds, n_examples = x.shape
-        by_seed = x[:, :, rng.integers(n_examples, size=n_examples)].mean(axis=2)
-        if n_seeds == 1:
-            return by_seed[:, 0]
-        # a bootstrap mean of n values has only (n - 1) / n of the variance: with three seeds a third is missing
-        middle, drawn = by_seed.mean(axis=1), by_seed[:, rng.integers(n_seeds, size=n_seeds)].mean(axis=1)
-        return middle + np.sqrt(n_seeds / (n_seeds - 1)) * (drawn - middle)
-
     @property
-    def enough(self) -> bool:
-        return self.each_CSE.size > 0
+    def cell(self) -> tuple[str, int, int]:
+        return self.variant, self.size, self.n_images
 
 
-def verdict_positive(low: float, high: float, margin: float) -> str:
-    """Verdict on a positive effect: supported above zero; refuted below zero, or if the whole interval is in the margin."""
-    if high < 0 or (-margin < low and high < margin):
-        return "refuted"
-    return "supported" if low > 0 else "undecided"
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What a setting declares, and where its scores begin and end."""
+
+    setting: str
+    task: str
+    consistent: bool | None  # with pre-training, in task, style and data; None: the config does not say
+    blind: float  # the best guess without the image
+    ceiling: float
+    declared: bool = False  # the ceiling; else it is the best mean score of the study
+
+    def points(self, score: float) -> float:
+        """A score as points."""
+        return 100 * (score - self.blind) / (self.ceiling - self.blind)
 
 
-def verdict_flat(low: float, high: float, margin: float) -> str:
-    """Verdict on no change: supported within the margin, refuted outside it."""
-    if -margin < low and high < margin:
-        return "supported"
-    return "refuted" if low > margin or high < -margin else "undecided"
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """One number per seed, and what it was computed from. `missing` says why it does not count as tested ('' if it does)."""
+
+    values: np.ndarray  # (seeds,)
+    methods: tuple[str, ...] = ()
+    cells: tuple[str, ...] = ()
+    noise: float = 0.0  # standard deviation over seeds of the score of a cell
+    missing: str = ""
 
 
-def slope(xs: Sequence[float], scores: np.ndarray) -> float:
-    """Least-squares slope of scores per doubling of x."""
-    x = np.log2(np.asarray(xs, float))
-    x -= x.mean()
-    return float(x @ scores / (x @ x))
+NONE = np.zeros(0)
+Cells = dict[tuple[str, int, int], dict[int, Result]]
+
+
+def cells(results: Iterable[Result]) -> Cells:
+    """cell -> seed -> result, in the order of variants, sizes and numbers of images."""
+    found = collections.defaultdict(dict)
+    for one in sorted(results, key=lambda one: (one.cell, one.seed)):
+        found[one.cell][one.seed] = one
+    return dict(found)
+
+
+def scores(by_cell: Cells, wanted: Sequence[tuple]) -> np.ndarray:
+    """(cells, seeds): the scores of some cells, for the seeds that all of them have."""
+    seeds = sorted(set.intersection(*(set(by_cell[cell]) for cell in wanted)))
+    return np.array([[by_cell[cell][seed].score for seed in seeds] for cell in wanted])
 
 
 def middle_size(sizes: Sequence[int]) -> int:
@@ -94,250 +112,350 @@ def middle_size(sizes: Sequence[int]) -> int:
     return min(set(sizes), key=lambda size: (-sizes.count(size), size))
 
 
-def _axis(table: Table, axis: str, variants) -> dict[str, list[int]]:
-    """variant -> indices of its cells along 'data' (at its middle size) or 'size' (with all images), if at least two."""
-    lines = {}
-    for variant in variants:
-        mine = [(i, cell) for i, cell in enumerate(table.cells) if cell[0] == variant]
-        if not mine:
-            continue
-        if axis == "size":
-            most = max(cell[2] for _, cell in mine)
-            line = [i for i, cell in mine if cell[2] == most]
-            line.sort(key=lambda i: table.about[table.cells[i]].stored)
-        else:
-            middle = middle_size([cell[1] for _, cell in mine])
-            line = sorted((i for i, cell in mine if cell[1] == middle), key=lambda i: table.cells[i][2])
-        if len(line) > 1:
-            lines[variant] = line
-    return lines
+def lines(by_cell: Cells, axis: str) -> dict[str, list[tuple]]:
+    """variant -> its cells along 'data' (at its middle size) or 'size' (with all images), for the paper's five methods.
 
-
-def _x(table: Table, axis: str, i: int) -> float:
-    """The number of images, or the method's size: its stored parameters grow with it, the head's do not."""
-    return table.cells[i][2 if axis == "data" else 1]
-
-
-def trend(table: Table, axis: str, variants) -> Callable | None:
-    """effect(rng): the mean over variants of the score's slope per doubling of data or of the method's size."""
-    lines = _axis(table, axis, variants)
-    if not lines:
-        return None
-
-    def effect(rng):
-        scores = table.means(rng)
-        return np.mean([slope([_x(table, axis, i) for i in line], scores[line]) for line in lines.values()])
-
-    return effect
-
-
-def change(table: Table, axis: str, variants) -> Callable | None:
-    """effect(rng): the mean over variants of the fitted change from the lower to the upper end of an axis."""
-    lines = _axis(table, axis, variants)
-    if not lines:
-        return None
-
-    def effect(rng):
-        scores, total = table.means(rng), []
-        for line in lines.values():
-            xs = [_x(table, axis, i) for i in line]
-            total.append(slope(xs, scores[line]) * np.log2(xs[-1] / xs[0]))
-        return np.mean(total)
-
-    return effect
-
-
-def slopes(finals: Sequence[Final], replicates: int = REPLICATES) -> list[dict]:
-    """The mean slope over PEFT variants of each setting and axis, as a share of its mean score, with the interval."""
-    out = []
-    for setting in dict.fromkeys(f.setting for f in finals):
-        table = Table([f for f in finals if f.setting == setting])
-        for axis in ("data", "size"):
-            effect = trend(table, axis, peft_variants(finals))
-            if effect is None or not table.enough:
-                continue
-            value, low, high = (x / table.means().mean() for x in interval(effect, replicates))
-            out.append(
-                {"setting": setting, "axis": axis, "slope": value, "low": low, "high": high, "seeds": len(table.seeds)}
-            )
-    return out
-
-
-def converged(finals: Sequence[Final]) -> list[Final]:
-    """The runs of cells whose seeds all converged: a cell is judged on all of its seeds or not at all."""
-    capped = {(f.setting, f.variant, f.size, f.n_images) for f in finals if not f.converged}
-    return [f for f in finals if (f.setting, f.variant, f.size, f.n_images) not in capped]
-
-
-def departure(table: Table, variants) -> Callable | None:
-    """effect(rng): how far scores are from monotonic over sizes; the mean over variants.
-
-    For a variant it is the smaller of its largest rise and its largest fall between two sizes. The two pairs of sizes are
-    picked on one half of the examples and measured on the other, and vice versa, so that noise alone has a mean <= 0.
+    Variants with fewer than `LEAST` cells on the axis are left out.
     """
-    lines = {variant: line for variant, line in _axis(table, "size", variants).items() if len(line) > 2}
-    if not lines:
-        return None
-    halves = [np.arange(h, table.each_CSE.shape[2], 2) for h in (0, 1)]
-    picked = {}  # once, from the original data: all replicates measure the same pairs
-    for h, half in enumerate(halves):
-        scores = table.means(None, half)
-        for variant, line in lines.items():
-            pairs = [(i, j) for k, i in enumerate(line) for j in line[k + 1 :]]
-            up, down = (max(pairs, key=lambda p, s=s: s * (scores[p[1]] - scores[p[0]])) for s in (1, -1))
-            picked[h, variant] = up, down
-
-    def effect(rng):
-        found = []
-        for h in (0, 1):
-            scores = table.means(rng, halves[1 - h])
-            for variant in lines:
-                up, down = picked[h, variant]
-                found.append(min(scores[up[1]] - scores[up[0]], scores[down[0]] - scores[down[1]]))
-        return np.mean(found)
-
-    return effect
+    found = {}
+    for variant in dict.fromkeys(cell[0] for cell in by_cell):
+        mine = [cell for cell in by_cell if cell[0] == variant]
+        if next(iter(by_cell[mine[0]].values())).method not in PEFT:
+            continue
+        if axis == "data":
+            middle = middle_size([size for _, size, _ in mine])
+            mine = [cell for cell in mine if cell[1] == middle]
+        else:
+            most = max(n for _, _, n in mine)
+            mine = [cell for cell in mine if cell[2] == most]
+        if len(mine) >= LEAST:
+            found[variant] = mine
+    return found
 
 
-def difference(table: Table, ours: Sequence[int], theirs: Sequence[int]) -> Callable:
-    """effect(rng): the mean score of some cells minus that of others."""
+def trend(results: Sequence[Result], axis: str, over: str = "axis") -> Effect:
+    """C1, C2, C3: the change of the score from the lower to the upper end of the axis 'data' or 'size'.
 
-    def effect(rng):
-        scores = table.means(rng)
-        return scores[list(ours)].mean() - scores[list(theirs)].mean()
+    effect_s = mean over variants v of b_vs d_v, where b_vs is the least-squares slope of seed s's scores per doubling of the
+    number of images, or of the method's size (rank, bottleneck, length), and d_v the number of doublings of v's line. With
+    over='doubling', d_v is 1. C1 and C2 are refuted by an interval within the margin or below 0, C3 by one outside 0.
+    """
+    by_cell = cells(results)
+    of = lines(by_cell, axis)
+    slopes, where = [], {"data": 2, "size": 1}[axis]
+    everything = [cell for line in of.values() for cell in line]
+    every = dict(zip(everything, scores(by_cell, everything), strict=True)) if everything else {}
+    for line in of.values():
+        xs = [cell[where] for cell in line]
+        b_S = intervals.slope(xs, np.array([every[cell] for cell in line]))
+        slopes.append(b_S * (intervals.doublings(xs) if over == "axis" else 1))
+    return _effect(slopes, by_cell, of, axis)
 
-    return effect
+
+def departure(results: Sequence[Result]) -> Effect:
+    """C4: how far scores are from monotonic along the method's size.
+
+    effect_s = mean over variants of score(i) - score(j) of seed s, for all seeds but the first. On the first seed, i, j are the
+    two sizes whose difference is the smaller of the largest rise and the largest fall; where it has no rise or no fall, the
+    variant counts as 0. So no seed is measured at a pair that its own noise has picked, and noise alone gives 0 on average. The
+    margin is a multiple of the seeds' standard deviation. The line names the pairs.
+    """
+    by_cell = cells(results)
+    of = lines(by_cell, "size")
+    everything = [cell for line in of.values() for cell in line]
+    every = dict(zip(everything, scores(by_cell, everything), strict=True)) if everything else {}
+    values, pairs = [], []
+    for variant, line in of.items():
+        score_PS = np.array([every[cell] for cell in line])
+        if pair := intervals.departure_pair(score_PS[:, 0]):
+            i, j = pair
+            values.append(score_PS[i, 1:] - score_PS[j, 1:])
+            pairs.append(f"{variant} {line[i][1]} less {line[j][1]} at {line[i][2]} images")
+        else:
+            values.append(np.zeros(score_PS.shape[1] - 1))
+            pairs.append(f"{variant}: monotonic on the first seed")
+    return dataclasses.replace(_effect(values, by_cell, of, "size"), cells=tuple(pairs))
+
+
+def layers_less(results: Sequence[Result], rival: str) -> Effect:
+    """C5: methods on layers (serial and parallel adapter, LoRA) less `rival` ('prefix' or 'prompt') at equal size.
+
+    effect_s = mean over cells r of the rival of (mean over methods on layers of their score - score(r)). A method's cell has
+    the same number of images, the same head and the closest number of stored parameters, at most a factor `EQUAL` apart; cells
+    of the rival that lack it for one of the methods are left out. Refuted by an interval below 0 or within the margin.
+    """
+    by_cell = cells(results)
+    about = {cell: next(iter(runs.values())) for cell, runs in by_cell.items()}
+    layers = [method for method in LAYER if any(one.method == method for one in about.values())]
+    used, differences = [], []
+    for cell, one in about.items():
+        equal = [_closest(about, one, method) for method in layers] if one.method == rival else []
+        if equal and all(equal):
+            used += [cell, *equal]
+            differences.append([cell, *equal])
+    used = list(dict.fromkeys(used))
+    if not used:
+        return Effect(NONE, missing=f"no cells of {rival} and of methods on layers that are equal in size")
+    every = dict(zip(used, scores(by_cell, used), strict=True))
+    values = [np.mean([every[cell] for cell in equal], axis=0) - every[mine] for mine, *equal in differences]
+    return dataclasses.replace(
+        _effect(values, by_cell, _by_variant(used)), missing=_missing((*layers, rival), len(differences), "equal size")
+    )
+
+
+def best_less_full(results: Sequence[Result], n_images: int) -> Effect:
+    """C6: the best PEFT cell with a tuned head less full fine-tuning, with n_images training images.
+
+    effect_s = score(best) - score(full) of seed s, where best is the cell with the highest mean validation score of the other
+    seeds: a seed's luck is in its validation and in its test score, so a cell picked on the same seed would look too good. This
+    compares two cells ("can beat"), so it needs three methods to pick from, but no axis. Refuted by an interval below 0.
+    """
+    by_cell = cells(one for one in results if one.n_images == n_images)
+    about = {cell: next(iter(runs.values())) for cell, runs in by_cell.items()}
+    full = [cell for cell, one in about.items() if one.method == "full"]
+    rivals = [cell for cell, one in about.items() if one.method in PEFT and one.head not in ("none", "")]
+    methods = {about[cell].method for cell in rivals}
+    if not full or not rivals:
+        return Effect(NONE, missing="full fine-tuning, or PEFT with a tuned head, was not run")
+    score_CS = scores(by_cell, [*rivals, *full])
+    seeds = sorted(set.intersection(*(set(by_cell[cell]) for cell in (*rivals, *full))))
+    picked = []
+    for seed in seeds:
+        others = [other for other in seeds if other != seed] or seeds
+        mean = [np.mean([by_cell[cell][other].validation for other in others]) for cell in rivals]
+        picked.append(int(np.argmax(mean)))
+    values = np.array([score_CS[i, s] - score_CS[-1, s] for s, i in enumerate(picked)])
+    best = list(dict.fromkeys(rivals[i] for i in picked))
+    effect = _effect([values], by_cell, _by_variant([*best, *full]))
+    few = f"{len(methods)} of {LEAST} methods to pick from" if len(methods) < LEAST else ""
+    return dataclasses.replace(effect, missing=few)
+
+
+def contrast(results: Sequence[Result], scales: Sequence[Scale], effect: Callable, sign: int = 1) -> Effect:
+    """C7, and the difference of C4: an effect in inconsistent settings less that in consistent ones, of the same task.
+
+    effect_s = mean over tasks of (mean over inconsistent settings - mean over consistent settings), with the variants that have
+    a line in all of them; times `sign`. Tasks without both kinds of setting are left out: captions against questions would
+    compare tasks, not consistency.
+    """
+    sides = collections.defaultdict(lambda: {True: [], False: []})
+    for scale in scales:
+        if scale.consistent is not None:
+            sides[scale.task][scale.consistent].append(scale.setting)
+    both = {task: side for task, side in sides.items() if side[True] and side[False]}
+    if not both:
+        return Effect(NONE, missing="no task has both a consistent and an inconsistent setting")
+    used = [setting for side in both.values() for setting in (*side[True], *side[False])]
+    variants = [{one.variant for one in results if one.setting == setting} for setting in used]
+    common = set.intersection(*variants)
+    found = {
+        setting: effect([one for one in results if one.setting == setting and one.variant in common])
+        for setting in used
+    }
+    if any(not len(one.values) for one in found.values()):
+        why = next(one.missing for one in found.values() if not len(one.values))
+        return Effect(NONE, missing=f"too little in common to both sides: {why}")
+    n = min(len(one.values) for one in found.values())
+
+    def mean(settings):
+        return np.mean([found[setting].values[:n] for setting in settings], axis=0)
+
+    values = np.mean([sign * (mean(side[False]) - mean(side[True])) for side in both.values()], axis=0)
+    first = found[used[0]]
+    return Effect(
+        values,
+        tuple(dict.fromkeys(method for one in found.values() for method in one.methods)),
+        tuple(f"{setting}: {cell}" for setting in used for cell in found[setting].cells),
+        max(one.noise for one in found.values()),
+        next((one.missing for one in found.values() if one.missing), first.missing),
+    )
+
+
+def selection(results: Sequence[Result]) -> intervals.Estimate | None:
+    """A check, not a claim: does seed 0, on which learning rates are chosen, score higher than the others on test images?
+
+    The estimate is over groups of cells with the same setting and number of images, as their subset is the same: the mean of
+    (score of seed 0 - mean score of the others) / the seeds' standard deviation in the group. It is about 0, unless rates were
+    chosen on the scored images, or the luck of a run is in both of its scores. None with fewer than three seeds or groups.
+    """
+    groups = collections.defaultdict(list)
+    for setting in dict.fromkeys(one.setting for one in results):
+        for (_, _, n_images), runs in cells([one for one in results if one.setting == setting]).items():
+            if 0 in runs and len(runs) > 2:
+                groups[setting, n_images].append([runs[seed].score for seed in sorted(runs)])
+    found = []
+    for rows in groups.values():
+        n = min(map(len, rows))
+        score_CS = np.array([row[:n] for row in rows])
+        if noise := intervals.seed_sd(score_CS):
+            found.append((score_CS[:, 0] - score_CS[:, 1:].mean(axis=1)).mean() / noise)
+    return intervals.t_interval(found) if len(found) >= LEAST else None
+
+
+def _closest(about: Mapping, one: Result, method: str) -> tuple | None:
+    """The cell of a method that is equal in size to that of `one`."""
+    alike = [
+        (max(other.stored, one.stored) / min(other.stored, one.stored), cell) for cell, other in about.items()
+        if other.method == method and other.n_images == one.n_images and other.head == one.head
+    ]  # fmt: skip
+    ratio, cell = min(alike, default=(np.inf, None))
+    return cell if ratio <= EQUAL else None
+
+
+def _by_variant(used: Sequence[tuple]) -> dict[str, list[tuple]]:
+    return {variant: [cell for cell in used if cell[0] == variant] for variant in dict.fromkeys(c[0] for c in used)}
+
+
+def _effect(values: list, by_cell: Cells, of: dict[str, list[tuple]], axis: str = "") -> Effect:
+    """The mean over `values` as an effect of the cells in `of` (variant -> cells)."""
+    methods = tuple(dict.fromkeys(next(iter(by_cell[line[0]].values())).method for line in of.values()))
+    everything = [cell for line in of.values() for cell in line]
+    score_CS = scores(by_cell, everything) if everything else np.zeros((0, 0))
+    noise = intervals.seed_sd(score_CS) if score_CS.shape[1] > 1 else 0.0
+    points = LEAST if of else 0  # lines with fewer are not in `of`
+    missing = _missing(methods, points, f"the {axis} axis") if axis else ""
+    return Effect(np.mean(values, axis=0) if values else NONE, methods, named(of), noise, missing)
+
+
+def _missing(methods: Sequence[str], points: int, where: str) -> str:
+    """Why an effect does not count as tested, or ''."""
+    if len(methods) >= LEAST and points >= LEAST:
+        return ""
+    needed = f"a test needs {LEAST} methods with {LEAST} points each on {where}; here"
+    if not methods:
+        return f"{needed} no method has them"
+    return f"{needed}: {', '.join(methods)}" + (f" with {points}" if points < LEAST else "")
+
+
+def named(of: Mapping[str, Sequence[tuple]]) -> tuple[str, ...]:
+    """Cells in words: 'lora_head 16 at 64, 256, 1024 images', 'lora_head 2, 4 at 1024 images'."""
+    found = []
+    for variant, line in of.items():
+        images, alike = collections.defaultdict(list), collections.defaultdict(list)
+        for _, size, n in sorted(line):
+            images[size].append(str(n))
+        for size, ns in images.items():
+            alike[", ".join(ns)].append(str(size))
+        for ns, sizes in alike.items():
+            found.append(f"{variant}{'' if sizes == ['0'] else ' ' + ', '.join(sizes)} at {ns} images")
+    return tuple(found)
 
 
 @dataclasses.dataclass
 class Verdict:
-    """The verdict on one claim for one setting (or between settings)."""
+    """The verdict on one claim for one setting (or between settings). Effect, interval and margin are in points."""
 
     claim: str
     statement: str
-    test: str
+    predicts: str
     where: str
-    unit: str
     effect: float | None
     low: float | None
     high: float | None
+    p: float | None
     margin: float
     verdict: str
-    n_cells: int
     n_seeds: int
-    n_examples: int
+    methods: list[str]
+    cells: list[str]
     note: str = ""
+    survives: bool = False  # differs from 0 also when all lines are looked at together
 
 
-def judge(finals: Sequence[Final], replicates: int = REPLICATES) -> list[Verdict]:
-    """Judge every claim on every setting -> verdicts, sorted by claim."""
-    settings = list(dict.fromkeys(f.setting for f in finals))
-    tables = {setting: Table([f for f in finals if f.setting == setting]) for setting in settings}
-    tasks = {setting: next(f.task for f in finals if f.setting == setting) for setting in settings}
-    peft = peft_variants(finals)
-    out = []
-
-    def add(claim, statement, test, setting, unit, effect, decide, confidence=0.95, scale=1.0):
-        table = tables[setting]
-        shared = {"n_cells": len(table.cells), "n_seeds": len(table.seeds), "n_examples": table.each_CSE.shape[-1]}
-        margin = MARGIN * float(abs(table.means().mean())) * scale if table.enough else 0.0
-        if effect is None or not table.enough:
-            note = "no cells for it"
-            out.append(
-                Verdict(
-                    claim, statement, test, setting, unit, None, None, None, margin, "undecided", **shared, note=note
-                )
-            )
-            return
-        value, low, high = interval(effect, replicates, confidence)
-        note = "" if len(table.seeds) > 1 else "one seed: the interval covers test examples only"
-        made = decide(low, high, margin)
-        out.append(Verdict(claim, statement, test, setting, unit, value, low, high, margin, made, **shared, note=note))
-
-    for setting in settings:
-        table = tables[setting]
-        if tasks[setting] == "vqa":
-            test = "mean slope over methods is above 0; refuted below 0 or within the margin"
-            words = {"C1": "more data helps", "C2": "more tunable parameters help"}
-            for claim, axis in (("C1", "data"), ("C2", "size")):
-                effect, unit = trend(table, axis, peft), "score per doubling"
-                add(claim, f"VQA: {words[claim]}", test, setting, unit, effect, verdict_positive, scale=0.2)
-        else:
-            test = "fitted change from least to most data lies within the margin (two one-sided tests)"
-            statement = "captioning: data size does not matter"
-            add("C3", statement, test, setting, "score", change(table, "data", peft), verdict_flat, 0.9)
-            test = "smaller of largest rise and largest fall over sizes is above 0, pairs picked on other examples"
-            statement = "captioning: the effect of tunable size is not monotonic"
-            add("C4", statement, test, setting, "score", departure(table, peft), verdict_positive)
-        ours, theirs = (
-            [i for i, c in enumerate(table.cells) if table.about[c].method in group] for group in (LAYER, EMBEDDING)
+def in_points(results: Sequence[Result], scales: Sequence[Scale]) -> list[Result]:
+    """The results with their scores in points."""
+    by_name = {scale.setting: scale for scale in scales}
+    return [
+        dataclasses.replace(
+            one,
+            score=by_name[one.setting].points(one.score),
+            validation=by_name[one.setting].points(one.validation),
         )
-        effect = difference(table, ours, theirs) if ours and theirs else None
-        add(
-            "C5", "methods that compose with layers beat those that compose with embeddings",
-            "mean score over cells, serial and parallel adapter and LoRA less prompt and prefix, is above 0",
-            setting, "score", effect, verdict_positive,
-        )  # fmt: skip
-        add(
-            "C6", "PEFT with a tuned classifier can beat full fine-tuning",
-            "the PEFT cell that validation picks, at the most data that full fine-tuning has, less full fine-tuning there",
-            setting, "score", _best_against_full(table, finals, setting, peft), verdict_positive,
-        )  # fmt: skip
-    out += _interactions(tables, tasks, peft, replicates)
-    return sorted(out, key=lambda one: one.claim)
+        for one in results
+    ]
 
 
-def peft_variants(finals: Sequence[Final]) -> list[str]:
-    """The variants whose method is one of the paper's five."""
-    return list(dict.fromkeys(f.variant for f in finals if f.method in (*LAYER, *EMBEDDING)))
-
-
-def _best_against_full(table, finals, setting, peft):
-    full = [i for i, cell in enumerate(table.cells) if table.about[cell].method == "full"]
-    if not full:
-        return None
-    there = max(full, key=lambda i: table.cells[i][2])
-    rivals = [
-        i for i, cell in enumerate(table.cells)
-        if cell[0] in peft and cell[0].endswith("_head") and cell[2] == table.cells[there][2]
-    ]  # fmt: skip
-    if not rivals:
-        return None
-
-    def validation(i):
-        return np.mean(
-            [f.validation for f in finals if f.setting == setting and (f.variant, f.size, f.n_images) == table.cells[i]]
+def line(claim: str, statement: str, predicts: str, where: str, effect: Effect, margin: float) -> Verdict:
+    """The line of a claim in the report: the interval of its effect and the verdict."""
+    about = (len(effect.values), list(effect.methods), list(effect.cells))
+    if len(effect.values) < 2:
+        note = effect.missing or "too few seeds for an interval"
+        value = float(effect.values[0]) if len(effect.values) else None
+        return Verdict(
+            claim, statement, predicts, where, value, None, None, None, margin, intervals.NOT_TESTED, *about, note
         )
+    found = intervals.t_interval(effect.values)
+    word = intervals.NOT_TESTED if effect.missing else intervals.verdict(found.low, found.high, margin)
+    numbers = (found.value, found.low, found.high, found.p)
+    return Verdict(claim, statement, predicts, where, *numbers, margin, word, *about, effect.missing)
 
-    return difference(table, [max(rivals, key=validation)], [there])
 
-
-def _interactions(tables, tasks, peft, replicates) -> list[Verdict]:
-    """Judge the claim in the paper's title: slopes, as shares of their setting's mean score, are larger for VQA."""
-    out = []
-    near = [setting for setting in tables if tasks[setting] != "vqa" and tables[setting].enough]
-    far = [setting for setting in tables if tasks[setting] == "vqa" and tables[setting].enough]
-    if not near or not far:
-        return out
-    for axis, words in (("data", "data size"), ("size", "tunable size")):
-        effects = {setting: trend(tables[setting], axis, peft) for setting in (*near, *far)}
-        if any(effect is None for effect in effects.values()):
-            continue
-        scale = {setting: tables[setting].means().mean() for setting in effects}
-
-        def effect(rng, effects=effects, scale=scale):
-            shares = {setting: effects[setting](rng) / scale[setting] for setting in effects}
-            return np.mean([shares[setting] for setting in far]) - np.mean([shares[setting] for setting in near])
-
-        value, low, high = interval(effect, replicates)
-        every = [tables[setting] for setting in effects]
-        out.append(
-            Verdict(
-                f"C7 {axis}", f"{words} matters more for VQA than for captioning",
-                "difference of mean slopes, each as a share of its setting's mean score, is above 0",
-                f"{' + '.join(far)} less {' + '.join(near)}", "share of score per doubling", value, low, high,
-                MARGIN * 0.2, verdict_positive(low, high, MARGIN * 0.2), sum(len(t.cells) for t in every),
-                min(len(t.seeds) for t in every), min(t.each_CSE.shape[-1] for t in every),
+def check(config) -> None:
+    """Raise ValueError for a study's margins, or a setting's `consistent` and `ceiling`, that claims cannot be judged by."""
+    margins = dict(config.get("margins", MARGINS))
+    if margins.keys() != MARGINS.keys():
+        raise ValueError(f"config.margins has {', '.join(sorted(margins))}; it must have {', '.join(sorted(MARGINS))}")
+    for name, value in margins.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"config.margins.{name} is {value!r}; it must be a number above 0, in points")
+    for name, setting in config.settings.items():
+        if not isinstance(consistent := setting.get("consistent", True), bool):
+            raise ValueError(f"config.settings.{name}.consistent is {consistent!r}; it must be True or False")
+        ceiling = setting.get("ceiling", 1.0)
+        if isinstance(ceiling, bool) or not isinstance(ceiling, int | float) or not ceiling > 0:
+            raise ValueError(
+                f"config.settings.{name}.ceiling is {ceiling!r}; it must be a score of the main metric above 0"
             )
-        )  # fmt: skip
-    return out
+
+
+def judge(results: Sequence[Result], scales: Sequence[Scale], margins: Mapping[str, float] = MARGINS) -> list[Verdict]:
+    """The verdicts on all claims, sorted by claim, for the settings that declare whether they are consistent."""
+    results, found = in_points(results, scales), []
+    for scale in scales:
+        mine = [one for one in results if one.setting == scale.setting]
+        if scale.consistent is not None and mine:
+            found += _of_setting(mine, scale, margins)
+    if found:
+        found += _between(results, scales, margins)
+    tested = [one for one in found if one.verdict != intervals.NOT_TESTED]
+    for one, survives in zip(tested, intervals.surviving([one.p for one in tested]), strict=True):
+        one.survives = survives
+    return sorted(found, key=lambda one: one.claim)
+
+
+def _of_setting(results: Sequence[Result], scale: Scale, margins: Mapping[str, float]) -> list[Verdict]:
+    where, data, hump = scale.setting, trend(results, "data"), departure(results)
+    noise = margins["departure"] * hump.noise
+    if scale.consistent:
+        found = [
+            line("C3", "consistent: the number of images does not matter", "flat", where, data, margins["data"]),
+            line("C4", "consistent: the effect of size is not monotonic", "positive", where, hump, noise),
+        ]
+    else:
+        size = trend(results, "size")
+        found = [
+            line("C1", "inconsistent: more images help", "positive", where, data, margins["data"]),
+            line("C2", "inconsistent: more tunable parameters help", "positive", where, size, margins["size"]),
+            line("C4", "inconsistent: the effect of size is monotonic", "not positive", where, hump, noise),
+        ]
+    for rival in ("prefix", "prompt"):
+        effect = layers_less(results, rival)
+        statement = f"methods on layers beat {rival} at equal size"
+        found.append(line("C5", statement, "positive", where, effect, margins["method"]))
+    for n in sorted({one.n_images for one in results if one.method == "full"}):
+        statement = f"PEFT with a tuned head can beat full fine-tuning, with {n:,} images"
+        found.append(line("C6", statement, "positive", where, best_less_full(results, n), margins["method"]))
+    return found
+
+
+def _between(results: Sequence[Result], scales: Sequence[Scale], margins: Mapping[str, float]) -> list[Verdict]:
+    where, found = "inconsistent less consistent settings of a task", []
+    for axis, words in (("data", "the number of images"), ("size", "tunable size")):
+        effect = contrast(results, scales, lambda some, axis=axis: trend(some, axis))
+        statement = f"{words} matters more where a setting is inconsistent"
+        found.append(line(f"C7 {axis}", statement, "positive", where, effect, margins[axis]))
+    effect = contrast(results, scales, departure, sign=-1)
+    statement = "the effect of size is further from monotonic where a setting is consistent"
+    where = "consistent less inconsistent settings of a task"
+    margin = margins["departure"] * effect.noise
+    return [*found, line("C4 difference", statement, "positive", where, effect, margin)]

@@ -3,15 +3,17 @@
 import ml_collections
 
 from jaxpeft import config
+from jaxpeft.study import claims
 
 # In order of distance from pre-training. Web captions name colours and shapes, and half of them a side; they never say how
 # many objects there are, what is missing, or which object is larger.
 # Captions need higher learning rates than answers for every method (results/methods_learn_*.json).
+# `consistent`: pre-training has had this task, in this style and on such data. Claims are judged by it.
 SETTINGS = {
-    "captions_web": {"task": "captioning", "lr_scale": 2.0, "data": {"captions": "web"}},
-    "captions_human": {"task": "captioning", "lr_scale": 2.0, "data": {"captions": "human"}},
-    "vqa_stated": {"task": "vqa", "data": {"types": ("color", "shape", "position")}},
-    "vqa_unstated": {"task": "vqa", "data": {"types": ("exist", "count", "compare")}},
+    "captions_web": {"task": "captioning", "consistent": True, "lr_scale": 2.0, "data": {"captions": "web"}},
+    "captions_human": {"task": "captioning", "consistent": False, "lr_scale": 2.0, "data": {"captions": "human"}},
+    "vqa_stated": {"task": "vqa", "consistent": False, "data": {"types": ("color", "shape", "position")}},
+    "vqa_unstated": {"task": "vqa", "consistent": False, "data": {"types": ("exist", "count", "compare")}},
 }
 LEARNING_RATES = (1 / 3, 1.0, 3.0)  # factors of each variant's middle learning rate
 
@@ -41,11 +43,13 @@ CONTROLS = {"head": variant("head", 3e-3, "none") | {"base": True}, "full": vari
 
 def study(
     name, hypothesis, settings, variants: dict, budgets, n_images, seeds=3, learning_rates=LEARNING_RATES, note="",
-    make_point=None,
+    make_point=None, margins=claims.MARGINS,
 ):  # fmt: skip
     """A study's config. The cells are on two axes through (middle budget, all images), unless `cross` is set.
 
-    `settings`: names of SETTINGS, or {name: {'task': ..., keys of a run's config}}; `make_point(task)` -> a run's config.
+    `settings`: names of SETTINGS, or {name: {'task': ..., keys of a run's config}}, with 'consistent' (True or False: with
+    pre-training) if claims are to be judged, and 'ceiling' if the best possible score is known. `make_point(task)` -> a run's
+    config. `margins`: the effects that are too small to matter, set before anything is run: study/claims.py.
     """
     c = ml_collections.ConfigDict()
     c.name, c.hypothesis, c.note = name, hypothesis, note
@@ -53,7 +57,7 @@ def study(
     c.settings, c.variants = ml_collections.ConfigDict(named), ml_collections.ConfigDict(variants)
     c.budgets, c.n_images, c.cross = tuple(budgets), tuple(n_images), False
     c.learning_rates, c.seeds, c.select_on = tuple(learning_rates), seeds, "val"
-    c.keep_checkpoints = False
+    c.keep_checkpoints, c.margins = False, ml_collections.ConfigDict(dict(margins))
     used = sorted({one["task"] for one in c.settings.values()})
     c.points = ml_collections.ConfigDict({task: (make_point or point)(task) for task in used})
     return c

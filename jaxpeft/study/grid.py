@@ -18,7 +18,10 @@ from jaxpeft import data, methods
 from jaxpeft.adapt import budget
 from jaxpeft.models import loading
 from jaxpeft.runtime import renamed
+from jaxpeft.study import claims
 from jaxpeft.training import setup
+
+OF_STUDY = ("task", "lr_scale", "consistent", "ceiling")  # keys of a setting that are none of a run's config
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -60,7 +63,7 @@ class Run:
         c.seed = c.data.subset_seed = self.seed
         c.data.n_images, c.optim.lr = self.cell.n_images, self.lr
         c.eval.base = bool(variant.get("base")) and self.seed == 0  # equal in all runs, so scored once per setting
-        c.update({key: value for key, value in setting.items() if key not in ("task", "lr_scale")})
+        c.update({key: value for key, value in setting.items() if key not in OF_STUDY})
         return c
 
 
@@ -147,8 +150,9 @@ def n_runs(config) -> int:
 
 
 def check(config) -> None:
-    """Raise ValueError where a base or the data of a setting cannot be read, or where the data have fewer training images than
-    a cell needs."""
+    """Raise ValueError where a base or the data of a setting cannot be read, where the data have fewer training images than
+    a cell needs, and for margins and declarations that claims cannot be judged by."""
+    claims.check(config)
     for task in dict.fromkeys(setting["task"] for setting in config.settings.values()):
         loading.read(config.points[task].base, task=task)
     for setting in config.settings:

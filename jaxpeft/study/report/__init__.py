@@ -3,8 +3,8 @@
     DIR/report/index.html   the page, readable without a network
     DIR/report/*.png        the figures; claims.json and results.csv hold the numbers
 
-Reads only DIR/results.jsonl, DIR/study.json, DIR/points/*/predictions.jsonl and DIR/pictures/, so it can be made anywhere from
-a copy of these files.
+Reads only DIR/results.jsonl and DIR/study.json, and for the test images DIR/points/*/predictions.jsonl and DIR/pictures/, so it
+can be made anywhere from a copy of these files.
 """
 
 import collections
@@ -12,7 +12,6 @@ import dataclasses
 import io
 from pathlib import Path
 
-from jaxpeft.metrics import bootstrap
 from jaxpeft.runtime import files
 from jaxpeft.study import claims
 from jaxpeft.study.report.figures import FIGURES
@@ -29,22 +28,23 @@ def write(workdir: str | Path, mixed_code: bool = False) -> str:
     study = read(directory, mixed_code)
     out = directory / "report"
     out.mkdir(exist_ok=True)
-    converged, everything = claims.judge(claims.converged(study.finals)), claims.judge(study.finals)
-    scale = consistency(study)
+    verdicts = claims.judge(study.results, study.scales, study.config["margins"])
+    selection, share = claims.selection(study.results), consistency(study)
     pngs = {name: _png(draw(study)) for name, (draw, _) in FIGURES.items()}
     for name, png in pngs.items():
         (out / f"{name}.png").write_bytes(png)
     files.write_json(
         out / "claims.json",
-        {"converged": [dataclasses.asdict(v) for v in converged], "all": [dataclasses.asdict(v) for v in everything],
-         "consistency": scale, "margin": claims.MARGIN, "replicates": bootstrap.REPLICATES},
+        {"verdicts": [dataclasses.asdict(one) for one in verdicts], "margins": dict(study.config["margins"]),
+         "scales": [dataclasses.asdict(one) for one in study.scales], "consistency": share,
+         "selection": selection and dataclasses.asdict(selection)},
     )  # fmt: skip
     files.write_text(out / "results.csv", as_csv(study.rows))
-    files.write_text(out / "index.html", render(study, converged, everything, scale, pngs))
-    said = collections.Counter(v.verdict for v in converged)
-    counts = ", ".join(f"{n} {name}" for name, n in sorted(said.items())) or "no claim can be judged"
+    files.write_text(out / "index.html", render(study, verdicts, selection, share, pngs))
+    said = collections.Counter(one.verdict for one in verdicts)
+    counts = "; ".join(f"{n} {name}" for name, n in sorted(said.items())) or "none, no setting declares `consistent`"
     n_done = sum(row["status"] == "done" for row in study.rows)
-    return f"report: {out / 'index.html'} ({n_done} runs; converged runs: {counts})"
+    return f"report: {out / 'index.html'} ({n_done} runs; claims: {counts})"
 
 
 def _png(figure) -> bytes:

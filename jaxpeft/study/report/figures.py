@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from jaxpeft.study import claims
+from jaxpeft.study import claims, intervals
 from jaxpeft.study.report.rows import Study, chosen_by_cell, consistency
 
 # Okabe and Ito's colours, distinguishable with all common kinds of colour blindness; markers for printing without colour
@@ -116,8 +116,10 @@ def figure_axis(study: Study, axis: str) -> Figure:
             scores = [[row["test"] for row in rows] for _, rows in line]
             mean = [statistics.fmean(one) for one in scores]
             spread = [
-                [m - min(one) for m, one in zip(mean, scores, strict=True)],
-                [max(one) - m for m, one in zip(mean, scores, strict=True)],
+                [
+                    max(0.0, m - min(one)) for m, one in zip(mean, scores, strict=True)
+                ],  # equal scores: their mean rounds
+                [max(0.0, max(one) - m) for m, one in zip(mean, scores, strict=True)],
             ]
             ax.errorbar(xs, mean, yerr=spread, label=variant, capsize=2, markersize=5, linewidth=1.2, **look)
             capped = [
@@ -197,22 +199,25 @@ def figure_learning_rates(study: Study) -> Figure:
 
 def figure_consistency(study: Study) -> Figure:
     """The effects of data and tunable size, against how consistent a setting is with pre-training."""
-    scale = {row["setting"]: row["consistency"] for row in consistency(study)}
+    share = {row["setting"]: row["consistency"] for row in consistency(study)}
+    results = claims.in_points(study.results, study.scales)
     figure, axes = _axes(2)
     for ax, axis in zip(axes, ("data", "size"), strict=True):
-        for row in claims.slopes(study.finals):
-            if row["axis"] == axis and row["setting"] in scale:
-                x, y = scale[row["setting"]], 100 * row["slope"]
-                error = [[max(0, y - 100 * row["low"])], [max(0, 100 * row["high"] - y)]]
-                ax.errorbar([x], [y], yerr=error, fmt="o", color="#0072B2", capsize=3, markersize=5)
-                ax.annotate(row["setting"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=7)
+        for setting in share:
+            values = claims.trend([one for one in results if one.setting == setting], axis).values
+            if len(values) > 1:
+                found = intervals.t_interval(values)
+                error = [[found.value - found.low], [found.high - found.value]]
+                ax.errorbar([share[setting]], [found.value], error, fmt="o", color="#0072B2", capsize=3, markersize=5)
+                at = (share[setting], found.value)
+                ax.annotate(setting, at, xytext=(6, 4), textcoords="offset points", fontsize=7)
         ax.axhline(0, color="#555555", linewidth=0.7)
         ax.set_xlim(-0.05, 1.25)
         _label(
             ax,
-            {"data": "twice the images", "size": "twice the size"}[axis],
+            {"data": "from the fewest images to all", "size": "from the smallest size to the largest"}[axis],
             "consistency: frozen base / best tuned score",
-            "% of the setting's mean score",
+            "points of blind to ceiling",
         )
     return figure
 
@@ -243,7 +248,8 @@ FIGURES = {
     ),
     "consistency": (
         figure_consistency,
-        "Effect of doubling images or size (rank, bottleneck, length), mean over PEFT variants, 95 % intervals, all runs.",
+        "Effect of images and of size (rank, bottleneck, length), mean over the paper's methods that were run; 95 % intervals "
+        "over seeds.",
     ),
     "pareto_stored": (
         functools.partial(figure_pareto, against="stored"),

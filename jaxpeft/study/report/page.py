@@ -10,11 +10,14 @@ import urllib.parse
 from collections.abc import Iterable
 from pathlib import Path
 
+from jaxpeft.study.claims import LEAST
+from jaxpeft.study.intervals import BELOW, FLAT, NEGATIVE, NOT_TESTED, POSITIVE, UNDECIDED
 from jaxpeft.study.report.figures import FIGURES
 from jaxpeft.study.report.rows import Study, cell_of, chosen_by_cell, read_jsonl
 
 HERE = Path(__file__).parent
 LONG = 20  # rows; a longer table is collapsed, because on a phone it would fill a hundred screens
+VERDICT_WORDS = (POSITIVE, BELOW, FLAT, NEGATIVE, UNDECIDED, NOT_TESTED)
 TITLES = {
     "score_data": "Score against data",
     "score_size": "Score against tunable size",
@@ -23,11 +26,14 @@ TITLES = {
     "learning_rates": "Learning rates",
     "forgetting": "Forgetting",
 }
-VERDICTS = ("claim", "verdict", "statement", "on", "effect", "interval", "margin", "unit", "n", "note")
+VERDICTS = (
+    "claim", "verdict", "statement", "the paper predicts", "on", "effect", "95 % interval", "margin", "methods", "seeds",
+    "cells",
+)  # fmt: skip
 
 
-def render(study: Study, converged: list, everything: list, scale: list[dict], pngs: dict[str, bytes]) -> str:
-    """The HTML page. `converged`, `everything`: verdicts on runs that converged, and on all; `scale`: rows.consistency."""
+def render(study: Study, verdicts: list, selection, share: list[dict], pngs: dict[str, bytes]) -> str:
+    """The HTML page. `verdicts`: claims.judge; `selection`: claims.selection; `share`: rows.consistency."""
     config, rows = study.config, study.rows
     done = [row for row in rows if row["status"] == "done"]
     failed = [[row["id"], row["error"]] for row in rows if row["status"] == "failed"]
@@ -44,15 +50,14 @@ def render(study: Study, converged: list, everything: list, scale: list[dict], p
         n_failed=len(failed),
         hours=f"{sum(row['total_s'] for row in done) / 3600:.2f}",
         seeds=config["seeds"],
-        converged=_table(VERDICTS, _verdict_rows(converged)) if converged else "<p>No converged run.</p>",
-        consistency=_table(scale[0], [row.values() for row in scale]) if scale else "<p>The base was not scored.</p>",
+        claims=_claims(study, verdicts, selection),
+        consistency=_table(share[0], [row.values() for row in share]) if share else "<p>The base was not scored.</p>",
         figures=_figures(pngs),
         variants=_variant_table(config["variants"]),
         learning_rates=", ".join(f"{factor:.3g}" for factor in config["learning_rates"]),
         recipe=_json(recipe),
         capped=_table(("cell", "seed", "steps"), capped)
         if capped else "<p>None: every chosen run stopped because its validation loss stopped falling.</p>",
-        everything=_table(VERDICTS, _verdict_rows(everything)) if everything else "",
         edges=_table(("cell", "learning rate", "which end"), edges) if edges else none,
         failures=_table(("run", "reason"), failed) if failed else none,
         gallery=_gallery(study) or "<p>No images were saved.</p>",
@@ -87,15 +92,72 @@ def _figures(pngs: dict[str, bytes]) -> str:
     return "\n".join(parts)
 
 
-def _verdict_rows(verdicts) -> list[list]:
-    return [
+def _claims(study: Study, verdicts: list, selection) -> str:
+    """The section on claims: the table of verdicts and what its numbers mean."""
+    if not verdicts:
+        return (
+            "<p>No claim is judged, because no setting says whether it is consistent with pre-training. Declare it in the "
+            "study's config: <code>settings.NAME.consistent = True</code> or <code>False</code>.</p>"
+        )
+    rows = [
         [
-            v.claim, v.verdict, v.statement, v.where, v.effect,
-            "" if v.low is None else f"[{v.low:.4g}, {v.high:.4g}]", v.margin, v.unit,
-            f"{v.n_cells} cells, {v.n_seeds} seeds, {v.n_examples} examples", v.note,
+            one.claim, one.verdict, one.statement, one.predicts, one.where, one.effect,
+            "" if one.low is None else f"{one.low:.3g} to {one.high:.3g}", one.margin, ", ".join(one.methods), one.n_seeds,
+            "; ".join([*one.cells, one.note] if one.note else one.cells),
         ]
-        for v in verdicts
+        for one in verdicts
     ]  # fmt: skip
+    return "\n".join(
+        [
+            f"<p>{HOW_TO_READ}</p>",
+            f"<p>{html.escape(' '.join(_ends(one) for one in study.scales))}</p>",
+            _table(VERDICTS, rows, fold=False),
+            f"<p>{html.escape(_multiplicity(verdicts))}</p>",
+            f"<p>{html.escape(_selection(selection))}</p>",
+        ]
+    )
+
+
+HOW_TO_READ = (
+    "Effects in points: 0 is the best guess without the image, 100 the ceiling of the setting. Effects of data and size are "
+    "changes over the whole axis. The interval is that of Student's t over seeds; the margin was set in the study's config. "
+    "<b>positive</b>: the interval is above 0. <b>positive, below the margin</b>: and all of it is too small to matter. "
+    "<b>flat</b>: it contains 0 and lies within the margin. <b>negative</b>: it is below 0. <b>undecided</b>: no verdict, the "
+    f"interval is too wide. <b>not tested</b>: fewer than {LEAST} methods with {LEAST} points each. Each line speaks of its "
+    "methods and cells only. A verdict against the paper is a result."
+)
+
+
+def _ends(scale) -> str:
+    kind = "consistent" if scale.consistent else "inconsistent" if scale.consistent is not None else "not declared"
+    ceiling = "declared" if scale.declared else "the study's best cell"
+    return f"{scale.setting} ({kind}): blind {scale.blind:.3f}, ceiling {scale.ceiling:.3f}, {ceiling}."
+
+
+def _multiplicity(verdicts: list) -> str:
+    """A word on the number of tests."""
+    tested = [one for one in verdicts if one.verdict != NOT_TESTED]
+    kept = [f"{one.claim} on {one.where} ({one.effect:+.1f})" for one in tested if one.survives]
+    return (
+        f"{len(tested)} lines were tested, each at 95 %: if all true effects were 0, about {len(tested) / 20:.1f} of them "
+        f"would be called positive or negative by chance. Looked at together (Benjamini and Yekutieli's control of false "
+        f"discoveries, at 5 %), "
+        f"{'these differ from 0: ' + '; '.join(kept) if kept else 'none differs from 0'}."
+    )
+
+
+def _selection(found) -> str:
+    """Whether seed 0, on which learning rates are chosen, is better on test images than the other seeds."""
+    if found is None:
+        return "Too few seeds to check whether learning rates were chosen on the scored images."
+    numbers = f"{found.value:+.2f} standard deviations over seeds ({found.low:.2f} to {found.high:.2f})"
+    if found.low > 0:
+        return (
+            f"Warning: seed 0, on which learning rates are chosen, scores {numbers} more than the other seeds on test images. "
+            f"Either rates were chosen on the scored images, or the luck of a run is in its scores on both kinds of images. "
+            f"Then the scores of seed 0 are too high."
+        )
+    return f"Check of the choice of rates: seed 0, on which they are chosen, differs from the other seeds by {numbers} on test."
 
 
 def _variant_table(variants: dict) -> str:
@@ -145,9 +207,8 @@ def _gallery(study: Study, most: int = 6) -> str:
     for setting in study.config["settings"]:
         kept = (study.directory / "pictures" / setting).glob("*.png")
         pictures = {urllib.parse.unquote(path.stem): path for path in kept}
-        cards = [
-            _card(about, said, pictures[about["image_id"]]) for about, said in _written(study, setting, pictures)[:most]
-        ]
+        written = _written(study, setting, pictures)[:most] if pictures else []
+        cards = [_card(about, said, pictures[about["image_id"]]) for about, said in written]
         if cards:
             parts.append(f"<h3>{html.escape(setting)}</h3><div class='gallery'>{''.join(cards)}</div>")
     return "".join(parts)
@@ -181,13 +242,13 @@ def _card(about: dict, said: dict[str, str], picture: Path) -> str:
     return f"<div>{shown}<table>{table}</table></div>"
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
-    """An HTML table, shown as a card per row on a phone; numbers are right-aligned, all text is escaped."""
+def _table(header: Iterable[str], rows: list, fold: bool = True) -> str:
+    """An HTML table, shown as a card per row on a phone; numbers are right-aligned, text is escaped, long ones are folded."""
 
     def cell(tag, value, label=""):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         shown = f"{value:,}" if isinstance(value, int) and number else f"{value:.4g}" if number else str(value)
-        extra = f" {value}" if value in ("supported", "refuted", "undecided") else ""
+        extra = f" {value.split(',')[0].replace(' ', '-')}" if value in VERDICT_WORDS else ""
         label = f' data-label="{html.escape(label)}"' if label else ""
         return f'<{tag} class="{"num" if number else ""}{extra}"{label}>{html.escape(shown)}</{tag}>'
 
@@ -199,7 +260,7 @@ def _table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
         for row in rows
     )
     table = f'<div class="wide"><table class="cards"><tr>{head}</tr>{body}</table></div>'
-    return table if len(rows) <= LONG else f"<details><summary>{len(rows)} rows</summary>{table}</details>"
+    return table if len(rows) <= LONG or not fold else f"<details><summary>{len(rows)} rows</summary>{table}</details>"
 
 
 def _image(png: bytes, caption: str, alt: str = "") -> str:

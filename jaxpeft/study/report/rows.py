@@ -8,10 +8,8 @@ import json
 import statistics
 from pathlib import Path
 
-import numpy as np
-
 from jaxpeft.runtime import renamed
-from jaxpeft.study.claims import Final
+from jaxpeft.study.claims import MARGINS, Result, Scale
 from jaxpeft.study.grid import Cell, best_learning_rate
 
 COLUMNS = (
@@ -28,7 +26,8 @@ class Study:
     config: dict
     command: str
     rows: list[dict]  # flat, one per run, with COLUMNS
-    finals: list[Final]
+    results: list[Result]  # what claims are judged on: the chosen run of each cell and seed
+    scales: list[Scale]
     mixed: list[Cell]  # cells whose runs were made by different code
     directory: Path
 
@@ -53,8 +52,10 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
             tried[cell_of(row)].append((row["lr"], row["validation"]))
     for row in rows:
         row["chosen"] = row["status"] == "done" and row["lr"] == best_learning_rate(tried[cell_of(row)])
-    finals = [_final(row, directory) for row in rows if row["chosen"]]
-    return Study(config, about.get("command", ""), rows, finals, list(mixed), directory)
+    config.setdefault("margins", MARGINS)
+    names = [field.name for field in dataclasses.fields(Result) if field.name != "score"]
+    results = [Result(score=row["test"], **{name: row[name] for name in names}) for row in rows if row["chosen"]]
+    return Study(config, about.get("command", ""), rows, results, scales(rows, config), list(mixed), directory)
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -113,11 +114,24 @@ def _flat(row: dict, config: dict) -> dict:
     return flat | {"code": row.get("code", "")}
 
 
-def _final(row: dict, directory: Path) -> Final:
-    predictions = read_jsonl(directory / "points" / row["id"] / "predictions.jsonl")
-    each = [one[f"tuned_{row['metric']}"] for one in predictions if one["split"] == "test"]
-    names = [field.name for field in dataclasses.fields(Final) if field.name not in ("each", "converged")]
-    return Final(each=np.array(each), converged=row["stopped"] != "cap", **{name: row[name] for name in names})
+def scales(rows: list[dict], config: dict) -> list[Scale]:
+    """The scale of every setting that has finished runs: its best guess without the image, and its ceiling.
+
+    Where a setting declares no `ceiling`, the best mean score of a cell stands in.
+    """
+    found = []
+    for setting, about in config["settings"].items():
+        mine = [row for row in rows if row["setting"] == setting and row["status"] == "done"]
+        blind = [score[row["metric"]] for row in mine for score in row["blind"].values()]
+        by_cell = collections.defaultdict(list)
+        for row in mine:
+            if row["chosen"]:
+                by_cell[cell_of(row)].append(row["test"])
+        if by_cell:
+            best = max(map(statistics.fmean, by_cell.values()))
+            ends = (max(blind, default=0.0), about.get("ceiling", best))
+            found.append(Scale(setting, about["task"], about.get("consistent"), *ends, "ceiling" in about))
+    return found
 
 
 def chosen_by_cell(study: Study, setting: str) -> dict[tuple, list[dict]]:
