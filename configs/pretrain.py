@@ -2,7 +2,7 @@
 
 python main.py --config=configs/pretrain.py --workdir=runs/pretrain                BLIP: base 'tiny'
 python main.py --config=configs/pretrain.py:model=mplug --workdir=runs/pretrain    mPLUG: base 'tiny_mplug'
-python main.py --config=configs/pretrain.py:model=smolvlm --workdir=runs/pretrain  decoder-only: base 'tiny_decoder'
+python main.py --config=configs/pretrain.py:model=smolvlm --workdir=runs/pretrain  decoder-only; not shipped yet
 python main.py --config=configs/pretrain.py:steps=20 --workdir=runs/try        every stage cut to 20 steps
 """
 

@@ -12,7 +12,7 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import blip_caption_coco, blip_vqa_v2, mplug_caption_coco, mplug_vqa_v2
+from configs import blip_caption_coco, blip_vqa_v2, mplug_caption_coco, mplug_vqa_v2, paligemma_coco, paligemma_vqa_v2
 from jaxpeft import data, metrics, ops
 from jaxpeft.data import base, coco, scenes
 from jaxpeft.data.coco import prepare, prepared
@@ -334,6 +334,17 @@ def test_mplugs_full_tuning_has_two_learning_rates_and_begins_at_both_from_one()
         np.testing.assert_allclose(rates[step], pair, rtol=2e-3, err_msg=str(step))
     lora = mplug_vqa_v2.get_config("method=lora")
     assert not lora.optim.lr_groups and (lora.optim.start_lr, lora.optim.end_lr, lora.optim.warmup) == (0.0, 0.0, 0.0)
+
+
+def test_paligemmas_recipes_are_the_published_ones():
+    c = paligemma_coco.get_config("")
+    assert (c.batch_size, c.steps, c.optim.lr, c.optim.b2) == (256, 5 * 566_435 // 256, 1e-4, 0.999)
+    assert (c.optim.warmup, c.optim.clip_norm, c.task_options.max_tokens, c.eval.beams) == (0.05, 1.0, 32, 2)
+    c = paligemma_vqa_v2.get_config("protocol=official")
+    assert (c.steps, c.optim.lr, c.optim.weight_decay, c.eval.beams) == (10 * 658_111 // 256, 1e-5, 1e-6, 1)
+    assert (c.model.remat, c.model.frozen_dtype) == ("full", "bfloat16")
+    with pytest.raises(ValueError, match="protocol"):
+        paligemma_vqa_v2.get_config("protocol=other")
 
 
 @pytest.mark.slow

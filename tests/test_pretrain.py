@@ -8,7 +8,7 @@ import tiny
 
 from configs import pretrain as config_file
 from jaxpeft import tree
-from jaxpeft.apps import pretrain, pretrain_blip
+from jaxpeft.apps import pretrain, pretrain_blip, pretrain_mplug, pretrain_smolvlm
 from jaxpeft.data import scenes
 from jaxpeft.models import loading
 from jaxpeft.models.blip_tokens import BlipTokenizer
@@ -106,3 +106,52 @@ def test_the_same_command_gives_the_same_checkpoint(tmp_path):
         _, params, report = loading.read(tmp_path / name / "checkpoint")
         digests.append((report["digest"], tree.digest(params)))
     assert digests[0] == digests[1]
+
+
+NARROW = {"image_size": 64, "patch_size": 16, "vision_width": 12, "vision_layers": 1, "vision_heads": 2, "vision_mlp": 8,
+          "text_width": 12, "text_layers": 2, "text_heads": 2, "text_mlp": 8, "max_positions": 64}  # fmt: skip
+OTHERS = {
+    "mplug": (pretrain_mplug, {"encoder_layers": 1, "fusion_layers": 3, "stride": 2}),
+    "smolvlm": (
+        pretrain_smolvlm,
+        {"shuffle": 2, "kv_heads": 1, "head_size": 6, "untied_head": False, "max_positions": 128},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_last_stage_of_each_model_trains_every_part(name):
+    objectives, more = OTHERS[name]
+    model = objectives.model(objectives.tokenizer(), **NARROW | more)
+    params, stage = objectives.init(model, 0), list(config_file.STAGES[name])[-1]
+    make = lambda seed: pretrain.caption_batch(model.processor, stage, 2, range(4), np.random.default_rng(seed))  # noqa: E731
+    batch, again = make(0), make(1)
+    assert {k: v.shape for k, v in batch.items()} == {k: v.shape for k, v in again.items()}
+    loss = lambda p: objectives.Pretraining(stage=stage).loss(model, {"params": p}, batch, {})[0]  # noqa: E731
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    assert 2 < value < 20
+    still = {leaf for leaf, g in tree.flatten(grads).items() if not np.any(g != 0)}
+    known = {leaf for leaf in tree.flatten(params) if leaf.endswith("key/bias") or "position" in leaf}
+    assert still <= known | {"text_encoder/embed/token_type", "text_decoder/embed/token_type"}, still - known
+
+
+def test_mplugs_text_stacks_begin_as_layers_of_the_decoder():
+    model = pretrain_mplug.model(pretrain_mplug.tokenizer(), **NARROW | OTHERS["mplug"][1])
+    params = pretrain_mplug.init(model, 0)
+    after, decoder = pretrain_mplug.after_text(params), params["text_decoder"]
+    # one layer of the text encoder, then fusion layers 0, 1 (cross) and 2 (joint); the decoder has two layers
+    kernel = lambda blocks: np.asarray(blocks["mlp"]["up"]["kernel"])  # noqa: E731
+    np.testing.assert_array_equal(kernel(after["text_encoder"]["blocks"]), kernel(decoder["blocks"])[[0]])
+    np.testing.assert_array_equal(kernel(after["text_fusion"]["cross0"]["blocks"]), kernel(decoder["blocks"])[[1, 0]])
+    np.testing.assert_array_equal(kernel(after["text_fusion"]["joint1"]["blocks"]), kernel(decoder["blocks"])[[1]])
+    np.testing.assert_array_equal(after["text_encoder"]["embed"]["word"], decoder["embed"]["word"])
+    for part in ("query", "value"):  # cross-attention keeps its own initialisation
+        own = params["text_fusion"]["cross0"]["blocks"]["cross_attention"][part]["kernel"]
+        np.testing.assert_array_equal(after["text_fusion"]["cross0"]["blocks"]["cross_attention"][part]["kernel"], own)
+
+
+def test_the_decoder_only_tokenizer_has_a_token_for_every_word_of_the_scenes():
+    tokenizer = pretrain_smolvlm.tokenizer()
+    assert tokenizer == pretrain_smolvlm.tokenizer()  # the same on every machine
+    assert all(len(tokenizer.pieces(f" {word}")) == 1 for word in scenes.WORDS)
+    assert set(pretrain_smolvlm.SPECIAL) <= set(tokenizer.ids)
