@@ -350,7 +350,10 @@ def test_the_shipped_tiny_mplug():
     assert set(captioner[1]) == {"vision", "text_decoder"}
     manifest = json.loads((directory / "manifest.json").read_text())
     assert manifest["command"].startswith("python main.py --config=configs/pretrain.py:model=mplug")
-    assert manifest["scores"]["web"]["cider_d"] > 2  # it describes held-out images
-    image = scenes.render(scenes.scene("test", 0))
-    text = jp.generate(captioner[0], {"params": captioner[1]}, [image], beams=3)[0]
-    assert any(thing.pair[0] in text for thing in scenes.scene("test", 0).objects), text
+    assert manifest["scores"]["web"]["cider_d"] > 1.5  # it describes held-out images
+    things = [scenes.scene("test", i).objects for i in range(24)]
+    images = [scenes.render(scenes.scene("test", i)) for i in range(24)]
+    texts = jp.generate(captioner[0], {"params": captioner[1]}, images, beams=1)
+    named = lambda text, objects: any(f"{one.pair[1]} {one.pair[0]}" in text for one in objects)  # noqa: E731
+    own, other = (sum(map(named, texts, things[k:] + things[:k])) for k in (0, 7))
+    assert own >= 8 and own > 2 * other, (own, other)  # captions name what is in the image, not in another one
