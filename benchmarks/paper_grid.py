@@ -63,6 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--topology", default="", help="such as v5e:2x4: plan memory by its compiler")
+    parser.add_argument(
+        "--plan", nargs="*", default=["lora", "full"], help="variants whose memory is planned (minutes each)"
+    )
     parser.add_argument("--share", type=float, default=0.17, help="assumed share of the peak (default %(default)s)")
     parser.add_argument("--towers", default="all")
     parser.add_argument("--only", default="", help="variants whose name begins with this")
@@ -112,7 +115,7 @@ def planned(study, cell, n_runs: int, args) -> dict | None:
             name: n_runs * c.steps * flops / (args.share * peak * n) / 3600 for name, (peak, n) in CHIPS.items()
         },
     }  # fmt: skip
-    if args.topology:
+    if args.topology and cell.variant in args.plan:
         mesh = sharding.mesh(c.get("mesh"), preflight.devices_of(args.topology))
         began = time.perf_counter()
         try:

@@ -25,9 +25,9 @@ STAGES = {
         "lm_itm": {"steps": 2800, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 10_000_000},
     },
     "mplug": {
-        "text": {"steps": 3000, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 0},
-        "lm": {"steps": 2500, "lr": 1e-3, "schedule": "constant", "warmup": 0.084, "first": 0},
-        "lm_prefix_itm": {"steps": 2800, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 10_000_000},
+        "text": {"steps": 2000, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 0},
+        "lm": {"steps": 2000, "lr": 1e-3, "schedule": "constant", "warmup": 0.084, "first": 0},
+        "lm_prefix_itm": {"steps": 1600, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 10_000_000},
     },
 }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import shutil
 
@@ -12,14 +13,16 @@ import tiny
 from safetensors.numpy import save_file
 
 import jaxpeft as jp
+from jaxpeft import config as defaults
 from jaxpeft import tree
 from jaxpeft.adapt import sites
+from jaxpeft.data import scenes
 from jaxpeft.data.base import Split
 from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.methods import METHODS
 from jaxpeft.models import convert, loading, mplug, mplug_convert
 from jaxpeft.tasks import build as task_of
-from jaxpeft.training import evaluate, frozen_cache
+from jaxpeft.training import evaluate, frozen_cache, loop, optim, sharding
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "mplug_base_tiny"
 WORDS = Tokenizer.from_words(f"w{i}" for i in range(20))
@@ -291,6 +294,31 @@ def test_nothing_stale_is_served(targets):
     assert [one["text"] for one in texts[0]] == [one["text"] for one in texts[1]]
 
 
+@pytest.mark.slow
+def test_eight_devices_equal_one():
+    """A step of LoRA in every tower, on one device and on a mesh of 2 x 2 x 2."""
+    task = task_of("vqa", max_new_tokens=5)
+    tuned = jp.attach(MODEL, params(), jp.LoRA(targets=r"(query|value|up)$", rank=2), jax.random.key(0))
+    mask, batch = sites.trainable(tuned), tiny.batch(8, n_texts=2)
+    batch |= {name: batch[name] % len(WORDS) for name in ("prompt", "tokens", "targets")}
+    tx = optim.optimizer(defaults.get_config().optim, tree.split(tuned, mask)[0], 10)
+    step = functools.partial(loop.train_step, loss=functools.partial(task.loss, MODEL), tx=tx, grad_accum=1)
+    results = []
+    for shape in ({"data": 1, "fsdp": 1, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        on = sharding.mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
+        where = sharding.shardings(tuned, MODEL.sharding, on)
+        placed = sharding.put(tuned, where)
+        trainable, frozen = tree.split(placed, mask)
+        state = loop.TrainState(jax.numpy.int32(0), trainable, tx.init(trainable))
+        with sharding.using(placed):
+            state, metrics = jax.jit(step)(state, frozen, sharding.shard_batch(batch, on, 8))
+        results.append((float(metrics["loss"]), tree.flatten(jax.tree.map(np.asarray, state.tuned))))
+    assert not [name for name in sharding.whole(tuned, where, at_least=1) if name.endswith("kernel")]
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
+    for name, leaf in results[0][1].items():
+        np.testing.assert_allclose(leaf, results[1][1][name], atol=1e-6, err_msg=name)
+
+
 def test_a_merged_model_is_the_tuned_one():
     tuned = jp.attach(MODEL, params(), jp.LoRA(targets=r"text_.*attention/(query|value)$", rank=2), jax.random.key(0))
     tuned = tuned | {"peft": jax.tree.map(lambda x: x + 0.1, tuned["peft"])}
@@ -310,3 +338,19 @@ def test_export_to_transformers_says_that_there_is_none(tmp_path):
 def test_the_vocabulary_of_a_file_is_that_of_its_directory():
     assert mplug_convert.CONVERTER.claims(GOLDEN) and mplug_convert.CONVERTER.claims(GOLDEN / "pytorch_model.bin")
     assert not mplug_convert.CONVERTER.claims(GOLDEN.parent)
+
+
+def test_the_shipped_tiny_mplug():
+    """It is small, answers for both tasks, and its manifest says how it was made and what it scores."""
+    directory = loading.ASSETS / "tiny_mplug"
+    assert sum(path.stat().st_size for path in directory.iterdir()) < 4e6
+    (model, found), captioner = loading.load("tiny_mplug", task="vqa"), loading.load("tiny_mplug", task="captioning")
+    kinds = [kind for kind, _ in model.config.runs]
+    assert set(kinds) == {"cross", "joint"} and sum(x.size for x in jax.tree.leaves(found)) == 1_479_434
+    assert set(captioner[1]) == {"vision", "text_decoder"}
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["command"].startswith("python main.py --config=configs/pretrain.py:model=mplug")
+    assert manifest["scores"]["web"]["cider_d"] > 2  # it describes held-out images
+    image = scenes.render(scenes.scene("test", 0))
+    text = jp.generate(captioner[0], {"params": captioner[1]}, [image], beams=3)[0]
+    assert any(thing.pair[0] in text for thing in scenes.scene("test", 0).objects), text

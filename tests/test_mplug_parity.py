@@ -3,6 +3,7 @@ search, and that these numbers can tell a wrong model from a right one."""
 
 import dataclasses
 import functools
+import importlib.util
 import pathlib
 
 import jax
@@ -21,6 +22,7 @@ FIRST = 1  # the first fusion layer of the golden checkpoints that acts
 every_kind = pytest.mark.parametrize("kind", ["base", "large"])
 TASKS = pytest.mark.parametrize("task", ["vqa", "caption"])
 NAMES = {"vqa": "vqa", "caption": "captioning"}
+LIVE = all(importlib.util.find_spec(name) for name in ("modelscope", "torch", "transformers"))
 
 
 @pytest.fixture(autouse=True)
@@ -282,3 +284,31 @@ def test_both_directions():
         again = mplug_convert.from_release(tensors, model.config)
         for name, x in tree.flatten(again).items():
             np.testing.assert_array_equal(x, tree.flatten(params)[name], err_msg=name)
+
+
+@pytest.mark.slow
+@every_kind
+def test_live_against_modelscope(kind):
+    """Other weights and texts than those of the stored numbers, in float32, where modelscope and torch are installed."""
+    if not LIVE:
+        pytest.skip("needs torch, transformers and `pip install --no-deps modelscope==1.40.2`")
+    spec = importlib.util.spec_from_file_location("make_mplug", GOLDEN / "make_mplug.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    module, clip = make.reference()
+    theirs, data = make.build(kind, "vqa", module, clip, seed=5), make.inputs()
+    expected = make.vqa_numbers(theirs, data)
+    config = loaded(kind)[0].config
+    tensors = {name: x.numpy().astype(np.float32) for name, x in theirs.state_dict().items() if x.is_floating_point()}
+    params, model = mplug_convert.from_release(tensors, config), build(config)
+    golden = {
+        "images": data["images"].astype(np.float32),
+        "prompt": np.where(data["question_mask"] == 1, data["questions"], 0),
+    }
+    context = context_of(model, params, golden)
+    logits = run(model, "score", params, data["answers"], rows(context, data["owner"]))
+    assert far(logits, expected["logits"].detach().numpy(), data["answer_mask"] == 1) <= 4 * LOGITS  # not a chosen seed
+    search = decode.Search((101,), (102,), 0, config.vocab_size, length=10, min_length=5, beams=5, kind="mplug")
+    tokens, _ = decode.beam_search(model, {"params": params}, context, search)
+    ids = expected["beam5_4_9/ids"]
+    assert np.mean(np.asarray(tokens)[:, 0] == np.where(ids < 0, 0, ids)[:, 0]) > 0.9

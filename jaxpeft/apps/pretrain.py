@@ -124,8 +124,8 @@ def caption_batch(
     nearest other); for prefixes ('prefix') the first caption cut in two at a random word."""
     template, reads = processor.template("captioning"), processor.template("vqa")
     indices = [int(i) for i in indices]
-    captions = [scenes.web_captions("pretrain", i, n_texts) for i in indices]
-    bodies = [[text.removeprefix(f"{template.start_text} ") for text in group] for group in captions]
+    bodies = [scenes.plain_web_captions("pretrain", i, n_texts) for i in indices]
+    captions = [[f"{template.start_text} {text}".lstrip() for text in group] for group in bodies]
     batch = _texts([[template.target(text, TEXT_LENGTH)[0] for text in group] for group in bodies], template)
     batch["image"] = np.stack([scenes.render(scenes.scene("pretrain", i)) for i in indices])
 

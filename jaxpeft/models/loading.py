@@ -36,8 +36,9 @@ def load(
     revision: str | None = None,
     **runtime: Any,
 ) -> tuple[Any, Tree]:
-    """Load (model, params) of a checkpoint: 'tiny' (shipped), a jaxpeft or Hugging Face directory, or a repository on the
-    Hugging Face hub as 'owner/name' or 'owner/name@revision'. A directory of that name takes precedence.
+    """Load (model, params) of a checkpoint: a shipped one by name ('tiny', 'tiny_mplug'), a jaxpeft or Hugging Face directory,
+    mPLUG's file of weights or directory, or a repository on the Hugging Face hub as 'owner/name' or 'owner/name@revision'. A
+    directory of that name takes precedence.
 
     `task`: 'vqa' (of a captioning BLIP, the decoder's layers initialize the question encoder), 'captioning', or None for that
     of the checkpoint. `image_size` resizes the position embedding. `revision`: a commit, branch or tag of a repository, None
@@ -175,8 +176,8 @@ def _missing(path: str | Path) -> ValueError:
     shipped = sorted(p.parent.name for p in ASSETS.glob("*/manifest.json"))
     return ValueError(
         f"no checkpoint at {str(path)!r}: expected a directory with manifest.json (jaxpeft) or config.json (Hugging Face), "
-        f"or one of the shipped names: {', '.join(shipped) or 'none'}; or owner/name or owner/name@revision of the "
-        f"Hugging Face hub"
+        f"a file of mPLUG's weights (.pth), or one of the shipped names: {', '.join(shipped) or 'none'}; or owner/name or "
+        f"owner/name@revision of the Hugging Face hub"
     )
 
 
