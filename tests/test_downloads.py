@@ -342,7 +342,8 @@ def test_names_that_are_no_repository(server, path):
     assert downloads.parse(path) is None
     if path:
         with pytest.raises(
-            ValueError, match=r"no checkpoint at .*shipped names: tiny, tiny_mplug; or owner/name or owner/name@revision of"
+            ValueError,
+            match=r"no checkpoint at .*shipped names: tiny, tiny_mplug; or owner/name or owner/name@revision of",
         ):
             loading.load(path)
     assert server.requests == []

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -13,6 +14,7 @@ import tiny
 from safetensors.numpy import save_file
 
 import jaxpeft as jp
+from configs.studies import paper
 from jaxpeft import config as defaults
 from jaxpeft import tree
 from jaxpeft.adapt import sites
@@ -357,3 +359,22 @@ def test_the_shipped_tiny_mplug():
     named = lambda text, objects: any(f"{one.pair[1]} {one.pair[0]}" in text for one in objects)  # noqa: E731
     own, other = (sum(map(named, texts, things[k:] + things[:k])) for k in (0, 7))
     assert own >= 8 and own > 2 * other, (own, other)  # captions name what is in the image, not in another one
+
+
+def test_the_papers_grid_places_methods_as_it_says():
+    study = paper.get_config("towers=all")
+    paths = [
+        site.path for site in sites.sites(mplug.build(dataclasses.replace(mplug.KINDS["mplug-base"], fusion=True)))
+    ]
+    fields = {name: study.variants[name].fields.get("targets") for name in ("prefix", "lora", "serial_adapter")}
+    hits = {name: {path for path in paths if re.search(pattern, path)} for name, pattern in fields.items()}
+    for stack in ("vision", "text_encoder", "text_fusion/joint1", "text_decoder"):
+        own = "attention" if stack == "vision" else "self_attention"
+        assert f"{stack}/blocks/{own}" in hits["prefix"] and f"{stack}/blocks/{own}/query" in hits["lora"]
+    assert not any("cross_attention" in path for path in hits["prefix"] | hits["lora"])
+    assert hits["serial_adapter"] == set(paths)
+    assert not re.search(paper.get_config("towers=text").variants.lora.fields.targets, "vision/blocks/attention/query")
+    assert {study.variants[f"{name}_head"].head for name in fields} == {"transform"}
+    for wrong in ("model=blop", "towers=some"):
+        with pytest.raises(ValueError, match="choose one of"):
+            paper.get_config(wrong)

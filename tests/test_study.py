@@ -784,3 +784,10 @@ def test_scores_of_seed_0_that_are_too_good_are_a_warning(done):
     ]  # fmt: skip
     assert "Warning: seed 0" in page._selection(claims.selection(many))
     assert "Too few seeds" in page._selection(claims.selection(study.results))
+
+
+def test_sizes_are_solved_for_the_fields_of_a_variant():
+    """Half of the linears take twice the rank for the same budget."""
+    solved = lambda **fields: grid._solved("tiny", "captioning", "lora", json.dumps(fields), 20_000)  # noqa: E731
+    both, query = solved(), solved(targets="^text_.*attention/query$")
+    assert abs(query - 2 * both) <= 1 and both > 4
