@@ -8,10 +8,12 @@ the study, with these verdicts, in WORKDIR/report. results/scenes_full stays as 
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs.studies import scenes_full
 from jaxpeft.runtime import files
 from jaxpeft.study import claims, intervals, report
