@@ -1,6 +1,7 @@
 """Checkpoint directories in and out."""
 
 import json
+import os
 import pathlib
 import shutil
 
@@ -16,6 +17,7 @@ from jaxpeft import interchange, tree
 from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
 from jaxpeft.data import pipeline
 from jaxpeft.models import loading
+from jaxpeft.runtime import files as runtime_files
 
 
 @pytest.fixture
@@ -284,3 +286,13 @@ def test_live_the_processor_of_transformers_makes_the_same_logits(tmp_path):
     with torch.no_grad():
         states = there.vision_model(processor(list(image_BYXC), return_tensors="pt")["pixel_values"])[0].numpy()
     np.testing.assert_allclose(model.apply({"params": params}, image_BYXC, method="encode_image"), states, atol=5e-5)
+
+
+def test_weights_can_be_read_by_others_as_other_files_can(tmp_path):
+    """safetensors 0.8 makes files for their owner alone, which others of a group could not load."""
+    before = os.umask(0o027)
+    try:
+        runtime_files.write_tensors(tmp_path / "a.safetensors", {"a": np.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640

@@ -101,9 +101,13 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def write_tensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. The library reports system errors in a class of its own; here they are OSErrors."""
+    """Write a safetensors file. The library reports system errors in a class of its own; here they are OSErrors. It also makes
+    files that only their owner can read; here they have the mode of other files."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(arrays, path, metadata)
+        path.chmod(mode)
     except SafetensorError as error:
         if found := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
