@@ -119,21 +119,20 @@ def _transformers_beams(
     model: VisionLanguageModel, variables: Tree, context: Context, search: Search
 ) -> tuple[jax.Array, jax.Array]:
     variables = sites.expand(variables)  # once instead of in every step
-    n_rows, logits_BV, cache = _start(model, variables, context, search)
-    n_start, length, beams = len(search.start), search.length, search.beams
-    start_S = jnp.array(search.start, jnp.int32)
-    tokens_BKT = jnp.full((n_rows, beams, length), search.pad, jnp.int32).at[:, :, :n_start].set(start_S)
+    first, n_start, length, beams = (
+        _first(model, variables, context, search),
+        len(search.start),
+        search.length,
+        search.beams,
+    )
 
     def running(state: dict[str, Any]) -> jax.Array:
         return (state["t"] < length) & jnp.any(state["open"]) & ~state["all_ended"]
 
     def write(state: dict[str, Any]) -> dict[str, Any]:
         t = state["t"]
-        log_probs = _log_probs(state["logits"], t, search)
-        total = (log_probs.reshape(n_rows, beams, -1) + state["score"][..., None]).reshape(n_rows, -1)
-        score, flat = jax.lax.top_k(total, 2 * beams)  # enough to keep `beams` running if `beams` of them end
-        source, token = flat // log_probs.shape[-1], (flat % log_probs.shape[-1]).astype(jnp.int32)
-        sequence = jnp.take_along_axis(state["tokens"], source[..., None], axis=1).at[:, :, t].set(token)
+        # enough to keep `beams` running if `beams` of them end
+        score, source, token, sequence = _continued(state, search, 2 * beams)
         ends = _ends(token, search) | (t + 1 == length)
 
         n_generated = (t + 1 - n_start).astype(jnp.float32)
@@ -163,18 +162,7 @@ def _transformers_beams(
             "cache": cache,
         }
 
-    state = {
-        "t": jnp.int32(n_start),
-        "tokens": tokens_BKT,
-        # only one beam runs at first, or all would be the same
-        "score": jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, _LOW)[None], (n_rows, 1)),
-        "final": tokens_BKT,
-        "final_score": jnp.full((n_rows, beams), _LOW),
-        "open": jnp.ones(n_rows, bool),
-        "all_ended": jnp.zeros((), bool),
-        "logits": jnp.repeat(logits_BV, beams, axis=0),
-        "cache": _with_beams(cache, jnp.zeros((n_rows, beams), jnp.int32)),
-    }
+    state = first | {"all_ended": jnp.zeros((), bool)}
     state = jax.lax.while_loop(running, write, state)
     return state["final"], state["final_score"]
 
@@ -183,21 +171,19 @@ def _mplug_beams(
     model: VisionLanguageModel, variables: Tree, context: Context, search: Search
 ) -> tuple[jax.Array, jax.Array]:
     variables = sites.expand(variables)  # once instead of in every step
-    n_rows, logits_BV, cache = _start(model, variables, context, search)
-    n_start, length, beams = len(search.start), search.length, search.beams
-    start_S = jnp.array(search.start, jnp.int32)
-    tokens_BKT = jnp.full((n_rows, beams, length), search.pad, jnp.int32).at[:, :, :n_start].set(start_S)
+    first, n_start, length, beams = (
+        _first(model, variables, context, search),
+        len(search.start),
+        search.length,
+        search.beams,
+    )
 
     def running(state: dict[str, Any]) -> jax.Array:
         return (state["t"] < length) & jnp.any(state["open"])
 
     def write(state: dict[str, Any]) -> dict[str, Any]:
         t = state["t"]
-        log_probs = _log_probs(state["logits"], t, search)
-        total = (log_probs.reshape(n_rows, beams, -1) + state["total"][..., None]).reshape(n_rows, -1)
-        total, flat = jax.lax.top_k(total, beams)
-        source, token = flat // log_probs.shape[-1], (flat % log_probs.shape[-1]).astype(jnp.int32)
-        tokens = jnp.take_along_axis(state["tokens"], source[..., None], axis=1).at[:, :, t].set(token)
+        total, source, token, tokens = _continued(state, search, beams)
         score = total / ((5 + t + 1 - n_start) / 6) ** 0.6
         ends = _ends(token, search) | (t + 1 == length)
         closes_B1 = ends[:, :1]
@@ -210,7 +196,7 @@ def _mplug_beams(
         return {
             "t": t + 1,
             "tokens": tokens,
-            "total": total,
+            "score": total,
             "final": jnp.take_along_axis(final, best[..., None], axis=1),
             "final_score": final_score,
             "open": state["open"] & ~closes_B1[:, 0],
@@ -218,19 +204,39 @@ def _mplug_beams(
             "cache": cache,
         }
 
-    state = {
+    state = jax.lax.while_loop(running, write, first)
+    return state["final"], state["final_score"]
+
+
+def _first(model: VisionLanguageModel, variables: Tree, context: Context, search: Search) -> dict[str, Any]:
+    """The state of a beam search before its first token."""
+    n_rows, logits_BV, cache = _start(model, variables, context, search)
+    n_start, beams = len(search.start), search.beams
+    tokens_BKT = jnp.full((n_rows, beams, search.length), search.pad, jnp.int32)
+    tokens_BKT = tokens_BKT.at[:, :, :n_start].set(jnp.array(search.start, jnp.int32))
+    return {
         "t": jnp.int32(n_start),
         "tokens": tokens_BKT,
         # only one beam runs at first, or all would be the same
-        "total": jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, _LOW)[None], (n_rows, 1)),
+        "score": jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, _LOW)[None], (n_rows, 1)),
         "final": tokens_BKT,
         "final_score": jnp.full((n_rows, beams), _LOW),
         "open": jnp.ones(n_rows, bool),
         "logits": jnp.repeat(logits_BV, beams, axis=0),
         "cache": _with_beams(cache, jnp.zeros((n_rows, beams), jnp.int32)),
     }
-    state = jax.lax.while_loop(running, write, state)
-    return state["final"], state["final_score"]
+
+
+def _continued(state: dict[str, Any], search: Search, n: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The `n` best continuations of the running beams by one token, best first: log-probability, beam that is continued and
+    token, each (B, n), and the texts (B, n, length)."""
+    n_rows, beams = state["score"].shape
+    log_probs = _log_probs(state["logits"], state["t"], search)
+    total = (log_probs.reshape(n_rows, beams, -1) + state["score"][..., None]).reshape(n_rows, -1)
+    score, flat = jax.lax.top_k(total, n)
+    source, token = flat // log_probs.shape[-1], (flat % log_probs.shape[-1]).astype(jnp.int32)
+    texts = jnp.take_along_axis(state["tokens"], source[..., None], axis=1).at[:, :, state["t"]].set(token)
+    return score, source, token, texts
 
 
 def _with_beams(cache: Cache, source_BK: jax.Array) -> Cache:
