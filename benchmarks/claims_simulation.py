@@ -7,7 +7,7 @@ this file knows the truth, that one only rows of scores. Per effect (0, half a m
 
 - coverage: how often the 95 % interval contains the true effect;
 - wrong: how often the verdict says something false of the true effect;
-- the verdicts: 'positive' is the power, the rest what is said instead.
+- the verdicts: 'positive' is the power, the others are the shares of the other verdicts.
 
 A planted selection bias: three equally good learning rates a cell, of which seed 0 keeps the one with the best score on test.
 """

@@ -104,7 +104,7 @@ def sites() -> dict:
         for name in METHODS:
             fields = {"leaves": "text_"} if name == "selective" else {}
             if name == "prompt":
-                fields["init_weights"] = "normal"  # no vocabulary is at hand
+                fields["init_weights"] = "normal"  # there is no vocabulary
             shapes = jp.adapt.budget.abstract_variables(model, jp.methods.build(name, **fields))
             on = [leaf for leaf, moves in tree.flatten(jp.trainable(shapes)).items() if moves]
             towers = sorted({leaf.split("/")[1] for leaf in on})
