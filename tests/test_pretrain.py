@@ -102,7 +102,7 @@ def test_the_same_command_gives_the_same_checkpoint(tmp_path):
         c.batch_size, c.n_heldout, c.log_every = 8, 4, 1
         c.architecture.vision_layers = c.architecture.text_layers = 1
         facts = pretrain.run(c, tmp_path / name, lambda *_: None)
-        assert set(facts["scores"]) == {"human", "web"}
+        assert set(facts["scores"]) == {"human", "web", "clean"}
         _, params, report = loading.read(tmp_path / name / "checkpoint")
         digests.append((report["digest"], tree.digest(params)))
     assert digests[0] == digests[1]
