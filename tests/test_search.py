@@ -86,12 +86,12 @@ def test_every_variant_is_crossed_with_every_combination_of_axes():
     )  # fmt: skip
     found = [str(cell) for cell in grid.cells(c)]
     assert found == [
-        f"vqa_stated-weight_decay={decay}-types={types}-head-n64"
-        for decay in ("0", "0.05") for types in ("color", "color+shape")
+        f"vqa_stated-types={types}-weight_decay={decay}-head-n64"
+        for types in ("color", "color+shape") for decay in ("0", "0.05")
     ]  # fmt: skip
     run = grid.Run(grid.cells(c)[3], 0, 0.003, c).config
     assert (run.optim.weight_decay, tuple(run.data.types), run.method.name) == (0.05, ("color", "shape"), "head")
-    assert run.name == "vqa_stated-weight_decay=0.05-types=color+shape-head-n64-s0-lr0.003"
+    assert run.name == "vqa_stated-types=color+shape-weight_decay=0.05-head-n64-s0-lr0.003"
 
 
 def test_an_axis_is_in_rows_and_in_the_report(fake, tmp_path):
