@@ -36,7 +36,7 @@ STAGES = {
     "smolvlm": {
         "lm": {"steps": 2000, "lr": 1e-3, "schedule": "constant", "warmup": 0.1, "first": 0},
         "lm_qa": {"steps": 3000, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 10_000_000},
-        "lm_qa_again": {"steps": 4000, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 20_000_000},
+        "lm_qa_again": {"steps": 3000, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 20_000_000},
     },
 }
 

@@ -38,6 +38,7 @@ CASES = {
     "vera": jp.VeRA(rank=5),
     "oft": jp.OFT(targets=r"attention/out$", block=2),
 }
+SLOW = ("the tied head", "untied head", "rslora", "dora", "ia3", "vera", "oft")  # with little code of their own here
 UNMERGED = ("the tied head", "untied head")
 
 
@@ -127,7 +128,9 @@ def their_first_logits(there, module, directory, form):
 
 
 @both
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_computes_the_same_in_peft_and_comes_back(there, bases, tmp_path, kind, name):
     model, params = base(kind)

@@ -337,7 +337,7 @@ def _decoder(reader: _Reader) -> hf.Decoder:
     if reader.form.decoder is None:
         kind = type(reader.model).__name__
         raise ValueError(
-            f"{reader.source}: in {kind} PEFT's virtual tokens act elsewhere than ours; only BLIP's are read"
+            f"{reader.source}: in {kind} PEFT's virtual tokens act elsewhere than ours; train LoRA instead"
         )
     return reader.form.decoder
 

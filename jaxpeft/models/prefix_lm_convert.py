@@ -165,8 +165,9 @@ class PrefixLMConverter:
             return self.kind.build(config)
         tokenizer = Bpe.from_file(directory)
         if tokenizer.ids.get("<image>") != config.image_id:
+            key = next(key for field, _, key in self.fields if field == "image_id")
             raise ValueError(
-                f"{directory}: the image token is {config.image_id} in the configuration, but <image> is "
+                f"{directory}: {key} is {config.image_id} in the configuration, but <image> is "
                 f"{tokenizer.ids.get('<image>')} in the tokenizer; use the tokenizer that the weights were trained with"
             )
         if len(tokenizer) > config.vocab_size:
