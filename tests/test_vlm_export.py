@@ -1,6 +1,7 @@
 """PaliGemma and SmolVLM in transformers and PEFT: what an export computes there, for every tower, and the way back."""
 
 import functools
+import json
 import warnings
 
 import jax
@@ -13,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 import jaxpeft as jp
 from jaxpeft import tasks, tree
 from jaxpeft.adapt import sites
-from jaxpeft.apps import export
+from jaxpeft.apps import export, pretrain_smolvlm
+from jaxpeft.data import scenes
 from jaxpeft.data.pipeline import Resized
 from jaxpeft.interchange import hf_out
 from jaxpeft.methods import Head, Scoped
@@ -256,3 +258,31 @@ def test_an_export_is_read_as_the_model_that_it_was(tmp_path, kind):
     again, read = loading.load(jp.export_hf(model, {"params": params}, tmp_path / "out"))
     assert again.config == model.config and again.tokenizer == model.tokenizer
     assert tree.digest(read) == tree.digest(params)
+
+
+# ---------------------------------------------------------------- the shipped base
+
+
+def test_the_shipped_tiny_decoder():
+    """It is small, sees what is in an image, and its manifest says how it was made and what it scores."""
+    directory = loading.ASSETS / "tiny_decoder"
+    assert sum(path.stat().st_size for path in directory.iterdir()) < 5e6
+    model, params = loading.load("tiny_decoder")
+    assert sum(x.size for x in jax.tree.leaves(params)) == 1_690_240
+    assert model.tokenizer.files() == pretrain_smolvlm.tokenizer().files()
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["command"].startswith("python main.py --config=configs/pretrain.py:model=smolvlm")
+    assert set(manifest["timing"]) == {"lm", "lm_qa", "lm_qa_again"}
+    scenes_24 = [scenes.scene("test", i) for i in range(24)]
+    images = [scenes.render(one) for one in scenes_24]
+    asked = [next(q for q in scenes.questions("test", i) if q["type"] == "color") for i in range(24)]
+    answers = jp.generate(model, {"params": params}, images, [q["question"] for q in asked], beams=1)
+    right = sum(text == q["answers"][0] for text, q in zip(answers, asked, strict=True))
+    assert right >= 16, answers  # of eight colours
+    texts = jp.generate(model, {"params": params}, images, beams=1)
+    colours = [{thing.pair[1] for thing in one.objects} for one in scenes_24]
+    own, other = (
+        sum(len(set(text.split()) & one) for text, one in zip(texts, colours[k:] + colours[:k], strict=True))
+        for k in (0, 7)
+    )
+    assert own > 1.5 * other, (own, other)

@@ -52,6 +52,7 @@ def tokenizer() -> Bpe:
         texts += [f"{q['question']}? {q['answers'][0]}" for q in scenes.questions("pretrain", i)]
     library.train_from_iterator(texts, trainer)
     settings = {"pad_token": SPECIAL[0], "bos_token": SPECIAL[1], "eos_token": SPECIAL[2]}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # so that transformers reads the files as they are
     return Bpe(library.to_str(), json.dumps(settings))
 
 

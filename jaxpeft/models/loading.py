@@ -36,8 +36,8 @@ def load(
     revision: str | None = None,
     **runtime: Any,
 ) -> tuple[Any, Tree]:
-    """Load (model, params) of a checkpoint: a shipped one by name ('tiny', 'tiny_mplug'), a jaxpeft or Hugging Face directory,
-    mPLUG's file of weights or directory, or a repository on the Hugging Face hub as 'owner/name' or 'owner/name@revision'. A
+    """Load (model, params) of a checkpoint: a shipped one by name ('tiny', 'tiny_mplug', 'tiny_decoder'), a jaxpeft or Hugging Face
+    directory, mPLUG's file of weights or directory, or a repository on the Hugging Face hub as 'owner/name' or 'owner/name@revision'. A
     directory of that name takes precedence.
 
     `task`: 'vqa' (of a captioning BLIP, the decoder's layers initialize the question encoder), 'captioning', or None for that
