@@ -18,7 +18,8 @@ ARCHITECTURES = {
     "blip": VISION | TEXT | WIDTHS,
     "mplug": VISION | TEXT | NARROW | {"encoder_layers": 1, "fusion_layers": 3, "stride": 2},
     "smolvlm": VISION
-    | {"vision_width": 128, "vision_mlp": 512, "shuffle": 2, "text_width": 128, "text_layers": 4, "text_heads": 4}
+    | {"vision_width": 128, "vision_mlp": 512, "image_longest_edge": 64, "shuffle": 2}
+    | {"text_width": 128, "text_layers": 4, "text_heads": 4}
     | {"kv_heads": 2, "head_size": 32, "text_mlp": 352, "max_positions": 256, "rope_theta": 1e4, "untied_head": False},
 }
 # `first`: the index of a stage's first image in the endless split; no image is used in two image stages
