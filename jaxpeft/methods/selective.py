@@ -44,6 +44,7 @@ class BitFit(Method):
     targets: str = "text"
     name: ClassVar[str] = "bitfit"
     train: ClassVar[str] = r"bias$"
+    instead: ClassVar[str] = "for a decoder without biases use layer_norms, or targets='vision'"
 
     def trains(self, leaf: str) -> bool:
         return super().trains(leaf) and re.search(self.targets, leaf.removeprefix("params/")) is not None
@@ -54,6 +55,7 @@ class LayerNorms(BitFit):
     """Train scale and bias of every LayerNorm whose path `targets` matches."""
 
     name: ClassVar[str] = "layer_norms"
+    instead: ClassVar[str] = ""
     train: ClassVar[str] = r"norm\d?/(scale|bias)$"
 
 

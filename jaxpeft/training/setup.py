@@ -70,7 +70,7 @@ def prepare(config: Config, log: Log) -> Setup:
     mask = sites.trainable(variables)
     task, texts = with_limits(task, model, chosen, splits, log)
     log(" + ".join(map(str, chosen)))
-    log(_towers(model, sites.methods_of(variables)))
+    log(_towers(variables, mask))
     log(sites.describe(variables, mask, leaves=False))
     facts = {
         "model": facts,
@@ -79,7 +79,7 @@ def prepare(config: Config, log: Log) -> Setup:
         "base_digest": tree.digest(params),
     }
     dtype = config.model.get("frozen_dtype", "float32")
-    placed = _placed(narrowed(variables, mask, dtype), model, mesh, log)
+    placed = _placed(narrowed(model, variables, mask, dtype), model, mesh, log)
     originals = variables if dtype == "float32" else jax.tree.map(tree.fetch, variables)
     candidates = task.candidates(splits["train"], task.template(model))
     return Setup(
@@ -253,30 +253,27 @@ def methods_of(config: Config) -> tuple[methods.Method, ...]:
     return methods.build(config.method.name, config.head, **fields)
 
 
-def narrowed(variables: Tree, mask: Mask, dtype: str) -> Tree:
-    """Cast frozen matrices to `dtype`. With model.dtype bfloat16, products cast them to bfloat16 anyway, so no result changes.
-    Word embeddings keep their dtype: they are added to others in float32 before anything is rounded."""
+def narrowed(model: VisionLanguageModel, variables: Tree, mask: Mask, dtype: str) -> Tree:
+    """Cast frozen matrices to `dtype`: the leaves that `model.narrow` names. With model.dtype bfloat16 the model casts them to
+    bfloat16 before any use, so no result changes. BERT's word embeddings are not among them: they are added to others in
+    float32 before anything is rounded."""
     if dtype == "float32":
         return variables
     if dtype != "bfloat16":
         raise ValueError(f"model.frozen_dtype is {dtype!r}; choose float32 or bfloat16")
 
     def one(name: str, x: jax.Array, tuned: bool) -> jax.Array:
-        return x if tuned or not re.search("^params/.*kernel$", name) else x.astype(dtype)
+        return x if tuned or not re.search(f"^params/.*{model.narrow}", name) else x.astype(dtype)
 
     return jax.tree.map(one, tree.names(variables), variables, mask)
 
 
-def _towers(model: VisionLanguageModel, chosen: Iterable[Method]) -> str:
-    """A line with the towers that the methods adapt, and those that they do not."""
-    chosen, touched = tuple(chosen), {}
-    for site in sites.sites(model):
-        name = site.path.split("/")[0]
-        leaf = f"params/{site.path}/"
-        hit = any(one.selects(site) or one.trains(f"{leaf}kernel") or one.trains(f"{leaf}bias") for one in chosen)
-        touched[name] = touched.get(name, False) or hit
-    names = {on: ", ".join(name for name, hit in touched.items() if hit == on) or "nothing" for on in (True, False)}
-    return f"adapted: {names[True]}; not adapted: {names[False]}"
+def _towers(variables: Tree, mask: Mask) -> str:
+    """A line with the towers that have trained leaves, and those that have none."""
+    trained = {name.split("/")[1] for name, on in tree.flatten(mask).items() if on}
+    names = {on: [name for name in variables["params"] if (name in trained) == on] for on in (True, False)}
+    some, rest = (", ".join(names[on]) or "nothing" for on in (True, False))
+    return f"adapted: {some}; not adapted: {rest}"
 
 
 def _placed(variables: Tree, model: VisionLanguageModel, mesh: Mesh, log: Log) -> Tree:
