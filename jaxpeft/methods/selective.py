@@ -14,6 +14,7 @@ import re
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from jaxpeft.methods.base import Base, Method, Params, Site
 from jaxpeft.ops import matmul
@@ -105,7 +106,8 @@ class Head(Method):
         return ("linear",) if self.matrix == "untied" else ()
 
     def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
-        return {"matrix": base["kernel"].T}  # (V, D) like the embedding: the same product, so it starts as the identity
+        # (V, D) like the embedding: the same product, so it starts as the identity
+        return {"matrix": base["kernel"].T.astype(jnp.float32)}
 
     def linear(self, params: Params, x: jax.Array, y: jax.Array, base: Base, rng: jax.Array | None) -> jax.Array:
         return matmul(x, params["matrix"].T.astype(x.dtype))

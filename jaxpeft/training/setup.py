@@ -18,7 +18,7 @@ from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline
 from jaxpeft.data.base import Split
 from jaxpeft.methods import METHODS, Method
-from jaxpeft.models import loading
+from jaxpeft.models import convert, loading
 from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import registry, renamed
 from jaxpeft.training import optim, sharding
@@ -41,7 +41,7 @@ class Setup:
     variables: Tree
     mask: Mask
     mesh: Mesh
-    originals: Tree  # the variables as loaded, for `tuned/`; on the host where `variables` have a narrower dtype
+    originals: Tree  # the variables as loaded, for `tuned/`; the base is in this host's memory
     splits: dict[str, Split]  # 'train' is the subset that is trained on
     whole: tuple[Split, np.ndarray]  # all of 'train', and the indices of the subset in it
     candidates: list[str] | None  # the closed list that answers are chosen from
@@ -80,7 +80,6 @@ def prepare(config: Config, log: Log) -> Setup:
     }
     dtype = config.model.get("frozen_dtype", "float32")
     placed = _placed(narrowed(model, variables, mask, dtype), model, mesh, log)
-    originals = variables if dtype == "float32" else jax.tree.map(tree.fetch, variables)
     candidates = task.candidates(splits["train"], task.template(model))
     return Setup(
         task=task,
@@ -89,7 +88,7 @@ def prepare(config: Config, log: Log) -> Setup:
         variables=placed,
         mask=mask,
         mesh=mesh,
-        originals=originals,
+        originals=variables,
         splits=splits,
         whole=whole,
         candidates=candidates,
@@ -141,7 +140,7 @@ def setup_model(
     config: Config, task: tasks.Task, train: Split, log: Log
 ) -> tuple[VisionLanguageModel, Tree, tuple[Method, ...], dict[str, Any]]:
     """(model, params, methods, facts) of a config: the base, its vocabulary checked against the texts, the methods."""
-    model, params, report = read_base(config, task)
+    model, params, report = read_base(config, task, convert.in_memory)  # devices need not hold all of it
     for group, source in report.get("initialised", {}).items():
         if source != "checkpoint":
             log(f"{group} is initialised from {source}")
@@ -235,9 +234,23 @@ def pinned_base(config: Config, result: dict) -> str:
     return f"{config['base'].partition('@')[0]}@{revision}" if revision else str(config["base"])
 
 
-def read_base(config: Config, task: tasks.Task) -> tuple[VisionLanguageModel, Tree, dict[str, Any]]:
-    """Read (model, params, report) that training starts from, before words are added."""
-    model, params, report = loading.read(config.base, task=task.kind, **_options(config))
+def read_base(
+    config: Config, task: tasks.Task, place: convert.Place = convert.on_device
+) -> tuple[VisionLanguageModel, Tree, dict[str, Any]]:
+    """Read (model, params, report) that training starts from, before words are added.
+
+    Leaves are float32, but those that `narrowed` casts have the type of the file: a base in bfloat16 is never wider in memory.
+    """
+    options, dtype = _options(config), "float32"
+    if config.model.get("frozen_dtype", "float32") != "float32":
+        model = abstract_model(config)
+        chosen = sites.resolved(model, methods_of(config))
+
+        def dtype(name: str) -> str | None:
+            frozen = not any(one.trains(f"params/{name}") for one in chosen)
+            return None if frozen and re.search(model.narrow, name) else "float32"
+
+    model, params, report = loading.read(config.base, task=task.kind, place=place, param_dtype=dtype, **options)
     if model.tokenizer is None:
         raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
     if config.init == "scratch":
