@@ -59,14 +59,13 @@ def variables(kind, name):
 def alone(kind, name):
     """(image, prompt with padding, text) -> logits of every token of the text, one sequence at a time."""
     model, pad = tiny_vlm.model(kind), tiny_vlm.tokenizer(kind).pad_id
-    image_id = getattr(model.config, "image_id", None)
     whole = jax.jit(lambda *x: model.apply(variables(kind, name), *x, method="whole"), static_argnums=3)
 
     def run(image, prompt, text):
         longest = np.full(6, pad, np.int32)  # what follows in a text does not matter: one program
         longest[: len(text)] = text
         prompt = prompt[prompt != pad]
-        at = prompt.tolist().index(image_id) if image_id else 0
+        at = prompt.tolist().index(model.config.image_id) if kind == "smolvlm" else 0
         return np.asarray(whole(image, prompt, longest, at))[: len(text)]
 
     return run
@@ -413,6 +412,9 @@ def test_a_rule_places_every_leaf_and_no_key_head_is_split(kind):
 
 
 # ------------------------------------------------------------------------------------------- files with their tokenizers
+IMAGE_KEY = {"paligemma": "image_token_index", "smolvlm": "image_token_id"}
+
+
 def directory(kind, path):
     """A golden checkpoint with the toy tokenizer and image processor: its vocabulary is that of the toy."""
     words = tiny_vlm.tokenizer(kind)
@@ -426,8 +428,7 @@ def directory(kind, path):
         return tensors
 
     settings = {"text_config__vocab_size": len(words), "vision_config__image_size": 12}
-    if kind == "smolvlm":
-        settings["image_token_id"] = words.id_of("<image>")
+    settings[IMAGE_KEY[kind]] = words.id_of("<image>")
     written(kind, path, taller, **settings)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_vlm.FOLDER / kind / name, path)
@@ -454,13 +455,17 @@ def test_a_directory_has_model_tokenizer_and_templates(tmp_path, kind):
         loading.load(path, task="retrieval")
 
 
+@every_kind
+def test_an_image_token_that_contradicts_the_tokenizer(tmp_path, kind):
+    path, right = directory(kind, tmp_path / "base"), tiny_vlm.tokenizer(kind).id_of("<image>")
+    config = (path / "config.json").read_text()
+    (path / "config.json").write_text(config.replace(f'"{IMAGE_KEY[kind]}": {right}', f'"{IMAGE_KEY[kind]}": 5'))
+    with pytest.raises(ValueError, match=f"{IMAGE_KEY[kind]} is 5 in the configuration, but <image> is {right}"):
+        loading.load(path)
+
+
 def test_files_that_contradict_each_other(tmp_path):
     path = directory("smolvlm", tmp_path / "base")
-    config = (path / "config.json").read_text()
-    (path / "config.json").write_text(config.replace('"image_token_id": 401', '"image_token_id": 400'))
-    with pytest.raises(ValueError, match="image_token_id is 400 in the configuration, but <image> is 401"):
-        loading.load(path)
-    (path / "config.json").write_text(config)
     shutil.copy(tiny_vlm.FOLDER / "smolvlm" / "preprocessor_config.json", path)  # of another image size
     with pytest.raises(ValueError, match="the image processor has image size"):
         loading.load(path)

@@ -240,7 +240,7 @@ def zero_shot(model: VisionLanguageModel, params: Tree, config) -> dict:
     trained on questions also the accuracy of its answers, by type."""
     task, scores = TASK, {}
     half = jax.tree.map(lambda x: jnp.asarray(np.float16(x), jnp.float32), params)  # what is stored
-    if "lm_qa" in config.order:
+    if any("qa" in stage for stage in config.order):
         asks, answering = Vqa(max_new_tokens=9), model.for_task("vqa")
         held_out = scenes.load({"n_test": config.n_heldout}, ["test"])["test"]
         cases = asks.eval_examples(held_out, asks.template(answering))
