@@ -32,6 +32,7 @@ from memory import resident
 
 SECTIONS = ("load", "split", "step", "export", "smolvlm")
 TOKENIZER = reference.ROOT / "tests" / "golden" / "vlm_inputs" / "paligemma"  # a toy; ids below 430
+IMAGE = 423  # of <image> in it
 SIGLIP = dict(
     hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14,
     image_size=224, vision_use_head=False,
@@ -64,7 +65,7 @@ def write(args) -> dict:
     text, vision = (GEMMA, SIGLIP) if args.size == "released" else (GEMMA | TINY["text"], SIGLIP | TINY["vision"])
     width = text["hidden_size"]
     config = PaliGemmaConfig(
-        text_config=GemmaConfig(**text), vision_config=vision, image_token_index=257152, projection_dim=width,
+        text_config=GemmaConfig(**text), vision_config=vision, image_token_index=IMAGE, projection_dim=width,
         hidden_size=width, vocab_size=257216,
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
@@ -259,7 +260,7 @@ def reread(args) -> dict:
     )
     given = inputs()
     n_image = (224 // 14) ** 2
-    ids = np.concatenate([np.full((1, n_image), 257152), given["prompt"], given["text"]], axis=1)
+    ids = np.concatenate([np.full((1, n_image), IMAGE), given["prompt"], given["text"]], axis=1)
     types = np.zeros_like(ids)
     types[:, n_image + given["prompt"].shape[1] :] = 1
     with torch.no_grad():
