@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_vlm
+from safetensors.numpy import load_file
 from test_protocol import loop_search
 from test_vlm_parity import written
 from tiny_vlm import KINDS, LENGTHS, SPLIT
@@ -312,6 +313,40 @@ def test_frozen_matrices_and_words_in_bfloat16_change_nothing_where_products_are
     words = jp.attach(model, tuned["params"], jp.Selective(leaves="embed/word"), jax.random.key(0))
     words = setup.narrowed(model, words, jp.trainable(words), "bfloat16")["params"]["decoder"]
     assert words["embed"]["word"].dtype == jnp.float32 != words["blocks"]["mlp"]["up"]["kernel"].dtype
+
+
+@pytest.mark.parametrize(
+    "method",
+    [jp.DoRA(rank=2), jp.PiSSA(rank=2), jp.Prompt(length=3), methods.Head(matrix="untied")],
+    ids=lambda x: x.name,
+)
+def test_methods_start_from_a_narrow_base_as_from_the_same_values_in_float32(method):
+    narrow = jax.tree.map(lambda x: np.asarray(x).astype("bfloat16"), tiny_vlm.params("paligemma"))
+    wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), narrow)
+    found = [jp.attach(tiny_vlm.model("paligemma"), base, method, jax.random.key(0))["peft"] for base in (narrow, wide)]
+    assert jax.tree.leaves(found[0])
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        assert a.dtype == b.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_base_in_bfloat16_is_never_wider_and_its_run_is_the_same(tmp_path):
+    """Bit for bit: the trained parameters, the base's digest and what is loaded again."""
+    base, tuned = directory("paligemma", tmp_path / "base"), {}
+    for dtype in ("float32", "bfloat16"):
+        config = tiny.config_of(base, "captioning", **{"model.dtype": "bfloat16", "model.frozen_dtype": dtype})
+        params = tree.flatten(setup.prepare(config, lambda _: None).originals["params"])
+        wide = {name for name, x in params.items() if x.dtype == np.float32}
+        assert wide == (
+            {n for n in params if not n.endswith(("kernel", "word"))} if dtype == "bfloat16" else set(params)
+        )
+        result = run.run(config, tmp_path / dtype, lambda _: None)
+        tuned[dtype] = load_file(tmp_path / dtype / "tuned" / "tuned.safetensors") | {"": result["digests"]["base"]}
+        _, variables, *_ = jp.load_run(tmp_path / dtype)
+        assert variables["params"]["decoder"]["embed"]["word"].dtype == dtype
+    for name, x in tuned["float32"].items():
+        np.testing.assert_array_equal(x, tuned["bfloat16"][name], err_msg=name)
 
 
 # ------------------------------------------------------------------------------------------- tasks
