@@ -368,7 +368,7 @@ def trainable(variables: Tree) -> Mask:
         if one.train and not any(one.trains(name) for name in base):
             raise ValueError(
                 f"{one.name}: {one.train!r} matches no base leaf{f' below {one.targets!r}' if one.targets else ''}; "
-                f"nearest: {', '.join(tree.nearest(one.train, base))}"
+                f"nearest: {', '.join(tree.nearest(one.train, base))}{f'; {one.instead}' if one.instead else ''}"
             )
 
     def own(bound: Bound) -> Bound:

@@ -231,7 +231,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 # ---------------------------------------------------------------- leaves
 
-Dtype = str | Callable[[str], Any]  # of all leaves, or of a leaf by name
+Dtype = str | Callable[[str], Any]  # of all leaves, or of a leaf by name; None: that of the file
 Change = Callable[[np.ndarray], np.ndarray]  # applied to a leaf after it is read
 
 
@@ -299,8 +299,9 @@ def leaves(
     for rule in table.rules:
         parts = [tensors[name] for name in rule.names()]
         for i, name in enumerate(rule.leaves):
-            kind = parts[0].dtype if dtype is None else dtype if isinstance(dtype, str) else dtype(name)
-            found[name] = Leaf(rule, i, parts, np.dtype(kind), (changes or {}).get(name))
+            kind = dtype(name) if callable(dtype) else dtype
+            kind = parts[0].dtype if kind is None else np.dtype(kind)
+            found[name] = Leaf(rule, i, parts, kind, (changes or {}).get(name))
     return found
 
 

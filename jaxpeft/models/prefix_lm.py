@@ -72,6 +72,7 @@ class PrefixLM(VisionLanguageModel):
     sharding: ClassVar = SHARDING
     targets: ClassVar = TARGETS
     tasks: ClassVar = ("captioning", "vqa")
+    narrow: ClassVar = r"(kernel|embed/word)$"
     causal: ClassVar[bool]  # whether prefixes are read from left to right
     templates: ClassVar[dict[str, Callable[..., Template]]] = {}  # task -> (tokenizer, text options) -> template
 

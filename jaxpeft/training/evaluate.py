@@ -73,8 +73,14 @@ def stage_outputs(
     model: VisionLanguageModel, variables: Tree, examples: Examples, name: str, batch_size: int = 64
 ) -> np.ndarray:
     """The output of a stage for every example, (n, ...). The examples' batches must hold what the stage reads."""
-    batches = passes(variables, examples, batch_size)
-    return np.concatenate([tree.fetch(_stage(model, variables, batch, name))[:n] for batch, n in batches])
+    found, done = np.empty(0), 0
+    for batch, n in passes(variables, examples, batch_size):
+        rows = tree.fetch(_stage(model, variables, batch, name))[:n]
+        if not done:  # one table from the start: joining batches at the end would take twice its memory
+            found = np.empty((len(examples), *rows.shape[1:]), rows.dtype)
+        found[done : done + n] = rows
+        done += n
+    return found
 
 
 def predict(

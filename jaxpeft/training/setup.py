@@ -18,7 +18,7 @@ from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline
 from jaxpeft.data.base import Split
 from jaxpeft.methods import METHODS, Method
-from jaxpeft.models import loading
+from jaxpeft.models import convert, loading
 from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import registry, renamed
 from jaxpeft.training import optim, sharding
@@ -41,7 +41,7 @@ class Setup:
     variables: Tree
     mask: Mask
     mesh: Mesh
-    originals: Tree  # the variables as loaded, for `tuned/`; on the host where `variables` have a narrower dtype
+    originals: Tree  # the variables as loaded, for `tuned/`; the base is in this host's memory
     splits: dict[str, Split]  # 'train' is the subset that is trained on
     whole: tuple[Split, np.ndarray]  # all of 'train', and the indices of the subset in it
     candidates: list[str] | None  # the closed list that answers are chosen from
@@ -70,7 +70,7 @@ def prepare(config: Config, log: Log) -> Setup:
     mask = sites.trainable(variables)
     task, texts = with_limits(task, model, chosen, splits, log)
     log(" + ".join(map(str, chosen)))
-    log(_towers(model, sites.methods_of(variables)))
+    log(_towers(variables, mask))
     log(sites.describe(variables, mask, leaves=False))
     facts = {
         "model": facts,
@@ -79,8 +79,7 @@ def prepare(config: Config, log: Log) -> Setup:
         "base_digest": tree.digest(params),
     }
     dtype = config.model.get("frozen_dtype", "float32")
-    placed = _placed(narrowed(variables, mask, dtype), model, mesh, log)
-    originals = variables if dtype == "float32" else jax.tree.map(tree.fetch, variables)
+    placed = _placed(narrowed(model, variables, mask, dtype), model, mesh, log)
     candidates = task.candidates(splits["train"], task.template(model))
     return Setup(
         task=task,
@@ -89,7 +88,7 @@ def prepare(config: Config, log: Log) -> Setup:
         variables=placed,
         mask=mask,
         mesh=mesh,
-        originals=originals,
+        originals=variables,
         splits=splits,
         whole=whole,
         candidates=candidates,
@@ -141,7 +140,7 @@ def setup_model(
     config: Config, task: tasks.Task, train: Split, log: Log
 ) -> tuple[VisionLanguageModel, Tree, tuple[Method, ...], dict[str, Any]]:
     """(model, params, methods, facts) of a config: the base, its vocabulary checked against the texts, the methods."""
-    model, params, report = read_base(config, task)
+    model, params, report = read_base(config, task, convert.in_memory)  # devices need not hold all of it
     for group, source in report.get("initialised", {}).items():
         if source != "checkpoint":
             log(f"{group} is initialised from {source}")
@@ -235,9 +234,23 @@ def pinned_base(config: Config, result: dict) -> str:
     return f"{config['base'].partition('@')[0]}@{revision}" if revision else str(config["base"])
 
 
-def read_base(config: Config, task: tasks.Task) -> tuple[VisionLanguageModel, Tree, dict[str, Any]]:
-    """Read (model, params, report) that training starts from, before words are added."""
-    model, params, report = loading.read(config.base, task=task.kind, **_options(config))
+def read_base(
+    config: Config, task: tasks.Task, place: convert.Place = convert.on_device
+) -> tuple[VisionLanguageModel, Tree, dict[str, Any]]:
+    """Read (model, params, report) that training starts from, before words are added.
+
+    Leaves are float32, but those that `narrowed` casts have the type of the file: a base in bfloat16 is never wider in memory.
+    """
+    options, dtype = _options(config), "float32"
+    if config.model.get("frozen_dtype", "float32") != "float32":
+        model = abstract_model(config)
+        chosen = sites.resolved(model, methods_of(config))
+
+        def dtype(name: str) -> str | None:
+            frozen = not any(one.trains(f"params/{name}") for one in chosen)
+            return None if frozen and re.search(model.narrow, name) else "float32"
+
+    model, params, report = loading.read(config.base, task=task.kind, place=place, param_dtype=dtype, **options)
     if model.tokenizer is None:
         raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
     if config.init == "scratch":
@@ -253,30 +266,27 @@ def methods_of(config: Config) -> tuple[methods.Method, ...]:
     return methods.build(config.method.name, config.head, **fields)
 
 
-def narrowed(variables: Tree, mask: Mask, dtype: str) -> Tree:
-    """Cast frozen matrices to `dtype`. With model.dtype bfloat16, products cast them to bfloat16 anyway, so no result changes.
-    Word embeddings keep their dtype: they are added to others in float32 before anything is rounded."""
+def narrowed(model: VisionLanguageModel, variables: Tree, mask: Mask, dtype: str) -> Tree:
+    """Cast frozen matrices to `dtype`: the leaves that `model.narrow` names. With model.dtype bfloat16 the model casts them to
+    bfloat16 before any use, so no result changes. BERT's word embeddings are not among them: they are added to others in
+    float32 before anything is rounded."""
     if dtype == "float32":
         return variables
     if dtype != "bfloat16":
         raise ValueError(f"model.frozen_dtype is {dtype!r}; choose float32 or bfloat16")
 
     def one(name: str, x: jax.Array, tuned: bool) -> jax.Array:
-        return x if tuned or not re.search("^params/.*kernel$", name) else x.astype(dtype)
+        return x if tuned or not re.search(f"^params/.*{model.narrow}", name) else x.astype(dtype)
 
     return jax.tree.map(one, tree.names(variables), variables, mask)
 
 
-def _towers(model: VisionLanguageModel, chosen: Iterable[Method]) -> str:
-    """A line with the towers that the methods adapt, and those that they do not."""
-    chosen, touched = tuple(chosen), {}
-    for site in sites.sites(model):
-        name = site.path.split("/")[0]
-        leaf = f"params/{site.path}/"
-        hit = any(one.selects(site) or one.trains(f"{leaf}kernel") or one.trains(f"{leaf}bias") for one in chosen)
-        touched[name] = touched.get(name, False) or hit
-    names = {on: ", ".join(name for name, hit in touched.items() if hit == on) or "nothing" for on in (True, False)}
-    return f"adapted: {names[True]}; not adapted: {names[False]}"
+def _towers(variables: Tree, mask: Mask) -> str:
+    """A line with the towers that have trained leaves, and those that have none."""
+    trained = {name.split("/")[1] for name, on in tree.flatten(mask).items() if on}
+    names = {on: [name for name in variables["params"] if (name in trained) == on] for on in (True, False)}
+    some, rest = (", ".join(names[on]) or "nothing" for on in (True, False))
+    return f"adapted: {some}; not adapted: {rest}"
 
 
 def _placed(variables: Tree, model: VisionLanguageModel, mesh: Mesh, log: Log) -> Tree:
