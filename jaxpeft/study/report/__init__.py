@@ -46,4 +46,3 @@ def write(workdir: str | Path, mixed_code: bool = False) -> str:
     counts = "; ".join(f"{n} {name}" for name, n in sorted(said.items())) or "none, no setting declares `consistent`"
     n_done = sum(row["status"] == "done" for row in study.rows)
     return f"report: {out / 'index.html'} ({n_done} runs; claims: {counts})"
-

@@ -13,6 +13,7 @@ import numpy as np
 from jaxpeft.study import claims, intervals
 from jaxpeft.study.claims import Result
 from jaxpeft.study.intervals import Estimate
+from jaxpeft.study.report.markup import estimate
 from jaxpeft.study.report.rows import Study, cell_of, on_axis
 
 Cell = tuple[str, int, int]  # variant, size, number of images
@@ -33,6 +34,13 @@ class Choice:
     def score(self) -> float:
         """Its mean test score."""
         return statistics.fmean(one.score for one in self.runs.values())
+
+    @property
+    def gains(self) -> bool:
+        """Whether it is shown to be better than the frozen base, or with one seed is better; True where that was not scored."""
+        if self.over_base is None:
+            return True
+        return (self.over_base.low if isinstance(self.over_base, Estimate) else self.over_base) > 0
 
     @property
     def best_run(self) -> Result:
@@ -117,7 +125,9 @@ def rate_places(study: Study) -> list[dict]:
     found = {}
     for cell, rates in tried.items():
         if len(rates) > 1:
-            one = found.setdefault((cell.setting, cell.variant), {"smallest": 0, "inside": 0, "largest": 0, "tried": set()})
+            one = found.setdefault(
+                (cell.setting, cell.variant), {"smallest": 0, "inside": 0, "largest": 0, "tried": set()}
+            )
             lr = chosen[cell]
             one["smallest" if lr == min(rates) else "largest" if lr == max(rates) else "inside"] += 1
             one["tried"].add(len(rates))
@@ -135,43 +145,36 @@ def sentences(study: Study, chosen: dict[str, list[Choice]]) -> list[str]:
 
 
 def _use(study: Study, one: Choice) -> str:
-    base = study.base(one.setting)
-    if base is not None and (one.over_base.low if isinstance(one.over_base, Estimate) else one.over_base) <= 0:
-        gain = f", not shown to be better than the frozen base with {base:.3g}"
-    else:
-        gain = "" if base is None else f", frozen base {base:.3g}"
-    rivals = f" of {one.n_others} others" if one.n_others else ""
-    tied = ", one seed, so ties are not known" if one.tied is None else f", tied with {len(one.tied) or 'none'}{rivals}"
-    return (
-        f"on {one.setting} with {one.cell[2]:,} images, {name(one.cell)} (test {study.metric(one.setting)} {one.score:.3g}"
-        f"{gain}{tied if one.n_others else ''})"
-    )
+    base, metric = study.base(one.setting), study.metric(one.setting)
+    where = f"on {one.setting} with {one.cell[2]:,} images"
+    if not one.gains:
+        return (
+            f"{where}, the frozen base (test {metric} {base:.3f}): {name(one.cell)}, the best method, has {one.score:.3f}, and is "
+            f"not shown to be better"
+        )
+    said = f"test {metric} {one.score:.3f}" + ("" if base is None else f", frozen base {base:.3f}")
+    if one.n_others:
+        tied = "one seed, so ties are not known" if one.tied is None else f"tied with {len(one.tied) or 'none'}"
+        said += f", {tied}" + ("" if one.tied is None else f" of {one.n_others} others")
+    return f"{where}, {name(one.cell)} ({said})"
 
 
 def _effects(study: Study) -> str:
     said = []
-    for axis, words in (("data", "{}{:g} times the images change the score of a method by {} on {}"),
-                        ("size", "{}{:g} times the size by {} on {}")):  # fmt: skip
+    for axis, words in (("data", "{:.3g} times the images"), ("size", "up to {:.3g} times the size")):
         parts, most = [], 0.0
         for setting in study.config["settings"]:
             found = slopes([one for one in study.results if one.setting == setting], axis)
             mine = {variant: one for variant, one in found.items() if variant in sized(study)}
             if (change := pooled(mine, set(mine), whole=True)) is not None:
                 most = max(most, *(2**n for _, n in mine.values()))
-                parts.append((_number(change), setting))
+                alone = " (one seed)" if isinstance(change, float) else ""
+                parts.append(f"{estimate(change, '+')}{alone} {study.metric(setting)} on {setting}")
         if parts:
-            several = "up to " if axis == "size" else ""
-            said.append(words.format(several, most, parts[0][0], parts[0][1])
-                        + "".join(f", by {change} on {setting}" for change, setting in parts[1:]))  # fmt: skip
+            said.append(f"{words.format(most)} {', '.join(parts)}")
     if not said:
         return "Every method was run at one size and with one number of images, so their effects are not known."
-    return "What more brings, on average over methods: " + "; ".join(said) + "."
-
-
-def _number(found: Estimate | float) -> str:
-    if isinstance(found, float):
-        return f"{found:+.2g} (one seed)"
-    return f"{found.value:+.2g} ({found.low:.2g} to {found.high:.2g})"
+    return f"What more brings on average over methods, in test scores: {'; '.join(said)}."
 
 
 def _trust(study: Study) -> str:

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import io
+import math
 import statistics
 from collections.abc import Callable
 
@@ -90,9 +91,7 @@ def _legend(figure: Figure, axes: list, study: Study, columns: int) -> list[str]
     order, variants = {name: i for i, name in enumerate(STYLE)}, study.config["variants"]
     names = sorted(seen, key=lambda one: (order.get(variants[one]["method"], len(order)), "_head" not in one, one))
     if names:
-        figure.legend(
-            [seen[one] for one in names], names, loc="lower center", ncols=columns, frameon=False, fontsize=8
-        )
+        figure.legend([seen[one] for one in names], names, loc="lower center", ncols=columns, frameon=False, fontsize=8)
     return names
 
 
@@ -112,7 +111,7 @@ def _log(ax, values=()) -> None:
     low, high = ax.get_xlim()
     some = LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,))
     ax.xaxis.set_major_locator(FixedLocator(sorted(set(values))) if values else some)
-    ax.xaxis.set_major_formatter(_short)
+    ax.xaxis.set_major_formatter((lambda x, _: f"{x:,.0f}") if values else _short)
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -137,41 +136,48 @@ def _title(study: Study, setting: str) -> str:
 
 def score_data(study: Study) -> Drawing | None:
     """Test score in points against training images, at each variant's middle size; frozen base, blind guess and ceiling."""
+    cells = {setting: chosen_by_cell(study, setting) for setting in study.config["settings"]}
+    lines = {setting: on_axis(cells[setting], "data") for setting in cells}
+    drawn = [
+        scale.points(row["test"]) for setting in lines if (scale := study.scale(setting))
+        for line in lines[setting].values() for cell in line for row in cells[setting][cell]
+    ]  # fmt: skip
+    ends = max(LOWEST, min(drawn, default=0.0)) - 6, max([100.0, *drawn]) + 6  # one scale for all settings
 
     def panel(ax, setting, lines):
-        scale, metric = study.scale(setting), study.metric(setting)
+        scale = study.scale(setting)
         points = scale.points if scale else lambda score: score
-        drawn, ns = [0.0, 100.0] if scale else [], {cell[2] for line in lines.values() for cell in line}
+        ns = sorted({cell[2] for line in lines.values() for cell in line})
         for i, (variant, line) in enumerate(lines.items()):
-            scores = [[points(row["test"]) for row in cells[setting][cell]] for cell in line]
-            aside = 1 + 0.035 * (i - (len(lines) - 1) / 2)  # so that bars at one number of images do not hide each other
-            _errors(ax, [cell[2] * aside for cell in line], scores, _look(study, variant))
-            drawn += [x for one in scores for x in one]
-        base = study.base(setting)
+            at = {cell[2]: [points(row["test"]) for row in cells[setting][cell]] for cell in line}
+            aside = 1 + 0.035 * (
+                i - (len(lines) - 1) / 2
+            )  # so that bars at one number of images do not hide each other
+            # a line does not cross a number of images that was left out
+            _errors(ax, [n * aside for n in ns], [at.get(n, [math.nan]) for n in ns], _look(study, variant))
         _log(ax, ns)
-        _label(ax, _title(study, setting), "training images", "points" if scale else f"test {metric}")
+        _label(ax, _title(study, setting), "training images", "points" if scale else f"test {study.metric(setting)}")
         if scale:
-            bottom = max(LOWEST, min(drawn + ([points(base)] if base is not None else []))) - 5
-            ax.set_ylim(bottom, max(drawn) + 5)
+            ax.set_ylim(*ends)
             _yardstick(ax, 0, "best guess without images")
             _yardstick(ax, 100, "ceiling" if scale.declared else "ceiling: best cell")
-            right = ax.secondary_yaxis("right", functions=(
-                lambda y: scale.blind + y * (scale.ceiling - scale.blind) / 100, lambda score: scale.points(score)
-            ))  # fmt: skip
-            right.set_ylabel(f"test {metric}", fontsize=8)
+            score_of = lambda y: scale.blind + y * (scale.ceiling - scale.blind) / 100  # noqa: E731
+            right = ax.secondary_yaxis("right", functions=(score_of, scale.points))
+            right.set_ylabel(f"test {study.metric(setting)}", fontsize=8)
             right.tick_params(labelsize=8)
-        if base is not None:
+        if (base := study.base(setting)) is not None:
             bottom = ax.get_ylim()[0]
             where = f": {base:.3g}, below" if points(base) < bottom else ""
-            _yardstick(ax, max(points(base), bottom), f"frozen base{where}", "--")
+            _yardstick(ax, max(points(base), bottom), f"frozen base{where}", "--", left=True)
 
-    cells = {setting: chosen_by_cell(study, setting) for setting in study.config["settings"]}
-    return drawing(study, {setting: on_axis(cells[setting], "data") for setting in cells}, panel)
+    return drawing(study, lines, panel)
 
 
-def _yardstick(ax, y: float, text: str, line: str = ":") -> None:
+def _yardstick(ax, y: float, text: str, line: str = ":", left: bool = False) -> None:
     ax.axhline(y, color="#444444", linewidth=0.9, linestyle=line)
-    ax.annotate(text, (0.985, y), xycoords=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=7, color="#444444")
+    place = {"ha": "left"} if left else {"ha": "right"}
+    x = 0.015 if left else 0.985
+    ax.annotate(text, (x, y), xycoords=ax.get_yaxis_transform(), va="bottom", fontsize=7, color="#444444", **place)
 
 
 def score_size(study: Study) -> Drawing | None:

@@ -2,7 +2,7 @@
 
 import base64
 import html
-import json
+import math
 import re
 import string
 from collections.abc import Iterable, Sequence
@@ -19,15 +19,17 @@ class Html(str):
 
 
 def page(template: str, **values: str) -> str:
-    """A template of this folder with its values. A <section> whose values are all empty is left out."""
-    parts = re.split(r"(?=<section)|(?<=</section>)", (HERE / template).read_text())
+    """A template of this folder with its values. A <details> or <section> whose values are all empty is left out."""
+    text = (HERE / template).read_text()
 
-    def used(part: str) -> bool:
-        names = string.Template(part).get_identifiers()
-        return not part.startswith("<section") or not names or any(values[name] for name in names)
+    def used(part: re.Match) -> str:
+        names = string.Template(part[0]).get_identifiers()
+        return part[0] if not names or any(values[name] for name in names) else ""
 
+    for tag in ("details", "section"):  # a section may hold details
+        text = re.sub(rf"<{tag}>.*?</{tag}>\n", used, text, flags=re.DOTALL)
     values |= {"css": (HERE / "report.css").read_text(), "js": (HERE / "report.js").read_text()}
-    return string.Template("".join(filter(used, parts))).substitute(values)
+    return string.Template(text).substitute(values)
 
 
 def escape(value) -> str:
@@ -46,12 +48,17 @@ def estimate(found: intervals.Estimate | float | None, sign: str = "") -> str:
         return ""
     if isinstance(found, float):
         return f"{found:{sign}.3g}"
-    return f"{found.value:{sign}.3g} ({found.low:.3g} to {found.high:.3g})"
+    half = (found.high - found.low) / 2  # its first two digits are shown
+    digits = max(0, 1 - math.floor(math.log10(half))) if half else 3
+    return f"{found.value:{sign}.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence]) -> Html:
-    """A table, on a phone a card per row, which report.js makes sortable. Numbers are right-aligned, None is empty."""
+    """A table, on a phone a card per row, which report.js makes sortable; '' without rows. Numbers are right-aligned, None is
+    empty."""
     rows = [list(row) for row in rows]
+    if not rows:
+        return Html("")
     numeric = [all(_is_number(row[i]) for row in rows if row[i] is not None) for i in range(len(header))]
     head = "".join(f"<th{_class(num)}>{escape(name)}</th>" for name, num in zip(header, numeric, strict=True))
     body = "".join(
@@ -66,9 +73,8 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _class(num: bool, *more: str) -> str:
-    names = " ".join(filter(None, ("num" if num else "", *more)))
-    return f' class="{names}"' if names else ""
+def _class(num: bool) -> str:
+    return ' class="num"' if num else ""
 
 
 def _cell(value, name: str) -> str:
@@ -77,14 +83,17 @@ def _cell(value, name: str) -> str:
         return f"<td{label}></td>"
     num = _is_number(value)
     exact = f' data-v="{value!r}"' if num else ""  # what the column is sorted by
-    return f"<td{_class(num, word_class(value))}{label}{exact}>{number(value) if num else escape(value)}</td>"
+    return f"<td{_class(num)}{label}{exact}>{number(value) if num else escape(value)}</td>"
 
 
-def word_class(value) -> str:
-    """The CSS class of a verdict; '' for other values."""
-    words = (intervals.POSITIVE, intervals.BELOW, intervals.FLAT, intervals.NEGATIVE, intervals.UNDECIDED,
-             intervals.NOT_TESTED)  # fmt: skip
-    return value.split(",")[0].replace(" ", "-") if isinstance(value, str) and value in words else ""
+def kind_of(verdict: str) -> str:
+    """The CSS class of a verdict."""
+    return verdict.split(",")[0].replace(" ", "-")
+
+
+def strong(text: str, kind: str = "") -> Html:
+    """A word that stands out. `kind`: a CSS class."""
+    return Html(f'<b class="{kind}">{html.escape(text)}</b>')
 
 
 def fold(summary: str, body: str) -> Html:
@@ -93,13 +102,13 @@ def fold(summary: str, body: str) -> Html:
 
 
 def paragraph(text: str, kind: str = "") -> Html:
-    """A paragraph; '' where there is no text."""
-    return Html(f"<p{_class(False, kind)}>{escape(text)}</p>" if text else "")
+    """A paragraph; '' where there is no text. `kind`: a CSS class."""
+    return Html(f'<p class="{kind}">{escape(text)}</p>' if text else "")
 
 
-def as_json(value) -> Html:
-    """A value as indented JSON."""
-    return Html(f"<pre>{html.escape(json.dumps(value, indent=1))}</pre>")
+def verbatim(text: str) -> Html:
+    """A text with its lines as they are; '' where there is none."""
+    return Html(f"<pre>{html.escape(text)}</pre>" if text else "")
 
 
 def image(png: bytes, alt: str) -> Html:
@@ -132,24 +141,22 @@ def axis(ends: tuple[float, float]) -> Html:
 
 
 def interval(
-    found: intervals.Estimate | float | None, ends: tuple[float, float], margin: float = 0.0, kind: str = "", color: str = ""
+    found: intervals.Estimate | float, ends: tuple[float, float], margin: float = 0.0, kind: str = "", color: str = ""
 ) -> Html:
-    """An interval on an axis with 0, and a shaded margin. An end that the axis cuts off has an arrow. `kind`: a CSS class."""
+    """A mean with its interval in numbers, below a drawing of it on an axis with 0 and a shaded margin. An end that the axis
+    cuts off has an arrow. `kind`: a CSS class."""
     at, middle = _place(ends), ROW / 2
     parts = [f'<rect x="{at(-margin)}" width="{at(margin) - at(-margin):.1f}" height="{ROW}"/>'] if margin else []
     parts.append(f'<path class="zero" d="M{at(0)} 0V{ROW}"/>')
-    if found is not None:
-        value, low, high = (found, found, found) if isinstance(found, float) else (found.value, found.low, found.high)
-        parts.append(f'<path d="M{at(low)} {middle}H{at(high)}"/>')
-        for end, cut, way in ((low, low < ends[0], 5), (high, high > ends[1], -5)):
-            if cut:
-                parts.append(f'<path d="M{at(end) + way} {middle - 4}L{at(end)} {middle}L{at(end) + way} {middle + 4}"/>')
-        parts.append(f'<circle cx="{at(value)}" cy="{middle}" r="3.5"/>')
+    value, low, high = (found, found, found) if isinstance(found, float) else (found.value, found.low, found.high)
+    parts.append(f'<path d="M{at(low)} {middle}H{at(high)}"/>')
+    for end, cut, way in ((low, low < ends[0], 5), (high, high > ends[1], -5)):
+        if cut:
+            parts.append(f'<path d="M{at(end) + way} {middle - 4}L{at(end)} {middle}L{at(end) + way} {middle + 4}"/>')
+    parts.append(f'<circle cx="{at(value)}" cy="{middle}" r="3.5"/>')
     style = f' style="color:{color}"' if color else ""
-    said = html.escape(estimate(found) or "not measured")
-    return Html(
-        f'<svg class="interval {kind}"{style} viewBox="0 0 {WIDTH} {ROW}" role="img" aria-label="{said}">{"".join(parts)}</svg>'
-    )
+    svg = f'<svg class="interval {kind}"{style} viewBox="0 0 {WIDTH} {ROW}" aria-hidden="true">{"".join(parts)}</svg>'
+    return Html(f"<div>{svg}{escape(estimate(found, '+'))}</div>")
 
 
 def shares(counts: Sequence[int], kinds: Sequence[str]) -> Html:

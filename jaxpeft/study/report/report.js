@@ -50,11 +50,12 @@ for (const table of document.querySelectorAll("table.cards")) {
   if (n < 2) continue;
   table.classList.add("sortable");
   [...table.tHead.rows[0].cells].forEach((head, column) => {
-    if (!head.textContent || head.querySelector("svg")) return;
+    const name = head.firstChild;  // below it there may be the axis of drawn intervals
+    if (name?.nodeType !== Node.TEXT_NODE) return;
     const button = document.createElement("button");
-    button.append(...head.childNodes);
     button.onclick = () => sort(table, column);
-    head.append(button);
+    name.replaceWith(button);
+    button.append(name);
   });
   if (n < 8) continue;
   const input = document.createElement("input"), count = document.createElement("span"), bar = document.createElement("p");
