@@ -149,8 +149,8 @@ def _use(study: Study, one: Choice) -> str:
     where = f"on {one.setting} with {one.cell[2]:,} images"
     if not one.gains:
         return (
-            f"{where}, the frozen base (test {metric} {base:.3f}): {name(one.cell)}, the best method, has {one.score:.3f}, and is "
-            f"not shown to be better"
+            f"{where}, the frozen base (test {metric} {base:.3f}): the best method, {name(one.cell)}, has {one.score:.3f} and "
+            f"is not shown to be better"
         )
     said = f"test {metric} {one.score:.3f}" + ("" if base is None else f", frozen base {base:.3f}")
     if one.n_others:

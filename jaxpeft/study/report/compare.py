@@ -19,7 +19,7 @@ from jaxpeft.runtime import files
 from jaxpeft.study import claims
 from jaxpeft.study.intervals import Estimate
 from jaxpeft.study.report import answers, markup
-from jaxpeft.study.report.markup import Html, fold, table
+from jaxpeft.study.report.markup import Html, table
 from jaxpeft.study.report.rows import Study, read
 
 Cells = dict[tuple, dict[int, claims.Result]]  # (setting, variant, size, number of images) -> seed -> run
@@ -74,12 +74,16 @@ def _page(both: tuple[Study, Study], cells: tuple[Cells, Cells], less: dict[tupl
         cells=_cell_table(a, cells, less),
         claims=_claims(both),
         config=_config(a.config, b.config),
-        more=fold("Cells in one of the studies only", _only(in_a, in_b))
-        + fold("Where the studies are", table(("", "A", "B"), [
-            ["directory", a.directory, b.directory], ["command", a.command, b.command],
-            ["code", ", ".join(_codes(a)), ", ".join(_codes(b))],
-        ])),
-    )  # fmt: skip
+        only=_only(in_a, in_b),
+        places=table(
+            ("", "A", "B"),
+            [
+                ["directory", a.directory, b.directory],
+                ["command", a.command, b.command],
+                ["code", ", ".join(_codes(a)), ", ".join(_codes(b))],
+            ],
+        ),
+    )
 
 
 def _codes(study: Study) -> list[str]:
@@ -171,7 +175,7 @@ def _config(a: dict, b: dict) -> str:
 
 def _only(in_a: Cells, in_b: Cells) -> str:
     rows = [[*cell, "A"] for cell in in_a if cell not in in_b] + [[*cell, "B"] for cell in in_b if cell not in in_a]
-    return table(("setting", "variant", "size", "images", "in"), rows) if rows else ""
+    return table(("setting", "variant", "size", "images", "in"), rows)
 
 
 def main(argv=None) -> int:

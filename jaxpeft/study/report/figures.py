@@ -155,6 +155,11 @@ def score_data(study: Study) -> Drawing | None:
             )  # so that bars at one number of images do not hide each other
             # a line does not cross a number of images that was left out
             _errors(ax, [n * aside for n in ns], [at.get(n, [math.nan]) for n in ns], _look(study, variant))
+            capped = [cell[2] for cell in line if any(row["stopped"] == "cap" for row in cells[setting][cell])]
+            means = [statistics.fmean(at[n]) for n in capped]
+            ax.scatter(
+                [n * aside for n in capped], means, s=90, facecolors="none", edgecolors="#D55E00", linewidths=0.8
+            )
         _log(ax, ns)
         _label(ax, _title(study, setting), "training images", "points" if scale else f"test {study.metric(setting)}")
         if scale:
@@ -292,8 +297,8 @@ def forgetting(study: Study) -> Drawing | None:
 FIGURES = {
     "score_data": (
         score_data,
-        "Each method at its middle size. Marks: mean over seeds; bars: range over seeds. 0 points is the best guess without "
-        "images, 100 the ceiling; the right axis has the score itself.",
+        "Each method at its middle size. Marks: mean over seeds; bars: range over seeds; orange rings: a run reached the "
+        "cap on steps. 0 points is the best guess without images, 100 the ceiling; the right axis has the score itself.",
     ),
     "curves": (
         curves,

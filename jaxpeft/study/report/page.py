@@ -4,7 +4,6 @@ What is said first is computed in answers.py; what is folded at the end is in fo
 """
 
 import html
-import re
 import shlex
 import urllib.parse
 
@@ -139,11 +138,12 @@ def _commands(study: Study, run_id: str, kept: bool) -> Html | None:
     words = [word for word in _command(study) if not word.startswith("--rerun=")]
     if not words:
         return None
-    lines = [shlex.join([*words, f"--rerun={run_id}"])]
-    where = re.search(r"--workdir[= ]('[^']*'|\S+)", lines[0])
-    if kept and where:
-        lines.append(f"jaxpeft generate --workdir={where[1]}/points/{run_id} --image photo.jpg")
-    return fold("show", f"<code>{'<br>'.join(map(html.escape, lines))}</code>")
+    lines = [[*words, f"--rerun={run_id}"]]
+    spread = [part for word in words for part in (word.split("=", 1) if word.startswith("--workdir=") else [word])]
+    if kept and "--workdir" in spread[:-1]:
+        where = spread[spread.index("--workdir") + 1]
+        lines.append(["jaxpeft", "generate", f"--workdir={where}/points/{run_id}", "--image", "photo.jpg"])
+    return fold("show", f"<code>{'<br>'.join(escape(shlex.join(line)) for line in lines)}</code>")
 
 
 # Claims
