@@ -9,7 +9,6 @@ import argparse
 import html
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +69,7 @@ def _page(both: tuple[Study, Study], cells: tuple[Cells, Cells], less: dict[tupl
         name=html.escape(f"{a.config['name']} (A) and {b.config['name']} (B)"),
         note=markup.paragraph(note, "note"),
         sentences="".join(f"<li>{markup.escape(one)}</li>" for one in _sentences(both, cells, less)),
-        methods=_grouped(a, cells, list(less), lambda cell: cell[:2], ("setting", "method")),
+        methods=_method_table(a, cells, list(less)),
         cells=_cell_table(a, cells, less),
         claims=_claims(both),
         config=_config(a.config, b.config),
@@ -108,21 +107,17 @@ def _sentences(both: tuple[Study, Study], cells: tuple[Cells, Cells], less: dict
     ]
 
 
-def _grouped(
-    study: Study, cells: tuple[Cells, Cells], common: list[tuple], key: Callable, header: tuple[str, ...]
-) -> Html:
+def _method_table(study: Study, cells: tuple[Cells, Cells], common: list[tuple]) -> Html:
+    """B less A of each setting and variant."""
     groups: dict[tuple, list[tuple]] = {}
     for cell in common:
-        groups.setdefault(key(cell), []).append(cell)
-    rows, ends = [], {}
-    found = {group: over_cells(some, *cells) for group, some in groups.items()}
-    for setting in {group[0] for group in groups}:  # metrics differ in scale
-        ends[setting] = _ends([one for group, one in found.items() if group[0] == setting])
-    for group, some in groups.items():
-        one = found[group]
-        drawn, word = (None, None) if one is None else (markup.interval(one, ends[group[0]]), _word(one))
-        rows.append([*group, len(some), study.metric(group[0]), drawn, word])
-    return table((*header, "cells", "metric", "B less A", "by interval"), rows)
+        groups.setdefault(cell[:2], []).append(cell)
+    found, rows = {group: over_cells(some, *cells) for group, some in groups.items()}, []
+    for (setting, variant), one in found.items():
+        ends = _ends([other for group, other in found.items() if group[0] == setting])  # metrics differ in scale
+        drawn, word = (None, None) if one is None else (markup.interval(one, ends), _word(one))
+        rows.append([setting, variant, len(groups[setting, variant]), study.metric(setting), drawn, word])
+    return table(("setting", "variant", "cells", "metric", "B less A", "by interval"), rows)
 
 
 def _ends(found: list) -> tuple[float, float]:

@@ -48,8 +48,8 @@ def estimate(found: intervals.Estimate | float | None, sign: str = "") -> str:
         return ""
     if isinstance(found, float):
         return f"{found:{sign}.3g}"
-    half = (found.high - found.low) / 2  # its first two digits are shown
-    digits = max(0, 1 - math.floor(math.log10(half))) if half else 3
+    half = max((found.high - found.low) / 2, 1e-4)  # its first two digits are shown
+    digits = min(max(0, 1 - math.floor(math.log10(half))), 4)
     return f"{found.value:{sign}.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
 
 
