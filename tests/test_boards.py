@@ -100,7 +100,7 @@ def test_scores_and_images_of_a_finished_run(packages, tmp_path, monkeypatch):
         {"step": 40, "gallery": (4, 6, 3)}, "close",
     ]  # fmt: skip
     boards.finished(tmp_path, {"timing": {"steps": 40}, "metrics": {}})
-    assert packages["wandb"][-3][1]["id"] == options["id"]  # the same run of W&B
+    assert packages["wandb"][-4][1]["id"] == options["id"]  # the same run of W&B
 
 
 def test_a_board_that_fails_is_left_out_and_training_goes_on(packages, tmp_path, monkeypatch):

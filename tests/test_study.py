@@ -769,7 +769,7 @@ def test_a_study_of_ones_own_speaks_of_no_paper(own):
     line = report.write(own)
     assert "claims: none, no setting declares `consistent`" in line
     page = (own / "report" / "index.html").read_text()
-    assert "no claim was judged" in page and "settings.NAME.consistent = True" in page
+    assert "No claim was judged on my_photos" in page and "settings.NAME.consistent = True" in page
     assert "the paper" not in page and "<h2>Claims" not in page and "my_photos" in page
 
 

@@ -35,7 +35,7 @@ def render(study: Study, verdicts: list, selection, share: list[dict], drawings:
         multiplicity=escape(_multiplicity(verdicts)) if verdicts else "",
         selection=escape(_selection(selection)) if verdicts else "",
         ends=escape(" ".join(_ends(one) for one in study.scales)) if verdicts else "",
-        declare="" if verdicts else DECLARE,
+        undeclared=escape(", ".join(one for one, about in study.config["settings"].items() if "consistent" not in about)),
         slopes=_slopes(study),
         rates=_rates(study),
         consistency=table(tuple(share[0]), [row.values() for row in share]) if share else "",
@@ -43,12 +43,6 @@ def render(study: Study, verdicts: list, selection, share: list[dict], drawings:
         **{name: getattr(folded, name)(study) for name in folded.PARTS},
         **charts,
     )
-
-
-DECLARE = Html(
-    "<p>No setting says whether it is consistent with pre-training, so no claim was judged. To judge them, declare it in the "
-    "study's config: <code>settings.NAME.consistent = True</code> or <code>False</code>.</p>"
-)
 
 
 def _notes(study: Study) -> str:
