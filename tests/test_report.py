@@ -169,6 +169,7 @@ def test_a_page_with_claims_draws_them_and_lists_their_cells_behind_a_click(tmp_
     write(tmp_path, close, config_of(declare=False))
     section = re.search("<section><h2>Claims.*?</section>", html_of(tmp_path), re.DOTALL)[0]
     assert "the paper predicts" in section and section.count("<circle") >= 2
+    assert 'data-label="effect"' in section and "&lt;svg" not in section  # a phone shows the name beside each value
     details, *_ = re.findall("<details><summary>2 methods, 3 seeds</summary>(.*?)</details>", section, re.DOTALL)
     assert "lora_head 2, 4, 8 at 256 images" in details and "2, 4, 8 at 256" not in section.replace(details, "")
 
@@ -204,6 +205,7 @@ def test_a_drawn_interval_is_where_its_numbers_are():
     assert f'<rect x="{0.4 * markup.WIDTH}" width="{0.2 * markup.WIDTH}"' in svg  # the margin
     assert svg.count("<path") == 3 and svg.count("L") == 2  # zero, the line, and an arrow: 20 is not on the axis
     assert "+5.0 (2.5 to 20.0)" in svg
+    assert markup.estimate(answers.Estimate(-0.01, -28.0, 27.0, 1.0), "+") == "+0 (-28 to 27)"
 
 
 # In a browser

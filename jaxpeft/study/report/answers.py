@@ -185,7 +185,8 @@ def _trust(study: Study) -> str:
     capped = sum(row["stopped"] == "cap" for row in done)
     seeds = len({row["seed"] for row in done})
     at_end = f"in {at_edge} of {n} cells the best learning rate is the smallest or the largest that was tried"
+    longer = f"{capped} of {len(done)} chosen runs reached the cap on steps, and may score higher if trained longer"
     return (
-        f"How far to trust it: {seeds} seed{'s' * (seeds > 1)}; {at_end if n else 'one learning rate a cell'}; {capped} of "
-        f"{len(done)} chosen runs reached the cap on steps, and may score higher if trained longer."
+        f"How far to trust it: {seeds} seed{'s' * (seeds > 1)}; {at_end if n else 'one learning rate a cell'}; "
+        f"{longer if capped else 'no chosen run reached the cap on steps'}."
     )

@@ -142,7 +142,7 @@ def score_data(study: Study) -> Drawing | None:
         scale.points(row["test"]) for setting in lines if (scale := study.scale(setting))
         for line in lines[setting].values() for cell in line for row in cells[setting][cell]
     ]  # fmt: skip
-    ends = max(LOWEST, min(drawn, default=0.0)) - 6, max([100.0, *drawn]) + 6  # one scale for all settings
+    ends = max(LOWEST, min([0.0, *drawn])) - 6, max([100.0, *drawn]) + 6  # one scale for all settings
 
     def panel(ax, setting, lines):
         scale = study.scale(setting)

@@ -50,7 +50,8 @@ def estimate(found: intervals.Estimate | float | None, sign: str = "") -> str:
         return f"{found:{sign}.3g}"
     half = max((found.high - found.low) / 2, 1e-4)  # its first two digits are shown
     digits = min(max(0, 1 - math.floor(math.log10(half))), 4)
-    return f"{found.value:{sign}.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+    shown = f"z.{digits}f"  # z: no sign of a zero
+    return f"{found.value:{sign}{shown}} ({found.low:{shown}} to {found.high:{shown}})"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence]) -> Html:
@@ -78,7 +79,8 @@ def _class(num: bool) -> str:
 
 
 def _cell(value, name: str) -> str:
-    label = f' data-label="{html.escape(str(name))}"'
+    label = html.escape(str(name).partition("<svg")[0])  # without the axis above drawn intervals
+    label = f' data-label="{label}"'
     if value is None:
         return f"<td{label}></td>"
     num = _is_number(value)

@@ -35,7 +35,9 @@ def render(study: Study, verdicts: list, selection, share: list[dict], drawings:
         multiplicity=escape(_multiplicity(verdicts)) if verdicts else "",
         selection=escape(_selection(selection)) if verdicts else "",
         ends=escape(" ".join(_ends(one) for one in study.scales)) if verdicts else "",
-        undeclared=escape(", ".join(one for one, about in study.config["settings"].items() if "consistent" not in about)),
+        undeclared=escape(
+            ", ".join(one for one, about in study.config["settings"].items() if "consistent" not in about)
+        ),
         slopes=_slopes(study),
         rates=_rates(study),
         consistency=table(tuple(share[0]), [row.values() for row in share]) if share else "",

@@ -47,7 +47,7 @@ function filter(table, text, count) {
 
 for (const table of document.querySelectorAll("table.cards")) {
   const n = table.tBodies[0].rows.length;
-  if (n < 2) continue;
+  if (n < 6) continue;
   table.classList.add("sortable");
   [...table.tHead.rows[0].cells].forEach((head, column) => {
     const name = head.firstChild;  // below it there may be the axis of drawn intervals
@@ -57,7 +57,6 @@ for (const table of document.querySelectorAll("table.cards")) {
     name.replaceWith(button);
     button.append(name);
   });
-  if (n < 8) continue;
   const input = document.createElement("input"), count = document.createElement("span"), bar = document.createElement("p");
   input.type = "search";
   input.placeholder = "filter: words, or images>=1024";
