@@ -29,6 +29,7 @@ APPS = {  # commands that parse their own arguments: (module, what it does)
     "generate": ("jaxpeft.apps.generate", "generate texts for images with a finished run or a base model"),
     "export": ("jaxpeft.apps.export", "export a finished run to PyTorch, merged or as a PEFT adapter"),
     "demo": ("jaxpeft.apps.demo", "serve a local page that shows finished runs beside their base models"),
+    "compare": ("jaxpeft.study.report.compare", "compare two studies in one page"),
     "prepare": ("jaxpeft.data.coco.prepare", "prepare COCO captions or VQA v2 from the official files"),
 }
 

@@ -21,7 +21,7 @@ from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline
 from jaxpeft.interchange import save_tuned
 from jaxpeft.runtime import files, host, locks
-from jaxpeft.training import finished, inputs, results, sharding
+from jaxpeft.training import boards, finished, inputs, results, sharding
 from jaxpeft.training import score as scoring
 from jaxpeft.training import setup as setups
 from jaxpeft.training.inputs import Inputs
@@ -156,6 +156,7 @@ def _save(config: Config, setup: Setup, workdir: Path, whole: Tree, found: tuple
     with_gallery = ", gallery.png" if rows and config.eval.gallery else ""
     if with_gallery:
         scoring.gallery(workdir, setup.splits[config.eval.splits[0]], rows)
+    boards.finished(workdir, result, log)
     files.write_json(workdir / "result.json", result)
     log(
         f"\n{results.table(result)}\nresults in {workdir}: result.json, predictions.jsonl, metrics.jsonl{with_gallery}; "
