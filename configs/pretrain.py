@@ -4,6 +4,7 @@ python main.py --config=configs/pretrain.py --workdir=runs/pretrain             
 python main.py --config=configs/pretrain.py:model=mplug --workdir=runs/pretrain    mPLUG: base 'tiny_mplug'
 python main.py --config=configs/pretrain.py:model=smolvlm --workdir=runs/pretrain  decoder-only: base 'tiny_decoder'
 python main.py --config=configs/pretrain.py:steps=20 --workdir=runs/try        every stage cut to 20 steps
+python main.py --config=configs/pretrain.py:mixture=questions,seed=0 --workdir=runs/bases/Q0   for configs/studies/crossed.py
 """
 
 import ml_collections
@@ -42,8 +43,17 @@ STAGES = {
 }
 
 
+# the bases of configs/studies/crossed.py: equal but for what the image stage has, captions or questions
+IMAGE_STAGE = {"steps": 5000, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 0}
+MIXTURES = {"captions": {"lm": IMAGE_STAGE}, "questions": {"qa": IMAGE_STAGE}}
+
+
 def get_config(arg=""):
-    a = config.parse_arg(arg, model="blip", steps=0, seed=0)
+    a = config.parse_arg(arg, model="blip", steps=0, seed=0, mixture="")
+    if a.mixture and (a.model != "blip" or a.mixture not in MIXTURES):
+        raise ValueError(
+            f"mixture is {a.mixture!r} with model={a.model}; choose {' or '.join(MIXTURES)} with model=blip"
+        )
     if a.model not in STAGES:
         raise ValueError(f"model is {a.model!r}; choose one of {', '.join(STAGES)}")
     c = config.get_config("captioning", "full")
@@ -55,8 +65,9 @@ def get_config(arg=""):
     c.architecture = ml_collections.ConfigDict(ARCHITECTURES[a.model])
     c.batch_size = 32
     c.captions_per_image = 2
-    c.order = tuple(STAGES[a.model])
-    c.stages = ml_collections.ConfigDict(STAGES[a.model])
+    stages = {"text": STAGES[a.model]["text"]} | MIXTURES[a.mixture] if a.mixture else STAGES[a.model]
+    c.mixture, c.order = a.mixture, tuple(stages)
+    c.stages = ml_collections.ConfigDict(stages)
     for stage in c.stages.values():
         stage.steps = a.steps or stage.steps
     c.optim.weight_decay = 0.05

@@ -30,6 +30,7 @@ APPS = {  # commands that parse their own arguments: (module, what it does)
     "export": ("jaxpeft.apps.export", "export a finished run to PyTorch, merged or as a PEFT adapter"),
     "demo": ("jaxpeft.apps.demo", "serve a local page that shows finished runs beside their base models"),
     "compare": ("jaxpeft.study.report.compare", "compare two studies in one page"),
+    "report": ("jaxpeft.apps.report", "write the report of a study again from its result files"),
     "prepare": ("jaxpeft.data.coco.prepare", "prepare COCO captions or VQA v2 from the official files"),
 }
 

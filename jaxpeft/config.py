@@ -74,8 +74,9 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.data.fraction = 1.0  # of the training images; subsets with one subset_seed are nested
     c.data.n_images = config_dict.placeholder(int)  # instead of `fraction`: the number of training images
     c.data.subset_seed = 0
-    c.data.captions = "human"  # scenes only; 'web': the style of pre-training
+    c.data.captions = "human"  # scenes only; 'web': the style of pre-training; 'clean': that style without noise
     c.data.types = ()  # scenes only: the types of questions to keep; (): all
+    c.data.texts = 0  # scenes only: the captions and the questions to keep of each training image; 0: all
     c.data.augment = "none"  # 'crop', 'crop_flip', 'blip' or 'mplug' (add RandAugment), on images at their native size
     c.data.feature_bytes = 4 << 30  # memory limit for the outputs of one frozen stage (image tokens, question states)
 
@@ -103,7 +104,9 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.stop.split = "val"
     c.stop.examples = 512  # of that split, used in each validation
     c.stop.every = 100  # steps between validations; 0: chosen to give 40 validations
-    c.stop.patience = 3  # validations without improvement
+    c.stop.patience = (
+        3  # validations without improvement; 0: never stop, the last `optim.cooldown` of the steps is the cooldown
+    )
     c.stop.min_gain = 0.005  # relative decrease of the loss that counts as an improvement
     c.stop.images_must_matter = False  # keep step 0 if, at the best step, texts are as likely with other images
 
