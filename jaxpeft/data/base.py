@@ -6,10 +6,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from jaxpeft.inputs.images import Pixels
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images and their texts. `images[i]` is a uint8 RGB array image_YXC of its original size; access is thread-safe.
+    """Images and their texts. `images[i]` is a uint8 RGB array image_YXC of its original size; access is thread-safe. Where files
+    are decoded, `images.opened(i)` may return the same pixels as an image of Pillow.
 
     `rows[i]` belongs to the same image: {'image_id': str, 'captions': [str, ...], 'questions': [{'question_id',
     'question', 'answers': [str, ...], 'type'}, ...]}. `report`, which goes into the result file, lists what loading dropped or
@@ -36,6 +39,14 @@ class _Subset(Sequence):
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self._images[self._indices[i]]
+
+    def opened(self, i: int) -> Pixels:
+        return opened(self._images, self._indices[i])
+
+
+def opened(images: Sequence, i: int) -> Pixels:
+    """Image `i`, without the copy into an array where `images` decodes it with Pillow."""
+    return images.opened(i) if hasattr(images, "opened") else images[i]
 
 
 def progress_bars() -> None:

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -211,6 +212,9 @@ class _Joined(Sequence):
         return len(self.places)
 
     def __getitem__(self, i):
+        return np.array(self.opened(i))
+
+    def opened(self, i):
         source, index = self.places[i]
         example = source[index]
-        return images.decode(example["image"], name=f"of id {example['image_id'].decode()}")
+        return images.opened(example["image"], name=f"of id {example['image_id'].decode()}")

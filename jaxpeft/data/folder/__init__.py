@@ -38,6 +38,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -547,5 +548,8 @@ class StoredImages(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        return np.array(self.opened(index))
+
+    def opened(self, index):
         i = range(len(self))[index]  # IndexError and negative indices as in a list
-        return images.decode(self.source[i]["image"], name=f"of id {self.names[i]}")
+        return images.opened(self.source[i]["image"], name=f"of id {self.names[i]}")
