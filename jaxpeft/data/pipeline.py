@@ -37,7 +37,7 @@ def subset(split: Split, *, seed: int, fraction: float = 1.0, n_images: int | No
     if n == n_all:
         return split, np.arange(n_all)
     indices = np.random.Generator(np.random.Philox(key=seed)).permutation(n_all)[:n]
-    return split.take(indices.tolist()), indices
+    return split.take(indices), indices
 
 
 class Resized(Sequence):
