@@ -61,7 +61,13 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.model.image_size = config_dict.placeholder(int)  # None: that of the checkpoint; else positions are resized
     c.model.dtype = "float32"  # 'bfloat16' on accelerators
     c.model.frozen_dtype = "float32"  # of frozen matrices in memory; 'bfloat16' halves their size
-    c.model.remat = "none"  # 'full' or 'dots': what the backward pass recomputes to save memory
+    # What the backward pass recomputes to save memory: 'none', 'dots' or 'full'. None: 'dots' where the image encoder is
+    # trained in bfloat16 on an accelerator, which is also faster there, otherwise 'none'
+    c.model.remat = config_dict.placeholder(str)
+    c.model.unroll = config_dict.placeholder(int)  # stacks of at most so many layers have no loop; None: all, on CPU 4
+    c.model.attention = config_dict.placeholder(
+        str
+    )  # 'plain' or 'cudnn'; None: 'cudnn' on GPU in bfloat16, else 'plain'
     c.model.dropout = 0.0
     c.model.extend_vocabulary = True  # add words that a base without word pieces (tiny) lacks, and train their rows
 

@@ -208,7 +208,7 @@ def test_frozen_matrices_in_bfloat16_change_nothing_where_products_are_in_bfloat
     mask = sites.trainable(variables)
     batch, found = tiny.batch(4), []
     for dtype in ("float32", "bfloat16"):
-        tuned, frozen = tree.split(setup.narrowed(variables, mask, dtype), mask)
+        tuned, frozen = tree.split(sites.narrowed(variables, dtype, mask), mask)
 
         def loss(tuned, frozen=frozen):
             return TASK.loss(model, tree.join(tuned, frozen), batch, None)[0]

@@ -230,6 +230,25 @@ def fold(variables: Tree) -> Tree:
     return dict(variables) | {"peft": jax.tree.map(one, variables.get("peft", {}), is_leaf=is_bound)}
 
 
+def narrowed(variables: Tree, dtype: str, mask: Mask | None = None) -> Tree:
+    """Cast the matrices that are not trained (by `mask`; without it all) to `dtype`, 'float32' or 'bfloat16'.
+
+    No result changes if products are computed in `dtype`, because they cast matrices anyway. What is read in float32 keeps its
+    dtype: word embeddings, which are added to others before anything is rounded, and matrices of which a method takes norms.
+    """
+    if dtype == "float32":
+        return variables
+    bounds = filter(is_bound, jax.tree.leaves(variables.get("peft", {}), is_leaf=is_bound))
+    read = {f"params/{bound.site.path}/kernel" for bound in bounds if bound.method.first}
+
+    def one(name: str, x: jax.Array, tuned: bool) -> jax.Array:
+        kept = tuned or name in read or not re.search("^params/.*kernel$", name)
+        return x if kept else x.astype(dtype)
+
+    names = tree.names(variables)
+    return jax.tree.map(one, names, variables, jax.tree.map(lambda _: False, names) if mask is None else mask)
+
+
 def stack(trees: Iterable[Tree]) -> Tree:
     """Stack adapter parameters of several trees on one base along a new first axis; see `jaxpeft.generate(adapter_ids=...)`.
 

@@ -120,7 +120,7 @@ def step_in_shapes(c: Config, model: VisionLanguageModel, batch_size: int | None
     variables = budget.abstract_variables(model, chosen)
     mask = sites.trainable(variables)
     dtype = c.model.get("frozen_dtype", "float32")
-    variables = jax.eval_shape(functools.partial(setup.narrowed, mask=mask, dtype=dtype), variables)
+    variables = jax.eval_shape(functools.partial(sites.narrowed, dtype=dtype, mask=mask), variables)
     n_rows = {"image": n_all, "example": len(examples)}
     cache = frozen_cache.planned(c, model, variables, mask, examples, n_all)
     tables = ((stage, cache.programs[stage.name].row) for stage in cache.stages)

@@ -17,9 +17,10 @@ from jaxpeft import data, methods, metrics, tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline
 from jaxpeft.data.base import Split
-from jaxpeft.methods import METHODS, Method
+from jaxpeft.methods import METHODS, Method, Site
 from jaxpeft.models import loading
 from jaxpeft.models.base import VisionLanguageModel
+from jaxpeft.models.stack import StackConfig
 from jaxpeft.runtime import registry, renamed
 from jaxpeft.training import optim, sharding
 from jaxpeft.training.optim import Config
@@ -66,6 +67,7 @@ def prepare(config: Config, log: Log) -> Setup:
     for remark in splits["train"].report.get("remarks", []):
         log(f"warning: {remark}")
     model, params, chosen, facts = setup_model(config, task, splits["train"], log)
+    model = for_devices(config, model, sites.resolved(model, chosen), mesh.devices.flat[0].platform)
     variables = sites.attach(model, params, chosen, jax.random.key(config.seed))
     mask = sites.trainable(variables)
     task, texts = with_limits(task, model, chosen, splits, log)
@@ -79,7 +81,7 @@ def prepare(config: Config, log: Log) -> Setup:
         "base_digest": tree.digest(params),
     }
     dtype = config.model.get("frozen_dtype", "float32")
-    placed = _placed(narrowed(variables, mask, dtype), model, mesh, log)
+    placed = _placed(sites.narrowed(variables, dtype, mask), model, mesh, log)
     originals = variables if dtype == "float32" else jax.tree.map(tree.fetch, variables)
     candidates = task.candidates(splits["train"], task.template(model))
     return Setup(
@@ -226,7 +228,23 @@ def abstract_model(config: Config) -> VisionLanguageModel:
 
 def _options(config: Config) -> dict:
     c = config.model
-    return {"image_size": c.image_size, "dtype": c.dtype, "remat": c.remat, "dropout": c.dropout}
+    fields = {"image_size": c.image_size, "dtype": c.dtype, "dropout": c.dropout}
+    # where these are None, the model decides or `for_devices`
+    return fields | {name: c[name] for name in ("remat", "unroll", "attention") if c.get(name) is not None}
+
+
+def for_devices(
+    config: Config, model: VisionLanguageModel, chosen: Iterable[Method], platform: str
+) -> VisionLanguageModel:
+    """The model with the fields that the config leaves open (None) set for its devices, on platform 'cpu', 'gpu' or 'tpu', and
+    for what is trained. On CPU it is the same model."""
+    if platform == "cpu" or not isinstance(model.config, StackConfig):  # someone else's has no such fields
+        return model
+    fields = model.config.on(platform)
+    if config.model.get("remat") is None and config.model.dtype == "bfloat16":
+        image = model.targets.get("vision", "$^")
+        fields["remat"] = "dots" if any(re.search(image, path) for path in _adapted(model, chosen)) else "none"
+    return model.replaced(**fields)
 
 
 def pinned_base(config: Config, result: dict) -> str:
@@ -253,30 +271,23 @@ def methods_of(config: Config) -> tuple[methods.Method, ...]:
     return methods.build(config.method.name, config.head, **fields)
 
 
-def narrowed(variables: Tree, mask: Mask, dtype: str) -> Tree:
-    """Cast frozen matrices to `dtype`. With model.dtype bfloat16, products cast them to bfloat16 anyway, so no result changes.
-    Word embeddings keep their dtype: they are added to others in float32 before anything is rounded."""
-    if dtype == "float32":
-        return variables
-    if dtype != "bfloat16":
-        raise ValueError(f"model.frozen_dtype is {dtype!r}; choose float32 or bfloat16")
-
-    def one(name: str, x: jax.Array, tuned: bool) -> jax.Array:
-        return x if tuned or not re.search("^params/.*kernel$", name) else x.astype(dtype)
-
-    return jax.tree.map(one, tree.names(variables), variables, mask)
-
-
 def _towers(model: VisionLanguageModel, chosen: Iterable[Method]) -> str:
     """A line with the towers that the methods adapt, and those that they do not."""
-    chosen, touched = tuple(chosen), {}
-    for site in sites.sites(model):
-        name = site.path.split("/")[0]
-        leaf = f"params/{site.path}/"
-        hit = any(one.selects(site) or one.trains(f"{leaf}kernel") or one.trains(f"{leaf}bias") for one in chosen)
-        touched[name] = touched.get(name, False) or hit
-    names = {on: ", ".join(name for name, hit in touched.items() if hit == on) or "nothing" for on in (True, False)}
+    hit = {path.split("/")[0] for path in _adapted(model, chosen)}
+    towers = dict.fromkeys(site.path.split("/")[0] for site in sites.sites(model))
+    names = {on: ", ".join(name for name in towers if (name in hit) == on) or "nothing" for on in (True, False)}
     return f"adapted: {names[True]}; not adapted: {names[False]}"
+
+
+def _adapted(model: VisionLanguageModel, chosen: Iterable[Method]) -> list[str]:
+    """The paths of sites where the methods act, or train a leaf of the base. `chosen`: with patterns, not names of groups."""
+
+    def hit(one: Method, site: Site) -> bool:
+        leaf = f"params/{site.path}/"
+        return one.selects(site) or one.trains(f"{leaf}kernel") or one.trains(f"{leaf}bias")
+
+    chosen = tuple(chosen)
+    return [site.path for site in sites.sites(model) if any(hit(one, site) for one in chosen)]
 
 
 def _placed(variables: Tree, model: VisionLanguageModel, mesh: Mesh, log: Log) -> Tree:
