@@ -60,6 +60,9 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.model = ml_collections.ConfigDict()
     c.model.image_size = config_dict.placeholder(int)  # None: that of the checkpoint; else positions are resized
     c.model.dtype = "float32"  # 'bfloat16' on accelerators
+    # Of float32 products: 'default', 'high' or 'highest'. None: the device's default, which on recent GPUs is TF32, with 10
+    # bits of mantissa, and on TPUs bfloat16; 'highest' is float32
+    c.model.precision = config_dict.placeholder(str)
     c.model.frozen_dtype = "float32"  # of frozen matrices in memory; 'bfloat16' halves their size
     # What the backward pass recomputes to save memory: 'none', 'dots' or 'full'. None: 'dots' where the image encoder is
     # trained in bfloat16 on an accelerator, which is also faster there, otherwise 'none'
@@ -118,6 +121,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     # minute is cheap; where saving is slow, the loop saves less often. 0: every step
     c.checkpoint_seconds = 60.0
     c.checkpoint_keep = 2  # number of newest checkpoints to keep
+    c.deterministic = False  # on GPUs: only kernels that give the same bits every time; slower (runtime/host.py)
     c.check_frozen = False  # digest the frozen parameters before and after training
     c.eval = ml_collections.ConfigDict()
     c.eval.splits = ("test",)

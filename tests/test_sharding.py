@@ -14,7 +14,7 @@ import jaxpeft as jp
 from jaxpeft import methods, tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.data.base import Examples
-from jaxpeft.training import evaluate, loop, setup, sharding
+from jaxpeft.training import evaluate, loop, sharding
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 METHODS = ("full", "lora", "mam", "prefix")

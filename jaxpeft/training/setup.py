@@ -1,12 +1,14 @@
 """What is decided before training: task, model, methods, and the variables on their devices."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import re
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -21,13 +23,14 @@ from jaxpeft.methods import METHODS, Method, Site
 from jaxpeft.models import loading
 from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.models.stack import StackConfig
-from jaxpeft.runtime import registry, renamed
+from jaxpeft.runtime import host, registry, renamed
 from jaxpeft.training import optim, sharding
 from jaxpeft.training.optim import Config
 from jaxpeft.tree import Mask, Tree
 
 Log = Callable[[str], object]
 DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("default", "high", "highest")
 LEAST_STEPS = 100  # minimum where epochs decide: a few images are seen many times, and the best step is kept
 VALIDATIONS = 40  # number of validations where stop.every is 0
 
@@ -126,6 +129,22 @@ def check_config(config: Config) -> None:
                 f"model.{name} is {config.model[name]!r}{registry.did_you_mean(config.model[name], DTYPES)}; choose one of "
                 f"{', '.join(DTYPES)}"
             )
+    with precision(config):
+        pass
+    if config.get("deterministic"):
+        host.check_deterministic()
+
+
+def precision(config: Config) -> AbstractContextManager[None]:
+    """Inside it, float32 products are computed as `model.precision` says. Raises ValueError for a name that it is not."""
+    said = config.model.get("precision")
+    if said is None:
+        return contextlib.nullcontext()
+    if said not in PRECISIONS:
+        raise ValueError(
+            f"model.precision is {said!r}{registry.did_you_mean(said, PRECISIONS)}; choose one of {', '.join(PRECISIONS)}"
+        )
+    return jax.default_matmul_precision(said)
 
 
 def scheduled(config: Config, n_examples: int) -> Config:
