@@ -49,7 +49,7 @@ def work(args, batch_size: int):
     """(model, step, state, frozen, batch) of the work that gpu.py describes."""
     from jaxpeft import config, methods, tasks, tree
     from jaxpeft.adapt import sites
-    from jaxpeft.training import loop, optim, setup
+    from jaxpeft.training import loop, optim
 
     model, params = model_of(args)
     method = (
@@ -57,7 +57,9 @@ def work(args, batch_size: int):
     )
     variables = sites.attach(model, params, method, jax.random.key(1))
     mask = sites.trainable(variables)
-    variables = jax.jit(functools.partial(setup.narrowed, mask=mask, dtype="bfloat16"), donate_argnums=0)(variables)
+    variables = jax.jit(functools.partial(sites.narrowed, model, mask=mask, dtype="bfloat16"), donate_argnums=0)(
+        variables
+    )
     tuned, frozen = tree.split(variables, mask)
     tx = optim.optimizer(config.get_config().optim, tuned, 1000)
     loss = functools.partial(tasks.build("captioning").loss, model)
@@ -111,12 +113,12 @@ def steps(args):
 def generation(args):
     """From uint8 pixels to LENGTH new tokens: greedy and beam 3."""
     from jaxpeft.models import decode
-    from jaxpeft.training import evaluate, setup
+    from jaxpeft.training import evaluate
 
     args.set = [*args.set]
     model, params = model_of(args)
     never = jax.tree.map(lambda _: False, {"params": params})
-    variables = jax.jit(functools.partial(setup.narrowed, mask=never, dtype="bfloat16"))({"params": params})
+    variables = jax.jit(functools.partial(sites.narrowed, model, mask=never, dtype="bfloat16"))({"params": params})
     c, rows = model.config, []
     for batch_size in args.batches:
         batch = jax.tree.map(jnp.asarray, batch_of(model, args.model, batch_size))

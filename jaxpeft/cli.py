@@ -105,7 +105,7 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
 def _add_preflight(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--devices", type=int, default=0, help="plan for this number of virtual CPU devices")
-    add("--topology", help="plan for a TPU slice such as v5e:2x4 (needs libtpu)")
+    add("--topology", help="plan for devices that are not here: h100, h100:8 (needs preflight-cuda), v5e:2x4 (libtpu)")
     add("--chip", help="estimate time for a device: a100, h100, v5e, ... or its 'TFLOP/s,GB/s,GB'")
 
 
@@ -122,6 +122,8 @@ def _run(args: argparse.Namespace, config):
 
     workdir = _workdir(args)
     _prepare_process()
+    if config.get("deterministic"):
+        host.add_xla_flags(*host.DETERMINISTIC)
     host.join_others(args.distributed, args.coordinator, args.num_processes, args.process_id)
     if "pretrain" in config:
         pretrain.run(config, workdir)
@@ -156,12 +158,13 @@ def _is_study(config) -> bool:
 
 def _preflight(args: argparse.Namespace, config):
     """print memory, FLOPs and the largest batch of a run without running it"""
-    from jaxpeft.training import preflight
+    from jaxpeft.training import preflight, setup
 
     _prepare_process()
     host.plan_for(args.devices, args.topology)
     chip = preflight.chip_of(args.chip, args.topology)
-    print(preflight.report(config, args.topology, chip))
+    with setup.precision(config):
+        print(preflight.report(config, args.topology, chip))
 
 
 def _prepare_process() -> None:

@@ -303,7 +303,7 @@ def test_frozen_matrices_and_words_in_bfloat16_change_nothing_where_products_are
     tuned = variables(kind, "lora")
     mask = jp.trainable(tuned)
     for dtype in ("float32", "bfloat16"):
-        moving, frozen = tree.split(setup.narrowed(model, tuned, mask, dtype), mask)
+        moving, frozen = tree.split(sites.narrowed(model, tuned, dtype, mask), mask)
         found.append(jax.jit(jax.value_and_grad(lambda x, y: model.apply(tree.join(x, y), b).std()))(moving, frozen))
     narrow = {name for name, x in tree.flatten(frozen).items() if x.dtype == jnp.bfloat16}
     assert "params/decoder/embed/word" in narrow
@@ -311,7 +311,7 @@ def test_frozen_matrices_and_words_in_bfloat16_change_nothing_where_products_are
     for x, y in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(x, y)
     words = jp.attach(model, tuned["params"], jp.Selective(leaves="embed/word"), jax.random.key(0))
-    words = setup.narrowed(model, words, jp.trainable(words), "bfloat16")["params"]["decoder"]
+    words = sites.narrowed(model, words, "bfloat16", jp.trainable(words))["params"]["decoder"]
     assert words["embed"]["word"].dtype == jnp.float32 != words["blocks"]["mlp"]["up"]["kernel"].dtype
 
 

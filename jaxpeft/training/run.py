@@ -53,9 +53,12 @@ def run(
     workdir, first = Path(workdir), sharding.is_first()
     workdir.mkdir(parents=True, exist_ok=True)
     log = log if first else lambda *_: None
-    with locks.held(workdir) if first else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(locks.held(workdir))
         began = time.perf_counter()
         setups.check_config(config)
+        stack.enter_context(setups.precision(config))
         changed = finished.check_workdir(config, workdir, accept_changes, log)
         if not changed and (workdir / "result.json").exists():
             result = json.loads((workdir / "result.json").read_text())
