@@ -112,6 +112,7 @@ def steps(args):
 
 def generation(args):
     """From uint8 pixels to LENGTH new tokens: greedy and beam 3."""
+    from jaxpeft.adapt import sites
     from jaxpeft.models import decode
     from jaxpeft.training import evaluate
 
