@@ -2,7 +2,7 @@
 
 python main.py --config=configs/pretrain.py --workdir=runs/pretrain                BLIP: base 'tiny'
 python main.py --config=configs/pretrain.py:model=mplug --workdir=runs/pretrain    mPLUG: base 'tiny_mplug'
-python main.py --config=configs/pretrain.py:model=smolvlm --workdir=runs/pretrain  decoder-only; not shipped yet
+python main.py --config=configs/pretrain.py:model=smolvlm --workdir=runs/pretrain  decoder-only: base 'tiny_decoder'
 python main.py --config=configs/pretrain.py:steps=20 --workdir=runs/try        every stage cut to 20 steps
 python main.py --config=configs/pretrain.py:mixture=questions,seed=0 --workdir=runs/bases/Q0   for configs/studies/crossed.py
 """
@@ -19,10 +19,11 @@ ARCHITECTURES = {
     "blip": VISION | TEXT | WIDTHS,
     "mplug": VISION | TEXT | NARROW | {"encoder_layers": 1, "fusion_layers": 3, "stride": 2},
     "smolvlm": VISION
-    | {"vision_width": 128, "vision_mlp": 512, "shuffle": 2, "text_width": 128, "text_layers": 4, "text_heads": 4}
+    | {"vision_width": 128, "vision_mlp": 512, "image_longest_edge": 64, "shuffle": 2}
+    | {"text_width": 128, "text_layers": 4, "text_heads": 4}
     | {"kv_heads": 2, "head_size": 32, "text_mlp": 352, "max_positions": 256, "rope_theta": 1e4, "untied_head": False},
 }
-# `first`: the index of a stage's first image in the endless split; no image is used in both image stages
+# `first`: the index of a stage's first image in the endless split; no image is used in two image stages
 STAGES = {
     "blip": {
         "text": {"steps": 3000, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 0},
@@ -37,6 +38,7 @@ STAGES = {
     "smolvlm": {
         "lm": {"steps": 2000, "lr": 1e-3, "schedule": "constant", "warmup": 0.1, "first": 0},
         "lm_qa": {"steps": 3000, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 10_000_000},
+        "lm_qa_again": {"steps": 3000, "lr": 1e-3, "schedule": "cosine", "warmup": 0.06, "first": 20_000_000},
     },
 }
 

@@ -60,8 +60,17 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.model = ml_collections.ConfigDict()
     c.model.image_size = config_dict.placeholder(int)  # None: that of the checkpoint; else positions are resized
     c.model.dtype = "float32"  # 'bfloat16' on accelerators
+    # Of float32 products: 'default', 'high' or 'highest'. None: the device's default, which on recent GPUs is TF32, with 10
+    # bits of mantissa, and on TPUs bfloat16; 'highest' is float32
+    c.model.precision = config_dict.placeholder(str)
     c.model.frozen_dtype = "float32"  # of frozen matrices in memory; 'bfloat16' halves their size
-    c.model.remat = "none"  # 'full' or 'dots': what the backward pass recomputes to save memory
+    # What the backward pass recomputes to save memory: 'none', 'dots' or 'full'. None: 'dots' where the image encoder is
+    # trained in bfloat16 on an accelerator, which is also faster there, otherwise 'none'
+    c.model.remat = config_dict.placeholder(str)
+    c.model.unroll = config_dict.placeholder(int)  # stacks of at most so many layers have no loop; None: all, on CPU 4
+    c.model.attention = config_dict.placeholder(
+        str
+    )  # 'plain' or 'cudnn'; None: 'cudnn' on GPU in bfloat16, else 'plain'
     c.model.dropout = 0.0
     c.model.extend_vocabulary = True  # add words that a base without word pieces (tiny) lacks, and train their rows
 
@@ -115,6 +124,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     # minute is cheap; where saving is slow, the loop saves less often. 0: every step
     c.checkpoint_seconds = 60.0
     c.checkpoint_keep = 2  # number of newest checkpoints to keep
+    c.deterministic = False  # on GPUs: only kernels that give the same bits every time; slower (runtime/host.py)
     c.check_frozen = False  # digest the frozen parameters before and after training
     c.eval = ml_collections.ConfigDict()
     c.eval.splits = ("test",)

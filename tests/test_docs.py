@@ -26,6 +26,7 @@ from jaxpeft.data import scenes
 from jaxpeft.data.coco import prepare
 from jaxpeft.runtime import host, registry
 from jaxpeft.study import grid, state
+from jaxpeft.study.report import compare
 from jaxpeft.training import optim, results, run
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,14 @@ PAGES = {
 }
 TEXT = "\n".join(PAGES.values())
 REGISTRIES = (methods.METHODS, tasks.TASKS, data.DATASETS, optim.OPTIMIZERS, metrics.METRICS)
-APPS = {"generate": generate, "export": export, "demo": demo, "prepare": prepare, "report": report}
+APPS = {
+    "generate": generate,
+    "export": export,
+    "demo": demo,
+    "prepare": prepare,
+    "compare": compare,
+    "report": report,
+}
 
 # ml_collections loads config files with an old function of Python
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

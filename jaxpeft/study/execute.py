@@ -5,6 +5,7 @@ The layout of a study directory is described in state.py; `jaxpeft study` calls 
 
 import contextlib
 import os
+import shlex
 import shutil
 import time
 import traceback
@@ -52,7 +53,7 @@ def run(
         reruns.ask(directory, rerun, found, log)
         found = state.read(config, directory)
     log(state.plan(config, found))
-    files.write_json(directory / "study.json", {"config": state.as_json(config), "command": " ".join(command or [])})
+    files.write_json(directory / "study.json", {"config": state.as_json(config), "command": shlex.join(command or [])})
     if found.todo:
         log(progress.progress(config, directory, found))
     if elsewhere:

@@ -206,6 +206,7 @@ def fit(
         names = list(tree.flatten(state.tuned))
         bar = Progress(last, config.batch_size, first)
         pending = collections.deque()  # (step, metrics, requests of hosts) of dispatched steps that are not checked yet
+        planned = _planned(state)  # changes where a validation starts the decay
         durations = collections.deque(maxlen=1000)  # seconds per step
         shown = {}  # what the progress bar shows beside the loss
         began = clock()
@@ -226,7 +227,8 @@ def fit(
                 check_finite(done, metrics, names)
                 loss = float(metrics["loss"])
                 if done % config.log_every == 0 or done == last:
-                    writer.write(done, loss=loss, grad_norm=float(metrics["grad_norm"]))
+                    rate = optim.rate_at(config.optim, planned, done)
+                    writer.write(done, loss=loss, grad_norm=float(metrics["grad_norm"]), learning_rate=rate)
                 bar.update(done, loss=loss, **shown)
                 most = max(most, int(wish))
             return most
@@ -248,6 +250,7 @@ def fit(
                         wish = max(wish, settle())
                         state, shown = _validated(config, state, job.validate, writer)
                         bar.n_steps = last = _last_step(config, state)
+                        planned = _planned(state)
                     if jax.process_count() == 1:  # no need to agree with other hosts
                         wish = asked()
                     if wish != NOTHING or step == last or config.checkpoint_seconds == 0:
@@ -288,6 +291,11 @@ def _copy(tuned: Tree) -> Tree:
 
 def _schedule(state: TrainState) -> optim.Schedule:
     return state.opt[-1]
+
+
+def _planned(state: TrainState) -> optim.Schedule:
+    """The schedule, copied to the host: the step donates its state."""
+    return jax.tree.map(np.array, jax.device_get(_schedule(state)))
 
 
 def _last_step(config: optim.Config, state: TrainState) -> int:

@@ -114,6 +114,15 @@ def schedule(config: Config, n_steps: int) -> Schedule:
     return Schedule(jnp.int32(0), jnp.float32(config.lr), *whole)
 
 
+def rate_at(config: Config, planned: Schedule, step: int) -> float:
+    """The learning rate that update number `step`, from 1, was made with."""
+    ends = config.get("start_lr", 0.0), config.get("end_lr", 0.0)
+    return float(_rate(planned._replace(step=jnp.int32(step - 1)), config.schedule, 1.0, ends))
+
+
+_rate = jax.jit(Schedule.rate, static_argnums=(1, 2, 3))
+
+
 def optimizer(config: Config, tuned: Tree, n_steps: int) -> optax.GradientTransformation:
     """The rule `config.name` with global-norm clipping. Leaves whose name matches the regular expression `no_decay` do not
     decay.

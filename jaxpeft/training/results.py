@@ -14,21 +14,23 @@ from typing import Any
 import jax
 
 from jaxpeft.runtime import files, registry, text
+from jaxpeft.training import boards
 
 PACKAGE = Path(__file__).parents[1]
 APART = ("apps", "configs", "study")  # folders that a run's numbers do not depend on; its config is compared separately
 
 
 class Metrics:
-    """Writer of metrics.jsonl, a line per record, continued by a resumed run; also of TensorBoard if tensorboardX is installed.
+    """Writer of metrics.jsonl, a line per record, continued by a resumed run; also of the run's boards (boards.py).
 
     Of several processes only the first one writes. Lines that cannot be written (a full disk) are kept for the next try, so
     that training can continue.
     """
 
     def __init__(self, workdir: Path, start: int, log: Callable[[str], object] = print) -> None:
-        self._path, self._board, self._log = workdir / "metrics.jsonl", None, log
+        self._path, self._log = workdir / "metrics.jsonl", log
         self._waiting, self._size, self._failing = "", 0, False  # `_size`: bytes of the file's complete lines
+        self._boards = boards.Boards(workdir, start, log)
         if jax.process_index() > 0:
             return
         if self._path.exists():  # a killed run may have logged steps that it never saved; they will be logged again
@@ -36,22 +38,13 @@ class Metrics:
             kept = [line for line in lines if _step_of(line) <= start]
             files.write_text(self._path, "".join(line + "\n" for line in kept))
             self._size = self._path.stat().st_size
-        try:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
-        except ImportError:
-            pass
 
     def write(self, step: int, **values: Any) -> None:
         if jax.process_index() > 0:
             return
         self._waiting += json.dumps({"step": step, **values}) + "\n"
         self._flush()
-        if self._board:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, step)
+        self._boards.scalars(step, values)
 
     def _flush(self) -> None:
         raw = self._waiting.encode()
@@ -69,8 +62,7 @@ class Metrics:
     def close(self) -> None:
         if self._waiting:
             self._flush()
-        if self._board:
-            self._board.close()
+        self._boards.close()
 
 
 def _step_of(line: str) -> int:

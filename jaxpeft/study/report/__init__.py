@@ -3,13 +3,12 @@
     DIR/report/index.html   the page, readable without a network
     DIR/report/*.png        the figures; claims.json and results.csv hold the numbers
 
-Reads only DIR/results.jsonl and DIR/study.json, and for the test images DIR/points/*/predictions.jsonl and DIR/pictures/, so it
-can be made anywhere from a copy of these files.
+Reads only DIR/results.jsonl and DIR/study.json, so it can be made anywhere from a copy of them. Test images are shown if
+DIR/points/*/predictions.jsonl and DIR/pictures/ are there too, validation curves if DIR/points/*/metrics.jsonl are.
 """
 
 import collections
 import dataclasses
-import io
 from pathlib import Path
 
 from jaxpeft.runtime import files
@@ -28,11 +27,13 @@ def write(workdir: str | Path, mixed_code: bool = False) -> str:
     study = read(directory, mixed_code)
     out = directory / "report"
     out.mkdir(exist_ok=True)
-    verdicts = claims.judge(study.results, study.scales, study.config["margins"])
+    scaled = [one for one in study.results if study.scale(one.setting)]
+    verdicts = claims.judge(scaled, study.scales, study.config["margins"])
     selection, share = claims.selection(study.results), consistency(study)
-    pngs = {name: _png(draw(study)) for name, (draw, _) in FIGURES.items()}
-    for name, png in pngs.items():
-        (out / f"{name}.png").write_bytes(png)
+    drawn = {name: draw(study) for name, (draw, _) in FIGURES.items()}
+    drawings = {name: one for name, one in drawn.items() if one}
+    for name, one in drawings.items():
+        (out / f"{name}.png").write_bytes(one.whole)
     files.write_json(
         out / "claims.json",
         {"verdicts": [dataclasses.asdict(one) for one in verdicts], "margins": dict(study.config["margins"]),
@@ -40,7 +41,7 @@ def write(workdir: str | Path, mixed_code: bool = False) -> str:
          "selection": selection and dataclasses.asdict(selection)},
     )  # fmt: skip
     files.write_text(out / "results.csv", as_csv(study.rows))
-    files.write_text(out / "index.html", render(study, verdicts, selection, share, pngs))
+    files.write_text(out / "index.html", render(study, verdicts, selection, share, drawings))
     said = collections.Counter(one.verdict for one in verdicts)
     counts = "; ".join(f"{n} {name}" for name, n in sorted(said.items())) or "none, no setting declares `consistent`"
     if study.config.get("measure") == "nll":  # the primary measure then; the page has the text metrics, in points
@@ -49,9 +50,3 @@ def write(workdir: str | Path, mixed_code: bool = False) -> str:
         files.write_json(out / "claims_nll.json", {"verdicts": list(map(dataclasses.asdict, nats)), "margins": margins})
     n_done = sum(row["status"] == "done" for row in study.rows)
     return f"report: {out / 'index.html'} ({n_done} runs; claims: {counts})"
-
-
-def _png(figure) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130)
-    return out.getvalue()

@@ -1,15 +1,24 @@
-"""The figures of a report: matplotlib figures from the rows of a study."""
+"""The figures of a report, drawn by matplotlib from the rows of a study: a panel for each setting.
+
+A figure is a file of its own with a legend below its panels. The page shows the panels one by one, so that a phone can show
+them below each other.
+"""
 
 import collections
+import dataclasses
 import functools
+import io
+import math
 import statistics
+from collections.abc import Callable
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
+from PIL import Image
 
-from jaxpeft.study import claims, intervals
-from jaxpeft.study.report.rows import Study, chosen_by_cell, consistency
+from jaxpeft.study.report.rows import Study, chosen_by_cell, on_axis
 
 # Okabe and Ito's colours, distinguishable with all common kinds of colour blindness; markers for printing without colour
 STYLE = {
@@ -17,151 +26,196 @@ STYLE = {
     "parallel_adapter": ("#56B4E9", "v"), "lora": ("#009E73", "D"), "head": ("#999999", "x"), "full": ("#000000", "*"),
 }  # fmt: skip
 OTHERS = (("#D55E00", "P"), ("#F0E442", "X"), ("#661100", "h"), ("#332288", "<"), ("#44AA99", ">"))
+WIDTH, HEIGHT, LEGEND, DPI = 4.0, 3.2, 0.28, 130  # inches: of a panel, and the height of a line of the legend
+COLUMNS = 3
+LOWEST = -30.0  # points; what lies below is said in words, as answers in a wrong format would shrink everything else
+
+
+@dataclasses.dataclass
+class Drawing:
+    """A figure as PNG files."""
+
+    whole: bytes  # all panels and the legend
+    panels: dict[str, bytes]  # setting -> its panel
+    variants: list[str]  # those in the legend
 
 
 def style(study: Study, variant: str) -> dict:
     """The colour and marker of a variant: those of its method; hollow where no head is trained as well."""
     variants = study.config["variants"]
-    method, unknown = (
-        variants[variant]["method"],
-        [one["method"] for one in variants.values() if one["method"] not in STYLE],
-    )
+    method = variants[variant]["method"]
+    unknown = list(dict.fromkeys(one["method"] for one in variants.values() if one["method"] not in STYLE))
     color, marker = STYLE.get(method) or OTHERS[unknown.index(method) % len(OTHERS)]
     hollow = variants[variant].get("head", "none") == "none" and method not in ("head", "full")
     return {"color": color, "marker": marker} | ({"markerfacecolor": "white"} if hollow else {})
 
 
-def _axes(n: int, columns: int = 2):
-    rows = -(-n // columns) if n > 1 else 1
-    figure = Figure(figsize=(5.2 * min(n, columns), 3.8 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, min(n, columns), squeeze=False).flat)
+def drawing(study: Study, found: dict[str, object], panel: Callable) -> Drawing | None:
+    """The figure whose panels `panel(ax, setting, found[setting])` draws; None where nothing was found for any setting."""
+    found = {setting: one for setting, one in found.items() if one}
+    if not found:
+        return None
+    columns, rows = min(len(found), COLUMNS), -(-len(found) // COLUMNS)
+    lines = -(-len(study.config["variants"]) // (2 * columns))
+    figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + LEGEND * lines), dpi=DPI)
+    canvas, (width, height), axes = FigureCanvasAgg(figure), figure.get_size_inches(), []
+    for i, (setting, one) in enumerate(found.items()):
+        left, bottom = WIDTH * (i % columns), height - HEIGHT * (i // columns + 1)
+        place = ((left + 0.62) / width, (bottom + 0.5) / height, (WIDTH - 1.24) / width, (HEIGHT - 0.82) / height)
+        axes.append(figure.add_axes(place))
+        panel(axes[-1], setting, one)
+        axes[-1].grid(alpha=0.3)
+        axes[-1].tick_params(labelsize=8)
+    variants = _legend(figure, axes, study, 2 * columns)
+    canvas.draw()
+    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    panels = {}
+    for i, setting in enumerate(found):
+        x, y = round(WIDTH * DPI) * (i % columns), round(HEIGHT * DPI) * (i // columns)
+        panels[setting] = _png(pixels.crop((x, y, x + round(WIDTH * DPI), y + round(HEIGHT * DPI))))
+    return Drawing(_png(pixels), panels, variants)
 
 
-def _panels(study: Study):
-    """(figure, {setting: its axes}), with settings in the study's order."""
-    settings = list(study.config["settings"])
-    figure, axes = _axes(len(settings))
-    for ax in axes[len(settings) :]:
-        ax.set_axis_off()
-    return figure, dict(zip(settings, axes, strict=False))
+def _png(pixels: Image.Image) -> bytes:
+    out = io.BytesIO()
+    pixels.quantize(128, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+    return out.getvalue()
 
 
-def _point(ax, x, y, study: Study, variant: str, **how) -> None:
-    ax.plot(x, y, label=variant, linestyle="none", markersize=5.5, **style(study, variant), **how)
+def _legend(figure: Figure, axes: list, study: Study, columns: int) -> list[str]:
+    """Add one legend below all panels, with methods in the order of STYLE -> the variants in it."""
+    seen = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            seen.setdefault(label, handle)
+    order, variants = {name: i for i, name in enumerate(STYLE)}, study.config["variants"]
+    names = sorted(seen, key=lambda one: (order.get(variants[one]["method"], len(order)), "_head" not in one, one))
+    if names:
+        figure.legend([seen[one] for one in names], names, loc="lower center", ncols=columns, frameon=False, fontsize=8)
+    return names
 
 
 def _label(ax, title: str, x: str, y: str) -> None:
     ax.set_title(title, fontsize=9)
     ax.set_xlabel(x, fontsize=8)
     ax.set_ylabel(y, fontsize=8)
-    ax.tick_params(labelsize=7)
-    ax.grid(alpha=0.3)
 
 
-def _legend(figure, axes):
-    """Add one legend below all panels, with methods in the order of STYLE."""
-    seen, order = {}, {name: i for i, name in enumerate(STYLE)}
-    for ax in axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            seen.setdefault(label, handle)
-    names = sorted(seen, key=lambda variant: (order.get(variant.removesuffix("_head"), len(order)), variant))
-    if seen:
-        figure.legend(
-            [seen[name] for name in names], names, loc="outside lower center", ncols=4, frameon=False, fontsize=8
-        )
+def _short(x: float, _=None) -> str:
+    return f"{x:g}" if x < 1e3 else f"{x / 1e3:g}k" if x < 1e6 else f"{x / 1e6:g}M"
 
 
-def _log(ax):
-    """Make the x axis logarithmic, with plain numbers, few enough to be readable."""
+def _log(ax, values=()) -> None:
+    """Make the x axis logarithmic with plain numbers: `values`, or few enough to be readable."""
     ax.set_xscale("log")
     low, high = ax.get_xlim()
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1e3 else f"{x / 1e3:g}k" if x < 1e6 else f"{x / 1e6:g}M")
+    some = LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,))
+    ax.xaxis.set_major_locator(FixedLocator(sorted(set(values))) if values else some)
+    ax.xaxis.set_major_formatter((lambda x, _: f"{x:,.0f}") if values else _short)
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _log_at(ax, values):
-    ax.set_xscale("log")
-    ax.set_xticks(sorted(set(values)))
-    ax.xaxis.set_major_formatter(ScalarFormatter())
-    ax.xaxis.set_minor_formatter(NullFormatter())
+def _look(study: Study, variant: str) -> dict:
+    solid = variant.endswith("_head") or study.config["variants"][variant]["method"] in ("head", "full")
+    return style(study, variant) | {"linestyle": "-" if solid else "--", "label": variant, "markersize": 5}
 
 
-def _lines(study: Study, setting: str, axis: str) -> dict[str, list[tuple[float, list[dict]]]]:
-    """variant -> [(x, rows)] along one axis, at the variant's middle size or at its largest number of images."""
-    cells, lines = chosen_by_cell(study, setting), {}
-    for variant in study.config["variants"]:
-        mine = {cell: rows for cell, rows in cells.items() if cell[0] == variant}
-        if not mine:
-            continue
-        if axis == "data":
-            middle = claims.middle_size([cell[1] for cell in mine])
-            line = [(cell[2], rows) for cell, rows in mine.items() if cell[1] == middle]
-        else:
-            most = max(cell[2] for cell in mine)
-            line = [(rows[0]["stored"], rows) for cell, rows in mine.items() if cell[2] == most]
-        lines[variant] = sorted(line, key=lambda pair: pair[0])
-    return lines
+def _errors(ax, xs, scores: list[list[float]], look: dict) -> None:
+    """A line through means, with bars for the range over seeds."""
+    means = [statistics.fmean(one) for one in scores]
+    # equal scores: their mean rounds, so a bar's length may be below 0
+    spread = [[max(0.0, m - min(one)) for m, one in zip(means, scores, strict=True)],
+              [max(0.0, max(one) - m) for m, one in zip(means, scores, strict=True)]]  # fmt: skip
+    ax.errorbar(xs, means, yerr=spread, capsize=2, linewidth=1.2, **look)
 
 
-def figure_axis(study: Study, axis: str) -> Figure:
-    """Test score against training images, or against stored parameters; mean and range over seeds."""
-    figure, panels = _panels(study)
-    for setting, ax in panels.items():
-        values, metric = set(), ""
-        for variant, line in _lines(study, setting, axis).items():
-            look = style(study, variant) | {"linestyle": "-" if variant.endswith("_head") else "--"}
-            xs = [x for x, _ in line]
-            scores = [[row["test"] for row in rows] for _, rows in line]
-            mean = [statistics.fmean(one) for one in scores]
-            spread = [
-                [
-                    max(0.0, m - min(one)) for m, one in zip(mean, scores, strict=True)
-                ],  # equal scores: their mean rounds
-                [max(0.0, max(one) - m) for m, one in zip(mean, scores, strict=True)],
-            ]
-            ax.errorbar(xs, mean, yerr=spread, label=variant, capsize=2, markersize=5, linewidth=1.2, **look)
-            capped = [
-                (x, m) for (x, rows), m in zip(line, mean, strict=True) if any(r["stopped"] == "cap" for r in rows)
-            ]
-            if capped:
-                ax.scatter(*zip(*capped, strict=True), s=90, facecolors="none", edgecolors="#D55E00", linewidths=0.8)
-            values |= set(xs)
-            metric = line[0][1][0]["metric"]
-        n = {row["n_test"] for row in study.rows if row["chosen"] and row["setting"] == setting}
-        _label(
-            ax,
-            f"{setting} (n = {', '.join(map(str, sorted(n))) or 0} test examples)",
-            "training images" if axis == "data" else "stored parameters",
-            f"test {metric}",
-        )
-        if axis == "data" and values:
-            _log_at(ax, values)
-        else:
-            _log(ax)
-    _legend(figure, panels.values())
-    return figure
+def _title(study: Study, setting: str) -> str:
+    n = {row["n_test"] for row in study.rows if row["chosen"] and row["setting"] == setting}
+    return f"{setting} ({', '.join(f'{one:,}' for one in sorted(n))} test examples)"
 
 
-def figure_pareto(study: Study, against: str) -> Figure:
+def score_data(study: Study) -> Drawing | None:
+    """Test score in points against training images, at each variant's middle size; frozen base, blind guess and ceiling."""
+    cells = {setting: chosen_by_cell(study, setting) for setting in study.config["settings"]}
+    lines = {setting: on_axis(cells[setting], "data") for setting in cells}
+    drawn = [
+        scale.points(row["test"]) for setting in lines if (scale := study.scale(setting))
+        for line in lines[setting].values() for cell in line for row in cells[setting][cell]
+    ]  # fmt: skip
+    ends = max(LOWEST, min([0.0, *drawn])) - 6, max([100.0, *drawn]) + 6  # one scale for all settings
+
+    def panel(ax, setting, lines):
+        scale = study.scale(setting)
+        points = scale.points if scale else lambda score: score
+        ns = sorted({cell[2] for line in lines.values() for cell in line})
+        for i, (variant, line) in enumerate(lines.items()):
+            at = {cell[2]: [points(row["test"]) for row in cells[setting][cell]] for cell in line}
+            aside = 1 + 0.035 * (
+                i - (len(lines) - 1) / 2
+            )  # so that bars at one number of images do not hide each other
+            # a line does not cross a number of images that was left out
+            _errors(ax, [n * aside for n in ns], [at.get(n, [math.nan]) for n in ns], _look(study, variant))
+            capped = [cell[2] for cell in line if any(row["stopped"] == "cap" for row in cells[setting][cell])]
+            means = [statistics.fmean(at[n]) for n in capped]
+            ax.scatter(
+                [n * aside for n in capped], means, s=90, facecolors="none", edgecolors="#D55E00", linewidths=0.8
+            )
+        _log(ax, ns)
+        _label(ax, _title(study, setting), "training images", "points" if scale else f"test {study.metric(setting)}")
+        if scale:
+            ax.set_ylim(*ends)
+            _yardstick(ax, 0, "best guess without images")
+            _yardstick(ax, 100, "ceiling" if scale.declared else "ceiling: best cell")
+            score_of = lambda y: scale.blind + y * (scale.ceiling - scale.blind) / 100  # noqa: E731
+            right = ax.secondary_yaxis("right", functions=(score_of, scale.points))
+            right.set_ylabel(f"test {study.metric(setting)}", fontsize=8)
+            right.tick_params(labelsize=8)
+        if (base := study.base(setting)) is not None:
+            bottom = ax.get_ylim()[0]
+            where = f": {base:.3g}, below" if points(base) < bottom else ""
+            _yardstick(ax, max(points(base), bottom), f"frozen base{where}", "--", left=True)
+
+    return drawing(study, lines, panel)
+
+
+def _yardstick(ax, y: float, text: str, line: str = ":", left: bool = False) -> None:
+    ax.axhline(y, color="#444444", linewidth=0.9, linestyle=line)
+    place = {"ha": "left"} if left else {"ha": "right"}
+    x = 0.015 if left else 0.985
+    ax.annotate(text, (x, y), xycoords=ax.get_yaxis_transform(), va="bottom", fontsize=7, color="#444444", **place)
+
+
+def score_size(study: Study) -> Drawing | None:
+    """Test score against stored parameters, with all training images."""
+
+    def panel(ax, setting, lines):
+        for variant, line in lines.items():
+            rows = [cells[setting][cell] for cell in line]
+            _errors(ax, [one[0]["stored"] for one in rows], [[row["test"] for row in one] for one in rows],
+                    _look(study, variant))  # fmt: skip
+        _log(ax)
+        _label(ax, _title(study, setting), "stored parameters", f"test {study.metric(setting)}")
+
+    cells = {setting: chosen_by_cell(study, setting) for setting in study.config["settings"]}
+    return drawing(study, {setting: on_axis(cells[setting], "size") for setting in cells}, panel)
+
+
+def pareto_chart(study: Study, against: str) -> Drawing | None:
     """Test score of every cell against stored parameters or seconds; the line is the Pareto front."""
-    figure, panels = _panels(study)
-    for setting, ax in panels.items():
+
+    def panel(ax, setting, cells):
         points = []
-        for (variant, _, _), rows in chosen_by_cell(study, setting).items():
-            x, y = statistics.fmean(r[against] for r in rows), statistics.fmean(r["test"] for r in rows)
-            _point(ax, x, y, study, variant)
-            points.append((x, y))
-        front = pareto(points)
-        if front:
-            ax.step(*zip(*front, strict=True), where="post", color="#555555", linewidth=0.8)
+        for (variant, _, _), rows in cells.items():
+            points.append((statistics.fmean(r[against] for r in rows), statistics.fmean(r["test"] for r in rows)))
+            ax.plot(*points[-1], **_look(study, variant) | {"linestyle": "none"})
+        ax.step(*zip(*pareto(points), strict=True), where="post", color="#555555", linewidth=0.8)
         xs = [x for x, _ in points]
-        if xs and max(xs) > 5 * min(xs):
+        if max(xs) > 5 * min(xs):
             _log(ax)
-        _label(ax, setting, {"stored": "stored parameters", "total_s": "seconds of one run"}[against], "test score")
-    _legend(figure, panels.values())
-    return figure
+        named = {"stored": "stored parameters", "total_s": "seconds of one run"}[against]
+        _label(ax, _title(study, setting), named, f"test {study.metric(setting)}")
+
+    return drawing(study, {setting: chosen_by_cell(study, setting) for setting in study.config["settings"]}, panel)
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -174,96 +228,98 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
-def figure_learning_rates(study: Study) -> Figure:
+def learning_rates(study: Study) -> Drawing | None:
     """Validation score against learning rate, a line per cell; the chosen one is filled."""
-    figure, panels = _panels(study)
-    for setting, ax in panels.items():
-        groups = collections.defaultdict(list)
-        for row in study.rows:
-            if row["setting"] == setting and row["seed"] == 0 and row["status"] == "done":
-                groups[row["variant"], row["size"], row["n_images"]].append(row)
-        for (variant, _, _), rows in groups.items():
+
+    def panel(ax, setting, cells):
+        for (variant, _, _), rows in cells.items():
             rows = sorted(rows, key=lambda r: r["lr"])
-            look = {"markersize": 4, "linewidth": 0.7} | style(study, variant)
-            look["linestyle"] = "-" if variant.endswith("_head") else "--"
-            line = {"label": variant} | look | {"markerfacecolor": "white"}
-            ax.plot([r["lr"] for r in rows], [r["validation"] for r in rows], **line)
+            look = _look(study, variant) | {"markersize": 4, "linewidth": 0.7}
+            ax.plot([r["lr"] for r in rows], [r["validation"] for r in rows], **look | {"markerfacecolor": "white"})
             for r in rows:
                 if r["chosen"]:
                     ax.plot(r["lr"], r["validation"], **look | {"markerfacecolor": look["color"]})
         _log(ax)
-        _label(ax, setting, "learning rate", "validation score")
-    _legend(figure, panels.values())
-    return figure
+        _label(ax, setting, "learning rate", f"validation {study.metric(setting)}")
+
+    found = {setting: collections.defaultdict(list) for setting in study.config["settings"]}
+    for row in study.rows:
+        if row["seed"] == 0 and row["status"] == "done":
+            found[row["setting"]][row["variant"], row["size"], row["n_images"]].append(row)
+    return drawing(study, found, panel)
 
 
-def figure_consistency(study: Study) -> Figure:
-    """The effects of data and tunable size, against how consistent a setting is with pre-training."""
-    share = {row["setting"]: row["consistency"] for row in consistency(study)}
-    results = claims.in_points(study.results, study.scales)
-    figure, axes = _axes(2)
-    for ax, axis in zip(axes, ("data", "size"), strict=True):
-        for setting in share:
-            values = claims.trend([one for one in results if one.setting == setting], axis).values
-            if len(values) > 1:
-                found = intervals.t_interval(values)
-                error = [[found.value - found.low], [found.high - found.value]]
-                ax.errorbar([share[setting]], [found.value], error, fmt="o", color="#0072B2", capsize=3, markersize=5)
-                at = (share[setting], found.value)
-                ax.annotate(setting, at, xytext=(6, 4), textcoords="offset points", fontsize=7)
+def curves(study: Study) -> Drawing | None:
+    """Validation loss against steps of each variant's chosen run on seed 0, at its middle size with all its images."""
+
+    def panel(ax, setting, lines):
+        for variant, (row, curve) in lines.items():
+            look = _look(study, variant) | {"markersize": 6, "linewidth": 1.1}
+            kept = next((i for i, (step, _) in enumerate(curve) if step == row["kept_step"]), None)
+            ax.plot(*zip(*curve, strict=True), markevery=[] if kept is None else [kept], **look)
+            if row["stopped"] == "cap":
+                ax.plot(*curve[-1], marker="|", color="#D55E00", markersize=11, linestyle="none")
+        _label(ax, setting, "steps", "validation loss, nats per token")
+
+    found = {}
+    for setting in study.config["settings"]:
+        cells = chosen_by_cell(study, setting)
+        for variant, line in on_axis(cells, "data").items():
+            for row in cells[line[-1]]:
+                if row["seed"] == 0 and (curve := study.curve(row)):
+                    found.setdefault(setting, {})[variant] = (row, curve)
+    return drawing(study, found, panel)
+
+
+def forgetting(study: Study) -> Drawing | None:
+    """Change of the loss on captions in the style of pre-training, against test score, along each variant's sizes."""
+
+    def panel(ax, setting, lines):
+        for variant, line in lines.items():
+            ax.plot(*zip(*line, strict=True), linewidth=0.8, **_look(study, variant))
         ax.axhline(0, color="#555555", linewidth=0.7)
-        ax.set_xlim(-0.05, 1.25)
-        _label(
-            ax,
-            {"data": "from the fewest images to all", "size": "from the smallest size to the largest"}[axis],
-            "consistency: frozen base / best tuned score",
-            "points of blind to ceiling",
-        )
-    return figure
+        if max(y for line in lines.values() for _, y in line) > 1:
+            ax.set_yscale("symlog", linthresh=0.1)
+        _label(ax, _title(study, setting), f"test {study.metric(setting)}", "forgetting, nats per token")
+
+    found = {}
+    for setting in study.config["settings"]:
+        cells = chosen_by_cell(study, setting)
+        for variant, line in on_axis(cells, "size").items():
+            rows = [cells[cell] for cell in line if all(row["forgetting"] is not None for row in cells[cell])]
+            points = [[statistics.fmean(row[key] for row in one) for key in ("test", "forgetting")] for one in rows]
+            if points:
+                found.setdefault(setting, {})[variant] = points
+    return drawing(study, found, panel)
 
 
-def figure_forgetting(study: Study) -> Figure:
-    """Change of the loss on captions in the style of pre-training, against test score: lower right is best."""
-    figure, panels = _panels(study)
-    for setting, ax in panels.items():
-        for (variant, _, _), rows in chosen_by_cell(study, setting).items():
-            forgot = [r["forgetting"] for r in rows if r["forgetting"] is not None]
-            if forgot:
-                _point(ax, statistics.fmean(r["test"] for r in rows), statistics.fmean(forgot), study, variant)
-        ax.axhline(0, color="#555555", linewidth=0.7)
-        ax.set_yscale("symlog", linthresh=0.1)
-        _label(ax, setting, "test score", "nats per token, after - before")
-    _legend(figure, panels.values())
-    return figure
-
-
+# name of the file: (function, caption)
 FIGURES = {
     "score_data": (
-        functools.partial(figure_axis, axis="data"),
-        "Test score against training images, at each variant's middle size. Points: mean over seeds; bars: range over seeds; "
-        "orange rings: a run reached the cap on steps.",
+        score_data,
+        "Each method at its middle size. Marks: mean over seeds; bars: range over seeds; orange rings: a run reached the "
+        "cap on steps. 0 points is the best guess without images, 100 the ceiling; the right axis has the score itself.",
     ),
-    "score_size": (
-        functools.partial(figure_axis, axis="size"), "Test score against stored parameters, with all training images."
+    "curves": (
+        curves,
+        "Loss on validation images, of the chosen runs of seed 0, at the middle size, with the most images. The mark: the step "
+        "that was kept. An orange bar at the end: the run reached the cap on steps.",
     ),
-    "consistency": (
-        figure_consistency,
-        "Effect of images and of size (rank, bottleneck, length), mean over the paper's methods that were run; 95 % intervals "
-        "over seeds.",
+    "forgetting": (
+        forgetting,
+        "Forgetting: the rise of the loss on test captions in the style of pre-training; lower right is best. A line connects "
+        "the sizes of a method, with the most images.",
     ),
+    "score_size": (score_size, "Test score against stored parameters, with the most images. Bars: range over seeds."),
     "pareto_stored": (
-        functools.partial(figure_pareto, against="stored"),
+        functools.partial(pareto_chart, against="stored"),
         "Every cell: test score against stored parameters. The line is the Pareto front.",
     ),
     "pareto_seconds": (
-        functools.partial(figure_pareto, against="total_s"),
+        functools.partial(pareto_chart, against="total_s"),
         "Every cell: test score against the seconds of one run, including compilation and evaluation.",
     ),
     "learning_rates": (
-        figure_learning_rates, "Validation score against learning rate, a line per cell, seed 0. Filled: chosen."
-    ),
-    "forgetting": (
-        figure_forgetting,
-        "Forgetting: change of the loss on test captions in the style of pre-training.",
+        learning_rates, "Validation score against learning rate, a line per cell, seed 0. Filled: chosen."
     ),
 }  # fmt: skip

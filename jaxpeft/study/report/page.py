@@ -1,74 +1,50 @@
-"""The page of a report: report.html filled with tables, figures and test images, all in one file."""
+"""The page of a report: report.html filled with answers, tables, figures and test images, all in one file.
 
-import base64
-import collections
+What is said first is computed in answers.py; what is folded at the end is in folded.py; how pieces look is in markup.py.
+"""
+
 import html
-import json
-import statistics
-import string
+import shlex
 import urllib.parse
-from collections.abc import Iterable
-from pathlib import Path
 
-from jaxpeft.study.claims import LEAST
-from jaxpeft.study.intervals import BELOW, FLAT, NEGATIVE, NOT_TESTED, POSITIVE, UNDECIDED
-from jaxpeft.study.report.figures import FIGURES
-from jaxpeft.study.report.rows import Study, cell_of, chosen_by_cell, read_jsonl
+from jaxpeft.study import claims
+from jaxpeft.study.intervals import NOT_TESTED, Estimate
+from jaxpeft.study.report import answers, figures, folded, markup
+from jaxpeft.study.report.figures import FIGURES, Drawing
+from jaxpeft.study.report.markup import Html, escape, fold, table
+from jaxpeft.study.report.rows import Study
 
-HERE = Path(__file__).parent
-LONG = 20  # rows; a longer table is collapsed, because on a phone it would fill a hundred screens
-VERDICT_WORDS = (POSITIVE, BELOW, FLAT, NEGATIVE, UNDECIDED, NOT_TESTED)
-TITLES = {
-    "score_data": "Score against data",
-    "score_size": "Score against tunable size",
-    "consistency": "The consistency axis",
-    "pareto_stored": "What it costs",
-    "learning_rates": "Learning rates",
-    "forgetting": "Forgetting",
-}
-VERDICTS = (
-    "claim", "verdict", "statement", "the paper predicts", "on", "effect", "95 % interval", "margin", "methods", "seeds",
-    "cells",
-)  # fmt: skip
+GLYPHS = {"o": "●○", "s": "■□", "^": "▲△", "v": "▼▽", "D": "◆◇", "x": "✕✕", "*": "★☆", "P": "✚✚", "X": "✖✖", "h": "⬢⬡",
+          "<": "◀◁", ">": "▶▷"}  # fmt: skip
 
 
-def render(study: Study, verdicts: list, selection, share: list[dict], pngs: dict[str, bytes]) -> str:
-    """The HTML page. `verdicts`: claims.judge; `selection`: claims.selection; `share`: rows.consistency."""
-    config, rows = study.config, study.rows
-    done = [row for row in rows if row["status"] == "done"]
-    failed = [[row["id"], row["error"]] for row in rows if row["status"] == "failed"]
-    capped = [[row["id"], row["seed"], row["steps"]] for row in done if row["chosen"] and row["stopped"] == "cap"]
-    first = done[0] if done else {"machine": {}, "versions": {}, "digests": {}}
-    edges, recipe = _edges(study), {task: _recipe(point) for task, point in config["points"].items()}
-    none = "<p>None.</p>"
-    return string.Template((HERE / "report.html").read_text()).substitute(
-        css=(HERE / "report.css").read_text(),
-        name=html.escape(config["name"]),
-        hypothesis=html.escape((config["hypothesis"] or "").strip()),
+def render(study: Study, verdicts: list, selection, share: list[dict], drawings: dict[str, Drawing]) -> str:
+    """The HTML page. `verdicts`: claims.judge; `selection`: claims.selection; `share`: rows.consistency; `drawings`: the
+    figures that could be drawn."""
+    chosen = {setting: answers.choices(study, setting) for setting in study.config["settings"]}
+    charts = {name: _chart(study, drawings[name], FIGURES[name][1]) if name in drawings else "" for name in FIGURES}
+    return markup.page(
+        "report.html",
+        name=html.escape(study.config["name"]),
         note=_notes(study),
-        n_done=len(done),
-        n_failed=len(failed),
-        hours=f"{sum(row['total_s'] for row in done) / 3600:.2f}",
-        seeds=config["seeds"],
-        claims=_claims(study, verdicts, selection),
-        consistency=_table(share[0], [row.values() for row in share]) if share else "<p>The base was not scored.</p>",
-        figures=_figures(pngs),
-        variants=_variant_table(config["variants"]),
-        learning_rates=", ".join(f"{factor:.3g}" for factor in config["learning_rates"]),
-        recipe=_json(recipe),
-        capped=_table(("cell", "seed", "steps"), capped)
-        if capped else "<p>None: every chosen run stopped because its validation loss stopped falling.</p>",
-        edges=_table(("cell", "learning rate", "which end"), edges) if edges else none,
-        failures=_table(("run", "reason"), failed) if failed else none,
-        gallery=_gallery(study) or "<p>No images were saved.</p>",
-        cells=_cell_table(study),
-        provenance=_json({key: first[key] for key in ("machine", "versions", "digests")}),
-        command=html.escape(study.command),
-    )  # fmt: skip
-
-
-def _json(value) -> str:
-    return html.escape(json.dumps(value, indent=1))
+        sentences="".join(f"<li>{escape(one)}</li>" for one in answers.sentences(study, chosen)),
+        counts=_counts(study),
+        choices="".join(_choices(study, setting, found) for setting, found in chosen.items()),
+        runs=_runs(study, chosen),
+        claims=_claims(verdicts),
+        multiplicity=escape(_multiplicity(verdicts)) if verdicts else "",
+        selection=escape(_selection(selection)) if verdicts else "",
+        ends=escape(" ".join(_ends(one) for one in study.scales)) if verdicts else "",
+        undeclared=escape(
+            ", ".join(one for one, about in study.config["settings"].items() if "consistent" not in about)
+        ),
+        slopes=_slopes(study),
+        rates=_rates(study),
+        consistency=table(tuple(share[0]), [row.values() for row in share]) if share else "",
+        provenance=markup.verbatim(folded.provenance(study)) + markup.verbatim(shlex.join(_command(study))),
+        **{name: getattr(folded, name)(study) for name in folded.PARTS},
+        **charts,
+    )
 
 
 def _notes(study: Study) -> str:
@@ -76,62 +52,128 @@ def _notes(study: Study) -> str:
     if study.mixed:
         cells = ", ".join(map(str, study.mixed))
         notes.append(f"The runs of {cells} were made by different code; they are compared because of --mixed_code.")
-    return "".join(f"<p class='note'>{html.escape(note)}</p>\n" for note in notes)
+    return "".join(markup.paragraph(note, "note") for note in notes)
 
 
-def _recipe(point: dict) -> dict:
-    """The part of a run's config that the report shows."""
-    return {key: point[key] for key in ("base", "steps", "batch_size", "optim", "stop", "model", "data")}
-
-
-def _figures(pngs: dict[str, bytes]) -> str:
-    parts = []
-    for name, (_, caption) in FIGURES.items():
-        parts += [f"<h2>{TITLES[name]}</h2>"] if name in TITLES else []
-        parts.append(_image(pngs[name], caption, alt=TITLES.get(name, name)))
-    return "\n".join(parts)
-
-
-def _claims(study: Study, verdicts: list, selection) -> str:
-    """The section on claims: the table of verdicts and what its numbers mean."""
-    if not verdicts:
-        return (
-            "<p>No claim is judged, because no setting says whether it is consistent with pre-training. Declare it in the "
-            "study's config: <code>settings.NAME.consistent = True</code> or <code>False</code>.</p>"
-        )
-    rows = [
-        [
-            one.claim, one.verdict, one.statement, one.predicts, one.where, one.effect,
-            "" if one.low is None else f"{one.low:.3g} to {one.high:.3g}", one.margin, ", ".join(one.methods), one.n_seeds,
-            "; ".join([*one.cells, one.note] if one.note else one.cells),
-        ]
-        for one in verdicts
-    ]  # fmt: skip
-    return "\n".join(
-        [
-            f"<p>{HOW_TO_READ}</p>",
-            f"<p>{html.escape(' '.join(_ends(one) for one in study.scales))}</p>",
-            _table(VERDICTS, rows, fold=False),
-            f"<p>{html.escape(_multiplicity(verdicts))}</p>",
-            f"<p>{html.escape(_selection(selection))}</p>",
-        ]
+def _counts(study: Study) -> str:
+    done = [row for row in study.rows if row["status"] == "done"]
+    hours = sum(row["total_s"] for row in done) / 3600
+    seeds = study.config["seeds"]
+    return escape(
+        f"{len(done):,} runs done, {len(study.rows) - len(done)} failed, {hours:.2f} hours of runs. Scores are means over "
+        f"{seeds} seed{'s' * (seeds > 1)} on test images; methods, sizes and learning rates were chosen on validation images."
     )
 
 
-HOW_TO_READ = (
-    "Effects in points: 0 is the best guess without the image, 100 the ceiling of the setting. Effects of data and size are "
-    "changes over the whole axis. The interval is that of Student's t over seeds; the margin was set in the study's config. "
-    "<b>positive</b>: the interval is above 0. <b>positive, below the margin</b>: and all of it is too small to matter. "
-    "<b>flat</b>: it contains 0 and lies within the margin. <b>negative</b>: it is below 0. <b>undecided</b>: no verdict, the "
-    f"interval is too wide. <b>not tested</b>: fewer than {LEAST} methods with {LEAST} points each. Each line speaks of its "
-    "methods and cells only. A verdict against the paper is a result."
-)
+# What to use
+
+
+def _choices(study: Study, setting: str, found: list[answers.Choice]) -> str:
+    if not found:
+        return ""
+    metric, base = study.metric(setting), study.base(setting)
+    header = ["images", "use", f"test {metric} (range over seeds)", "tied with"]
+    header[3:3] = ["less the frozen base"] if base is not None else []
+    rows = []
+    for one in found:
+        scores = [run.score for run in one.runs.values()]
+        spread = f"{min(scores):.3f} to {max(scores):.3f}" if len(scores) > 1 else "one seed"
+        use = answers.name(one.cell) if one.gains else f"the frozen base (best method: {answers.name(one.cell)})"
+        row = [one.cell[2], use, f"{one.score:.3f} ({spread})", _tied(one)]
+        row[3:3] = [markup.estimate(one.over_base, "+")] if base is not None else []
+        rows.append(row)
+    about = [] if base is None else [f"frozen base {base:.3f}"]
+    if scale := study.scale(setting):
+        about += [f"best guess without images {scale.blind:.3f}"]
+    said = f" <small>{escape(', '.join(about))}</small>" if about else ""
+    return f"<h3>{escape(setting)}{said}</h3>\n{table(header, rows)}"
+
+
+def _tied(one: answers.Choice) -> str | Html:
+    if not one.n_others:
+        return "nothing else was run"
+    if one.tied is None:
+        return "not known: too few seeds"
+    if not one.tied:
+        return "nothing: the other is worse" if one.n_others == 1 else f"nothing: {one.n_others} others are worse"
+    named = answers.names(one.tied)
+    return named if len(named) < 60 else fold(f"{len(one.tied)} of {one.n_others} others", escape(named))
+
+
+# The best runs
+
+
+def _command(study: Study) -> list[str]:
+    """The words of the study's command; [] where it is not known."""
+    words = shlex.split(study.command)
+    return ["python", *words] if words and not words[0].startswith(("python", "jaxpeft")) else words
+
+
+def _runs(study: Study, chosen: dict[str, list[answers.Choice]]) -> str:
+    rows, by_id = [], {(*_cell(row), row["seed"]): row for row in study.rows if row["chosen"]}
+    for setting, found in chosen.items():
+        if found:
+            best = max(found, key=lambda one: one.best_run.validation)
+            row = by_id[setting, *best.cell, best.best_run.seed]
+            kept = (study.directory / "points" / row["id"]).is_dir()
+            link = f'<a href="../points/{urllib.parse.quote(row["id"])}/">{escape(row["id"])}</a>'
+            rows.append([
+                setting, Html(link) if kept else row["id"], row["validation"], row["test"], row["lr"], row["steps"],
+                round(row["total_s"]), _commands(study, row["id"], kept),
+            ])  # fmt: skip
+    return table(
+        ("setting", "run", "validation score", "test score", "learning rate", "steps", "seconds", "commands"), rows
+    )
+
+
+def _cell(row: dict) -> tuple:
+    return row["setting"], row["variant"], row["size"], row["n_images"]
+
+
+def _commands(study: Study, run_id: str, kept: bool) -> Html | None:
+    words = [word for word in _command(study) if not word.startswith("--rerun=")]
+    if not words:
+        return None
+    lines = [[*words, f"--rerun={run_id}"]]
+    spread = [part for word in words for part in (word.split("=", 1) if word.startswith("--workdir=") else [word])]
+    if kept and "--workdir" in spread[:-1]:
+        where = spread[spread.index("--workdir") + 1]
+        lines.append(["jaxpeft", "generate", f"--workdir={where}/points/{run_id}", "--image", "photo.jpg"])
+    return fold("show", f"<code>{'<br>'.join(escape(shlex.join(line)) for line in lines)}</code>")
+
+
+# Claims
+
+
+def _claims(verdicts: list) -> str:
+    """A line per claim: its interval drawn, and the verdict. '' where no claim was judged."""
+    if not verdicts:
+        return ""
+    shown = [x for one in verdicts if one.effect is not None for x in (one.effect, -one.margin, one.margin)]
+    ends, rows = markup.limits(shown), []
+    for one in verdicts:
+        found = Estimate(one.effect, one.low, one.high, one.p) if one.low is not None else one.effect
+        kind, used = markup.kind_of(one.verdict), [*filter(None, [one.note, ", ".join(one.methods), *one.cells])]
+        n = len(one.methods)
+        rows.append([
+            f"{one.claim}: {one.statement}", one.where,
+            None if found is None else markup.interval(found, ends, one.margin, kind), f"{one.margin:.3g}",
+            markup.strong(one.verdict, kind), one.predicts,
+            fold(f"{n} method{'s' * (n != 1)}, {one.n_seeds} seeds", escape("; ".join(used))),
+        ])  # fmt: skip
+    effect = Html(f"effect{markup.axis(ends)}")
+    return table(("claim", "on", effect, "margin", "verdict", "the paper predicts", "of"), rows)
+
+
+def _kind(consistent: bool | None) -> str:
+    return "consistent" if consistent else "inconsistent" if consistent is not None else "not declared"
 
 
 def _ends(scale) -> str:
-    kind = "consistent" if scale.consistent else "inconsistent" if scale.consistent is not None else "not declared"
     ceiling = "declared" if scale.declared else "the study's best cell"
-    return f"{scale.setting} ({kind}): blind {scale.blind:.3f}, ceiling {scale.ceiling:.3f}, {ceiling}."
+    return (
+        f"{scale.setting} ({_kind(scale.consistent)}): blind {scale.blind:.3f}, ceiling {scale.ceiling:.3f}, {ceiling}."
+    )
 
 
 def _multiplicity(verdicts: list) -> str:
@@ -160,111 +202,65 @@ def _selection(found) -> str:
     return f"Check of the choice of rates: seed 0, on which they are chosen, differs from the other seeds by {numbers} on test."
 
 
-def _variant_table(variants: dict) -> str:
-    header = ("variant", "method", "head trained too", "middle learning rate", "settings")
-    rows = [
-        [name, one["method"], one["head"], f"{one['lr']:.3g}", json.dumps(one["fields"]) if one["fields"] else ""]
-        for name, one in variants.items()
-    ]
-    return _table(header, rows)
+# Figures and slopes
 
 
-def _edges(study: Study) -> list[list]:
-    """Cells whose chosen learning rate is the smallest or largest tried: a wider search may find a better one."""
-    tried = collections.defaultdict(set)
-    for row in study.rows:
-        if row["seed"] == 0 and row["status"] == "done":
-            tried[cell_of(row)].add(row["lr"])
-    found = []
-    for row in study.rows:
-        all_of = tried[cell_of(row)]
-        if row["chosen"] and row["seed"] == 0 and len(all_of) > 1 and row["lr"] in (min(all_of), max(all_of)):
-            found.append([row["id"], f"{row['lr']:.3g}", "smallest" if row["lr"] == min(all_of) else "largest"])
-    return found
+def _chart(study: Study, drawing: Drawing, caption: str) -> str:
+    """The panels of a figure, and a legend in words that fits on a phone."""
+    panels = "".join(markup.image(png, f"{caption} {setting}") for setting, png in drawing.panels.items())
+    marks = []
+    for variant in drawing.variants:
+        look = figures.style(study, variant)
+        glyph = GLYPHS[look["marker"]]["markerfacecolor" in look]
+        marks.append(f'<span><span style="color:{look["color"]}">{glyph}</span> {escape(variant)}</span>')
+    legend = f'<div class="legend">{"".join(marks)}</div>'
+    return f'<figure>{legend}<div class="panels">{panels}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def _cell_table(study: Study) -> str:
-    header = (
-        "setting", "variant", "size", "images", "stored", "tuned", "learning rate", "test", "range", "seeds",
-        "forgetting", "seconds",
-    )  # fmt: skip
+def _slopes(study: Study) -> str:
+    """Slopes of each method, and of all together, on data and on size: consistent settings first."""
+    scaled = claims.in_points([one for one in study.results if study.scale(one.setting)], study.scales)
+    lines, declared = [], any(scale.consistent is not None for scale in study.scales)
+    sized = answers.sized(study)
+    for scale in sorted(study.scales, key=lambda one: (one.consistent is None, one.consistent is False)):
+        mine = [one for one in scaled if one.setting == scale.setting]
+        found = {axis: answers.slopes(mine, axis) for axis in ("data", "size")}
+        named = [variant for variant in study.config["variants"] if any(variant in one for one in found.values())]
+        several = sum(variant in sized for variant in named) > 1
+        for variant in ["all methods"] * several + named:
+            both = [
+                answers.pooled(one, sized) if variant == "all methods"
+                else answers.mean(one[variant][0]) if variant in one else None for one in found.values()
+            ]  # fmt: skip
+            lines.append((scale, variant, both))
+    if not lines:
+        return ""
+    header, rows = ["setting", "method"], []
+    ends = []
+    for i, words in enumerate(("twice the images", "twice the size")):
+        ends.append(
+            markup.limits([x if isinstance(x, float) else x.value for *_, both in lines if (x := both[i]) is not None])
+        )
+        header.append(Html(f"{words}{markup.axis(ends[-1])}"))
+    header[1:1] = ["with pre-training"] if declared else []
+    for scale, variant, both in lines:
+        color = "" if variant == "all methods" else figures.style(study, variant)["color"]
+        row = [scale.setting, markup.strong(variant) if variant == "all methods" else variant]
+        row[1:1] = [_kind(scale.consistent)] if declared else []
+        drawn = [
+            None if one is None else markup.interval(one, at, color=color) for one, at in zip(both, ends, strict=True)
+        ]
+        rows.append([*row, *drawn])
+    keep = [i for i in range(len(header)) if any(row[i] for row in rows)]  # no empty columns
+    return table([header[i] for i in keep], [[row[i] for i in keep] for row in rows])
+
+
+def _rates(study: Study) -> str:
     rows = []
-    for setting in study.config["settings"]:
-        for (variant, size, n_images), group in chosen_by_cell(study, setting).items():
-            scores = [row["test"] for row in group]
-            forgot = [row["forgetting"] for row in group if row["forgetting"] is not None]
-            rows.append([
-                setting, variant, size, n_images, group[0]["stored"], f"{group[0]['percent']:.2f} %", f"{group[0]['lr']:.3g}",
-                statistics.fmean(scores), f"{min(scores):.3f} to {max(scores):.3f}", len(scores),
-                statistics.fmean(forgot) if forgot else None, statistics.fmean(row["total_s"] for row in group),
-            ])  # fmt: skip
-    return _table(header, rows)
-
-
-def _gallery(study: Study, most: int = 6) -> str:
-    """Some test images per setting, with the texts of each variant's best cell."""
-    parts = []
-    for setting in study.config["settings"]:
-        kept = (study.directory / "pictures" / setting).glob("*.png")
-        pictures = {urllib.parse.unquote(path.stem): path for path in kept}
-        written = _written(study, setting, pictures)[:most] if pictures else []
-        cards = [_card(about, said, pictures[about["image_id"]]) for about, said in written]
-        if cards:
-            parts.append(f"<h3>{html.escape(setting)}</h3><div class='gallery'>{''.join(cards)}</div>")
-    return "".join(parts)
-
-
-def _written(study: Study, setting: str, pictures) -> list[tuple[dict, dict[str, str]]]:
-    """(a line of predictions.jsonl, {variant: the text of its best cell}), for one example of each of `pictures`."""
-    best: dict[str, dict] = {}
-    for row in study.rows:
-        if row["chosen"] and row["setting"] == setting and row["seed"] == 0:
-            if row["variant"] not in best or row["validation"] > best[row["variant"]]["validation"]:
-                best[row["variant"]] = row
-    cases: dict[tuple, tuple[dict, dict]] = {}
-    for variant, row in best.items():
-        for one in read_jsonl(study.directory / "points" / row["id"] / "predictions.jsonl"):
-            if one["split"] == "test" and one["image_id"] in pictures:
-                case = cases.setdefault((one["image_id"], one.get("question_id", "")), (one, {}))
-                case[1][variant] = one["tuned"]
-    shown: dict[str, tuple[dict, dict]] = {}
-    for (image_id, _), case in cases.items():
-        shown.setdefault(image_id, case)
-    return list(shown.values())
-
-
-def _card(about: dict, said: dict[str, str], picture: Path) -> str:
-    truth = about["answers"][0] if "answers" in about else about["references"][0]
-    lines = [("Q", about["question"])] if "question" in about else []
-    lines += [("truth", truth), *said.items()]
-    table = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in lines)
-    shown = _image(picture.read_bytes(), "", alt=f"test image {about['image_id']}")
-    return f"<div>{shown}<table>{table}</table></div>"
-
-
-def _table(header: Iterable[str], rows: list, fold: bool = True) -> str:
-    """An HTML table, shown as a card per row on a phone; numbers are right-aligned, text is escaped, long ones are folded."""
-
-    def cell(tag, value, label=""):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        shown = f"{value:,}" if isinstance(value, int) and number else f"{value:.4g}" if number else str(value)
-        extra = f" {value.split(',')[0].replace(' ', '-')}" if value in VERDICT_WORDS else ""
-        label = f' data-label="{html.escape(label)}"' if label else ""
-        return f'<{tag} class="{"num" if number else ""}{extra}"{label}>{html.escape(shown)}</{tag}>'
-
-    head = "".join(cell("th", name) for name in header)
-    body = "".join(
-        "<tr>"
-        + "".join(cell("td", "" if v is None else v, name) for name, v in zip(header, row, strict=True))
-        + "</tr>"
-        for row in rows
-    )
-    table = f'<div class="wide"><table class="cards"><tr>{head}</tr>{body}</table></div>'
-    return table if len(rows) <= LONG or not fold else f"<details><summary>{len(rows)} rows</summary>{table}</details>"
-
-
-def _image(png: bytes, caption: str, alt: str = "") -> str:
-    data = base64.b64encode(png).decode()
-    shown = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    kind = ' class="chart"' if caption else ""
-    return f'<figure{kind}><img alt="{html.escape(alt or caption)}" src="data:image/png;base64,{data}">{shown}</figure>'
+    for one in answers.rate_places(study):
+        counts = (one["smallest"], one["inside"], one["largest"])
+        drawn = markup.shares(counts, ("edge", "inside", "edge"))
+        tried = " or ".join(map(str, sorted(one["tried"])))
+        rows.append([one["setting"], one["variant"], drawn, *counts, tried])
+    header = ("setting", "method", "", "smallest", "in between", "largest", "rates tried a cell")
+    return table(header, rows)

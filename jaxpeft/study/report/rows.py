@@ -6,10 +6,11 @@ import dataclasses
 import io
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from jaxpeft.runtime import renamed
-from jaxpeft.study.claims import MARGINS, Result, Scale
+from jaxpeft.study.claims import MARGINS, Result, Scale, middle_size
 from jaxpeft.study.grid import Cell, best_learning_rate
 
 COLUMNS = (
@@ -30,6 +31,27 @@ class Study:
     scales: list[Scale]
     mixed: list[Cell]  # cells whose runs were made by different code
     directory: Path
+
+    def metric(self, setting: str) -> str:
+        """The main metric of a setting; '' before its first run."""
+        return next((row["metric"] for row in self.rows if row["setting"] == setting and row["status"] == "done"), "")
+
+    def base(self, setting: str) -> float | None:
+        """The test score of the frozen base; None where it was not scored."""
+        found = (row.get("base") for row in self.rows if row["setting"] == setting)
+        return next((score for score in found if score is not None), None)
+
+    def scale(self, setting: str) -> Scale | None:
+        """The scale of a setting; None where no score is above the best guess without images."""
+        return next((one for one in self.scales if one.setting == setting), None)
+
+    def curve(self, row: dict) -> list[tuple[int, float]]:
+        """(step, validation loss) of a run: those in its result, or else in its metrics.jsonl; [] where there are neither."""
+        if row["curve"]:
+            return [tuple(pair) for pair in row["curve"]]
+        path = self.directory / "points" / row["id"] / "metrics.jsonl"
+        lines = read_jsonl(path) if path.exists() else []
+        return [(one["step"], one["validation_loss"]) for one in lines if "validation_loss" in one]
 
 
 def read(directory: Path, mixed_code: bool = False) -> Study:
@@ -110,6 +132,8 @@ def _flat(row: dict, config: dict) -> dict:
     flat["base"] = test["base"][metric] if "base" in test else None
     if forgot := row.get("forgetting"):
         flat["forgetting"] = forgot["tuned"] - forgot["base"] if "base" in forgot else None
+    validated = row.get("validation") or {}  # not in results of version 0.1
+    flat |= {"curve": validated.get("curve"), "kept_step": validated.get("kept_step")}
     flat |= {"machine": row.get("machine"), "versions": row.get("versions"), "digests": row.get("digests")}
     return flat | {"code": row.get("code", "")}
 
@@ -117,7 +141,8 @@ def _flat(row: dict, config: dict) -> dict:
 def scales(rows: list[dict], config: dict) -> list[Scale]:
     """The scale of every setting that has finished runs: its best guess without the image, and its ceiling.
 
-    Where a setting declares no `ceiling`, the best mean score of a cell stands in.
+    Where a setting declares no `ceiling`, the best mean score of a cell stands in. A setting in which no cell is better than
+    that guess has no scale.
     """
     found = []
     for setting, about in config["settings"].items():
@@ -130,6 +155,8 @@ def scales(rows: list[dict], config: dict) -> list[Scale]:
         if by_cell:
             best = max(map(statistics.fmean, by_cell.values()))
             ends = (max(blind, default=0.0), about.get("ceiling", best))
+            if ends[0] >= ends[1]:
+                continue
             found.append(Scale(setting, about["task"], about.get("consistent"), *ends, "ceiling" in about))
     return found
 
@@ -141,6 +168,22 @@ def chosen_by_cell(study: Study, setting: str) -> dict[tuple, list[dict]]:
         if row["chosen"] and row["setting"] == setting:
             groups[row["variant"], row["size"], row["n_images"]].append(row)
     return dict(groups)
+
+
+def on_axis(cells: Iterable[tuple], axis: str) -> dict[str, list[tuple]]:
+    """variant -> its cells (variant, size, n_images) along 'data', at its middle size, or along 'size', with all its images."""
+    lines, by_variant = {}, collections.defaultdict(list)
+    for cell in cells:
+        by_variant[cell[0]].append(cell)
+    for variant, mine in by_variant.items():
+        if axis == "data":
+            middle = middle_size([size for _, size, _ in mine])
+            mine = [cell for cell in mine if cell[1] == middle]
+        else:
+            most = max(n for _, _, n in mine)
+            mine = [cell for cell in mine if cell[2] == most]
+        lines[variant] = sorted(mine)
+    return lines
 
 
 def consistency(study: Study) -> list[dict]:

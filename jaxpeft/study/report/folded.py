@@ -1,0 +1,133 @@
+"""What is folded at the end of a report: tables of cells, rates, caps and failures, test images, the recipe."""
+
+import collections
+import html
+import json
+import statistics
+import urllib.parse
+from pathlib import Path
+
+from jaxpeft.study.report import markup
+from jaxpeft.study.report.markup import Html, escape, table
+from jaxpeft.study.report.rows import Study, cell_of, chosen_by_cell, read_jsonl
+
+# functions of a study, by the names that report.html has for them
+PARTS = ("cells", "gallery", "edges", "capped", "failures", "purpose", "variants", "learning_rates_tried", "recipe")
+
+
+def cells(study: Study) -> Html:
+    """The table of all cells."""
+    header = (
+        "setting", "variant", "size", "images", "test score", "range over seeds", "seeds", "validation score", "stored",
+        "tuned, %", "learning rate", "forgetting", "seconds",
+    )  # fmt: skip
+    rows = []
+    for setting in study.config["settings"]:
+        for (variant, size, n_images), group in chosen_by_cell(study, setting).items():
+            scores = [row["test"] for row in group]
+            forgot = [row["forgetting"] for row in group if row["forgetting"] is not None]
+            rows.append([
+                setting, variant, size, n_images, statistics.fmean(scores), f"{min(scores):.3f} to {max(scores):.3f}",
+                len(scores), statistics.fmean(row["validation"] for row in group), group[0]["stored"], group[0]["percent"],
+                group[0]["lr"], statistics.fmean(forgot) if forgot else None,
+                statistics.fmean(row["total_s"] for row in group),
+            ])  # fmt: skip
+    return table(header, rows)
+
+
+def edges_of(study: Study) -> list[list]:
+    """Cells whose chosen learning rate is the smallest or largest tried: a wider search may find a better one."""
+    tried = collections.defaultdict(set)
+    for row in study.rows:
+        if row["seed"] == 0 and row["status"] == "done":
+            tried[cell_of(row)].add(row["lr"])
+    found = []
+    for row in study.rows:
+        all_of = tried[cell_of(row)]
+        if row["chosen"] and row["seed"] == 0 and len(all_of) > 1 and row["lr"] in (min(all_of), max(all_of)):
+            found.append([row["id"], row["lr"], "smallest" if row["lr"] == min(all_of) else "largest"])
+    return found
+
+
+def edges(study: Study) -> Html:
+    return table(("run", "learning rate", "which end"), edges_of(study))
+
+
+def capped(study: Study) -> Html:
+    rows = [row for row in study.rows if row["chosen"] and row["stopped"] == "cap"]
+    return table(("run", "seed", "steps"), [[row["id"], row["seed"], row["steps"]] for row in rows])
+
+
+def failures(study: Study) -> Html:
+    return table(("run", "reason"), [[row["id"], row["error"]] for row in study.rows if row["status"] == "failed"])
+
+
+def purpose(study: Study) -> Html:
+    return markup.verbatim((study.config["hypothesis"] or "").strip())
+
+
+def variants(study: Study) -> Html:
+    header = ("variant", "method", "head trained too", "middle learning rate", "settings")
+    rows = [
+        [name, one["method"], one["head"], one["lr"], json.dumps(one["fields"]) if one["fields"] else None]
+        for name, one in study.config["variants"].items()
+    ]
+    return table(header, rows)
+
+
+def learning_rates_tried(study: Study) -> str:
+    return ", ".join(f"{factor:.3g}" for factor in study.config["learning_rates"])
+
+
+def recipe(study: Study) -> Html:
+    """The part of the config of runs that the report shows."""
+    keys = ("base", "steps", "batch_size", "optim", "stop", "model", "data")
+    shown = {task: {key: point[key] for key in keys} for task, point in study.config["points"].items()}
+    return markup.verbatim(json.dumps(shown, indent=1))
+
+
+def provenance(study: Study) -> str:
+    """Machine, versions and digests of the first finished run, as JSON."""
+    first = next((row for row in study.rows if row["status"] == "done"), {})
+    return json.dumps({key: first.get(key) for key in ("machine", "versions", "digests")}, indent=1)
+
+
+def gallery(study: Study, most: int = 6) -> str:
+    """Some test images per setting, with the texts of each variant's best cell."""
+    parts = []
+    for setting in study.config["settings"]:
+        kept = (study.directory / "pictures" / setting).glob("*.png")
+        pictures = {urllib.parse.unquote(path.stem): path for path in kept}
+        written = _written(study, setting, pictures)[:most] if pictures else []
+        cards = [_card(about, said, pictures[about["image_id"]]) for about, said in written]
+        if cards:
+            parts.append(f"<h3>{escape(setting)}</h3><div class='gallery'>{''.join(cards)}</div>")
+    return "".join(parts)
+
+
+def _written(study: Study, setting: str, pictures) -> list[tuple[dict, dict[str, str]]]:
+    """(a line of predictions.jsonl, {variant: the text of its best cell}), for one example of each of `pictures`."""
+    best: dict[str, dict] = {}
+    for row in study.rows:
+        if row["chosen"] and row["setting"] == setting and row["seed"] == 0:
+            if row["variant"] not in best or row["validation"] > best[row["variant"]]["validation"]:
+                best[row["variant"]] = row
+    cases: dict[tuple, tuple[dict, dict]] = {}
+    for variant, row in best.items():
+        for one in read_jsonl(study.directory / "points" / row["id"] / "predictions.jsonl"):
+            if one["split"] == "test" and one["image_id"] in pictures:
+                case = cases.setdefault((one["image_id"], one.get("question_id", "")), (one, {}))
+                case[1][variant] = one["tuned"]
+    shown: dict[str, tuple[dict, dict]] = {}
+    for (image_id, _), case in cases.items():
+        shown.setdefault(image_id, case)
+    return list(shown.values())
+
+
+def _card(about: dict, said: dict[str, str], picture: Path) -> str:
+    truth = about["answers"][0] if "answers" in about else about["references"][0]
+    lines = [("Q", about["question"])] if "question" in about else []
+    lines += [("truth", truth), *said.items()]
+    rows = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in lines)
+    shown = markup.image(picture.read_bytes(), f"test image {about['image_id']}")
+    return f"<div>{shown}<table>{rows}</table></div>"

@@ -1,0 +1,286 @@
+"""The report of made-up studies: what it says first, its tables in a browser, and two studies in one page."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from configs.studies import tiny
+from jaxpeft import cli
+from jaxpeft.runtime import files
+from jaxpeft.study import grid, report
+from jaxpeft.study.report import answers, compare, figures, markup, page
+from jaxpeft.training import setup
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+SIZES = {"lora": (2, 4, 8), "prefix": (4, 8, 16)}
+DEVIATIONS = (0.0, 0.01, -0.01)  # of the scores of three seeds
+
+
+def config_of(declare=None, seeds=3, rates=(1.0, 3.0)):
+    """Two methods and the head alone on one's own captions, with 64 and 256 images."""
+    c = tiny.get_config(f"steps=3,seeds={seeds}")
+    c.name, c.hypothesis, c.note, c.learning_rates = "mine", "", "", rates
+    c.settings = {"photos": {"task": "captioning"} | ({} if declare is None else {"consistent": declare})}
+    for name in ("lora", "prefix"):
+        c.variants[f"{name}_head"].sizes = SIZES[name]
+    return c
+
+
+def write(directory, score, config=None, base=0.2, blind=0.1, code="a", **more):
+    """A study's files with test scores score(run), a validation score .05 higher, and the smaller rate chosen everywhere."""
+    config = config or config_of()
+    rows = []
+    for cell in grid.cells(config):
+        rates = grid.learning_rates(config, cell)
+        for run in [grid.Run(cell, 0, lr, config) for lr in rates] + [
+            grid.Run(cell, seed, rates[0], config) for seed in range(1, config.seeds)
+        ]:
+            test = score(run) - 0.1 * rates.index(run.lr)
+            scores = {
+                name: {"n": 8, "blind": {"one": {"cider_d": blind}}, "tuned": {"cider_d": x, "nll": 1.0}}
+                for name, x in (("val", test + 0.05), ("test", test))
+            }
+            if base is not None and run.seed == 0:
+                scores["test"]["base"] = {"cider_d": base}
+            rows.append({
+                "setting": cell.setting, "variant": cell.variant, "size": cell.size, "n_images": cell.n_images, "id": run.id,
+                "seed": run.seed, "lr": run.lr, "status": "done", "main_metric": "cider_d", "metrics": scores, "code": code,
+                "counts": {"tuned": 10 + cell.size, "stored": 10 + cell.size, "total": 1000},
+                "timing": {"steps": 3, "stopped": "plateau", "step_s": 0.1, "compile_s": 1.0, "total_s": 2.0}, **more,
+            })  # fmt: skip
+    directory.mkdir(exist_ok=True)
+    files.write_jsonl(directory / "results.jsonl", rows)
+    command = "main.py --config=mine.py --workdir='my runs'"
+    files.write_json(directory / "study.json", {"config": setup.as_json(config), "command": command})
+    return report.read(directory)
+
+
+def close(run):
+    """LoRA and prefix are close, the head is far below; twice the images bring .05, twice LoRA's rank .02."""
+    start = {"lora_head": 0.5, "prefix_head": 0.497, "head": 0.2}[run.cell.variant]
+    rank = 0.02 * np.log2(run.cell.size / 2) if run.cell.variant == "lora_head" else 0.0
+    sign = -1 if run.cell.variant == "prefix_head" else 1
+    return start + rank + 0.05 * np.log2(run.cell.n_images / 64) + sign * DEVIATIONS[run.seed]
+
+
+# What it says first
+
+
+def test_the_best_on_validation_is_used_and_ties_are_by_interval(tmp_path):
+    study = write(tmp_path, close)
+    few, many = answers.choices(study, "photos")
+    assert few.cell == ("lora_head", 4, 64) and many.cell == ("lora_head", 8, 256)
+    scores = {cell: [one.score for one in runs.values()] for cell, runs in report.claims.cells(study.results).items()}
+    for one in (few, many):
+        expected = []
+        for cell, other in scores.items():
+            if cell[2] == one.cell[2] and cell != one.cell:
+                less = np.subtract(scores[one.cell], other)
+                low = less.mean() - stats.t.ppf(0.975, 2) * less.std(ddof=1) / np.sqrt(3)
+                expected += [cell] if low <= 0 else []
+        assert one.tied == expected and one.n_others == len([cell for cell in scores if cell[2] == one.cell[2]]) - 1
+    assert {cell[0] for cell in few.tied} == {"prefix_head"}
+    np.testing.assert_allclose((few.score, few.over_base.value), (0.52, 0.32))
+
+
+def test_one_seed_has_no_ties_and_no_intervals(tmp_path):
+    study = write(tmp_path, close, config_of(seeds=1))
+    chosen = answers.choices(study, "photos")
+    assert [one.tied for one in chosen] == [None, None] and isinstance(chosen[0].over_base, float)
+    use, more, trust = answers.sentences(study, {"photos": chosen})
+    assert "one seed, so ties are not known" in use and "(one seed)" in more and "1 seed;" in trust
+    report.write(tmp_path)
+    assert "not known: too few seeds" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_where_nothing_beats_the_frozen_base_it_is_what_to_use(tmp_path):
+    study = write(tmp_path, close, base=0.66)
+    chosen = answers.choices(study, "photos")
+    assert [one.gains for one in chosen] == [False, False]  # .64 with 256 images
+    assert "the frozen base (test cider_d 0.660)" in answers.sentences(study, {"photos": chosen})[0]
+    assert answers.choices(write(tmp_path, close, base=0.55), "photos")[1].gains
+
+
+def test_slopes_and_what_a_whole_axis_brings(tmp_path):
+    found = {axis: answers.slopes(write(tmp_path, close).results, axis) for axis in ("data", "size")}
+    assert list(found["data"]) == ["head", "lora_head", "prefix_head"]
+    assert list(found["size"]) == ["lora_head", "prefix_head"]
+    np.testing.assert_allclose([slope_S for slope_S, _ in found["data"].values()], np.full((3, 3), 0.05), atol=1e-12)
+    np.testing.assert_allclose(found["size"]["lora_head"][0], 0.02)
+    whole = answers.pooled(found["size"], {"lora_head", "prefix_head"}, whole=True)
+    np.testing.assert_allclose(whole.value, (0.04 + 0.0) / 2)  # two doublings of the rank
+
+
+def test_where_the_best_rates_stand(tmp_path):
+    def places(score):
+        found = answers.rate_places(write(tmp_path, score, config_of(rates=(0.3, 1.0, 3.0))))
+        assert all(one["setting"] == "photos" and one["tried"] == {3} for one in found)
+        return {one["variant"]: (one["smallest"], one["inside"], one["largest"]) for one in found}
+
+    assert places(close) == {"head": (2, 0, 0), "lora_head": (4, 0, 0), "prefix_head": (4, 0, 0)}
+    lower = places(lambda run: close(run) - (run.lr < 2e-3))  # all rates of prefix are above that
+    assert lower == {"head": (0, 2, 0), "lora_head": (0, 4, 0), "prefix_head": (4, 0, 0)}
+    assert not answers.rate_places(write(tmp_path, close, config_of(rates=(1.0,))))
+
+
+def test_a_command_repeats_the_best_run_and_another_uses_it(tmp_path):
+    study = write(tmp_path, close)
+    (tmp_path / "points" / "photos-lora_head8-n256-s1-lr0.003").mkdir(parents=True)
+    html = page._runs(study, {"photos": answers.choices(study, "photos")})
+    assert 'href="../points/photos-lora_head8-n256-s1-lr0.003/"' in html
+    repeat, use = re.search("<code>(.*?)<br>(.*?)</code>", html.replace("&#x27;", "'")).groups()
+    words = shlex.split(repeat)
+    assert words == [
+        "python",
+        "main.py",
+        "--config=mine.py",
+        "--workdir=my runs",
+        "--rerun=photos-lora_head8-n256-s1-lr0.003",
+    ]
+    assert cli._parser().parse_known_args(["study", *words[2:]])[1] == []
+    assert shlex.split(use)[2] == "--workdir=my runs/points/photos-lora_head8-n256-s1-lr0.003"
+
+
+# The page
+
+
+def html_of(directory):
+    report.write(directory)
+    return (directory / "report" / "index.html").read_text()
+
+
+def test_a_page_of_ones_own_pictures_has_answers_and_no_paper(tmp_path):
+    write(tmp_path, close)
+    html = html_of(tmp_path)
+    assert "paper" not in html.lower() and "with pre-training" not in html.split("<h2>More")[0]
+    titles = re.findall("<h2>(.*?)</h2>", html)
+    assert titles == ["The best runs", "Score against training images", "What twice as much brings",
+                      "Where the best learning rate stands among those tried", "More"]  # fmt: skip
+    assert html.index("What to use: on photos with 256 images, lora_head 8") < html.index("<table")
+
+
+def test_a_page_with_claims_draws_them_and_lists_their_cells_behind_a_click(tmp_path):
+    write(tmp_path, close, config_of(declare=False))
+    section = re.search("<section><h2>Claims.*?</section>", html_of(tmp_path), re.DOTALL)[0]
+    assert "the paper predicts" in section and section.count("<circle") >= 2
+    assert 'data-label="effect"' in section and "&lt;svg" not in section  # a phone shows the name beside each value
+    details, *_ = re.findall("<details><summary>2 methods, 3 seeds</summary>(.*?)</details>", section, re.DOTALL)
+    assert "lora_head 2, 4, 8 at 256 images" in details and "2, 4, 8 at 256" not in section.replace(details, "")
+
+
+@pytest.mark.parametrize("where", ["result", "file"])
+def test_validation_curves_come_from_the_results_or_from_the_runs(where, tmp_path):
+    curve = [[0, 3.0], [1, 2.0], [2, 2.5]]
+    more = {"validation": {"curve": curve, "kept_step": 1}} if where == "result" else {}
+    study = write(tmp_path, close, **more)
+    if where == "file":
+        assert figures.curves(study) is None
+        for row in study.rows:
+            (tmp_path / "points" / row["id"]).mkdir(parents=True)
+            lines = [{"step": step, "validation_loss": loss} for step, loss in curve] + [{"step": 1, "loss": 9.0}]
+            files.write_jsonl(tmp_path / "points" / row["id"] / "metrics.jsonl", lines)
+    assert study.curve(study.rows[0]) == [(0, 3.0), (1, 2.0), (2, 2.5)]
+    drawn = figures.curves(study)
+    assert list(drawn.panels) == ["photos"] and set(drawn.variants) == {"lora_head", "prefix_head", "head"}
+
+
+def test_scores_below_the_best_guess_without_images_are_reported(tmp_path):
+    """There are no points then: nothing is between the guess and the best cell."""
+    study = write(tmp_path, close, config_of(declare=False), blind=0.9)
+    html = html_of(tmp_path)
+    assert study.scales == [] and "<h2>Claims" not in html and "<h2>What twice" not in html
+    assert "lora_head 8" in html and "<h2>Score against training images" in html
+
+
+def test_a_drawn_interval_is_where_its_numbers_are():
+    ends = (-10.0, 10.0)
+    svg = markup.interval(answers.Estimate(5.0, 2.5, 20.0, 0.01), ends, margin=2.0)
+    assert f'cx="{0.75 * markup.WIDTH}"' in svg and f"M{0.625 * markup.WIDTH} " in svg  # of the way from -10 to 10
+    assert f'<rect x="{0.4 * markup.WIDTH}" width="{0.2 * markup.WIDTH}"' in svg  # the margin
+    assert svg.count("<path") == 3 and svg.count("L") == 2  # zero, the line, and an arrow: 20 is not on the axis
+    assert "+5.0 (2.5 to 20.0)" in svg
+    assert markup.estimate(answers.Estimate(-0.01, -28.0, 27.0, 1.0), "+") == "+0 (-28 to 27)"
+
+
+# In a browser
+
+SCRIPT = """{
+const table = [...document.querySelectorAll("table.cards")].find(table => table.tHead.textContent.includes("validation score")
+  && table.tHead.textContent.includes("stored"));
+const names = [...table.tHead.rows[0].cells].map(head => head.textContent);
+const column = name => [...table.tBodies[0].rows].filter(row => !row.hidden).map(row =>
+  row.cells[names.indexOf(name)].textContent);
+const click = name => table.tHead.rows[0].cells[names.indexOf(name)].querySelector("button").click();
+const said = {plain: column("images")};
+click("stored"); said.down = column("stored");
+click("stored"); said.up = column("stored");
+click("variant"); said.variants = column("variant");
+const input = table.closest("details").querySelector("input[type=search]");
+const filter = text => { input.value = text; input.dispatchEvent(new Event("input")); };
+filter("images>=256 LORA"); said.filtered = [column("images"), column("variant")];
+said.count = input.nextSibling.textContent;
+filter("test>0.6"); said.above = column("test score");
+filter("");
+document.querySelectorAll("details").forEach(one => { one.open = true; });
+said.width = [document.documentElement.scrollWidth, window.innerWidth];
+const pre = document.createElement("pre"); pre.id = "said"; pre.textContent = JSON.stringify(said); document.body.append(pre);
+}"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium")
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 500])  # the narrowest window that a headless Chromium opens is 500 wide
+def test_tables_are_sorted_by_number_and_filtered_in_a_browser(width, tmp_path):
+    study = write(tmp_path / "study", close)
+    path = tmp_path / "page.html"
+    path.write_text(html_of(tmp_path / "study").replace("</body>", f"<script>{SCRIPT}</script></body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'chromium'}",
+               f"--window-size={width},900", "--dump-dom", path.as_uri()]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
+    said = json.loads(re.search('<pre id="said">(.*?)</pre>', dom, re.DOTALL)[1].replace("&gt;", ">"))
+    stored = [10 + size for _, size, _ in report.claims.cells(study.results)]
+    assert said["down"] == [str(n) for n in sorted(stored, reverse=True)] and said["up"] == said["down"][::-1]
+    assert said["variants"] == sorted(said["variants"]) and len(said["variants"]) == len(stored)
+    assert said["filtered"] == [["256"] * 3, ["lora_head"] * 3] and said["count"] == f"3 of {len(stored)} rows"
+    assert sorted(map(float, said["above"])) == pytest.approx([0.62, 0.64])
+    assert said["width"][0] <= said["width"][1]  # nothing is wider than the window
+
+
+# Two studies
+
+
+def better(run):
+    """Prefix gains .1 and the head loses .1, in a second study."""
+    return close(run) + {"prefix_head": 0.1, "head": -0.1}.get(run.cell.variant, 0.0)
+
+
+def test_two_studies_are_compared_cell_by_cell(tmp_path, capsys):
+    write(tmp_path / "a", close, config_of(declare=False))
+    changed = config_of(declare=False)
+    changed.points.captioning.batch_size = 7
+    write(tmp_path / "b", better, changed, code="b")
+    out = tmp_path / "comparison.html"
+    with pytest.raises(SystemExit) as end:
+        cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)])
+    assert not end.value.code
+    assert "10 cells in both: 4 B is better; 2 A is better; 4 tied" in capsys.readouterr().out
+    html = out.read_text()
+    assert "made by different code" in html and "points.captioning.batch_size" in html and "<h2>Claims" in html
+    assert re.findall("<h2>(.*?)</h2>", html)[-1] == "What differs between the two configs"
+    assert "mean over cells: +0.0200 (0.0200 to 0.0200) cider_d on photos" in html  # (4 * .1 - 2 * .1) / 10
+    assert "http" not in html
+
+
+def test_studies_without_a_common_cell_are_an_error(tmp_path, capsys):
+    write(tmp_path / "a", close)
+    other = config_of()
+    other.settings = {"drawings": {"task": "captioning"}}
+    write(tmp_path / "b", close, other)
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "have no finished cell of the same setting" in capsys.readouterr().err
