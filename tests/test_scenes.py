@@ -64,7 +64,7 @@ def test_an_item_depends_on_nothing_but_its_index():
 def test_every_item_and_purpose_has_its_own_stream():
     keys = itertools.product(world.SPLIT_IDS, (0, 1, 2**48 - 1), (0, 1, 2**64 - 1), world.STREAM_IDS)
     first = [world.stream(*key).random() for key in keys]
-    assert len(set(first)) == len(first) == 7 * 3 * 3 * 6
+    assert len(set(first)) == len(first) == 7 * 3 * 3 * 8
 
 
 def test_splits_share_no_scene():

@@ -201,7 +201,7 @@ def validation_score(config, result: dict) -> float:
     """What a result is chosen by, the higher the better: by `config.measure` the main metric, or less the nats per token."""
     if config.get("measure", "main") == "nll":
         return -result["validation"]["kept"]
-    return result["metrics"][config.select_on]["tuned"][result["main_metric"]]
+    return result["metrics"][config["select_on"]]["tuned"][result["main_metric"]]
 
 
 def n_final(config) -> int:

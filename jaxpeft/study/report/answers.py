@@ -117,14 +117,13 @@ def rate_places(study: Study) -> list[dict]:
     """Where the chosen rates stand among those that were tried, for each setting and variant: the numbers of cells with the
     smallest, one in between, and the largest. Cells with one rate are left out."""
     tried, chosen = collections.defaultdict(set), {}
-    for row in study.rows:
-        if row["seed"] == 0 and row["status"] == "done":
-            tried[cell_of(row)].add(row["lr"])
-            if row["chosen"]:
-                chosen[cell_of(row)] = row["lr"]
+    for row in study.searched:
+        tried[cell_of(row)].add(row["lr"])
+        if row["chosen"]:
+            chosen[cell_of(row)] = row["lr"]
     found = {}
     for cell, rates in tried.items():
-        if len(rates) > 1:
+        if len(rates) > 1 and cell in chosen:
             one = found.setdefault(
                 (cell.setting, cell.variant), {"smallest": 0, "inside": 0, "largest": 0, "tried": set()}
             )

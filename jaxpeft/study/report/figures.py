@@ -240,12 +240,12 @@ def learning_rates(study: Study) -> Drawing | None:
                 if r["chosen"]:
                     ax.plot(r["lr"], r["validation"], **look | {"markerfacecolor": look["color"]})
         _log(ax)
-        _label(ax, setting, "learning rate", f"validation {study.metric(setting)}")
+        nats = study.config.get("measure") == "nll"
+        _label(ax, setting, "learning rate", "- validation nats" if nats else f"validation {study.metric(setting)}")
 
     found = {setting: collections.defaultdict(list) for setting in study.config["settings"]}
-    for row in study.rows:
-        if row["seed"] == 0 and row["status"] == "done":
-            found[row["setting"]][row["variant"], row["size"], row["n_images"]].append(row)
+    for row in study.searched:
+        found[row["setting"]][row["variant"], row["size"], row["n_images"]].append(row)
     return drawing(study, found, panel)
 
 

@@ -38,9 +38,8 @@ def cells(study: Study) -> Html:
 def edges_of(study: Study) -> list[list]:
     """Cells whose chosen learning rate is the smallest or largest tried: a wider search may find a better one."""
     tried = collections.defaultdict(set)
-    for row in study.rows:
-        if row["seed"] == 0 and row["status"] == "done":
-            tried[cell_of(row)].add(row["lr"])
+    for row in study.searched:
+        tried[cell_of(row)].add(row["lr"])
     found = []
     for row in study.rows:
         all_of = tried[cell_of(row)]

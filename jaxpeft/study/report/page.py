@@ -18,9 +18,10 @@ GLYPHS = {"o": "●○", "s": "■□", "^": "▲△", "v": "▼▽", "D": "◆�
           "<": "◀◁", ">": "▶▷"}  # fmt: skip
 
 
-def render(study: Study, verdicts: list, selection, share: list[dict], drawings: dict[str, Drawing]) -> str:
-    """The HTML page. `verdicts`: claims.judge; `selection`: claims.selection; `share`: rows.consistency; `drawings`: the
-    figures that could be drawn."""
+def render(study: Study, judged: tuple, selection, share: list[dict], drawings: dict[str, Drawing]) -> str:
+    """The HTML page. `judged`: claims.judge in points, and in nats where that is the study's measure, else []; `selection`:
+    claims.selection; `share`: rows.consistency; `drawings`: the figures that could be drawn."""
+    verdicts, nats = judged
     chosen = {setting: answers.choices(study, setting) for setting in study.config["settings"]}
     charts = {name: _chart(study, drawings[name], FIGURES[name][1]) if name in drawings else "" for name in FIGURES}
     return markup.page(
@@ -31,7 +32,7 @@ def render(study: Study, verdicts: list, selection, share: list[dict], drawings:
         counts=_counts(study),
         choices="".join(_choices(study, setting, found) for setting, found in chosen.items()),
         runs=_runs(study, chosen),
-        claims=_claims(verdicts),
+        claims=_in_nats(nats) + _claims(verdicts),
         multiplicity=escape(_multiplicity(verdicts)) if verdicts else "",
         selection=escape(_selection(selection)) if verdicts else "",
         ends=escape(" ".join(_ends(one) for one in study.scales)) if verdicts else "",
@@ -163,6 +164,14 @@ def _claims(verdicts: list) -> str:
         ])  # fmt: skip
     effect = Html(f"effect{markup.axis(ends)}")
     return table(("claim", "on", effect, "margin", "verdict", "the paper predicts", "of"), rows)
+
+
+def _in_nats(verdicts: list) -> str:
+    """The claims in the primary measure of a study that is judged by likelihoods, before those in points."""
+    if not verdicts:
+        return ""
+    said = "In nats per token on test images, the measure of this study; more is better:"
+    return markup.paragraph(said) + _claims(verdicts) + markup.paragraph("The same claims on text metrics, in points:")
 
 
 def _kind(consistent: bool | None) -> str:

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from jaxpeft.runtime import renamed
 from jaxpeft.study.claims import MARGINS, Result, Scale, middle_size
-from jaxpeft.study.grid import Cell, best_learning_rate
+from jaxpeft.study.grid import Cell, best_learning_rate, validation_score
 
 COLUMNS = (
     "id", "setting", "task", "variant", "method", "head", "size", "n_images", "seed", "lr", "chosen", "status", "tuned",
     "stored", "percent", "validation", "test", "test_nll", "forgetting", "steps", "stopped", "step_s", "compile_s",
     "total_s", "error",
 )  # fmt: skip
+
+CELL = ("setting", "variant", "size", "n_images")
 
 
 @dataclasses.dataclass
@@ -27,6 +29,7 @@ class Study:
     config: dict
     command: str
     rows: list[dict]  # flat, one per run, with COLUMNS
+    searched: list[dict]  # the runs that learning rates were chosen by: 'validation' is what they were chosen on
     results: list[Result]  # what claims are judged on: the chosen run of each cell and seed
     scales: list[Scale]
     mixed: list[Cell]  # cells whose runs were made by different code
@@ -71,13 +74,27 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
     tried = collections.defaultdict(list)
     for row in rows:
         if row["status"] == "done" and row["seed"] == 0:
-            tried[cell_of(row)].append((row["lr"], row["validation"]))
+            tried[cell_of(row)].append((row["lr"], row["choice"]))
     for row in rows:
         row["chosen"] = row["status"] == "done" and row["lr"] == best_learning_rate(tried[cell_of(row)])
     config.setdefault("margins", MARGINS)
     names = [field.name for field in dataclasses.fields(Result) if field.name != "score"]
     results = [Result(score=row["test"], **{name: row[name] for name in names}) for row in rows if row["chosen"]]
-    return Study(config, about.get("command", ""), rows, results, scales(rows, config), list(mixed), directory)
+    made = (rows, _searched(directory, config, rows), results, scales(rows, config), list(mixed), directory)
+    return Study(config, about.get("command", ""), *made)
+
+
+def _searched(directory: Path, config: dict, rows: list[dict]) -> list[dict]:
+    """The finished runs that learning rates were chosen by: those of search.jsonl, or else those with seed 0."""
+    path = directory / "search.jsonl"
+    if not path.exists():
+        return [row for row in rows if row["seed"] == 0 and row["status"] == "done"]
+    chosen, keys = {cell_of(row): row["lr"] for row in rows if row["chosen"]}, ("id", *CELL, "seed", "lr", "status")
+    return [
+        {key: row[key] for key in keys}
+        | {"validation": validation_score(config, row), "chosen": row["lr"] == chosen.get(cell_of(row))}
+        for row in read_jsonl(path) if row["status"] == "done"
+    ]  # fmt: skip
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -89,7 +106,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def cell_of(row: dict) -> Cell:
     """The cell of the grid that a row of results.jsonl belongs to."""
-    return Cell(row["setting"], row["variant"], row["size"], row["n_images"])
+    return Cell(*(row[key] for key in CELL))
 
 
 def _mixed(rows: list[dict]) -> dict[Cell, dict[str, list[str]]]:
@@ -132,6 +149,7 @@ def _flat(row: dict, config: dict) -> dict:
     flat["base"] = test["base"][metric] if "base" in test else None
     if forgot := row.get("forgetting"):
         flat["forgetting"] = forgot["tuned"] - forgot["base"] if "base" in forgot else None
+    flat["choice"] = validation_score(config, row)
     validated = row.get("validation") or {}  # not in results of version 0.1
     flat |= {"curve": validated.get("curve"), "kept_step": validated.get("kept_step")}
     flat |= {"machine": row.get("machine"), "versions": row.get("versions"), "digests": row.get("digests")}
