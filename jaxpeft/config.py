@@ -85,7 +85,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.data.subset_seed = 0
     c.data.captions = "human"  # scenes only; 'web': the style of pre-training; 'clean': that style without noise
     c.data.types = ()  # scenes only: the types of questions to keep; (): all
-    c.data.texts = 0  # scenes only: the captions and the questions to keep of each training image; 0: all
+    c.data.texts = config_dict.placeholder(int)  # scenes only: captions and questions to keep of each training image
     c.data.augment = "none"  # 'crop', 'crop_flip', 'blip' or 'mplug' (add RandAugment), on images at their native size
     c.data.feature_bytes = 4 << 30  # memory limit for the outputs of one frozen stage (image tokens, question states)
 
@@ -113,9 +113,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.stop.split = "val"
     c.stop.examples = 512  # of that split, used in each validation
     c.stop.every = 100  # steps between validations; 0: chosen to give 40 validations
-    c.stop.patience = (
-        3  # validations without improvement; 0: never stop, the last `optim.cooldown` of the steps is the cooldown
-    )
+    c.stop.patience = 3  # validations without improvement; 0: never stop early
     c.stop.min_gain = 0.005  # relative decrease of the loss that counts as an improvement
     c.stop.images_must_matter = False  # keep step 0 if, at the best step, texts are as likely with other images
 

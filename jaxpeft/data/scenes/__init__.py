@@ -110,7 +110,7 @@ def load(config, splits):
             rows = [row | {"captions": clean_captions(split, i, 5, seed)} for i, row in enumerate(rows)]
         if set(types) != set(TYPES):
             rows = [row | {"questions": [q for q in row["questions"] if q["type"] in types]} for row in rows]
-        if split == "train" and (n := config.get("texts", 0)):
+        if split == "train" and (n := config.get("texts")):
             rows = [row | {key: row[key][:n] for key in ("captions", "questions")} for row in rows]
         loaded[split] = Split(split, images, rows, source=f"scenes seed {seed}")
     return loaded
