@@ -343,7 +343,7 @@ def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(asked, 
         cache = cache_of(model, variables, directory, limit, said.append)
         return cache.fill(split, examples_of(model, split), per=("image",)).tables["image_tokens"]
 
-    first = table(3)
+    first = np.array(table(3))  # not the file, which is damaged below
     (path,) = directory.iterdir()
     path.write_bytes(path.read_bytes()[:200])
     np.testing.assert_array_equal(table(3), first)
