@@ -62,7 +62,7 @@ def timed(call):
     return time.perf_counter() - started, value
 
 
-def measure(mode: str, peers: dict, runs: int) -> tuple[list[dict], list[str]]:
+def measure(mode: str, peers: dict, runs: int, batch: int = BATCH) -> tuple[list[dict], list[str]]:
     """(a row per peer and variant, disagreements): warm-up and agreement first, then turns in alternating order."""
     calls = {name: peer.steps() if mode == "train" else peer.writers() for name, peer in peers.items()}
     first, seen, bad = {}, {}, []
@@ -98,7 +98,7 @@ def measure(mode: str, peers: dict, runs: int) -> tuple[list[dict], list[str]]:
             "compile s": getattr(peers[name], "seconds", {}).get(way, "-"),
         }
         row |= {"first s": first[name, way], "median s": middle, "min s": min(values), "max s": max(values)}
-        row |= {"images/s": BATCH / middle}
+        row |= {"images/s": batch / middle}
         if (one, way) in seconds:
             row["speed-up"] = statistics.median(seconds[one, way]) / middle
         rows.append(row if "speed-up" in row else row | {"speed-up": "-"})

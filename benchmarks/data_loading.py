@@ -4,7 +4,10 @@
 
 Both read the same JPEG files (640 x 480, like COCO's) from memory, decode them with Pillow, and call the same crop, flip,
 resize and RandAugment. So the comparison is between grain's threads in this process, grain's processes, and torch's worker
-processes. The parts are also timed alone, on one thread. The training step is timed to show what rate the loader must reach.
+processes. The parts are also timed alone, on one thread.
+
+Images of evaluation and of tables of frozen stages are only decoded and resized. 'in turn, arrays' is how they were read
+before: between batches, in the main thread, through arrays.
 """
 
 import argparse
@@ -54,6 +57,13 @@ class Decoded:
         return images.decode(self.files[i])
 
 
+class Kept(Decoded):
+    """As data sets of files: images stay Pillow's until they are resized."""
+
+    def opened(self, i):
+        return images.opened(self.files[i])
+
+
 def rate(batches, n_batches, warm=2):
     """Images per second over `n_batches`, after `warm` batches."""
     stream = iter(batches)
@@ -65,18 +75,27 @@ def rate(batches, n_batches, warm=2):
     return n_batches * BATCH / (time.perf_counter() - began)
 
 
-def ours(files, size, threads):
-    examples = base.Examples(
-        {"image_index": np.arange(len(files))}, pipeline.Resized(Decoded(files), size, cache_bytes=0), []
-    )
-    return pipeline.batches(examples, BATCH, seed=0, augment="blip", threads=threads)
+def examples_of(files, size, kind=Kept, n=0):
+    """Examples of n images, by default of every file once."""
+    index = np.arange(n or len(files)) % len(files)
+    return base.Examples({"image_index": index}, pipeline.Resized(kind(files), size, cache_bytes=0), [])
+
+
+def ours(files, size, threads, kind=Kept):
+    return pipeline.batches(examples_of(files, size, kind), BATCH, seed=0, augment="blip", threads=threads)
+
+
+def evaluation(files, size, threads, kind=Kept):
+    """Batches of evaluation; 0 threads: made when they are asked for."""
+    examples = examples_of(files, size, kind, n=1 << 14)
+    if threads:
+        return pipeline.one_pass(examples, BATCH, threads=threads)
+    return (pipeline.gather(examples, np.arange(i, i + BATCH)) for i in range(0, len(examples), BATCH))
 
 
 def in_processes(files, size, workers):
     """jaxpeft's batches, made by grain's worker processes."""
-    examples = base.Examples(
-        {"image_index": np.arange(len(files))}, pipeline.Resized(Decoded(files), size, cache_bytes=0), []
-    )
+    examples = examples_of(files, size)
     order = grain.MapDataset.range(len(files)).seed(0).shuffle().repeat().batch(BATCH)
 
     def make(indices, rng):
@@ -91,7 +110,7 @@ class TorchData:
     """A map-style dataset that does the same work."""
 
     def __init__(self, files, size):
-        self.resized = pipeline.Resized(Decoded(files), size, cache_bytes=0)
+        self.resized = pipeline.Resized(Kept(files), size, cache_bytes=0)
 
     def __len__(self):
         return 1 << 20
@@ -114,24 +133,48 @@ def torch_batches(files, size, workers):
 
 
 def parts(files, size):
-    """Milliseconds per image of each part, on this thread."""
-    rng = np.random.default_rng(0)
-    decoded = [images.decode(file) for file in files[:64]]
-    cropped = [images.augment(one, rng, size=size) for one in decoded]
+    """Milliseconds per image of each part, on this thread: the least of five, averaged over images."""
+    files = files[:64]
+    kept = [images.opened(file) for file in files]
+    arrays = [np.array(one) for one in kept]
+    cropped = [images.augment(one, np.random.default_rng(0), size=size) for one in kept]
+    box = (40, 30, 560, 440)
 
     def ms(function, inputs):
         times = []
-        for one in inputs:
-            began = time.perf_counter()
-            function(one)
-            times.append(time.perf_counter() - began)
-        return round(1000 * statistics.mean(times), 2)
+        for _ in range(5):
+            times.append([])
+            for one in inputs:
+                began = time.perf_counter()
+                function(one)
+                times[-1].append(time.perf_counter() - began)
+        return round(1000 * float(np.min(times, axis=0).mean()), 2)
 
-    return {
-        "decode": ms(images.decode, files[:64]),
-        "crop, flip, resize": ms(lambda x: images.augment(x, rng, size=size), decoded),
-        "RandAugment": ms(lambda x: randaugment(x, rng), cropped),
-        "resize only": ms(lambda x: images.resize(x, size), decoded),
+    def augment(one):
+        return images.augment(one, np.random.default_rng(0), size=size)
+
+    found = {
+        "decode": ms(images.opened, files),
+        "decode to an array": ms(images.decode, files),
+        "crop, flip, resize": ms(augment, kept),
+        "crop, flip, resize of an array": ms(augment, arrays),
+        "crop, then resize": ms(lambda x: x.crop(box).resize((size, size), images.BICUBIC), kept),
+        "resize(box=)": ms(lambda x: x.resize((size, size), images.BICUBIC, box=box), kept),
+        "RandAugment": ms(lambda x: randaugment(x, np.random.default_rng(0)), cropped),
+        "resize only": ms(lambda x: images.resize(x, size), kept),
+        "resize only, of an array": ms(lambda x: images.resize(x, size), arrays),
+    }
+    try:
+        import simplejpeg
+    except ImportError:
+        print("simplejpeg is not installed: its row is left out")
+        return found
+    return found | {
+        "decode by simplejpeg": ms(lambda x: Image.fromarray(simplejpeg.decode_jpeg(x)), files),
+        "decode by simplejpeg to an array": ms(simplejpeg.decode_jpeg, files),
+        "simplejpeg has the same pixels": all(
+            np.array_equal(simplejpeg.decode_jpeg(file), array) for file, array in zip(files, arrays, strict=True)
+        ),
     }
 
 
@@ -144,6 +187,12 @@ def main(_):
     args, _ = parser.parse_known_args()
     files, cores = jpegs(), len(os.sched_getaffinity(0))
     ways = {f"jaxpeft, {n} threads": lambda n=n: ours(files, args.size, n) for n in sorted({1, 2, cores, 2 * cores})}
+    ways["jaxpeft, 1 threads, arrays"] = lambda: ours(files, args.size, 1, Decoded)
+    ways |= {
+        f"evaluation, {n} threads": lambda n=n: evaluation(files, args.size, n) for n in sorted({1, cores, 2 * cores})
+    }
+    ways["evaluation, in turn"] = lambda: evaluation(files, args.size, 0)
+    ways["evaluation, in turn, arrays"] = lambda: evaluation(files, args.size, 0, Decoded)
     ways |= {f"jaxpeft, {n} grain processes": lambda n=n: in_processes(files, args.size, n) for n in (1, cores)}
     try:
         import torch

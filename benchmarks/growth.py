@@ -3,15 +3,17 @@
     python benchmarks/growth.py --out results/growth.json
 
 - model: tiny (64 pixels), BLIP-base (ViT-B), BLIP-large (ViT-L, the same text layers) at 384 pixels, drawn weights, batch 2;
+- decoder: SmolVLM's architecture: tiny, 256M, 500M at 512 pixels, batch 2; and the plan of PaliGemma-3B, which is not run;
 - picture: BLIP-base at 96 to 768 pixels, batch 1; batch: BLIP-base at 192 pixels, 1 to 16 images;
 - lanes: K learning rates of the tiny base in one program, batch 16 (see also benchmarks/lanes.py);
-- pictures: indices of 1,000 to 1,000,000 images with one caption each and no pixels: a nested half of them, texts to tokens,
-  the first batch, and the first batch after resuming in the middle; in one process per number.
+- pictures: rows of 1,000 to 10,000,000 images with one caption each and no pixels: a nested half of them, the lengths of their
+  texts, texts to tokens, the first batch, and the first batch after resuming in the middle; in one process per number.
 
 A step is LoRA r8 on captions of 20 tokens, with the image encoder computed in each step, float32: forward, backward and AdamW.
-Milliseconds are medians after warm-up; MB are what XLA plans for activations and gradients (plans do not vary), or the growth
-of the process. An exponent e is the slope of log y on log x: doubling x multiplies y by 2**e; 'last' is for the two largest x.
-Runs on accelerators too; takes about four minutes on two cores.
+Milliseconds are medians after warm-up; MB are what XLA plans for activations and gradients (plans do not vary), or, of
+pictures, memory of the process: what it grew by, without mapped files, and the peak since its start. An exponent e is the
+slope of log y on log x: doubling x multiplies y by 2**e; 'last' is for the two largest x. Runs on accelerators too; takes
+about ten minutes on two cores, most of it for the ten million.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -37,58 +40,93 @@ TINY = {
 }  # fmt: skip
 
 
-def step_of(config, batch_size: int):
-    """(jitted step, state, frozen, batch) of LoRA on captions."""
+SMOL = {
+    "image_size": 64, "patch_size": 8, "vision_width": 64, "vision_layers": 4, "vision_heads": 4, "vision_mlp": 256,
+    "text_width": 64, "text_layers": 4, "text_heads": 4, "kv_heads": 2, "head_size": 16, "text_mlp": 128, "vocab_size": 76,
+    "max_positions": 256, "image_id": 70,
+}  # fmt: skip
+SMOL_500M = {"text_width": 960, "text_layers": 32, "text_heads": 15, "kv_heads": 5, "text_mlp": 2560}
+
+
+def model_of(config):
+    from jaxpeft.models import blip, paligemma, smolvlm
+
+    build = {blip.BlipConfig: blip, smolvlm.SmolVLMConfig: smolvlm, paligemma.PaliGemmaConfig: paligemma}
+    return build[type(config)].build(config)
+
+
+def texts_of(config, batch_size: int) -> dict:
+    """Arrays of captions of LENGTH tokens, behind a prompt in a decoder-only model."""
+    from jaxpeft.inputs.processor import Template
+    from jaxpeft.tasks.base import teacher_forced
+
+    rng, blip = np.random.default_rng(0), hasattr(config, "bos_id")
+    first, end = [config.bos_id, 7, 8] if blip else [], config.sep_id if blip else 5
+    words = rng.integers(9, config.vocab_size - 8, LENGTH - 1 - len(first)).tolist()
+    template = Template(None, start=tuple(first), stop=(end,), pad=config.pad_id)
+    batch = teacher_forced([[[*first, *words, end]]] * batch_size, [[1.0]] * batch_size, template)
+    if not blip:
+        batch["prompt"] = np.tile(np.arange(9, 9 + LENGTH, dtype=np.int32), (batch_size, 1))
+        batch["prompt"][:, 4] = getattr(config, "image_id", 9)
+    return batch
+
+
+def step_of(config, batch_size: int, abstract: bool = False):
+    """(step, state, frozen, batch) of LoRA on captions; `abstract`: shapes in place of the weights."""
     import jax
     import jax.numpy as jnp
 
     from jaxpeft import config as defaults
     from jaxpeft import methods, tasks, tree
     from jaxpeft.adapt import sites
-    from jaxpeft.inputs.processor import Template
-    from jaxpeft.models.blip import build
-    from jaxpeft.tasks.base import teacher_forced
     from jaxpeft.training import loop, optim
 
-    model, rng = build(config), np.random.default_rng(0)
+    model, rng = model_of(config), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["params"]
-    params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * 0.02), shapes)
-    variables = sites.attach(model, params, methods.build("lora"), jax.random.key(0))
-    tuned, frozen = tree.split(variables, sites.trainable(variables))
-    tx = optim.optimizer(defaults.get_config().optim, tuned, 1000)
-    first = [config.bos_id, 7, 8]
-    ids = [[[*first, *rng.integers(9, config.vocab_size - 2, LENGTH - 4).tolist(), config.sep_id]]] * batch_size
-    template = Template(None, start=tuple(first), stop=(config.sep_id,), pad=config.pad_id)
-    batch = teacher_forced(ids, [[1.0]] * batch_size, template)
-    size = config.image_size
+
+    def made(params):
+        variables = sites.attach(model, params, methods.build("lora"), jax.random.key(0))
+        tuned, frozen = tree.split(variables, sites.trainable(variables))
+        tx = optim.optimizer(defaults.get_config().optim, tuned, 1000)
+        return tx, loop.start(tuned, tx=tx, seed=0, best=False), frozen
+
+    def drawn(shape):
+        return jnp.asarray(rng.standard_normal(shape.shape, np.float32) * 0.02)
+
+    found = []
+    if abstract:
+        state, frozen = jax.eval_shape(lambda params: found.append(made(params)) or found[0][1:], shapes)
+        tx = found[0][0]
+    else:
+        tx, state, frozen = made(jax.tree.map(drawn, shapes))
+    batch, size = texts_of(config, batch_size), config.image_size
     batch["image"] = rng.integers(0, 256, (batch_size, size, size, 3)).astype(np.uint8)
-    step = functools.partial(
-        loop.train_step, loss=functools.partial(tasks.build("captioning").loss, model), tx=tx, grad_accum=1
-    )
-    return step, loop.start(tuned, tx=tx, seed=0, best=False), frozen, batch
+    loss = functools.partial(tasks.build("captioning").loss, model)
+    return functools.partial(loop.train_step, loss=loss, tx=tx, grad_accum=1), state, frozen, batch
 
 
 def measured(config, batch_size: int, runs: int, lanes: int = 1) -> dict:
-    """The parameters, planned MB and milliseconds of a step."""
+    """The parameters, planned MB and milliseconds of a step; 0 lanes: only the plan."""
     import jax
     import jax.numpy as jnp
 
     from jaxpeft import tree
 
-    step, state, frozen, batch = step_of(config, batch_size)
+    step, state, frozen, batch = step_of(config, batch_size, abstract=not lanes)
     if lanes > 1:
         state = jax.tree.map(lambda x: jnp.stack([x] * lanes), state)
         step = jax.vmap(step, in_axes=(0, None, None))
     began = time.perf_counter()
     compiled = jax.jit(step).lower(state, frozen, batch).compile()
     compile_s, plan = time.perf_counter() - began, compiled.memory_analysis()
-    seconds = []
-    for _ in range(runs + 1):
-        began = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, frozen, batch))
-        seconds.append(time.perf_counter() - began)
-    ms = [1000 * s for s in seconds[1:]]
-    row = {"parameters": tree.count(frozen), "ms": statistics.median(ms), "least": min(ms), "most": max(ms)}
+    seconds, row = [], {"parameters": tree.count(frozen), "ms": "-", "least": "-", "most": "-"}
+    if lanes:
+        for _ in range(runs + 1):
+            began = time.perf_counter()
+            state, _ = jax.block_until_ready(compiled(state, frozen, batch))
+            seconds.append(time.perf_counter() - began)
+        ms = [1000 * s for s in seconds[1:]]
+        row |= {"ms": statistics.median(ms), "least": min(ms), "most": max(ms)}
     return row | {"planned MB": plan.temp_size_in_bytes / 1e6, "compile s": compile_s}
 
 
@@ -105,34 +143,60 @@ class Nothing:
         return np.zeros((8, 8, 3), np.uint8)
 
 
+def anonymous() -> float:
+    """MB of this process that are not mapped files, which the system drops when it needs the memory."""
+    with open("/proc/self/status") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith(("RssAnon", "RssShmem"))) / 1e3
+
+
+class Peak(threading.Thread):
+    """The most anonymous memory, looked at twenty times a second."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.most, self.stop = 0.0, threading.Event()
+
+    def run(self):
+        while not self.stop.wait(0.05):
+            self.most = max(self.most, anonymous())
+
+
+def rows_with(words, n):
+    """Rows with a caption of ten words."""
+    rng = np.random.default_rng(0)
+    for start in range(0, n, 10_000):
+        for i, row in enumerate(rng.integers(0, len(words), (min(10_000, n - start), 10)).tolist(), start):
+            yield {"image_id": str(i), "captions": [" ".join(words[k] for k in row)], "questions": []}
+
+
 def indices(n: int) -> dict:
     """The cost of n images before the first step, without their pixels."""
     from jaxpeft import tasks
-    from jaxpeft.data import pipeline
+    from jaxpeft.data import mapped, pipeline
     from jaxpeft.data.base import Split
     from jaxpeft.models import loading
 
-    def resident():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096 / 1e6
-
     task, model = tasks.build("captioning"), loading.abstract("tiny", task="captioning")
-    words, rng, before = model.tokenizer.vocabulary[7:], np.random.default_rng(0), resident()
-    texts = [" ".join(words[i] for i in row) for row in rng.integers(0, len(words), (n, 10))]
-    rows = [{"image_id": str(i), "captions": [text], "questions": []} for i, text in enumerate(texts)]
-    split, found = Split("train", Nothing(n), rows), {"rows MB": resident() - before}
-    began = time.perf_counter()
-    half, _ = pipeline.subset(split, seed=0, fraction=0.5)
-    found["half s"] = time.perf_counter() - began
-    began, before = time.perf_counter(), resident()
-    examples = task.examples(split, task.template(model))
-    found |= {"texts s": time.perf_counter() - began, "texts MB": resident() - before}
-    for name, start in (("first batch s", 0), ("resumed batch s", 10 * n)):
-        began = time.perf_counter()
-        next(pipeline.batches(examples, 32, seed=0, start=start, threads=2))
-        found[name] = time.perf_counter() - began
+    template, peak, found = task.template(model), Peak(), {"start MB": anonymous()}
+    peak.start()
+
+    def timed(name, make):
+        began, before = time.perf_counter(), anonymous()
+        made = make()
+        found[f"{name} s"], found[f"{name} MB"] = time.perf_counter() - began, anonymous() - before
+        return made
+
+    rows = timed("rows", lambda: mapped.rows_of(rows_with(model.tokenizer.vocabulary[7:], n)))
+    split = Split("train", Nothing(n), rows)
+    half, _ = timed("half", lambda: pipeline.subset(split, seed=0, fraction=0.5))
+    timed("lengths", lambda: task.lengths(split, template))
+    examples = timed("texts", lambda: task.examples(split, template))
+    for name, start in (("first batch", 0), ("resumed batch", 10 * n)):
+        timed(name, lambda start=start: next(pipeline.batches(examples, 32, seed=0, start=start, threads=2)))
     assert len(half.rows) == n // 2
-    return found
+    peak.stop.set()
+    peak.join()
+    return found | {"peak MB": peak.most}
 
 
 def exponent(xs, ys) -> dict:
@@ -145,7 +209,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=["model", "picture", "batch", "lanes", "pictures"])
+    parser.add_argument("--only", nargs="+", default=["model", "decoder", "picture", "batch", "lanes", "pictures"])
+    parser.add_argument("--most", type=int, default=10_000_000, help="images of the last point of 'pictures'")
     parser.add_argument("--size", choices=["base", "tiny"], default="base", help="tiny: to try it")
     parser.add_argument("--indices", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", required=True)
@@ -154,16 +219,22 @@ def main():
     if args.indices:
         return print(json.dumps(indices(args.indices)))
     from jaxpeft.models.blip import BlipConfig
+    from jaxpeft.models.paligemma import PaliGemmaConfig
+    from jaxpeft.models.smolvlm import SmolVLMConfig
     from jaxpeft.runtime import host, malloc
 
     malloc.keep_freed_memory()
     host.keep_compiled_programs()
     tiny = BlipConfig(**TINY)
     base = BlipConfig() if args.size == "base" else tiny
+    smol = [("tiny", SmolVLMConfig(**SMOL))]
+    if args.size == "base":
+        smol += [("256M", SmolVLMConfig()), ("500M", SmolVLMConfig(**SMOL_500M))]
     sides = [6 * base.patch_size * k for k in (1, 2, 4, 8)]
     series = {
         "model": [("parameters", name, c, 2, 1) for name, c in (
             ("tiny", tiny), ("base", base), ("large", dataclasses.replace(base, **LARGE)))],
+        "decoder": [("parameters", name, c, 2, 1) for name, c in smol],
         "picture": [("pixels a side", n, dataclasses.replace(base, image_size=n), 1, 1) for n in sides],
         "batch": [("pictures", n, dataclasses.replace(base, image_size=sides[1]), n, 1) for n in (1, 2, 4, 8, 16)],
         "lanes": [("lanes", k, tiny, 16, k) for k in (1, 2, 4, 8)],
@@ -178,9 +249,11 @@ def main():
             rows.append({"": f"{name} {x}", axis: row["parameters"] if name == "model" else x} | row)
             print(rows[-1], flush=True)
         found[name] = rows, [points[0][0], "ms", "planned MB"]
+    plan = [] if args.size == "tiny" or "decoder" not in args.only else [measured(PaliGemmaConfig(), 2, 0, 0)]
+    print(*plan)
     if "pictures" in args.only:
         rows = []
-        for n in (1_000, 10_000, 100_000, 1_000_000):
+        for n in (10**k for k in range(3, 1 + round(np.log10(args.most)))):
             command = [sys.executable, __file__, "--indices", str(n), "--out", "-", "--threads", str(args.threads)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             rows.append({"": f"pictures {n:,}", "pictures": n} | json.loads(done.stdout))
@@ -195,7 +268,8 @@ def main():
             table(rows), "\nexponents:", {y: {k: round(v, 2) for k, v in e.items()} for y, e in exponents[name].items()}
         )
     tables = {name: rows for name, (rows, _) in found.items()}
-    write_json(args.out, {**facts(), "settings": vars(args), "rows": tables, "exponents": exponents})
+    more = {"PaliGemma-3B, planned": plan} if plan else {}
+    write_json(args.out, {**facts(), "settings": vars(args), "rows": tables | more, "exponents": exponents})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 python main.py --config=configs/quickstart.py:task=captioning --workdir=runs/quickstart_captioning
+python main.py --config=configs/quickstart.py:base=tiny_decoder --workdir=runs/quickstart_decoder        a decoder-only base
 """
 
 from jaxpeft import config

@@ -30,6 +30,7 @@ APPS = {  # commands that parse their own arguments: (module, what it does)
     "export": ("jaxpeft.apps.export", "export a finished run to PyTorch, merged or as a PEFT adapter"),
     "demo": ("jaxpeft.apps.demo", "serve a local page that shows finished runs beside their base models"),
     "compare": ("jaxpeft.study.report.compare", "compare two studies in one page"),
+    "report": ("jaxpeft.apps.report", "write the report of a study again from its result files"),
     "prepare": ("jaxpeft.data.coco.prepare", "prepare COCO captions or VQA v2 from the official files"),
 }
 
@@ -104,7 +105,7 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
 def _add_preflight(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--devices", type=int, default=0, help="plan for this number of virtual CPU devices")
-    add("--topology", help="plan for a TPU slice such as v5e:2x4 (needs libtpu)")
+    add("--topology", help="plan for devices that are not here: h100, h100:8 (needs preflight-cuda), v5e:2x4 (libtpu)")
     add("--chip", help="estimate time for a device: a100, h100, v5e, ... or its 'TFLOP/s,GB/s,GB'")
 
 
@@ -121,6 +122,8 @@ def _run(args: argparse.Namespace, config):
 
     workdir = _workdir(args)
     _prepare_process()
+    if config.get("deterministic"):
+        host.add_xla_flags(*host.DETERMINISTIC)
     host.join_others(args.distributed, args.coordinator, args.num_processes, args.process_id)
     if "pretrain" in config:
         pretrain.run(config, workdir)
@@ -155,12 +158,13 @@ def _is_study(config) -> bool:
 
 def _preflight(args: argparse.Namespace, config):
     """print memory, FLOPs and the largest batch of a run without running it"""
-    from jaxpeft.training import preflight
+    from jaxpeft.training import preflight, setup
 
     _prepare_process()
     host.plan_for(args.devices, args.topology)
     chip = preflight.chip_of(args.chip, args.topology)
-    print(preflight.report(config, args.topology, chip))
+    with setup.precision(config):
+        print(preflight.report(config, args.topology, chip))
 
 
 def _prepare_process() -> None:

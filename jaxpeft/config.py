@@ -60,8 +60,17 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.model = ml_collections.ConfigDict()
     c.model.image_size = config_dict.placeholder(int)  # None: that of the checkpoint; else positions are resized
     c.model.dtype = "float32"  # 'bfloat16' on accelerators
+    # Of float32 products: 'default', 'high' or 'highest'. None: the device's default, which on recent GPUs is TF32, with 10
+    # bits of mantissa, and on TPUs bfloat16; 'highest' is float32
+    c.model.precision = config_dict.placeholder(str)
     c.model.frozen_dtype = "float32"  # of frozen matrices in memory; 'bfloat16' halves their size
-    c.model.remat = "none"  # 'full' or 'dots': what the backward pass recomputes to save memory
+    # What the backward pass recomputes to save memory: 'none', 'dots' or 'full'. None: 'dots' where the image encoder is
+    # trained in bfloat16 on an accelerator, which is also faster there, otherwise 'none'
+    c.model.remat = config_dict.placeholder(str)
+    c.model.unroll = config_dict.placeholder(int)  # stacks of at most so many layers have no loop; None: all, on CPU 4
+    c.model.attention = config_dict.placeholder(
+        str
+    )  # 'plain' or 'cudnn'; None: 'cudnn' on GPU in bfloat16, else 'plain'
     c.model.dropout = 0.0
     c.model.extend_vocabulary = True  # add words that a base without word pieces (tiny) lacks, and train their rows
 
@@ -74,8 +83,9 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.data.fraction = 1.0  # of the training images; subsets with one subset_seed are nested
     c.data.n_images = config_dict.placeholder(int)  # instead of `fraction`: the number of training images
     c.data.subset_seed = 0
-    c.data.captions = "human"  # scenes only; 'web': the style of pre-training
+    c.data.captions = "human"  # scenes only; 'web': the style of pre-training; 'clean': that style without noise
     c.data.types = ()  # scenes only: the types of questions to keep; (): all
+    c.data.texts = 0  # scenes only: the captions and the questions to keep of each training image; 0: all
     c.data.augment = "none"  # 'crop', 'crop_flip', 'blip' or 'mplug' (add RandAugment), on images at their native size
     c.data.feature_bytes = 4 << 30  # memory limit for the outputs of one frozen stage (image tokens, question states)
 
@@ -103,7 +113,9 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.stop.split = "val"
     c.stop.examples = 512  # of that split, used in each validation
     c.stop.every = 100  # steps between validations; 0: chosen to give 40 validations
-    c.stop.patience = 3  # validations without improvement
+    c.stop.patience = (
+        3  # validations without improvement; 0: never stop, the last `optim.cooldown` of the steps is the cooldown
+    )
     c.stop.min_gain = 0.005  # relative decrease of the loss that counts as an improvement
     c.stop.images_must_matter = False  # keep step 0 if, at the best step, texts are as likely with other images
 
@@ -112,6 +124,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     # minute is cheap; where saving is slow, the loop saves less often. 0: every step
     c.checkpoint_seconds = 60.0
     c.checkpoint_keep = 2  # number of newest checkpoints to keep
+    c.deterministic = False  # on GPUs: only kernels that give the same bits every time; slower (runtime/host.py)
     c.check_frozen = False  # digest the frozen parameters before and after training
     c.eval = ml_collections.ConfigDict()
     c.eval.splits = ("test",)

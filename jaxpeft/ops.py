@@ -7,8 +7,8 @@ from jax.sharding import PartitionSpec
 ROWS = ("data", "fsdp")  # the mesh axes that a batch is split over
 
 
-def by_rows(x: jax.Array) -> jax.Array:
-    """Shard `x` (B, ...) over devices along its rows only, if a mesh is set (`jax.set_mesh`).
+def by_rows(x: jax.Array, heads: int | None = None) -> jax.Array:
+    """Shard `x` (B, ...) over devices along its rows only, if a mesh is set (`jax.set_mesh`), or also its dimension `heads`.
 
     Applied everywhere in the residual stream: otherwise XLA's partitioner may shard it like the weights, which communicates
     more, and on a mesh with both kinds of axes silently gave wrong gradients (jax 0.10.2, an embedding sharded over
@@ -19,7 +19,8 @@ def by_rows(x: jax.Array) -> jax.Array:
         return x
     if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *[None] * (x.ndim - 1)))
+    axes = ("tensor" if i == heads else None for i in range(1, x.ndim))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *axes))
 
 
 def matmul(x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -42,7 +43,9 @@ def per_feature(v: jax.Array, like: jax.Array) -> jax.Array:
 def token_nll(logits_BTV: jax.Array, targets_BT: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Negative log-likelihood per token, in nats; with label smoothing e: (1 - e) nll + e mean_v(-log p_v)."""
     log_probs_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
-    nll_BT = -jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    # a sum with one term instead of a gather, whose gradient is a scatter: on GPUs slower, and in no fixed order
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1]).reshape((1,) * targets_BT.ndim + (-1,)) == targets_BT[..., None]
+    nll_BT = -jnp.sum(jnp.where(is_target_BTV, log_probs_BTV, 0), axis=-1)
     if smoothing:
         nll_BT = (1 - smoothing) * nll_BT - smoothing * log_probs_BTV.mean(axis=-1)
     return nll_BT

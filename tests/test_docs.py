@@ -21,7 +21,7 @@ from PIL import Image
 
 import jaxpeft as jp
 from jaxpeft import cli, config, data, methods, metrics, tasks
-from jaxpeft.apps import demo, export, generate
+from jaxpeft.apps import demo, export, generate, report
 from jaxpeft.data import scenes
 from jaxpeft.data.coco import prepare
 from jaxpeft.runtime import host, registry
@@ -36,7 +36,14 @@ PAGES = {
 }
 TEXT = "\n".join(PAGES.values())
 REGISTRIES = (methods.METHODS, tasks.TASKS, data.DATASETS, optim.OPTIMIZERS, metrics.METRICS)
-APPS = {"generate": generate, "export": export, "demo": demo, "prepare": prepare, "compare": compare}
+APPS = {
+    "generate": generate,
+    "export": export,
+    "demo": demo,
+    "prepare": prepare,
+    "compare": compare,
+    "report": report,
+}
 
 # ml_collections loads config files with an old function of Python
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -343,7 +343,7 @@ def test_names_that_are_no_repository(server, path):
     if path:
         with pytest.raises(
             ValueError,
-            match=r"no checkpoint at .*shipped names: tiny, tiny_mplug; or owner/name or owner/name@revision of",
+            match=r"no checkpoint at .*shipped names: tiny, tiny_decoder, tiny_mplug; or owner/name or owner/name@revision of",
         ):
             loading.load(path)
     assert server.requests == []

@@ -205,7 +205,7 @@ def test_the_default_of_every_method_reaches_the_fusion_stack_or_says_that_it_do
     names = [leaf for leaf, on in tree.flatten(jp.trainable(tuned)).items() if on]
     reached = any(leaf.split("/")[1] == "text_fusion" for leaf in names)
     assert reached == REACHES.get(name, True)
-    line = setup._towers(MODEL, sites.methods_of(tuned))
+    line = setup._towers(tuned, jp.trainable(tuned))
     adapted, rest = line.split(";")
     assert "text_fusion" in (adapted if reached else rest), line
 

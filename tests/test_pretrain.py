@@ -102,7 +102,7 @@ def test_the_same_command_gives_the_same_checkpoint(tmp_path):
         c.batch_size, c.n_heldout, c.log_every = 8, 4, 1
         c.architecture.vision_layers = c.architecture.text_layers = 1
         facts = pretrain.run(c, tmp_path / name, lambda *_: None)
-        assert set(facts["scores"]) == {"human", "web"}
+        assert set(facts["scores"]) == {"human", "web", "clean"}
         _, params, report = loading.read(tmp_path / name / "checkpoint")
         digests.append((report["digest"], tree.digest(params)))
     assert digests[0] == digests[1]
@@ -133,6 +133,39 @@ def test_the_last_stage_of_each_model_trains_every_part(name):
     still = {leaf for leaf, g in tree.flatten(grads).items() if not np.any(g != 0)}
     known = {leaf for leaf in tree.flatten(params) if leaf.endswith("key/bias") or "position" in leaf}
     assert still <= known | {"itm/bias"}, still - known  # both classes weigh the same
+
+
+def test_the_stage_of_questions_trains_encoder_and_decoder_on_answers():
+    """The answers to the questions of the batch, and no caption."""
+    model = pretrain_blip.model(TOKENIZER, **NARROW)
+    params = pretrain_blip.init(model, 0)
+    batch = pretrain.caption_batch(model.processor, "qa", 2, range(6), np.random.default_rng(0))
+    template = model.for_task("vqa").processor.template("vqa")
+    answers = [
+        template.text(row[w > 0].tolist())
+        for row, w in zip(batch["answer_targets"][:, 0], batch["answer_weights"][:, 0], strict=True)
+    ]
+    asked = {
+        q["answers"][0] for i in range(6) for q in scenes.noisy_questions("pretrain", i) if q["type"] in pretrain.STATED
+    }
+    assert len(answers) == 12 and set(answers) <= asked
+    loss = lambda p, batch: pretrain_blip.Pretraining(stage="qa").loss(model, {"params": p}, batch, {})[0]  # noqa: E731
+    value, grads = jax.jit(jax.value_and_grad(loss))(params, batch)
+    assert loss(params, batch | {"targets": batch["targets"] + 1}) == value
+    still = {leaf for leaf, g in tree.flatten(grads).items() if not np.any(g != 0)}
+    assert still <= {
+        leaf for leaf in tree.flatten(params) if leaf.endswith("key/bias") or "position" in leaf or "itm" in leaf
+    }
+
+
+def test_bases_of_the_crossed_design_differ_in_their_image_stage_only():
+    c, q = (config_file.get_config(f"mixture={name},seed=2") for name in ("captions", "questions"))
+    assert (c.order, q.order, c.seed) == (("text", "lm"), ("text", "qa"), 2)
+    assert c.stages.text == q.stages.text and c.stages.lm == q.stages.qa and c.architecture == q.architecture
+    with pytest.raises(
+        ValueError, match="mixture is 'both' with model=blip; choose captions or questions with model=blip"
+    ):
+        config_file.get_config("mixture=both")
 
 
 def test_mplugs_text_stacks_begin_as_layers_of_the_decoder():

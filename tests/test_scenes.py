@@ -208,6 +208,37 @@ def test_human_captions_say_everything_and_nothing_wrong():
     assert longest == 40
 
 
+def test_clean_captions_name_every_thing_of_the_right_scene_in_the_words_of_web_captions():
+    synonyms = {synonym: word for word, synonym in scenes.texts.SYNONYMS.items()}
+    for index in range(300):
+        things = sorted(thing.pair for thing in scenes.scene("train", index).objects)
+        for caption in scenes.clean_captions("train", index):
+            words = [synonyms.get(word, word) for word in caption.split()]
+            named = [
+                (b, a) for a, b in zip(words, words[1:], strict=False) if a in scenes.COLORS and b in scenes.SHAPES
+            ]
+            assert sorted(named) == things and words[:2] != ["a", "picture"]
+
+
+def test_noisy_questions_are_of_another_scene_as_often_as_web_captions():
+    others = [
+        scenes.noisy_questions("pretrain", i) != scenes.questions("pretrain", i)
+        and scenes.noisy_questions("pretrain", i) == scenes.questions("swap", i)
+        for i in range(1000)
+    ]
+    assert abs(np.mean(others) - scenes.texts.SWAPPED) < 0.025
+
+
+def test_texts_limits_what_is_kept_of_each_training_image():
+    data = scenes.load(
+        {"n_train": 20, "n_test": 4, "texts": 2, "captions": "clean", "types": ("color", "shape")}, ["train", "test"]
+    )
+    assert all(len(row["captions"]) == 2 and len(row["questions"]) <= 2 for row in data["train"].rows)
+    assert {q["type"] for row in data["train"].rows for q in row["questions"]} == {"color", "shape"}
+    assert all(len(row["captions"]) == 5 for row in data["test"].rows)
+    assert data["train"].rows[3]["captions"] == scenes.clean_captions("train", 3)[:2]
+
+
 def test_web_captions_list_things_and_sometimes_the_wrong_scene():
     swapped, located, left_first, dropped, total = [], [], [], 0, 0
     for index in range(2000):

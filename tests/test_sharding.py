@@ -14,7 +14,7 @@ import jaxpeft as jp
 from jaxpeft import methods, tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.data.base import Examples
-from jaxpeft.training import evaluate, loop, setup, sharding
+from jaxpeft.training import evaluate, loop, sharding
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 METHODS = ("full", "lora", "mam", "prefix")
@@ -208,7 +208,7 @@ def test_frozen_matrices_in_bfloat16_change_nothing_where_products_are_in_bfloat
     mask = sites.trainable(variables)
     batch, found = tiny.batch(4), []
     for dtype in ("float32", "bfloat16"):
-        tuned, frozen = tree.split(setup.narrowed(variables, mask, dtype), mask)
+        tuned, frozen = tree.split(sites.narrowed(model, variables, dtype, mask), mask)
 
         def loss(tuned, frozen=frozen):
             return TASK.loss(model, tree.join(tuned, frozen), batch, None)[0]

@@ -181,6 +181,10 @@ def test_a_run_leaves_its_files(base, tmp_path, task):
     assert on_disk["metrics"]["test"]["n"] == n
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == n and all({"base", "tuned", "image_id"} <= set(row) for row in rows)
+    n_tokens = sum(row["tokens"] for row in rows)
+    for label in ("base", "tuned"):  # of captions: the five references of an image together
+        nll = sum(row[f"{label}_nats"] for row in rows) / n_tokens
+        np.testing.assert_allclose(nll, on_disk["metrics"]["test"][label]["nll"], atol=1e-4)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "gallery.png").read_bytes()[:4] == b"\x89PNG"
@@ -204,6 +208,7 @@ def test_a_run_that_stops_at_a_plateau_says_so(base, tmp_path):
     curve = [row["validation_loss"] for row in logged if "validation_loss" in row]
     assert len(curve) == 4 and (said["first"], said["last"]) == (curve[0], curve[-1])
     assert said["kept"] == min(curve) == curve[timing["kept_step"]]
+    assert said["curve"] == [[step, round(loss, 6)] for step, loss in enumerate(curve)]
 
 
 def test_another_config_in_the_same_workdir_is_refused(base, tmp_path):
@@ -424,6 +429,20 @@ def test_training_stops_when_validation_does(tmp_path):
     )
     said = results.validation(tmp_path, "val", timing, None)
     assert (said["first"], said["kept_step"], said["last_step"], said["last"]) == (4.0, 6, 7, 1.2)
+
+
+def test_a_fixed_budget_does_all_steps_and_step_0_is_a_candidate(tmp_path):
+    """Nothing that validation says ends it, the last half is the decay, and the state before training is kept if it is best."""
+    losses, seen = [1.0, *[2.0] * 20], []
+
+    def validate(tuned):
+        seen.append(tree.digest(tuned))
+        return losses[len(seen) - 1]
+
+    state, timing = toy.train(tmp_path, plateau(**{"stop.patience": 0}), validate=validate)
+    assert (timing["steps"], timing["stopped"], timing["kept_step"]) == (20, "budget", 0) and len(set(seen)) == 21
+    assert tree.digest(state.tuned) == seen[0]
+    assert (int(state.opt[-1].decay_from), int(state.opt[-1].n_steps)) == (10, 20)
 
 
 def test_patience_starts_again_with_progress(tmp_path):

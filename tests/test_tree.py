@@ -47,9 +47,21 @@ def test_digest_sees_one_bit_a_name_and_a_dtype():
     changed = np.arange(6.0, dtype=np.float32).reshape(2, 3)
     changed[1, 2] = np.nextafter(changed[1, 2], 10, dtype=np.float32)
     plain = {"a": TREE["a"]["kernel"]}
-    digests = [{"a": changed}, {"b": plain["a"]}, {"a": plain["a"].astype(jnp.bfloat16)}, {"a": plain["a"].T}]
+    digests = [{"a": changed}, {"b": plain["a"]}, {"a": plain["a"].astype(jnp.int32)}, {"a": plain["a"].T}]
     assert len({tree.digest(t) for t in [plain, *digests]}) == 5
     assert tree.digest({"a": np.asarray(plain["a"])}) == tree.digest(plain)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_base_has_one_digest_however_wide_it_is_in_memory(dtype, monkeypatch):
+    """Values that 16 bits hold, also where a leaf is read in parts; rounded values are others."""
+    narrow = {"a": np.random.default_rng(0).normal(size=(5, 7)).astype(dtype), "b": np.ones((), dtype)}
+    wide = {name: x.astype(np.float32) for name, x in narrow.items()}
+    expected = tree.digest(wide)
+    monkeypatch.setattr(tree, "PART", 4)
+    assert tree.digest(narrow) == tree.digest(wide) == expected
+    wide["a"][2, 3] = np.nextafter(wide["a"][2, 3], np.float32(9))
+    assert tree.digest(wide) != expected
 
 
 def test_packed_words_hold_every_bit():

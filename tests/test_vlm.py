@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_vlm
+from safetensors.numpy import load_file
 from test_protocol import loop_search
 from test_vlm_parity import written
 from tiny_vlm import KINDS, LENGTHS, SPLIT
@@ -18,9 +19,10 @@ from tiny_vlm import KINDS, LENGTHS, SPLIT
 import jaxpeft as jp
 from jaxpeft import methods, tree
 from jaxpeft.adapt import sites
+from jaxpeft.data import pipeline
 from jaxpeft.models import decode, decoder, loading
 from jaxpeft.tasks import build
-from jaxpeft.training import evaluate, frozen_cache, run, sharding
+from jaxpeft.training import evaluate, frozen_cache, run, setup, sharding
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 METHODS = {
@@ -58,14 +60,13 @@ def variables(kind, name):
 def alone(kind, name):
     """(image, prompt with padding, text) -> logits of every token of the text, one sequence at a time."""
     model, pad = tiny_vlm.model(kind), tiny_vlm.tokenizer(kind).pad_id
-    image_id = getattr(model.config, "image_id", None)
     whole = jax.jit(lambda *x: model.apply(variables(kind, name), *x, method="whole"), static_argnums=3)
 
     def run(image, prompt, text):
         longest = np.full(6, pad, np.int32)  # what follows in a text does not matter: one program
         longest[: len(text)] = text
         prompt = prompt[prompt != pad]
-        at = prompt.tolist().index(image_id) if image_id else 0
+        at = prompt.tolist().index(model.config.image_id) if kind == "smolvlm" else 0
         return np.asarray(whole(image, prompt, longest, at))[: len(text)]
 
     return run
@@ -149,13 +150,19 @@ def test_defaults_act_in_the_decoder_only(kind, name):
     model = tiny_vlm.model(kind)
     method = methods.build(name, **FIELDS.get(name, {}))
     if name == "bitfit":
-        with pytest.raises(ValueError, match=r"bitfit: 'bias\$' matches no base leaf below '\^decoder'"):
+        with pytest.raises(
+            ValueError, match=r"no base leaf below '\^decoder'; .* use layer_norms, or targets='vision'"
+        ):
             jax.eval_shape(lambda p: jp.attach(model, p, method, jax.random.key(0)), tiny_vlm.params(kind))
         return
     tuned = jax.eval_shape(lambda p: jp.attach(model, p, method, jax.random.key(0)), tiny_vlm.params(kind))
     trained = {leaf for leaf, on in tree.flatten(jp.trainable(tuned)).items() if on}
     towers = {leaf.split("/")[1] for leaf in trained} - {sites.SHARED}
-    assert towers == ({"vision", "projector", "decoder"} if name == "full" else {TOWER.get(name, "decoder")})
+    expected = {"vision", "projector", "decoder"} if name == "full" else {TOWER.get(name, "decoder")}
+    assert towers == expected
+    said, rest = setup._towers(tuned, jp.trainable(tuned)).split("; not adapted: ")
+    assert set(said.removeprefix("adapted: ").split(", ")) == expected
+    assert set(rest.split(", ")) == ({"vision", "projector", "decoder"} - expected or {"nothing"})
 
 
 @every_kind
@@ -269,6 +276,79 @@ def test_tables_stand_in_for_images_and_give_the_same_numbers(kind, task):
     assert [one["text"] for one in texts[0]] == [one["text"] for one in texts[1]]
 
 
+@every_kind
+def test_image_tokens_in_bfloat16_are_kept_as_they_are_in_a_mapped_file(tmp_path, kind):
+    """After the projector, in the dtype of the products; batches take their rows of the file."""
+    model, tuned, task = tiny_vlm.model(kind).replaced(dtype="bfloat16"), variables(kind, "lora"), build("captioning")
+    split = dataclasses.replace(SPLIT, source="three pictures")
+    examples, found = task.examples(split, task.template(model)), frozen_cache.programs(model, tuned)
+    for _ in ("computed", "read"):
+        cache = frozen_cache.FrozenCache(model, tuned, model.stages, found, {}, 10**9, tmp_path)
+        filled = cache.fill(split, examples)
+        (table,) = filled.tables.values()
+        assert isinstance(table, np.memmap) and table.shape == (3, model.config.n_image_tokens, 14)
+        rows = pipeline.gather(filled, np.array([1, 0]))["image_tokens"]
+        assert rows.dtype == jnp.bfloat16 and not isinstance(rows.base, np.memmap)
+        index = examples.arrays["image_index"][np.array([1, 0])]
+        images = np.stack([split.images[i] for i in index])
+        expected = model.apply(tuned, {"image": images}, "image_tokens", method="stage")
+        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (rows, expected)), rtol=0.05, atol=0.05)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@every_kind
+def test_frozen_matrices_and_words_in_bfloat16_change_nothing_where_products_are_in_bfloat16(kind):
+    """Bit for bit: loss and gradients; a word table that is trained keeps its dtype."""
+    model, b, found = tiny_vlm.model(kind).replaced(dtype="bfloat16"), tiny_vlm.batch(kind), []
+    tuned = variables(kind, "lora")
+    mask = jp.trainable(tuned)
+    for dtype in ("float32", "bfloat16"):
+        moving, frozen = tree.split(sites.narrowed(model, tuned, dtype, mask), mask)
+        found.append(jax.jit(jax.value_and_grad(lambda x, y: model.apply(tree.join(x, y), b).std()))(moving, frozen))
+    narrow = {name for name, x in tree.flatten(frozen).items() if x.dtype == jnp.bfloat16}
+    assert "params/decoder/embed/word" in narrow
+    assert {name.split("/")[-1] for name in narrow} == {"kernel", "word"}
+    for x, y in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(x, y)
+    words = jp.attach(model, tuned["params"], jp.Selective(leaves="embed/word"), jax.random.key(0))
+    words = sites.narrowed(model, words, "bfloat16", jp.trainable(words))["params"]["decoder"]
+    assert words["embed"]["word"].dtype == jnp.float32 != words["blocks"]["mlp"]["up"]["kernel"].dtype
+
+
+@pytest.mark.parametrize(
+    "method",
+    [jp.DoRA(rank=2), jp.PiSSA(rank=2), jp.Prompt(length=3), methods.Head(matrix="untied")],
+    ids=lambda x: x.name,
+)
+def test_methods_start_from_a_narrow_base_as_from_the_same_values_in_float32(method):
+    narrow = jax.tree.map(lambda x: np.asarray(x).astype("bfloat16"), tiny_vlm.params("paligemma"))
+    wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), narrow)
+    found = [jp.attach(tiny_vlm.model("paligemma"), base, method, jax.random.key(0))["peft"] for base in (narrow, wide)]
+    assert jax.tree.leaves(found[0])
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        assert a.dtype == b.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_base_in_bfloat16_is_never_wider_and_its_run_is_the_same(tmp_path):
+    """Bit for bit: the trained parameters, the base's digest and what is loaded again."""
+    base, tuned = directory("paligemma", tmp_path / "base"), {}
+    for dtype in ("float32", "bfloat16"):
+        config = tiny.config_of(base, "captioning", **{"model.dtype": "bfloat16", "model.frozen_dtype": dtype})
+        params = tree.flatten(setup.prepare(config, lambda _: None).originals["params"])
+        wide = {name for name, x in params.items() if x.dtype == np.float32}
+        assert wide == (
+            {n for n in params if not n.endswith(("kernel", "word"))} if dtype == "bfloat16" else set(params)
+        )
+        result = run.run(config, tmp_path / dtype, lambda _: None)
+        tuned[dtype] = load_file(tmp_path / dtype / "tuned" / "tuned.safetensors") | {"": result["digests"]["base"]}
+        _, variables, *_ = jp.load_run(tmp_path / dtype)
+        assert variables["params"]["decoder"]["embed"]["word"].dtype == dtype
+    for name, x in tuned["float32"].items():
+        np.testing.assert_array_equal(x, tuned["bfloat16"][name], err_msg=name)
+
+
 # ------------------------------------------------------------------------------------------- tasks
 @every_kind
 def test_a_caption_has_a_prompt_and_every_token_of_it_is_scored(kind):
@@ -367,6 +447,9 @@ def test_a_rule_places_every_leaf_and_no_key_head_is_split(kind):
 
 
 # ------------------------------------------------------------------------------------------- files with their tokenizers
+IMAGE_KEY = {"paligemma": "image_token_index", "smolvlm": "image_token_id"}
+
+
 def directory(kind, path):
     """A golden checkpoint with the toy tokenizer and image processor: its vocabulary is that of the toy."""
     words = tiny_vlm.tokenizer(kind)
@@ -380,8 +463,7 @@ def directory(kind, path):
         return tensors
 
     settings = {"text_config__vocab_size": len(words), "vision_config__image_size": 12}
-    if kind == "smolvlm":
-        settings["image_token_id"] = words.id_of("<image>")
+    settings[IMAGE_KEY[kind]] = words.id_of("<image>")
     written(kind, path, taller, **settings)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_vlm.FOLDER / kind / name, path)
@@ -408,13 +490,17 @@ def test_a_directory_has_model_tokenizer_and_templates(tmp_path, kind):
         loading.load(path, task="retrieval")
 
 
+@every_kind
+def test_an_image_token_that_contradicts_the_tokenizer(tmp_path, kind):
+    path, right = directory(kind, tmp_path / "base"), tiny_vlm.tokenizer(kind).id_of("<image>")
+    config = (path / "config.json").read_text()
+    (path / "config.json").write_text(config.replace(f'"{IMAGE_KEY[kind]}": {right}', f'"{IMAGE_KEY[kind]}": 5'))
+    with pytest.raises(ValueError, match=f"{IMAGE_KEY[kind]} is 5 in the configuration, but <image> is {right}"):
+        loading.load(path)
+
+
 def test_files_that_contradict_each_other(tmp_path):
     path = directory("smolvlm", tmp_path / "base")
-    config = (path / "config.json").read_text()
-    (path / "config.json").write_text(config.replace('"image_token_id": 401', '"image_token_id": 400'))
-    with pytest.raises(ValueError, match="image_token_id is 400 in the configuration, but <image> is 401"):
-        loading.load(path)
-    (path / "config.json").write_text(config)
     shutil.copy(tiny_vlm.FOLDER / "smolvlm" / "preprocessor_config.json", path)  # of another image size
     with pytest.raises(ValueError, match="the image processor has image size"):
         loading.load(path)

@@ -420,6 +420,22 @@ def test_live_texts_equal_transformers(kind, theirs, tmp_path):
             assert full + one.target(target)[0] + ours.pieces("\n") == expected["whole"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_live_texts_of_idefics3_equal_transformers(theirs, tmp_path):
+    """With a tokenizer of Llama 3's kind, in which <global-img> is several pieces."""
+    processor = make.idefics3_llama()
+    processor.save_pretrained(tmp_path)
+    ours = Bpe.from_file(tmp_path)
+    assert "<global-img>" not in ours.ids and ours.bos_id == ours.id_of("<|begin_of_text|>")
+    one, caption = smolvlm_text.vqa(ours), smolvlm_text.captioning(ours)
+    for question, target in PAIRS[::2]:
+        for chosen, asked in ((one, question), (caption, smolvlm_text.CAPTION)):
+            full = whole("smolvlm", chosen, chosen.prompt(asked if chosen is one else "")[0])
+            expected = make.smolvlm_ids(processor, asked, target)
+            assert full == expected["prompt"]
+            assert full + chosen.target(target)[0] + ours.pieces("\n") == expected["whole"]
+
+
 @both
 @pytest.mark.filterwarnings("ignore")
 def test_live_pixels_equal_transformers(kind, theirs):

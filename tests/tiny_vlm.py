@@ -62,16 +62,17 @@ class WholeSmolVLM(Whole, smolvlm.SmolVLM):
 @functools.cache
 def model(kind, **overrides):
     words = tokenizer(kind)
-    sizes = SIZES | {"vocab_size": len(words) + 3, "pad_id": words.pad_id} | overrides  # rows without a token
+    ids = {"vocab_size": len(words) + 3, "pad_id": words.pad_id, "image_id": words.id_of("<image>")}
+    sizes = SIZES | ids | overrides  # rows without a token
     if kind == "paligemma":
         return WholePaliGemma.build(paligemma.PaliGemmaConfig(**sizes), words)
-    return WholeSmolVLM.build(smolvlm.SmolVLMConfig(**sizes, shuffle=2, image_id=words.id_of("<image>")), words)
+    return WholeSmolVLM.build(smolvlm.SmolVLMConfig(**sizes, shuffle=2), words)
 
 
 @functools.cache
-def params(kind, seed=0):
+def params(kind, seed=0, **overrides):
     """Random weights far from zero, so that every leaf matters."""
-    net = model(kind)
+    net = model(kind, **overrides)
     shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), net.example()))["params"]
     rng = np.random.default_rng(seed)
     drawn = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), jnp.float32), shapes)

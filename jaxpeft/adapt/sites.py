@@ -230,6 +230,29 @@ def fold(variables: Tree) -> Tree:
     return dict(variables) | {"peft": jax.tree.map(one, variables.get("peft", {}), is_leaf=is_bound)}
 
 
+def narrowed(model: nn.Module, variables: Tree, dtype: str, mask: Mask | None = None) -> Tree:
+    """Cast the leaves that `model.narrow` names and that are not trained (by `mask`; without it all) to `dtype`, 'float32' or
+    'bfloat16'.
+
+    No result changes if products are computed in `dtype`, because the model casts these leaves before any use. What is read in
+    float32 keeps its dtype: BERT's word embeddings, which are added to others before anything is rounded, and matrices of which
+    a method takes norms.
+    """
+    if dtype == "float32":
+        return variables
+    pattern, tied = getattr(model, "narrow", "kernel$"), getattr(model, "tied", {})
+    bounds = filter(is_bound, jax.tree.leaves(variables.get("peft", {}), is_leaf=is_bound))
+    paths = [bound.site.path for bound in bounds if bound.method.first]
+    read = {f"params/{tied.get(path, f'{path}/kernel')}" for path in paths}
+
+    def one(name: str, x: jax.Array, tuned: bool) -> jax.Array:
+        kept = tuned or name in read or not re.search(f"^params/.*{pattern}", name)
+        return x if kept else x.astype(dtype)
+
+    names = tree.names(variables)
+    return jax.tree.map(one, names, variables, jax.tree.map(lambda _: False, names) if mask is None else mask)
+
+
 def stack(trees: Iterable[Tree]) -> Tree:
     """Stack adapter parameters of several trees on one base along a new first axis; see `jaxpeft.generate(adapter_ids=...)`.
 
@@ -368,7 +391,7 @@ def trainable(variables: Tree) -> Mask:
         if one.train and not any(one.trains(name) for name in base):
             raise ValueError(
                 f"{one.name}: {one.train!r} matches no base leaf{f' below {one.targets!r}' if one.targets else ''}; "
-                f"nearest: {', '.join(tree.nearest(one.train, base))}"
+                f"nearest: {', '.join(tree.nearest(one.train, base))}{f'; {one.instead}' if one.instead else ''}"
             )
 
     def own(bound: Bound) -> Bound:

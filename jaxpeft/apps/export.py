@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jaxpeft import interchange
+from jaxpeft.interchange import hf_out
 from jaxpeft.methods import Method, Prefix, Prompt
 from jaxpeft.models import hf, loading
 from jaxpeft.models.base import VisionLanguageModel
@@ -144,6 +145,9 @@ def main(argv=None) -> int:
     parser.add_argument("--workdir", required=True, help="the directory of a finished run")
     parser.add_argument("--out", required=True, type=Path, help="a new directory")
     parser.add_argument("--format", choices=("merged", "peft"), default="merged")
+    parser.add_argument(
+        "--dtype", choices=hf_out.DTYPES, default="float32", help="of a merged model's weights, which are rounded to it"
+    )
     registry.add_argument(parser)
     args = parser.parse_args(argv)
     try:
@@ -169,7 +173,7 @@ def main(argv=None) -> int:
             facts |= {"base": name, "revision": revision, "with_base": with_base}
             interchange.export_peft(model, variables, args.out, **facts)
         else:
-            interchange.export_hf(model, variables, args.out, **facts)
+            interchange.export_hf(model, variables, args.out, dtype=args.dtype, **facts)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

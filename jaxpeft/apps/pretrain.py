@@ -124,7 +124,8 @@ def caption_batch(
 ) -> dict:
     """A batch of images with `n_texts` web captions each; for matching ('itm' in the stage's name) the texts (own, edited,
     nearest other); for prefixes ('prefix') the first caption cut in two at a random word; for questions ('qa') two of them with
-    their answers, as rows 2b and 2b + 1. A prefix-LM gets its captions' prompt too."""
+    their answers, as rows 2b and 2b + 1, in the stage 'qa' as noisy as the captions. A prefix-LM gets its captions' prompt too.
+    """
     template, reads = processor.template("captioning"), processor.template("vqa")
     indices = [int(i) for i in indices]
     bodies = [scenes.plain_web_captions("pretrain", i, n_texts) for i in indices]
@@ -154,7 +155,8 @@ def caption_batch(
         rest = _texts([[template.target(text, TEXT_LENGTH)[0]] for text in rest], template)
         batch |= {f"rest_{name}": x for name, x in rest.items()}
     if "qa" in stage:
-        asked = [q for i in indices for q in _two(scenes.questions("pretrain", i), rng)]
+        ask = scenes.noisy_questions if stage == "qa" else scenes.questions
+        asked = [q for i in indices for q in _two(ask("pretrain", i), rng)]
         batch["answer_prompt"] = read(q["question"] for q in asked)
         answers = _texts([[reads.target(q["answers"][0], 8)[0]] for q in asked], reads, length=8)
         batch |= {f"answer_{name}": x for name, x in answers.items()}
@@ -219,7 +221,8 @@ def run(config, workdir, log=print) -> dict:
         if name == "text":
             params = objectives.after_text(params)
     full = objectives.shared({name: x for name, x in params.items() if name != "itm"})
-    command = f"python main.py --config=configs/pretrain.py:model={config.model_type} --workdir=DIR"
+    more = f",mixture={config.mixture},seed={config.seed}" if config.get("mixture") else ""
+    command = f"python main.py --config=configs/pretrain.py:model={config.model_type}{more} --workdir=DIR"
     facts = {
         "name": objectives.NAME,
         "command": command,
@@ -236,11 +239,11 @@ def run(config, workdir, log=print) -> dict:
 
 
 def zero_shot(model: VisionLanguageModel, params: Tree, config) -> dict:
-    """CIDEr-D and nats per token on held-out images, for web captions (as in training) and for human ones; of a model that was
-    trained on questions also the accuracy of its answers, by type."""
+    """CIDEr-D and nats per token on held-out images, for captions of each style (training has web captions); of a model that
+    was trained on questions also the accuracy of its answers, by type."""
     task, scores = TASK, {}
     half = jax.tree.map(lambda x: jnp.asarray(np.float16(x), jnp.float32), params)  # what is stored
-    if "lm_qa" in config.order:
+    if any("qa" in stage for stage in config.order):
         asks, answering = Vqa(max_new_tokens=9), model.for_task("vqa")
         held_out = scenes.load({"n_test": config.n_heldout}, ["test"])["test"]
         cases = asks.eval_examples(held_out, asks.template(answering))

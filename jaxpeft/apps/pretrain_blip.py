@@ -3,6 +3,7 @@
     text     masked language modelling on text alone, in place of BLIP's initialisation from BERT
     lm       language modelling of two web captions per image
     lm_itm   the same, and image-text matching against hard negatives
+    qa       the answers to two questions per image, and no captions: for bases that know one task, as `lm` knows the other
 
 Encoder and decoder share everything except self-attention, as in BLIP: of the encoder only the self-attention is stored, and
 `shared` adds the rest before every forward pass. BLIP mines negatives with a contrastive head; at this size word overlap is
@@ -69,7 +70,7 @@ def after_text(params: Tree) -> Tree:
 class Pretraining:
     """The loss of a stage, with the interface of a task's; each term is a mean, so the count is 1."""
 
-    stage: str  # 'text', 'lm' or 'lm_itm'
+    stage: str  # 'text', 'lm', 'lm_itm' or 'qa'
 
     def loss(self, model, variables, batch, rngs):
         params = variables["params"]
@@ -77,6 +78,12 @@ class Pretraining:
         if self.stage == "text":
             return masked_loss(apply, batch), jnp.float32(1)
         image_BPD = apply(batch["image"], method="encode_image")
+        if self.stage == "qa":
+            asked_RT = batch["answer_prompt"]
+            image_RPD = jnp.repeat(image_BPD, asked_RT.shape[0] // image_BPD.shape[0], axis=0)
+            states_RTD = apply(image_RPD, asked_RT, method="encode_question")
+            answers = {name.removeprefix("answer_"): x for name, x in batch.items() if name.startswith("answer_")}
+            return caption_loss(apply, states_RTD, answers, asked_RT != model.config.pad_id), jnp.float32(1)
         loss = caption_loss(apply, image_BPD, batch)
         if self.stage == "lm_itm":
             n_images, n_texts, n_tokens = batch["pairs"].shape

@@ -1,7 +1,7 @@
 """Pre-training of a tiny decoder-only model on scenes, SmolVLM's at toy size. See apps/pretrain.py.
 
     lm       language modelling of two web captions per image, after the caption prompt
-    lm_qa    the same, and the answers to two questions per image, after each question
+    lm_qa    the same, and the answers to two questions per image, after each question; lm_qa_again the same on other images
 
 Questions are of the types `color`, `shape` and `position`, whose answers captions state too; those that ask what is there, how
 many, or which is larger stay new to the base. The tokenizer is a byte-level BPE, trained on the texts of the scenes.
@@ -52,6 +52,7 @@ def tokenizer() -> Bpe:
         texts += [f"{q['question']}? {q['answers'][0]}" for q in scenes.questions("pretrain", i)]
     library.train_from_iterator(texts, trainer)
     settings = {"pad_token": SPECIAL[0], "bos_token": SPECIAL[1], "eos_token": SPECIAL[2]}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # so that transformers reads the files as they are
     return Bpe(library.to_str(), json.dumps(settings))
 
 
@@ -75,13 +76,13 @@ def init(model: SmolVLM, seed: int) -> Tree:
 class Pretraining:
     """The loss of a stage, with the interface of a task's; each term is a mean, so the count is 1."""
 
-    stage: str  # 'lm' or 'lm_qa'
+    stage: str  # with 'qa' in its name where questions are asked
 
     def loss(self, model, variables, batch, rngs):
         apply = functools.partial(model.apply, variables, rngs=rngs)
         image_BPD = apply(batch, "image_tokens", method="stage")
         loss = _text_loss(apply, image_BPD, batch, "")
-        if self.stage == "lm_qa":
+        if "qa" in self.stage:
             loss += _text_loss(apply, image_BPD, batch, "answer_")
         return loss, jnp.float32(1)
 

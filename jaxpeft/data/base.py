@@ -6,36 +6,50 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from jaxpeft.data.mapped import Ragged, Rows, empty
+from jaxpeft.inputs.images import Pixels
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images and their texts. `images[i]` is a uint8 RGB array image_YXC of its original size; access is thread-safe.
+    """Images and their texts. `images[i]` is a uint8 RGB array image_YXC of its original size; access is thread-safe. Where
+    files are decoded, `images.opened(i)` may return the same pixels as an image of Pillow.
 
     `rows[i]` belongs to the same image: {'image_id': str, 'captions': [str, ...], 'questions': [{'question_id',
-    'question', 'answers': [str, ...], 'type'}, ...]}. `report`, which goes into the result file, lists what loading dropped or
-    changed. `source` and the image ids together identify the images; `source` is '' where their origin is unknown.
+    'question', 'answers': [str, ...], 'type'}, ...]}; for millions of them, give `mapped.Rows`. `report`, which goes into the
+    result file, lists what loading dropped or changed. `source` and the image ids together identify the images; `source` is ''
+    where their origin is unknown.
     """
 
     name: str
     images: Sequence
-    rows: list[dict]
+    rows: Sequence[dict]
     report: dict = dataclasses.field(default_factory=dict)
     source: str = ""
 
-    def take(self, indices: Iterable[int]) -> "Split":
+    def take(self, indices: Sequence[int] | np.ndarray) -> "Split":
         """The images at `indices`, in that order."""
-        return dataclasses.replace(self, images=_Subset(self.images, indices), rows=[self.rows[i] for i in indices])
+        rows = self.rows.take(indices) if isinstance(self.rows, Rows) else [self.rows[i] for i in indices]
+        return dataclasses.replace(self, images=_Subset(self.images, indices), rows=rows)
 
 
 class _Subset(Sequence):
-    def __init__(self, images: Sequence, indices: Iterable[int]) -> None:
-        self._images, self._indices = images, list(indices)
+    def __init__(self, images: Sequence, indices: Sequence[int] | np.ndarray) -> None:
+        self._images, self._indices = images, np.asarray(indices, np.int64)
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return self._images[self._indices[i]]
+        return self._images[int(self._indices[i])]
+
+    def opened(self, i: int) -> Pixels:
+        return opened(self._images, int(self._indices[i]))
+
+
+def opened(images: Sequence, i: int) -> Pixels:
+    """Image `i`, without the copy into an array where `images` decodes it with Pillow."""
+    return images.opened(i) if hasattr(images, "opened") else images[i]
 
 
 def progress_bars() -> None:
@@ -47,7 +61,7 @@ def progress_bars() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The examples of a split: arrays with one row per example, the images, and the rows that scoring needs.
+    """The examples of a split: arrays with one row per example, the images, and the rows that scoring needs (none in training).
 
     arrays['image_index'] (n,) is the index of each example's image; the other arrays are passed to the model. `tables` hold
     outputs of frozen stages, one row per image. `images` is None where the tables replace the images.
@@ -62,10 +76,10 @@ class Examples:
         return len(self.arrays["image_index"])
 
 
-def pad_tokens(sequences: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> np.ndarray:
+def pad_tokens(sequences: Iterable[Sequence[int]], pad_id: int, length: int | None = None) -> np.ndarray:
     """Right-pad token ids to an int32 array (n, length of the longest, or `length`)."""
-    longest = max(map(len, sequences)) if length is None else length
-    out = np.full((len(sequences), longest), pad_id, np.int32)
-    for row, ids in zip(out, sequences, strict=True):
-        row[: len(ids)] = ids
-    return out
+    ragged = Ragged(sequences)
+    out_NT = empty((len(ragged.length_N), int(ragged.length_N.max()) if length is None else length), np.int32)
+    out_NT[:] = pad_id
+    ragged.fill(out_NT)
+    return out_NT

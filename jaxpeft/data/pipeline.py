@@ -1,8 +1,8 @@
 """From a split to batches: nested subsets, resized images, and an order that is a pure function of (seed, step).
 
 Texts are tokenised once into arrays (`Examples.arrays`). Images are read and resized when a batch is made, in grain's reader
-threads, and stay uint8 until they are on the device. A step and a seed always give the same batch, so a resumed run needs no
-saved reader state: it starts reading at its step.
+threads, in training and in evaluation, and stay uint8 until they are on the device. A step and a seed always give the same
+batch, so a resumed run needs no saved reader state: it starts reading at its step.
 """
 
 import collections
@@ -13,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from jaxpeft.data.base import Examples, Split
+from jaxpeft.data.base import Examples, Split, opened
 from jaxpeft.data.randaugment import randaugment
 from jaxpeft.inputs import images
 from jaxpeft.models.base import VisionLanguageModel
@@ -37,7 +37,7 @@ def subset(split: Split, *, seed: int, fraction: float = 1.0, n_images: int | No
     if n == n_all:
         return split, np.arange(n_all)
     indices = np.random.Generator(np.random.Philox(key=seed)).permutation(n_all)[:n]
-    return split.take(indices.tolist()), indices
+    return split.take(indices), indices
 
 
 class Resized(Sequence):
@@ -68,7 +68,7 @@ class Resized(Sequence):
 
     def __getitem__(self, i: int) -> np.ndarray:
         if i not in self._kept:
-            image_YXC = images.resize(self.source[i], self._size, self._resample, self._longest_edge)
+            image_YXC = images.resize(opened(self.source, i), self._size, self._resample, self._longest_edge)
             with self._lock:
                 if len(self._kept) >= self._room:
                     return image_YXC
@@ -81,8 +81,8 @@ class Resized(Sequence):
 
     def augmented(self, i: int, kind: str, rng: np.random.Generator) -> np.ndarray:
         """A random crop of image `i` at its original size, resized; a function of the state of `rng`."""
-        image_YXC = images.augment(self.source[i], rng, flip=kind != "crop")
-        image_YXC = images.resize(image_YXC, self._size, self._resample, self._longest_edge)
+        crop = images.cropped(opened(self.source, i), rng, flip=kind != "crop")
+        image_YXC = images.resize(crop, self._size, self._resample, self._longest_edge)
         return randaugment(image_YXC, rng, magnitude=MAGNITUDES[kind]) if kind in MAGNITUDES else image_YXC
 
 
@@ -105,10 +105,10 @@ def batches(
     """Endless training batches from step `start`. Every epoch is shuffled anew; batches cross epochs, so nothing is dropped.
 
     `rows`: the rows of a batch that this host needs, by default all; a row is the same on every host. `threads`: the number of
-    reader threads, each making one batch at a time, by default one per core, between 2 and 16 (Pillow releases the GIL: see
+    reader threads, each making one batch at a time, by default one per core and at least 2 (Pillow releases the GIL: see
     benchmarks/data_loading.py). It does not change the batches.
     """
-    threads = threads or min(16, max(2, host.cores()))
+    threads = threads or max(2, host.cores())
     check_augment(augment)
     order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
 
@@ -126,7 +126,7 @@ def gather(
 ) -> dict[str, np.ndarray]:
     """One batch: the rows of arrays and tables at `indices` and, unless tables replace them, the images.
 
-    `seeds`: one per image, for its augmentation.
+    `seeds`: one per image, for its augmentation. Without augmentation, an image that several rows share is read once.
     """
     batch = {name: array[indices] for name, array in examples.arrays.items()}
     wanted = batch.pop("image_index")
@@ -136,22 +136,31 @@ def gather(
             rngs = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
             pictures = [examples.images.augmented(i, augment, rng) for i, rng in zip(wanted, rngs, strict=True)]
         else:
-            pictures = [examples.images[i] for i in wanted]
+            different = {i: examples.images[i] for i in dict.fromkeys(wanted.tolist())}
+            pictures = [different[i] for i in wanted.tolist()]
         batch["image"] = np.stack(pictures)
     return batch
 
 
 def one_pass(
-    examples: Examples, batch_size: int, rows: np.ndarray | slice = slice(None)
+    examples: Examples, batch_size: int, rows: np.ndarray | slice = slice(None), threads: int | None = None
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """Every example once, in order: (batch, number of real rows). The last batch is padded with copies of its last row.
 
-    `rows`: the rows of a batch that are made.
+    `rows`: the rows of a batch that are made. `threads`: the number of reader threads, as in `batches`. They read ahead where
+    there are images, at most `threads` batches; tables are in memory already.
     """
-    for start in range(0, len(examples), batch_size):
-        indices = np.arange(start, min(start + batch_size, len(examples)))
-        n_real = len(indices)
-        yield gather(examples, np.pad(indices, (0, batch_size - n_real), mode="edge")[rows]), n_real
+    n_batches = -(-len(examples) // batch_size)
+    threads = min(threads or max(2, host.cores()), n_batches)
+
+    def make(k: int) -> tuple[dict[str, np.ndarray], int]:
+        indices = np.arange(k * batch_size, min((k + 1) * batch_size, len(examples)))
+        return gather(examples, np.pad(indices, (0, batch_size - len(indices)), mode="edge")[rows]), len(indices)
+
+    if examples.images is None or n_batches < 2:
+        return map(make, range(n_batches))
+    steps = grain.MapDataset.range(n_batches).map(make)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
 
 
 def most_common(items: Iterable[Any]) -> Any:

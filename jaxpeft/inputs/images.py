@@ -2,6 +2,9 @@
 
 All functions are stateless and thread-safe, and use only numpy and Pillow. Pixels stay uint8 until the batch is made, so that
 caches and copies to the device are four times smaller. Axes: Y rows, X columns, C = RGB.
+
+Copies between Pillow and numpy cost a tenth of reading an image, so loaders keep the Pillow image until it is resized:
+`opened`, `cropped`, `resize`. The pixels are the same as those of `decode` and `augment`, which return arrays.
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ from PIL import Image
 from jaxpeft.runtime import files
 
 Source = bytes | bytearray | memoryview | str | Path
+Pixels = np.ndarray | Image.Image  # uint8 image_YXC, or an image of Pillow in mode RGB
 
 MEAN_C = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # the CLIP constants, which BLIP keeps
 STD_C = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -46,11 +50,21 @@ def decode(source: Source, name: str | None = None) -> np.ndarray:
     Raises ValueError, naming the file, for truncated, damaged or excessively large data, and its subclass Unsupported for
     other formats, such as HEIC. `name` identifies data that is given as bytes in messages.
     """
-    return decode_and_remark(source, name)[0]
+    return np.array(opened(source, name), np.uint8)
+
+
+def opened(source: Source, name: str | None = None) -> Image.Image:
+    """`decode`, as an image of Pillow in mode RGB."""
+    return _read(source, name)[0]
 
 
 def decode_and_remark(source: Source, name: str | None = None) -> tuple[np.ndarray, str | None]:
     """`decode`, with a remark if 16-bit values are so low that the image is nearly black, else None."""
+    image, remark = _read(source, name)
+    return np.array(image, np.uint8), remark
+
+
+def _read(source: Source, name: str | None) -> tuple[Image.Image, str | None]:
     if isinstance(source, (bytes, bytearray, memoryview)):
         data, name = bytes(source), name or f"{len(source)} bytes"
     else:
@@ -63,7 +77,7 @@ def decode_and_remark(source: Source, name: str | None = None) -> tuple[np.ndarr
             _check_area(image)
             deep = _is_16_bit(image)
             image.load()  # Pillow is lazy: a truncated file fails only here
-            return np.array(_to_rgb(_upright(image)), np.uint8), _too_dark(image) if deep else None
+            return _to_rgb(_upright(image)), _too_dark(image) if deep else None
     except Exception as error:  # Pillow's plugins raise nearly every type on damaged data
         if kind := _kind_by_content(data) or (is_unread(name) and _kind_by_name(name)):
             raise Unsupported(f"cannot decode the image {name}: {_why(kind)}") from error
@@ -167,7 +181,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _is_16_bit(image: Image.Image) -> bool:
@@ -183,14 +197,13 @@ def _too_dark(image: Image.Image) -> str | None:
     return f"values up to {most} of 65535" if most < 65536 // 8 else None
 
 
-def resize(image_YXC: np.ndarray, size: int, resample: int = BICUBIC, longest_edge: int = 0) -> np.ndarray:
-    """uint8 image_YXC -> uint8 (size, size, 3), antialiased by Pillow's filter `resample`; the aspect ratio is not kept.
+def resize(image: Pixels, size: int, resample: int = BICUBIC, longest_edge: int = 0) -> np.ndarray:
+    """An image -> uint8 (size, size, 3), antialiased by Pillow's filter `resample`; the aspect ratio is not kept.
 
     With `longest_edge` the longer side is first resized to it with the aspect ratio kept, as SmolVLM does before it makes the
     frame of the whole image; both steps round to uint8.
     """
-    _check_pixels(image_YXC)
-    image, resample = Image.fromarray(image_YXC), Image.Resampling(resample)
+    image, resample = _as_pillow(image), Image.Resampling(resample)
     if longest_edge:
         image = image.resize(_kept_ratio(*image.size, longest_edge), resample)
     return np.array(image.resize((size, size), resample))
@@ -338,25 +351,31 @@ def _processor(path: Path, raw: dict[str, Any], kind: ProcessorKind) -> dict[str
 
 
 def augment(
-    image_YXC: np.ndarray,
+    image: Pixels,
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.5, 1.0),
     size: int | None = None,
     flip: bool = True,
     resample: int = BICUBIC,
 ) -> np.ndarray:
-    """A random crop of `scale` of the area with aspect ratio 3/4..4/3; with `flip`, mirrored with probability 1/2; uint8.
+    """`cropped` as uint8 pixels. With `size` the crop is resized by `resize` (BLIP's training transform without RandAugment);
+    otherwise it keeps its native size."""
+    crop = cropped(image, rng, scale, flip)
+    return np.array(crop) if size is None else resize(crop, size, resample)
 
-    With `size` the crop is resized by `resize` (BLIP's training transform without RandAugment); otherwise it keeps its native
-    size. The result is determined by the state of `rng`.
+
+def cropped(
+    image: Pixels, rng: np.random.Generator, scale: tuple[float, float] = (0.5, 1.0), flip: bool = True
+) -> Image.Image:
+    """A random crop of `scale` of the area with aspect ratio 3/4..4/3; with `flip`, mirrored with probability 1/2.
+
+    The result is determined by the state of `rng`. The crop is cut out before it is resized: `Image.resize(box=)` is no faster,
+    and its filter also reads pixels outside the box.
     """
-    _check_pixels(image_YXC)
-    top, left, height, width = _crop_box(*image_YXC.shape[:2], rng, scale)
-    crop_YXC = image_YXC[top : top + height, left : left + width]
-    if flip and rng.random() < 0.5:
-        crop_YXC = crop_YXC[:, ::-1]
-    crop_YXC = np.ascontiguousarray(crop_YXC)
-    return crop_YXC if size is None else resize(crop_YXC, size, resample)
+    image = _as_pillow(image)
+    top, left, height, width = _crop_box(image.height, image.width, rng, scale)
+    crop = image.crop((left, top, left + width, top + height))
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and rng.random() < 0.5 else crop
 
 
 def _crop_box(
@@ -415,6 +434,13 @@ def _linear_weights(old: int, new: int) -> np.ndarray:
     np.add.at(weight_NO, (np.arange(new), first_N), 1 - (centre_N - first_N))
     np.add.at(weight_NO, (np.arange(new), np.minimum(first_N + 1, old - 1)), centre_N - first_N)
     return weight_NO
+
+
+def _as_pillow(image: Pixels) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    _check_pixels(image)
+    return Image.fromarray(image)
 
 
 def _check_pixels(image_YXC: np.ndarray) -> None:

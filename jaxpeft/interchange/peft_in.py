@@ -13,7 +13,7 @@ from jaxpeft import tree
 from jaxpeft.adapt import sites
 from jaxpeft.interchange.tuned import check_base, read, sha
 from jaxpeft.methods import IA3, OFT, DoRA, Head, LayerNorms, LoRA, Method, Prefix, Prompt, Scoped, VeRA
-from jaxpeft.models import hf
+from jaxpeft.models import convert, hf
 from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import files
 from jaxpeft.tree import Tree
@@ -120,8 +120,12 @@ class _Reader:
     """The tensors of a file by HF module; each can be taken once."""
 
     def __init__(self, model: VisionLanguageModel, arrays: dict[str, np.ndarray], source: str):
-        self.model, self.source, self.left = model, source, dict(arrays)
-        self.form = hf.of(model)
+        self.model, self.source, self.form = model, source, hf.of(model)
+        rename = self.form.table.rename  # releases of transformers name modules differently
+        self.left = {
+            PREFIX + rename(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else name: x
+            for name, x in arrays.items()
+        }
         self.matrix = None  # an untied vocabulary matrix, if any
         self.by_module: dict[str, list] = {}
         for path, place in self.form.places.items():
@@ -165,21 +169,26 @@ def _take_head(reader: _Reader, config: dict, params: Tree) -> tuple[tuple[Metho
     saved, head = config.get("modules_to_save") or [], reader.form.head
     if not saved:
         return (), params
-    if list(saved) != [head.saved_as]:
-        raise ValueError(f"{reader.source}: modules_to_save is {saved}; only {[head.saved_as]}, the head, is supported")
-    flat = dict(tree.flatten(params))
-    start = f"{PREFIX}{head.module}."
-    for key, leaf in head.leaves.items():
-        x = reader.take(start + key)
-        flat[leaf] = jnp.asarray(x.T if leaf.endswith("/kernel") else x)
-    matrix = reader.take(f"{start}{head.linear}.weight")
-    if not np.array_equal(reader.take(f"{start}{head.linear}.bias"), np.asarray(flat[head.bias])):
+    if sorted(saved) != sorted(head.saved_as):
+        raise ValueError(
+            f"{reader.source}: modules_to_save is {saved}; only {list(head.saved_as)}, the head, is supported"
+        )
+    tensors = {name: reader.take(PREFIX + name) for name in head.tensors}
+    flat = tree.flatten(params) | _leaves(reader, tensors)
+    matrix = reader.take(f"{PREFIX}{head.linear}.weight")
+    if head.bias and not np.array_equal(reader.take(f"{PREFIX}{head.linear}.bias"), np.asarray(flat[head.bias])):
         raise ValueError(f"{reader.source}: the head has two different vocabulary biases")
     params = tree.unflatten(params, flat, reader.source)
     if np.array_equal(matrix, head.matrix(flat)):
         return (Head(),), params
     reader.matrix = matrix
     return (Head(matrix="untied"),), params
+
+
+def _leaves(reader: _Reader, tensors: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The leaves that consist of these tensors."""
+    table = convert.Table(reader.form.rules(tensors))
+    return convert.read(tensors, table, reader.source)
 
 
 def _group(found: dict[str, dict[int, dict]], make, fill, model):
@@ -279,16 +288,16 @@ def _import_ia3(reader: _Reader, config: dict, params: Tree) -> _Found:
 
 
 def _import_norms(reader: _Reader, config: dict, params: Tree) -> _Found:
-    flat, paths = dict(tree.flatten(params)), {}
+    read = {}
     for name in reader.modules("ln_tuning_layers.weight"):
-        (path, layer, place) = reader.by_module[name][0]
-        for ours, theirs in (("scale", "weight"), ("bias", "bias")):
-            x = jnp.asarray(reader.take(f"{PREFIX}{name}.ln_tuning_layers.{theirs}"))
-            leaf = f"{path}/{ours}"
-            flat[leaf] = x if place.layers is None else flat[leaf].at[layer].set(x)
-        paths.setdefault(path, set()).add(layer)
-    where = rf"^({'|'.join(map(re.escape, paths))})/"
-    return (LayerNorms(targets=where),), {}, tree.unflatten(params, flat, reader.source)
+        for last in ("weight", "bias"):
+            if reader.form.rules((f"{name}.{last}",)):
+                read[f"{name}.{last}"] = reader.take(f"{PREFIX}{name}.ln_tuning_layers.{last}")
+    flat = tree.flatten(params)
+    before = convert.written(flat, convert.Table(reader.form.rules(read)))  # some layers may be left out
+    leaves = _leaves(reader, before | read)
+    where = rf"^({'|'.join(sorted({re.escape(leaf.rpartition('/')[0]) for leaf in leaves}))})/"
+    return (LayerNorms(targets=where),), {}, tree.unflatten(params, flat | leaves, reader.source)
 
 
 def _import_vera(reader: _Reader, config: dict, params: Tree) -> _Found:
@@ -324,14 +333,23 @@ def _import_oft(reader: _Reader, config: dict, params: Tree) -> _Found:
     return *_group(found, OFT, ("q",), reader.model), params
 
 
+def _decoder(reader: _Reader) -> hf.Decoder:
+    if reader.form.decoder is None:
+        kind = type(reader.model).__name__
+        raise ValueError(
+            f"{reader.source}: in {kind} PEFT's virtual tokens act elsewhere than ours; train LoRA instead"
+        )
+    return reader.form.decoder
+
+
 def _import_prompt(reader: _Reader, config: dict, params: Tree) -> _Found:
-    rows, path = reader.take("prompt_embeddings"), reader.form.decoder.embed
+    path, rows = _decoder(reader).embed, reader.take("prompt_embeddings")
     method = Prompt(targets=f"^{path}$", length=len(rows), init_weights="normal", positions="shift")
     return (method,), {f"peft/{path}/@embed/0/prompt/rows": rows}, params
 
 
 def _import_prefix(reader: _Reader, config: dict, params: Tree) -> _Found:
-    decoder, rows = reader.form.decoder, reader.take("prompt_embeddings")
+    decoder, rows = _decoder(reader), reader.take("prompt_embeddings")
     both = rows.reshape(len(rows), decoder.layers, 2, decoder.heads, -1).transpose(2, 1, 0, 3, 4)
     method = Prefix(targets=f"^{decoder.attention}$", length=len(rows), positions="shift")
     path = f"peft/{decoder.attention}/@kv/0/prefix"

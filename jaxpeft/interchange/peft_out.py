@@ -27,7 +27,7 @@ from jaxpeft.methods import (
     Scoped,
     VeRA,
 )
-from jaxpeft.models import hf, loading
+from jaxpeft.models import convert, hf, loading
 from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import files
 from jaxpeft.tasks import Task
@@ -40,7 +40,7 @@ def export_peft(
 ) -> Path:  # fmt: skip
     """Write a directory that peft.PeftModel.from_pretrained loads on the transformers model.
 
-    Prompt and Prefix are loaded on its text decoder (`model.hf.decoder.module`), everything else on the model. `base` and
+    Prompt and Prefix, which only BLIP supports, are loaded on its text decoder, everything else on the model. `base` and
     `revision` identify that model, if known. `with_base` also writes the base, as `base/` in the directory: needed if it is
     not a Hugging Face checkpoint yet, and always done if words were added to it, as their rows then belong to the base.
     `card` is the text of README.md; `task` and `beams` are for the base, as in `export_hf`. Raises ValueError, with the
@@ -64,8 +64,8 @@ def export_peft(
     form = hf.of(model)
     config, arrays = _EXPORT[kind](form, acting, folded, rest)
     if heads:
-        config["modules_to_save"] = [form.head.saved_as]
-        arrays |= _head_arrays(form.head, acting)
+        config["modules_to_save"] = list(form.head.saved_as)
+        arrays |= _head_arrays(form, acting)
     everything = {
         "peft_type": kind,
         "task_type": None,
@@ -114,14 +114,15 @@ def _type_of(method: Method) -> str:
     return kind
 
 
-def _head_arrays(head: hf.HeadPlace, acting: Tree) -> dict[str, np.ndarray]:
-    """The whole head: PEFT copies its module, which unties the vocabulary matrix."""
-    flat = tree.flatten(acting["params"])
+def _head_arrays(form: hf.HuggingFace, acting: Tree) -> dict[str, np.ndarray]:
+    """The whole head: PEFT copies its modules, which unties the vocabulary matrix."""
+    flat, head = tree.flatten(acting["params"]), form.head
     bound = sites.at(acting.get("peft", {}), sites.Site(head.vocabulary, "linear", ()))
-    matrix = bound[0].params["matrix"] if bound else head.matrix(flat)
-    arrays = {key: flat[leaf].T if leaf.endswith("/kernel") else flat[leaf] for key, leaf in head.leaves.items()}
-    arrays |= {f"{head.linear}.weight": matrix, f"{head.linear}.bias": flat[head.bias]}
-    return {f"{PREFIX}{head.module}.{key}": np.asarray(x) for key, x in arrays.items()}
+    arrays = convert.written(flat, convert.Table(form.rules(head.tensors)))
+    arrays[f"{head.linear}.weight"] = bound[0].params["matrix"] if bound else head.matrix(flat)
+    if head.bias:
+        arrays[f"{head.linear}.bias"] = flat[head.bias]
+    return {f"{PREFIX}{name}": np.asarray(x) for name, x in arrays.items()}
 
 
 def _bounds(form: hf.HuggingFace, acting: Tree, methods: list[Method]) -> dict[str, dict[int, list]]:
@@ -234,14 +235,14 @@ def _export_ia3(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[
 
 
 def _export_norms(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
-    flat, arrays, targets = tree.flatten(acting["params"]), {}, []
-    for path, place in form.places.items():
-        if f"{path}/scale" in flat and any(one.trains(f"params/{path}/scale") for one in methods):
-            for i, name in enumerate(place.names()):
-                for ours, theirs in (("scale", "weight"), ("bias", "bias")):
-                    x = np.asarray(flat[f"{path}/{ours}"])
-                    arrays[f"{PREFIX}{name}.ln_tuning_layers.{theirs}"] = x if place.layers is None else x[i]
-                targets.append(name)
+    flat, arrays, targets = tree.flatten(acting["params"]), {}, set()
+    norms = {path for path in form.places if f"{path}/scale" in flat}
+    trained = {p for p in norms if any(one.trains(f"params/{p}/scale") for one in methods)}
+    rules = [rule for rule in form.table.rules if rule.leaves[0].rpartition("/")[0] in trained]
+    for name, x in convert.tensors(flat, convert.Table(rules)):
+        module, _, last = name.rpartition(".")
+        arrays[f"{PREFIX}{module}.ln_tuning_layers.{last}"] = x
+        targets.add(module)
     return {"target_modules": sorted(targets)}, arrays
 
 
@@ -293,6 +294,9 @@ def _only(methods: list[Method]) -> list[Method]:
 
 def _decoder_only(form: hf.HuggingFace, variables: Tree, methods: list[Method], kind: str) -> list:
     (method,), decoder = _only(methods), form.decoder
+    if decoder is None:
+        kind = type(form.model).__name__
+        raise ValueError(f"{method.name}: in {kind} PEFT's virtual tokens act elsewhere than ours; use save_tuned")
     here = [s for s in sites.sites(form.model) if s.kind == kind and method.selects(s)]
     allowed = {"kv": decoder.attention, "embed": decoder.embed}[kind]
     if [s.path for s in here] != [allowed]:
@@ -303,7 +307,9 @@ def _decoder_only(form: hf.HuggingFace, variables: Tree, methods: list[Method], 
     return [method, bound.params]
 
 
-def _virtual(decoder: hf.Decoder, method: Method) -> dict:
+def _virtual(form: hf.HuggingFace, method: Method) -> dict:
+    decoder = form.decoder
+    assert decoder is not None  # `_decoder_only` has checked it
     return {
         "task_type": "CAUSAL_LM",
         "num_virtual_tokens": method.length,
@@ -317,7 +323,7 @@ def _virtual(decoder: hf.Decoder, method: Method) -> dict:
 def _export_prompt(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     method, params = _decoder_only(form, acting, methods, "embed")
     init = {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
-    return _virtual(form.decoder, method) | init, {"prompt_embeddings": np.asarray(params["rows"])}
+    return _virtual(form, method) | init, {"prompt_embeddings": np.asarray(params["rows"])}
 
 
 def _export_prefix(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
@@ -325,7 +331,7 @@ def _export_prefix(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: li
     both_LCKD = np.stack([np.asarray(params[name]).reshape(*params[name].shape[:2], -1) for name in ("k", "v")], axis=1)
     # per token: K, V of layer 0, K, V of layer 1, ...
     rows = both_LCKD.transpose(2, 0, 1, 3).reshape(method.length, -1)
-    return _virtual(form.decoder, method) | {"prefix_projection": False, "encoder_hidden_size": None}, {
+    return _virtual(form, method) | {"prefix_projection": False, "encoder_hidden_size": None}, {
         "prompt_embeddings": rows
     }
 

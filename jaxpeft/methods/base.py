@@ -77,6 +77,7 @@ class Method:
     expands: ClassVar[bool] = False  # whether `expand` must run before the forward pass
     first: ClassVar[bool] = False  # must be the first method that changes a linear's output (it reads the base kernel)
     acts_at: ClassVar[str] = ""  # for messages: what `selects` requires of a site besides kind and `targets`
+    instead: ClassVar[str] = ""  # for messages: what to use where a model does not have the leaves of `train`
     size_field: ClassVar[str] = ""  # the field that a parameter budget determines
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

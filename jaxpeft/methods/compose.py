@@ -171,8 +171,8 @@ class Scoped(_Around):
         return self.inner.embed(params, x_BTD, as_tokens)
 
     def merge(self, params: Params, base: Base) -> Base:
-        new = self.inner.merge(params, base)
-        return {name: self._choose(params, new[name], base[name]) for name in new}
+        new = {name: x for name, x in self.inner.merge(params, base).items() if x is not None}  # no bias
+        return {name: self._choose(params, x, base[name]) for name, x in new.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,8 +113,8 @@ class DoRA(LoRA):
 
 
 def _norms(kernel: jax.Array) -> jax.Array:
-    """The norm of each output's weights, (out,)."""
-    return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=0))
+    """The norm of each output's weights, (out,), in float32: a frozen kernel may be narrower."""
+    return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ class PiSSA(LoRA):
     def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         if self.rank > min(site.shape):
             raise ValueError(f"pissa: rank is {self.rank}; {site.path} {site.shape} allows at most {min(site.shape)}")
-        left, values, right = jnp.linalg.svd(base["kernel"], full_matrices=False)
+        left, values, right = jnp.linalg.svd(base["kernel"].astype(jnp.float32), full_matrices=False)
         root = jnp.sqrt(values[: self.rank] / self.scale)
         a, b = left[:, : self.rank] * root[None], right[: self.rank] * root[:, None]
         return {"a": a, "b": b, "a0": a, "b0": b}

@@ -69,7 +69,7 @@ class Prompt(Method):
                 )
             words = base["tokenizer"].pieces(self.text)
             ids = np.resize(np.array(words, np.int32), self.length)
-        rows = base["word"][ids] * base["word_scale"]
+        rows = jnp.asarray(base["word"])[ids].astype(jnp.float32) * base["word_scale"]
         if (
             self.positions == "keep" and base["norm/scale"] is not None
         ):  # rows are added after the embedding's LayerNorm

@@ -14,6 +14,7 @@ import re
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from jaxpeft.methods.base import Base, Method, Params, Site
 from jaxpeft.ops import matmul
@@ -44,6 +45,7 @@ class BitFit(Method):
     targets: str = "text"
     name: ClassVar[str] = "bitfit"
     train: ClassVar[str] = r"bias$"
+    instead: ClassVar[str] = "for a decoder without biases use layer_norms, or targets='vision'"
 
     def trains(self, leaf: str) -> bool:
         return super().trains(leaf) and re.search(self.targets, leaf.removeprefix("params/")) is not None
@@ -54,6 +56,7 @@ class LayerNorms(BitFit):
     """Train scale and bias of every LayerNorm whose path `targets` matches."""
 
     name: ClassVar[str] = "layer_norms"
+    instead: ClassVar[str] = ""
     train: ClassVar[str] = r"norm\d?/(scale|bias)$"
 
 
@@ -103,7 +106,8 @@ class Head(Method):
         return ("linear",) if self.matrix == "untied" else ()
 
     def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
-        return {"matrix": base["kernel"].T}  # (V, D) like the embedding: the same product, so it starts as the identity
+        # (V, D) like the embedding: the same product, so it starts as the identity
+        return {"matrix": base["kernel"].T.astype(jnp.float32)}
 
     def linear(self, params: Params, x: jax.Array, y: jax.Array, base: Base, rng: jax.Array | None) -> jax.Array:
         return matmul(x, params["matrix"].T.astype(x.dtype))

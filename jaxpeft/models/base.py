@@ -63,6 +63,9 @@ class VisionLanguageModel(sites.Adaptable):
     sharding: ClassVar[tuple[tuple[str, tuple[str | None, ...]], ...]] = ()
     tied: ClassVar[dict[str, str]] = {}  # path of a linear without its own kernel -> the leaf that it uses, transposed
     word_scale: ClassVar[float] = 1.0  # factor of word embeddings when they enter a text stack
+    narrow: ClassVar[str] = (
+        r"kernel$"  # leaves that are used only after a cast to `config.dtype`, so may be stored in it
+    )
 
     if TYPE_CHECKING:  # Flax adds it to every module, but not to its type
 

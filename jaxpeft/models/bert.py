@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxpeft.adapt import sites
+from jaxpeft.models import attention
 from jaxpeft.models.layers import Attention, Dense, LayerNorm, Mlp, TiedDense, dropout
 from jaxpeft.models.stack import StackConfig, stack
 
@@ -48,24 +49,25 @@ class TextBlock(nn.Module):
     """x = norm(x + self_attention); x = norm(x + cross_attention); x = norm(x + mlp).
 
     `cache` holds one layer's 'self' keys and values (B,N,S,H) up to a fixed length and, once computed, the 'cross' ones
-    of the context. It is immutable; the updated cache is returned.
+    of the context. It is immutable; the updated cache is returned. `context_mask`, `mask`: see `Attention`.
     """
 
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x_BTD, cache, context_BSD, context_mask_BTS, mask_BTS, position):
+    def __call__(self, x_BTD, cache, context_BSD, context_mask, mask, position):
         c = self.config
+        kind = c.attention_here if cache is None else "plain"  # the queries of a step are too few
 
-        def attention(name):
-            return Attention(c.text_width, c.text_heads, c.dropout, c.dtype, name=name)
+        def heads(name):
+            return Attention(c.text_width, c.text_heads, c.dropout, c.dtype, kind, name=name)
 
         def add(x, name):
             """y -> norm(x + y), for the residual add and for methods that read its result."""
             norm = LayerNorm(epsilon=c.text_eps, dtype=c.dtype, name=name)
             return lambda y: norm(x + y)
 
-        attend, new_cache = attention("self_attention"), None
+        attend, new_cache = heads("self_attention"), None
         k_BNSH, v_BNSH = attend.keys_values(x_BTD)
         if cache is not None:
             k_BNSH, v_BNSH = (
@@ -73,16 +75,16 @@ class TextBlock(nn.Module):
             )
             new_cache = {"self": (k_BNSH, v_BNSH)}
         stream = add(x_BTD, "self_norm")
-        x_BTD = stream(dropout(self, attend(x_BTD, k_BNSH, v_BNSH, mask_BTS, stream=stream), c.dropout))
+        x_BTD = stream(dropout(self, attend(x_BTD, k_BNSH, v_BNSH, mask, stream=stream), c.dropout))
         if context_BSD is not None or (cache and "cross" in cache):  # text-only otherwise, as in BERT
-            attend = attention("cross_attention")
+            attend = heads("cross_attention")
             if cache and "cross" in cache:
                 cross = cache["cross"]
             else:
                 cross = attend.keys_values(context_BSD)
                 new_cache = new_cache and new_cache | {"cross": cross}
             stream = add(x_BTD, "cross_norm")
-            x_BTD = stream(dropout(self, attend(x_BTD, *cross, context_mask_BTS, stream=stream), c.dropout))
+            x_BTD = stream(dropout(self, attend(x_BTD, *cross, context_mask, stream=stream), c.dropout))
         stream, mlp = add(x_BTD, "mlp_norm"), Mlp(c.text_width, c.text_mlp, c.dtype, name="mlp")
         x_BTD = stream(dropout(self, mlp(x_BTD, stream=stream), c.dropout))
         return x_BTD, new_cache
@@ -183,9 +185,11 @@ class TextStack(nn.Module):
             n_keys = x_BTD.shape[1] if cache is None else layers["self"][0].shape[3]
             causal_1TS = jnp.arange(n_keys)[None, None] <= index + jnp.arange(x_BTD.shape[1])[None, :, None]
             mask_BTS = causal_1TS if mask_BTS is None else mask_BTS & causal_1TS
-        context_mask_BTS = None if context_mask_BS is None else context_mask_BS[:, None, :]
+        context_mask = None if context_mask_BS is None else context_mask_BS[:, None, :]
+        if context_BSD is not None and cache is None:
+            context_BSD, context_mask = attention.padded(context_BSD, context_mask_BS, c.attention_here)
         blocks = stack(TextBlock, c, self.layers, 4)(c, name="blocks")
-        x_BTD, new = blocks(x_BTD, layers, context_BSD, context_mask_BTS, mask_BTS, index)
+        x_BTD, new = blocks(x_BTD, layers, context_BSD, context_mask, mask_BTS, index)
         if cache is not None:
             cache = cache | {"layers": layers | new, "index": index + x_BTD.shape[1]}
         x_BTD = x_BTD[:, n_added:] if cache is None else x_BTD[:, -1:]

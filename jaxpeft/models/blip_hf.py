@@ -14,23 +14,27 @@ length, and for single questions, all releases agree.
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from jaxpeft.models.blip import Blip
 from jaxpeft.models.convert import Table
 from jaxpeft.models.hf import Decoder, HeadPlace, HuggingFace
+from jaxpeft.tree import Tree
 
+PREDICTIONS = "text_decoder.cls.predictions"
 HEAD = HeadPlace(
-    module="text_decoder.cls.predictions",
-    saved_as="cls",
-    leaves={
-        "transform.dense.weight": "text_decoder/head/dense/kernel",
-        "transform.dense.bias": "text_decoder/head/dense/bias",
-        "transform.LayerNorm.weight": "text_decoder/head/norm/scale",
-        "transform.LayerNorm.bias": "text_decoder/head/norm/bias",
-        "bias": "text_decoder/head/bias",
-    },
-    linear="decoder",
+    saved_as=("cls",),
+    tensors=(
+        f"{PREDICTIONS}.transform.dense.weight",
+        f"{PREDICTIONS}.transform.dense.bias",
+        f"{PREDICTIONS}.transform.LayerNorm.weight",
+        f"{PREDICTIONS}.transform.LayerNorm.bias",
+        f"{PREDICTIONS}.bias",
+    ),
+    linear=f"{PREDICTIONS}.decoder",
     vocabulary="text_decoder/head/vocabulary",
     embedding="text_decoder/embed/word",
     bias="text_decoder/head/bias",
@@ -50,6 +54,14 @@ class BlipInTransformers(HuggingFace):
     """See the docstring of this file. `config` is the content of config.json."""
 
     config: dict
+
+    def tensors(self, params: Tree) -> Iterator[tuple[str, np.ndarray]]:
+        """With tied tensors under each name, as some releases do not tie them when loading."""
+        seconds = {first: second for second, first in self.table.tied.items()}
+        for name, x in super().tensors(params):
+            yield name, x
+            if name in seconds:
+                yield seconds[name], x
 
     def settings(self, task: Any, beams: int) -> dict[str, dict]:
         """With the `task` that was trained, `generate` of transformers has the same prompt and text length as ours (see

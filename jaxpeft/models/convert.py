@@ -148,12 +148,17 @@ class Table:
             if twice := [name for name, n in collections.Counter(names).items() if n > 1]:
                 raise ValueError(f"the table has two rules for the {kind} {twice[0]}")
 
+    def rename(self, name: str) -> str:
+        """The name of the rules for an alternative name."""
+        for pattern, new in self.renames:
+            name = re.sub(pattern, new, name)
+        return name
+
     def renamed(self, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         """The tensors by the names of the rules, without dropped tensors."""
         renamed = {}
         for name, x in tensors.items():
-            for pattern, new in self.renames:
-                name = re.sub(pattern, new, name)
+            name = self.rename(name)
             if name in renamed:
                 raise ValueError(f"{source}: two keys map to {name}; keep one of them")
             if not any(re.search(pattern, name) for pattern, _ in self.dropped):
@@ -226,7 +231,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 # ---------------------------------------------------------------- leaves
 
-Dtype = str | Callable[[str], Any]  # of all leaves, or of a leaf by name
+Dtype = str | Callable[[str], Any]  # of all leaves, or of a leaf by name; None: that of the file
 Change = Callable[[np.ndarray], np.ndarray]  # applied to a leaf after it is read
 
 
@@ -294,8 +299,9 @@ def leaves(
     for rule in table.rules:
         parts = [tensors[name] for name in rule.names()]
         for i, name in enumerate(rule.leaves):
-            kind = parts[0].dtype if dtype is None else dtype if isinstance(dtype, str) else dtype(name)
-            found[name] = Leaf(rule, i, parts, np.dtype(kind), (changes or {}).get(name))
+            kind = dtype(name) if callable(dtype) else dtype
+            kind = parts[0].dtype if kind is None else np.dtype(kind)
+            found[name] = Leaf(rule, i, parts, kind, (changes or {}).get(name))
     return found
 
 
@@ -336,9 +342,8 @@ def read(
     return read | {name: read[like] for name, like in copies.items()}
 
 
-def written(flat: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
-    """The inverse of `read`: tensors by the names of the rules, from leaves by name."""
-    tensors = {}
+def tensors(flat: Mapping[str, Any], table: Table) -> Iterator[tuple[str, np.ndarray]]:
+    """The inverse of `read`, one tensor at a time: (its name in the rules, its values) from leaves by name."""
     for rule in table.rules:
         arrays = [np.asarray(flat[leaf]) for leaf in rule.leaves]
         if rule.offset:
@@ -347,8 +352,12 @@ def written(flat: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
         for i, name in enumerate(rule.names()):
             parts = [x if rule.layers is None else x[i] for x in arrays]
             parts = [x.reshape(part).transpose(np.argsort(rule.order)) for x in parts]
-            tensors[name] = np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
-    return tensors
+            yield name, np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+
+
+def written(flat: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
+    """All of `tensors`."""
+    return dict(tensors(flat, table))
 
 
 def nested(flat: Mapping[str, Any]) -> dict:

@@ -48,6 +48,11 @@ class Search:
         return cls(**ids, length=len(template.start) + max_new_tokens, kind=template.beam_search, **options)
 
 
+def _once(model: VisionLanguageModel, variables: Tree) -> Tree:
+    """What would be done again at every token: methods are expanded, and matrices cast to the dtype of the products."""
+    return sites.narrowed(model, sites.expand(variables), getattr(model.config, "dtype", "float32"))
+
+
 def _start(
     model: VisionLanguageModel, variables: Tree, context: Context, search: Search
 ) -> tuple[int, jax.Array, Cache]:
@@ -78,7 +83,7 @@ def greedy(
     model: VisionLanguageModel, variables: Tree, context: Context, search: Search
 ) -> tuple[jax.Array, jax.Array]:
     """Greedy search -> (tokens (B, length) padded after the end token, log-probability (B,))."""
-    variables = sites.expand(variables)  # once instead of in every step
+    variables = _once(model, variables)
     n_rows, logits_BV, cache = _start(model, variables, context, search)
     n_start, length, pad = len(search.start), search.length, search.pad
     tokens_BT = jnp.full((n_rows, length), pad, jnp.int32).at[:, :n_start].set(jnp.array(search.start, jnp.int32))
@@ -86,24 +91,26 @@ def greedy(
     def running(state: dict[str, Any]) -> jax.Array:
         return (state["t"] < length) & ~jnp.all(state["done"])
 
-    def write(state: dict[str, Any]) -> dict[str, Any]:
-        log_probs_BV = _log_probs(state["logits"], state["t"], search)
+    def chosen(state: dict[str, Any], logits_BV: jax.Array, cache: Cache) -> dict[str, Any]:
+        log_probs_BV = _log_probs(logits_BV, state["t"], search)
         token_B = jnp.argmax(log_probs_BV, axis=-1).astype(jnp.int32)
         gain_B = jnp.take_along_axis(log_probs_BV, token_B[:, None], axis=-1)[:, 0]
         token_B = jnp.where(state["done"], pad, token_B)
-        logits_BV, cache = model.apply(variables, token_B, state["cache"], context, method="step")
         return {
             "t": state["t"] + 1,
             "tokens": state["tokens"].at[:, state["t"]].set(token_B),
             "score": state["score"] + jnp.where(state["done"], 0.0, gain_B),
             "done": state["done"] | _ends(token_B, search),
-            "logits": logits_BV,
+            "last": token_B,
             "cache": cache,
         }
 
-    state = {"t": jnp.int32(n_start), "tokens": tokens_BT, "logits": logits_BV, "cache": cache}
+    def write(state: dict[str, Any]) -> dict[str, Any]:
+        return chosen(state, *model.apply(variables, state["last"], state["cache"], context, method="step"))
+
+    state = {"t": jnp.int32(n_start), "tokens": tokens_BT}
     state |= {"score": jnp.zeros(n_rows), "done": jnp.zeros(n_rows, bool)}
-    state = jax.lax.while_loop(running, write, state)
+    state = jax.lax.while_loop(running, write, chosen(state, logits_BV, cache))
     return state["tokens"], state["score"]
 
 
@@ -118,21 +125,16 @@ def beam_search(
 def _transformers_beams(
     model: VisionLanguageModel, variables: Tree, context: Context, search: Search
 ) -> tuple[jax.Array, jax.Array]:
-    variables = sites.expand(variables)  # once instead of in every step
-    first, n_start, length, beams = (
-        _first(model, variables, context, search),
-        len(search.start),
-        search.length,
-        search.beams,
-    )
+    variables = _once(model, variables)
+    n_start, length, beams = len(search.start), search.length, search.beams
 
     def running(state: dict[str, Any]) -> jax.Array:
         return (state["t"] < length) & jnp.any(state["open"]) & ~state["all_ended"]
 
-    def write(state: dict[str, Any]) -> dict[str, Any]:
+    def chosen(state: dict[str, Any], logits: jax.Array, cache: Cache) -> dict[str, Any]:
         t = state["t"]
         # enough to keep `beams` running if `beams` of them end
-        score, source, token, sequence = _continued(state, search, 2 * beams)
+        score, source, token, sequence = _continued(state, logits, search, 2 * beams)
         ends = _ends(token, search) | (t + 1 == length)
 
         n_generated = (t + 1 - n_start).astype(jnp.float32)
@@ -146,9 +148,6 @@ def _transformers_beams(
         score, kept = jax.lax.top_k(jnp.where(ends, score + _LOW, score), beams)
         tokens = jnp.take_along_axis(sequence, kept[..., None], axis=1)
         source = jnp.take_along_axis(source, kept, axis=1)
-        token_B = jnp.take_along_axis(token, kept, axis=1).reshape(-1)
-        cache = _with_beams(state["cache"], source)
-        logits, cache = model.apply(variables, token_B, cache, context, method="step")
         can_improve = score[:, 0] / n_generated**search.length_penalty > final_score[:, -1]
         return {
             "t": t + 1,
@@ -158,32 +157,29 @@ def _transformers_beams(
             "final_score": final_score,
             "open": state["open"] & can_improve,
             "all_ended": jnp.all(ends),
-            "logits": logits,
-            "cache": cache,
+            "last": jnp.take_along_axis(token, kept, axis=1).reshape(-1),
+            "cache": _with_beams(cache, source),
         }
 
-    state = first | {"all_ended": jnp.zeros((), bool)}
-    state = jax.lax.while_loop(running, write, state)
+    def write(state: dict[str, Any]) -> dict[str, Any]:
+        return chosen(state, *model.apply(variables, state["last"], state["cache"], context, method="step"))
+
+    state = jax.lax.while_loop(running, write, chosen(*_first(model, variables, context, search)))
     return state["final"], state["final_score"]
 
 
 def _mplug_beams(
     model: VisionLanguageModel, variables: Tree, context: Context, search: Search
 ) -> tuple[jax.Array, jax.Array]:
-    variables = sites.expand(variables)  # once instead of in every step
-    first, n_start, length, beams = (
-        _first(model, variables, context, search),
-        len(search.start),
-        search.length,
-        search.beams,
-    )
+    variables = _once(model, variables)
+    n_start, length, beams = len(search.start), search.length, search.beams
 
     def running(state: dict[str, Any]) -> jax.Array:
         return (state["t"] < length) & jnp.any(state["open"])
 
-    def write(state: dict[str, Any]) -> dict[str, Any]:
+    def chosen(state: dict[str, Any], logits: jax.Array, cache: Cache) -> dict[str, Any]:
         t = state["t"]
-        total, source, token, tokens = _continued(state, search, beams)
+        total, source, token, tokens = _continued(state, logits, search, beams)
         score = total / ((5 + t + 1 - n_start) / 6) ** 0.6
         ends = _ends(token, search) | (t + 1 == length)
         closes_B1 = ends[:, :1]
@@ -191,8 +187,6 @@ def _mplug_beams(
         stored = jnp.where((ends | closes_B1) & state["open"][:, None], score, _LOW)
         final_score, best = jax.lax.top_k(jnp.concatenate([state["final_score"], stored], axis=1), beams)
         final = jnp.concatenate([state["final"], tokens], axis=1)
-        cache = _with_beams(state["cache"], source)
-        logits, cache = model.apply(variables, token.reshape(-1), cache, context, method="step")
         return {
             "t": t + 1,
             "tokens": tokens,
@@ -200,21 +194,26 @@ def _mplug_beams(
             "final": jnp.take_along_axis(final, best[..., None], axis=1),
             "final_score": final_score,
             "open": state["open"] & ~closes_B1[:, 0],
-            "logits": logits,
-            "cache": cache,
+            "last": token.reshape(-1),
+            "cache": _with_beams(cache, source),
         }
 
-    state = jax.lax.while_loop(running, write, first)
+    def write(state: dict[str, Any]) -> dict[str, Any]:
+        return chosen(state, *model.apply(variables, state["last"], state["cache"], context, method="step"))
+
+    state = jax.lax.while_loop(running, write, chosen(*_first(model, variables, context, search)))
     return state["final"], state["final_score"]
 
 
-def _first(model: VisionLanguageModel, variables: Tree, context: Context, search: Search) -> dict[str, Any]:
-    """The state of a beam search before its first token."""
+def _first(
+    model: VisionLanguageModel, variables: Tree, context: Context, search: Search
+) -> tuple[dict[str, Any], jax.Array, Cache]:
+    """The state of a beam search before its first token, the logits of that token (B * K, V), and the cache."""
     n_rows, logits_BV, cache = _start(model, variables, context, search)
     n_start, beams = len(search.start), search.beams
     tokens_BKT = jnp.full((n_rows, beams, search.length), search.pad, jnp.int32)
     tokens_BKT = tokens_BKT.at[:, :, :n_start].set(jnp.array(search.start, jnp.int32))
-    return {
+    state = {
         "t": jnp.int32(n_start),
         "tokens": tokens_BKT,
         # only one beam runs at first, or all would be the same
@@ -222,16 +221,18 @@ def _first(model: VisionLanguageModel, variables: Tree, context: Context, search
         "final": tokens_BKT,
         "final_score": jnp.full((n_rows, beams), _LOW),
         "open": jnp.ones(n_rows, bool),
-        "logits": jnp.repeat(logits_BV, beams, axis=0),
-        "cache": _with_beams(cache, jnp.zeros((n_rows, beams), jnp.int32)),
     }
+    cache = _with_beams(cache, jnp.zeros((n_rows, beams), jnp.int32))
+    return state, jnp.repeat(logits_BV, beams, axis=0), cache
 
 
-def _continued(state: dict[str, Any], search: Search, n: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _continued(
+    state: dict[str, Any], logits: jax.Array, search: Search, n: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The `n` best continuations of the running beams by one token, best first: log-probability, beam that is continued and
     token, each (B, n), and the texts (B, n, length)."""
     n_rows, beams = state["score"].shape
-    log_probs = _log_probs(state["logits"], state["t"], search)
+    log_probs = _log_probs(logits, state["t"], search)
     total = (log_probs.reshape(n_rows, beams, -1) + state["score"][..., None]).reshape(n_rows, -1)
     score, flat = jax.lax.top_k(total, n)
     source, token = flat // log_probs.shape[-1], (flat % log_probs.shape[-1]).astype(jnp.int32)
@@ -268,7 +269,7 @@ def rank(
     answer, end], padded. `chunk` candidates per row are in memory at a time.
     """
     n_rows, k = context.next_B.shape[0], min(k, answers_AT.shape[0])
-    variables = sites.expand(variables)
+    variables = _once(model, variables)
     start_B1 = jnp.broadcast_to(answers_AT[:1, :1], (n_rows, 1))
     logits_B1V = model.apply(variables, start_B1, context, method="score")
     first_BA = jax.nn.log_softmax(logits_B1V[:, 0])[:, answers_AT[:, 1]]

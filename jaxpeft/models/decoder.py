@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxpeft.adapt import sites
+from jaxpeft.models import attention
 from jaxpeft.models.base import Cache, Context
 from jaxpeft.models.layers import Dense, GatedMlp, RMSNorm, TiedDense, dropout
 from jaxpeft.models.stack import StackConfig, stack
@@ -85,9 +86,13 @@ def rotated(x_BNTH, position_BT, theta: float):
 
 
 class Attention(nn.Module):
-    """Grouped heads over [learned; context; own] keys and values. Sites: kv, sublayer, and its four linears."""
+    """Grouped heads over [learned; context; own] keys and values. Sites: kv, sublayer, and its four linears.
+
+    Only prefixes are read by a fused kernel (attention.py): a text is short, and its keys are in two arrays.
+    """
 
     config: DecoderConfig
+    causal: bool
 
     def setup(self):
         c = self.config
@@ -104,16 +109,30 @@ class Attention(nn.Module):
         k_RGTH = rotated(self._heads(self.key(x_RTD)), position_RT, self.config.rope_theta)
         return k_RGTH, self._heads(self.value(x_RTD))
 
-    def __call__(self, x_RTD, position_RT, context, mask_BTS, own=None, own_mask_1TS=None, *, stream):
+    def __call__(self, x_RTD, position_RT, context, mask, own=None, own_mask_1TS=None, *, stream):
         """`context`: (k, v) (B, G, S, H) with their mask (B, T or 1, S); rows b*A .. b*A+A-1 of x belong to its row b. `own`:
-        (k, v) (R, G, S', H) of the same texts, and their mask. Both go through one softmax."""
+        (k, v) (R, G, S', H) of the same texts, and their mask. Both go through one softmax. For a prefix that reads itself
+        `mask` may be lengths (B,), see `layers.Attention`, and excludes what comes after a query if `causal`."""
         n_rows, n_tokens, _ = x_RTD.shape
         n_context = context[0].shape[0]
         n_texts = n_rows // n_context
         q_RNTH = rotated(self._heads(self.query(x_RTD)), position_RT, self.config.rope_theta)
         q_BAGMTH = q_RNTH.reshape(n_context, n_texts, self.config.kv_heads, -1, n_tokens, self.config.head_size)
         folded_BTD = x_RTD.reshape(n_context, -1, x_RTD.shape[-1])  # what methods see as the context's queries
+        lengths_B, mask_BTS = (mask, None) if mask.ndim == 1 else (None, mask)
         k_BGSH, v_BGSH, mask_BTS, gain_BTS = sites.kv(self, folded_BTD, *context, mask_BTS)
+        if lengths_B is not None:
+            n_added = k_BGSH.shape[2] - n_tokens  # keys of methods, in front
+            lengths_B += n_added
+            kind = "plain" if self.causal and n_added else self.config.attention_here
+            if attention.fuses(kind, k_BGSH, mask_BTS, gain_BTS, drops=False):
+                lengths_B = None if self.causal else lengths_B  # no query before the padding sees it
+                y_RTNH = attention.fused(kind, q_RNTH, k_BGSH, v_BGSH, lengths_B, self.causal)
+                return self._after(x_RTD, y_RTNH, stream)
+            real_BTS = attention.real(lengths_B, k_BGSH.shape[2])
+            if self.causal:
+                real_BTS = real_BTS & jnp.tril(jnp.ones((1, n_tokens, n_tokens + n_added), bool), n_added)
+            mask_BTS = real_BTS if mask_BTS is None else mask_BTS & real_BTS
         gain = None if gain_BTS is None else _per_text(gain_BTS, n_texts)
         scores = _product("BAGMTH,BGSH->BAGMTS", q_BAGMTH, k_BGSH)
         if gain is not None:
@@ -131,13 +150,16 @@ class Attention(nn.Module):
         if own is not None:
             weights = weights[..., k_BGSH.shape[2] :].astype(v_BGSH.dtype)
             y_BATGMH += jnp.einsum("BAGMTS,BAGSH->BATGMH", weights, v_BAGSH)
-        y_RTD = by_rows(self.out(y_BATGMH.reshape(n_rows, n_tokens, -1)))
+        return self._after(x_RTD, y_BATGMH, stream)
+
+    def _after(self, x_RTD, y, stream):
+        y_RTD = by_rows(self.out(y.reshape(*x_RTD.shape[:2], -1)))
         return sites.sublayer(self, x_RTD, y_RTD, stream)
 
 
 def _product(axes: str, q, k):
     """The scores q k / sqrt(H) in float32."""
-    return jnp.einsum(axes, q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return attention.products(axes, q, k) * q.shape[-1] ** -0.5
 
 
 def _masked(scores, mask):
@@ -159,12 +181,13 @@ class Block(nn.Module):
     """
 
     config: DecoderConfig
+    causal: bool
 
     @nn.compact
-    def __call__(self, x_RTD, layer, position_RT, mask_BTS, own_mask_1TS, index):
+    def __call__(self, x_RTD, layer, position_RT, mask, own_mask_1TS, index):
         c = self.config
         norm1, norm2 = (RMSNorm(c.text_eps, c.dtype, name=f"norm{i}") for i in (1, 2))
-        attend = Attention(c, name="attention")
+        attend = Attention(c, self.causal, name="attention")
         h_RTD = norm1(x_RTD)
         new = attend.keys_values(h_RTD, position_RT)
         if layer is None:
@@ -174,7 +197,7 @@ class Block(nn.Module):
             context, kept = layer["context"], own
         else:
             context, own, kept = layer["context"], new, None
-        y_RTD = attend(h_RTD, position_RT, context, mask_BTS, own, own_mask_1TS, stream=x_RTD.__add__)
+        y_RTD = attend(h_RTD, position_RT, context, mask, own, own_mask_1TS, stream=x_RTD.__add__)
         x_RTD = x_RTD + dropout(self, y_RTD, c.dropout)
         mlp = GatedMlp(c.text_width, c.text_mlp, c.dtype, c.activation, name="mlp")
         x_RTD = x_RTD + dropout(self, mlp(norm2(x_RTD), stream=x_RTD.__add__), c.dropout)
@@ -202,11 +225,12 @@ class Decoder(nn.Module):
     """Embedding, scanned blocks and head. Sites: embed, where learned tokens join the prefix, and those of its parts."""
 
     config: DecoderConfig
+    causal: bool  # whether prefixes are read from left to right; otherwise every token attends to all of them
 
     def setup(self):
         c = self.config
         self.embed = Embed(c)
-        self.blocks = stack(Block, c, c.text_layers, 4)(c)
+        self.blocks = stack(Block, c, c.text_layers, 4)(c, self.causal)
         self.norm = RMSNorm(c.text_eps, c.dtype)
         self.head = Dense(c.vocab_size, c.dtype, use_bias=False) if c.untied_head else TiedDense(c.dtype)
 
@@ -219,9 +243,9 @@ class Decoder(nn.Module):
         logits_RTV = self.head(x_RTD) if self.config.untied_head else self.head(x_RTD, self.embed.word)
         return logits_RTV.astype(jnp.float32)
 
-    def read(self, x_BSD, mask_BS, causal: bool) -> Context:
-        """The context of prefixes: embeddings, with padding (mask False) on either side. Without `causal`, every token of a
-        prefix attends to all of it."""
+    def read(self, x_BSD, mask_BS) -> Context:
+        """The context of prefixes: embeddings, with padding (mask False) on either side, or at the end where attention is
+        fused."""
         start = sites.shift(self)
         position_BS = start + jnp.cumsum(mask_BS, axis=1) - mask_BS
         next_B, n_tokens = start + mask_BS.sum(axis=1), x_BSD.shape[1]
@@ -230,10 +254,12 @@ class Decoder(nn.Module):
         if n_added := x_BSD.shape[1] - n_tokens:
             added_BK = jnp.broadcast_to(jnp.arange(start - n_added, start)[None], (x_BSD.shape[0], n_added))
             position_BS = jnp.concatenate([added_BK, position_BS], axis=1)
-        mask_BTS = mask_BS[:, None]
-        if causal:
-            mask_BTS = mask_BTS & jnp.tril(jnp.ones((1, x_BSD.shape[1], x_BSD.shape[1]), bool))
-        x_BSD, memory = self.blocks(x_BSD, None, position_BS, mask_BTS, None, 0)
+        x_BSD, mask = attention.padded(x_BSD, mask_BS, self.config.attention_here)
+        if n_more := x_BSD.shape[1] - mask_BS.shape[1]:
+            mask_BS, position_BS = (jnp.pad(x, ((0, 0), (0, n_more))) for x in (mask_BS, position_BS))
+        if mask.ndim > 1 and self.causal:
+            mask = mask & jnp.tril(jnp.ones((1, x_BSD.shape[1], x_BSD.shape[1]), bool))
+        x_BSD, memory = self.blocks(x_BSD, None, position_BS, mask, None, 0)
         last_B = mask_BS.shape[1] - 1 - jnp.argmax(mask_BS[:, ::-1], axis=1)
         last_B1D = jnp.take_along_axis(x_BSD, last_B[:, None, None], axis=1)
         return Context(memory, mask_BS, next_B, self._logits(last_B1D)[:, 0])

@@ -7,7 +7,7 @@ writes the files beside the weights (such as models/blip_hf.py).
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,15 +34,14 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class HeadPlace:
-    """The output head. PEFT saves its module whole, which unties its vocabulary matrix."""
+    """The output head. PEFT saves its modules whole, which unties its vocabulary matrix."""
 
-    module: str  # in transformers
-    saved_as: str  # its name in PEFT's modules_to_save
-    leaves: dict[str, str]  # tensor below `module` -> our leaf; kernels are transposed
-    linear: str  # below `module`: the linear that computes the logits; it holds `bias` too
+    saved_as: tuple[str, ...]  # names in PEFT's modules_to_save
+    tensors: tuple[str, ...]  # of those modules in transformers, besides the vocabulary's
+    linear: str  # in transformers: the linear that computes the logits
     vocabulary: str  # our path of that linear
     embedding: str  # our leaf (V, D) that is its matrix if it has no kernel of its own
-    bias: str  # our leaf
+    bias: str = ""  # our leaf, which `linear` holds too; '' if logits have no bias
 
     def matrix(self, flat: Mapping[str, Any]) -> np.ndarray:
         """The vocabulary matrix (V, D) in flat params: that of the head, or the word embedding that it is tied to."""
@@ -69,7 +68,7 @@ class HuggingFace:
     model: Any
     table: convert.Table
     head: HeadPlace
-    decoder: Decoder
+    decoder: Decoder | None  # None if PEFT's virtual tokens do not act in this model as ours do
 
     @functools.cached_property
     def places(self) -> dict[str, Place]:
@@ -83,13 +82,15 @@ class HuggingFace:
                     module = rule.name.removesuffix(".weight")
                     found[path] = Place(module, part, len(rule.leaves), layers, len(rule.shape) == 4)
         # a separate module in transformers, which an adapter may wrap, even if its weight is the word embedding
-        return found | {self.head.vocabulary: Place(f"{self.head.module}.{self.head.linear}")}
+        return found | {self.head.vocabulary: Place(self.head.linear)}
 
-    def tensors(self, params: Tree) -> dict[str, np.ndarray]:
-        """The weights, float32; tied tensors under each name, as some releases do not tie them when loading."""
-        flat = convert.written(tree.flatten(params), self.table)
-        tensors = {name: np.asarray(x, np.float32) for name, x in flat.items()}
-        return tensors | {second: tensors[first] for second, first in self.table.tied.items()}
+    def rules(self, names: Container[str]) -> list[convert.Rule]:
+        """The rules of the table that write any of these tensors."""
+        return [rule for rule in self.table.rules if any(name in names for name in rule.names())]
+
+    def tensors(self, params: Tree) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of a file of weights, one at a time; tied tensors once."""
+        return convert.tensors(tree.flatten(params), self.table)
 
     def settings(self, task: Any, beams: int) -> dict[str, dict]:
         """File name -> JSON of the files beside the weights; with a `task`, generation has the same prompt and lengths."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxpeft.adapt import sites
+from jaxpeft.models import attention
 from jaxpeft.ops import by_rows, per_feature
 
 _INIT = nn.initializers.normal(0.02)  # BERT's and BLIP's
@@ -79,6 +80,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention over keys and values given by `keys_values`. Sites: kv, sublayer, and its four linears.
 
+    `attention`: a key of attention.py. What is not fused is written out here.
+
     `rows` of the query batch may be a multiple A of the context batch (several texts per image, several beams): they
     are folded into the query axis, so keys and values are never repeated.
 
@@ -90,6 +93,7 @@ class Attention(nn.Module):
     heads: int
     dropout: float = 0.0
     dtype: str = "float32"
+    attention: str = "plain"
 
     def setup(self):
         self.query = Dense(self.width, self.dtype)
@@ -104,13 +108,29 @@ class Attention(nn.Module):
         """(k_BNSH, v_BNSH) of a context."""
         return self._heads(self.key(context_BSD)), self._heads(self.value(context_BSD))
 
-    def __call__(self, x_BTD, k_BNSH, v_BNSH, mask_BTS=None, *, stream):
-        """mask_BTS: True where a query may attend, None for everywhere; broadcasts over B, T. `stream`: see sites."""
+    def __call__(self, x_BTD, k_BNSH, v_BNSH, mask=None, *, stream):
+        """`mask`: (B, T, S), True where a query may attend, which broadcasts over B, T; or (B,), the number of keys, which all
+        padding follows; None for everywhere. `stream`: see sites."""
         n_rows, n_tokens, _ = x_BTD.shape
         folded_BTD = x_BTD.reshape(k_BNSH.shape[0], -1, x_BTD.shape[-1])  # fold texts of one context into T
         q_BNTH = self._heads(self.query(folded_BTD))
+        lengths_B, mask_BTS = (mask, None) if mask is not None and mask.ndim == 1 else (None, mask)
+        n_keys = k_BNSH.shape[2]
         k_BNSH, v_BNSH, mask_BTS, gain_BTS = sites.kv(self, folded_BTD, k_BNSH, v_BNSH, mask_BTS)
-        scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32)
+        if lengths_B is not None:
+            lengths_B += k_BNSH.shape[2] - n_keys  # methods add keys in front
+        if attention.fuses(self.attention, k_BNSH, mask_BTS, gain_BTS, self.dropout > 0 and self.has_rng("dropout")):
+            y_BTNH = attention.fused(self.attention, q_BNTH, k_BNSH, v_BNSH, lengths_B)
+        else:
+            if lengths_B is not None:
+                real_B1S = attention.real(lengths_B, k_BNSH.shape[2])
+                mask_BTS = real_B1S if mask_BTS is None else mask_BTS & real_B1S
+            y_BTNH = self._written_out(q_BNTH, k_BNSH, v_BNSH, mask_BTS, gain_BTS).swapaxes(1, 2)
+        y_BTD = y_BTNH.reshape(n_rows, n_tokens, self.width)
+        return sites.sublayer(self, x_BTD, by_rows(self.out(y_BTD)), stream)
+
+    def _written_out(self, q_BNTH, k_BNSH, v_BNSH, mask_BTS, gain_BTS):
+        scores_BNTS = attention.products("BNTH,BNSH->BNTS", q_BNTH, k_BNSH)
         scores_BNTS *= q_BNTH.shape[-1] ** -0.5
         if gain_BTS is not None:
             scores_BNTS *= gain_BTS[:, None]
@@ -120,10 +140,7 @@ class Attention(nn.Module):
         weights_BNTS = dropout(self, jax.nn.softmax(scores_BNTS, axis=-1), self.dropout)
         if gain_BTS is not None:
             weights_BNTS *= gain_BTS[:, None]
-        weights_BNTS = weights_BNTS.astype(self.dtype)
-        y_BNTH = jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH)
-        y_BTD = y_BNTH.swapaxes(1, 2).reshape(n_rows, n_tokens, self.width)
-        return sites.sublayer(self, x_BTD, by_rows(self.out(y_BTD)), stream)
+        return jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS.astype(self.dtype), v_BNSH)
 
 
 ACTIVATIONS = {

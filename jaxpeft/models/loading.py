@@ -25,7 +25,7 @@ from jaxpeft.runtime import files, registry, renamed
 from jaxpeft.tree import Tree
 
 ASSETS = Path(__file__).parents[1] / "assets"
-RUNTIME = ("dtype", "remat", "dropout", "unroll")  # config fields that a user may set on any checkpoint
+RUNTIME = ("dtype", "remat", "dropout", "unroll", "attention")  # config fields that a user may set on any checkpoint
 
 
 def load(
@@ -36,14 +36,14 @@ def load(
     revision: str | None = None,
     **runtime: Any,
 ) -> tuple[Any, Tree]:
-    """Load (model, params) of a checkpoint: a shipped one by name ('tiny', 'tiny_mplug'), a jaxpeft or Hugging Face directory,
-    mPLUG's file of weights or directory, or a repository on the Hugging Face hub as 'owner/name' or 'owner/name@revision'. A
-    directory of that name takes precedence.
+    """Load (model, params) of a checkpoint: a shipped one by name ('tiny', 'tiny_mplug', 'tiny_decoder'), a jaxpeft or Hugging
+    Face directory, mPLUG's file of weights or directory, or a repository on the Hugging Face hub as 'owner/name' or
+    'owner/name@revision'. A directory of that name takes precedence.
 
     `task`: 'vqa' (of a captioning BLIP, the decoder's layers initialize the question encoder), 'captioning', or None for that
     of the checkpoint. `image_size` resizes the position embedding. `revision`: a commit, branch or tag of a repository, None
     for its default branch; a full commit in the cache is read without a request, and HF_HUB_OFFLINE=1 disables all requests.
-    `runtime`: dtype, remat, dropout.
+    `runtime`: dtype, remat, dropout, unroll, attention.
 
     Raises ValueError naming file and key for missing or unexpected tensors and wrong shapes; naming the repository if it cannot
     be downloaded; and if `revision` is given with a directory, or differs from the one in `path`.

@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from jaxpeft.inputs.processor import Template
 from jaxpeft.inputs.tokenizer import Tokenizer
+from jaxpeft.models import attention
 from jaxpeft.models.base import Stage
 from jaxpeft.models.bert import TextBlock, TextStack
 from jaxpeft.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
@@ -90,8 +91,12 @@ class FusionRun(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, context_BSD, mask_BT):
-        blocks = stack(TextBlock, self.config, self.layers, 4)(self.config, name="blocks")
-        return blocks(x_BTD, None, context_BSD, None, mask_BT[:, None, :], 0)[0]
+        c, n_tokens, context_mask = self.config, x_BTD.shape[1], None
+        x_BTD, mask = attention.padded(x_BTD, mask_BT, c.attention_here)
+        if context_BSD is not None:
+            context_BSD, context_mask = attention.padded(context_BSD, None, c.attention_here)
+        blocks = stack(TextBlock, c, self.layers, 4)(c, name="blocks")
+        return blocks(x_BTD, None, context_BSD, context_mask, mask, 0)[0][:, :n_tokens]
 
 
 class Fusion(nn.Module):

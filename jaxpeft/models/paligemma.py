@@ -23,6 +23,8 @@ from jaxpeft.models.prefix_lm import PrefixLM, PrefixLMConfig
 class PaliGemmaConfig(PrefixLMConfig):
     """PaliGemma-3B at 224 pixels by default."""
 
+    image_id: int = 257152  # of <image>, which no prompt of ours holds
+
     activation: ClassVar[str] = "gelu_tanh"
 
     @property

@@ -7,10 +7,13 @@ of modules since 4.52 (`model.language_model.layers...`, `model.vision_tower...`
 scale is 1 + weight.
 """
 
+from typing import Any
+
 from jaxpeft.inputs import images
 from jaxpeft.models import convert, prefix_lm_convert
 from jaxpeft.models.convert import Table
 from jaxpeft.models.paligemma import PaliGemma, PaliGemmaConfig
+from jaxpeft.models.paligemma_hf import PaliGemmaInTransformers
 
 PROJECTOR = (("dense", "model.multi_modal_projector.linear", "projector", "D C"),)
 RENAMES = (
@@ -23,11 +26,12 @@ RENAMES = (
 
 class _Converter(prefix_lm_convert.PrefixLMConverter):
     kind, settings = PaliGemma, PaliGemmaConfig
+    fields = (*prefix_lm_convert.CONFIG, ("image_id", "", "image_token_index"))
     defaults = {
         "image_size": 224, "patch_size": 16, "vision_width": 768, "vision_layers": 12, "vision_heads": 12,
         "vision_mlp": 3072, "vision_eps": 1e-6, "vocab_size": 256000, "text_width": 3072, "text_layers": 28,
         "text_heads": 16, "kv_heads": 16, "head_size": 256, "text_mlp": 24576, "text_eps": 1e-6, "max_positions": 8192,
-        "rope_theta": 10000.0, "pad_id": 0, "tied": True,
+        "rope_theta": 10000.0, "pad_id": 0, "image_id": 256000, "tied": True,
     }  # fmt: skip
     fixed = (
         ("", "model_type", ("paligemma",)),
@@ -39,9 +43,16 @@ class _Converter(prefix_lm_convert.PrefixLMConverter):
     )
     processor = images.SIGLIP
     tied = ("lm_head.weight", "model.language_model.embed_tokens.weight")
+    form = PaliGemmaInTransformers
 
     def table(self, config: PaliGemmaConfig) -> Table:
         return table(config)
+
+    def _raw(self, config: PaliGemmaConfig) -> dict[str, Any]:
+        """With what only transformers needs: the projector's width, and that the tower has no pooling head."""
+        raw = super()._raw(config)
+        raw["vision_config"] |= {"model_type": "siglip_vision_model", "vision_use_head": False}
+        return raw | {"hidden_size": config.text_width, "projection_dim": config.text_width}
 
 
 def table(config: PaliGemmaConfig) -> Table:

@@ -11,4 +11,4 @@ def transfer(c: ml_collections.ConfigDict, a: ml_collections.ConfigDict, n_examp
     c.batch_size, c.steps = a.batch_size, a.steps or a.epochs * n_examples // a.batch_size
     c.optim.lr, c.optim.warmup, c.optim.clip_norm, c.optim.b2, c.optim.weight_decay = a.lr or lr, 0.05, 1.0, 0.999, 0.0
     c.task_options.smoothing = 0.0
-    c.eval.batch_size, c.eval.base = 32, False
+    c.eval.base = False

@@ -72,6 +72,7 @@ class PrefixLM(VisionLanguageModel):
     sharding: ClassVar = SHARDING
     targets: ClassVar = TARGETS
     tasks: ClassVar = ("captioning", "vqa")
+    narrow: ClassVar = r"(kernel|embed/word)$"
     causal: ClassVar[bool]  # whether prefixes are read from left to right
     templates: ClassVar[dict[str, Callable[..., Template]]] = {}  # task -> (tokenizer, text options) -> template
 
@@ -112,7 +113,7 @@ class PrefixLM(VisionLanguageModel):
 
     def setup(self):
         self.vision = Siglip(self.config)
-        self.decoder = Decoder(self.config)
+        self.decoder = Decoder(self.config, self.causal)
 
     def project(self, x_BPD):
         """The tower's tokens (B, n_patches, vision_width) -> image tokens (B, n_image_tokens, text_width)."""
@@ -128,7 +129,7 @@ class PrefixLM(VisionLanguageModel):
     def context(self, batch):
         image_BPD = batch["image_tokens"] if "image_tokens" in batch else self.stage(batch, "image_tokens")
         words_BQD = self.decoder.words(batch["prompt"])
-        return self.decoder.read(*self.joined(image_BPD, words_BQD, batch["prompt"]), causal=self.causal)
+        return self.decoder.read(*self.joined(image_BPD, words_BQD, batch["prompt"]))
 
     def score(self, tokens_RT, context):
         return self.decoder.score(tokens_RT, context)

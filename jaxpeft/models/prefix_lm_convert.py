@@ -15,7 +15,9 @@ from jaxpeft.inputs import images
 from jaxpeft.inputs.bpe import Bpe
 from jaxpeft.models import convert
 from jaxpeft.models.convert import Change, Dtype, Place, Rule, Table, Tensor
+from jaxpeft.models.hf import HeadPlace
 from jaxpeft.models.prefix_lm import PrefixLM, PrefixLMConfig
+from jaxpeft.models.prefix_lm_hf import PrefixLMInTransformers
 from jaxpeft.runtime import files
 
 VISION = (
@@ -99,6 +101,7 @@ class PrefixLMConverter:
     fixed: tuple[tuple[str, str, tuple], ...]
     processor: images.ProcessorKind
     tied: tuple[str, str]  # the head's tensor, the word embedding's
+    form: type[PrefixLMInTransformers]
 
     def table(self, config: Any) -> Table:
         """The rules of a model, and how other names are treated."""
@@ -161,10 +164,10 @@ class PrefixLMConverter:
         if not (directory / "tokenizer.json").exists():
             return self.kind.build(config)
         tokenizer = Bpe.from_file(directory)
-        image = getattr(config, "image_id", None)
-        if image is not None and tokenizer.ids.get("<image>") != image:
+        if tokenizer.ids.get("<image>") != config.image_id:
+            key = next(key for field, _, key in self.fields if field == "image_id")
             raise ValueError(
-                f"{directory}: image_token_id is {image} in the configuration, but <image> is "
+                f"{directory}: {key} is {config.image_id} in the configuration, but <image> is "
                 f"{tokenizer.ids.get('<image>')} in the tokenizer; use the tokenizer that the weights were trained with"
             )
         if len(tokenizer) > config.vocab_size:
@@ -189,8 +192,20 @@ class PrefixLMConverter:
             )
         return dataclasses.replace(config, **said)
 
-    def hf(self, model: PrefixLM) -> None:
-        return None
+    def hf(self, model: PrefixLM) -> PrefixLMInTransformers:
+        return self.form(model, self.table(model.config), self._head(), None, self._raw(model.config))
+
+    def _head(self) -> HeadPlace:
+        """The last norm and the vocabulary matrix."""
+        head, words = (name.removesuffix(".weight") for name in self.tied)
+        decoder = words.removesuffix(".embed_tokens")
+        return HeadPlace(
+            saved_as=(f"{decoder.removeprefix('model.')}.norm", head),
+            tensors=(f"{decoder}.norm.weight",),
+            linear=head,
+            vocabulary="decoder/head",
+            embedding="decoder/embed/word",
+        )
 
     # ------------------------------------------------------------ config.json
     def _has_own_head(self, tensors: Mapping[str, Tensor], config: Any, source: str) -> bool:
@@ -198,6 +213,16 @@ class PrefixLMConverter:
         head, words = self.tied
         tensors = dataclasses.replace(self.table(config), rules=()).renamed(tensors, source)
         return {head, words} <= tensors.keys() and not convert.equal(tensors[head], tensors[words])
+
+    def _raw(self, config: Any) -> dict[str, Any]:
+        """The content of config.json, of which `_read` makes this configuration."""
+        raw: dict[str, Any] = {"vision_config": {}, "text_config": {}}
+        for section, key, supported in self.fixed:
+            (raw[section] if section else raw)[key] = supported[0]
+        for field, section, key in self.fields:
+            (raw[section] if section else raw)[key] = getattr(config, field)
+        raw["tie_word_embeddings"] = raw["text_config"]["tie_word_embeddings"] = not config.untied_head
+        return raw
 
     def _read(self, path: Path) -> tuple[Any, dict[str, Any]]:
         if not path.exists():

@@ -11,10 +11,8 @@ from typing import ClassVar
 
 from flax import linen as nn
 
-from jaxpeft.adapt import sites
 from jaxpeft.models.layers import LayerNorm
-from jaxpeft.models.stack import stack
-from jaxpeft.models.vit import PatchEmbed, VisionBlock, VitConfig, position_init
+from jaxpeft.models.vit import PatchEmbed, VitConfig, encoded, position_init
 from jaxpeft.ops import by_rows
 
 
@@ -53,7 +51,4 @@ class Siglip(nn.Module):
         c = self.config
         position_PD = self.param("position", _position_init, (c.n_patches, c.vision_width))
         x_BPD = by_rows(PatchEmbed(c, name="patch")(image_BYXC) + position_PD.astype(c.dtype)[None])
-        n_tokens = x_BPD.shape[1]
-        x_BPD, _ = sites.embed(self, x_BPD, None)
-        x_BPD, _ = stack(VisionBlock, c, c.vision_layers, 0)(c, name="blocks")(x_BPD, None)
-        return LayerNorm(epsilon=c.vision_eps, dtype=c.dtype, name="norm")(x_BPD[:, -n_tokens:])
+        return LayerNorm(epsilon=c.vision_eps, dtype=c.dtype, name="norm")(encoded(self, x_BPD, c))

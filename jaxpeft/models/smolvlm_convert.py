@@ -10,6 +10,7 @@ from jaxpeft.inputs import images
 from jaxpeft.models import convert, prefix_lm_convert
 from jaxpeft.models.convert import Table
 from jaxpeft.models.smolvlm import SmolVLM, SmolVLMConfig
+from jaxpeft.models.smolvlm_hf import SmolVLMInTransformers
 
 PROJECTOR = (("matrix", "model.connector.modality_projection.proj", "projector", "D C"),)
 RENAMES = ((r"^(text_model|vision_model|connector)\.", r"model.\1."),)
@@ -38,6 +39,7 @@ class _Converter(prefix_lm_convert.PrefixLMConverter):
     )
     processor = images.SMOLVLM
     tied = ("lm_head.weight", "model.text_model.embed_tokens.weight")
+    form = SmolVLMInTransformers
 
     def table(self, config: SmolVLMConfig) -> Table:
         return table(config)

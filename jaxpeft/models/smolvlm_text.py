@@ -1,11 +1,15 @@
-"""SmolVLM's chat template for one image and one question, also that of Idefics3:
+"""SmolVLM's chat template for one image and one question:
 
     <|im_start|>User:<fake_token_around_image><global-img><image><fake_token_around_image>question<end_of_utterance>
     Assistant: text<end_of_utterance>
 
 One <image> stands for all image tokens, which the model puts in its place. The image is one frame, so it is written as by
-transformers' processors with `do_image_splitting=False`. Apart from these image tokens, ids equal theirs;
+transformers' processors with `do_image_splitting=False`. Apart from these image tokens, ids equal those of `SmolVLMProcessor`;
 special tokens in a user's question stay text here.
+
+<|im_start|> stands for the tokenizer's first token. Idefics3's files begin with <|begin_of_text|> instead: with a template that
+differs in nothing else, ids equal those of `Idefics3Processor`. transformers has no template of Idefics3, and no checkpoint of
+it was at hand.
 """
 
 from collections.abc import Callable

@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from jaxpeft.adapt import sites
 from jaxpeft.inputs import images
+from jaxpeft.models import attention
 from jaxpeft.models.layers import Attention, LayerNorm, Mlp
 from jaxpeft.models.stack import StackConfig, stack
 from jaxpeft.ops import by_rows
@@ -112,21 +113,33 @@ class PatchEmbed(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """x += attention(norm1(x)); x += mlp(norm2(x))."""
+    """x += attention(norm1(x)); x += mlp(norm2(x)). `mask`: of the tokens, see `Attention`."""
 
     config: VitConfig
 
     @nn.compact
-    def __call__(self, x_BPD, _):
+    def __call__(self, x_BPD, _, mask):
         c = self.config
         norm = [LayerNorm(epsilon=c.vision_eps, dtype=c.dtype, name=f"norm{i}") for i in (1, 2)]
-        attention = Attention(c.vision_width, c.vision_heads, c.vision_dropout, c.dtype, name="attention")
+        attend = Attention(
+            c.vision_width, c.vision_heads, c.vision_dropout, c.dtype, c.attention_here, name="attention"
+        )
         mlp = Mlp(c.vision_width, c.vision_mlp, c.dtype, c.vision_activation, name="mlp")
         x_BPD = sites.block(self, x_BPD)
         h_BPD = norm[0](x_BPD)
-        x_BPD = x_BPD + attention(h_BPD, *attention.keys_values(h_BPD), stream=x_BPD.__add__)
+        x_BPD = x_BPD + attend(h_BPD, *attend.keys_values(h_BPD), mask, stream=x_BPD.__add__)
         x_BPD = x_BPD + mlp(norm[1](x_BPD), stream=x_BPD.__add__)
         return x_BPD, None
+
+
+def encoded(module: nn.Module, x_BPD, c: VitConfig):
+    """Tokens of an image (B, P, D) through the blocks of the tower `module`, without those that methods add. Site: embed."""
+    n_tokens = x_BPD.shape[1]
+    x_BPD, _ = sites.embed(module, x_BPD, None)
+    n_added = x_BPD.shape[1] - n_tokens
+    x_BPD, mask = attention.padded(x_BPD, None, c.attention_here)
+    x_BPD, _ = stack(VisionBlock, c, c.vision_layers, 1)(c, name="blocks")(x_BPD, None, mask)
+    return x_BPD[:, n_added : n_added + n_tokens]
 
 
 class Vision(nn.Module):
@@ -144,7 +157,4 @@ class Vision(nn.Module):
         x_BPD = by_rows(jnp.concatenate([cls_B1D, x_BPD], axis=1) + position_PD.astype(c.dtype)[None])
         if c.clip:
             x_BPD = LayerNorm(epsilon=c.vision_eps, dtype=c.dtype, name="norm_in")(x_BPD)
-        n_tokens = x_BPD.shape[1]
-        x_BPD, _ = sites.embed(self, x_BPD, None)
-        x_BPD, _ = stack(VisionBlock, c, c.vision_layers, 0)(c, name="blocks")(x_BPD, None)
-        return LayerNorm(epsilon=c.vision_eps, dtype=c.dtype, name="norm")(x_BPD[:, -n_tokens:])
+        return LayerNorm(epsilon=c.vision_eps, dtype=c.dtype, name="norm")(encoded(self, x_BPD, c))

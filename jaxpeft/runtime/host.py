@@ -63,8 +63,39 @@ def plan_for(n_devices: int, topology: str | None) -> None:
     if n_devices or topology:
         jax.config.update("jax_platforms", "cpu")
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu queries the cloud's metadata server
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two plans at once, or one beside a run
+    if topology and not topology.startswith("v"):  # a GPU, whose compiler does not need one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+        add_xla_flags("--xla_gpu_enable_triton_gemm=false")  # without a device to try them on, none is found for rank 8
     if n_devices:
         jax.config.update("jax_num_cpu_devices", n_devices)
+
+
+# Without them two runs on GPUs differ in the last bits: scatters and the backward pass of fused attention add in the order in
+# which threads arrive, and kernels are chosen by timing them, in every process anew
+DETERMINISTIC = (
+    "--xla_gpu_exclude_nondeterministic_ops=true",
+    "--xla_gpu_autotune_level=0",
+    "--xla_gpu_enable_triton_gemm=false",  # without autotuning, XLA finds no tiles for products of rank 8
+)
+
+
+def check_deterministic() -> None:
+    """Raise ValueError if this process computes on GPUs and was not started with the options of `DETERMINISTIC`."""
+    missing = [one for one in DETERMINISTIC if one not in os.environ.get("XLA_FLAGS", "").split()]
+    if missing and jax.default_backend() == "gpu":
+        raise ValueError(
+            f"deterministic is set, but XLA_FLAGS lacks {' '.join(missing)}; set it before Python starts (the command line of "
+            f"a single run does so itself)"
+        )
+
+
+def add_xla_flags(*flags: str) -> None:
+    """Set options of XLA, before JAX initializes; what XLA_FLAGS already says about them stays."""
+    old = os.environ.get("XLA_FLAGS", "").split()
+    named = {one.partition("=")[0] for one in old}
+    os.environ["XLA_FLAGS"] = " ".join(old + [one for one in flags if one.partition("=")[0] not in named])
 
 
 def keep_compiled_programs() -> Path | None:

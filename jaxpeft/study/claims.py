@@ -6,6 +6,9 @@ the base was pre-trained on, which the study's config declares, and where its sc
 **Unit.** All effects are in points: 100 (score - blind) / (ceiling - blind), so that captions and questions can be compared.
 0 is the best guess without the image, 100 the ceiling. Effects of an axis are changes over the whole axis, not per doubling.
 
+In nats (`in_nats`): a score is less nats per token, and effects and margins are in nats per token. In a study whose `measure`
+is 'nll' this is the primary measure, and the points of text metrics stand beside it.
+
 **Test.** From each claim follows one number per seed, the effect, by an equation that stands at its function. Its 95 %
 t-interval over seeds and a margin that the study's config sets beforehand decide the verdict (`intervals.verdict`): positive;
 positive, below the margin; flat; or negative. Where the interval is too wide for any of them, it is 'undecided'. Effects of
@@ -39,6 +42,8 @@ LEAST = 3  # methods, points of each, for an effect to be tested
 EQUAL = 1.25  # stored parameters of cells of equal size differ by this factor at most
 # In points; a departure is measured in standard deviations of a cell's score over seeds.
 MARGINS = {"data": 2.0, "size": 2.0, "method": 2.0, "departure": 2.0}
+# In nats per token, for judging likelihoods: .01 is 1 % of the probability of a token.
+MARGINS_NLL = {"data": 0.01, "size": 0.01, "method": 0.01, "departure": 2.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Result:
     seed: int
     score: float  # main metric on test images
     validation: float  # main metric on the split that learning rates are chosen on
+    test_nll: float = float("nan")  # nats per token of the references of test images
 
     @property
     def cell(self) -> tuple[str, int, int]:
@@ -375,6 +381,35 @@ def in_points(results: Sequence[Result], scales: Sequence[Scale]) -> list[Result
     ]
 
 
+def in_nats(results: Sequence[Result], scales: Sequence[Scale]) -> tuple[list[Result], list[Scale]]:
+    """Results and scales for judging likelihoods: scores are less nats per token, and so are effects and margins
+    (`MARGINS_NLL`)."""
+    return [dataclasses.replace(one, score=-one.test_nll) for one in results], [
+        dataclasses.replace(one, blind=0.0, ceiling=100.0, declared=True) for one in scales
+    ]
+
+
+def interactions(results: Sequence[Result], scales: Sequence[Scale]) -> dict[tuple[str, str], intervals.Estimate]:
+    """(axis, variant) -> how much more the axis matters where settings are inconsistent; variant 'all' is their mean.
+
+    In a crossed study (configs/studies/crossed.py) with tasks a, b and bases C, Q this is, for the axis 'data',
+
+        D_data = 1/2 [(trend(a|Q) - trend(a|C)) + (trend(b|C) - trend(b|Q))]
+
+    where a is consistent with C and b with Q: `contrast` of `trend`, over seeds, which are bases. The interval of one variant
+    is an estimate, no verdict: a claim needs `LEAST` methods.
+    """
+    results, found = in_points(results, scales), {}
+    names = list(dict.fromkeys(one.variant for one in results if one.method in PEFT))
+    for axis in ("data", "size"):
+        for name in ("all", *names):
+            some = [one for one in results if name in ("all", one.variant)]
+            effect = contrast(some, scales, lambda part, axis=axis: trend(part, axis))
+            if len(effect.values) > 1:
+                found[axis, name] = intervals.t_interval(effect.values)
+    return found
+
+
 def line(claim: str, statement: str, predicts: str, where: str, effect: Effect, margin: float) -> Verdict:
     """The line of a claim in the report: the interval of its effect and the verdict."""
     about = (len(effect.values), list(effect.methods), list(effect.cells))
@@ -392,12 +427,15 @@ def line(claim: str, statement: str, predicts: str, where: str, effect: Effect, 
 
 def check(config) -> None:
     """Raise ValueError for a study's margins, or a setting's `consistent` and `ceiling`, that claims cannot be judged by."""
-    margins = dict(config.get("margins", MARGINS))
-    if margins.keys() != MARGINS.keys():
-        raise ValueError(f"config.margins has {', '.join(sorted(margins))}; it must have {', '.join(sorted(MARGINS))}")
-    for name, value in margins.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ValueError(f"config.margins.{name} is {value!r}; it must be a number above 0, in points")
+    for key, default, unit in (("margins", MARGINS, "points"), ("margins_nll", MARGINS_NLL, "nats per token")):
+        margins = dict(config.get(key, default))
+        if margins.keys() != default.keys():
+            raise ValueError(
+                f"config.{key} has {', '.join(sorted(margins))}; it must have {', '.join(sorted(default))}"
+            )
+        for name, value in margins.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"config.{key}.{name} is {value!r}; it must be a number above 0, in {unit}")
     for name, setting in config.settings.items():
         if not isinstance(consistent := setting.get("consistent", True), bool):
             raise ValueError(f"config.settings.{name}.consistent is {consistent!r}; it must be True or False")

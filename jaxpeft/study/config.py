@@ -1,8 +1,11 @@
 """What the studies share: settings from near to far from pre-training, variants of methods, and the recipe."""
 
+import functools
+
 import ml_collections
 
 from jaxpeft import config
+from jaxpeft.runtime.registry import did_you_mean
 from jaxpeft.study import claims
 
 # In order of distance from pre-training. Web captions name colours and shapes, and half of them a side; they never say how
@@ -16,6 +19,9 @@ SETTINGS = {
     "vqa_unstated": {"task": "vqa", "consistent": False, "data": {"types": ("exist", "count", "compare")}},
 }
 LEARNING_RATES = (1 / 3, 1.0, 3.0)  # factors of each variant's middle learning rate
+WIDE = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of a search over a factor of 81
+# all linear layers of the text towers: attention, and the MLP, which LoRA's default leaves out
+TEXT_LINEARS = r"^text_.*(attention/(query|key|value|out)|mlp/(up|down))$"
 
 
 def variant(method: str, lr: float, head: str = "transform", sizes: tuple = (), **fields) -> dict:
@@ -41,15 +47,44 @@ def variants(head: str = "transform", prompts: tuple = (2, 4, 8, 16, 32)) -> dic
 CONTROLS = {"head": variant("head", 3e-3, "none") | {"base": True}, "full": variant("full", 5e-4, "none")}
 
 
+def centred(prompts: tuple = (2, 4, 8, 16, 32)) -> dict:
+    """The paper's five methods and their controls for `fixed_budget`, at middle learning rates from results/scenes_full.
+
+    LoRA is on all linear layers of the text towers, also with the classic placement as `lora_qv`. Its alpha is fixed, so that
+    its scale falls with the rank and one rate serves all ranks; the rates of adapters fall with the square root of their size.
+    `full_text` trains all text leaves and leaves the image encoder frozen, as the methods do; `full` trains that too.
+    """
+    lora = {"alpha": 16.0, "targets": TEXT_LINEARS}
+    return {
+        "prompt_head": variant("prompt", 3e-2, sizes=prompts),
+        "prefix_head": variant("prefix", 3e-2),
+        "serial_adapter_head": variant("serial_adapter", 2e-3) | {"lr_size": 16},
+        "parallel_adapter_head": variant("parallel_adapter", 7e-4) | {"lr_size": 32},
+        "lora_head": variant("lora", 2e-3, **lora),
+        "lora_qv_head": variant("lora", 2e-3, alpha=16.0),
+        "head": variant("head", 3e-3, "none") | {"base": True},
+        "full_text": variant("selective", 7e-4, "none", leaves="^params/text_"),
+        "full": variant("full", 4e-4, "none"),
+    }
+
+
+# the protocol of version 0.1; `random` {}: a grid of rates
+DEFAULTS = {
+    "steps": (), "measure": "main", "search_steps": 1.0, "extend": 0, "random": {}, "margins_nll": claims.MARGINS_NLL,
+}  # fmt: skip
+
+
 def study(
     name, hypothesis, settings, variants: dict, budgets, n_images, seeds=3, learning_rates=LEARNING_RATES, note="",
-    make_point=None, margins=claims.MARGINS,
+    make_point=None, margins=claims.MARGINS, axes=None, **more,
 ):  # fmt: skip
     """A study's config. The cells are on two axes through (middle budget, all images), unless `cross` is set.
 
     `settings`: names of SETTINGS, or {name: {'task': ..., keys of a run's config}}, with 'consistent' (True or False: with
     pre-training) if claims are to be judged, and 'ceiling' if the best possible score is known. `make_point(task)` -> a run's
     config. `margins`: the effects that are too small to matter, set before anything is run: study/claims.py.
+    `axes`: {'optim.weight_decay': (0.0, 0.05)}, more axes of any keys of a run's config (study/axes.py). `more`: `steps`,
+    `measure` (study/grid.py), `search_steps`, `extend`, `random` (study/search.py) and `margins_nll` (study/claims.py).
     """
     c = ml_collections.ConfigDict()
     c.name, c.hypothesis, c.note = name, hypothesis, note
@@ -58,6 +93,15 @@ def study(
     c.budgets, c.n_images, c.cross = tuple(budgets), tuple(n_images), False
     c.learning_rates, c.seeds, c.select_on = tuple(learning_rates), seeds, "val"
     c.keep_checkpoints, c.margins = False, ml_collections.ConfigDict(dict(margins))
+    nested = {}
+    for key, values in (axes or {}).items():
+        *sections, last = key.split(".")
+        place = functools.reduce(lambda place, section: place.setdefault(section, {}), sections, nested)
+        place[last] = values
+    c.axes = ml_collections.ConfigDict(nested)
+    if unknown := sorted(more.keys() - DEFAULTS.keys()):
+        raise ValueError(f"unknown setting of a study {unknown[0]!r}{did_you_mean(unknown[0], DEFAULTS)}")
+    c.update(DEFAULTS | more)
     used = sorted({one["task"] for one in c.settings.values()})
     c.points = ml_collections.ConfigDict({task: (make_point or point)(task) for task in used})
     return c
@@ -78,4 +122,13 @@ def until_plateau(c: ml_collections.ConfigDict, steps: int) -> ml_collections.Co
     """Change a config to a study's recipe: early stopping with `steps` as a cap, no gallery, and the base not scored."""
     c.optim.schedule, c.optim.warmup, c.steps = "plateau", 0.02, steps
     c.eval.splits, c.eval.base, c.eval.gallery = ("val", "test"), False, False
+    return c
+
+
+def fixed_budget(c: ml_collections.ConfigDict, steps: int) -> ml_collections.ConfigDict:
+    """Change a config to a study's protocol: all `steps` are done, constant and then 20 % of them a linear decay, with 40
+    validations of which the best is kept, step 0 included; test images with new pairs of shape and colour are scored too."""
+    c = until_plateau(c, steps)
+    c.stop.patience, c.stop.every = 0, 0
+    c.eval.splits = ("val", "test", "test_comp")
     return c

@@ -10,7 +10,7 @@ from jaxpeft import tasks, tree
 from jaxpeft.adapt import budget
 from jaxpeft.runtime.text import aligned
 from jaxpeft.study import grid, progress, state
-from jaxpeft.study.grid import Cell, Run
+from jaxpeft.study.grid import Run
 from jaxpeft.training import preflight, setup
 
 
@@ -21,34 +21,47 @@ def dry_run(config, directory: Path) -> str:
     estimated as the FLOPs of a step, at half the speed of a matrix product on this device, times the cap on steps. Memory is
     that of parameters, optimizer and cached stages, without activations.
     """
+    grid.check_config(config)
     found = state.read(config, directory)
     left, total, rows = progress.runs_left(config, found), 0.0, []
-    speed, traced = 0.5 * _flops_per_second(), {}
+    speed, traced, share = 0.5 * _flops_per_second(), {}, config.get("search_steps", 1.0)
     for cell in grid.cells(config):
-        c = Run(cell, 0, grid.learning_rates(config, cell)[0], config).config
-        key = (c.task, cell.variant)
+        run = Run(cell, 0, grid.learning_rates(config, cell)[0], config)
+        c = run.config
+        key = (c.task, c.base, c.data.get("captions"), cell.variant)
         if key not in traced:
             traced[key] = _traced(c)
         flops, features, params = traced[key]
         counts = _counts(c)
-        measured = _measured(found, cell)
+        measured = _measured(found, run)
         seconds = float(np.median(measured)) if measured else _steps(c) * flops / speed
-        total += seconds * left[cell]
+        short, whole = left[cell, True], left[cell, False]
+        total += seconds * (whole + share * short)
         megabytes = (4 * (params + 3 * counts["tuned"] + counts["stored"]) + features) / 1e6
         numbers = (f"{counts['tuned']:,}", f"{counts['stored']:,}", f"{megabytes:.0f}", f"{seconds:.0f}")
-        rows.append((str(cell), str(left[cell]), *numbers, "measured" if measured else "training alone, at most"))
+        n_left = f"{whole} + {short} short" if short else str(whole)
+        rows.append((str(cell), n_left, *numbers, "measured" if measured else "training alone, at most"))
     rows.insert(0, ("cell", "runs left", "tuned", "stored", "MB", "s a run", ""))
     end = f"{left.total()} runs left, about {total / 3600:.1f} hours on one worker"
-    return "\n".join([state.plan(config, found), *aligned(rows), end])
+    return "\n".join([state.plan(config, found), *aligned(rows), end + _extended(config, found)])
 
 
-def _measured(found: state.State, cell: Cell) -> list[float]:
-    """Seconds of the finished runs of the same setting, variant and size."""
+def _extended(config, found: state.State) -> str:
+    """How many runs may be added where the best rate stands at an edge, at most."""
+    undecided = len({run.cell for run in found.todo if run.searches})
+    most = undecided * config.get("extend", 0)
+    return f"; at most {most} more of the search where the best rate is at an edge, not in these hours" if most else ""
+
+
+def _measured(found: state.State, like: Run) -> list[float]:
+    """Seconds of the finished runs of the same setting, variant and size, in proportion to the steps of `like`."""
+    cell = like.cell
     alike = (cell.setting, cell.variant, cell.size)
     return [
-        found.finished[run.id]["timing"]["total_s"] for run in found.runs
+        found.finished[run.id]["timing"]["total_s"] * max(like.config.steps, 1) / max(run.config.steps, 1)
+        for run in found.runs
         if run.id in found.finished and (run.cell.setting, run.cell.variant, run.cell.size) == alike
-    ]  # fmt: skip
+    ]
 
 
 def _counts(c) -> dict[str, int]:

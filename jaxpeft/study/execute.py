@@ -19,7 +19,7 @@ from PIL import Image
 
 from jaxpeft import data
 from jaxpeft.runtime import files, host, locks, signals
-from jaxpeft.study import grid, processes, progress, reruns, state
+from jaxpeft.study import cases, grid, processes, progress, reruns, state
 from jaxpeft.study.grid import Run
 from jaxpeft.study.state import State
 from jaxpeft.training import run as training_run
@@ -44,6 +44,7 @@ def run(
     replaces the workers, such as `ray_executor.work` for a Ray cluster. `rerun`: a pattern of ids, see reruns.py.
     """
     directory = Path(workdir)
+    grid.check_config(config)
     found = state.read(config, directory)
     if found.todo or rerun:
         grid.check(config)
@@ -52,7 +53,7 @@ def run(
         reruns.ask(directory, rerun, found, log)
         found = state.read(config, directory)
     log(state.plan(config, found))
-    files.write_json(directory / "study.json", {"config": setup.as_json(config), "command": shlex.join(command or [])})
+    files.write_json(directory / "study.json", {"config": state.as_json(config), "command": shlex.join(command or [])})
     if found.todo:
         log(progress.progress(config, directory, found))
     if elsewhere:
@@ -65,6 +66,7 @@ def run(
             processes.run_workers(command, min(workers, len(found.todo)), directory, log)
     found = state.read(config, directory)
     rows = state.collect(directory, found)
+    cases.write(directory, rows, {"test", "test_comp"})
     keep_images(config, directory)
     log(state.plan(config, found))
     return rows
@@ -129,12 +131,16 @@ def execute(one: Run, directory: Path, log, keep_checkpoints: bool = False) -> b
         return False
     if not keep_checkpoints:
         shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
-    split = result["metrics"][one.config.eval.splits[-1]]
-    log(
-        f"{one.id}: {one.config.eval.splits[-1]} {result['main_metric']} {split['tuned'][result['main_metric']]:.3f}, "
-        f"{result['timing']['steps']} steps, {result['timing']['total_s']:.0f} s"
-    )
+    log(f"{one.id}: {_said(result)}, {result['timing']['steps']} steps, {result['timing']['total_s']:.0f} s")
     return True
+
+
+def _said(result: dict) -> str:
+    """The score of a run for its line in the log: on test images, or in a search that of its validation."""
+    split = next((name for name in ("test", *result["metrics"]) if name in result["metrics"]), None)
+    if split is None:
+        return f"{result['validation']['split']} nll {result['validation']['kept']:.3f}"
+    return f"{split} {result['main_metric']} {result['metrics'][split]['tuned'][result['main_metric']]:.3f}"
 
 
 def keep_images(config, directory: Path, n: int = 8) -> None:

@@ -15,7 +15,7 @@ from jaxpeft.study.state import State
 
 def progress(config, directory: Path, state: State) -> str:
     """A line such as '13 of 48 runs done, ETA about 0:07:10', from the files in `directory`."""
-    said = [f"{len(state.finished)} of {grid.n_runs(config)} runs done"]
+    said = [f"{len(state.finished)} of {grid.n_runs(config, state.runs)} runs done"]
     if state.given_up:
         said.append(f"{len(state.given_up)} given up")
     if not runs_left(config, state):
@@ -40,13 +40,13 @@ def as_of(run: Run, directory: Path, state: State) -> State:
     return dataclasses.replace(state, finished=finished, runs=grid.runs(run.study, finished, state.given_up))
 
 
-def runs_left(config, state: State) -> collections.Counter[Cell]:
-    """The number of runs left for each cell that has any."""
-    left = collections.Counter(run.cell for run in state.todo)
-    undecided = {run.cell for run in state.todo if run.seed == 0}
-    for cell in undecided:  # runs with other seeds are known only when the learning rate is chosen
-        left[cell] += config.seeds - 1
-    return left
+def runs_left(config, state: State) -> collections.Counter[tuple[Cell, bool]]:
+    """The number of runs left for each (cell, whether they are short runs of its search) that has any."""
+    left = collections.Counter((run.cell, run.short) for run in state.todo)
+    undecided = {run.cell for run in state.todo if run.searches}
+    for cell in undecided:  # the runs after the search are known only when the learning rate is chosen
+        left[cell, False] += grid.n_final(config)
+    return +left
 
 
 def seconds_left(config, directory: Path, state: State) -> float | None:
@@ -58,14 +58,14 @@ def seconds_left(config, directory: Path, state: State) -> float | None:
     if not measured:
         return None
     left = runs_left(config, state)
-    seconds = {cell: _expected(cell, measured) for cell in left}
-    in_all = sum(n * seconds[cell] for cell, n in left.items())
+    seconds = {(cell, short): _expected(cell, measured) * (config.search_steps if short else 1) for cell, short in left}
+    in_all = sum(n * seconds[key] for key, n in left.items())
     return max(in_all / _live_workers(directory), max(seconds.values(), default=0.0))
 
 
 def _measured(directory: Path, state: State) -> dict[tuple, list[float]]:
     """Durations of the runs that finished since the latest start of the study, each under the keys (), (setting,),
-    (setting, variant), (setting, variant, size) and its whole cell.
+    (setting, variant), (setting, variant, size) and its whole cell. A short run of a search counts as if it had all steps.
 
     Earlier runs may come from another machine, or from another number of workers on this one.
     """
@@ -75,7 +75,8 @@ def _measured(directory: Path, state: State) -> dict[tuple, list[float]]:
         if run.id in state.finished and _written(directory / "points" / run.id / "result.json") >= began:
             fields = dataclasses.astuple(run.cell)
             for n in range(len(fields) + 1):
-                found[fields[:n]].append(_seconds(state.finished[run.id]["timing"]))
+                share = run.study.search_steps if run.short else 1
+                found[fields[:n]].append(_seconds(state.finished[run.id]["timing"]) / share)
     return dict(found)
 
 

@@ -8,6 +8,8 @@ DIR/features/           outputs of frozen stages (image tokens, question states)
 DIR/reruns/             the requests of --rerun (reruns.py)
 DIR/stale/              earlier results of runs that were executed again because of a changed config or --rerun
 DIR/results.jsonl       a line per run, which the report reads
+DIR/cases.npz           the scores of every test case in every run (cases.py)
+DIR/search.jsonl        a line per run of the search, where this has fewer steps than the other runs (`search_steps`)
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from pathlib import Path
 
 from jaxpeft import tree
 from jaxpeft.runtime import files, renamed
-from jaxpeft.study import grid, reruns
+from jaxpeft.study import axes, grid, reruns
 from jaxpeft.study.grid import Run
 from jaxpeft.training import results, setup
 
@@ -105,11 +107,15 @@ def write_failure(directory: Path, name: str, error: str, began: float) -> None:
 
 def plan(config, state: State) -> str:
     """A summary of what will run and why."""
-    n_all, n_known = grid.n_runs(config), len(state.runs)
+    n_all, n_known = grid.n_runs(config, state.runs), len(state.runs)
     lines = [
         f"study {config.name}: {len(grid.cells(config))} cells, {n_all} runs; {len(state.finished)} done, "
         f"{len(state.todo)} to do, {n_all - n_known} waiting for the choice of their cell's learning rate"
     ]
+    if config.get("extend", 0):
+        lines.append(
+            f"  a cell whose best rate is the smallest or largest one tries the next, at most {config.extend} more"
+        )
     for name, why in sorted(state.stale.items()):
         lines.append(f"  out of date, will run again: {name} ({', '.join(why)})")
     for name in sorted(state.given_up):
@@ -124,15 +130,30 @@ def plan(config, state: State) -> str:
     return "\n".join(lines)
 
 
+def as_json(config) -> dict:
+    """A study's config as JSON, with the variants that its axes make."""
+    about = setup.as_json(config)
+    if about.get("axes"):
+        made = {name: dict(variant) for name, variant in axes.variants(config).items()}
+        about["variants"] = json.loads(json.dumps(made, default=dict))
+    return about
+
+
 def collect(directory: Path, state: State) -> list[dict]:
-    """Write results.jsonl -> its rows: all runs that are done or given up, sorted by id."""
-    rows = []
+    """Write results.jsonl -> its rows: all runs that are done or given up, sorted by id. Those of a search with fewer steps
+    are written to search.jsonl and left out."""
+    variants, rows, searched = axes.variants(state.runs[0].study), [], []
     for run in state.runs:
         facts = {**dataclasses.asdict(run.cell), "id": run.id, "seed": run.seed, "lr": run.lr}
+        more = {"axes": variants[run.cell.variant].get("axes"), "drawn": run.drawn}
+        facts |= {name: dict(value) for name, value in more.items() if value}
+        some = searched if run.short else rows
         if run.id in state.finished:
-            rows.append(facts | state.finished[run.id])
+            some.append(facts | state.finished[run.id])
         elif run.id in state.given_up:
-            rows.append(facts | {"status": "failed", "error": state.tries[run.id][-1]["error"]})
-    rows.sort(key=lambda row: row["id"])
-    files.write_jsonl(directory / "results.jsonl", rows)
+            some.append(facts | {"status": "failed", "error": state.tries[run.id][-1]["error"]})
+    for name, some in (("results", rows), ("search", searched)):
+        some.sort(key=lambda row: row["id"])
+        if some or name == "results":
+            files.write_jsonl(directory / f"{name}.jsonl", some)
     return rows

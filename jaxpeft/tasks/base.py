@@ -1,9 +1,10 @@
 """The interface of a task: examples from a split, a loss over a batch, evaluation examples, and a score over strings."""
 
 import abc
+import array
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import ClassVar
 
 import jax
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import ops
-from jaxpeft.data.base import Examples, Split, pad_tokens
+from jaxpeft.data.base import Examples, Split
+from jaxpeft.data.mapped import CHUNK, Ragged, empty
 from jaxpeft.inputs.processor import Template
 from jaxpeft.metrics import METRICS
 from jaxpeft.models import decode
@@ -60,7 +62,7 @@ class Task(abc.ABC):
         """One example per text to generate: arrays 'image_index' and optionally 'prompt', and rows for scoring."""
 
     @abc.abstractmethod
-    def texts(self, split: Split, template: Template) -> list[str]:
+    def texts(self, split: Split, template: Template) -> Iterable[str]:
         """Every training text, for the check that the vocabulary covers it."""
 
     @abc.abstractmethod
@@ -193,24 +195,36 @@ def check_ids(cases: Examples, key: str, name: str) -> None:
         seen.add(row[key])
 
 
-def teacher_forced(texts: list[list[list[int]]], weights: list[list[float]], template: Template) -> dict:
+def teacher_forced(texts: Iterable[list[list[int]]], weights: Iterable[list[float]], template: Template) -> dict:
     """Make inputs, shifted targets and weights from token ids per example and text. Start and padding have weight 0.
 
     `texts[i][a]` starts with `template.start` and ends with an end token, unless it was cut. All examples are padded to the
-    same number of texts with texts of weight 0. Without a start, column 0 of the inputs is a placeholder.
+    same number of texts with texts of weight 0. Without a start, column 0 of the inputs is a placeholder. Inputs and targets
+    are views of one array.
     """
-    lead = [] if template.start else [template.pad]
-    n_given = len(template.start) + len(lead)
-    most, blank = max(map(len, texts)), [template.pad] * (2 - len(lead))
-    flat = [[*lead, *text] for group in texts for text in [*group, *[blank] * (most - len(group))]]
-    ids_NT = pad_tokens(flat, template.pad)
-    length_N = np.array([len(text) for text in flat])
-    weight_N = np.array([w for group in weights for w in [*group, *[0.0] * (most - len(group))]], np.float32)
-    at_T = np.arange(1, ids_NT.shape[1])
-    scored_NT = (at_T >= n_given) & (at_T < length_N[:, None])
-    shape = (len(texts), most, -1)
-    return {
-        "tokens": ids_NT[:, :-1].reshape(shape),
-        "targets": ids_NT[:, 1:].reshape(shape),
-        "weights": (scored_NT * weight_N[:, None]).astype(np.float32).reshape(shape),
-    }
+    lead, counts = int(not template.start), array.array("i")
+
+    def each() -> Iterator[list[int]]:
+        for group in texts:
+            counts.append(len(group))
+            yield from group
+
+    ragged, n_texts_N = Ragged(each()), np.array(counts)
+    n, most = len(n_texts_N), int(n_texts_N.max())
+    # text k of an example is row most * example + k
+    row_N = np.repeat(most * np.arange(n) - n_texts_N.cumsum() + n_texts_N, n_texts_N) + np.arange(n_texts_N.sum())
+    length = max(lead + int(ragged.length_N.max()), 2)
+    ids_NT, weight_NT = empty((n * most, length), np.int32), empty((n * most, length - 1), np.float32)
+    ids_NT[:] = template.pad
+    ragged.fill(ids_NT, row_N, column=lead)
+    length_N, weight_N = np.zeros(n * most, np.int32), np.zeros(n * most, np.float32)
+    length_N[row_N] = lead + ragged.length_N
+    weight_N[row_N] = np.fromiter((w for group in weights for w in group), np.float32)
+    at_1T = np.arange(1, length)[None]
+    for k in range(0, n * most, CHUNK):
+        some = slice(k, k + CHUNK)
+        scored_NT = (at_1T >= len(template.start) + lead) & (at_1T < length_N[some, None])
+        weight_NT[some] = scored_NT * weight_N[some, None]
+    ids_NAT = ids_NT.reshape(n, most, length)
+    weight_NAT = weight_NT.reshape(n, most, length - 1)
+    return {"tokens": ids_NAT[..., :-1], "targets": ids_NAT[..., 1:], "weights": weight_NAT}

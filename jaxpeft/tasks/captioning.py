@@ -6,6 +6,8 @@ tokens. Every reference caption is a training example. Scores: CIDEr-D, BLEU-1..
 
 import collections
 import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +22,7 @@ from jaxpeft.tasks.base import Task, teacher_forced
 
 # how captions are tokenised for scoring: 'basic' for your own data, in any language; 'coco' as for published COCO numbers
 VARIANTS = {"basic": metrics.plain_words, "coco": metrics.tokenize}
+MOST_COUNTED = 500_000  # training images whose captions the blind baselines are chosen from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,26 +54,28 @@ class Captioning(Task):
     def template(self, model: VisionLanguageModel) -> Template:
         return model.processor.template(self.kind, prompt=self.prompt, max_words=self.max_words)
 
-    def texts(self, split: Split, template: Template) -> list[str]:
-        return [template.start_text, *(template.clean_text(text) for row in split.rows for text in row["captions"])]
+    def texts(self, split: Split, template: Template) -> Iterator[str]:
+        yield template.start_text
+        yield from map(template.clean_text, _captions(split))
 
     def lengths(self, split: Split, template: Template) -> dict[str, np.ndarray]:
-        captions = [text for row in split.rows for text in row["captions"]]
-        n_tokens = np.array([len(template.target(text)[0]) for text in captions], np.int64)
-        n_words = np.array([len(clean_caption(text, 10**6).split()) for text in captions], np.int64)
+        lengths = (
+            (len(template.target(text)[0]), len(clean_caption(text, 10**6).split())) for text in _captions(split)
+        )
+        n_tokens, n_words = np.fromiter(lengths, np.dtype((np.int64, 2))).T
         return {"max_tokens": n_tokens, "max_new_tokens": n_tokens - len(template.start), "max_words": n_words}
 
     def least(self, template: Template) -> dict[str, int]:
         return {"max_tokens": len(template.start) + 1, "max_new_tokens": 1}
 
     def examples(self, split: Split, template: Template) -> Examples:
-        pairs = [(i, text) for i, row in enumerate(split.rows) for text in row["captions"]]
-        if not pairs:
+        n_captions = np.fromiter((len(row["captions"]) for row in split.rows), np.int32)
+        index = np.repeat(np.arange(len(n_captions), dtype=np.int32), n_captions)
+        if not len(index):
             raise ValueError(f"split {split.name!r} has no captions; the captioning task needs at least one")
-        ids = [[template.target(text, self.max_tokens)[0]] for _, text in pairs]
-        arrays = teacher_forced(ids, [[1.0]] * len(ids), template)
-        arrays |= _framed([i for i, _ in pairs], template)
-        return Examples(arrays, split.images, [{"image_id": split.rows[i]["image_id"]} for i, _ in pairs])
+        ids = ([template.target(text, self.max_tokens)[0]] for text in _captions(split))
+        arrays = teacher_forced(ids, itertools.repeat([1.0], len(index)), template)
+        return Examples(arrays | _framed(index, template), split.images, [])
 
     def eval_examples(self, split: Split, template: Template) -> Examples:
         indices = [i for i, row in enumerate(split.rows) if row["captions"]]
@@ -112,20 +117,25 @@ class Captioning(Task):
     def guesses(self, train: Split, rows: list[dict]) -> dict[str, list[str]]:
         """The same training caption for every image: the most frequent one, and the one with the best score.
 
-        The latter is the best of 20 captions, the ten most frequent and ten others, on 100 training images.
+        The latter is the best of 20 captions, the ten most frequent and ten others, on 100 training images. Of more than
+        MOST_COUNTED training images, as many are looked at.
         """
-        counts = collections.Counter(
-            clean_caption(text, self.max_words or 10**6) for row in train.rows for text in row["captions"]
-        )
+        rows = train.rows if len(train.rows) <= MOST_COUNTED else _spread(train.rows, MOST_COUNTED)
+        texts = (clean_caption(text, self.max_words or 10**6) for row in rows for text in row["captions"])
+        counts = collections.Counter(texts)
         often = sorted(counts, key=lambda text: (-counts[text], text))
-        described = [row for row in train.rows if row["captions"]]
+        described = [row for row in rows if row["captions"]]
         tried = often[:10] + _spread(often[10:], 10)
         known = [{"image_id": str(i), "references": row["captions"]} for i, row in enumerate(_spread(described, 100))]
         best = max(tried, key=lambda text: self.per_example(known, [text] * len(known)).mean())
         return {"constant_caption": [often[0]] * len(rows), "best_caption": [best] * len(rows)}
 
 
-def _framed(indices: list[int], template: Template) -> dict[str, np.ndarray]:
+def _captions(split: Split) -> Iterator[str]:
+    return (text for row in split.rows for text in row["captions"])
+
+
+def _framed(indices: Sequence[int] | np.ndarray, template: Template) -> dict[str, np.ndarray]:
     """The arrays 'image_index' and, where the template has a prompt without a question, 'prompt'."""
     arrays, prompt = {"image_index": np.array(indices, np.int32)}, template.prompt("")[0]
     if prompt:
@@ -133,6 +143,6 @@ def _framed(indices: list[int], template: Template) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _spread(items: list, n: int) -> list:
+def _spread(items: Sequence, n: int) -> list:
     """At most `n` items, evenly spread."""
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(n, len(items))).astype(int))]

@@ -4,11 +4,12 @@ Loss: the sum over the tokens of each answer, weighted by the share of annotator
 and divided by the number of questions. Score: VQA accuracy; `variant` says how texts are compared (metrics.vqa_accuracy).
 """
 
+import array
 import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import jax
@@ -47,20 +48,19 @@ class Vqa(Task):
         "max_answers": "lists of answers",
     }
 
-    def texts(self, split: Split, template: Template) -> list[str]:
-        asked = [q for row in split.rows for q in row["questions"]]
-        return [text for q in asked for text in (template.clean_question(q["question"]), *q["answers"])]
+    def texts(self, split: Split, template: Template) -> Iterator[str]:
+        for row in split.rows:
+            for q in row["questions"]:
+                yield template.clean_question(q["question"])
+                yield from q["answers"]
 
     def lengths(self, split: Split, template: Template) -> dict[str, np.ndarray]:
-        asked = [q for row in split.rows for q in row["questions"]]
-        questions = [len(template.prompt(q["question"])[0]) for q in asked]
-        answers = [
-            len(template.target(answer)[0]) - len(template.start)
-            for q in asked
-            for answer in dict.fromkeys(q["answers"])
-        ]
-        different = [len(set(q["answers"])) for q in asked]
-        found = {"max_question": questions, "max_new_tokens": answers, "max_answers": different}
+        found = {field: array.array("q") for field in ("max_question", "max_new_tokens", "max_answers")}
+        for _, q in _asked(split):
+            different = dict.fromkeys(q["answers"])
+            found["max_question"].append(len(template.prompt(q["question"])[0]))
+            found["max_new_tokens"].extend(len(template.target(one)[0]) - len(template.start) for one in different)
+            found["max_answers"].append(len(different))
         return {field: np.array(n, np.int64) for field, n in found.items()}
 
     def least(self, template: Template) -> dict[str, int]:
@@ -81,34 +81,33 @@ class Vqa(Task):
         """The form of an answer that is counted for blind baselines and answer lists."""
         return self.form(answer) if self.variant == "basic" else answer
 
-    def _questions(self, split: Split, template: Template):
-        found = [(i, q) for i, row in enumerate(split.rows) for q in row["questions"]]
-        if not found:
+    def _questions(self, split: Split, template: Template) -> dict[str, np.ndarray]:
+        index = np.fromiter((i for i, _ in _asked(split)), np.int32)
+        if not len(index):
             raise ValueError(f"split {split.name!r} has no questions; the vqa task needs at least one")
-        ids = [template.prompt(q["question"], self.max_question)[0] for _, q in found]
-        arrays = {"image_index": np.array([i for i, _ in found], np.int32), "prompt": pad_tokens(ids, template.pad)}
-        return found, arrays
+        ids = (template.prompt(q["question"], self.max_question)[0] for _, q in _asked(split))
+        return {"image_index": index, "prompt": pad_tokens(ids, template.pad)}
+
+    def _answers(self, q: dict) -> list[tuple[str, float]]:
+        """The different answers to a question, the most frequent first, and their weights."""
+        counts = collections.Counter(q["answers"])
+        kept = sorted(counts, key=lambda a: (-counts[a], a))[: self.max_answers]
+        return [(a, q.get("weight", 1.0) * counts[a] / len(q["answers"])) for a in kept]
 
     def examples(self, split: Split, template: Template) -> Examples:
-        found, arrays = self._questions(split, template)
+        arrays = self._questions(split, template)
         limit = self.max_new_tokens and len(template.start) + self.max_new_tokens
-        answers, weights = [], []
-        for _, q in found:
-            counts = collections.Counter(q["answers"])
-            kept = sorted(counts, key=lambda a: (-counts[a], a))[: self.max_answers]
-            answers.append([template.target(a, limit)[0] for a in kept])
-            weights.append([q.get("weight", 1.0) * counts[a] / len(q["answers"]) for a in kept])
-        arrays |= teacher_forced(answers, weights, template)
-        return Examples(arrays, split.images, [{"question_id": q["question_id"]} for _, q in found])
+        answers = ([template.target(a, limit)[0] for a, _ in self._answers(q)] for _, q in _asked(split))
+        weights = ([weight for _, weight in self._answers(q)] for _, q in _asked(split))
+        return Examples(arrays | teacher_forced(answers, weights, template), split.images, [])
 
     def eval_examples(self, split: Split, template: Template) -> Examples:
-        found, arrays = self._questions(split, template)
         rows = [
             {key: q[key] for key in ("question_id", "question", "type")}
             | {"image_id": split.rows[i]["image_id"], "answers": q["answers"]}
-            for i, q in found
+            for i, q in _asked(split)
         ]
-        return Examples(arrays, split.images, rows)
+        return Examples(self._questions(split, template), split.images, rows)
 
     def loss(
         self, model: VisionLanguageModel, variables: Tree, batch: Mapping[str, jax.Array], rngs: dict[str, jax.Array]
@@ -189,3 +188,8 @@ class Vqa(Task):
         of_type = [majority.get(row["type"], anything) for row in rows]
         of_words = [known.get(row["question"], guess) for row, guess in zip(rows, of_type, strict=True)]
         return {"majority": of_type, "question_only": of_words}
+
+
+def _asked(split: Split) -> Iterator[tuple[int, dict]]:
+    """(index of the image, question) of every question."""
+    return ((i, q) for i, row in enumerate(split.rows) for q in row["questions"])

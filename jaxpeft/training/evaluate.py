@@ -68,13 +68,35 @@ def passes(variables: Tree, examples: Examples, batch_size: int) -> Iterator[tup
         yield sharding.shard_batch(batch, on, n), n_real
 
 
+def _fetched(running: Iterable[tuple[Sequence[jax.Array], int]]) -> Iterator[list[np.ndarray]]:
+    """The outputs of every batch in this host's memory, without padding, from (outputs, number of real rows). A batch is
+    fetched after the next one was started, so that the device does not wait for the host."""
+
+    def on_host(outputs: Sequence[jax.Array], n_real: int) -> list[np.ndarray]:
+        return [tree.fetch(x)[:n_real] for x in outputs]
+
+    before = None
+    for now in running:
+        if before is not None:
+            yield on_host(*before)
+        before = now
+    if before is not None:
+        yield on_host(*before)
+
+
 @_on_its_devices
 def stage_outputs(
     model: VisionLanguageModel, variables: Tree, examples: Examples, name: str, batch_size: int = 64
 ) -> np.ndarray:
     """The output of a stage for every example, (n, ...). The examples' batches must hold what the stage reads."""
-    batches = passes(variables, examples, batch_size)
-    return np.concatenate([tree.fetch(_stage(model, variables, batch, name))[:n] for batch, n in batches])
+    batches, found, done = passes(variables, examples, batch_size), np.empty(0), 0
+    running = (([_stage(model, variables, batch, name)], n) for batch, n in batches)
+    for (rows,) in _fetched(running):
+        if not done:  # one table from the start: joining batches at the end would take twice its memory
+            found = np.empty((len(examples), *rows.shape[1:]), rows.dtype)
+        found[done : done + len(rows)] = rows
+        done += len(rows)
+    return found
 
 
 def predict(
@@ -91,10 +113,12 @@ def ranked(
     """The `beams` best texts of each example as {'text', 'score'}, best first; two of them may be equal texts."""
     template, written = task.template(model), []
     search = task.search(model, beams)
-    for batch, n_real in passes(variables, examples, batch_size):
-        write = _write_mixed if "adapter" in batch else _write
-        tokens_BKT, score_BK = write(model, variables, batch, search)
-        for tokens_KT, score_K in zip(tree.fetch(tokens_BKT)[:n_real].tolist(), tree.fetch(score_BK), strict=False):
+    running = (
+        ((_write_mixed if "adapter" in batch else _write)(model, variables, batch, search), n)
+        for batch, n in passes(variables, examples, batch_size)
+    )
+    for tokens_BKT, score_BK in _fetched(running):
+        for tokens_KT, score_K in zip(tokens_BKT.tolist(), score_BK, strict=True):
             texts = [template.text(tokens[len(search.start) :]) for tokens in tokens_KT]
             written.append([{"text": t, "score": float(s)} for t, s in zip(texts, score_K, strict=True)])
     return written
@@ -117,10 +141,12 @@ def choose(
     answers_AT = pad_tokens([[*lead, *template.target(text, room)[0]] for text in candidates], template.pad)
     k = task.rank_k  # pyright: ignore[reportAttributeAccessIssue]  only for tasks with `candidates`
     options = {"pad": template.pad, "k": k, "smoothing": task.smoothing}
-    for batch, n_real in passes(variables, examples, batch_size):
-        context = contexts(model, variables, batch)
-        which_BK, score_BK = decode.rank(model, variables, context, answers_AT, **options)
-        best = zip(tree.fetch(which_BK)[:n_real, 0], tree.fetch(score_BK)[:n_real, 0], strict=True)
+    running = (
+        (decode.rank(model, variables, contexts(model, variables, batch), answers_AT, **options), n)
+        for batch, n in passes(variables, examples, batch_size)
+    )
+    for which_BK, score_BK in _fetched(running):
+        best = zip(which_BK[:, 0], score_BK[:, 0], strict=True)
         found += [{"text": candidates[i], "score": float(score)} for i, score in best]
     return found
 
@@ -163,11 +189,8 @@ def nlls(
     model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, *, batch_size: int = 64
 ) -> np.ndarray:
     """The negative log-likelihood of the reference tokens of each example, in nats, and their number: (n, 2) float64."""
-    found = []
-    for batch, n_real in passes(variables, examples, batch_size):
-        both = _nll(model, task, variables, batch)
-        found.append(np.stack([tree.fetch(x)[:n_real] for x in both], axis=1).astype(np.float64))
-    return np.concatenate(found)
+    running = ((_nll(model, task, variables, batch), n) for batch, n in passes(variables, examples, batch_size))
+    return np.concatenate([np.stack(both, axis=1).astype(np.float64) for both in _fetched(running)])
 
 
 def nll(model: VisionLanguageModel, variables: Tree, task: Task, examples: Examples, **options: Any) -> float:

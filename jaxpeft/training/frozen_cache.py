@@ -148,7 +148,8 @@ class FrozenCache:
         leaves = tree.digest({name: flat[name] for name in sorted(program.leaves)})
         digest = hashlib.sha256(json.dumps([program.digest, leaves, *content]).encode()).hexdigest()[:16]
         path = self.directory / f"{split.name}-{stage.name}-{len(examples)}-{digest}.npy"
-        return _kept(path, compute, self.limit, self.log)
+        # a .npy file does not name bfloat16: it is read as two bytes without a type
+        return _kept(path, compute, self.limit, self.log).view(program.row.dtype)
 
 
 def _without(examples: Examples, names: set[str]) -> Examples:
@@ -199,7 +200,7 @@ def cacheable(
 
 
 def _kept(path: Path, compute: Callable[[], np.ndarray], limit: int, log: Callable[[str], object]) -> np.ndarray:
-    """The result of `compute`, memory-mapped from `path` if it exists; otherwise computed and written there."""
+    """The result of `compute`, memory-mapped from `path`, where it is computed and written unless it is there."""
     stored = None
     if path.exists():
         try:
@@ -219,6 +220,7 @@ def _kept(path: Path, compute: Callable[[], np.ndarray], limit: int, log: Callab
             with temporary.open("wb") as file:
                 np.save(file, computed)
             os.replace(temporary, path)
+            computed = np.load(path, mmap_mode="r")  # frees the memory
             _trim(path.parent, limit, keep=path)
     except OSError as error:  # a full disk: the result can be used all the same
         temporary.unlink(missing_ok=True)

@@ -157,8 +157,9 @@ def fit(
     With `job.validate` the schedule is 'plateau' (early stopping with a cooldown) and config.steps is a cap. There is a
     validation before the first step and one every config.stop.every steps. If the loss has not fallen by a share of
     config.stop.min_gain in config.stop.patience validations, the learning rate decays to zero over optim.cooldown of the steps
-    done. The parameters with the lowest validation loss are returned. timing['stopped'] is 'plateau' or 'cap',
-    timing['kept_step'] the step that is returned.
+    done. With a patience of 0 it always decays over the last optim.cooldown of config.steps. The parameters with the lowest
+    validation loss are returned, those of step 0 included. timing['stopped'] is 'plateau', 'cap', or with a patience of 0
+    'budget'; timing['kept_step'] is the step that is returned.
 
     Checkpoints are saved config.checkpoint_seconds after the last one (0: after every step), or later where a save takes more
     than 1 / PAUSE of that time, by the clock of the first host, and after the last step. If a signal, an error or a loss that
@@ -185,7 +186,7 @@ def fit(
         step = first = saved = int(state.step)
         last = _last_step(config, state)
         if step >= last:
-            return _chosen(state, timing)
+            return _chosen(config, state, timing)
         frozen = sharding.put(job.frozen, sharding.shardings(job.frozen, job.rules, mesh))
         frozen_digest = tree.digest(frozen) if config.check_frozen else None
 
@@ -280,7 +281,7 @@ def fit(
             raise AssertionError("a frozen leaf changed during training")
         if not checkpoints.wait() and not (checkpoints.save(step, state, job.manifest) and checkpoints.wait()):
             log("the last step is not stored: if this run is interrupted now, it resumes from the last stored step")
-    return _chosen(state, timing)
+    return _chosen(config, state, timing)
 
 
 @jax.jit
@@ -301,11 +302,11 @@ def _last_step(config: optim.Config, state: TrainState) -> int:
     return config.steps if state.best is None else int(_schedule(state).n_steps)
 
 
-def _chosen(state: TrainState, timing: dict) -> tuple[TrainState, dict]:
+def _chosen(config: optim.Config, state: TrainState, timing: dict) -> tuple[TrainState, dict]:
     """What `fit` returns: where training validates, the state with the best parameters."""
     if state.best is None:
         return state, timing
-    stopped = "plateau" if state.best.stopped else "cap"
+    stopped = "plateau" if state.best.stopped else "cap" if config.stop.patience else "budget"
     timing |= {"steps": int(state.step), "stopped": stopped, "kept_step": int(state.best.step)}
     timing |= {"validation_loss": float(state.best.loss)}
     return state._replace(tuned=state.best.tuned), timing
@@ -322,7 +323,7 @@ def _validated(
         best = best._replace(since=best.since + 1)
     else:
         best = best._replace(mark=loss, since=0)
-    if best.since >= config.stop.patience and step < s.decay_from:
+    if 0 < config.stop.patience <= best.since and step < s.decay_from:
         s = s._replace(decay_from=step, n_steps=min(step + max(1, round(config.optim.cooldown * step)), s.n_steps))
         best = best._replace(stopped=True)
     tuned = state.best.tuned

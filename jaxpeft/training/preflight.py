@@ -2,15 +2,18 @@
 
     python main.py --config=... --workdir=DIR --preflight                       on the devices of this machine
     python main.py ... --preflight --devices=8 --config.mesh.fsdp=8             on eight virtual CPU devices
-    python main.py ... --preflight --topology=v5e:2x4 --config.mesh.fsdp=8      for a TPU slice, from any machine (libtpu)
+    python main.py ... --preflight --topology=h100                              for GPUs, from any machine (preflight-cuda)
+    python main.py ... --preflight --topology=v5e:2x4                           for a TPU slice, from any machine (libtpu)
 
 The training step is compiled from shapes: no weights (a base directory's config.json is enough) and no images are read, and
-nothing is computed. Memory is what XLA plans for one device: exact for a TPU topology; on CPU an estimate for an accelerator,
-whose fusions differ. FLOPs are counted on the program with unrolled layers.
+nothing is computed. Memory is what XLA plans for one device: exact for a topology; on CPU an estimate for an accelerator,
+whose fusions differ. FLOPs are counted on the program with unrolled layers and without what remat repeats. For GPUs the kernels
+of the program are counted, and gpu.py predicts its time.
 """
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -27,7 +30,7 @@ from jaxpeft.adapt import budget, sites
 from jaxpeft.data import base, pipeline
 from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime.text import aligned
-from jaxpeft.training import frozen_cache, loop, optim, setup, sharding
+from jaxpeft.training import frozen_cache, gpu, loop, optim, setup, sharding
 from jaxpeft.training.setup import Config
 from jaxpeft.tree import Tree
 
@@ -48,6 +51,7 @@ CHIPS = {
     "a100": Chip(312e12, 2.04e12, 80e9),
     "h100": Chip(989e12, 3.35e12, 80e9),
     "h200": Chip(989e12, 4.8e12, 141e9),
+    "b200": Chip(2250e12, 7.7e12, 180e9),
     "v4": Chip(275e12, 1.23e12, 32 << 30),
     "v5e": Chip(197e12, 0.82e12, 16 << 30),
     "v5p": Chip(459e12, 2.77e12, 95 << 30),
@@ -71,15 +75,19 @@ def chip_of(said: str | None, topology: str | None) -> Chip | None:
 
 
 def devices_of(topology: str | None) -> list[Any]:
-    """The devices to plan for: those of a TPU topology by name, or else this machine's."""
+    """The devices to plan for: those of a topology by name, such as 'h100', 'h100:8' or 'v5e:2x4', or else this machine's."""
     if not topology:
         return jax.devices()
+    if not topology.startswith("v"):
+        return gpu.devices(topology)
     from jax.experimental import topologies
 
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(f"topology {topology!r} needs the compiler for TPUs: pip install libtpu")
     try:
         return list(topologies.get_topology_desc(topology, "tpu").devices)
     except Exception as error:  # libtpu's errors have many types
-        raise ValueError(f"topology {topology!r} cannot be loaded: {error}; it requires `pip install libtpu`") from None
+        raise ValueError(f"topology {topology!r} cannot be loaded: {error}") from None
 
 
 # ---------------------------------------------------------------- the step, in shapes
@@ -104,9 +112,11 @@ def _training(settings: str, splits: tuple[str, ...]) -> base.Split:
     return data.load(ml_collections.ConfigDict(json.loads(settings)), list(splits))["train"]
 
 
-def step_in_shapes(c: Config, model: VisionLanguageModel, batch_size: int | None = None) -> tuple[Step, Shapes, int]:
-    """(step, (state, frozen, batch) as shapes, bytes of the outputs of frozen stages on the host) of a run. Only texts of its
-    data are read."""
+def step_in_shapes(
+    c: Config, model: VisionLanguageModel, batch_size: int | None = None, platform: str = "cpu"
+) -> tuple[Step, Shapes, int]:
+    """(step on a platform, (state, frozen, batch) as shapes, bytes of the outputs of frozen stages on the host) of a run. Only
+    texts of its data are read."""
     batch_size = batch_size or c.batch_size
     pipeline.check_augment(c.data.augment)
     task, chosen = tasks.build(c.task, **c.task_options), setup.methods_of(c)
@@ -120,7 +130,7 @@ def step_in_shapes(c: Config, model: VisionLanguageModel, batch_size: int | None
     variables = budget.abstract_variables(model, chosen)
     mask = sites.trainable(variables)
     dtype = c.model.get("frozen_dtype", "float32")
-    variables = jax.eval_shape(functools.partial(setup.narrowed, mask=mask, dtype=dtype), variables)
+    variables = jax.eval_shape(functools.partial(sites.narrowed, model, dtype=dtype, mask=mask), variables)
     n_rows = {"image": n_all, "example": len(examples)}
     cache = frozen_cache.planned(c, model, variables, mask, examples, n_all)
     tables = ((stage, cache.programs[stage.name].row) for stage in cache.stages)
@@ -134,6 +144,7 @@ def step_in_shapes(c: Config, model: VisionLanguageModel, batch_size: int | None
     batch = {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     tuned, frozen = tree.split(variables, mask)
     tx = optim.optimizer(c.optim, tuned, setup.scheduled(c, len(examples)).steps)
+    model = setup.for_devices(c, model, sites.resolved(model, chosen), platform)
     best = c.optim.schedule == "plateau"
     state = jax.eval_shape(functools.partial(loop.start, tx=tx, seed=0, best=best), tuned)
 
@@ -147,7 +158,8 @@ def step_in_shapes(c: Config, model: VisionLanguageModel, batch_size: int | None
 
 
 def flops_of(step: Step, shapes: Shapes, model: VisionLanguageModel) -> float:
-    """FLOPs of one step on all devices together. XLA counts the body of a loop once, so the layers are unrolled."""
+    """FLOPs of one step on all devices together. XLA counts the body of a loop once, so the layers are unrolled. `model`: for
+    this machine's CPU."""
     step = functools.partial(step, model=model.unrolled())
     costs = jax.jit(step).lower(*shapes).cost_analysis()
     assert costs is not None  # no backend of JAX lacks it
@@ -161,13 +173,15 @@ class Plan:
     arguments: int  # weights, optimizer, batch
     temporary: int  # activations and gradients
     seconds: float
+    kernels: tuple[gpu.Kernel, ...] = ()  # of a GPU's program
+    program: str = ""  # its text, on request
 
     @property
     def peak(self) -> int:
         return self.arguments + self.temporary
 
 
-def compiled(step: Step, shapes: Shapes, rules: sharding.Rules, mesh: Mesh) -> Plan:
+def compiled(step: Step, shapes: Shapes, rules: sharding.Rules, mesh: Mesh, keep_program: bool = False) -> Plan:
     """The plan of a step on a mesh. The step's output state reuses the memory of its input state."""
     state, frozen, batch = shapes
     placed = sharding.shardings(state, rules, mesh)
@@ -184,12 +198,15 @@ def compiled(step: Step, shapes: Shapes, rules: sharding.Rules, mesh: Mesh) -> P
     began = time.perf_counter()
     jitted = jax.jit(functools.partial(step), donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
     with sharding.using_mesh(mesh):
-        found = jitted.lower(*arguments).compile().memory_analysis()
+        program = jitted.lower(*arguments).compile()
+    found, on_gpu = program.memory_analysis(), mesh.devices.flat[0].platform == "gpu"
     assert found is not None  # no backend of JAX lacks it
     return Plan(
         found.argument_size_in_bytes,
         found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes,
         time.perf_counter() - began,
+        tuple(gpu.kernels(program.as_text())) if on_gpu else (),
+        program.as_text() if keep_program else "",
     )
 
 
@@ -202,7 +219,7 @@ def report(config: Config, topology: str | None = None, chip: Chip | None = None
     mesh = sharding.mesh(config.get("mesh"), devices)
     sharding.check_batch(config.batch_size, config.grad_accum, mesh)
     model = setup.abstract_model(config)
-    shapes_of = functools.partial(step_in_shapes, config, model)
+    shapes_of = functools.partial(step_in_shapes, config, model, platform=devices[0].platform)
     step, shapes, n_tables = shapes_of()
     state, frozen, batch = shapes
     counts = sites.counts(tree.join(state.tuned, frozen), jax.tree.map(lambda x: True, state.tuned))
@@ -227,6 +244,12 @@ def report(config: Config, topology: str | None = None, chip: Chip | None = None
         rows.append(("whole on every device", ", ".join(whole[:6])))
     if chip:
         rows += _roofline(config, mesh, chip, flops, frozen, state)
+    if chip and plan.kernels:
+        rows += _predicted(config, mesh, chip, flops, plan)
+    if mesh.shape["data"] < mesh.size:
+        plain = sharding.mesh(None, devices)
+        other = compiled(step, shapes, model.sharding, plain)
+        rows.append((f"with data={plain.size} instead", f"peak {_mb(other.peak)} per device{_share(other.peak, chip)}"))
     rows.append(("largest batch", _largest(config, shapes_of, model, mesh, chip, plan)))
     rows.append(("compiled in", f"{plan.seconds:.0f} s"))
     return "\n".join(aligned(rows, left=2))
@@ -261,6 +284,22 @@ def _roofline(
             f"TFLOP/s, {1e3 * memory:.2f} ms of weights and state at {chip.bandwidth / 1e12:.2f} TB/s); "
             f"{config.batch_size / max(compute, memory):,.0f} examples/s at most",
         )
+    ]
+
+
+def _predicted(config: Config, mesh: Mesh, chip: Chip, flops: float, plan: Plan) -> list[tuple[str, str]]:
+    """The kernels of a GPU's program, and its time by the model of gpu.py."""
+    n = sum(one.times for one in plan.kernels)
+    fused = sum(one.times for one in plan.kernels if "fmha" in one.target)
+    seconds = gpu.seconds(plan.kernels, chip.flops, chip.bandwidth)
+    share = 100 * flops / mesh.size / seconds / chip.flops
+    return [
+        ("kernels per step", f"{n:,}, {fused} of them fused attention"),
+        (
+            "predicted step",
+            f"{1e3 * seconds:.1f} ms, {share:.0f} % of the peak, {config.batch_size / seconds:,.0f} examples/s (a model, see "
+            f"jaxpeft/training/gpu.py; not measured)",
+        ),
     ]
 
 

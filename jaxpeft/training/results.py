@@ -99,7 +99,8 @@ def memory() -> dict:
 
 
 def validation(workdir: Path, split: str, timing: dict, worth: dict | None) -> dict:
-    """The validation part of a result: the loss at the first, the best, the kept and the last step, from metrics.jsonl.
+    """The validation part of a result: the loss at the first, the best, the kept and the last step, from metrics.jsonl, and
+    the 'curve' of all pairs [step, loss].
 
     `timing` is that of `loop.fit`, `worth` the result of `evaluate.worth_of_images` at the best step.
     """
@@ -117,6 +118,7 @@ def validation(workdir: Path, split: str, timing: dict, worth: dict | None) -> d
         | best
         | kept
         | {"last_step": last_step, "last": last, "stopped": timing["stopped"], "images": worth}
+        | {"curve": [[at, round(loss, 6)] for at, loss in curve]}
     )
 
 

@@ -9,6 +9,7 @@ the same directory would conflict with.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import time
@@ -19,6 +20,7 @@ import jax
 from jaxpeft import tree
 from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline
+from jaxpeft.data.base import Split
 from jaxpeft.interchange import save_tuned
 from jaxpeft.runtime import files, host, locks
 from jaxpeft.training import boards, finished, inputs, results, sharding
@@ -51,9 +53,12 @@ def run(
     workdir, first = Path(workdir), sharding.is_first()
     workdir.mkdir(parents=True, exist_ok=True)
     log = log if first else lambda *_: None
-    with locks.held(workdir) if first else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(locks.held(workdir))
         began = time.perf_counter()
         setups.check_config(config)
+        stack.enter_context(setups.precision(config))
         changed = finished.check_workdir(config, workdir, accept_changes, log)
         if not changed and (workdir / "result.json").exists():
             result = json.loads((workdir / "result.json").read_text())
@@ -109,9 +114,17 @@ def _job(plan: Config, setup: Setup, read: Inputs, log: Log) -> Job:
 
 
 def _digests(setup: Setup) -> dict:
+    return {"base": setup.facts["base_digest"], "data": {name: _of_data(one) for name, one in setup.splits.items()}}
+
+
+def _of_data(split: Split) -> str:
+    """`setups.digest([source, rows])`, row by row: as one text, millions of rows would take gigabytes."""
     # a source may be a directory that is named by a digest; it may be moved
-    of_data = {name: setups.digest([Path(one.source).name, one.rows]) for name, one in setup.splits.items()}
-    return {"base": setup.facts["base_digest"], "data": of_data}
+    found = hashlib.sha256(json.dumps([Path(split.source).name, []])[:-2].encode())
+    for i, row in enumerate(split.rows):
+        found.update((", " * (i > 0) + json.dumps(row, sort_keys=True)).encode())
+    found.update(b"]]")
+    return found.hexdigest()[:16]
 
 
 def _result(config: Config, setup: Setup, scored: scoring.Scored) -> dict:

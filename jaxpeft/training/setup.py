@@ -1,12 +1,14 @@
 """What is decided before training: task, model, methods, and the variables on their devices."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import re
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -17,16 +19,18 @@ from jaxpeft import data, methods, metrics, tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline
 from jaxpeft.data.base import Split
-from jaxpeft.methods import METHODS, Method
-from jaxpeft.models import loading
+from jaxpeft.methods import METHODS, Method, Site
+from jaxpeft.models import convert, loading
 from jaxpeft.models.base import VisionLanguageModel
-from jaxpeft.runtime import registry, renamed
+from jaxpeft.models.stack import StackConfig
+from jaxpeft.runtime import host, registry, renamed
 from jaxpeft.training import optim, sharding
 from jaxpeft.training.optim import Config
 from jaxpeft.tree import Mask, Tree
 
 Log = Callable[[str], object]
 DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("default", "high", "highest")
 LEAST_STEPS = 100  # minimum where epochs decide: a few images are seen many times, and the best step is kept
 VALIDATIONS = 40  # number of validations where stop.every is 0
 
@@ -41,7 +45,7 @@ class Setup:
     variables: Tree
     mask: Mask
     mesh: Mesh
-    originals: Tree  # the variables as loaded, for `tuned/`; on the host where `variables` have a narrower dtype
+    originals: Tree  # the variables as loaded, for `tuned/`; the base is in this host's memory
     splits: dict[str, Split]  # 'train' is the subset that is trained on
     whole: tuple[Split, np.ndarray]  # all of 'train', and the indices of the subset in it
     candidates: list[str] | None  # the closed list that answers are chosen from
@@ -66,11 +70,12 @@ def prepare(config: Config, log: Log) -> Setup:
     for remark in splits["train"].report.get("remarks", []):
         log(f"warning: {remark}")
     model, params, chosen, facts = setup_model(config, task, splits["train"], log)
+    model = for_devices(config, model, sites.resolved(model, chosen), mesh.devices.flat[0].platform)
     variables = sites.attach(model, params, chosen, jax.random.key(config.seed))
     mask = sites.trainable(variables)
     task, texts = with_limits(task, model, chosen, splits, log)
     log(" + ".join(map(str, chosen)))
-    log(_towers(model, sites.methods_of(variables)))
+    log(_towers(variables, mask))
     log(sites.describe(variables, mask, leaves=False))
     facts = {
         "model": facts,
@@ -79,8 +84,7 @@ def prepare(config: Config, log: Log) -> Setup:
         "base_digest": tree.digest(params),
     }
     dtype = config.model.get("frozen_dtype", "float32")
-    placed = _placed(narrowed(variables, mask, dtype), model, mesh, log)
-    originals = variables if dtype == "float32" else jax.tree.map(tree.fetch, variables)
+    placed = _placed(sites.narrowed(model, variables, dtype, mask), model, mesh, log)
     candidates = task.candidates(splits["train"], task.template(model))
     return Setup(
         task=task,
@@ -89,7 +93,7 @@ def prepare(config: Config, log: Log) -> Setup:
         variables=placed,
         mask=mask,
         mesh=mesh,
-        originals=originals,
+        originals=variables,
         splits=splits,
         whole=whole,
         candidates=candidates,
@@ -124,6 +128,22 @@ def check_config(config: Config) -> None:
                 f"model.{name} is {config.model[name]!r}{registry.did_you_mean(config.model[name], DTYPES)}; choose one of "
                 f"{', '.join(DTYPES)}"
             )
+    with precision(config):
+        pass
+    if config.get("deterministic"):
+        host.check_deterministic()
+
+
+def precision(config: Config) -> AbstractContextManager[None]:
+    """Inside it, float32 products are computed as `model.precision` says. Raises ValueError for a name that it is not."""
+    said = config.model.get("precision")
+    if said is None:
+        return contextlib.nullcontext()
+    if said not in PRECISIONS:
+        raise ValueError(
+            f"model.precision is {said!r}{registry.did_you_mean(said, PRECISIONS)}; choose one of {', '.join(PRECISIONS)}"
+        )
+    return jax.default_matmul_precision(said)
 
 
 def scheduled(config: Config, n_examples: int) -> Config:
@@ -141,7 +161,7 @@ def setup_model(
     config: Config, task: tasks.Task, train: Split, log: Log
 ) -> tuple[VisionLanguageModel, Tree, tuple[Method, ...], dict[str, Any]]:
     """(model, params, methods, facts) of a config: the base, its vocabulary checked against the texts, the methods."""
-    model, params, report = read_base(config, task)
+    model, params, report = read_base(config, task, convert.in_memory)  # devices need not hold all of it
     for group, source in report.get("initialised", {}).items():
         if source != "checkpoint":
             log(f"{group} is initialised from {source}")
@@ -226,7 +246,23 @@ def abstract_model(config: Config) -> VisionLanguageModel:
 
 def _options(config: Config) -> dict:
     c = config.model
-    return {"image_size": c.image_size, "dtype": c.dtype, "remat": c.remat, "dropout": c.dropout}
+    fields = {"image_size": c.image_size, "dtype": c.dtype, "dropout": c.dropout}
+    # where these are None, the model decides or `for_devices`
+    return fields | {name: c[name] for name in ("remat", "unroll", "attention") if c.get(name) is not None}
+
+
+def for_devices(
+    config: Config, model: VisionLanguageModel, chosen: Iterable[Method], platform: str
+) -> VisionLanguageModel:
+    """The model with the fields that the config leaves open (None) set for its devices, on platform 'cpu', 'gpu' or 'tpu', and
+    for what is trained. On CPU it is the same model."""
+    if platform == "cpu" or not isinstance(model.config, StackConfig):  # someone else's has no such fields
+        return model
+    fields = model.config.on(platform)
+    if config.model.get("remat") is None and config.model.dtype == "bfloat16":
+        image = model.targets.get("vision", "$^")
+        fields["remat"] = "dots" if any(re.search(image, path) for path in _adapted(model, chosen)) else "none"
+    return model.replaced(**fields)
 
 
 def pinned_base(config: Config, result: dict) -> str:
@@ -235,9 +271,19 @@ def pinned_base(config: Config, result: dict) -> str:
     return f"{config['base'].partition('@')[0]}@{revision}" if revision else str(config["base"])
 
 
-def read_base(config: Config, task: tasks.Task) -> tuple[VisionLanguageModel, Tree, dict[str, Any]]:
-    """Read (model, params, report) that training starts from, before words are added."""
-    model, params, report = loading.read(config.base, task=task.kind, **_options(config))
+def read_base(
+    config: Config, task: tasks.Task, place: convert.Place = convert.on_device
+) -> tuple[VisionLanguageModel, Tree, dict[str, Any]]:
+    """Read (model, params, report) that training starts from, before words are added.
+
+    Leaves are float32, but those that `narrowed` casts have the type of the file: a base in bfloat16 is never wider in memory.
+    """
+    options, dtype = _options(config), None
+    if config.model.get("frozen_dtype", "float32") != "float32":
+        dtype = _types(abstract_model(config), methods_of(config))
+    model, params, report = loading.read(
+        config.base, task=task.kind, place=place, param_dtype=dtype or "float32", **options
+    )
     if model.tokenizer is None:
         raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
     if config.init == "scratch":
@@ -247,36 +293,40 @@ def read_base(config: Config, task: tasks.Task) -> tuple[VisionLanguageModel, Tr
     return model, params, report
 
 
+def _types(model: VisionLanguageModel, chosen: Iterable[Method]) -> Callable[[str], str | None]:
+    """Leaf -> the type to read it in: None, that of the file, for frozen leaves that `narrowed` casts."""
+    chosen = sites.resolved(model, chosen)
+
+    def one(name: str) -> str | None:
+        frozen = not any(method.trains(f"params/{name}") for method in chosen)
+        return None if frozen and re.search(model.narrow, name) else "float32"
+
+    return one
+
+
 def methods_of(config: Config) -> tuple[methods.Method, ...]:
     """The methods that a config names."""
     fields = {key: value for key, value in config.method.items() if key != "name"}
     return methods.build(config.method.name, config.head, **fields)
 
 
-def narrowed(variables: Tree, mask: Mask, dtype: str) -> Tree:
-    """Cast frozen matrices to `dtype`. With model.dtype bfloat16, products cast them to bfloat16 anyway, so no result changes.
-    Word embeddings keep their dtype: they are added to others in float32 before anything is rounded."""
-    if dtype == "float32":
-        return variables
-    if dtype != "bfloat16":
-        raise ValueError(f"model.frozen_dtype is {dtype!r}; choose float32 or bfloat16")
-
-    def one(name: str, x: jax.Array, tuned: bool) -> jax.Array:
-        return x if tuned or not re.search("^params/.*kernel$", name) else x.astype(dtype)
-
-    return jax.tree.map(one, tree.names(variables), variables, mask)
+def _towers(variables: Tree, mask: Mask) -> str:
+    """A line with the towers that have trained leaves, and those that have none."""
+    trained = {name.split("/")[1] for name, on in tree.flatten(mask).items() if on}
+    names = {on: [name for name in variables["params"] if (name in trained) == on] for on in (True, False)}
+    some, rest = (", ".join(names[on]) or "nothing" for on in (True, False))
+    return f"adapted: {some}; not adapted: {rest}"
 
 
-def _towers(model: VisionLanguageModel, chosen: Iterable[Method]) -> str:
-    """A line with the towers that the methods adapt, and those that they do not."""
-    chosen, touched = tuple(chosen), {}
-    for site in sites.sites(model):
-        name = site.path.split("/")[0]
+def _adapted(model: VisionLanguageModel, chosen: Iterable[Method]) -> list[str]:
+    """The paths of sites where the methods act, or train a leaf of the base. `chosen`: with patterns, not names of groups."""
+
+    def hit(one: Method, site: Site) -> bool:
         leaf = f"params/{site.path}/"
-        hit = any(one.selects(site) or one.trains(f"{leaf}kernel") or one.trains(f"{leaf}bias") for one in chosen)
-        touched[name] = touched.get(name, False) or hit
-    names = {on: ", ".join(name for name, hit in touched.items() if hit == on) or "nothing" for on in (True, False)}
-    return f"adapted: {names[True]}; not adapted: {names[False]}"
+        return one.selects(site) or one.trains(f"{leaf}kernel") or one.trains(f"{leaf}bias")
+
+    chosen = tuple(chosen)
+    return [site.path for site in sites.sites(model) if any(hit(one, site) for one in chosen)]
 
 
 def _placed(variables: Tree, model: VisionLanguageModel, mesh: Mesh, log: Log) -> Tree:

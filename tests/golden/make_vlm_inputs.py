@@ -186,6 +186,29 @@ def idefics3():
     return Idefics3Processor(*smolvlm_parts(), image_seq_len=N_IMAGE["smolvlm"], chat_template=DEFAULT_CHAT_TEMPLATE)
 
 
+def idefics3_llama():
+    """Idefics3Processor with a toy of Llama 3's kind, as Idefics3-8B has: a pattern cuts words, merges are skipped for words of
+    the vocabulary, texts begin with <|begin_of_text|>, and <global-img> is not a token."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+    from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+
+    words = r" ?\p{L}+|\p{N}{1,3}|[^\s\p{L}\p{N}]+|\s+"
+    library = Tokenizer(models.BPE(ignore_merges=True))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), byte_level])
+    library.decoder = decoders.ByteLevel()
+    first = ["<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"]
+    trained(library, 400, first, np.random.default_rng(4), sorted(pre_tokenizers.ByteLevel.alphabet()))
+    more = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+    library.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in more])
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<end_of_utterance>", "pad_token": "<|pad|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=library, **names)
+    chat = DEFAULT_CHAT_TEMPLATE.replace("<|im_start|>", "<|begin_of_text|>")
+    return Idefics3Processor(smolvlm_parts()[0], tokenizer, image_seq_len=N_IMAGE["smolvlm"], chat_template=chat)
+
+
 def paligemma_ids(processor, prompt, target):
     """All ids of an example, image tokens and end token included."""
     found = processor(images=pictures()["28x28"], text=f"<image>{prompt}", suffix=target, return_tensors="np")

@@ -22,12 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from jaxpeft.data.base import Split
 from jaxpeft.data.coco.prepared import Prepared
 from jaxpeft.data.folder import stored_row
+from jaxpeft.data.mapped import rows_of
 from jaxpeft.inputs import images
 
 HOME = "~/.cache/jaxpeft/coco"
@@ -81,7 +83,7 @@ def _captions(config, splits, home):
     _known(splits, parts, "coco_captions")
     texts, pictures = _open(home, TEXTS["coco_captions"]), _Pictures(home)
     return {
-        name: _split(name, [(row["part"], row) for part in parts[name] for row in _rows(texts, part)], pictures)
+        name: _split(name, ((row["part"], row) for part in parts[name] for row in _rows(texts, part)), pictures)
         for name in splits
     }
 
@@ -189,16 +191,19 @@ class _Pictures:
 
 def _split(name, rows, pictures: _Pictures) -> Split:
     """The split of `rows`, pairs (folder, row). Rows whose image was left out in preparation are left out and counted."""
-    kept, places = [], []
-    for folder, row in rows:
-        place = pictures.place(folder, row["image_id"].removeprefix("vg"))
-        if place is not None:
-            kept.append({key: row[key] for key in ("image_id", "captions", "questions")})
-            places.append(place)
+    places = []
+
+    def found():
+        for folder, row in rows:
+            places.append(pictures.place(folder, row["image_id"].removeprefix("vg")))
+            if places[-1] is not None:
+                yield {key: row[key] for key in ("image_id", "captions", "questions")}
+
+    kept = rows_of(found())
     if not kept:
-        raise ValueError(f"split {name!r}: none of its {len(rows)} images was prepared")
-    report = {"without a picture": len(rows) - len(kept)} if len(kept) < len(rows) else {}
-    return Split(name, _Joined(places), kept, report, "coco")
+        raise ValueError(f"split {name!r}: none of its {len(places)} images was prepared")
+    report = {"without a picture": len(places) - len(kept)} if len(kept) < len(places) else {}
+    return Split(name, _Joined([place for place in places if place is not None]), kept, report, "coco")
 
 
 class _Joined(Sequence):
@@ -211,6 +216,9 @@ class _Joined(Sequence):
         return len(self.places)
 
     def __getitem__(self, i):
+        return np.array(self.opened(i))
+
+    def opened(self, i):
         source, index = self.places[i]
         example = source[index]
-        return images.decode(example["image"], name=f"of id {example['image_id'].decode()}")
+        return images.opened(example["image"], name=f"of id {example['image_id'].decode()}")

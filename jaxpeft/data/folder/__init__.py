@@ -38,12 +38,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from jaxpeft.data.base import Split, progress_bars
 from jaxpeft.data.folder.files import Files, normal
 from jaxpeft.data.folder.formats import ACCEPTED, SPLITS, Problems, caption_file, records, split_name
+from jaxpeft.data.mapped import rows_of
 from jaxpeft.inputs import images
 
 _DEFAULTS = {"root": None, "annotations": None, "questions": None, "on_error": "raise", "val_fraction": 0.1,
@@ -518,8 +520,8 @@ def _open(builder, split):
         raise ValueError(f"{stored} of {expected} images of split {split!r}: delete {builder.data_dir} and run again")
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     assert len(source) == expected
-    rows = [stored_row(source[i]) for i in range(expected)]
-    images = StoredImages(source, [row["image_id"] for row in rows])
+    rows = rows_of(stored_row(source[i]) for i in range(expected))
+    images = StoredImages(source, rows)
     return Split(split, images, rows, source=str(builder.data_dir))  # named by a digest of images and options
 
 
@@ -539,13 +541,16 @@ class StoredImages(Sequence):
     """images[i] reads and decodes image i: upright, RGB, uint8 image_YXC. Thread-safe, and picklable for workers."""
 
     source: Any
-    names: list[str]
+    rows: Sequence[dict]
 
     def __len__(self):
-        return len(self.names)
+        return len(self.rows)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        return np.array(self.opened(index))
+
+    def opened(self, index):
         i = range(len(self))[index]  # IndexError and negative indices as in a list
-        return images.decode(self.source[i]["image"], name=f"of id {self.names[i]}")
+        return images.opened(self.source[i]["image"], name=f"of id {self.rows[i]['image_id']}")

@@ -38,8 +38,10 @@ from jaxpeft.data.scenes.texts import (  # noqa: F401  (all public names of the 
     ANSWERS,
     TYPES,
     WORDS,
+    clean_captions,
     human_captions,
     image_id,
+    noisy_questions,
     questions,
     record,
     text,
@@ -49,7 +51,7 @@ from jaxpeft.data.scenes.world import COLORS, HELD_PAIRS, SHAPES, SIZES, Scene, 
 from jaxpeft.runtime import host
 
 SPLITS = ("pretrain", "train", "val", "test", "test_comp")
-STYLES = ("human", "web")
+STYLES = ("human", "web", "clean")
 PARALLEL_FROM = 4000  # rows; with fewer, starting a process costs more than it saves
 
 
@@ -82,8 +84,9 @@ def load(config, splits):
 
     config has these attributes or keys: n_train, n_val, n_test (also the size of test_comp) and n_pretrain, each required
     only for its split; seed (default 0); cache (default True: keep drawn images in memory, except those of pretrain);
-    captions ('human', the default, or 'web': five in the style of pre-training, without its prompt); types (the types
-    of questions to keep; default all). Raises ValueError for a missing size and for an unknown split, style or type.
+    captions ('human', the default; 'web': five in the style of pre-training, without its prompt; 'clean': these without
+    noise); types (the types of questions to keep; default all); texts (the number of captions and of questions of each
+    training image to keep; default all). Raises ValueError for a missing size and for an unknown split, style or type.
     """
     from jaxpeft.data.base import Split
 
@@ -103,8 +106,12 @@ def load(config, splits):
         ]
         if style == "web":
             rows = [row | {"captions": plain_web_captions(split, i, 5, seed)} for i, row in enumerate(rows)]
+        if style == "clean":
+            rows = [row | {"captions": clean_captions(split, i, 5, seed)} for i, row in enumerate(rows)]
         if set(types) != set(TYPES):
             rows = [row | {"questions": [q for q in row["questions"] if q["type"] in types]} for row in rows]
+        if split == "train" and (n := config.get("texts", 0)):
+            rows = [row | {key: row[key][:n] for key in ("captions", "questions")} for row in rows]
         loaded[split] = Split(split, images, rows, source=f"scenes seed {seed}")
     return loaded
 

@@ -32,7 +32,7 @@ MID_MARGIN = 4.5  # the least distance of a centre from the mid lines, so that i
 REACH = 1.12  # every outline fits in a disc of this many radii
 # 'text' and 'swap' have no images: they are the scenes of the text-only corpus, and of captions given to another image.
 SPLIT_IDS = {"pretrain": 0, "train": 1, "val": 2, "test": 3, "test_comp": 4, "text": 5, "swap": 6}
-STREAM_IDS = {"objects": 0, "pixels": 1, "web": 2, "human": 3, "questions": 4, "text": 5}
+STREAM_IDS = {"objects": 0, "pixels": 1, "web": 2, "human": 3, "questions": 4, "text": 5, "clean": 6, "noise": 7}
 
 
 @dataclasses.dataclass(frozen=True)

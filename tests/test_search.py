@@ -1,0 +1,273 @@
+"""What a study tries: axes of any keys, rates beyond an edge, random draws, a short search; runs are replaced here."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from configs.studies import tiny
+from jaxpeft.runtime import files
+from jaxpeft.study import axes, cost, execute, grid, report, search
+from jaxpeft.study import config as studies
+from jaxpeft.study.grid import Cell
+from jaxpeft.study.state import read
+from jaxpeft.training import results
+
+CELL = Cell("vqa_stated", "lora_head", 8, 256)
+
+
+def config_of(**changes):
+    """A study of one setting, two methods, two seeds and the rates 1 and 3 times the middle."""
+    c = tiny.get_config("steps=40,small=true")
+    c.update(changes)
+    return c
+
+
+def result_of(config, best: float) -> dict:
+    """A finished run whose validation is the better the closer its rate is to `best`, and whose test score is the reverse."""
+    far = abs(math.log(config.optim.lr / best))
+    scores = {
+        name: {"tuned": {"accuracy": value, "nll": 1.0}, "n": 4, "blind": {"majority": {"accuracy": 0.0}}}
+        for name, value in (("val", 1 - far / 20), ("test", 0.5 + far / 20))
+    }
+    timing = {
+        "steps": config.steps,
+        "stopped": "budget",
+        "step_s": 0.1,
+        "compile_s": 1.0,
+        "train_s": 0.3,
+        "total_s": 2.0,
+    }
+    return {
+        "main_metric": "accuracy", "metrics": {name: scores[name] for name in config.eval.splits}, "timing": timing,
+        "validation": {"kept": far, "split": "val", "curve": [[0, 2.0], [40, far]], "kept_step": 40},
+        "counts": {"tuned": 10, "stored": 10, "total": 1000}, "status": "done", "task": "vqa", "code": results.code(),
+        "machine": {}, "versions": {}, "digests": {},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """The ids of the runs that were executed; `best` of the fixture's dict is the best rate."""
+    made = {"ran": [], "best": 0.003, "bases": {}, "stop_at": None}
+
+    def run(config, workdir, log=print, features_in=None):
+        if len(made["ran"]) == made["stop_at"]:
+            raise KeyboardInterrupt
+        made["ran"].append(config.name)
+        made["bases"][config.name] = config.base
+        files.write_jsonl(Path(workdir) / "predictions.jsonl", [])
+        files.write_json(Path(workdir) / "result.json", result_of(config, made["best"]))
+        return json.loads((Path(workdir) / "result.json").read_text())
+
+    monkeypatch.setattr(execute.training_run, "run", run)
+    monkeypatch.setattr(execute, "keep_images", lambda *_: None)
+    return made
+
+
+def quiet(*_):
+    pass
+
+
+def rates(made, cell=CELL, seed=0):
+    """The rates of a cell's runs with a seed, in the order of execution."""
+    start = f"{cell}-s{seed}-lr"
+    return [float(name.removeprefix(start).removesuffix("-search")) for name in made["ran"] if name.startswith(start)]
+
+
+# Axes
+
+
+def test_every_variant_is_crossed_with_every_combination_of_axes():
+    c = studies.study(
+        "x", "", ("vqa_stated",), {"head": studies.CONTROLS["head"]}, (), (64,),
+        axes={"optim.weight_decay": (0.0, 0.05), "data.types": (("color",), ("color", "shape"))},
+    )  # fmt: skip
+    found = [str(cell) for cell in grid.cells(c)]
+    assert found == [
+        f"vqa_stated-types={types}-weight_decay={decay}-head-n64"
+        for types in ("color", "color+shape") for decay in ("0", "0.05")
+    ]  # fmt: skip
+    run = grid.Run(grid.cells(c)[3], 0, 0.003, c).config
+    assert (run.optim.weight_decay, tuple(run.data.types), run.method.name) == (0.05, ("color", "shape"), "head")
+    assert run.name == "vqa_stated-types=color+shape-weight_decay=0.05-head-n64-s0-lr0.003"
+
+
+def test_an_axis_is_in_rows_and_in_the_report(fake, tmp_path):
+    c = config_of(axes={"optim": {"weight_decay": (0.0, 0.05)}})
+    rows = execute.run(c, tmp_path, log=quiet)
+    assert len(rows) == 2 * 15 and {tuple(row["axes"].items()) for row in rows} == {
+        (("optim.weight_decay", 0.0),), (("optim.weight_decay", 0.05),),
+    }  # fmt: skip
+    report.write(tmp_path)
+    assert "weight_decay=0.05-lora_head" in (tmp_path / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"axes": {"optim": {"wait_decay": (1.0,)}}}, r"has optim.wait_decay, but .* \(did you mean 'optim.weight_"),
+        ({"axes": {"optim": {"weight_decay": 0.1}}}, "axes.optim.weight_decay is 0.1; it must be a tuple of values"),
+        ({"axes": {"optim": {"weight_decay": ("a",)}}}, "axes has optim.weight_decay='a', which is not of the type of 0.0"),
+        ({"axes": {"optim": {"weight_decay": (0.1, 0.1)}}}, "two of its values have the same name"),
+        ({"axes": {"optim": {"lr": (0.1,)}}}, "axes has optim.lr, which the grid sets; use config.learning_rates"),
+        ({"axes": {"method": {"dropout": (0.1,)}}}, "are set in config.variants.NAME.fields"),
+        ({"extend": -1}, "extend is -1; it must be the number of rates to add"),
+        ({"extend": 2, "learning_rates": (1.0,)}, "extend needs a grid of at least two learning_rates"),
+        ({"search_steps": 0.0}, "search_steps is 0.0; it must be a share of the steps"),
+        ({"random": {"draws": 3, "seed": 0, "ranges": {}}}, "random.ranges must have optim.lr"),
+        ({"random": {"draws": 3, "seed": 0, "ranges": {"optim": {"lr": (0.0, 1.0, "log")}}}}, "low must be above 0"),
+        ({"random": {"draws": 3, "seed": 0, "ranges": {"optim": {"lr": (0.1, 1.0), "x": (0.1, 1.0)}}}}, "has optim.x, but"),
+        ({"measure": "nats"}, "measure is 'nats'; choose one of main, nll"),
+        ({"steps": (1, 2, 3)}, r"steps is \(1, 2, 3\); it must have a number for each of n_images"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_tried_is_said_before_anything_is_written(tmp_path, change, said):
+    c = config_of()
+    with c.unlocked():
+        for key, value in change.items():
+            c[key] = value
+    with pytest.raises(ValueError, match=said):
+        execute.run(c, tmp_path / "study", log=quiet)
+    assert not (tmp_path / "study").exists()
+
+
+def test_an_unknown_setting_of_a_study_is_named():
+    with pytest.raises(ValueError, match=r"unknown setting of a study 'extent' \(did you mean 'extend'\?\)"):
+        studies.study("x", "", ("vqa_stated",), {}, (), (64,), extent=2)
+
+
+# The search
+
+
+def test_rates_are_added_beyond_an_edge_until_the_best_is_inside(fake, tmp_path):
+    fake["best"] = 0.003 * 81  # the middle 0.003 and 3 times as much are tried at first
+    execute.run(config_of(extend=6), tmp_path, log=quiet)
+    assert rates(fake) == [0.003, 0.009, 0.027, 0.081, 0.243, 0.729] and rates(fake, seed=1) == [0.243]
+    fake["ran"].clear()
+    fake["best"] = 0.0001
+    execute.run(config_of(extend=2), tmp_path / "limit", log=quiet)
+    assert rates(fake) == [0.003, 0.009, 0.001, 0.000333] and rates(fake, seed=1) == [0.000333]  # the limit
+
+
+def test_an_extended_search_goes_on_after_a_stop(fake, tmp_path):
+    c, fake["best"] = config_of(extend=6), 0.003 * 81
+    for stop_at in (3, 9, 20):
+        fake["stop_at"] = stop_at
+        with pytest.raises(KeyboardInterrupt):
+            execute.run(c, tmp_path, log=quiet)
+    fake["stop_at"], said = None, []
+    execute.run(c, tmp_path, log=said.append)
+    assert len(fake["ran"]) == len(set(fake["ran"])) == 5 * (6 + 1)
+    assert rates(fake) == [0.003, 0.009, 0.027, 0.081, 0.243, 0.729]
+    assert "35 runs; 35 done, 0 to do" in said[-1]
+
+
+def test_a_rate_that_fails_beyond_an_edge_ends_the_search(fake, tmp_path, monkeypatch):
+    works, fake["best"] = execute.training_run.run, 1.0
+
+    def fails(config, workdir, log=print, features_in=None):
+        if config.optim.lr > 0.01:
+            raise FloatingPointError("loss is nan")
+        return works(config, workdir)
+
+    monkeypatch.setattr(execute.training_run, "run", fails)
+    rows = execute.run(config_of(extend=6), tmp_path, log=quiet)
+    assert {row["lr"] for row in rows if row["status"] == "failed"} == {0.027}
+    assert rates(fake) == [0.003, 0.009] and rates(fake, seed=1) == [0.009]
+
+
+def test_draws_are_the_same_every_time_and_inside_their_ranges():
+    random = {"draws": 20, "seed": 3, "ranges": {"optim": {"lr": (1 / 9, 9.0, "log"), "weight_decay": (0.0, 0.1)}}}
+    c = config_of(random=random | {"ranges": random["ranges"] | {"stop": {"patience": (1, 4)}}})
+    found = search.trials(c, 0.003)
+    assert found == search.trials(c, 0.003) and len(found) == 20
+    assert all(0.003 / 9 <= lr <= 0.027 for lr in found) and min(found) < 0.001 < 0.009 < max(found)
+    assert all(0 <= keys["optim.weight_decay"] <= 0.1 for keys in found.values())
+    assert {keys["stop.patience"] for keys in found.values()} == {1, 2, 3, 4}
+    halved = search.trials(c, 0.0015)
+    assert list(halved.values()) == list(found.values())  # of another cell
+    c.random.seed = 4
+    assert search.trials(c, 0.003) != found
+
+
+def test_the_best_draw_gets_the_other_seeds(fake, tmp_path):
+    ranges = {"optim": {"lr": (1 / 9, 9.0, "log"), "weight_decay": (0.0, 0.1)}}
+    c = config_of(random={"draws": 4, "seed": 0, "ranges": ranges})
+    rows = [row for row in execute.run(c, tmp_path, log=quiet) if row["id"].startswith(f"{CELL}-")]
+    first, second = [row for row in rows if row["seed"] == 0], [row for row in rows if row["seed"] == 1]
+    best = min(first, key=lambda row: abs(math.log(row["lr"] / 0.003)))
+    assert len(first) == 4 and [(row["lr"], row["drawn"]) for row in second] == [(best["lr"], best["drawn"])]
+    assert len({row["drawn"]["optim.weight_decay"] for row in first}) == 4
+    point = json.loads((tmp_path / "points" / best["id"] / "config.json").read_text())
+    assert point["optim"]["weight_decay"] == best["drawn"]["optim.weight_decay"]
+
+
+def test_a_short_search_is_apart_and_every_seed_is_trained_in_full(fake, tmp_path):
+    c = config_of(search_steps=0.25)
+    rows = execute.run(c, tmp_path, log=quiet)
+    searched = [json.loads(line) for line in (tmp_path / "search.jsonl").read_text().splitlines()]
+    assert len(rows) == 5 * 2 and len(searched) == 5 * 2 and {row["timing"]["steps"] for row in searched} == {10}
+    assert {row["timing"]["steps"] for row in rows} == {40} and all(row["id"].endswith("-search") for row in searched)
+    assert all(list(row["metrics"]) == ["val"] for row in searched)  # no test image is seen
+    assert rates(fake) == [0.003, 0.009, 0.003] and rates(fake, seed=1) == [0.003]
+    assert "20 runs; 20 done" in execute.state.plan(c, read(c, tmp_path))
+    assert "10 runs" in report.write(tmp_path)
+
+
+def test_by_nats_the_search_needs_no_texts(fake, tmp_path):
+    """Validation says 0.003 is best, by either measure; the main metric on test images says 0.009."""
+    c = config_of(search_steps=0.5, measure="nll")
+    execute.run(c, tmp_path, log=quiet)
+    searched = [json.loads(line) for line in (tmp_path / "search.jsonl").read_text().splitlines()]
+    assert {tuple(row["metrics"]) for row in searched} == {()} and rates(fake, seed=1) == [0.003]
+    c.points.vqa.optim.schedule = "cosine"
+    with pytest.raises(
+        ValueError, match=r"measure is 'nll', so every run must validate on 'val'; set points\.vqa\.optim"
+    ):
+        grid.check(c)
+
+
+def test_a_dry_run_says_how_many_rates_may_be_added(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "_flops_per_second", lambda: 1e11)
+    monkeypatch.setattr(cost, "_traced", lambda c: (1e9, 0, 1000))
+    said = cost.dry_run(config_of(extend=3, search_steps=0.25), tmp_path)
+    assert "2 + 2 short" in said and "20 runs left" in said and "at most 15 more of the search" in said
+    assert "seconds" not in said and not list(tmp_path.iterdir())
+
+
+# What else a cell may have
+
+
+def test_steps_follow_the_number_of_images_and_rates_the_size():
+    c = config_of(steps=(30, 70))
+    c.variants.lora_head.lr_size = 2
+    found = {(cell.size, cell.n_images): grid.learning_rates(c, cell)[0] for cell in grid.cells(c) if cell.size}
+    assert found == {(2, 256): 0.003, (8, 64): 0.0015, (8, 256): 0.0015}
+    assert [grid.Run(Cell(*CELL_START, n), 0, 0.003, c).config.steps for n in (64, 256)] == [30, 70]
+
+
+CELL_START = ("vqa_stated", "lora_head", 8)
+
+
+def test_a_setting_has_a_base_for_each_seed(fake, tmp_path, monkeypatch):
+    c = config_of()
+    c.settings.vqa_stated.base = str(tmp_path / "base{seed}")
+    with pytest.raises(ValueError, match="base0"):
+        grid.check(c)
+    monkeypatch.setattr(grid, "check", quiet)
+    monkeypatch.setattr(grid, "_solved", lambda *_: 8)
+    execute.run(c, tmp_path / "study", log=quiet)
+    assert {(name.split("-s")[1][0], Path(base).name) for name, base in fake["bases"].items()} == {
+        ("0", "base0"),
+        ("1", "base1"),
+    }
+    head = next(cell for cell in grid.cells(c) if cell.variant == "head")
+    assert [grid.Run(head, seed, 0.003, c).config.eval.base for seed in (0, 1)] == [True, True]
+    del c.settings.vqa_stated.base
+    assert [grid.Run(head, seed, 0.003, c).config.eval.base for seed in (0, 1)] == [True, False]
+
+
+def test_nested_keys_are_flat():
+    assert axes.flat({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
