@@ -131,6 +131,37 @@ def test_where_the_best_rates_stand(tmp_path):
     assert not answers.rate_places(write(tmp_path, close, config_of(rates=(1.0,))))
 
 
+def test_a_shorter_search_in_nats_chooses_the_rates(tmp_path):
+    """The runs of the search lie apart, and their likelihood prefers the middle rate, their scores the smallest."""
+    c = config_of(declare=False, rates=(0.3, 1.0, 3.0))
+    c.measure, c.search_steps = "nll", 0.25
+    write(tmp_path, close, c, validation={"kept": 1.0})
+    searched, final = [], []
+    for line in (tmp_path / "results.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        factor = row["lr"] / c.variants[row["variant"]].lr
+        row["validation"] = {"kept": abs(np.log(factor)), "kept_step": 1}
+        searched += [row] if row["seed"] == 0 else []
+        if round(factor, 1) == (1.0 if row["seed"] == 0 else 0.3):
+            final.append(row | {"lr": c.variants[row["variant"]].lr})
+    files.write_jsonl(tmp_path / "results.jsonl", final)
+    files.write_jsonl(tmp_path / "search.jsonl", searched)
+    study = report.read(tmp_path)
+    assert all(row["chosen"] for row in study.rows) and len(study.results) == 30
+    assert [one["inside"] for one in answers.rate_places(study)] == [4, 4, 2]
+    html = html_of(tmp_path)
+    assert "<h2>Claims in nats per token" in html and (tmp_path / "report" / "claims_nll.json").exists()
+
+
+def test_a_base_for_each_seed_is_what_its_runs_are_compared_with(tmp_path):
+    study = write(tmp_path, close)
+    for row in study.rows:
+        row["base"] = 0.2 + DEVIATIONS[row["seed"]]
+    (few, _) = answers.choices(study, "photos")
+    assert few.cell[0] == "lora_head"  # its scores deviate as the bases do
+    np.testing.assert_allclose((few.over_base.low, few.over_base.high), (0.32, 0.32), atol=1e-9)
+
+
 def test_a_command_repeats_the_best_run_and_another_uses_it(tmp_path):
     study = write(tmp_path, close)
     (tmp_path / "points" / "photos-lora_head8-n256-s1-lr0.003").mkdir(parents=True)

@@ -41,12 +41,13 @@ def write(workdir: str | Path, mixed_code: bool = False) -> str:
          "selection": selection and dataclasses.asdict(selection)},
     )  # fmt: skip
     files.write_text(out / "results.csv", as_csv(study.rows))
-    files.write_text(out / "index.html", render(study, verdicts, selection, share, drawings))
+    nats = []
+    if study.config.get("measure") == "nll":  # the primary measure then
+        margins = study.config["margins_nll"]
+        nats = claims.judge(*claims.in_nats(scaled, study.scales), margins)
+        files.write_json(out / "claims_nll.json", {"verdicts": list(map(dataclasses.asdict, nats)), "margins": margins})
+    files.write_text(out / "index.html", render(study, (verdicts, nats), selection, share, drawings))
     said = collections.Counter(one.verdict for one in verdicts)
     counts = "; ".join(f"{n} {name}" for name, n in sorted(said.items())) or "none, no setting declares `consistent`"
-    if study.config.get("measure") == "nll":  # the primary measure then; the page has the text metrics, in points
-        results, scales = claims.in_nats(study.results, study.scales)
-        nats, margins = claims.judge(results, scales, study.config["margins_nll"]), study.config["margins_nll"]
-        files.write_json(out / "claims_nll.json", {"verdicts": list(map(dataclasses.asdict, nats)), "margins": margins})
     n_done = sum(row["status"] == "done" for row in study.rows)
     return f"report: {out / 'index.html'} ({n_done} runs; claims: {counts})"

@@ -55,7 +55,8 @@ def mean(values: Sequence[float] | np.ndarray) -> Estimate | float:
 
 def choices(study: Study, setting: str) -> list[Choice]:
     """What to use, for each number of training images."""
-    by_cell, base, found = claims.cells(one for one in study.results if one.setting == setting), study.base(setting), []
+    by_cell, found = claims.cells(one for one in study.results if one.setting == setting), []
+    base, bases = study.base(setting), study.bases(setting)
     for n in sorted({cell[2] for cell in by_cell}):
         rivals = [cell for cell in by_cell if cell[2] == n]
         best = max(rivals, key=lambda cell: statistics.fmean(one.validation for one in by_cell[cell].values()))
@@ -63,7 +64,9 @@ def choices(study: Study, setting: str) -> list[Choice]:
         less = {cell: difference(by_cell[best], by_cell[cell]) for cell in others}
         known = all(isinstance(one, Estimate) for one in less.values())
         tied = [cell for cell, one in less.items() if isinstance(one, Estimate) and one.low <= 0] if known else None
-        gain = None if base is None else mean([one.score - base for one in by_cell[best].values()])
+        gain = (
+            None if base is None else mean([one.score - bases.get(seed, base) for seed, one in by_cell[best].items()])
+        )
         found.append(Choice(setting, best, by_cell[best], tied, len(others), gain))
     return found
 
@@ -117,11 +120,10 @@ def rate_places(study: Study) -> list[dict]:
     """Where the chosen rates stand among those that were tried, for each setting and variant: the numbers of cells with the
     smallest, one in between, and the largest. Cells with one rate are left out."""
     tried, chosen = collections.defaultdict(set), {}
-    for row in study.rows:
-        if row["seed"] == 0 and row["status"] == "done":
-            tried[cell_of(row)].add(row["lr"])
-            if row["chosen"]:
-                chosen[cell_of(row)] = row["lr"]
+    for row in study.searched:
+        tried[cell_of(row)].add(row["lr"])
+        if row["chosen"]:
+            chosen[cell_of(row)] = row["lr"]
     found = {}
     for cell, rates in tried.items():
         if len(rates) > 1:
@@ -188,5 +190,5 @@ def _trust(study: Study) -> str:
     longer = f"{capped} of {len(done)} chosen runs reached the cap on steps, and may score higher if trained longer"
     return (
         f"How far to trust it: {seeds} seed{'s' * (seeds > 1)}; {at_end if n else 'one learning rate a cell'}; "
-        f"{longer if capped else 'no chosen run reached the cap on steps'}."
+        f"{longer if capped else 'no chosen run was ended by the cap on steps'}."
     )

@@ -235,17 +235,18 @@ def learning_rates(study: Study) -> Drawing | None:
         for (variant, _, _), rows in cells.items():
             rows = sorted(rows, key=lambda r: r["lr"])
             look = _look(study, variant) | {"markersize": 4, "linewidth": 0.7}
-            ax.plot([r["lr"] for r in rows], [r["validation"] for r in rows], **look | {"markerfacecolor": "white"})
+            ax.plot([r["lr"] for r in rows], [r["choice"] for r in rows], **look | {"markerfacecolor": "white"})
             for r in rows:
                 if r["chosen"]:
-                    ax.plot(r["lr"], r["validation"], **look | {"markerfacecolor": look["color"]})
+                    ax.plot(r["lr"], r["choice"], **look | {"markerfacecolor": look["color"]})
         _log(ax)
-        _label(ax, setting, "learning rate", f"validation {study.metric(setting)}")
+        in_nats = study.config.get("measure") == "nll"
+        measure = "log-likelihood, nats per token" if in_nats else study.metric(setting)
+        _label(ax, setting, "learning rate", f"validation {measure}")
 
     found = {setting: collections.defaultdict(list) for setting in study.config["settings"]}
-    for row in study.rows:
-        if row["seed"] == 0 and row["status"] == "done":
-            found[row["setting"]][row["variant"], row["size"], row["n_images"]].append(row)
+    for row in study.searched:
+        found[row["setting"]][row["variant"], row["size"], row["n_images"]].append(row)
     return drawing(study, found, panel)
 
 
@@ -320,6 +321,7 @@ FIGURES = {
         "Every cell: test score against the seconds of one run, including compilation and evaluation.",
     ),
     "learning_rates": (
-        learning_rates, "Validation score against learning rate, a line per cell, seed 0. Filled: chosen."
+        learning_rates,
+        "What learning rates are chosen by, on validation images, against the rate; a line per cell, seed 0. Filled: chosen.",
     ),
 }  # fmt: skip

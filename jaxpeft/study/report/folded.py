@@ -38,13 +38,12 @@ def cells(study: Study) -> Html:
 def edges_of(study: Study) -> list[list]:
     """Cells whose chosen learning rate is the smallest or largest tried: a wider search may find a better one."""
     tried = collections.defaultdict(set)
-    for row in study.rows:
-        if row["seed"] == 0 and row["status"] == "done":
-            tried[cell_of(row)].add(row["lr"])
+    for row in study.searched:
+        tried[cell_of(row)].add(row["lr"])
     found = []
-    for row in study.rows:
+    for row in study.searched:
         all_of = tried[cell_of(row)]
-        if row["chosen"] and row["seed"] == 0 and len(all_of) > 1 and row["lr"] in (min(all_of), max(all_of)):
+        if row["chosen"] and len(all_of) > 1 and row["lr"] in (min(all_of), max(all_of)):
             found.append([row["id"], row["lr"], "smallest" if row["lr"] == min(all_of) else "largest"])
     return found
 

@@ -18,9 +18,10 @@ GLYPHS = {"o": "●○", "s": "■□", "^": "▲△", "v": "▼▽", "D": "◆�
           "<": "◀◁", ">": "▶▷"}  # fmt: skip
 
 
-def render(study: Study, verdicts: list, selection, share: list[dict], drawings: dict[str, Drawing]) -> str:
-    """The HTML page. `verdicts`: claims.judge; `selection`: claims.selection; `share`: rows.consistency; `drawings`: the
-    figures that could be drawn."""
+def render(study: Study, judged: tuple[list, list], selection, share: list[dict], drawings: dict[str, Drawing]) -> str:
+    """The HTML page. `judged`: claims.judge in points, and in nats where that is the study's measure; `selection`:
+    claims.selection; `share`: rows.consistency; `drawings`: the figures that could be drawn."""
+    verdicts, nats = judged
     chosen = {setting: answers.choices(study, setting) for setting in study.config["settings"]}
     charts = {name: _chart(study, drawings[name], FIGURES[name][1]) if name in drawings else "" for name in FIGURES}
     return markup.page(
@@ -32,6 +33,7 @@ def render(study: Study, verdicts: list, selection, share: list[dict], drawings:
         choices="".join(_choices(study, setting, found) for setting, found in chosen.items()),
         runs=_runs(study, chosen),
         claims=_claims(verdicts),
+        claims_nll=_claims(nats),
         multiplicity=escape(_multiplicity(verdicts)) if verdicts else "",
         selection=escape(_selection(selection)) if verdicts else "",
         ends=escape(" ".join(_ends(one) for one in study.scales)) if verdicts else "",

@@ -27,6 +27,7 @@ class Study:
     config: dict
     command: str
     rows: list[dict]  # flat, one per run, with COLUMNS
+    searched: list[dict]  # the finished runs, as in `rows`, among which the learning rate of each cell was chosen
     results: list[Result]  # what claims are judged on: the chosen run of each cell and seed
     scales: list[Scale]
     mixed: list[Cell]  # cells whose runs were made by different code
@@ -36,10 +37,14 @@ class Study:
         """The main metric of a setting; '' before its first run."""
         return next((row["metric"] for row in self.rows if row["setting"] == setting and row["status"] == "done"), "")
 
+    def bases(self, setting: str) -> dict[int, float]:
+        """seed -> the test score of the frozen base. A base that all seeds share is scored with the first one only."""
+        mine = [row for row in self.rows if row["setting"] == setting]
+        return {row["seed"]: row["base"] for row in mine if row.get("base") is not None}
+
     def base(self, setting: str) -> float | None:
-        """The test score of the frozen base; None where it was not scored."""
-        found = (row.get("base") for row in self.rows if row["setting"] == setting)
-        return next((score for score in found if score is not None), None)
+        """The mean test score of the frozen base; None where it was not scored."""
+        return statistics.fmean(found.values()) if (found := self.bases(setting)) else None
 
     def scale(self, setting: str) -> Scale | None:
         """The scale of a setting; None where no score is above the best guess without images."""
@@ -68,16 +73,25 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
     mixed = _mixed(rows)
     if mixed and not mixed_code:
         raise ValueError(_refusal(directory, mixed))
+    searched = _searched(directory, rows, config)
     tried = collections.defaultdict(list)
-    for row in rows:
-        if row["status"] == "done" and row["seed"] == 0:
-            tried[cell_of(row)].append((row["lr"], row["validation"]))
-    for row in rows:
-        row["chosen"] = row["status"] == "done" and row["lr"] == best_learning_rate(tried[cell_of(row)])
+    for row in searched:
+        tried[cell_of(row)].append((row["lr"], row["choice"]))
+    best = {cell: best_learning_rate(pairs) for cell, pairs in tried.items()}
+    for row in [*rows, *searched]:
+        row["chosen"] = row["status"] == "done" and row["lr"] == best.get(cell_of(row))
     config.setdefault("margins", MARGINS)
     names = [field.name for field in dataclasses.fields(Result) if field.name != "score"]
     results = [Result(score=row["test"], **{name: row[name] for name in names}) for row in rows if row["chosen"]]
-    return Study(config, about.get("command", ""), rows, results, scales(rows, config), list(mixed), directory)
+    command = about.get("command", "")
+    return Study(config, command, rows, searched, results, scales(rows, config), list(mixed), directory)
+
+
+def _searched(directory: Path, rows: list[dict], config: dict) -> list[dict]:
+    """The runs of search.jsonl, where the search had fewer steps than the other runs; else those with seed 0."""
+    path = directory / "search.jsonl"
+    found = [_flat(row, config) for row in read_jsonl(path)] if path.exists() else rows
+    return [row for row in found if row["status"] == "done" and row["seed"] == 0]
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -134,6 +148,8 @@ def _flat(row: dict, config: dict) -> dict:
         flat["forgetting"] = forgot["tuned"] - forgot["base"] if "base" in forgot else None
     validated = row.get("validation") or {}  # not in results of version 0.1
     flat |= {"curve": validated.get("curve"), "kept_step": validated.get("kept_step")}
+    # what rates are chosen by, the higher the better: grid.validation_score
+    flat["choice"] = -validated["kept"] if config.get("measure") == "nll" else flat["validation"]
     flat |= {"machine": row.get("machine"), "versions": row.get("versions"), "digests": row.get("digests")}
     return flat | {"code": row.get("code", "")}
 
