@@ -228,7 +228,7 @@ def test_scores_below_the_best_guess_without_images_are_reported(tmp_path):
     study = write(tmp_path, close, config_of(declare=False), blind=0.9)
     html = html_of(tmp_path)
     assert study.scales == [] and "<h2>Claims" not in html and "<h2>What twice" not in html
-    assert "lora_head 8" in html and "<h2>Score against training images" in html
+    assert "no better than the best guess without images, 0.900" in html and "<h2>Score against training images" in html
 
 
 def test_a_drawn_interval_is_where_its_numbers_are():

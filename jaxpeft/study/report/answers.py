@@ -155,6 +155,8 @@ def _use(study: Study, one: Choice) -> str:
             f"is not shown to be better"
         )
     said = f"test {metric} {one.score:.3f}" + ("" if base is None else f", frozen base {base:.3f}")
+    if one.score <= (blind := study.blind(one.setting)):
+        said += f", no better than the best guess without images, {blind:.3f}"
     if one.n_others:
         tied = "one seed, so ties are not known" if one.tied is None else f"tied with {len(one.tied) or 'none'}"
         said += f", {tied}" + ("" if one.tied is None else f" of {one.n_others} others")

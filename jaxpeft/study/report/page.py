@@ -84,11 +84,10 @@ def _choices(study: Study, setting: str, found: list[answers.Choice]) -> str:
         row = [one.cell[2], use, f"{one.score:.3f} ({spread})", _tied(one)]
         row[3:3] = [markup.estimate(one.over_base, "+")] if base is not None else []
         rows.append(row)
-    about = [] if base is None else [f"frozen base {base:.3f}"]
-    if scale := study.scale(setting):
-        about += [f"best guess without images {scale.blind:.3f}"]
-    said = f" <small>{escape(', '.join(about))}</small>" if about else ""
-    return f"<h3>{escape(setting)}{said}</h3>\n{table(header, rows)}"
+    about = f"best guess without images {study.blind(setting):.3f}" + (
+        "" if base is None else f", frozen base {base:.3f}"
+    )
+    return f"<h3>{escape(setting)} <small>{about}</small></h3>\n{table(header, rows)}"
 
 
 def _tied(one: answers.Choice) -> str | Html:
@@ -149,8 +148,6 @@ def _commands(study: Study, run_id: str, kept: bool) -> Html | None:
 
 def _claims(verdicts: list) -> str:
     """A line per claim: its interval drawn, and the verdict. '' where no claim was judged."""
-    if not verdicts:
-        return ""
     shown = [x for one in verdicts if one.effect is not None for x in (one.effect, -one.margin, one.margin)]
     ends, rows = markup.limits(shown), []
     for one in verdicts:

@@ -46,6 +46,10 @@ class Study:
         """The mean test score of the frozen base; None where it was not scored."""
         return statistics.fmean(found.values()) if (found := self.bases(setting)) else None
 
+    def blind(self, setting: str) -> float:
+        """The test score of the best guess without images."""
+        return _blind(self.rows, setting)
+
     def scale(self, setting: str) -> Scale | None:
         """The scale of a setting; None where no score is above the best guess without images."""
         return next((one for one in self.scales if one.setting == setting), None)
@@ -163,18 +167,22 @@ def scales(rows: list[dict], config: dict) -> list[Scale]:
     found = []
     for setting, about in config["settings"].items():
         mine = [row for row in rows if row["setting"] == setting and row["status"] == "done"]
-        blind = [score[row["metric"]] for row in mine for score in row["blind"].values()]
         by_cell = collections.defaultdict(list)
         for row in mine:
             if row["chosen"]:
                 by_cell[cell_of(row)].append(row["test"])
         if by_cell:
             best = max(map(statistics.fmean, by_cell.values()))
-            ends = (max(blind, default=0.0), about.get("ceiling", best))
+            ends = (_blind(rows, setting), about.get("ceiling", best))
             if ends[0] >= ends[1]:
                 continue
             found.append(Scale(setting, about["task"], about.get("consistent"), *ends, "ceiling" in about))
     return found
+
+
+def _blind(rows: list[dict], setting: str) -> float:
+    mine = [row for row in rows if row["setting"] == setting and row["status"] == "done"]
+    return max((score[row["metric"]] for row in mine for score in row["blind"].values()), default=0.0)
 
 
 def chosen_by_cell(study: Study, setting: str) -> dict[tuple, list[dict]]:
