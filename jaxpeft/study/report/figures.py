@@ -295,8 +295,8 @@ FIGURES = {
     "score_data": (
         score_data,
         "Each method at its middle size. Marks: mean over seeds; bars: range over seeds; orange rings: a run reached the "
-        "cap on steps. 0 points is the best guess without images, 100 the ceiling; the right axis has the score itself. There are "
-        "no points where nothing is better than that guess.",
+        "cap on steps. 0 points is the best guess without images, 100 the ceiling; the right axis has the score itself. There "
+        "are no points where nothing is better than that guess.",
     ),
     "curves": (
         curves,
