@@ -52,7 +52,7 @@ def write(directory, score, config=None, base=0.2, blind=0.1, code="a", ahead=la
             rows.append({
                 "setting": cell.setting, "variant": cell.variant, "size": cell.size, "n_images": cell.n_images, "id": run.id,
                 "seed": run.seed, "lr": run.lr, "status": "done", "main_metric": "cider_d", "metrics": scores, "code": code,
-                "counts": {"tuned": 10 + cell.size, "stored": 10 + cell.size, "total": 1000},
+                "counts": {"tuned": 9, "stored": 7 + 300 * cell.size, "total": 1000},
                 "timing": {"steps": 3, "stopped": "plateau", "step_s": 0.1, "compile_s": 1.0, "total_s": 2.0}, **more,
             })  # fmt: skip
     directory.mkdir(exist_ok=True)
@@ -277,8 +277,8 @@ def test_tables_are_sorted_by_number_and_filtered_in_a_browser(width, tmp_path):
                f"--window-size={width},900", "--dump-dom", path.as_uri()]  # fmt: skip
     dom = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
     said = json.loads(re.search('<pre id="said">(.*?)</pre>', dom, re.DOTALL)[1].replace("&gt;", ">"))
-    stored = [10 + size for _, size, _ in report.claims.cells(study.results)]
-    assert said["down"] == [str(n) for n in sorted(stored, reverse=True)] and said["up"] == said["down"][::-1]
+    stored = [7 + 300 * size for _, size, _ in report.claims.cells(study.results)]
+    assert said["down"] == [f"{n:,}" for n in sorted(stored, reverse=True)] and said["up"] == said["down"][::-1]
     assert said["variants"] == sorted(said["variants"]) and len(said["variants"]) == len(stored)
     assert said["filtered"] == [["256"] * 3, ["lora_head"] * 3] and said["count"] == f"3 of {len(stored)} rows"
     assert sorted(map(float, said["above"])) == pytest.approx([0.62, 0.64])
