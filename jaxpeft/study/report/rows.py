@@ -27,7 +27,9 @@ class Study:
     config: dict
     command: str
     rows: list[dict]  # flat, one per run, with COLUMNS
-    searched: list[dict]  # the finished runs, as in `rows`, among which the learning rate of each cell was chosen
+    searched: list[
+        dict
+    ]  # finished runs among which the rate of each cell was chosen, by their 'choice'; not all have test scores
     results: list[Result]  # what claims are judged on: the chosen run of each cell and seed
     scales: list[Scale]
     mixed: list[Cell]  # cells whose runs were made by different code
@@ -94,8 +96,16 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
 def _searched(directory: Path, rows: list[dict], config: dict) -> list[dict]:
     """The runs of search.jsonl, where the search had fewer steps than the other runs; else those with seed 0."""
     path = directory / "search.jsonl"
-    found = [_flat(row, config) for row in read_jsonl(path)] if path.exists() else rows
-    return [row for row in found if row["status"] == "done" and row["seed"] == 0]
+    if not path.exists():
+        return [row for row in rows if row["status"] == "done" and row["seed"] == 0]
+    return [row | {"choice": _choice(row, config)} for row in read_jsonl(path) if row["status"] == "done"]
+
+
+def _choice(row: dict, config: dict) -> float:
+    """What the rate of a run is chosen by, the higher the better: as grid.validation_score, from files."""
+    if config.get("measure") == "nll":
+        return -row["validation"]["kept"]
+    return row["metrics"][config["select_on"]]["tuned"][row["main_metric"]]
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -152,8 +162,7 @@ def _flat(row: dict, config: dict) -> dict:
         flat["forgetting"] = forgot["tuned"] - forgot["base"] if "base" in forgot else None
     validated = row.get("validation") or {}  # not in results of version 0.1
     flat |= {"curve": validated.get("curve"), "kept_step": validated.get("kept_step")}
-    # what rates are chosen by, the higher the better: grid.validation_score
-    flat["choice"] = -validated["kept"] if config.get("measure") == "nll" else flat["validation"]
+    flat["choice"] = _choice(row, config)
     flat |= {"machine": row.get("machine"), "versions": row.get("versions"), "digests": row.get("digests")}
     return flat | {"code": row.get("code", "")}
 
