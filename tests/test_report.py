@@ -32,8 +32,9 @@ def config_of(declare=None, seeds=3, rates=(1.0, 3.0)):
     return c
 
 
-def write(directory, score, config=None, base=0.2, blind=0.1, code="a", **more):
-    """A study's files with test scores score(run), a validation score .05 higher, and the smaller rate chosen everywhere."""
+def write(directory, score, config=None, base=0.2, blind=0.1, code="a", ahead=lambda run: 0.05, **more):
+    """A study's files with test scores score(run), validation scores that are ahead(run) of them, and the smallest rate chosen
+    everywhere."""
     config = config or config_of()
     rows = []
     for cell in grid.cells(config):
@@ -44,14 +45,14 @@ def write(directory, score, config=None, base=0.2, blind=0.1, code="a", **more):
             test = score(run) - 0.1 * rates.index(run.lr)
             scores = {
                 name: {"n": 8, "blind": {"one": {"cider_d": blind}}, "tuned": {"cider_d": x, "nll": 1.0}}
-                for name, x in (("val", test + 0.05), ("test", test))
+                for name, x in (("val", test + ahead(run)), ("test", test))
             }
             if base is not None and run.seed == 0:
                 scores["test"]["base"] = {"cider_d": base}
             rows.append({
                 "setting": cell.setting, "variant": cell.variant, "size": cell.size, "n_images": cell.n_images, "id": run.id,
                 "seed": run.seed, "lr": run.lr, "status": "done", "main_metric": "cider_d", "metrics": scores, "code": code,
-                "counts": {"tuned": 10 + cell.size, "stored": 10 + cell.size, "total": 1000},
+                "counts": {"tuned": 9, "stored": 7 + 300 * cell.size, "total": 1000},
                 "timing": {"steps": 3, "stopped": "plateau", "step_s": 0.1, "compile_s": 1.0, "total_s": 2.0}, **more,
             })  # fmt: skip
     directory.mkdir(exist_ok=True)
@@ -73,9 +74,10 @@ def close(run):
 
 
 def test_the_best_on_validation_is_used_and_ties_are_by_interval(tmp_path):
-    study = write(tmp_path, close)
+    prefers = lambda run: 0.1 if (run.cell.variant, run.cell.n_images) == ("prefix_head", 64) else 0.05  # noqa: E731
+    study = write(tmp_path, close, ahead=prefers)
     few, many = answers.choices(study, "photos")
-    assert few.cell == ("lora_head", 4, 64) and many.cell == ("lora_head", 8, 256)
+    assert few.cell == ("prefix_head", 8, 64) and many.cell == ("lora_head", 8, 256)
     scores = {cell: [one.score for one in runs.values()] for cell, runs in report.claims.cells(study.results).items()}
     for one in (few, many):
         expected = []
@@ -85,8 +87,8 @@ def test_the_best_on_validation_is_used_and_ties_are_by_interval(tmp_path):
                 low = less.mean() - stats.t.ppf(0.975, 2) * less.std(ddof=1) / np.sqrt(3)
                 expected += [cell] if low <= 0 else []
         assert one.tied == expected and one.n_others == len([cell for cell in scores if cell[2] == one.cell[2]]) - 1
-    assert {cell[0] for cell in few.tied} == {"prefix_head"}
-    np.testing.assert_allclose((few.score, few.over_base.value), (0.52, 0.32))
+    assert few.tied == [("lora_head", 4, 64)]
+    np.testing.assert_allclose((few.score, few.over_base.value), (0.497, 0.297))
 
 
 def test_one_seed_has_no_ties_and_no_intervals(tmp_path):
@@ -127,6 +129,37 @@ def test_where_the_best_rates_stand(tmp_path):
     lower = places(lambda run: close(run) - (run.lr < 2e-3))  # all rates of prefix are above that
     assert lower == {"head": (0, 2, 0), "lora_head": (0, 4, 0), "prefix_head": (4, 0, 0)}
     assert not answers.rate_places(write(tmp_path, close, config_of(rates=(1.0,))))
+
+
+def test_a_shorter_search_in_nats_chooses_the_rates(tmp_path):
+    """The runs of the search lie apart, and their likelihood prefers the middle rate, their scores the smallest."""
+    c = config_of(declare=False, rates=(0.3, 1.0, 3.0))
+    c.measure, c.search_steps = "nll", 0.25
+    write(tmp_path, close, c, validation={"kept": 1.0})
+    searched, final = [], []
+    for line in (tmp_path / "results.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        factor = row["lr"] / c.variants[row["variant"]].lr
+        row["validation"] = {"kept": abs(np.log(factor)), "kept_step": 1}
+        searched += [row | {"metrics": {}}] if row["seed"] == 0 else []  # a search in nats scores no texts
+        if round(factor, 1) == (1.0 if row["seed"] == 0 else 0.3):
+            final.append(row | {"lr": c.variants[row["variant"]].lr})
+    files.write_jsonl(tmp_path / "results.jsonl", final)
+    files.write_jsonl(tmp_path / "search.jsonl", searched)
+    study = report.read(tmp_path)
+    assert all(row["chosen"] for row in study.rows) and len(study.results) == 30
+    assert [one["inside"] for one in answers.rate_places(study)] == [4, 4, 2]
+    html = html_of(tmp_path)
+    assert "<h2>Claims in nats per token" in html and (tmp_path / "report" / "claims_nll.json").exists()
+
+
+def test_a_base_for_each_seed_is_what_its_runs_are_compared_with(tmp_path):
+    study = write(tmp_path, close)
+    for row in study.rows:
+        row["base"] = 0.2 + DEVIATIONS[row["seed"]]
+    (few, _) = answers.choices(study, "photos")
+    assert few.cell[0] == "lora_head"  # its scores deviate as the bases do
+    np.testing.assert_allclose((few.over_base.low, few.over_base.high), (0.32, 0.32), atol=1e-9)
 
 
 def test_a_command_repeats_the_best_run_and_another_uses_it(tmp_path):
@@ -195,7 +228,7 @@ def test_scores_below_the_best_guess_without_images_are_reported(tmp_path):
     study = write(tmp_path, close, config_of(declare=False), blind=0.9)
     html = html_of(tmp_path)
     assert study.scales == [] and "<h2>Claims" not in html and "<h2>What twice" not in html
-    assert "lora_head 8" in html and "<h2>Score against training images" in html
+    assert "no better than the best guess without images, 0.900" in html and "<h2>Score against training images" in html
 
 
 def test_a_drawn_interval_is_where_its_numbers_are():
@@ -244,8 +277,8 @@ def test_tables_are_sorted_by_number_and_filtered_in_a_browser(width, tmp_path):
                f"--window-size={width},900", "--dump-dom", path.as_uri()]  # fmt: skip
     dom = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
     said = json.loads(re.search('<pre id="said">(.*?)</pre>', dom, re.DOTALL)[1].replace("&gt;", ">"))
-    stored = [10 + size for _, size, _ in report.claims.cells(study.results)]
-    assert said["down"] == [str(n) for n in sorted(stored, reverse=True)] and said["up"] == said["down"][::-1]
+    stored = [7 + 300 * size for _, size, _ in report.claims.cells(study.results)]
+    assert said["down"] == [f"{n:,}" for n in sorted(stored, reverse=True)] and said["up"] == said["down"][::-1]
     assert said["variants"] == sorted(said["variants"]) and len(said["variants"]) == len(stored)
     assert said["filtered"] == [["256"] * 3, ["lora_head"] * 3] and said["count"] == f"3 of {len(stored)} rows"
     assert sorted(map(float, said["above"])) == pytest.approx([0.62, 0.64])
@@ -282,5 +315,5 @@ def test_studies_without_a_common_cell_are_an_error(tmp_path, capsys):
     other = config_of()
     other.settings = {"drawings": {"task": "captioning"}}
     write(tmp_path / "b", close, other)
-    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "page.html")]) == 1
     assert "have no finished cell of the same setting" in capsys.readouterr().err

@@ -55,6 +55,7 @@ def fake_point(config, workdir, log=print, features_in=None):
         {
             "split": "test",
             "image_id": f"scenes-test-{i}",
+            "question_id": f"scenes-test-{i}-0",
             "references": ["a"],
             "tuned": "<b>",
             f"tuned_{metric}": rng.random(),

@@ -29,9 +29,6 @@ def write(workdir: str | Path, mixed_code: bool = False) -> str:
     out.mkdir(exist_ok=True)
     scaled = [one for one in study.results if study.scale(one.setting)]
     verdicts = claims.judge(scaled, study.scales, study.config["margins"])
-    nats = []
-    if study.config.get("measure") == "nll":  # the primary measure then; the text metrics, in points, stand beside it
-        nats = claims.judge(*claims.in_nats(scaled, study.scales), study.config["margins_nll"])
     selection, share = claims.selection(study.results), consistency(study)
     drawn = {name: draw(study) for name, (draw, _) in FIGURES.items()}
     drawings = {name: one for name, one in drawn.items() if one}
@@ -40,11 +37,15 @@ def write(workdir: str | Path, mixed_code: bool = False) -> str:
     files.write_json(
         out / "claims.json",
         {"verdicts": [dataclasses.asdict(one) for one in verdicts], "margins": dict(study.config["margins"]),
-         "verdicts_nll": [dataclasses.asdict(one) for one in nats], "margins_nll": study.config.get("margins_nll"),
          "scales": [dataclasses.asdict(one) for one in study.scales], "consistency": share,
          "selection": selection and dataclasses.asdict(selection)},
     )  # fmt: skip
     files.write_text(out / "results.csv", as_csv(study.rows))
+    nats = []
+    if study.config.get("measure") == "nll":  # the primary measure then
+        margins = study.config["margins_nll"]
+        nats = claims.judge(*claims.in_nats(scaled, study.scales), margins)
+        files.write_json(out / "claims_nll.json", {"verdicts": list(map(dataclasses.asdict, nats)), "margins": margins})
     files.write_text(out / "index.html", render(study, (verdicts, nats), selection, share, drawings))
     said = collections.Counter(one.verdict for one in verdicts)
     counts = "; ".join(f"{n} {name}" for name, n in sorted(said.items())) or "none, no setting declares `consistent`"

@@ -55,7 +55,8 @@ def mean(values: Sequence[float] | np.ndarray) -> Estimate | float:
 
 def choices(study: Study, setting: str) -> list[Choice]:
     """What to use, for each number of training images."""
-    by_cell, base, found = claims.cells(one for one in study.results if one.setting == setting), study.base(setting), []
+    by_cell, found = claims.cells(one for one in study.results if one.setting == setting), []
+    base, bases = study.base(setting), study.bases(setting)
     for n in sorted({cell[2] for cell in by_cell}):
         rivals = [cell for cell in by_cell if cell[2] == n]
         best = max(rivals, key=lambda cell: statistics.fmean(one.validation for one in by_cell[cell].values()))
@@ -63,7 +64,9 @@ def choices(study: Study, setting: str) -> list[Choice]:
         less = {cell: difference(by_cell[best], by_cell[cell]) for cell in others}
         known = all(isinstance(one, Estimate) for one in less.values())
         tied = [cell for cell, one in less.items() if isinstance(one, Estimate) and one.low <= 0] if known else None
-        gain = None if base is None else mean([one.score - base for one in by_cell[best].values()])
+        gain = (
+            None if base is None else mean([one.score - bases.get(seed, base) for seed, one in by_cell[best].items()])
+        )
         found.append(Choice(setting, best, by_cell[best], tied, len(others), gain))
     return found
 
@@ -152,6 +155,8 @@ def _use(study: Study, one: Choice) -> str:
             f"is not shown to be better"
         )
     said = f"test {metric} {one.score:.3f}" + ("" if base is None else f", frozen base {base:.3f}")
+    if one.score <= (blind := study.blind(one.setting)):
+        said += f", no better than the best guess without images, {blind:.3f}"
     if one.n_others:
         tied = "one seed, so ties are not known" if one.tied is None else f"tied with {len(one.tied) or 'none'}"
         said += f", {tied}" + ("" if one.tied is None else f" of {one.n_others} others")
@@ -187,5 +192,5 @@ def _trust(study: Study) -> str:
     longer = f"{capped} of {len(done)} chosen runs reached the cap on steps, and may score higher if trained longer"
     return (
         f"How far to trust it: {seeds} seed{'s' * (seeds > 1)}; {at_end if n else 'one learning rate a cell'}; "
-        f"{longer if capped else 'no chosen run reached the cap on steps'}."
+        f"{longer if capped else 'no chosen run was ended by the cap on steps'}."
     )

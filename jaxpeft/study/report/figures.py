@@ -145,35 +145,31 @@ def score_data(study: Study) -> Drawing | None:
     ends = max(LOWEST, min([0.0, *drawn])) - 6, max([100.0, *drawn]) + 6  # one scale for all settings
 
     def panel(ax, setting, lines):
-        scale = study.scale(setting)
+        scale, base = study.scale(setting), study.base(setting)
         points = scale.points if scale else lambda score: score
         ns = sorted({cell[2] for line in lines.values() for cell in line})
         for i, (variant, line) in enumerate(lines.items()):
             at = {cell[2]: [points(row["test"]) for row in cells[setting][cell]] for cell in line}
-            aside = 1 + 0.035 * (
-                i - (len(lines) - 1) / 2
-            )  # so that bars at one number of images do not hide each other
-            # a line does not cross a number of images that was left out
+            # bars at one number of images are drawn side by side; a line does not cross a number that was left out
+            aside = 1 + 0.035 * (i - (len(lines) - 1) / 2)
             _errors(ax, [n * aside for n in ns], [at.get(n, [math.nan]) for n in ns], _look(study, variant))
             capped = [cell[2] for cell in line if any(row["stopped"] == "cap" for row in cells[setting][cell])]
-            means = [statistics.fmean(at[n]) for n in capped]
-            ax.scatter(
-                [n * aside for n in capped], means, s=90, facecolors="none", edgecolors="#D55E00", linewidths=0.8
-            )
+            xs, means = [n * aside for n in capped], [statistics.fmean(at[n]) for n in capped]
+            ax.scatter(xs, means, s=90, facecolors="none", edgecolors="#D55E00", linewidths=0.8)
         _log(ax, ns)
         _label(ax, _title(study, setting), "training images", "points" if scale else f"test {study.metric(setting)}")
+        _yardstick(ax, points(study.blind(setting)), "best guess without images")
         if scale:
-            ax.set_ylim(*ends)
-            _yardstick(ax, 0, "best guess without images")
             _yardstick(ax, 100, "ceiling" if scale.declared else "ceiling: best cell")
             score_of = lambda y: scale.blind + y * (scale.ceiling - scale.blind) / 100  # noqa: E731
             right = ax.secondary_yaxis("right", functions=(score_of, scale.points))
             right.set_ylabel(f"test {study.metric(setting)}", fontsize=8)
             right.tick_params(labelsize=8)
-        if (base := study.base(setting)) is not None:
-            bottom = ax.get_ylim()[0]
-            where = f": {base:.3g}, below" if points(base) < bottom else ""
-            _yardstick(ax, max(points(base), bottom), f"frozen base{where}", "--", left=True)
+            ax.set_ylim(*ends)
+        if base is not None:
+            below = scale and points(base) < ends[0]
+            text = f"frozen base: {base:.3g}, below" if below else "frozen base"
+            _yardstick(ax, ends[0] if below else points(base), text, "--", left=True)
 
     return drawing(study, lines, panel)
 
@@ -235,13 +231,14 @@ def learning_rates(study: Study) -> Drawing | None:
         for (variant, _, _), rows in cells.items():
             rows = sorted(rows, key=lambda r: r["lr"])
             look = _look(study, variant) | {"markersize": 4, "linewidth": 0.7}
-            ax.plot([r["lr"] for r in rows], [r["validation"] for r in rows], **look | {"markerfacecolor": "white"})
+            ax.plot([r["lr"] for r in rows], [r["choice"] for r in rows], **look | {"markerfacecolor": "white"})
             for r in rows:
                 if r["chosen"]:
-                    ax.plot(r["lr"], r["validation"], **look | {"markerfacecolor": look["color"]})
+                    ax.plot(r["lr"], r["choice"], **look | {"markerfacecolor": look["color"]})
         _log(ax)
-        nats = study.config.get("measure") == "nll"
-        _label(ax, setting, "learning rate", "- validation nats" if nats else f"validation {study.metric(setting)}")
+        in_nats = study.config.get("measure") == "nll"
+        measure = "log-likelihood, nats per token" if in_nats else study.metric(setting)
+        _label(ax, setting, "learning rate", f"validation {measure}")
 
     found = {setting: collections.defaultdict(list) for setting in study.config["settings"]}
     for row in study.searched:
@@ -298,7 +295,8 @@ FIGURES = {
     "score_data": (
         score_data,
         "Each method at its middle size. Marks: mean over seeds; bars: range over seeds; orange rings: a run reached the "
-        "cap on steps. 0 points is the best guess without images, 100 the ceiling; the right axis has the score itself.",
+        "cap on steps. 0 points is the best guess without images, 100 the ceiling; the right axis has the score itself. There "
+        "are no points where nothing is better than that guess.",
     ),
     "curves": (
         curves,
@@ -320,6 +318,7 @@ FIGURES = {
         "Every cell: test score against the seconds of one run, including compilation and evaluation.",
     ),
     "learning_rates": (
-        learning_rates, "Validation score against learning rate, a line per cell, seed 0. Filled: chosen."
+        learning_rates,
+        "What learning rates are chosen by, on validation images, against the rate; a line per cell, seed 0. Filled: chosen.",
     ),
 }  # fmt: skip

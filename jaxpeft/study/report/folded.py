@@ -41,9 +41,9 @@ def edges_of(study: Study) -> list[list]:
     for row in study.searched:
         tried[cell_of(row)].add(row["lr"])
     found = []
-    for row in study.rows:
+    for row in study.searched:
         all_of = tried[cell_of(row)]
-        if row["chosen"] and row["seed"] == 0 and len(all_of) > 1 and row["lr"] in (min(all_of), max(all_of)):
+        if row["chosen"] and len(all_of) > 1 and row["lr"] in (min(all_of), max(all_of)):
             found.append([row["id"], row["lr"], "smallest" if row["lr"] == min(all_of) else "largest"])
     return found
 

@@ -18,8 +18,8 @@ GLYPHS = {"o": "●○", "s": "■□", "^": "▲△", "v": "▼▽", "D": "◆�
           "<": "◀◁", ">": "▶▷"}  # fmt: skip
 
 
-def render(study: Study, judged: tuple, selection, share: list[dict], drawings: dict[str, Drawing]) -> str:
-    """The HTML page. `judged`: claims.judge in points, and in nats where that is the study's measure, else []; `selection`:
+def render(study: Study, judged: tuple[list, list], selection, share: list[dict], drawings: dict[str, Drawing]) -> str:
+    """The HTML page. `judged`: claims.judge in points, and in nats where that is the study's measure; `selection`:
     claims.selection; `share`: rows.consistency; `drawings`: the figures that could be drawn."""
     verdicts, nats = judged
     chosen = {setting: answers.choices(study, setting) for setting in study.config["settings"]}
@@ -32,7 +32,8 @@ def render(study: Study, judged: tuple, selection, share: list[dict], drawings: 
         counts=_counts(study),
         choices="".join(_choices(study, setting, found) for setting, found in chosen.items()),
         runs=_runs(study, chosen),
-        claims=_in_nats(nats) + _claims(verdicts),
+        claims=_claims(verdicts),
+        claims_nll=_claims(nats),
         multiplicity=escape(_multiplicity(verdicts)) if verdicts else "",
         selection=escape(_selection(selection)) if verdicts else "",
         ends=escape(" ".join(_ends(one) for one in study.scales)) if verdicts else "",
@@ -83,11 +84,10 @@ def _choices(study: Study, setting: str, found: list[answers.Choice]) -> str:
         row = [one.cell[2], use, f"{one.score:.3f} ({spread})", _tied(one)]
         row[3:3] = [markup.estimate(one.over_base, "+")] if base is not None else []
         rows.append(row)
-    about = [] if base is None else [f"frozen base {base:.3f}"]
-    if scale := study.scale(setting):
-        about += [f"best guess without images {scale.blind:.3f}"]
-    said = f" <small>{escape(', '.join(about))}</small>" if about else ""
-    return f"<h3>{escape(setting)}{said}</h3>\n{table(header, rows)}"
+    about = f"best guess without images {study.blind(setting):.3f}" + (
+        "" if base is None else f", frozen base {base:.3f}"
+    )
+    return f"<h3>{escape(setting)} <small>{about}</small></h3>\n{table(header, rows)}"
 
 
 def _tied(one: answers.Choice) -> str | Html:
@@ -148,8 +148,6 @@ def _commands(study: Study, run_id: str, kept: bool) -> Html | None:
 
 def _claims(verdicts: list) -> str:
     """A line per claim: its interval drawn, and the verdict. '' where no claim was judged."""
-    if not verdicts:
-        return ""
     shown = [x for one in verdicts if one.effect is not None for x in (one.effect, -one.margin, one.margin)]
     ends, rows = markup.limits(shown), []
     for one in verdicts:
@@ -164,14 +162,6 @@ def _claims(verdicts: list) -> str:
         ])  # fmt: skip
     effect = Html(f"effect{markup.axis(ends)}")
     return table(("claim", "on", effect, "margin", "verdict", "the paper predicts", "of"), rows)
-
-
-def _in_nats(verdicts: list) -> str:
-    """The claims in the primary measure of a study that is judged by likelihoods, before those in points."""
-    if not verdicts:
-        return ""
-    said = "In nats per token on test images, the measure of this study; more is better:"
-    return markup.paragraph(said) + _claims(verdicts) + markup.paragraph("The same claims on text metrics, in points:")
 
 
 def _kind(consistent: bool | None) -> str:

@@ -11,15 +11,13 @@ from pathlib import Path
 
 from jaxpeft.runtime import renamed
 from jaxpeft.study.claims import MARGINS, Result, Scale, middle_size
-from jaxpeft.study.grid import Cell, best_learning_rate, validation_score
+from jaxpeft.study.grid import Cell, best_learning_rate
 
 COLUMNS = (
     "id", "setting", "task", "variant", "method", "head", "size", "n_images", "seed", "lr", "chosen", "status", "tuned",
     "stored", "percent", "validation", "test", "test_nll", "forgetting", "steps", "stopped", "step_s", "compile_s",
     "total_s", "error",
 )  # fmt: skip
-
-CELL = ("setting", "variant", "size", "n_images")
 
 
 @dataclasses.dataclass
@@ -29,7 +27,9 @@ class Study:
     config: dict
     command: str
     rows: list[dict]  # flat, one per run, with COLUMNS
-    searched: list[dict]  # the runs that learning rates were chosen by: 'validation' is what they were chosen on
+    searched: list[
+        dict
+    ]  # finished runs among which the rate of each cell was chosen, by their 'choice'; not all have test scores
     results: list[Result]  # what claims are judged on: the chosen run of each cell and seed
     scales: list[Scale]
     mixed: list[Cell]  # cells whose runs were made by different code
@@ -39,10 +39,18 @@ class Study:
         """The main metric of a setting; '' before its first run."""
         return next((row["metric"] for row in self.rows if row["setting"] == setting and row["status"] == "done"), "")
 
+    def bases(self, setting: str) -> dict[int, float]:
+        """seed -> the test score of the frozen base. A base that all seeds share is scored with the first one only."""
+        mine = [row for row in self.rows if row["setting"] == setting]
+        return {row["seed"]: row["base"] for row in mine if row.get("base") is not None}
+
     def base(self, setting: str) -> float | None:
-        """The test score of the frozen base; None where it was not scored."""
-        found = (row.get("base") for row in self.rows if row["setting"] == setting)
-        return next((score for score in found if score is not None), None)
+        """The mean test score of the frozen base; None where it was not scored."""
+        return statistics.fmean(found.values()) if (found := self.bases(setting)) else None
+
+    def blind(self, setting: str) -> float:
+        """The test score of the best guess without images."""
+        return _blind(self.rows, setting)
 
     def scale(self, setting: str) -> Scale | None:
         """The scale of a setting; None where no score is above the best guess without images."""
@@ -71,30 +79,33 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
     mixed = _mixed(rows)
     if mixed and not mixed_code:
         raise ValueError(_refusal(directory, mixed))
+    searched = _searched(directory, rows, config)
     tried = collections.defaultdict(list)
-    for row in rows:
-        if row["status"] == "done" and row["seed"] == 0:
-            tried[cell_of(row)].append((row["lr"], row["choice"]))
-    for row in rows:
-        row["chosen"] = row["status"] == "done" and row["lr"] == best_learning_rate(tried[cell_of(row)])
+    for row in searched:
+        tried[cell_of(row)].append((row["lr"], row["choice"]))
+    best = {cell: best_learning_rate(pairs) for cell, pairs in tried.items()}
+    for row in [*rows, *searched]:
+        row["chosen"] = row["status"] == "done" and row["lr"] == best.get(cell_of(row))
     config.setdefault("margins", MARGINS)
     names = [field.name for field in dataclasses.fields(Result) if field.name != "score"]
     results = [Result(score=row["test"], **{name: row[name] for name in names}) for row in rows if row["chosen"]]
-    made = (rows, _searched(directory, config, rows), results, scales(rows, config), list(mixed), directory)
-    return Study(config, about.get("command", ""), *made)
+    command = about.get("command", "")
+    return Study(config, command, rows, searched, results, scales(rows, config), list(mixed), directory)
 
 
-def _searched(directory: Path, config: dict, rows: list[dict]) -> list[dict]:
-    """The finished runs that learning rates were chosen by: those of search.jsonl, or else those with seed 0."""
+def _searched(directory: Path, rows: list[dict], config: dict) -> list[dict]:
+    """The runs of search.jsonl, where the search had fewer steps than the other runs; else those with seed 0."""
     path = directory / "search.jsonl"
     if not path.exists():
-        return [row for row in rows if row["seed"] == 0 and row["status"] == "done"]
-    chosen, keys = {cell_of(row): row["lr"] for row in rows if row["chosen"]}, ("id", *CELL, "seed", "lr", "status")
-    return [
-        {key: row[key] for key in keys}
-        | {"validation": validation_score(config, row), "chosen": row["lr"] == chosen.get(cell_of(row))}
-        for row in read_jsonl(path) if row["status"] == "done"
-    ]  # fmt: skip
+        return [row for row in rows if row["status"] == "done" and row["seed"] == 0]
+    return [row | {"choice": _choice(row, config)} for row in read_jsonl(path) if row["status"] == "done"]
+
+
+def _choice(row: dict, config: dict) -> float:
+    """What the rate of a run is chosen by, the higher the better: as grid.validation_score, from files."""
+    if config.get("measure") == "nll":
+        return -row["validation"]["kept"]
+    return row["metrics"][config["select_on"]]["tuned"][row["main_metric"]]
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -106,7 +117,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def cell_of(row: dict) -> Cell:
     """The cell of the grid that a row of results.jsonl belongs to."""
-    return Cell(*(row[key] for key in CELL))
+    return Cell(row["setting"], row["variant"], row["size"], row["n_images"])
 
 
 def _mixed(rows: list[dict]) -> dict[Cell, dict[str, list[str]]]:
@@ -149,9 +160,9 @@ def _flat(row: dict, config: dict) -> dict:
     flat["base"] = test["base"][metric] if "base" in test else None
     if forgot := row.get("forgetting"):
         flat["forgetting"] = forgot["tuned"] - forgot["base"] if "base" in forgot else None
-    flat["choice"] = validation_score(config, row)
     validated = row.get("validation") or {}  # not in results of version 0.1
     flat |= {"curve": validated.get("curve"), "kept_step": validated.get("kept_step")}
+    flat["choice"] = _choice(row, config)
     flat |= {"machine": row.get("machine"), "versions": row.get("versions"), "digests": row.get("digests")}
     return flat | {"code": row.get("code", "")}
 
@@ -165,18 +176,22 @@ def scales(rows: list[dict], config: dict) -> list[Scale]:
     found = []
     for setting, about in config["settings"].items():
         mine = [row for row in rows if row["setting"] == setting and row["status"] == "done"]
-        blind = [score[row["metric"]] for row in mine for score in row["blind"].values()]
         by_cell = collections.defaultdict(list)
         for row in mine:
             if row["chosen"]:
                 by_cell[cell_of(row)].append(row["test"])
         if by_cell:
             best = max(map(statistics.fmean, by_cell.values()))
-            ends = (max(blind, default=0.0), about.get("ceiling", best))
+            ends = (_blind(rows, setting), about.get("ceiling", best))
             if ends[0] >= ends[1]:
                 continue
             found.append(Scale(setting, about["task"], about.get("consistent"), *ends, "ceiling" in about))
     return found
+
+
+def _blind(rows: list[dict], setting: str) -> float:
+    mine = [row for row in rows if row["setting"] == setting and row["status"] == "done"]
+    return max((score[row["metric"]] for row in mine for score in row["blind"].values()), default=0.0)
 
 
 def chosen_by_cell(study: Study, setting: str) -> dict[tuple, list[dict]]:
