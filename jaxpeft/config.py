@@ -65,7 +65,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.model.precision = config_dict.placeholder(str)
     c.model.frozen_dtype = "float32"  # of frozen matrices in memory; 'bfloat16' halves their size
     # What the backward pass recomputes to save memory: 'none', 'dots' or 'full'. None: 'dots' where the image encoder is
-    # trained in bfloat16 on an accelerator, which is also faster there, otherwise 'none'
+    # trained in bfloat16 on an accelerator, which halves the memory of activations there, otherwise 'none'
     c.model.remat = config_dict.placeholder(str)
     c.model.unroll = config_dict.placeholder(int)  # stacks of at most so many layers have no loop; None: all, on CPU 4
     c.model.attention = config_dict.placeholder(

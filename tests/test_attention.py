@@ -68,7 +68,7 @@ def test_the_kernel_changes_nothing(name, monkeypatch):
     found = logits_and_gradients(make(attention="xla"), {"params": params}, batch)
     towers = {shape[2] % 8 for shape in calls if shape[2] >= 8}
     assert len(calls) >= 2 and 0 in towers  # tower and text; tokens of images in multiples of 8
-    check_same(found, expected)
+    check_same(found, expected, 2e-6 if name == "smolvlm" else 1e-6)  # of which one gradient is worse conditioned
 
 
 METHODS = {
