@@ -1,6 +1,7 @@
 """Images per second, decoded, augmented as in BLIP and batched: jaxpeft's loader and a torch DataLoader, in one run.
 
     python benchmarks/data_loading.py --out results/data_loading.json
+    python benchmarks/data_loading.py --parts --out results/data_loading_parts.json    # only the parts
 
 Both read the same JPEG files (640 x 480, like COCO's) from memory, decode them with Pillow, and call the same crop, flip,
 resize and RandAugment. So the comparison is between grain's threads in this process, grain's processes, and torch's worker
@@ -132,50 +133,68 @@ def torch_batches(files, size, workers):
     )  # fmt: skip
 
 
-def parts(files, size):
-    """Milliseconds per image of each part, on this thread: the least of five, averaged over images."""
+def parts(files, size, rounds=7):
+    """CPU milliseconds per image of each part: the least of `rounds`, in turns, averaged over images."""
     files = files[:64]
     kept = [images.opened(file) for file in files]
     arrays = [np.array(one) for one in kept]
     cropped = [images.augment(one, np.random.default_rng(0), size=size) for one in kept]
-    box = (40, 30, 560, 440)
-
-    def ms(function, inputs):
-        times = []
-        for _ in range(5):
-            times.append([])
-            for one in inputs:
-                began = time.perf_counter()
-                function(one)
-                times[-1].append(time.perf_counter() - began)
-        return round(1000 * float(np.min(times, axis=0).mean()), 2)
+    box, square = (40, 30, 560, 440), (size, size)
 
     def augment(one):
         return images.augment(one, np.random.default_rng(0), size=size)
 
-    found = {
-        "decode": ms(images.opened, files),
-        "decode to an array": ms(images.decode, files),
-        "crop, flip, resize": ms(augment, kept),
-        "crop, flip, resize of an array": ms(augment, arrays),
-        "crop, then resize": ms(lambda x: x.crop(box).resize((size, size), images.BICUBIC), kept),
-        "resize(box=)": ms(lambda x: x.resize((size, size), images.BICUBIC, box=box), kept),
-        "RandAugment": ms(lambda x: randaugment(x, np.random.default_rng(0)), cropped),
-        "resize only": ms(lambda x: images.resize(x, size), kept),
-        "resize only, of an array": ms(lambda x: images.resize(x, size), arrays),
+    ways = {
+        "decode": (images.opened, files),
+        "decode to an array": (images.decode, files),
+        "crop, flip, resize": (augment, kept),
+        "crop, flip, resize of an array": (augment, arrays),
+        "crop, then resize": (lambda x: x.crop(box).resize(square, images.BICUBIC), kept),
+        "resize(box=)": (lambda x: x.resize(square, images.BICUBIC, box=box), kept),
+        "RandAugment": (lambda x: randaugment(x[1], np.random.default_rng(x[0])), list(enumerate(cropped))),
+        "resize only": (lambda x: images.resize(x, size), kept),
+        "resize only, of an array": (lambda x: images.resize(x, size), arrays),
     }
     try:
         import simplejpeg
+
+        ways["decode by simplejpeg"] = lambda x: Image.fromarray(simplejpeg.decode_jpeg(x)), files
+        ways["decode by simplejpeg to an array"] = simplejpeg.decode_jpeg, files
+        same = {
+            "simplejpeg has the same pixels": all(
+                np.array_equal(simplejpeg.decode_jpeg(file), array) for file, array in zip(files, arrays, strict=True)
+            )
+        }
     except ImportError:
-        print("simplejpeg is not installed: its row is left out")
-        return found
-    return found | {
-        "decode by simplejpeg": ms(lambda x: Image.fromarray(simplejpeg.decode_jpeg(x)), files),
-        "decode by simplejpeg to an array": ms(simplejpeg.decode_jpeg, files),
-        "simplejpeg has the same pixels": all(
-            np.array_equal(simplejpeg.decode_jpeg(file), array) for file, array in zip(files, arrays, strict=True)
-        ),
-    }
+        print("simplejpeg is not installed: its rows are left out")
+        same = {}
+    times = {name: [] for name in ways}
+    for _ in range(rounds):
+        for i in range(len(files)):
+            for name, (function, inputs) in ways.items():
+                began = time.process_time()
+                function(inputs[i])
+                times[name].append(time.process_time() - began)
+    least = {name: np.reshape(spent, (rounds, -1)).min(axis=0) for name, spent in times.items()}
+    return {name: round(1000 * float(spent.mean()), 2) for name, spent in least.items()} | same
+
+
+def ways_of(files, cores, size):
+    """{way of reading: a function that starts it}"""
+    ways = {f"jaxpeft, {n} threads": lambda n=n: ours(files, size, n) for n in sorted({1, 2, cores, 2 * cores})}
+    ways["jaxpeft, 1 threads, arrays"] = lambda: ours(files, size, 1, Decoded)
+    ways |= {f"evaluation, {n} threads": lambda n=n: evaluation(files, size, n) for n in sorted({1, cores, 2 * cores})}
+    ways["evaluation, in turn"] = lambda: evaluation(files, size, 0)
+    ways["evaluation, in turn, arrays"] = lambda: evaluation(files, size, 0, Decoded)
+    ways |= {f"jaxpeft, {n} grain processes": lambda n=n: in_processes(files, size, n) for n in (1, cores)}
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        ways |= {f"torch DataLoader, {n} workers": lambda n=n: torch_batches(files, size, n) for n in (0, 1, cores)}
+    except ImportError:
+        print("torch is not installed: its rows are left out")
+    return ways
 
 
 def main(_):
@@ -184,47 +203,33 @@ def main(_):
     parser.add_argument("--size", type=int, default=384)
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", action="store_true", help="time only the parts of reading an image")
     args, _ = parser.parse_known_args()
-    files, cores = jpegs(), len(os.sched_getaffinity(0))
-    ways = {f"jaxpeft, {n} threads": lambda n=n: ours(files, args.size, n) for n in sorted({1, 2, cores, 2 * cores})}
-    ways["jaxpeft, 1 threads, arrays"] = lambda: ours(files, args.size, 1, Decoded)
-    ways |= {
-        f"evaluation, {n} threads": lambda n=n: evaluation(files, args.size, n) for n in sorted({1, cores, 2 * cores})
-    }
-    ways["evaluation, in turn"] = lambda: evaluation(files, args.size, 0)
-    ways["evaluation, in turn, arrays"] = lambda: evaluation(files, args.size, 0, Decoded)
-    ways |= {f"jaxpeft, {n} grain processes": lambda n=n: in_processes(files, args.size, n) for n in (1, cores)}
-    try:
-        import torch
-
-        torch.set_num_threads(1)
-        ways |= {
-            f"torch DataLoader, {n} workers": lambda n=n: torch_batches(files, args.size, n) for n in (0, 1, cores)
-        }
-    except ImportError:
-        print("torch is not installed: its rows are left out")
+    files, cores = jpegs(64 if args.parts else N), len(os.sched_getaffinity(0))
+    ways = {} if args.parts else ways_of(files, cores, args.size)
     found = {name: [] for name in ways}
     for turn in range(args.rounds):  # in turns, so that a slow minute of the machine affects all of them
         for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:
             found[name].append(rate(ways[name](), args.batches))
+    rates = {
+        name: {"median": round(statistics.median(v), 1), "range": [round(min(v), 1), round(max(v), 1)]}
+        for name, v in found.items()
+    }
     report = {
         "command": "python benchmarks/data_loading.py " + " ".join(sys.argv[1:]),
         "cores": cores,
         "pictures": f"{len(files)} JPEG files of 640 x 480, {sum(map(len, files)) // len(files) // 1000} KB each",
         "size": args.size,
         "batch": BATCH,
-        "ms per picture on one thread": parts(files, args.size),
-        "pictures per second": {
-            name: {"median": round(statistics.median(v), 1), "range": [round(min(v), 1), round(max(v), 1)]}
-            for name, v in found.items()
-        },
+        "CPU ms per picture on one thread": parts(files, args.size),
+        "pictures per second": rates,
         "machine": host.machine(),
         "versions": host.versions(),
     }
     Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
     for name, one in report["pictures per second"].items():
         print(f"{name:<32} {one['median']:>7} pictures/s  ({one['range'][0]} to {one['range'][1]})")
-    print(report["ms per picture on one thread"])
+    print(report["CPU ms per picture on one thread"])
 
 
 if __name__ == "__main__":

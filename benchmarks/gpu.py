@@ -26,8 +26,9 @@ next one starts. The file is written after each. Settings of the card are never 
 
 Both sides do the same work on drawn weights: LoRA of rank 8 on queries and values (of the text decoder, in 'vit_lora' of all
 towers) or all parameters ('full'), captions of 20 tokens, products in bfloat16, frozen matrices in bfloat16, trained leaves and
-AdamW in float32, images given on the device. The peer uses scaled dot product attention, autocast, fused AdamW and
-`torch.compile`. It computes the vocabulary of every position, image and prompt too, where transformers does so.
+AdamW in float32, images given on the device. The peer uses autocast, fused AdamW, `torch.compile`, and the attention that
+transformers chooses for the model: fused where it has it, which BLIP lacks ('attention' in the rows). It computes the
+vocabulary of every position, image and prompt too, where transformers does so.
 """
 
 import argparse
@@ -238,7 +239,9 @@ def main():
     began, report = time.perf_counter(), json.loads(args.out.read_text()) if args.out.exists() else {}
     report |= {"command": " ".join(["python", *sys.argv]), "found": report.get("found", {})}
     if args.tiny:
-        report["rehearsal"] = "tiny models on whatever device was there: these numbers say only that the sections run"
+        report["rehearsal"] = (
+            "tiny models, torch.compile without its compiler: these numbers say only that the sections run"
+        )
     found, again = report["found"], len(args.only) < len(PLAN)
     for label in args.only:
         script, arguments, most = PLAN[label]

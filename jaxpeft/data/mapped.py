@@ -84,7 +84,7 @@ class Ragged:
         for one in sequences:
             flat.extend(one)
             lengths.append(len(one))
-        self.flat, self.length_N = np.array(flat, np.int32), np.array(lengths, np.int32)
+        self.flat, self.length_N = (np.frombuffer(x or bytes(0), np.int32) for x in (flat, lengths))
 
     def fill(self, out_NT: np.ndarray, at_N: np.ndarray | None = None, column: int = 0) -> None:
         """Write sequence n into row at_N[n], by default n, of out_NT, from `column` on. Raises ValueError if it is too long."""
