@@ -338,6 +338,7 @@ def test_mplugs_full_tuning_has_two_learning_rates_and_begins_at_both_from_one()
 
 def test_paligemmas_recipes_are_the_published_ones():
     c = paligemma_coco.get_config("")
+    assert c.eval.batch_size == 128
     assert (c.batch_size, c.steps, c.optim.lr, c.optim.b2) == (256, 5 * 566_435 // 256, 1e-4, 0.999)
     assert (c.optim.warmup, c.optim.clip_norm, c.task_options.max_tokens, c.eval.beams) == (0.05, 1.0, 32, 2)
     c = paligemma_vqa_v2.get_config("protocol=official")

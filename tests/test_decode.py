@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
+from jaxpeft import methods, tree
+from jaxpeft.adapt import sites
 from jaxpeft.models import decode, loading
 from jaxpeft.models.base import Context
 
@@ -125,3 +127,47 @@ def test_lengths_that_cannot_work_are_named():
         decode.greedy(model, variables, context, search(model, start, 1))
     with pytest.raises(ValueError, match="length 100 exceeds the model's"):
         decode.greedy(model, variables, context, search(model, start, 100))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_no_step_after_the_last_token(beams, monkeypatch):
+    """n tokens take n - 1 steps: the first comes from the start."""
+    model, variables, context, start, _ = golden("caption")
+    steps, step = [], type(model).step
+
+    def counted(self, token_R, cache, context):
+        jax.debug.callback(lambda: steps.append(1))
+        return step(self, token_R, cache, context)
+
+    monkeypatch.setattr(type(model), "step", counted)
+    settings = search(model, start, len(start) + 3, beams=beams, min_length=len(start) + 3)  # none ends early
+    jax.clear_caches()
+    write = decode.greedy if beams == 1 else decode.beam_search
+    jax.block_until_ready(write(model, variables, context, settings))
+    jax.effects_barrier()
+    jax.clear_caches()
+    assert len(steps) == 2
+
+
+def test_matrices_are_cast_before_the_first_token():
+    """In bfloat16 no step casts a matrix again; with float32 leaves of matrices each did."""
+    model, variables, context, start, _ = golden("caption")
+    half = model.replaced(dtype="bfloat16")
+    program = decode.greedy.lower(half, variables, context, search(model, start)).as_text()
+    loop = program[program.index("stablehlo.while") :]
+    shapes = {
+        x.shape for name, x in tree.flatten(variables).items() if name.endswith("text_decoder/blocks/mlp/up/kernel")
+    }
+    ((_, width, hidden),) = shapes
+    assert f"x{width}x{hidden}xbf16>" in loop
+    assert f"x{width}x{hidden}xf32>" not in loop
+
+
+def test_what_dora_takes_norms_of_stays_float32():
+    model, params = tiny.model(), tiny.params()
+    variables = sites.attach(model, params, methods.build("dora", targets="mlp/up$"), jax.random.key(0))
+    dtypes = {name: str(x.dtype) for name, x in tree.flatten(sites.narrowed(variables, "bfloat16")).items()}
+    kernels = {name: dtype for name, dtype in dtypes.items() if name.endswith("kernel")}
+    assert {dtype for name, dtype in kernels.items() if name.endswith("mlp/up/kernel")} == {"float32"}
+    assert {dtype for name, dtype in kernels.items() if not name.endswith("mlp/up/kernel")} == {"bfloat16"}
+    assert dtypes["params/text_decoder/embed/word"] == "float32"

@@ -1,5 +1,7 @@
 """The plan of a run, against the run itself, its arrays on eight devices, and counts made by hand."""
 
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from jax.experimental import topologies
 from test_sharding import SIZES
 from tiny import config_of
 
@@ -18,6 +21,7 @@ from jaxpeft.data import scenes
 from jaxpeft.models import loading
 from jaxpeft.models.blip import BlipConfig, build
 from jaxpeft.models.blip_tokens import BlipTokenizer
+from jaxpeft.runtime import host
 from jaxpeft.training import preflight, run, setup, sharding
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,6 +174,8 @@ def test_the_report_adds_up(base):
     c = config_of(base, **{"data.augment": "crop_flip"})
     one, eight = (preflight.report(with_mesh(c, n), chip=preflight.CHIPS["h100"]) for n in (1, 8))
     assert number(one, "FLOPs per step") == number(eight, "FLOPs per step")
+    assert "instead" not in one  # it is on data=8
+    assert number(eight, "with data=8 instead *peak") == number(one, "peak per device")
     per_device = re.search(r"in all, (\S+) per device", eight)[1]
     assert float(per_device) == pytest.approx(number(eight, "FLOPs per step") / 8, rel=0.01)
 
@@ -201,9 +207,42 @@ def test_chips():
             preflight.chip_of(bad, None)
 
 
-def test_a_topology_that_cannot_be_had_is_named():
-    with pytest.raises(ValueError, match="no_such:2x2.*libtpu"):
+def test_a_topology_that_cannot_be_had_is_named(monkeypatch):
+    with pytest.raises(ValueError, match="no_such:2x2.*GPUs are named"):
         preflight.devices_of("no_such:2x2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="v5e:2x2.*pip install libtpu"):
+        preflight.devices_of("v5e:2x2")
+
+
+def test_an_error_of_an_installed_libtpu_is_its_own(monkeypatch):
+    """Such as a lock that another process holds: the message does not tell to install what is there."""
+
+    def locked(*_):
+        raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topologies, "get_topology_desc", locked)
+    with pytest.raises(ValueError, match="v5e:2x2.*lockfile") as caught:
+        preflight.devices_of("v5e:2x2")
+    assert "pip install" not in str(caught.value)
+
+
+def test_two_plans_may_load_libtpu_at_once(monkeypatch):
+    for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    host.plan_for(0, "v5e:2x4")
+    assert os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "1" and "XLA_FLAGS" not in os.environ
+    host.plan_for(0, "h100")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and "triton_gemm=false" in os.environ["XLA_FLAGS"]
+
+
+def test_flags_that_are_set_stay(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=2")
+    host.add_xla_flags(*host.DETERMINISTIC)
+    flags = os.environ["XLA_FLAGS"].split()
+    assert flags == ["--xla_gpu_autotune_level=2", host.DETERMINISTIC[0], host.DETERMINISTIC[2]]
 
 
 @pytest.mark.slow

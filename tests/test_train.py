@@ -343,7 +343,7 @@ def test_a_damaged_feature_file_is_computed_again_and_old_ones_make_room(asked, 
         cache = cache_of(model, variables, directory, limit, said.append)
         return cache.fill(split, examples_of(model, split), per=("image",)).tables["image_tokens"]
 
-    first = table(3)
+    first = np.array(table(3))  # not the file, which is damaged below
     (path,) = directory.iterdir()
     path.write_bytes(path.read_bytes()[:200])
     np.testing.assert_array_equal(table(3), first)
@@ -669,3 +669,38 @@ def test_impossible_subsets_are_named(key, value, message):
     split = scenes.load({"n_train": 3}, ["train"])["train"]
     with pytest.raises(ValueError, match=message):
         pipeline.subset(split, seed=0, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("targets", "platform", "dtype", "remat"),
+    [
+        ("vision", "gpu", "bfloat16", "dots"),
+        ("vision", "tpu", "bfloat16", "dots"),
+        ("vision", "gpu", "float32", "none"),
+        ("text.attention.qv", "gpu", "bfloat16", "none"),
+        ("vision", "cpu", "bfloat16", "none"),
+    ],
+)
+def test_what_a_config_leaves_open_depends_on_devices_and_on_what_is_trained(targets, platform, dtype, remat):
+    c = config_of("tiny", "captioning", **{"method.targets": targets, "model.dtype": dtype})
+    model = setup.abstract_model(c)
+    chosen = sites.resolved(model, setup.methods_of(c))
+    found = setup.for_devices(c, model, chosen, platform).config
+    assert found.remat == remat
+    assert found.attention == {"gpu": {"bfloat16": "cudnn"}.get(dtype, "plain"), "tpu": "plain", "cpu": None}[platform]
+    c.model.remat, c.model.attention, c.model.unroll = "full", "plain", 3
+    model = setup.abstract_model(c)
+    found = setup.for_devices(c, model, chosen, platform).config
+    assert (found.remat, found.attention, found.unroll) == ("full", "plain", 3)
+
+
+def test_precision_is_that_of_the_config():
+    c = config_of("tiny", "captioning", **{"model.precision": "high"})
+    with setup.precision(c):
+        assert jax.config.jax_default_matmul_precision == "high"
+    assert jax.config.jax_default_matmul_precision == "highest"  # conftest.py
+    with setup.precision(config_of("tiny")):
+        assert jax.config.jax_default_matmul_precision == "highest"
+    c.model.precision = "highst"
+    with pytest.raises(ValueError, match="model.precision is 'highst'.*highest"):
+        setup.check_config(c)

@@ -64,21 +64,17 @@ def fused(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v -> (B, T, N, H), over the first `lengths_B` keys, None for all; `causal`: query t over the
     keys up to t. Query head n reads key head n // (N / G)."""
-    n_queries, n_keys = q_BNTH.shape[2], k_BGSH.shape[2]
+    (n_rows, _, n_queries, _), n_keys, lengths = q_BNTH.shape, k_BGSH.shape[2], {}
     if n_keys % 2 and lengths_B is None and not causal:  # causal queries do not see the row that is added
-        lengths_B = jnp.full(len(k_BGSH), n_keys, jnp.int32)
+        lengths_B = jnp.full(n_rows, n_keys, jnp.int32)
+    if lengths_B is not None:  # of both, by rows: JAX would make those of the queries for all devices' rows
+        both = {"key_value": lengths_B, "query": jnp.full(n_rows, n_queries + n_queries % 2, jnp.int32)}
+        lengths = {f"{name}_seq_lengths": by_rows(x) for name, x in both.items()}
     # the kernel needs queries, keys and values sharded alike
     n_tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     heads = 2 if k_BGSH.shape[1] % n_tensor == 0 else None
     q_BTNH, k_BSGH, v_BSGH = (by_rows(_even(x).swapaxes(1, 2), heads) for x in (q_BNTH, k_BGSH, v_BGSH))
-    y_BTNH = jax.nn.dot_product_attention(
-        q_BTNH,
-        k_BSGH,
-        v_BSGH,
-        is_causal=causal,
-        key_value_seq_lengths=None if lengths_B is None else by_rows(lengths_B),
-        implementation=kind,
-    )
+    y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSGH, v_BSGH, is_causal=causal, implementation=kind, **lengths)
     return y_BTNH[:, :n_queries]
 
 

@@ -70,14 +70,15 @@ def stack(block: type[nn.Module], config: StackConfig, n_layers: int, n_shared: 
     compilation takes longer. On accelerators all: a loop first fills what the backward pass reads with zeros and then writes
     it slice by slice (docs/results/h100_program.md).
     """
-    unroll = config.on(jax.default_backend())["unroll"]
+    unrolls = n_layers <= config.on(jax.default_backend())["unroll"]
     if config.remat != "none":
-        block = nn.remat(block, prevent_cse=False, policy=REMAT[config.remat])
+        # without a loop between them, XLA would merge what is computed twice, and keep it after all
+        block = nn.remat(block, prevent_cse=unrolls, policy=REMAT[config.remat])
     return nn.scan(
         block,
         variable_axes={True: 0},
         split_rngs={True: True},
         in_axes=(0, *[nn.broadcast] * n_shared),
         length=n_layers,
-        unroll=n_layers if n_layers <= unroll else 1,
+        unroll=n_layers if unrolls else 1,
     )

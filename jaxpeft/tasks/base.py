@@ -61,6 +61,10 @@ class Task(abc.ABC):
     def eval_examples(self, split: Split, template: Template) -> Examples:
         """One example per text to generate: arrays 'image_index' and optionally 'prompt', and rows for scoring."""
 
+    def case_ids(self, split: Split) -> list[str] | None:
+        """For each of `examples`, the id of the row of `eval_examples` that it is a reference of; None if there is none."""
+        return None
+
     @abc.abstractmethod
     def texts(self, split: Split, template: Template) -> Iterable[str]:
         """Every training text, for the check that the vocabulary covers it."""

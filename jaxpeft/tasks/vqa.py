@@ -101,6 +101,9 @@ class Vqa(Task):
         weights = ([weight for _, weight in self._answers(q)] for _, q in _asked(split))
         return Examples(arrays | teacher_forced(answers, weights, template), split.images, [])
 
+    def case_ids(self, split: Split) -> list[str]:
+        return [q["question_id"] for _, q in _asked(split)]
+
     def eval_examples(self, split: Split, template: Template) -> Examples:
         rows = [
             {key: q[key] for key in ("question_id", "question", "type")}

@@ -200,13 +200,14 @@ def compiled(step: Step, shapes: Shapes, rules: sharding.Rules, mesh: Mesh, keep
     with sharding.using_mesh(mesh):
         program = jitted.lower(*arguments).compile()
     found, on_gpu = program.memory_analysis(), mesh.devices.flat[0].platform == "gpu"
+    text = program.as_text() if on_gpu or keep_program else None
     assert found is not None  # no backend of JAX lacks it
     return Plan(
         found.argument_size_in_bytes,
         found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes,
         time.perf_counter() - began,
-        tuple(gpu.kernels(program.as_text())) if on_gpu else (),
-        program.as_text() if keep_program else "",
+        tuple(gpu.kernels(text)) if on_gpu and text else (),
+        text or "" if keep_program else "",
     )
 
 

@@ -188,23 +188,21 @@ def _score_split(
             nats_N2 = evaluate.nlls(model, variables, task, examples, **options)
             total, count = nats_N2.sum(axis=0)
             scores[label]["nll"] = float(total / count)
-            _add_nats(rows, label, task.id_key, examples, nats_N2)
+            if (ids := task.case_ids(setup.splits[name])) is not None:
+                _add_nats(rows, label, task.id_key, ids, nats_N2)
         for row, value in zip(rows, task.per_example(cases.rows, texts), strict=True):
             row[f"{label}_{task.main_metric}"] = round(float(value), 6)
     return scores, rows
 
 
-def _add_nats(rows: list[dict], label: str, key: str, examples: Examples, nats_N2: np.ndarray) -> None:
+def _add_nats(rows: list[dict], label: str, key: str, ids: list[str], nats_N2: np.ndarray) -> None:
     """Add to each row '{label}_nats', the negative log-likelihood of its reference texts in nats, and 'tokens', their number.
 
-    `nats_N2`: both for each of `examples`, which has one for each reference of a row; `key`: the id that tells whose it is. A
-    task of one's own whose training examples have no ids gets none.
+    `nats_N2`: both for each reference text; `ids`: row[key] of the row that each belongs to.
     """
-    if len(examples.rows) != len(nats_N2) or any(key not in one for one in examples.rows):
-        return
     of = collections.defaultdict(lambda: np.zeros(2))
-    for one, pair_2 in zip(examples.rows, nats_N2, strict=True):
-        of[one[key]] += pair_2
+    for one, pair_2 in zip(ids, nats_N2, strict=True):
+        of[one] += pair_2
     for row in rows:
         nats, n_tokens = of[row[key]].tolist()
         row[f"{label}_nats"], row["tokens"] = round(nats, 4), round(n_tokens)
