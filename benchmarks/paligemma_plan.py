@@ -1,6 +1,7 @@
 """Plan a LoRA step of both PaliGemma recipes without data, checkpoint or accelerator.
 
-    python benchmarks/paligemma_plan.py --out results/paligemma_plan.json --topology v5e:2x4      (libtpu; minutes)
+    python benchmarks/paligemma_plan.py --out results/paligemma_plan.json --topology v5e:2x4               (libtpu)
+    python benchmarks/paligemma_plan.py --out results/paligemma_plan.json --topology v5e:2x4 --batch 64 --images
 
 The recipes are configs/paligemma_coco.py and configs/paligemma_vqa_v2.py with method=lora,size=16: PaliGemma-3B at 224 pixels
 in bfloat16, layers recomputed in the backward pass. Texts are as long as the recipes allow: captions of 32 tokens; questions of
@@ -66,11 +67,11 @@ def planned(name: str, root: Path, model_at: Path, args) -> dict:
     """What a step of one recipe takes."""
     recipe = importlib.import_module(f"configs.{RECIPES[name]}")
     c = recipe.get_config(f"base={model_at},method={args.method},size=16,batch_size={args.batch}")
-    options, kept = c.task_options, {"augment": c.data.augment, "feature_bytes": c.data.feature_bytes}
+    options = c.task_options
     c.data = config.get_config(c.task).data  # not COCO's
     c = config.folder(c, str(root))
-    c.task_options = options
-    c.data.update(kept)
+    c.task_options, c.data.augment = options, "none"
+    c.data.feature_bytes = 0 if args.images else c.data.feature_bytes
     c.data.annotations = f"{name}.jsonl"
     model = setup.abstract_model(c)
     step, shapes, _ = preflight.step_in_shapes(c, model)
@@ -80,6 +81,7 @@ def planned(name: str, root: Path, model_at: Path, args) -> dict:
     row = {
         "recipe": RECIPES[name],
         "batch": args.batch,
+        "images_every_step": args.images,
         "mesh": dict(mesh.shape),
         "tuned": tree.count(state.tuned),
         "shapes": {key: list(x.shape) for key, x in batch.items()},
@@ -108,11 +110,15 @@ def main() -> None:
         "--batch", type=int, default=8, help="examples in a step, over all devices (default %(default)s)"
     )
     parser.add_argument("--method", default="lora")
+    parser.add_argument(
+        "--images", action="store_true", help="image tokens do not fit on the host: computed every step"
+    )
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--flops", action="store_true", help="count FLOPs too, on unrolled layers: minutes more")
     args = parser.parse_args()
     host.plan_for(0, args.topology)
-    found = {"topology": args.topology, "machine": host.machine(), "versions": host.versions(), "rows": []}
+    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    found = {"topology": args.topology, "machine": host.machine(), "versions": host.versions(), "rows": rows}
     with tempfile.TemporaryDirectory() as directory:
         here = Path(directory)
         root, model_at = data(here / "data"), base(here / "base")

@@ -321,7 +321,7 @@ def smolvlm(args) -> dict:
     with tempfile.TemporaryDirectory() as directory:
         answer(started(args, "prepare", directory=directory))
         peers = {name: kind(Path(directory), args.threads) for name, kind in PEERS.items()}
-        for mode in ("train", "generate"):
+        for mode in ("generate", "train"):  # peft tunes the model in place
             rows, bad = blip_base.measure(mode, peers, args.runs, BATCH)
             found[mode] = {"rows": rows, "failed": bad}
             print(reference.table(rows))

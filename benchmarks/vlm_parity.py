@@ -45,7 +45,7 @@ def differences(kind: str, golden: dict) -> dict:
             parity.far(parity.logits_of(model, params, golden, side), logits, where) for side in ("left", "right")
         ),
         "loss / loss": abs(float(value) / float(golden["loss"]) - 1),
-        "gradient / largest entry": max(parity.gradient_errors(gradients, golden).values()),
+        "gradient / largest entry": float(max(parity.gradient_errors(gradients, golden).values())),
         "greedy equal": equal[0],
         "beams of 3 equal": equal[1],
     }
