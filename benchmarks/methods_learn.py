@@ -77,7 +77,7 @@ class Bench:
         self.pictures = {name: pipeline.Resized.of(split.images, self.model) for name, split in self.splits.items()}
         base = {"params": self.params}
         found, images = frozen_cache.programs(self.model, base), self.model.stages[:1]
-        self.cache = frozen_cache.FrozenCache(self.model, base, images, found, None, 0, print)
+        self.cache = frozen_cache.FrozenCache(self.model, base, images, found, {}, limit=0)
 
     def examples(self, split, cached):
         """The training examples."""
