@@ -166,7 +166,7 @@ def test_matrices_are_cast_before_the_first_token():
 def test_what_dora_takes_norms_of_stays_float32():
     model, params = tiny.model(), tiny.params()
     variables = sites.attach(model, params, methods.build("dora", targets="mlp/up$"), jax.random.key(0))
-    dtypes = {name: str(x.dtype) for name, x in tree.flatten(sites.narrowed(variables, "bfloat16")).items()}
+    dtypes = {name: str(x.dtype) for name, x in tree.flatten(sites.narrowed(model, variables, "bfloat16")).items()}
     kernels = {name: dtype for name, dtype in dtypes.items() if name.endswith("kernel")}
     assert {dtype for name, dtype in kernels.items() if name.endswith("mlp/up/kernel")} == {"float32"}
     assert {dtype for name, dtype in kernels.items() if not name.endswith("mlp/up/kernel")} == {"bfloat16"}
