@@ -120,11 +120,11 @@ class Captioning(Task):
         The latter is the best of 20 captions, the ten most frequent and ten others, on 100 training images. Of more than
         MOST_COUNTED training images, as many are looked at.
         """
-        rows = train.rows if len(train.rows) <= MOST_COUNTED else _spread(train.rows, MOST_COUNTED)
-        texts = (clean_caption(text, self.max_words or 10**6) for row in rows for text in row["captions"])
+        looked_at = train.rows if len(train.rows) <= MOST_COUNTED else _spread(train.rows, MOST_COUNTED)
+        texts = (clean_caption(text, self.max_words or 10**6) for row in looked_at for text in row["captions"])
         counts = collections.Counter(texts)
         often = sorted(counts, key=lambda text: (-counts[text], text))
-        described = [row for row in rows if row["captions"]]
+        described = [row for row in looked_at if row["captions"]]
         tried = often[:10] + _spread(often[10:], 10)
         known = [{"image_id": str(i), "references": row["captions"]} for i, row in enumerate(_spread(described, 100))]
         best = max(tried, key=lambda text: self.per_example(known, [text] * len(known)).mean())
