@@ -122,7 +122,8 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     # minute is cheap; where saving is slow, the loop saves less often. 0: every step
     c.checkpoint_seconds = 60.0
     c.checkpoint_keep = 2  # number of newest checkpoints to keep
-    c.deterministic = False  # on GPUs: only kernels that give the same bits every time; slower (runtime/host.py)
+    # on GPUs: only kernels that give the same bits every time; slower (runtime/host.py). None: no, as in older runs
+    c.deterministic = config_dict.placeholder(bool)
     c.check_frozen = False  # digest the frozen parameters before and after training
     c.eval = ml_collections.ConfigDict()
     c.eval.splits = ("test",)
