@@ -336,7 +336,9 @@ def test_a_base_in_bfloat16_is_never_wider_and_its_run_is_the_same(tmp_path):
     base, tuned = directory("paligemma", tmp_path / "base"), {}
     for dtype in ("float32", "bfloat16"):
         config = tiny.config_of(base, "captioning", **{"model.dtype": "bfloat16", "model.frozen_dtype": dtype})
-        params = tree.flatten(setup.prepare(config, lambda _: None).originals["params"])
+        ready = setup.prepare(config, lambda _: None)
+        params, placed = (tree.flatten(one["params"]) for one in (ready.originals, ready.variables))
+        assert all(np.shares_memory(np.asarray(placed[name]), x) for name, x in params.items())  # CPU: one copy
         wide = {name for name, x in params.items() if x.dtype == np.float32}
         assert wide == (
             {n for n in params if not n.endswith(("kernel", "word"))} if dtype == "bfloat16" else set(params)

@@ -247,7 +247,7 @@ def narrowed(model: nn.Module, variables: Tree, dtype: str, mask: Mask | None = 
 
     def one(name: str, x: jax.Array, tuned: bool) -> jax.Array:
         kept = tuned or name in read or not re.search(f"^params/.*{pattern}", name)
-        return x if kept else x.astype(dtype)
+        return x if kept or x.dtype == dtype else x.astype(dtype)
 
     names = tree.names(variables)
     return jax.tree.map(one, names, variables, jax.tree.map(lambda _: False, names) if mask is None else mask)
