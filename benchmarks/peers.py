@@ -14,6 +14,27 @@ BATCH, LENGTH, RANK, LR = 8, 20, 8, 1e-3
 BEAMS = {"greedy": 1, "beam 3": 3}
 
 
+def compiled_step(step_fn, tx, tuned, frozen, batch):
+    """(a function that trains one step and returns its loss, seconds to compile it)."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxpeft.training import loop
+
+    state = loop.TrainState(jnp.int32(0), *jax.tree.map(jnp.array, (tuned, tx.init(tuned))))
+    started = time.perf_counter()
+    compiled = jax.jit(step_fn, donate_argnums=0).lower(state, frozen, batch).compile()
+    seconds = time.perf_counter() - started
+
+    def step():
+        nonlocal state
+        state, metrics = compiled(state, frozen, batch)
+        jax.block_until_ready(state)
+        return float(metrics["loss"])
+
+    return step, seconds
+
+
 class Torch:
     """A usual training loop with transformers and peft: eager mode, AdamW."""
 
@@ -130,17 +151,7 @@ class Jax:
         )
 
         def stepper(label, batch):
-            state = loop.TrainState(jnp.int32(0), *jax.tree.map(jnp.array, (tuned, tx.init(tuned))))
-            started = time.perf_counter()
-            compiled = jax.jit(step_fn, donate_argnums=0).lower(state, frozen, batch).compile()
-            self.seconds[label] = time.perf_counter() - started
-
-            def step():
-                nonlocal state
-                state, metrics = compiled(state, frozen, batch)
-                jax.block_until_ready(state)
-                return float(metrics["loss"])
-
+            step, self.seconds[label] = compiled_step(step_fn, tx, tuned, frozen, batch)
             return step
 
         image_BYXC = jnp.asarray(self.inputs["image"])

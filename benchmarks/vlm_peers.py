@@ -4,10 +4,10 @@ Both start from the same directory: a transformers SmolVLM and inputs.npz. Neith
 """
 
 import functools
-import time
 
 import numpy as np
 import reference
+from peers import compiled_step
 
 BATCH, LENGTH, RANK, LR = 2, 20, 8, 1e-3
 IMAGE, END, PAD = 49190, 49279, 2  # ids of <image> in the released models, of <end_of_utterance>, of padding
@@ -124,17 +124,7 @@ class Jax:
         step_fn = functools.partial(loop.train_step, loss=loss, tx=tx, grad_accum=1)
 
         def stepper(label, batch):
-            state = loop.TrainState(jnp.int32(0), *jax.tree.map(jnp.array, (tuned, tx.init(tuned))))
-            started = time.perf_counter()
-            compiled = jax.jit(step_fn, donate_argnums=0).lower(state, frozen, batch).compile()
-            self.seconds[label] = time.perf_counter() - started
-
-            def step():
-                nonlocal state
-                state, metrics = compiled(state, frozen, batch)
-                jax.block_until_ready(state)
-                return float(metrics["loss"])
-
+            step, self.seconds[label] = compiled_step(step_fn, tx, tuned, frozen, batch)
             return step
 
         image_BYXC = jnp.asarray(self.inputs["image"])

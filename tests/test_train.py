@@ -216,6 +216,14 @@ def test_another_config_in_the_same_workdir_is_refused(base, tmp_path):
     finished.check_workdir(config_of(base), tmp_path)
     with pytest.raises(ValueError, match=r"another config.*optim/lr: 0.003 -> 0.1"):
         finished.check_workdir(config_of(base, **{"optim.lr": 0.1}), tmp_path)
+    saved = setup.as_json(config_of(base))
+    saved["model"]["remat"] = "none"
+    files.write_json(tmp_path / "config.json", saved)
+    with pytest.raises(ValueError, match="another config.*model/remat: 'none' -> None"):
+        finished.check_workdir(config_of(base), tmp_path)
+    del saved["model"]["attention"]  # as in 0.2, where 'none' was the default
+    files.write_json(tmp_path / "config.json", saved)
+    finished.check_workdir(config_of(base), tmp_path)
 
 
 def test_a_mistake_leaves_nothing_that_blocks_the_corrected_rerun(base, tmp_path):

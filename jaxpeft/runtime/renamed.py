@@ -40,6 +40,17 @@ MODULES = {  # below jaxpeft
 }  # fmt: skip
 
 
+def with_defaults(config: dict) -> dict:
+    """A saved config (nested dictionaries) with the current defaults.
+
+    Up to version 0.2 `model.remat` was 'none' by default; now it is None, which is the same on CPU.
+    """
+    model = config.get("model", {})
+    if model.get("remat") != "none" or "attention" in model:  # a key that came with the new default
+        return config
+    return config | {"model": model | {"remat": None}}
+
+
 def translated(config: dict) -> dict:
     """A saved config of version 0.1 (nested dictionaries) with the current keys."""
     config = {k: dict(value) if isinstance(value, dict) else value for k, value in config.items() if k not in GONE}

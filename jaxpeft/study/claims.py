@@ -118,25 +118,29 @@ def middle_size(sizes: Sequence[int]) -> int:
     return min(set(sizes), key=lambda size: (-sizes.count(size), size))
 
 
-def lines(by_cell: Cells, axis: str) -> dict[str, list[tuple]]:
-    """variant -> its cells along 'data' (at its middle size) or 'size' (with all images), for the paper's five methods.
-
-    Variants with fewer than `LEAST` cells on the axis are left out.
-    """
-    found = {}
-    for variant in dict.fromkeys(cell[0] for cell in by_cell):
-        mine = [cell for cell in by_cell if cell[0] == variant]
-        if next(iter(by_cell[mine[0]].values())).method not in PEFT:
-            continue
+def on_axis(cells: Iterable[tuple], axis: str) -> dict[str, list[tuple]]:
+    """variant -> its cells (variant, size, n_images) along 'data', at its middle size, or along 'size', with all its images."""
+    found, by_variant = {}, collections.defaultdict(list)
+    for cell in cells:
+        by_variant[cell[0]].append(cell)
+    for variant, mine in by_variant.items():
         if axis == "data":
             middle = middle_size([size for _, size, _ in mine])
             mine = [cell for cell in mine if cell[1] == middle]
         else:
             most = max(n for _, _, n in mine)
             mine = [cell for cell in mine if cell[2] == most]
-        if len(mine) >= LEAST:
-            found[variant] = mine
+        found[variant] = sorted(mine)
     return found
+
+
+def lines(by_cell: Cells, axis: str) -> dict[str, list[tuple]]:
+    """variant -> its cells along 'data' (at its middle size) or 'size' (with all images), for the paper's five methods.
+
+    Variants with fewer than `LEAST` cells on the axis are left out.
+    """
+    mine = [cell for cell in by_cell if next(iter(by_cell[cell].values())).method in PEFT]
+    return {variant: cells for variant, cells in on_axis(mine, axis).items() if len(cells) >= LEAST}
 
 
 def trend(results: Sequence[Result], axis: str, over: str = "axis") -> Effect:

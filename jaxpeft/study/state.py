@@ -85,7 +85,7 @@ def out_of_date(directory: Path, run: Run, asked: set[tuple[str, int]]) -> list[
             )  # old names are no difference; an unfinished run of 0.1 cannot be resumed
     except FileNotFoundError:  # not begun, or just moved to stale/ by another process
         return []
-    before, now = tree.flatten(before), tree.flatten(setup.as_json(run.config))
+    before, now = tree.flatten(renamed.with_defaults(before)), tree.flatten(setup.as_json(run.config))
     return sorted(key.replace("/", ".") for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 

@@ -69,7 +69,8 @@ def check_workdir(config: Config, workdir: Path, accept: bool = False, log: Log 
     """Whether `workdir` holds a run with another config. Raises ValueError with the differences; with `accept` logs them."""
     if not (workdir / "config.json").exists():
         return False
-    before, now = (tree.flatten(c) for c in (json.loads((workdir / "config.json").read_text()), as_json(config)))
+    saved = renamed.with_defaults(json.loads((workdir / "config.json").read_text()))
+    before, now = tree.flatten(saved), tree.flatten(as_json(config))
     keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if keys:
         rows = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys)

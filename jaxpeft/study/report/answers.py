@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxpeft.study import claims, intervals
-from jaxpeft.study.claims import Result
+from jaxpeft.study.claims import Result, on_axis
 from jaxpeft.study.intervals import Estimate
 from jaxpeft.study.report.markup import estimate
-from jaxpeft.study.report.rows import Study, cell_of, on_axis
+from jaxpeft.study.report.rows import Study, cell_of
 
 Cell = tuple[str, int, int]  # variant, size, number of images
 

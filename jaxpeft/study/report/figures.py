@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 from PIL import Image
 
-from jaxpeft.study.report.rows import Study, chosen_by_cell, on_axis
+from jaxpeft.study.claims import on_axis
+from jaxpeft.study.report.rows import Study, chosen_by_cell
 
 # Okabe and Ito's colours, distinguishable with all common kinds of colour blindness; markers for printing without colour
 STYLE = {

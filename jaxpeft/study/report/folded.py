@@ -49,23 +49,28 @@ def edges_of(study: Study) -> list[list]:
 
 
 def edges(study: Study) -> Html:
+    """The table of `edges_of`."""
     return table(("run", "learning rate", "which end"), edges_of(study))
 
 
 def capped(study: Study) -> Html:
+    """Chosen runs that reached the cap of steps: they may not have finished learning."""
     rows = [row for row in study.rows if row["chosen"] and row["stopped"] == "cap"]
     return table(("run", "seed", "steps"), [[row["id"], row["seed"], row["steps"]] for row in rows])
 
 
 def failures(study: Study) -> Html:
+    """Runs that were given up, with their errors."""
     return table(("run", "reason"), [[row["id"], row["error"]] for row in study.rows if row["status"] == "failed"])
 
 
 def purpose(study: Study) -> Html:
+    """What the study asks, as its config says."""
     return markup.verbatim((study.config["hypothesis"] or "").strip())
 
 
 def variants(study: Study) -> Html:
+    """The methods, as the config says."""
     header = ("variant", "method", "head trained too", "middle learning rate", "settings")
     rows = [
         [name, one["method"], one["head"], one["lr"], json.dumps(one["fields"]) if one["fields"] else None]
@@ -75,6 +80,7 @@ def variants(study: Study) -> Html:
 
 
 def learning_rates_tried(study: Study) -> str:
+    """The factors of a variant's middle learning rate."""
     return ", ".join(f"{factor:.3g}" for factor in study.config["learning_rates"])
 
 

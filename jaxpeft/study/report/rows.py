@@ -6,11 +6,10 @@ import dataclasses
 import io
 import json
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 
 from jaxpeft.runtime import renamed
-from jaxpeft.study.claims import MARGINS, Result, Scale, middle_size
+from jaxpeft.study.claims import MARGINS, Result, Scale
 from jaxpeft.study.grid import Cell, best_learning_rate
 
 COLUMNS = (
@@ -201,22 +200,6 @@ def chosen_by_cell(study: Study, setting: str) -> dict[tuple, list[dict]]:
         if row["chosen"] and row["setting"] == setting:
             groups[row["variant"], row["size"], row["n_images"]].append(row)
     return dict(groups)
-
-
-def on_axis(cells: Iterable[tuple], axis: str) -> dict[str, list[tuple]]:
-    """variant -> its cells (variant, size, n_images) along 'data', at its middle size, or along 'size', with all its images."""
-    lines, by_variant = {}, collections.defaultdict(list)
-    for cell in cells:
-        by_variant[cell[0]].append(cell)
-    for variant, mine in by_variant.items():
-        if axis == "data":
-            middle = middle_size([size for _, size, _ in mine])
-            mine = [cell for cell in mine if cell[1] == middle]
-        else:
-            most = max(n for _, _, n in mine)
-            mine = [cell for cell in mine if cell[2] == most]
-        lines[variant] = sorted(mine)
-    return lines
 
 
 def consistency(study: Study) -> list[dict]:
