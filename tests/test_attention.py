@@ -100,6 +100,18 @@ def test_padding_in_front_is_nan_and_no_wrong_number():
     np.testing.assert_array_equal(np.isnan(padded_BSD[:, 0, 0]), [False, False, True])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_an_odd_number_of_keys_without_lengths(causal):
+    """The kernel's lengths are even; the key that is added must get no weight."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, n, 5, 8)) for i, n in enumerate((4, 2, 2)))
+    found = attention.fused("xla", q, k, v, None, causal)
+    scores_BNTS = jnp.einsum("bnth,bnsh->bnts", q, jnp.repeat(k, 2, 1)) / 8**0.5
+    if causal:
+        scores_BNTS = jnp.where(jnp.tri(5, dtype=bool)[None, None], scores_BNTS, -jnp.inf)
+    expected = jnp.einsum("bnts,bnsh->btnh", jax.nn.softmax(scores_BNTS), jnp.repeat(v, 2, 1))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_short_and_plain_sequences_stay():
     for n_keys, kind in ((70, "plain"), (attention.LEAST - 1, "cudnn")):
         x_BSD, mask_BS = jnp.ones((2, n_keys, 4)), jnp.ones((2, n_keys), bool)

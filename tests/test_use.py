@@ -414,7 +414,7 @@ def test_one_picture_is_a_list_of_one(run, folder):
     model, variables, _, task = jp.load_run(run[0])
     path = folder / "0.png"
     written = jp.generate(model, variables, [path], task=task)
-    for one in (path, str(path), images.decode(path), images.decode(path)[None]):
+    for one in (path, str(path), images.decode(path), images.decode(path)[None], Image.open(path)):
         assert jp.generate(model, variables, one, task=task) == written
 
 

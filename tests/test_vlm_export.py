@@ -225,6 +225,32 @@ def test_the_code_of_a_card_writes_our_text(there, tmp_path, monkeypatch, capsys
 
 
 @both
+@pytest.mark.filterwarnings("ignore")
+def test_the_code_of_a_card_keeps_texts_from_ending_early(there, tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    picture().save("picture.png")
+    (model, params), task = base(kind), TASKS["captioning"]
+    (long,) = jp.generate(model, {"params": params}, "picture.png", beams=1, task=task)
+    # the logit of the end becomes twice that of the token that goes on
+    last, stop = model.tokenizer.library.encode(long).ids[-1], task.template(model).stop[0]
+    decoder = dict(params["decoder"])
+    if "head" in decoder:
+        head_DV = decoder["head"]["kernel"]
+        decoder["head"] = {"kernel": head_DV.at[:, stop].set(2 * head_DV[:, last])}
+    else:
+        words_VD = decoder["embed"]["word"]
+        decoder["embed"] = {"word": words_VD.at[stop].set(2 * words_VD[last])}
+    variables = {"params": params | {"decoder": decoder}}
+    out = jp.export_hf(model, variables, tmp_path / "out", task=task, beams=1)
+    lines = "\n".join(export.code(model, task, out)).replace("picture.jpg", "picture.png")
+    exec(compile(lines, "README.md", "exec"), {})
+    (expected,) = jp.generate(model, variables, "picture.png", beams=1, task=task)
+    assert capsys.readouterr().out.strip() == expected != long
+    task = tasks.build("captioning", max_new_tokens=7, min_length=0)
+    assert jp.generate(model, variables, "picture.png", beams=1, task=task) != [expected]
+
+
+@both
 def test_a_large_model_is_split_into_files_with_an_index(there, tmp_path, monkeypatch, kind):
     model, params = base(kind)
     whole = load_file(jp.export_hf(model, {"params": params}, tmp_path / "one") / "model.safetensors")

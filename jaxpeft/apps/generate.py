@@ -20,12 +20,13 @@ from typing import Any, cast, overload
 
 import jax
 import numpy as np
+from PIL import Image
 
 from jaxpeft import tasks
 from jaxpeft.data.base import Split
 from jaxpeft.data.folder.files import Files
 from jaxpeft.data.pipeline import Resized
-from jaxpeft.inputs.images import decode, why_unread
+from jaxpeft.inputs.images import decode, rgb, why_unread
 from jaxpeft.models import loading
 from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import host, malloc, registry
@@ -33,9 +34,15 @@ from jaxpeft.tasks import Task
 from jaxpeft.training import evaluate, finished
 from jaxpeft.tree import Tree
 
-Picture = np.ndarray | str | Path
+Picture = np.ndarray | Image.Image | str | Path
 Pictures = Sequence[Picture] | Picture
 Ids = Sequence[int] | np.ndarray
+
+
+def _pixels(image: Picture) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        return rgb(image)
+    return image if isinstance(image, np.ndarray) else decode(image)
 
 
 @overload
@@ -60,15 +67,16 @@ def generate(
     adapter_ids: Ids | None = None,
     top: int | None = None,
 ) -> list[str] | list[list[dict[str, Any]]]:
-    """Generate a caption for each image or, with `prompts` (one question per image, or one for all), an answer. A single image,
-    an array or a path, is treated as a list of one.
+    """Generate a caption for each image or, with `prompts` (one question per image, or one for all), an answer. A single
+    image is treated as a list of one.
 
     With `top`, returns a list of at most `top` {'text', 'score'} for each image, best first, from a search with at least `top`
     beams.
 
-    `images`: uint8 arrays image_YXC of any size, or paths. `variables`: {'params': ...}, or the result of `attach`; or that of
-    `stack`, in which case `adapter_ids` selects one of the stacked trees for each image. Raises ValueError where the model has
-    no tokenizer, where prompts are given to a captioning model, and where they are missing for one that answers questions.
+    `images`: uint8 arrays image_YXC of any size, images of Pillow, or paths. `variables`: {'params': ...}, or the result of
+    `attach`; or that of `stack`, in which case `adapter_ids` selects one of the stacked trees for each image. Raises ValueError
+    where the model has no tokenizer, where prompts are given to a captioning model, and where they are missing for one that
+    answers questions.
     """
     name = "captioning" if prompts is None else "vqa"
     if name not in model.tasks:
@@ -76,9 +84,9 @@ def generate(
             f"this model {'answers questions: pass prompts' if prompts is None else 'captions: pass no prompts'}"
         )
     task = task or tasks.build(name)
-    alone = isinstance(images, str | Path) or getattr(images, "ndim", 4) == 3
+    alone = isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", 4) == 3
     some = cast(Sequence[Picture], [images] if alone else images)
-    pictures = [image if isinstance(image, np.ndarray) else decode(image) for image in some]
+    pictures = [_pixels(image) for image in some]
     questions = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts or [""] * len(pictures))
     if len(questions) != len(pictures):
         raise ValueError(f"{len(questions)} prompts for {len(pictures)} images; pass one per image, or one for all")

@@ -53,6 +53,11 @@ def decode(source: Source, name: str | None = None) -> np.ndarray:
     return np.array(opened(source, name), np.uint8)
 
 
+def rgb(image: Image.Image) -> np.ndarray:
+    """The pixels image_YXC of an image of Pillow in any mode, as `decode` reads them from its file."""
+    return np.array(_to_rgb(_upright(image)), np.uint8)
+
+
 def opened(source: Source, name: str | None = None) -> Image.Image:
     """`decode`, as an image of Pillow in mode RGB."""
     return _read(source, name)[0]

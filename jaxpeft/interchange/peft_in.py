@@ -337,7 +337,7 @@ def _decoder(reader: _Reader) -> hf.Decoder:
     if reader.form.decoder is None:
         kind = type(reader.model).__name__
         raise ValueError(
-            f"{reader.source}: in {kind} PEFT's virtual tokens act elsewhere than ours; train LoRA instead"
+            f"{reader.source}: PEFT's virtual tokens for {kind} cannot be read, because they act elsewhere than ours; LoRA can"
         )
     return reader.form.decoder
 
