@@ -91,6 +91,51 @@ def test_methods_act_alike(name, method):
     check_same(both[1], both[0], 1e-5)  # float32 and random weights
 
 
+@pytest.mark.parametrize("n_parts", [1, 3])
+def test_attention_in_parts_is_the_one_that_is_written_out(n_parts):
+    arrays = [jax.random.normal(jax.random.key(i), (2, 3, n, 8)) for i, n in enumerate((130, 150, 150))]
+
+    def written_out(q, k, v):
+        scores_BNTS = jnp.einsum("bnth,bnsh->bnts", 8 * q, k) / 8**0.5  # scores up to 80: their exponentials overflow
+        return jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(scores_BNTS), v)
+
+    def in_parts(q, k, v):
+        return attention.in_parts(n_parts, 8 * q, k, v)
+
+    for found, expected in zip(
+        *(jax.vjp(f, *arrays)[1](jnp.cos(f(*arrays))) + (f(*arrays),) for f in (in_parts, written_out)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
+
+
+def test_the_number_of_parts():
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((*sizes, 64), dtype)
+
+    for n_rows, n_tokens, expected in ((8, 197, 1), (4, 1024, 24), (1, 2000, 12), (8, 127, 0)):
+        x = shape(n_rows, 12, n_tokens)
+        assert attention.parts("parts", x, x) == expected
+    assert attention.parts("plain", *[shape(4, 12, 577)] * 2) == 0
+    assert attention.parts("parts", *[shape(4, 12, 577, dtype=jnp.bfloat16)] * 2) == 0
+    mesh = jax.make_mesh((8, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        assert attention.parts("parts", *[shape(8, 12, 577)] * 2) == 0
+
+
+def test_a_tower_with_many_tokens_is_read_in_parts(monkeypatch):
+    """Its logits and gradients, with dropout, and with a mask, which are not."""
+    make, params, batch = case("smolvlm")
+    expected = logits_and_gradients(make(), {"params": params}, batch)
+    in_parts, calls = attention.in_parts, []
+    monkeypatch.setattr(attention, "in_parts", lambda n, *a: calls.append(n) or in_parts(n, *a))
+    monkeypatch.setattr(attention, "LONG", 8)
+    monkeypatch.setattr(attention, "WHOLE", 1 << 10)
+    monkeypatch.setattr(attention, "PART", 1 << 10)
+    found = logits_and_gradients(make(), {"params": params}, batch)
+    assert calls and min(calls) > 1
+    check_same(found, expected, 2e-6)
+
+
 def test_padding_in_front_is_nan_and_no_wrong_number():
     x_BSD, mask_BS = jnp.ones((3, 70, 4)), jnp.arange(70)[None] < jnp.array([[70], [60], [70]])
     mask_BS = mask_BS.at[2, :3].set(False)
@@ -147,11 +192,12 @@ def test_dropped_weights_are_written_out(monkeypatch):
 def test_what_none_stands_for():
     half, full = VitConfig(dtype="bfloat16"), VitConfig()
     assert half.on("gpu") == {"unroll": stack.MOST, "attention": "cudnn"}
-    assert full.on("gpu")["attention"] == half.on("tpu")["attention"] == half.on("cpu")["attention"] == "plain"
+    assert full.on("gpu")["attention"] == half.on("tpu")["attention"] == "plain"
+    assert full.on("cpu")["attention"] == half.on("cpu")["attention"] == "parts"
     assert half.on("cpu")["unroll"] == stack.UNROLLED
     assert VitConfig(attention="xla", unroll=2).on("gpu") == {"unroll": 2, "attention": "xla"}
-    assert half.attention_here == "plain"  # tests run on CPU
-    with pytest.raises(ValueError, match="attention is 'flash'; choose one of plain, cudnn, xla"):
+    assert half.attention_here == "parts"  # tests run on CPU
+    with pytest.raises(ValueError, match="attention is 'flash'; choose one of plain, parts, cudnn, xla"):
         VitConfig(attention="flash")
 
 

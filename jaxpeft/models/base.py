@@ -100,7 +100,7 @@ class VisionLanguageModel(sites.Adaptable):
         raise NotImplementedError
 
     def unrolled(self) -> "VisionLanguageModel":
-        """The same model with unrolled layers, to count FLOPs: XLA counts the body of a loop once."""
+        """The same model without loops over layers or heads, to count FLOPs: XLA counts the body of a loop once."""
         raise NotImplementedError
 
     def example(self) -> dict:

@@ -96,7 +96,7 @@ class EncoderDecoder(VisionLanguageModel):
 
     @nn.nowrap
     def unrolled(self) -> Self:
-        return self.replaced(unroll=max(self.config.vision_layers, self.config.text_layers))
+        return self.replaced(unroll=max(self.config.vision_layers, self.config.text_layers), attention="plain")
 
     def setup(self):
         self.vision = Vision(self.config)

@@ -119,8 +119,12 @@ class Attention(nn.Module):
         k_BNSH, v_BNSH, mask_BTS, gain_BTS = sites.kv(self, folded_BTD, k_BNSH, v_BNSH, mask_BTS)
         if lengths_B is not None:
             lengths_B += k_BNSH.shape[2] - n_keys  # methods add keys in front
-        if attention.fuses(self.attention, k_BNSH, mask_BTS, gain_BTS, self.dropout > 0 and self.has_rng("dropout")):
+        masked = any(x is not None for x in (lengths_B, mask_BTS, gain_BTS))
+        drops = self.dropout > 0 and self.has_rng("dropout")
+        if attention.fuses(self.attention, k_BNSH, mask_BTS, gain_BTS, drops):
             y_BTNH = attention.fused(self.attention, q_BNTH, k_BNSH, v_BNSH, lengths_B)
+        elif not (masked or drops) and (n_parts := attention.parts(self.attention, q_BNTH, k_BNSH)):
+            y_BTNH = attention.in_parts(n_parts, q_BNTH, k_BNSH, v_BNSH).swapaxes(1, 2)
         else:
             if lengths_B is not None:
                 real_B1S = attention.real(lengths_B, k_BNSH.shape[2])

@@ -158,7 +158,9 @@ class Mplug(EncoderDecoder):
     @nn.nowrap
     def unrolled(self) -> "Mplug":
         c = self.config
-        return self.replaced(unroll=max(c.vision_layers, c.text_layers, c.encoder_layers, c.fusion_layers))
+        return self.replaced(
+            unroll=max(c.vision_layers, c.text_layers, c.encoder_layers, c.fusion_layers), attention="plain"
+        )
 
     @nn.nowrap
     def for_task(self, task: str) -> "Mplug":

@@ -109,7 +109,7 @@ class PrefixLM(VisionLanguageModel):
 
     @nn.nowrap
     def unrolled(self) -> Self:
-        return self.replaced(unroll=max(self.config.vision_layers, self.config.text_layers))
+        return self.replaced(unroll=max(self.config.vision_layers, self.config.text_layers), attention="plain")
 
     def setup(self):
         self.vision = Siglip(self.config)

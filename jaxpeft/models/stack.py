@@ -19,7 +19,7 @@ class StackConfig:
 
     dtype: str = "float32"  # of matrix products
     unroll: int | None = None  # unroll stacks with at most this number of layers; None: UNROLLED on CPU, elsewhere all
-    attention: str | None = None  # a key of attention.py; None: 'cudnn' on GPU in bfloat16, otherwise 'plain'
+    attention: str | None = None  # a key of attention.py; None: 'parts' on CPU, 'cudnn' on GPU in bfloat16
     remat: str = "none"  # what the backward pass recomputes: 'full', whole layers; 'dots', all but matrix products
 
     most: ClassVar[dict[str, int]] = {}  # upper limits of fields, where they are below MOST
@@ -35,7 +35,7 @@ class StackConfig:
     def on(self, platform: str) -> dict[str, Any]:
         """What fields that are None stand for on a platform: 'cpu', 'gpu' or 'tpu'."""
         unroll = UNROLLED if platform == "cpu" else MOST
-        attention = "cudnn" if platform == "gpu" and self.dtype == "bfloat16" else "plain"
+        attention = {"cpu": "parts", "gpu": "cudnn" if self.dtype == "bfloat16" else "plain"}.get(platform, "plain")
         return {
             "unroll": unroll if self.unroll is None else self.unroll,
             "attention": self.attention or attention,
