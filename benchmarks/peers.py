@@ -120,6 +120,7 @@ class Jax:
 
         from jaxpeft import methods, tasks, tree
         from jaxpeft.adapt import sites
+        from jaxpeft.models import stack
         from jaxpeft.training import loop, optim
 
         lora = methods.LoRA(rank=RANK)
@@ -131,6 +132,7 @@ class Jax:
                 flat[name] = jnp.asarray(self.inputs[f"{part} {'query' if '/query/' in name else 'value'}"])
         variables = tree.unflatten(variables, flat)
         tuned, frozen = tree.split(variables, sites.trainable(variables))
+        frozen = stack.apart(self.model.config, frozen)
         self.trained = tree.count(tuned)
         settings = {
             "lr": LR,
@@ -165,10 +167,13 @@ class Jax:
     def writers(self) -> dict:
         import jax.numpy as jnp
 
-        from jaxpeft.models import decode
+        from jaxpeft.models import decode, stack
         from jaxpeft.training import evaluate
 
-        variables, image_BYXC = {"params": self.params}, jnp.asarray(self.inputs["image"])
+        variables, image_BYXC = (
+            stack.apart(self.model.config, {"params": self.params}),
+            jnp.asarray(self.inputs["image"]),
+        )
         c, limits = self.model.config, {"length": LENGTH, "min_length": LENGTH}
         ids = {"start": tuple(self.inputs["prompt"][0].tolist()), "stop": (c.sep_id,), "pad": c.pad_id}
 

@@ -102,6 +102,7 @@ class Jax:
 
         from jaxpeft import methods, tasks, tree
         from jaxpeft.adapt import sites
+        from jaxpeft.models import stack
         from jaxpeft.training import loop, optim
 
         variables = sites.attach(self.model, self.params, methods.LoRA(rank=RANK), jax.random.key(0))
@@ -111,6 +112,7 @@ class Jax:
                 flat[name] = jnp.asarray(self.inputs["q_proj" if "/query/" in name else "v_proj"])
         variables = tree.unflatten(variables, flat)
         tuned, frozen = tree.split(variables, sites.trainable(variables))
+        frozen = stack.apart(self.model.config, frozen)
         self.trained = tree.count(tuned)
         settings = {"lr": LR, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "no_decay": "", "b1": 0.9}
         tx = optim.optimizer(ml_collections.ConfigDict(settings | {"b2": 0.999, "clip_norm": 0.0}), tuned, 1000)
@@ -138,10 +140,10 @@ class Jax:
     def writers(self) -> dict:
         import jax.numpy as jnp
 
-        from jaxpeft.models import decode
+        from jaxpeft.models import decode, stack
         from jaxpeft.training import evaluate
 
-        variables = {"params": self.params}
+        variables = stack.apart(self.model.config, {"params": self.params})
         batch = {name: jnp.asarray(self.inputs[name]) for name in ("image", "prompt")}
         search = decode.Search((), (END,), PAD, self.model.config.vocab_size, length=LENGTH, min_length=LENGTH)
 

@@ -1,5 +1,7 @@
 """Properties of the ported model that no golden number states: causality, masks, folding, scanning, remat."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,42 @@ def test_unrolled_layers_and_remat_change_nothing(change, monkeypatch):
     np.testing.assert_allclose(changed, logits, atol=1e-6)
     for name, leaf in grads.items():
         np.testing.assert_allclose(changed_grads[name], leaf, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_layers_apart_share_their_memory_and_compute_the_same():
+    model = tiny.model(unroll=4)
+    apart = stack.apart(model.config, VARIABLES)
+    found = jax.tree_util.tree_leaves_with_path(apart, is_leaf=lambda x: isinstance(x, stack.Layers))
+    layers = {tree.path_name(path): leaf.arrays for path, leaf in found if isinstance(leaf, stack.Layers)}
+    assert set(layers) == {name for name, x in tree.flatten(VARIABLES).items() if "/blocks/" in name and x.ndim > 1}
+    name = "params/text_decoder/blocks/mlp/up/kernel"
+    whole = tree.flatten(VARIABLES)[name]
+    bytes_of_layer = whole.nbytes // len(whole)
+    for i, layer in enumerate(layers[name]):
+        assert layer.unsafe_buffer_pointer() == whole.unsafe_buffer_pointer() + i * bytes_of_layer
+    assert jax.tree.structure(stack.apart(model.config, apart)) == jax.tree.structure(apart)
+    same = jax.tree.map(np.array_equal, stack.together(apart), VARIABLES)
+    assert all(jax.tree.leaves(same))
+    program = jax.jit(model.apply)
+    np.testing.assert_array_equal(program(apart, BATCH), program(VARIABLES, BATCH))
+    # a loop, which would first have to stack them, and rows on several devices
+    assert jax.tree.structure(stack.apart(tiny.model().config, VARIABLES)) == jax.tree.structure(VARIABLES)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8), "data")
+    spread = jax.device_put(VARIABLES, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    assert jax.tree.structure(stack.apart(model.config, spread)) == jax.tree.structure(VARIABLES)
+
+
+def test_a_program_copies_no_layer_that_is_apart():
+    """The reason for `apart`: slices of stacked arguments are copies."""
+    model = tiny.model(unroll=4)
+    shape = VARIABLES["params"]["text_decoder"]["blocks"]["mlp"]["up"]["kernel"].shape
+
+    def slices(variables):
+        text = jax.jit(model.apply).lower(variables, BATCH).compile().as_text()
+        return len(re.findall(rf"f32\[(1,)?{shape[1]},{shape[2]}\]\S* slice\(", text))
+
+    assert slices(VARIABLES) >= shape[0]
+    assert slices(stack.apart(model.config, VARIABLES)) == 0
 
 
 def test_uint8_pictures_are_normalised_as_blip_does():

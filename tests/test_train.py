@@ -22,7 +22,7 @@ from jaxpeft import config, tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline, scenes
 from jaxpeft.methods import Head, LoRA
-from jaxpeft.models import loading
+from jaxpeft.models import loading, stack
 from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime import files, signals
 from jaxpeft.training import evaluate, finished, frozen_cache, loop, optim, results, run, setup, sharding
@@ -168,6 +168,29 @@ def test_after_a_nan_nothing_changes_any_more():
     later, _ = step(after, frozen, _batch(4))
     assert good.ok and not later.ok
     assert tree.digest(later._replace(ok=True)) == tree.digest(good._replace(ok=True))
+
+
+@pytest.mark.slow
+def test_a_run_with_its_layers_apart_is_the_same(base, tmp_path, monkeypatch):
+    apart, calls = stack.apart, []
+
+    def counted(config, variables):
+        found = apart(config, variables)
+        calls.append(sum("/arrays/" in name for name in tree.flatten(found)))
+        return found
+
+    monkeypatch.setattr(stack, "apart", counted)
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)
+    tests = {}
+    for unroll in (0, 4):
+        c = config_of(base, "captioning")
+        c.model.unroll = unroll or None
+        tests[unroll] = run.run(c, tmp_path / str(unroll), quiet)["metrics"]["test"]
+        assert len(calls) > 3 and (min(calls) > 10 if unroll else max(calls) == 0)
+        calls.clear()
+    for label in ("base", "tuned"):
+        np.testing.assert_allclose(tests[4][label]["nll"], tests[0][label]["nll"], rtol=1e-4)
 
 
 @pytest.mark.slow

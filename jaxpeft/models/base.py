@@ -14,12 +14,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
+from flax import linen as nn
 
 from jaxpeft.adapt import sites
 from jaxpeft.inputs.any_tokenizer import AnyTokenizer
 from jaxpeft.inputs.processor import Processor
 from jaxpeft.models.convert import Converter
 from jaxpeft.models.hf import HuggingFace
+from jaxpeft.models.stack import together
 from jaxpeft.runtime.registry import Registry
 
 
@@ -106,6 +108,11 @@ class VisionLanguageModel(sites.Adaptable):
     def example(self) -> dict:
         """A small batch that uses every stage, for `init` and for finding sites."""
         raise NotImplementedError
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Flax's `apply`, also for variables of `stack.apart`."""
+        return super().apply(together(variables), *args, **kwargs)
 
     def stage(self, batch: dict, name: str) -> jax.Array:
         """The output of one stage, from a batch that has its inputs."""

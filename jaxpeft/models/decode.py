@@ -22,6 +22,7 @@ from jaxpeft import ops
 from jaxpeft.adapt import sites
 from jaxpeft.inputs.processor import Template
 from jaxpeft.models.base import Cache, Context, VisionLanguageModel
+from jaxpeft.models.stack import together
 from jaxpeft.tree import Tree
 
 _LOW = -1e9  # a score no real beam reaches; finite, so that sums of two stay ordered
@@ -50,7 +51,7 @@ class Search:
 
 def _once(model: VisionLanguageModel, variables: Tree) -> Tree:
     """What would be done again at every token: methods are expanded, and matrices cast to the dtype of the products."""
-    return sites.narrowed(model, sites.expand(variables), getattr(model.config, "dtype", "float32"))
+    return sites.narrowed(model, sites.expand(together(variables)), getattr(model.config, "dtype", "float32"))
 
 
 def _start(

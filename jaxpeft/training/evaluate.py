@@ -17,7 +17,7 @@ from jaxpeft import tree
 from jaxpeft.data.base import Examples, Split, pad_tokens
 from jaxpeft.data.pipeline import one_pass
 from jaxpeft.metrics import bootstrap
-from jaxpeft.models import decode
+from jaxpeft.models import decode, stack
 from jaxpeft.models.base import Context, VisionLanguageModel
 from jaxpeft.runtime import signals
 from jaxpeft.tasks.base import Task
@@ -32,12 +32,12 @@ R = TypeVar("R")
 def _on_its_devices(
     function: Callable[Concatenate[VisionLanguageModel, Tree, P], R],
 ) -> Callable[Concatenate[VisionLanguageModel, Tree, P], R]:
-    """Run `function(model, variables, ...)` with the mesh of its variables set."""
+    """Run `function(model, variables, ...)` with the mesh of its variables set, and on CPU with their layers apart."""
 
     @functools.wraps(function)
     def run(model: VisionLanguageModel, variables: Tree, *args: P.args, **kwargs: P.kwargs) -> R:
         with sharding.using(variables):
-            return function(model, variables, *args, **kwargs)
+            return function(model, stack.apart(model.config, variables), *args, **kwargs)
 
     return run
 

@@ -22,6 +22,7 @@ from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline
 from jaxpeft.data.base import Split
 from jaxpeft.interchange import save_tuned
+from jaxpeft.models import stack
 from jaxpeft.runtime import files, host, locks
 from jaxpeft.training import boards, finished, inputs, results, sharding
 from jaxpeft.training import score as scoring
@@ -53,12 +54,12 @@ def run(
     workdir, first = Path(workdir), sharding.is_first()
     workdir.mkdir(parents=True, exist_ok=True)
     log = log if first else lambda *_: None
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as entered:
         if first:
-            stack.enter_context(locks.held(workdir))
+            entered.enter_context(locks.held(workdir))
         began = time.perf_counter()
         setups.check_config(config)
-        stack.enter_context(setups.precision(config))
+        entered.enter_context(setups.precision(config))
         changed = finished.check_workdir(config, workdir, accept_changes, log)
         if not changed and (workdir / "result.json").exists():
             result = json.loads((workdir / "result.json").read_text())
@@ -105,7 +106,7 @@ def _job(plan: Config, setup: Setup, read: Inputs, log: Log) -> Job:
     return Job(
         loss=functools.partial(setup.task.loss, setup.model),
         trainable=setup.trainable,
-        frozen=setup.frozen,
+        frozen=stack.apart(setup.model.config, setup.frozen),
         batches=lambda start: pipeline.batches(examples, plan.batch_size, start=start, **options),
         validate=scoring.validation(plan, setup, read),
         rules=setup.model.sharding,

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft.adapt import sites
 from jaxpeft.methods.base import Site
+from jaxpeft.models.stack import Layers
 from jaxpeft.ops import ROWS
 from jaxpeft.tree import Tree, flatten, pack, path_name
 
@@ -100,12 +101,13 @@ def shardings(tree: Tree, rules: Rules, on: Mesh) -> Tree:
             axes = functools.partial(_inherited, node.site, spec)
             return jax.tree.map(lambda x: place(x.shape, axes(x.shape)), node)
         if "params/" in name:
-            return place(node.shape, spec(name[name.index("params/") :]))
+            axes = spec(name[name.index("params/") :])
+            return jax.tree.map(lambda x: place(x.shape, axes), node)  # of `Layers`, that of every layer
         if np.ndim(node) and not name.startswith("opt/"):
             uncovered.append(name)
         return place(np.shape(node), ())
 
-    found = jax.tree_util.tree_map_with_path(of, tree, is_leaf=sites.is_bound)
+    found = jax.tree_util.tree_map_with_path(of, tree, is_leaf=lambda x: sites.is_bound(x) or isinstance(x, Layers))
     if uncovered:
         raise ValueError(
             f"no sharding rule covers {len(uncovered)} leaves: {', '.join(sorted(set(uncovered))[:5])}; add a rule to the "
