@@ -152,14 +152,18 @@ def test_rates_are_added_beyond_an_edge_until_the_best_is_inside(fake, tmp_path)
 
 
 def test_an_extended_search_goes_on_after_a_stop(fake, tmp_path):
-    c, fake["best"] = config_of(extend=6), 0.003 * 81
-    for stop_at in (3, 9, 20):
+    c, fake["best"], known = config_of(extend=6), 0.003 * 81, set()
+    for stop_at in (1, 3, 9, 20):
         fake["stop_at"] = stop_at
         with pytest.raises(KeyboardInterrupt):
             execute.run(c, tmp_path, log=quiet)
+        known |= {run.id for run in read(c, tmp_path).runs}
     fake["stop_at"], said = None, []
     execute.run(c, tmp_path, log=said.append)
     assert len(fake["ran"]) == len(set(fake["ran"])) == 5 * (6 + 1)
+    assert known <= set(
+        fake["ran"]
+    )  # another worker would not have begun anything else: a search cut off decides nothing
     assert rates(fake) == [0.003, 0.009, 0.027, 0.081, 0.243, 0.729]
     assert "35 runs; 35 done, 0 to do" in said[-1]
 
@@ -175,6 +179,7 @@ def test_a_rate_that_fails_beyond_an_edge_ends_the_search(fake, tmp_path, monkey
     monkeypatch.setattr(execute.training_run, "run", fails)
     rows = execute.run(config_of(extend=6), tmp_path, log=quiet)
     assert {row["lr"] for row in rows if row["status"] == "failed"} == {0.027}
+    assert len(rows) == len({row["id"] for row in rows}) == 5 * 4  # it is tried in no other round
     assert rates(fake) == [0.003, 0.009] and rates(fake, seed=1) == [0.009]
 
 
