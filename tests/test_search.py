@@ -218,6 +218,13 @@ def test_a_short_search_is_apart_and_every_seed_is_trained_in_full(fake, tmp_pat
     assert all(list(row["metrics"]) == ["val"] for row in searched)  # no test image is seen
     assert rates(fake) == [0.003, 0.009, 0.003] and rates(fake, seed=1) == [0.003]
     assert "20 runs; 20 done" in execute.state.plan(c, read(c, tmp_path))
+    c.points.vqa.epochs, c.points.vqa.eval.forgetting = 8.0, True
+    head = next(cell for cell in grid.cells(c) if cell.variant == "head")
+    short, whole = (grid.Run(head, 0, 0.003, c, short=one).config for one in (True, False))
+    assert [(one.epochs, one.eval.base, one.eval.forgetting) for one in (short, whole)] == [
+        (2.0, False, False),
+        (8.0, True, True),
+    ]
     assert "10 runs" in report.write(tmp_path)
 
 

@@ -154,7 +154,7 @@ def _commands(study: Study, run_id: str, kept: bool) -> Html | None:
 
 
 def _claims(verdicts: list) -> str:
-    """A line per claim: its interval drawn, and the verdict. '' where no claim was judged."""
+    """A line per claim: its interval drawn, and the verdict; folded where none could be tested. '' where none was judged."""
     shown = [x for one in verdicts if one.effect is not None for x in (one.effect, -one.margin, one.margin)]
     ends, rows = markup.limits(shown), []
     for one in verdicts:
@@ -168,7 +168,9 @@ def _claims(verdicts: list) -> str:
             fold(f"{n} method{'s' * (n != 1)}, {one.n_seeds} seeds", escape("; ".join(used))),
         ])  # fmt: skip
     effect = Html(f"effect{markup.axis(ends)}")
-    return table(("claim", "on", effect, "margin", "verdict", "the paper predicts", "of"), rows)
+    whole = table(("claim", "on", effect, "margin", "verdict", "the paper predicts", "of"), rows)
+    tested = any(one.verdict != NOT_TESTED for one in verdicts)
+    return whole if tested else fold("No claim could be tested. What each of them needs, and what was found", whole)
 
 
 def _kind(consistent: bool | None) -> str:
@@ -185,6 +187,8 @@ def _ends(scale) -> str:
 def _multiplicity(verdicts: list) -> str:
     """A word on the number of tests."""
     tested = [one for one in verdicts if one.verdict != NOT_TESTED]
+    if not tested:
+        return ""
     kept = [f"{one.claim} on {one.where} ({one.effect:+.3g})" for one in tested if one.survives]
     return (
         f"{len(tested)} lines were tested, each at 95 %: if all true effects were 0, about {len(tested) / 20:.1f} of them "
