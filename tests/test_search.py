@@ -104,6 +104,10 @@ def test_an_axis_is_in_rows_and_in_the_report(fake, tmp_path):
     assert "weight_decay=0.05-lora_head" in (tmp_path / "report" / "index.html").read_text()
 
 
+def drawn(rates: tuple, draws: int = 3) -> dict:
+    return {"draws": draws, "seed": 0, "ranges": {"optim": {"lr": rates}}}
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -115,10 +119,17 @@ def test_an_axis_is_in_rows_and_in_the_report(fake, tmp_path):
         ({"axes": {"method": {"dropout": (0.1,)}}}, "are set in config.variants.NAME.fields"),
         ({"extend": -1}, "extend is -1; it must be the number of rates to add"),
         ({"extend": 2, "learning_rates": (1.0,)}, "extend needs a grid of at least two learning_rates"),
+        ({"extend": 2, "random": drawn((0.1, 1.0))}, "extend needs a grid of at least two learning_rates"),
         ({"search_steps": 0.0}, "search_steps is 0.0; it must be a share of the steps"),
+        ({"search_steps": 1.5}, "search_steps is 1.5; it must be a share of the steps"),
         ({"random": {"draws": 3, "seed": 0, "ranges": {}}}, "random.ranges must have optim.lr"),
         ({"random": {"draws": 3, "seed": 0, "ranges": {"optim": {"lr": (0.0, 1.0, "log")}}}}, "low must be above 0"),
         ({"random": {"draws": 3, "seed": 0, "ranges": {"optim": {"lr": (0.1, 1.0), "x": (0.1, 1.0)}}}}, "has optim.x, but"),
+        ({"random": drawn((0.1, 1.0), draws=0)}, "random.draws is 0; it must be a number above 0"),
+        ({"random": drawn((0.1,))}, r"optim.lr is \(0.1,\); expected \(low, high\) or \(low, high, 'log'\)"),
+        ({"random": drawn((0.1, 1.0, "lin"))}, r"optim.lr is \(0.1, 1.0, 'lin'\); expected \(low, high\)"),
+        ({"random": drawn((1.0, 0.1))}, r"optim.lr is \(1.0, 0.1\); expected \(low, high\)"),
+        ({"random": drawn((1.0, 1.001))}, "optim.lr is too narrow for 3 rates of three digits"),
         ({"measure": "nats"}, "measure is 'nats'; choose one of main, nll"),
         ({"steps": (1, 2, 3)}, r"steps is \(1, 2, 3\); it must have a number for each of n_images"),
     ],
@@ -131,6 +142,16 @@ def test_what_cannot_be_tried_is_said_before_anything_is_written(tmp_path, chang
     with pytest.raises(ValueError, match=said):
         execute.run(c, tmp_path / "study", log=quiet)
     assert not (tmp_path / "study").exists()
+
+
+def test_a_key_that_a_variant_sets_is_checked_too(tmp_path):
+    c = config_of()
+    c.variants.lora_head.config = {"optim": {"weight_decay": 0.05}}
+    grid.check_config(c)
+    assert grid.Run(CELL, 0, 0.003, c).config.optim.weight_decay == 0.05
+    c.variants.lora_head.config = {"optim": {"wait_decay": 0.05}}
+    with pytest.raises(ValueError, match=r"config\.variants\.lora_head\.config has optim\.wait_decay, but"):
+        grid.check_config(c)
 
 
 def test_an_unknown_setting_of_a_study_is_named():
