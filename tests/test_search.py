@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from configs.studies import tiny
+from configs.studies import folder, tiny
 from jaxpeft.runtime import files
 from jaxpeft.study import axes, cost, execute, grid, report, search
 from jaxpeft.study import config as studies
@@ -268,6 +269,44 @@ def test_a_dry_run_says_how_many_rates_may_be_added(tmp_path, monkeypatch):
     said = cost.dry_run(config_of(extend=3, search_steps=0.25), tmp_path)
     assert "2 + 2 short" in said and "20 runs left" in said and "at most 15 more of the search" in said
     assert "seconds" not in said and not list(tmp_path.iterdir())
+
+
+# One's own images
+
+
+def test_a_study_of_ones_own_folder_has_the_protocol_of_new_studies(fake, tmp_path):
+    (tmp_path / "pics").mkdir()
+    names = [f"{i}.png" for i in range(30)]
+    for i, name in enumerate(names):
+        Image.new("RGB", (20, 20), (8 * i, 0, 0)).save(tmp_path / "pics" / name)
+    lines = ["image,caption", *(f"{name},a red square" for name in names)]
+    (tmp_path / "pics" / "captions.csv").write_text("\n".join(lines))
+    start = f"root={tmp_path / 'pics'},annotations=captions.csv,seeds=2"
+    c = folder.get_config(f"{start},images=8+16,steps=40")
+    c.points.captioning.data.data_dir = str(tmp_path / "copies")
+    execute.run(c, tmp_path / "study", log=quiet)
+    searched, rows = (
+        [json.loads(line) for line in (tmp_path / "study" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("search", "results")
+    )
+    assert {(row["setting"], row["timing"]["steps"]) for row in rows} == {("my_captions", 40)} and len(rows) == 8 * 2
+    assert {row["timing"]["steps"] for row in searched} == {10} and all(list(row["metrics"]) == [] for row in searched)
+    assert {row["lr"] for row in rows} == {0.002, 0.003, 0.00333}  # .0033, the smallest rate of prefix, is the best
+    assert len(searched) == 8 * 5 + 3  # so one more is tried in each of its cells
+    assert "no setting declares" in report.write(tmp_path / "study")
+    page = (tmp_path / "study" / "report" / "index.html").read_text()
+    assert "paper" not in page and "What to use: on my_captions with 16 images" in page
+    assert "the last 75 % of the steps lower the validation loss by 0 nats" in page
+    c.n_images = (8, 1600)
+    with pytest.raises(ValueError, match="n_images includes 1600, but the training split of setting 'my_captions' has"):
+        grid.check(c)
+    for arg, said in (
+        ("", "requires root"),
+        (f"{start},task=draw", "task is 'draw'"),
+        (f"{start},images=8-16", "'8-16'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            folder.get_config(arg)
 
 
 # What else a cell may have
