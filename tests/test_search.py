@@ -303,7 +303,7 @@ def test_a_study_of_ones_own_folder_has_the_protocol_of_new_studies(fake, tmp_pa
     for arg, said in (
         ("", "requires root"),
         (f"{start},task=draw", "task is 'draw'"),
-        (f"{start},images=8-16", "'8-16'"),
+        (f"{start},images=8-16", "give numbers of images"),
     ):
         with pytest.raises(ValueError, match=said):
             folder.get_config(arg)
