@@ -106,7 +106,8 @@ def test_where_nothing_beats_the_frozen_base_it_is_what_to_use(tmp_path):
     study = write(tmp_path, close, base=0.66)
     chosen = answers.choices(study, "photos")
     assert [one.gains for one in chosen] == [False, False]  # .64 with 256 images
-    assert "the frozen base (test cider_d 0.660)" in answers.sentences(study, {"photos": chosen})[0]
+    use = answers.sentences(study, {"photos": chosen})[0]
+    assert "the frozen base (test cider_d 0.660)" in use and "is not shown to be better by 3 seeds" in use
     assert answers.choices(write(tmp_path, close, base=0.55), "photos")[1].gains
 
 

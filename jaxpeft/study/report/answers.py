@@ -170,9 +170,10 @@ def _use(study: Study, one: Choice) -> str:
     base, metric = study.base(one.setting), study.metric(one.setting)
     where = f"on {one.setting} with {one.cell[2]:,} images"
     if not one.gains:
+        seeds = f"{len(one.runs)} seed{'s' * (len(one.runs) > 1)}"
         return (
             f"{where}, the frozen base (test {metric} {base:.3f}): the best method, {name(one.cell)}, has {one.score:.3f} and "
-            f"is not shown to be better"
+            f"is not shown to be better by {seeds}"
         )
     said = f"test {metric} {one.score:.3f}" + ("" if base is None else f", frozen base {base:.3f}")
     if one.score <= (blind := study.blind(one.setting)):
