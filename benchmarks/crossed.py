@@ -15,7 +15,6 @@ Budget: what the last three quarters of the steps gain in nats per token on vali
 """
 
 import argparse
-import collections
 import statistics
 import sys
 from pathlib import Path
@@ -26,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from jaxpeft import tasks
 from jaxpeft.data import scenes
 from jaxpeft.runtime import files, host
-from jaxpeft.study import claims, report, search
-from jaxpeft.study.report.rows import read_jsonl
+from jaxpeft.study import claims, report
+from jaxpeft.study.report import answers
 
 HIGHEST, LOWEST, GAIN, LEAST = 90.0, 60.0, 5.0, 20.0
 
@@ -77,21 +76,6 @@ def ceiling(n: int = 1024) -> float:
     return task.score(rows, best)["cider_d"]
 
 
-def budget(study) -> list[dict]:
-    """A row per setting and variant."""
-    path = study.directory / "search.jsonl"
-    searched = read_jsonl(path) if path.exists() else []
-    gains = search.budget_gains(read_jsonl(study.directory / "results.jsonl"), searched)
-    groups = collections.defaultdict(list)
-    for row in study.rows:
-        if row["id"] in gains:
-            groups[row["setting"], row["variant"]].append(gains[row["id"]])
-    return [
-        {"setting": setting, "variant": variant, "mean": statistics.fmean(some), "largest": max(some)}
-        for (setting, variant), some in groups.items()
-    ]
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/crossed"))
@@ -110,7 +94,7 @@ def main(argv=None) -> int:
         print(
             f"D_{one['axis']} {one['variant']}, {one['measure']}: {one['value']:.3g} ({one['low']:.3g} to {one['high']:.3g})"
         )
-    gained = budget(study)
+    gained = answers.budget(study)
     for one in gained:
         print(f"budget {one['setting']} {one['variant']}: mean {one['mean']:.4f}, largest {one['largest']:.4f} nats")
     if args.out:

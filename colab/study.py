@@ -55,6 +55,7 @@ from IPython.display import Image, display
 from jaxpeft.cli import read_config
 from jaxpeft.runtime import host, malloc
 from jaxpeft.study import cost, execute, report
+from jaxpeft.study.report import answers
 from jaxpeft.study.report import rows as reading
 
 malloc.keep_freed_memory()  # makes steps faster on a CPU
@@ -123,26 +124,31 @@ display(Image(filename=str(directory / "report" / "learning_rates.png"), width=5
 # ## Read: how much do more images help?
 #
 # The score on held-out *test* images against the number of training images, at the chosen learning rates. Of
-# several sizes the middle one is drawn.
+# several sizes the middle one is drawn. The left axis is in points: 0 is the best guess without the image, 100 the
+# best cell here. The right axis is the accuracy itself.
 
 # %%
 display(Image(filename=str(directory / "report" / "score_data.png"), width=560))
 
 # %% [markdown]
 # **How to read it.** A line that rises says that more images helped; both do. The distance between the lines is
-# what LoRA adds to the head alone: training the last layer is not enough for a task that is new to the base. An
-# orange ring would mark runs that were stopped by the cap on steps while they were still improving; there are none
-# here.
+# what LoRA adds to the head alone: training the last layer is not enough for a task that is new to the base, and
+# stays below the best guess without the image. The frozen base is at the bottom: it has never answered a question.
+# An orange ring would mark runs that were stopped by the cap on steps while they were still improving; there are
+# none here.
 #
 # ## All cells, and what the report concludes
 #
-# The test score of the chosen run of each cell, and why it stopped: `plateau` when the validation loss no longer
-# improved, `cap` at the last step allowed. Below it are two claims of the paper (arXiv 2403.08433), and what the
-# report says of them.
+# First, what the report begins with: what to use, what more images and a larger size bring, and how far to trust it.
+# Then the test score of the chosen run of each cell, and why it stopped: `plateau` when the validation loss no longer
+# improved, `cap` at the last step allowed. Last, two claims of the paper (arXiv 2403.08433), and what the report says
+# of them.
 
 # %%
 study = reading.read(directory)
-print(f"{'variant':<12}{'size':>5}{'images':>8}{'stored':>9}{'rate':>8}   test accuracy")
+for sentence in answers.sentences(study, {name: answers.choices(study, name) for name in config.settings}):
+    print(sentence)
+print(f"\n{'variant':<12}{'size':>5}{'images':>8}{'stored':>9}{'rate':>8}   test accuracy")
 for row in sorted(study.rows, key=lambda row: (row["variant"], row["size"], row["n_images"])):
     if row["chosen"]:
         what = f"{row['variant']:<12}{row['size']:>5}{row['n_images']:>8}{row['stored']:>9,}{row['lr']:>8g}"
@@ -165,7 +171,7 @@ for claim in json.loads((directory / "report" / "claims.json").read_text())["ver
 # |---|---|
 # | `studies/scenes` | a first look: one seed, one learning rate per method |
 # | `studies/scenes_full` | five methods and two controls on drawn scenes, three rates, three seeds: hours on two cores |
-# | `studies/paper` | the grid of the paper: BLIP-base on COCO and VQA v2, where these are on disk; not run yet |
+# | `studies/paper` | the grid of the paper: mPLUG on COCO and VQA v2, where these are on disk; not run yet |
 #
 # What the full study found, and what it cannot say, is in [Results](../docs/results/which_method.md). To study a
 # method of your own, write it as in `new_method.ipynb` and add it to the `variants` of a config.

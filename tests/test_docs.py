@@ -25,6 +25,7 @@ from jaxpeft.apps import demo, export, generate, report
 from jaxpeft.data import scenes
 from jaxpeft.data.coco import prepare
 from jaxpeft.runtime import host, registry
+from jaxpeft.study import config as studies
 from jaxpeft.study import grid, state
 from jaxpeft.study.report import compare
 from jaxpeft.training import optim, results, run
@@ -360,6 +361,22 @@ def test_the_table_of_config_keys_is_complete():
         if not key.startswith("task_options") and key not in ("size", "data.root"):
             default = {"task": "vqa"}.get(key, known[key][0])
             assert text == ("none" if default is None else f"`{default!r}`".replace("|", "\\|")), key
+
+
+def test_the_tables_of_a_studys_keys_are_complete():
+    """Every key of its config with its default, and every key that is read of a setting or a variant."""
+    whole, setting, variant = re.split(r"^## .*$", PAGES["docs/api/study.md"], flags=re.MULTILINE)
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", whole, re.MULTILINE))
+    c = studies.study("x", "", ("vqa_stated",), {}, (), (64,))
+    assert rows.keys() == set(c.keys())
+    for key, text in rows.items():
+        if text not in ("required", "made by `make_point`") and not key.startswith(("margins", "learning_rates")):
+            value = c[key].to_dict() if hasattr(c[key], "to_dict") else c[key]
+            assert text == f"`{value!r}`", key
+    assert set(re.findall(r"^\| `(\w+)` ", setting, re.MULTILINE)) == {*grid.OF_STUDY, "base"}
+    source = "".join((ROOT / f"jaxpeft/study/{name}.py").read_text() for name in ("axes", "grid", "search"))
+    read = set(re.findall(r'variant(?:\.get\(|\[)"(\w+)"', source)) - {"axes"}  # which the study's axes make
+    assert set(re.findall(r"^\| `(\w+)` ", variant, re.MULTILINE)) == read
 
 
 def test_config_keys_of_the_pages_exist():

@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from configs.studies import tiny
+from configs.studies import folder, tiny
 from jaxpeft.runtime import files
 from jaxpeft.study import axes, cost, execute, grid, report, search
 from jaxpeft.study import config as studies
@@ -104,6 +105,10 @@ def test_an_axis_is_in_rows_and_in_the_report(fake, tmp_path):
     assert "weight_decay=0.05-lora_head" in (tmp_path / "report" / "index.html").read_text()
 
 
+def drawn(rates: tuple, draws: int = 3) -> dict:
+    return {"draws": draws, "seed": 0, "ranges": {"optim": {"lr": rates}}}
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -115,10 +120,17 @@ def test_an_axis_is_in_rows_and_in_the_report(fake, tmp_path):
         ({"axes": {"method": {"dropout": (0.1,)}}}, "are set in config.variants.NAME.fields"),
         ({"extend": -1}, "extend is -1; it must be the number of rates to add"),
         ({"extend": 2, "learning_rates": (1.0,)}, "extend needs a grid of at least two learning_rates"),
+        ({"extend": 2, "random": drawn((0.1, 1.0))}, "extend needs a grid of at least two learning_rates"),
         ({"search_steps": 0.0}, "search_steps is 0.0; it must be a share of the steps"),
+        ({"search_steps": 1.5}, "search_steps is 1.5; it must be a share of the steps"),
         ({"random": {"draws": 3, "seed": 0, "ranges": {}}}, "random.ranges must have optim.lr"),
         ({"random": {"draws": 3, "seed": 0, "ranges": {"optim": {"lr": (0.0, 1.0, "log")}}}}, "low must be above 0"),
         ({"random": {"draws": 3, "seed": 0, "ranges": {"optim": {"lr": (0.1, 1.0), "x": (0.1, 1.0)}}}}, "has optim.x, but"),
+        ({"random": drawn((0.1, 1.0), draws=0)}, "random.draws is 0; it must be a number above 0"),
+        ({"random": drawn((0.1,))}, r"optim.lr is \(0.1,\); expected \(low, high\) or \(low, high, 'log'\)"),
+        ({"random": drawn((0.1, 1.0, "lin"))}, r"optim.lr is \(0.1, 1.0, 'lin'\); expected \(low, high\)"),
+        ({"random": drawn((1.0, 0.1))}, r"optim.lr is \(1.0, 0.1\); expected \(low, high\)"),
+        ({"random": drawn((1.0, 1.001))}, "optim.lr is too narrow for 3 rates of three digits"),
         ({"measure": "nats"}, "measure is 'nats'; choose one of main, nll"),
         ({"steps": (1, 2, 3)}, r"steps is \(1, 2, 3\); it must have a number for each of n_images"),
     ],
@@ -131,6 +143,16 @@ def test_what_cannot_be_tried_is_said_before_anything_is_written(tmp_path, chang
     with pytest.raises(ValueError, match=said):
         execute.run(c, tmp_path / "study", log=quiet)
     assert not (tmp_path / "study").exists()
+
+
+def test_a_key_that_a_variant_sets_is_checked_too(tmp_path):
+    c = config_of()
+    c.variants.lora_head.config = {"optim": {"weight_decay": 0.05}}
+    grid.check_config(c)
+    assert grid.Run(CELL, 0, 0.003, c).config.optim.weight_decay == 0.05
+    c.variants.lora_head.config = {"optim": {"wait_decay": 0.05}}
+    with pytest.raises(ValueError, match=r"config\.variants\.lora_head\.config has optim\.wait_decay, but"):
+        grid.check_config(c)
 
 
 def test_an_unknown_setting_of_a_study_is_named():
@@ -152,14 +174,18 @@ def test_rates_are_added_beyond_an_edge_until_the_best_is_inside(fake, tmp_path)
 
 
 def test_an_extended_search_goes_on_after_a_stop(fake, tmp_path):
-    c, fake["best"] = config_of(extend=6), 0.003 * 81
-    for stop_at in (3, 9, 20):
+    c, fake["best"], known = config_of(extend=6), 0.003 * 81, set()
+    for stop_at in (1, 3, 9, 20):
         fake["stop_at"] = stop_at
         with pytest.raises(KeyboardInterrupt):
             execute.run(c, tmp_path, log=quiet)
+        known |= {run.id for run in read(c, tmp_path).runs}
     fake["stop_at"], said = None, []
     execute.run(c, tmp_path, log=said.append)
     assert len(fake["ran"]) == len(set(fake["ran"])) == 5 * (6 + 1)
+    assert known <= set(
+        fake["ran"]
+    )  # another worker would not have begun anything else: a search cut off decides nothing
     assert rates(fake) == [0.003, 0.009, 0.027, 0.081, 0.243, 0.729]
     assert "35 runs; 35 done, 0 to do" in said[-1]
 
@@ -175,6 +201,7 @@ def test_a_rate_that_fails_beyond_an_edge_ends_the_search(fake, tmp_path, monkey
     monkeypatch.setattr(execute.training_run, "run", fails)
     rows = execute.run(config_of(extend=6), tmp_path, log=quiet)
     assert {row["lr"] for row in rows if row["status"] == "failed"} == {0.027}
+    assert len(rows) == len({row["id"] for row in rows}) == 5 * 4  # it is tried in no other round
     assert rates(fake) == [0.003, 0.009] and rates(fake, seed=1) == [0.009]
 
 
@@ -213,6 +240,13 @@ def test_a_short_search_is_apart_and_every_seed_is_trained_in_full(fake, tmp_pat
     assert all(list(row["metrics"]) == ["val"] for row in searched)  # no test image is seen
     assert rates(fake) == [0.003, 0.009, 0.003] and rates(fake, seed=1) == [0.003]
     assert "20 runs; 20 done" in execute.state.plan(c, read(c, tmp_path))
+    c.points.vqa.epochs, c.points.vqa.eval.forgetting = 8.0, True
+    head = next(cell for cell in grid.cells(c) if cell.variant == "head")
+    short, whole = (grid.Run(head, 0, 0.003, c, short=one).config for one in (True, False))
+    assert [(one.epochs, one.eval.base, one.eval.forgetting) for one in (short, whole)] == [
+        (2.0, False, False),
+        (8.0, True, True),
+    ]
     assert "10 runs" in report.write(tmp_path)
 
 
@@ -235,6 +269,44 @@ def test_a_dry_run_says_how_many_rates_may_be_added(tmp_path, monkeypatch):
     said = cost.dry_run(config_of(extend=3, search_steps=0.25), tmp_path)
     assert "2 + 2 short" in said and "20 runs left" in said and "at most 15 more of the search" in said
     assert "seconds" not in said and not list(tmp_path.iterdir())
+
+
+# One's own images
+
+
+def test_a_study_of_ones_own_folder_has_the_protocol_of_new_studies(fake, tmp_path):
+    (tmp_path / "pics").mkdir()
+    names = [f"{i}.png" for i in range(30)]
+    for i, name in enumerate(names):
+        Image.new("RGB", (20, 20), (8 * i, 0, 0)).save(tmp_path / "pics" / name)
+    lines = ["image,caption", *(f"{name},a red square" for name in names)]
+    (tmp_path / "pics" / "captions.csv").write_text("\n".join(lines))
+    start = f"root={tmp_path / 'pics'},annotations=captions.csv,seeds=2"
+    c = folder.get_config(f"{start},images=8+16,steps=40")
+    c.points.captioning.data.data_dir = str(tmp_path / "copies")
+    execute.run(c, tmp_path / "study", log=quiet)
+    searched, rows = (
+        [json.loads(line) for line in (tmp_path / "study" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("search", "results")
+    )
+    assert {(row["setting"], row["timing"]["steps"]) for row in rows} == {("my_captions", 40)} and len(rows) == 8 * 2
+    assert {row["timing"]["steps"] for row in searched} == {10} and all(list(row["metrics"]) == [] for row in searched)
+    assert {row["lr"] for row in rows} == {0.002, 0.003, 0.00333}  # .0033, the smallest rate of prefix, is the best
+    assert len(searched) == 8 * 5 + 3  # so one more is tried in each of its cells
+    assert "no setting declares" in report.write(tmp_path / "study")
+    page = (tmp_path / "study" / "report" / "index.html").read_text()
+    assert "paper" not in page and "What to use: on my_captions with 16 images" in page
+    assert "the last 75 % of the steps lower the validation loss by 0 nats" in page
+    c.n_images = (8, 1600)
+    with pytest.raises(ValueError, match="n_images includes 1600, but the training split of setting 'my_captions' has"):
+        grid.check(c)
+    for arg, said in (
+        ("", "requires root"),
+        (f"{start},task=draw", "task is 'draw'"),
+        (f"{start},images=8-16", "give numbers of images"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            folder.get_config(arg)
 
 
 # What else a cell may have

@@ -16,6 +16,7 @@ Ours: the base model, sizes, numbers of images, learning rates, the recipe and i
 VQAv2 with image, question and answers). `towers=text` leaves the ViT untouched: image tokens are then computed once. With
 model=blip, `base` is a BLIP directory for both tasks, or for captioning only if `base_vqa=DIR` is given; 480 pixels for VQA.
 This study has not been run: neither data nor checkpoint nor an accelerator was available; docs/results/paper_grid.md plans it.
+It still has early stopping and one search for all steps; give it the protocol of docs/guides/studies.md before it is run.
 """
 
 from jaxpeft import config

@@ -60,7 +60,7 @@ class Result:
     stored: int
     seed: int
     score: float  # main metric on test images
-    validation: float  # main metric on the split that learning rates are chosen on
+    validation: float  # what learning rates are chosen by, the higher the better: in the study's measure
     test_nll: float = float("nan")  # nats per token of the references of test images
 
     @property

@@ -72,7 +72,7 @@ def budget_gains(rows: list[dict], searched: list[dict]) -> dict[str, float]:
     short = {row["id"].removesuffix("-search"): row for row in searched if row["status"] == "done"}
     return {
         row["id"]: short[row["id"]]["validation"]["kept"] - row["validation"]["kept"]
-        for row in rows if row["status"] == "done" and row["id"] in short
+        for row in rows if row["id"] in short and row["status"] == "done"
     }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def write(workdir: str | Path, mixed_code: bool = False) -> str:
     )  # fmt: skip
     files.write_text(out / "results.csv", as_csv(study.rows))
     nats = []
-    if study.config.get("measure") == "nll":  # the primary measure then
+    if study.in_nats:  # the primary measure then
         margins = study.config["margins_nll"]
         nats = claims.judge(*claims.in_nats(scaled, study.scales), margins)
         files.write_json(out / "claims_nll.json", {"verdicts": list(map(dataclasses.asdict, nats)), "margins": margins})

@@ -21,7 +21,8 @@ Cell = tuple[str, int, int]  # variant, size, number of images
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The cell to use in a setting with a number of training images: that with the best mean validation score."""
+    """The cell to use in a setting with a number of training images: that with the best mean on validation images, in the
+    study's measure."""
 
     setting: str
     cell: Cell
@@ -138,6 +139,25 @@ def rate_places(study: Study) -> list[dict]:
     return [{"setting": setting, "variant": variant, **found[setting, variant]} for setting, variant in keys]
 
 
+def budget(study: Study) -> list[dict]:
+    """By how much the steps beyond those of the search lower the validation loss, in nats per token: the number of cells, the
+    mean and the largest for each setting and variant. [] where the search has all steps."""
+    groups = collections.defaultdict(list)
+    for row in study.rows:
+        if row["id"] in study.gains:
+            groups[row["setting"], row["variant"]].append(study.gains[row["id"]])
+    return [
+        {
+            "setting": setting,
+            "variant": variant,
+            "cells": len(some),
+            "mean": statistics.fmean(some),
+            "largest": max(some),
+        }
+        for (setting, variant), some in groups.items()
+    ]
+
+
 def sentences(study: Study, chosen: dict[str, list[Choice]]) -> list[str]:
     """Three sentences: what to use with the most images, what more images and a larger size bring, how far to trust it."""
     last = [found[-1] for found in chosen.values() if found]
@@ -150,9 +170,10 @@ def _use(study: Study, one: Choice) -> str:
     base, metric = study.base(one.setting), study.metric(one.setting)
     where = f"on {one.setting} with {one.cell[2]:,} images"
     if not one.gains:
+        seeds = f"{len(one.runs)} seed{'s' * (len(one.runs) > 1)}"
         return (
             f"{where}, the frozen base (test {metric} {base:.3f}): the best method, {name(one.cell)}, has {one.score:.3f} and "
-            f"is not shown to be better"
+            f"is not shown to be better by {seeds}"
         )
     said = f"test {metric} {one.score:.3f}" + ("" if base is None else f", frozen base {base:.3f}")
     if one.score <= (blind := study.blind(one.setting)):
@@ -190,7 +211,12 @@ def _trust(study: Study) -> str:
     seeds = len({row["seed"] for row in done})
     at_end = f"in {at_edge} of {n} cells the best learning rate is the smallest or the largest that was tried"
     longer = f"{capped} of {len(done)} chosen runs reached the cap on steps, and may score higher if trained longer"
-    return (
-        f"How far to trust it: {seeds} seed{'s' * (seeds > 1)}; {at_end if n else 'one learning rate a cell'}; "
-        f"{longer if capped else 'no chosen run was ended by the cap on steps'}."
-    )
+    if study.gains:  # a fixed budget, and what a part of it reaches
+        some, rest = list(study.gains.values()), 1 - study.config["search_steps"]
+        longer = (
+            f"the last {100 * rest:.0f} % of the steps lower the validation loss by {statistics.fmean(some):.3g} nats per "
+            f"token on average and by {max(some):.3g} at most, and where this is much, more steps may lower it further"
+        )
+    elif not capped:
+        longer = "no chosen run was ended by the cap on steps"
+    return f"How far to trust it: {seeds} seed{'s' * (seeds > 1)}; {at_end if n else 'one learning rate a cell'}; {longer}."

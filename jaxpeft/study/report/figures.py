@@ -237,8 +237,7 @@ def learning_rates(study: Study) -> Drawing | None:
                 if r["chosen"]:
                     ax.plot(r["lr"], r["choice"], **look | {"markerfacecolor": look["color"]})
         _log(ax)
-        in_nats = study.config.get("measure") == "nll"
-        measure = "log-likelihood, nats per token" if in_nats else study.metric(setting)
+        measure = "log-likelihood, nats per token" if study.in_nats else study.metric(setting)
         _label(ax, setting, "learning rate", f"validation {measure}")
 
     found = {setting: collections.defaultdict(list) for setting in study.config["settings"]}

@@ -5,34 +5,56 @@ import html
 import json
 import statistics
 import urllib.parse
+from collections.abc import Iterable
 from pathlib import Path
 
-from jaxpeft.study.report import markup
+from jaxpeft.study.report import answers, markup
 from jaxpeft.study.report.markup import Html, escape, table
-from jaxpeft.study.report.rows import Study, cell_of, chosen_by_cell, read_jsonl
+from jaxpeft.study.report.rows import Study, cell_of, chosen_by_cell, other_splits, read_jsonl
 
 # functions of a study, by the names that report.html has for them
-PARTS = ("cells", "gallery", "edges", "capped", "failures", "purpose", "variants", "learning_rates_tried", "recipe")
+PARTS = (
+    "cells",
+    "gallery",
+    "edges",
+    "budget",
+    "capped",
+    "failures",
+    "purpose",
+    "variants",
+    "learning_rates_tried",
+    "recipe",
+)
 
 
 def cells(study: Study) -> Html:
     """The table of all cells."""
+    others = other_splits(study.rows)
     header = (
-        "setting", "variant", "size", "images", "test score", "range over seeds", "seeds", "validation score", "stored",
-        "tuned, %", "learning rate", "forgetting", "seconds",
+        "setting", "variant", "size", "images", "test score", "range over seeds", "seeds", "test nats per token",
+        "validation score", *(f"{split} score" for split in others), "stored", "tuned, %", "learning rate", "forgetting",
+        "seconds",
     )  # fmt: skip
     rows = []
     for setting in study.config["settings"]:
         for (variant, size, n_images), group in chosen_by_cell(study, setting).items():
             scores = [row["test"] for row in group]
-            forgot = [row["forgetting"] for row in group if row["forgetting"] is not None]
+            forgot = [row["forgetting"] for row in group]
             rows.append([
                 setting, variant, size, n_images, statistics.fmean(scores), f"{min(scores):.3f} to {max(scores):.3f}",
-                len(scores), statistics.fmean(row["validation"] for row in group), group[0]["stored"], group[0]["percent"],
-                group[0]["lr"], statistics.fmean(forgot) if forgot else None,
+                len(scores), statistics.fmean(row["test_nll"] for row in group),
+                statistics.fmean(row["validation"] for row in group),
+                *(_mean(row["others"].get(split) for row in group) for split in others), group[0]["stored"],
+                group[0]["percent"], group[0]["lr"], _mean(forgot),
                 statistics.fmean(row["total_s"] for row in group),
             ])  # fmt: skip
     return table(header, rows)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that were measured; None where none was."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def edges_of(study: Study) -> list[list]:
@@ -51,6 +73,12 @@ def edges_of(study: Study) -> list[list]:
 def edges(study: Study) -> Html:
     """The table of `edges_of`."""
     return table(("run", "learning rate", "which end"), edges_of(study))
+
+
+def budget(study: Study) -> Html:
+    """The table of `answers.budget`."""
+    found = answers.budget(study)
+    return table(("setting", "variant", "cells", "mean gain", "largest gain"), [list(one.values()) for one in found])
 
 
 def capped(study: Study) -> Html:
@@ -115,7 +143,7 @@ def _written(study: Study, setting: str, pictures) -> list[tuple[dict, dict[str,
     best: dict[str, dict] = {}
     for row in study.rows:
         if row["chosen"] and row["setting"] == setting and row["seed"] == 0:
-            if row["variant"] not in best or row["validation"] > best[row["variant"]]["validation"]:
+            if row["variant"] not in best or row["choice"] > best[row["variant"]]["choice"]:
                 best[row["variant"]] = row
     cases: dict[tuple, tuple[dict, dict]] = {}
     for variant, row in best.items():

@@ -5,6 +5,7 @@ What is said first is computed in answers.py; what is folded at the end is in fo
 
 import html
 import shlex
+import statistics
 import urllib.parse
 
 from jaxpeft.study import claims
@@ -35,6 +36,7 @@ def render(study: Study, judged: tuple[list, list], selection, share: list[dict]
         claims=_claims(verdicts),
         claims_nll=_claims(nats),
         multiplicity=escape(_multiplicity(verdicts)) if verdicts else "",
+        multiplicity_nll=escape(_multiplicity(nats)) if nats else "",
         selection=escape(_selection(selection)) if verdicts else "",
         ends=escape(" ".join(_ends(one) for one in study.scales)) if verdicts else "",
         undeclared=escape(
@@ -61,9 +63,11 @@ def _counts(study: Study) -> str:
     done = [row for row in study.rows if row["status"] == "done"]
     hours = sum(row["total_s"] for row in done) / 3600
     seeds = study.config["seeds"]
+    by = " by nats per token" if study.in_nats else ""
     return escape(
         f"{len(done):,} runs done, {len(study.rows) - len(done)} failed, {hours:.2f} hours of runs. Scores are means over "
-        f"{seeds} seed{'s' * (seeds > 1)} on test images; methods, sizes and learning rates were chosen on validation images."
+        f"{seeds} seed{'s' * (seeds > 1)} on test images; methods, sizes and learning rates were chosen on validation "
+        f"images{by}."
     )
 
 
@@ -76,13 +80,16 @@ def _choices(study: Study, setting: str, found: list[answers.Choice]) -> str:
     metric, base = study.metric(setting), study.base(setting)
     header = ["images", "use", f"test {metric} (range over seeds)", "tied with"]
     header[3:3] = ["less the frozen base"] if base is not None else []
+    header[2:2] = ["test nats per token"] if study.in_nats else []
     rows = []
     for one in found:
         scores = [run.score for run in one.runs.values()]
         spread = f"{min(scores):.3f} to {max(scores):.3f}" if len(scores) > 1 else "one seed"
+        nats = statistics.fmean(run.test_nll for run in one.runs.values())
         use = answers.name(one.cell) if one.gains else f"the frozen base (best method: {answers.name(one.cell)})"
         row = [one.cell[2], use, f"{one.score:.3f} ({spread})", _tied(one)]
         row[3:3] = [markup.estimate(one.over_base, "+")] if base is not None else []
+        row[2:2] = [f"{nats:.3f}"] if study.in_nats else []
         rows.append(row)
     about = f"best guess without images {study.blind(setting):.3f}" + (
         "" if base is None else f", frozen base {base:.3f}"
@@ -147,7 +154,7 @@ def _commands(study: Study, run_id: str, kept: bool) -> Html | None:
 
 
 def _claims(verdicts: list) -> str:
-    """A line per claim: its interval drawn, and the verdict. '' where no claim was judged."""
+    """A line per claim: its interval drawn, and the verdict; folded where none could be tested. '' where none was judged."""
     shown = [x for one in verdicts if one.effect is not None for x in (one.effect, -one.margin, one.margin)]
     ends, rows = markup.limits(shown), []
     for one in verdicts:
@@ -161,7 +168,9 @@ def _claims(verdicts: list) -> str:
             fold(f"{n} method{'s' * (n != 1)}, {one.n_seeds} seeds", escape("; ".join(used))),
         ])  # fmt: skip
     effect = Html(f"effect{markup.axis(ends)}")
-    return table(("claim", "on", effect, "margin", "verdict", "the paper predicts", "of"), rows)
+    whole = table(("claim", "on", effect, "margin", "verdict", "the paper predicts", "of"), rows)
+    tested = any(one.verdict != NOT_TESTED for one in verdicts)
+    return whole if tested else fold("No claim could be tested. What each of them needs, and what was found", whole)
 
 
 def _kind(consistent: bool | None) -> str:
@@ -178,7 +187,9 @@ def _ends(scale) -> str:
 def _multiplicity(verdicts: list) -> str:
     """A word on the number of tests."""
     tested = [one for one in verdicts if one.verdict != NOT_TESTED]
-    kept = [f"{one.claim} on {one.where} ({one.effect:+.1f})" for one in tested if one.survives]
+    if not tested:
+        return ""
+    kept = [f"{one.claim} on {one.where} ({one.effect:+.3g})" for one in tested if one.survives]
     return (
         f"{len(tested)} lines were tested, each at 95 %: if all true effects were 0, about {len(tested) / 20:.1f} of them "
         f"would be called positive or negative by chance. Looked at together (Benjamini and Yekutieli's control of false "

@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 
 from jaxpeft.runtime import renamed
+from jaxpeft.study import search
 from jaxpeft.study.claims import MARGINS, Result, Scale
 from jaxpeft.study.grid import Cell, best_learning_rate
 
@@ -33,6 +34,12 @@ class Study:
     scales: list[Scale]
     mixed: list[Cell]  # cells whose runs were made by different code
     directory: Path
+    gains: dict[str, float] = dataclasses.field(default_factory=dict)  # search.budget_gains
+
+    @property
+    def in_nats(self) -> bool:
+        """Whether nats per token are the study's measure, by which the best is chosen."""
+        return self.config.get("measure") == "nll"
 
     def metric(self, setting: str) -> str:
         """The main metric of a setting; '' before its first run."""
@@ -74,11 +81,14 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
         raise ValueError(f"{directory} has no results.jsonl; run the study first")
     about = json.loads((directory / "study.json").read_text())
     config = renamed.translated_study(about["config"])
-    rows = [_flat(renamed.translated_row(row), config) for row in read_jsonl(directory / "results.jsonl")]
+    whole = read_jsonl(directory / "results.jsonl")
+    rows = [_flat(renamed.translated_row(row), config) for row in whole]
     mixed = _mixed(rows)
     if mixed and not mixed_code:
         raise ValueError(_refusal(directory, mixed))
-    searched = _searched(directory, rows, config)
+    short = _short(directory)
+    searched = [row | {"choice": _choice(row, config)} for row in short]
+    searched = searched or [row for row in rows if row["status"] == "done" and row["seed"] == 0]
     tried = collections.defaultdict(list)
     for row in searched:
         tried[cell_of(row)].append((row["lr"], row["choice"]))
@@ -86,18 +96,20 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
     for row in [*rows, *searched]:
         row["chosen"] = row["status"] == "done" and row["lr"] == best.get(cell_of(row))
     config.setdefault("margins", MARGINS)
-    names = [field.name for field in dataclasses.fields(Result) if field.name != "score"]
-    results = [Result(score=row["test"], **{name: row[name] for name in names}) for row in rows if row["chosen"]]
-    command = about.get("command", "")
-    return Study(config, command, rows, searched, results, scales(rows, config), list(mixed), directory)
+    names = [field.name for field in dataclasses.fields(Result) if field.name not in ("score", "validation")]
+    results = [
+        Result(score=row["test"], validation=row["choice"], **{name: row[name] for name in names})
+        for row in rows
+        if row["chosen"]
+    ]
+    command, gains = about.get("command", ""), search.budget_gains(whole, short)
+    return Study(config, command, rows, searched, results, scales(rows, config), list(mixed), directory, gains)
 
 
-def _searched(directory: Path, rows: list[dict], config: dict) -> list[dict]:
-    """The runs of search.jsonl, where the search had fewer steps than the other runs; else those with seed 0."""
+def _short(directory: Path) -> list[dict]:
+    """The finished runs of search.jsonl, which is there if the search had fewer steps than the other runs."""
     path = directory / "search.jsonl"
-    if not path.exists():
-        return [row for row in rows if row["status"] == "done" and row["seed"] == 0]
-    return [row | {"choice": _choice(row, config)} for row in read_jsonl(path) if row["status"] == "done"]
+    return [row for row in read_jsonl(path) if row["status"] == "done"] if path.exists() else []
 
 
 def _choice(row: dict, config: dict) -> float:
@@ -156,6 +168,8 @@ def _flat(row: dict, config: dict) -> dict:
     flat |= {"validation": row["metrics"][config["select_on"]]["tuned"][metric], "test": test["tuned"][metric]}
     flat |= {key: timing.get(key) for key in ("steps", "stopped", "step_s", "compile_s", "total_s")}
     flat |= {"test_nll": test["tuned"]["nll"], "metric": metric, "n_test": test["n"], "blind": test["blind"]}
+    known = ("test", config["select_on"])
+    flat["others"] = {name: one["tuned"][metric] for name, one in row["metrics"].items() if name not in known}
     flat["base"] = test["base"][metric] if "base" in test else None
     if forgot := row.get("forgetting"):
         flat["forgetting"] = forgot["tuned"] - forgot["base"] if "base" in forgot else None
@@ -223,10 +237,15 @@ def consistency(study: Study) -> list[dict]:
     return found
 
 
+def other_splits(rows: list[dict]) -> list[str]:
+    """The splits that finished runs are scored on beside 'test' and the one that rates are chosen on."""
+    return list(dict.fromkeys(name for row in rows if row["status"] == "done" for name in row["others"]))
+
+
 def as_csv(rows: list[dict]) -> str:
-    """The COLUMNS of all rows as CSV."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
+    """The COLUMNS of all rows and their scores on other splits as CSV."""
+    table, others = io.StringIO(), other_splits(rows)
+    writer = csv.DictWriter(table, (*COLUMNS, *others), extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(row | row.get("others", {}) for row in rows)
     return table.getvalue()
