@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --out gpu.json                      # ten minutes on one H100
     python benchmarks/gpu.py --out gpu.json                      # again: only what is missing or failed
     python benchmarks/gpu.py --out gpu.json --sections 'ceilings,ours blip full'
-    python benchmarks/gpu.py --tiny --seconds 3600 --out results/gpu_rehearsal.json     # on a CPU, at tiny size: numbers mean nothing
+    python benchmarks/gpu.py --tiny --seconds 3600 --out results/gpu_rehearsal.json # on a CPU; its numbers mean nothing
 
 The machine needs Python 3.12, jax 0.11 with CUDA 13, flax, optax, orbax-checkpoint, torch, transformers and peft. What else
 jaxpeft imports is brought as wheels (11 MB) in an ignored folder:
@@ -23,8 +23,8 @@ and there:
 
 Every section runs in a process of its own, because an allocator of GPU memory keeps what it has. PLAN holds them with the most
 seconds that each may take, most important first; a section that fails or is late is recorded with what it had found, and the
-next one starts. All together get --seconds: a section of which not even half of its time is left is recorded as 'not run: out of
-time', and a shorter one may still start. The file is written after each. Settings of the card are never changed.
+next one starts. All together get --seconds: a section of which not even half of its time is left is recorded as 'not run: out
+of time', and a shorter one may still start. The file is written after each. Settings of the card are never changed.
 
 Both sides do the same work on drawn weights: LoRA of rank 8 on queries and values (of the text decoder, in 'vit_lora' of all
 towers) or all parameters ('full'), captions of 20 tokens, products in bfloat16, frozen matrices in bfloat16, trained leaves and

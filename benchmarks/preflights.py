@@ -3,10 +3,10 @@
     pip install 'jaxpeft[preflight-cuda]' libtpu
     python benchmarks/preflights.py --out results/preflights.json [--only a100 h200]
 
-The base is a directory with the config.json of BLIP-base and a vocab.txt without English words, so that every word of a caption is
-one token; no weights. LoRA r8 on captions, 384 pixels, bfloat16, the image encoder in each step. For GPUs the batch is 64, for
-the TPU slice 256: once with `mesh.fsdp=8`, where the report prints the plan of data=8 too. 'two at once' starts two plans of the
-tiny base at the same time. Rows that are not named stay in the file; a plan that fails is a row with its error.
+The base is a directory with the config.json of BLIP-base and a vocab.txt without English words, so that every word of a caption
+is one token; no weights. LoRA r8 on captions, 384 pixels, bfloat16, the image encoder in each step. For GPUs the batch is 64,
+for the TPU slice 256: once with `mesh.fsdp=8`, where the report prints the plan of data=8 too. "two at once" starts two plans
+of the tiny base at the same time. Rows that are not named stay in the file; a plan that fails is a row with its error.
 """
 
 import argparse

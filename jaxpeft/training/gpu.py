@@ -62,10 +62,11 @@ def devices(topology: str) -> list[Any]:
         ) from None
     from jax.experimental import topologies
 
-    described = topologies.get_topology_desc(
-        platform="cuda", topology_name=name, target_config=_proto(GPUS[name]), topology=f"1x{int(n or 1)}x1"
-    )
-    return list(described.devices)
+    target = {"target_config": _proto(GPUS[name]), "topology": f"1x{int(n or 1)}x1"}
+    try:
+        return list(topologies.get_topology_desc(platform="cuda", topology_name=name, **target).devices)
+    except Exception as error:  # of the plugin, of many types
+        raise ValueError(f"topology {topology!r} cannot be loaded: {error}") from None
 
 
 def _proto(gpu: Description) -> str:
