@@ -1,6 +1,6 @@
 """One command on a machine with a GPU and no network: how fast are we there, beside torch.compile + peft, and are we right?
 
-    python benchmarks/gpu.py --out gpu.json                      # ten minutes on one H100
+    python benchmarks/gpu.py --out gpu.json                      # at most ten minutes
     python benchmarks/gpu.py --out gpu.json                      # again: only what is missing or failed
     python benchmarks/gpu.py --out gpu.json --sections 'ceilings,ours blip full'
     python benchmarks/gpu.py --tiny --seconds 3600 --out results/gpu_rehearsal.json # on a CPU; its numbers mean nothing
