@@ -53,7 +53,7 @@ def planned(options: list[list[str]], directory: Path) -> list[dict]:
         lines = (line.partition("  ") for line in out.splitlines())
         row = {"options": " ".join(given)} | {label: value.strip() for label, _, value in lines}
         if process.returncode:
-            row["failed"] = error.strip().splitlines()[-1]
+            row["failed"] = (error.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         found.append(row | {"seconds": round(time.perf_counter() - began)})
     return found
 
