@@ -1,6 +1,8 @@
 """How step time, memory and preparation grow with model, image size, batch, lanes and data, with an exponent for each.
 
-    python benchmarks/growth.py --out results/growth.json
+    python benchmarks/growth.py --out results/growth.json [--only decoder pictures]
+
+Each series is written when it is done, and those that are not named stay in the file:
 
 - model: tiny (64 pixels), BLIP-base (ViT-B), BLIP-large (ViT-L, the same text layers) at 384 pixels, drawn weights, batch 2;
 - decoder: SmolVLM's architecture: tiny, 256M, 500M at 512 pixels, batch 2; and the plan of PaliGemma-3B, which is not run;
@@ -26,6 +28,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import reference
@@ -246,18 +249,17 @@ def main():
         "batch": [("pictures", n, dataclasses.replace(base, image_size=sides[1]), n, 1) for n in (1, 2, 4, 8, 16)],
         "lanes": [("lanes", k, tiny, 16, k) for k in (1, 2, 4, 8)],
     }  # fmt: skip
-    found = {}
     for name, points in series.items():
         if name not in args.only:
             continue
         rows = []
         for axis, x, config, batch_size, k in points:
             row = measured(config, batch_size, args.runs, k)
-            rows.append({"": f"{name} {x}", axis: row["parameters"] if name == "model" else x} | row)
+            rows.append({"": f"{name} {x}", axis: row["parameters"] if axis == "parameters" else x} | row)
             print(rows[-1], flush=True)
-        found[name] = rows, [points[0][0], "ms", "planned MB"]
-    plan = [] if args.size == "tiny" or "decoder" not in args.only else [measured(PaliGemmaConfig(), 2, 0, 0)]
-    print(*plan)
+        save(args, name, rows, [points[0][0], "ms", "planned MB"])
+    if args.size == "base" and "decoder" in args.only:
+        save(args, "PaliGemma-3B, planned", [measured(PaliGemmaConfig(), 2, 0, 0)], [])
     if "pictures" in args.only:
         rows = []
         for n in (10**k for k in range(3, 1 + round(np.log10(args.most)))):
@@ -265,18 +267,20 @@ def main():
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             rows.append({"": f"pictures {n:,}", "pictures": n} | json.loads(done.stdout))
             print(rows[-1], flush=True)
-        found["pictures"] = rows, ["pictures", *(key for key in rows[0] if key not in ("", "pictures"))]
-    exponents = {
-        name: {y: exponent([row[x] for row in rows], [row[y] for row in rows]) for y in ys}
-        for name, (rows, (x, *ys)) in found.items()
-    }
-    for name, (rows, _) in found.items():
-        print(
-            table(rows), "\nexponents:", {y: {k: round(v, 2) for k, v in e.items()} for y, e in exponents[name].items()}
-        )
-    tables = {name: rows for name, (rows, _) in found.items()}
-    more = {"PaliGemma-3B, planned": plan} if plan else {}
-    write_json(args.out, {**facts(), "settings": vars(args), "rows": tables | more, "exponents": exponents})
+        save(args, "pictures", rows, ["pictures", *(key for key in rows[0] if key not in ("", "pictures"))])
+
+
+def save(args, name: str, rows: list[dict], axes: list[str]) -> None:
+    """Print a series, with an exponent on the first of `axes` for each other, and write it with its facts beside the series
+    that the file has."""
+    out = Path(args.out)
+    known = json.loads(out.read_text()) if out.exists() else {}
+    x, *ys = axes or [""]
+    ys = ys if len(rows) > 1 else []
+    exponents = {y: exponent([row[x] for row in rows], [row[y] for row in rows]) for y in ys}
+    rounded = {y: {k: round(v, 2) for k, v in e.items()} for y, e in exponents.items()}
+    print(table(rows), "\nexponents:", rounded, flush=True)
+    write_json(out, known | {name: {**facts(), "settings": vars(args), "rows": rows, "exponents": exponents}})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 Captions of 20 tokens, 384 pixels, bfloat16, frozen matrices in bfloat16, no dropout, the image encoder in each step; LoRA r8 on
 the text at batch 64, full tuning at batch 32. Each is compiled as the defaults for a GPU say, and with what they replace. The
 time is that of the model in jaxpeft/training/gpu.py, and the share of the peak counts the FLOPs of the step on paper
-(`preflight.flops_of`). Rows that are not named stay in the file. A row takes one to four minutes on two idle cores.
+(`preflight.flops_of`). Rows that are not named stay in the file. A row takes one to four minutes on two idle cores. Stored with
+each are its kernels by kind and by part of the model; 'at least 3 us' counts those whose time is that of the launch.
 """
 
 import argparse
@@ -24,11 +25,18 @@ ROWS = {  # name: (method, batch size, fields of the model)
     "lora, written out, in loops": ("lora", 64, PLAIN),
     "lora, fused, in loops": ("lora", 64, FUSED | {"unroll": 1}),
     "lora": ("lora", 64, FUSED),
+    "lora, batch 128": ("lora", 128, FUSED),
     "full, written out, in loops": ("full", 32, PLAIN),
     "full, fused, no remat": ("full", 32, FUSED),
     "full": ("full", 32, FUSED | {"remat": "dots"}),
 }
 LENGTH = 20
+# (kind of a kernel, what its target or name contains): the first that fits
+KINDS = (
+    ("fused attention", "fmha"), ("products", "matmul|gemm"), ("slices of stacked weights", "slice"),
+    ("transposed, padded, joined, copied", "transpose|pad|concatenate|copy"), ("sums", "reduce"), ("elementwise", ""),
+)  # fmt: skip
+PARTS = (("image", "/vision/"), ("text", "/text_decoder/"), ("optimizer, loss, unnamed", ""))  # in a kernel's scope
 
 
 def shapes_of(model, method: str, batch_size: int):
@@ -59,8 +67,23 @@ def shapes_of(model, method: str, batch_size: int):
     return step, (state, frozen, batch)
 
 
+def parts(kernels, chip) -> list[dict]:
+    """Kernels by kind and part of the model: predicted ms, how many, and those that take as long as a launch."""
+    from jaxpeft.training import gpu
+
+    found = {(part, kind): {"ms": 0.0, "kernels": 0, "at least 3 us": 0} for part, _ in PARTS for kind, _ in KINDS}
+    for one in kernels:
+        part = next(part for part, where in PARTS if where in one.scope)
+        kind = next(kind for kind, pattern in KINDS if re.search(pattern, one.target or f"{one.op} {one.name}"))
+        seconds = one.seconds(chip.flops, chip.bandwidth)
+        found[part, kind]["ms"] += 1e3 * one.times * seconds
+        found[part, kind]["kernels"] += one.times
+        found[part, kind]["at least 3 us"] += one.times * (seconds == gpu.LAUNCH)
+    return [{"": f"{part}: {kind}"} | row for (part, kind), row in found.items() if row["kernels"]]
+
+
 def row(name: str, devices: list, hlo: str | None) -> dict:
-    """What was compiled for one of `ROWS`."""
+    """What was compiled for one of `ROWS`, with its kernels in 'parts'."""
     from jaxpeft.models.blip import BlipConfig, build
     from jaxpeft.training import gpu, preflight, sharding
 
@@ -89,6 +112,7 @@ def row(name: str, devices: list, hlo: str | None) -> dict:
         "share of peak %": 100 * flops / seconds / chip.flops,
         "TFLOP": flops / 1e12,
         "compiled in s": plan.seconds,
+        "parts": parts(plan.kernels, chip),
     }
 
 
@@ -114,7 +138,8 @@ def main():
         }  # any row alone
         write_json(out, {"rows": rows, "model": {"launch s": gpu.LAUNCH, "of bandwidth": gpu.BANDWIDTH, "of peak": gpu.PRODUCTS,
                                                  "of peak in attention": gpu.ATTENTION}, "facts": about})  # fmt: skip
-        print(table(rows), flush=True)
+        print(table([{key: value for key, value in one.items() if key != "parts"} for one in rows]))
+        print(f"\n{name}\n{table(found[name]['parts'])}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tiny import config_of
 
 from jaxpeft import methods, tasks, tree
 from jaxpeft.adapt import sites
+from jaxpeft.interchange.tuned import TUNED
 from jaxpeft.models.blip import BlipConfig, build
 from jaxpeft.runtime import host
 from jaxpeft.training import loop, optim, sharding
@@ -79,7 +80,7 @@ def test_all_devices_give_what_one_gives():
 
 
 def run(workdir, *changes):
-    """The digest of what a run of the tiny base tuned, in a process of its own."""
+    """The file of what a run of the tiny base tuned, by a process of its own."""
     command = [
         sys.executable, "main.py", "--config=configs/quickstart.py:task=captioning", f"--workdir={workdir}",
         "--config.deterministic=true", "--config.data.n_train=64", "--config.data.n_val=0", "--config.data.n_test=4",
@@ -90,7 +91,7 @@ def run(workdir, *changes):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads((workdir / "result.json").read_text())["status"] == "done"
-    return (workdir / "tuned" / "model.safetensors").read_bytes()
+    return (workdir / "tuned" / TUNED).read_bytes()
 
 
 def test_the_same_bits_twice_and_after_a_resume(tmp_path):

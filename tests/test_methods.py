@@ -211,6 +211,14 @@ def test_lora_scale_policy(rank, alpha, stabilized, scale):
     assert LoRA(rank=rank, alpha=alpha, rank_stabilized=stabilized).scale == scale
 
 
+def test_lora_scales_the_narrow_product():
+    """Over the tokens of images, a product with s at the width of the result is a pass over memory of its own."""
+    params = {"a": jnp.ones((64, 2)), "b": jnp.ones((2, 48))}
+    program = jax.make_jaxpr(lambda x: LoRA(rank=2).update(params, x, None))(jnp.ones((5, 7, 64)))
+    scaled = [x.outvars[0].aval.shape for x in program.eqns if x.primitive.name == "mul"]
+    assert scaled == [(5, 7, 2)]
+
+
 def test_lora_dropout_acts_in_training_only():
     variables = perturbed(jp.attach(tiny.model(), tiny.params(), LoRA(rank=2, dropout=0.5), jax.random.key(0)))
     apply = jax.jit(functools.partial(tiny.model().apply, variables, tiny.batch()))

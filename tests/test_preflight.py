@@ -197,6 +197,15 @@ def test_what_the_run_would_refuse_is_refused(base):
         preflight.report(config_of(base, **{"data.augment": "flip"}))
 
 
+def test_what_xla_cannot_compile_is_said_in_one_line(base, monkeypatch):
+    def refused(*_):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: no such device\nand a long list")
+
+    monkeypatch.setattr(preflight, "compiled", refused)
+    with pytest.raises(ValueError, match="cannot compile the step for cpu: UNIMPLEMENTED: no such device$"):
+        preflight.report(config_of(base))
+
+
 def test_chips():
     assert preflight.chip_of("h100", None) is preflight.CHIPS["h100"]
     assert preflight.chip_of(None, "v5e:2x4") is preflight.CHIPS["v5e"]
@@ -215,17 +224,19 @@ def test_a_topology_that_cannot_be_had_is_named(monkeypatch):
         preflight.devices_of("v5e:2x2")
 
 
-def test_an_error_of_an_installed_libtpu_is_its_own(monkeypatch):
+def test_an_error_of_an_installed_compiler_is_its_own(monkeypatch):
     """Such as a lock that another process holds: the message does not tell to install what is there."""
 
-    def locked(*_):
+    def locked(*_, **__):
         raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(topologies, "get_topology_desc", locked)
-    with pytest.raises(ValueError, match="v5e:2x2.*lockfile") as caught:
-        preflight.devices_of("v5e:2x2")
-    assert "pip install" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "jax_cuda13_plugin", sys)
+    for topology in ("v5e:2x2", "h100:8"):
+        with pytest.raises(ValueError, match=f"{topology}.*cannot be loaded: .*lockfile") as caught:
+            preflight.devices_of(topology)
+        assert "pip install" not in str(caught.value)
 
 
 def test_two_plans_may_load_libtpu_at_once(monkeypatch):

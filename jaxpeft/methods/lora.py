@@ -75,9 +75,9 @@ class LoRA(Method):
         return jnp.where(jax.random.bernoulli(rng, 1 - self.dropout, x.shape), x / (1 - self.dropout), 0)
 
     def update(self, params: Params, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """s * dropout(x) A B."""
+        """s * dropout(x) A B. The narrow x A is scaled: scaling the result is one more pass over it."""
         x = self._drop(x, rng)
-        return matmul(matmul(x, params["a"].astype(x.dtype)), params["b"].astype(x.dtype)) * self.scale
+        return matmul(matmul(x, params["a"].astype(x.dtype)) * self.scale, params["b"].astype(x.dtype))
 
     def delta(self, params: Params) -> jax.Array:
         """What is added to the kernel (in, out)."""

@@ -62,10 +62,11 @@ def devices(topology: str) -> list[Any]:
         ) from None
     from jax.experimental import topologies
 
-    described = topologies.get_topology_desc(
-        platform="cuda", topology_name=name, target_config=_proto(GPUS[name]), topology=f"1x{int(n or 1)}x1"
-    )
-    return list(described.devices)
+    target = {"target_config": _proto(GPUS[name]), "topology": f"1x{int(n or 1)}x1"}
+    try:
+        return list(topologies.get_topology_desc(platform="cuda", topology_name=name, **target).devices)
+    except Exception as error:  # of the plugin, of many types
+        raise ValueError(f"topology {topology!r} cannot be loaded: {error}") from None
 
 
 def _proto(gpu: Description) -> str:
@@ -101,6 +102,8 @@ class Kernel:
     n_bytes: float  # that it reads and writes
     flops: float  # of its matrix product or attention
     half: bool  # whether these are in bfloat16
+    name: str = ""  # of the instruction, of which XLA makes the kernel's name: 'loop_multiply_fusion.3'
+    scope: str = ""  # where the code stands that it comes from: 'jit(step)/jvp(Blip)/.../vision/patch/dot_general'
 
     def seconds(self, flops: float, bandwidth: float) -> float:
         """By the model above, on a chip of these peaks, once."""
@@ -194,7 +197,8 @@ def kernels(program: str) -> list[Kernel]:
                         re.sub(r", s8\[\d+\]", "", one.kind)  # scratch memory
                     )
                 )
-                found.append(Kernel(one.op, target, one.kind, times, n_bytes, flops, half))
+                scope = one.said(r'op_name="([^"]*)"')
+                found.append(Kernel(one.op, target, one.kind, times, n_bytes, flops, half, one.name, scope))
 
     visit(entry, 1)
     return found

@@ -225,7 +225,11 @@ def report(config: Config, topology: str | None = None, chip: Chip | None = None
     state, frozen, batch = shapes
     counts = sites.counts(tree.join(state.tuned, frozen), jax.tree.map(lambda x: True, state.tuned))
     flops = flops_of(step, shapes, model)
-    plan = compiled(step, shapes, model.sharding, mesh)
+    try:
+        plan = compiled(step, shapes, model.sharding, mesh)
+    except jax.errors.JaxRuntimeError as error:  # such as an unknown kind of GPU, or memory that is exceeded on a TPU
+        first = str(error).splitlines()[0]
+        raise ValueError(f"XLA cannot compile the step for {devices[0].device_kind}: {first}") from None
     where = sharding.shardings(frozen, model.sharding, mesh)
     n_frozen = sharding.bytes_per_device(frozen, where)
     n_state = sharding.bytes_per_device(state, sharding.shardings(state, model.sharding, mesh))
