@@ -173,7 +173,9 @@ def test_in_nats_the_best_cell_is_the_most_likely_one(tmp_path):
         row["metrics"]["test"]["tuned"]["nll"] = 0.7 if row["variant"] == "head" else 0.9
     files.write_jsonl(tmp_path / "results.jsonl", rows)
     study = report.read(tmp_path)
-    assert [one.cell[0] for one in answers.choices(study, "photos")] == ["head", "head"]
+    found = answers.choices(study, "photos")
+    assert [one.cell[0] for one in found] == ["head", "head"]
+    assert [one.tied for one in found] == [[], []]  # all others have .2 nats more with every seed, and better scores
     html = html_of(tmp_path)
     assert '<td data-label="test nats per token">0.700</td>' in html and "validation images by nats per token" in html
     c.measure = "main"

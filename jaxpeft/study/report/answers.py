@@ -27,7 +27,7 @@ class Choice:
     setting: str
     cell: Cell
     runs: dict[int, Result]  # seed -> run
-    tied: list[Cell] | None  # cells that are not shown to be worse on test images; None where there are too few seeds
+    tied: list[Cell] | None  # cells that are not shown to be worse on test images, in that measure; None: too few seeds
     n_others: int
     over_base: Estimate | float | None  # its test score less that of the frozen base
 
@@ -62,7 +62,7 @@ def choices(study: Study, setting: str) -> list[Choice]:
         rivals = [cell for cell in by_cell if cell[2] == n]
         best = max(rivals, key=lambda cell: statistics.fmean(one.validation for one in by_cell[cell].values()))
         others = [cell for cell in rivals if cell != best]
-        less = {cell: difference(by_cell[best], by_cell[cell]) for cell in others}
+        less = {cell: difference(by_cell[best], by_cell[cell], study.in_nats) for cell in others}
         known = all(isinstance(one, Estimate) for one in less.values())
         tied = [cell for cell, one in less.items() if isinstance(one, Estimate) and one.low <= 0] if known else None
         gain = (
@@ -72,10 +72,17 @@ def choices(study: Study, setting: str) -> list[Choice]:
     return found
 
 
-def difference(first: dict[int, Result], second: dict[int, Result]) -> Estimate | float | None:
-    """The test score of a cell less that of another, paired by seed; None where they have no seed in common."""
+def difference(first: dict[int, Result], second: dict[int, Result], in_nats: bool = False) -> Estimate | float | None:
+    """The test score of a cell less that of another, paired by seed; None where they have no seed in common.
+
+    `in_nats`: nats per token, the other's less the first's, so that this too is positive where the first is better.
+    """
+
+    def gain(a: Result, b: Result) -> float:
+        return b.test_nll - a.test_nll if in_nats else a.score - b.score
+
     seeds = sorted(first.keys() & second.keys())
-    return mean([first[seed].score - second[seed].score for seed in seeds]) if seeds else None
+    return mean([gain(first[seed], second[seed]) for seed in seeds]) if seeds else None
 
 
 def name(cell: Cell) -> str:

@@ -81,6 +81,7 @@ def _choices(study: Study, setting: str, found: list[answers.Choice]) -> str:
     header = ["images", "use", f"test {metric} (range over seeds)", "tied with"]
     header[3:3] = ["less the frozen base"] if base is not None else []
     header[2:2] = ["test nats per token"] if study.in_nats else []
+    header[-1] += " (in nats)" * study.in_nats
     rows = []
     for one in found:
         scores = [run.score for run in one.runs.values()]
