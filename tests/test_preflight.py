@@ -5,9 +5,11 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 import tiny
@@ -167,6 +169,34 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(base):
     text = preflight.report(c, chip=preflight.Chip(1e12, 1e11, 1e4))
     assert "IT DOES NOT FIT" in text
     assert "none: 8 does not fit" in text
+
+
+@pytest.mark.parametrize(
+    ("bytes_of", "largest"),
+    [
+        (lambda n: 100 + 10 * n, 9_984),  # as most programs are
+        (lambda n: 100 + 0.5 * max(n, 4_096), 199_800),  # small batches are padded, as on TPUs
+        (lambda n: 100 + n**1.5 / 10, 9_996),
+        (lambda n: 100 + 10 * n if n < 5_000 else np.inf, 4_999),  # the compiler gives up
+        (lambda n: 99_000 + 10 * n, 100),
+    ],
+)
+def test_the_largest_batch_is_nearly_the_largest_that_fits(monkeypatch, bytes_of, largest):
+    mesh, n_plans = sharding.mesh(), []
+
+    def compiled(step, batch_size, *_):
+        n_plans.append(batch_size)
+        return preflight.Plan(0, bytes_of(batch_size), 0.0)
+
+    monkeypatch.setattr(preflight, "compiled", compiled)
+    c = ml_collections.ConfigDict({"batch_size": 16, "grad_accum": 1})
+    model = types.SimpleNamespace(sharding=())
+    said = preflight._largest(
+        c, lambda batch_size: (None, batch_size, 0), model, mesh, preflight.Chip(1, 1, 1e5), compiled(None, 16)
+    )
+    n = int(said.split()[0])
+    assert n % 8 == 0 and 0.85 * largest < n <= largest and bytes_of(n) <= 1e5
+    assert len(n_plans) <= preflight.MOST_PLANS
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -104,6 +105,7 @@ def training_texts(c: Config) -> base.Split:
     return data.load(few, ["train"])["train"]
 
 
+MOST_PLANS = 10  # for the largest batch
 SUBSET = ("subset_seed", "fraction", "n_images")  # the keys of config.data that select a subset
 
 
@@ -316,7 +318,7 @@ def _largest(
     chip: Chip | None,
     plan: Plan,
 ) -> str:
-    """The largest batch whose planned peak fits: extrapolated from two plans, and then planned itself."""
+    """A batch whose planned peak fits, close to the largest: each plan is extrapolated from the last two."""
     if chip is None:
         return "unknown without --chip"
     unit = sharding.n_batch(mesh) * config.grad_accum
@@ -335,12 +337,13 @@ def _largest(
     small = config.batch_size if plan.peak <= chip.memory else unit
     if peak(small) > chip.memory:
         return f"none: {small} does not fit"
-    slope = max((peak(2 * small) - peak(small)) / small, 1.0)
-    guess = 2 * small if np.isinf(slope) else small + (chip.memory - peak(small)) / slope
-    for share in (1.0, 0.95, 0.9, 0.8, 0.65):
-        n = max(small, int(guess * share) // unit * unit)
-        if peak(n) <= chip.memory:
-            break
-    else:
-        n = small
-    return f"{n} ({_mb(peaks[n])} planned), a multiple of {unit}"
+    fits, fails, n = small, np.inf, 2 * small
+    while n > 1.05 * fits and len(peaks) < MOST_PLANS:
+        if peak(n) > chip.memory:
+            fails, n = n, math.sqrt(fits * n)
+        else:
+            slope = (peak(n) - peak(fits)) / (n - fits)  # of small batches it may be 0: TPUs pad them
+            guess = n + (chip.memory - peak(n)) / slope if slope > 0 else np.inf
+            fits, n = n, min(guess, 16 * n, 0.95 * fails)
+        n = int(n) // unit * unit
+    return f"{fits} ({_mb(peaks[fits])} planned), a multiple of {unit}"
