@@ -41,7 +41,7 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(root, tmp_path_factory):
+def runs(root, tmp_path_factory, optimized):
     """annotations -> (result, what was said, directory), of the documented command."""
     home, found = tmp_path_factory.mktemp("runs"), {}
     for name in ("captions", "shuffled"):

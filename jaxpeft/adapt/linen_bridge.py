@@ -26,7 +26,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import nnx
 from flax.linen.module import InterceptorContext
 
 from jaxpeft import tree
@@ -67,6 +66,8 @@ class Bridge:
     def _sites(self, model: nn.Module, args: Args, kwargs: Kwargs) -> tuple[tuple[Site, ...], dict[str, str]]:
         """(sites, {path: class name} of every module that was called)"""
         if not isinstance(model, nn.Module):
+            from flax import nnx  # takes half a second to import
+
             what = "a flax.nnx module" if isinstance(model, nnx.Module) else "not a flax.linen module"
             raise ValueError(f"{type(model).__name__} is {what}; only flax.linen modules are supported")
         seen: dict[tuple[str, str], tuple[int, ...]] = {}

@@ -11,7 +11,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import numpy as np
-from scipy.special import stdtrit
 
 from jaxpeft import tree
 from jaxpeft.data.base import Examples, Split, pad_tokens
@@ -209,6 +208,8 @@ def worth_of_images(
     Returns None for fewer than 5 images. `examples` must not hold outputs of stages per example. Every image is swapped with
     up to `swaps` others. `options` as for `nlls`.
     """
+    from scipy.special import stdtrit  # takes half a second to import
+
     mine = examples.arrays["image_index"]
     pictures, at = np.unique(mine, return_inverse=True)
     n = len(pictures)
