@@ -2,15 +2,17 @@
 
 import gc
 import os
+from importlib import metadata
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also where there are GPUs; test_accelerator.py says how to test on them
 os.environ["HF_HUB_OFFLINE"] = "1"  # test_downloads.py has a hub of its own
 # Tests mostly compile, and programs that they start do so too: without optimization in half of the time, and a gradient of
-# the tiny model with XLA's older emitters in a third of that
+# the tiny model with XLA's older emitters, which jaxlib 0.11 no longer has, in a third of that
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+if metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 # Compiled programs are kept from one session to the next, for the workers of pytest-xdist and for programs that tests start
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "programs"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
