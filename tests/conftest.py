@@ -42,14 +42,6 @@ def programs_are_dropped():
     gc.collect()
 
 
-@pytest.fixture(scope="module")
-def optimized():
-    """For runs of so many steps that compiling them without optimization takes longer in all."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A checkpoint directory of ours: random weights, the words of scenes."""

@@ -41,13 +41,14 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(root, tmp_path_factory, optimized):
+def runs(root, tmp_path_factory):
     """annotations -> (result, what was said, directory), of the documented command."""
     home, found = tmp_path_factory.mktemp("runs"), {}
     for name in ("captions", "shuffled"):
         c, said = folder.get_config(f"root={root},annotations={name}.csv"), []
         c.data.data_dir, c.data.val_fraction = str(home / "copies"), 0.3  # enough for a test of whether pictures matter
-        found[name] = jp.run(c, home / name, said.append), said, home / name
+        with tiny.optimized():
+            found[name] = jp.run(c, home / name, said.append), said, home / name
     return found
 
 

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from tiny import config_of
 
@@ -59,7 +60,8 @@ def before_training(said):
 def test_a_right_answer_of_own_data_scores_one(root, tmp_path, inference):
     said = []
     c = config(root, "tiny", tmp_path, **{"task_options.inference": inference})
-    result = jp.run(c, tmp_path / "run", said.append)
+    with tiny.optimized():
+        result = jp.run(c, tmp_path / "run", said.append)
     test = result["metrics"]["test"]
     assert test["tuned"]["nll"] < 0.2 and test["tuned"]["accuracy"] == 1.0 and test["tuned"]["variant"] == "basic"
     assert test["perfect_writer"]["accuracy"] == 1.0 and test["perfect_writer"]["out_of_reach"] == 0
@@ -76,7 +78,8 @@ def test_a_right_answer_of_own_data_scores_one(root, tmp_path, inference):
 
 @pytest.mark.slow
 def test_captions_of_own_data_reach_ten(root, tmp_path):
-    result = jp.run(config(root, "tiny", tmp_path, "captioning"), tmp_path / "run", lambda _: None)
+    with tiny.optimized():
+        result = jp.run(config(root, "tiny", tmp_path, "captioning"), tmp_path / "run", lambda _: None)
     test = result["metrics"]["test"]
     assert test["perfect_writer"]["cider_d"] == pytest.approx(10) and test["perfect_writer"]["out_of_reach"] == 0
     assert test["tuned"]["cider_d"] == pytest.approx(10) and test["tuned"]["tokenizer"] == "basic"

@@ -1,5 +1,6 @@
 """A model of a few thousand parameters with awkward sizes, and batches for it."""
 
+import contextlib
 import functools
 import os
 
@@ -24,6 +25,16 @@ CONFIG = dict(
 # (see conftest.py)
 NEWER = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ.get("XLA_FLAGS", "") else None
 exact_jit = functools.partial(jax.jit, compiler_options=NEWER)
+
+
+@contextlib.contextmanager
+def optimized():
+    """For runs of so many steps that without optimization they take longer in all."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @functools.cache

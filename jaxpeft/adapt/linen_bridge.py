@@ -20,6 +20,7 @@ function jitted around it cannot be stale.
 import dataclasses
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -66,9 +67,8 @@ class Bridge:
     def _sites(self, model: nn.Module, args: Args, kwargs: Kwargs) -> tuple[tuple[Site, ...], dict[str, str]]:
         """(sites, {path: class name} of every module that was called)"""
         if not isinstance(model, nn.Module):
-            from flax import nnx  # takes half a second to import
-
-            what = "a flax.nnx module" if isinstance(model, nnx.Module) else "not a flax.linen module"
+            nnx = sys.modules.get("flax.nnx")  # imported by whoever has such a module; it takes half a second
+            what = "a flax.nnx module" if nnx and isinstance(model, nnx.Module) else "not a flax.linen module"
             raise ValueError(f"{type(model).__name__} is {what}; only flax.linen modules are supported")
         seen: dict[tuple[str, str], tuple[int, ...]] = {}
         called: dict[str, str] = {}
