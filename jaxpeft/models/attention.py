@@ -101,8 +101,7 @@ def in_parts(n_parts: int, q_BNTH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Arr
     """softmax(q k^T / sqrt(H)) v -> (B, N, T, H), for `n_parts` parts of the B * N heads after one another.
 
     Weights are divided by their sum after the product with v, which is smaller. Of several parts, the backward pass computes
-    the scores again, which takes no longer than to keep them. On two cores, 12 heads of size 64: 577 tokens of 8 images 70 ms
-    instead of 164, with gradients 310 instead of 540; 1,024 tokens of 4 images 82 ms instead of 221.
+    the scores again, which takes no longer than to keep them. Times: docs/results/step_time.md.
     """
 
     def part(qkv: tuple[jax.Array, ...]) -> jax.Array:
