@@ -82,20 +82,7 @@ def model_card(
         lines.append(f"| words added | {len(model['new_words'])} |")
     if "command" in result:
         lines.append(f"| command | `{result['command']}` |")
-    lines += ["", "## Scores", ""]
-    for split, one in scores.items():
-        rows = one["blind"] | {
-            "perfect_writer": one.get("perfect_writer"),
-            "base": one.get("base"),
-            "tuned": one["tuned"],
-        }
-        names = [key for key, value in one["tuned"].items() if isinstance(value, float)]
-        lines += [f"{split}, n = {one['n']}", "", f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-        for label, row in rows.items():
-            if row:
-                cells = (f"{row[key]:.4f}" if key in row else "" for key in names)
-                lines.append(f"| {results.LABELS.get(label, label)} | {' | '.join(cells)} |")
-        lines.append("")
+    lines += ["", "## Scores", "", *_scores(scores)]
     tokenizers = {one["tuned"]["tokenizer"] for one in scores.values() if "tokenizer" in one["tuned"]} or {
         "approximate"
     }
@@ -120,6 +107,21 @@ def model_card(
         "",
     ]
     return "\n".join(header + lines)
+
+
+def _scores(metrics: dict[str, dict]) -> list[str]:
+    """A table for each split: the tuned model, the base and what does not look at the image."""
+    lines = []
+    for split, one in metrics.items():
+        rows = one["blind"] | {name: one.get(name) for name in ("perfect_writer", "base", "tuned")}
+        names = [key for key, value in one["tuned"].items() if isinstance(value, float)]
+        lines += [f"{split}, n = {one['n']}", "", f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+        for label, row in rows.items():
+            if row:
+                cells = (f"{row[key]:.4f}" if key in row else "" for key in names)
+                lines.append(f"| {results.LABELS.get(label, label)} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
 
 
 def code(

@@ -104,25 +104,28 @@ def prepare(name: str, root, out=None, *, visual_genome=False, test=True, worker
         _check_images(kind, splits, images, on_error)
 
     for kind, splits in everything.items():
-        splits = {split: rows for split, rows in splits.items() if rows}
-        if not splits:
-            raise ValueError(f"{kind}: the files below {root} hold no rows of it")
-        builder = (coco.PICTURES | coco.TEXTS)[kind](splits, workers, on_error, log, data_dir=str(out))
-        began = time.perf_counter()
-        if Path(builder.data_dir, "dataset_info.json").exists():
-            if tfds.builder_from_directory(builder.data_dir).info.metadata["digest"] != builder.digest():
-                raise ValueError(
-                    f"{builder.data_dir} was prepared from other files than those below {root}: "
-                    "delete it, or give another --out"
-                )
-            log(f"{kind}: already prepared")
-            continue
-        progress_bars()
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-        sizes = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
-        left_out = builder.info.metadata["left_out"]
-        log(f"{kind}: {sizes} rows in {time.perf_counter() - began:.0f} s" + f", {left_out} left out" * bool(left_out))
+        _write(kind, {split: rows for split, rows in splits.items() if rows}, root, out, workers, on_error, log)
     return out
+
+
+def _write(kind: str, splits: dict, root: Path, out: Path, workers, on_error: str, log) -> None:
+    """Write one data set of TFDS below `out`. Raises ValueError where another one has its place, or `splits` is empty."""
+    if not splits:
+        raise ValueError(f"{kind}: the files below {root} hold no rows of it")
+    builder = (coco.PICTURES | coco.TEXTS)[kind](splits, workers, on_error, log, data_dir=str(out))
+    began = time.perf_counter()
+    if Path(builder.data_dir, "dataset_info.json").exists():
+        if tfds.builder_from_directory(builder.data_dir).info.metadata["digest"] != builder.digest():
+            raise ValueError(
+                f"{builder.data_dir} was prepared from other files than those below {root}: delete it, or give another --out"
+            )
+        log(f"{kind}: already prepared")
+        return
+    progress_bars()
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    sizes = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
+    left_out = builder.info.metadata["left_out"]
+    log(f"{kind}: {sizes} rows in {time.perf_counter() - began:.0f} s" + f", {left_out} left out" * bool(left_out))
 
 
 def _find(root: Path, key: str) -> Path | None:
