@@ -30,12 +30,16 @@ def resident() -> dict[str, float]:
 
 
 def arrays() -> float:
-    """MB of live JAX arrays, each buffer counted once; 0 where jax is not loaded."""
+    """MB of live JAX arrays, memory that several share (layers of a stacked one) counted once; 0 where jax is not loaded."""
     if "jax" not in sys.modules:
         return 0.0
     import jax
 
-    return round(sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays()}.values()) / MB, 1)
+    total = end = 0
+    for start, size in sorted((x.unsafe_buffer_pointer(), x.nbytes) for x in jax.live_arrays()):
+        total += max(0, start + size - max(start, end))
+        end = max(end, start + size)
+    return round(total / MB, 1)
 
 
 def prepare(args) -> None:

@@ -138,6 +138,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
 def task_options(task: str, **changes) -> ml_collections.ConfigDict:
     """All options of a task, defaults replaced by `changes`, so that each can be set on the command line."""
     fields = {field.name: field.default for field in dataclasses.fields(tasks.TASKS.find(task))}
+    fields = {name: config_dict.placeholder(str) if value is None else value for name, value in fields.items()}
     return ml_collections.ConfigDict(fields | changes)
 
 

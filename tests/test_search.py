@@ -155,6 +155,13 @@ def test_a_key_that_a_variant_sets_is_checked_too(tmp_path):
         grid.check_config(c)
 
 
+def test_the_split_that_chooses_is_scored():
+    c = config_of()
+    c.points.vqa.eval.splits = ("test",)
+    with pytest.raises(ValueError, match=r"points\.vqa\.eval\.splits is \('test',\); it must hold 'val'"):
+        grid.check_config(c)
+
+
 def test_an_unknown_setting_of_a_study_is_named():
     with pytest.raises(ValueError, match=r"unknown setting of a study 'extent' \(did you mean 'extend'\?\)"):
         studies.study("x", "", ("vqa_stated",), {}, (), (64,), extent=2)

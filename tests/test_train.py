@@ -476,6 +476,40 @@ def test_a_fixed_budget_does_all_steps_and_step_0_is_a_candidate(tmp_path):
     assert (int(state.opt[-1].decay_from), int(state.opt[-1].n_steps)) == (10, 20)
 
 
+def test_patience_waits_for_the_end_of_the_warm_up(tmp_path):
+    """A decay that began in it would raise the rate."""
+    state, timing = toy.train(tmp_path, plateau(**{"optim.warmup": 0.4}), validate=lambda _: 1.0)
+    assert (timing["steps"], timing["stopped"]) == (12, "plateau")  # 8 of 20, and half of it
+    assert int(state.opt[-1].decay_from) == 8
+
+
+def rates(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
+
+
+def test_a_changed_schedule_counts_after_a_resume(tmp_path):
+    """A lower rate, and more steps: the schedule is that of the new settings, at the step that was reached."""
+    toy.train(tmp_path / "lower", toy.config(3))
+    toy.train(tmp_path / "lower", toy.config(6, **{"optim.lr": 1e-4}), accept=True)
+    assert rates(tmp_path / "lower") == pytest.approx(
+        {**dict.fromkeys((1, 2, 3), 1e-2), **dict.fromkeys((4, 5, 6), 1e-4)}
+    )
+    toy.train(tmp_path / "more", toy.config(4, **{"optim.schedule": "cosine"}))
+    toy.train(tmp_path / "more", toy.config(8, **{"optim.schedule": "cosine"}), accept=True)
+    toy.train(tmp_path / "whole", toy.config(8, **{"optim.schedule": "cosine"}))
+    later = {step: rates(tmp_path / "whole")[step] for step in (5, 6, 7, 8)}
+    assert {step: rates(tmp_path / "more")[step] for step in later} == pytest.approx(later) and min(later.values()) > 0
+
+
+def test_more_steps_after_a_plateau_train_no_more(tmp_path):
+    losses = iter([4.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0])
+    _, timing = toy.train(tmp_path, plateau(), validate=lambda _: next(losses))
+    assert timing["stopped"] == "plateau"
+    _, again = toy.train(tmp_path, plateau(steps=40), validate=lambda _: next(losses), accept=True)
+    assert again["steps"] == timing["steps"]
+
+
 def test_patience_starts_again_with_progress(tmp_path):
     """One validation without progress, progress, one without: no two in a row until steps 6 and 7."""
     losses = [4.0, 3.0, 3.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]

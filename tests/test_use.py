@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import shutil
 import threading
 import time
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tiny_vlm
 import uvicorn
 from flax import serialization
 from PIL import Image
@@ -21,7 +23,7 @@ from safetensors.numpy import load_file
 from tiny import config_of
 
 import jaxpeft as jp
-from jaxpeft import tasks, tree
+from jaxpeft import cli, tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.apps import demo, export, generate
 from jaxpeft.data import scenes
@@ -453,3 +455,34 @@ def test_flax_serialises_tuned_trees(run):
 
 def test_the_version_is_that_of_the_package():
     assert jp.__version__ == importlib.metadata.version("jaxpeft")
+
+
+def test_a_file_name_that_is_not_utf8_costs_no_other_text(tmp_path, folder):
+    """As from an old archive; its bytes cannot be written as JSON."""
+    shutil.copy(folder / "0.png", tmp_path / "a.png")
+    shutil.copy(folder / "0.png", os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    ((found, decoded, errors),) = generate.pictures(sorted(tmp_path.iterdir()), 4)
+    assert [path.name for path in found] == ["a.png"] and len(decoded) == 1
+    (error,) = errors
+    assert "caf" in error and error.endswith("the name is not in UTF-8; rename the file")
+
+
+def test_a_model_of_both_tasks_does_that_of_the_run():
+    """SmolVLM answers and captions; a run of it was tuned for one."""
+    model = tiny_vlm.model("smolvlm")
+    variables, picture = {"params": tiny_vlm.params("smolvlm")}, np.zeros((12, 12, 3), np.uint8)
+    for task, prompts, message in (
+        ("captioning", "what is it", "this task captions: pass no prompts"),
+        ("vqa", None, "this task answers questions: pass prompts"),
+    ):
+        built = tasks.build(task)
+        with pytest.raises(ValueError, match=message):
+            jp.generate(model, variables, picture, prompts, task=built)
+        assert demo.Writer("run", model, variables, built, 0).asks == (task == "vqa")
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections loads config files with it
+def test_the_beginning_of_captions_is_set_on_the_command_line():
+    c = cli.read_config("quickstart:task=captioning", ["--config.task_options.prompt=a picture of"])
+    assert tasks.build("captioning", **c.task_options).prompt == "a picture of"
+    assert tasks.build("captioning", **cli.read_config("quickstart:task=captioning", []).task_options).prompt is None

@@ -50,7 +50,7 @@ class Writer:
     @property
     def asks(self) -> bool:
         """Whether the model answers questions; otherwise it writes captions."""
-        return "vqa" in self.model.tasks
+        return self.task.asks if self.task else "vqa" in self.model.tasks
 
 
 def load(workdirs: list[str], bases: list[str] = (), log=print, imports: Iterable[str] = ()) -> list[Writer]:

@@ -79,9 +79,10 @@ def generate(
     answers questions.
     """
     name = "captioning" if prompts is None else "vqa"
-    if name not in model.tasks:
+    if name not in model.tasks or (task and task.kind != name):
         raise ValueError(
-            f"this model {'answers questions: pass prompts' if prompts is None else 'captions: pass no prompts'}"
+            f"this {'task' if name in model.tasks else 'model'} "
+            f"{'answers questions: pass prompts' if prompts is None else 'captions: pass no prompts'}"
         )
     task = task or tasks.build(name)
     alone = isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", 4) == 3
@@ -121,6 +122,8 @@ def pictures(paths: list[Path], n: int) -> Iterator[tuple[list[Path], list, list
         found, decoded, errors = [], [], []
         for path in paths[start : start + n]:
             try:
+                if any("\ud800" <= c <= "\udfff" for c in str(path)):
+                    raise ValueError("the name is not in UTF-8; rename the file")
                 decoded.append(decode(path))
                 found.append(path)
             except (ValueError, OSError) as error:

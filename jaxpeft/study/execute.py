@@ -150,7 +150,10 @@ def keep_images(config, directory: Path, n: int = 8) -> None:
         out = directory / "pictures" / setting
         if out.exists():
             continue
-        split = data.load(c.data, ["test"])["test"]
+        splits = dict.fromkeys(
+            [*setup.needed_splits(c), "test"]
+        )  # as the runs did: what a split holds can depend on others
+        split = data.load(c.data, [*splits])["test"]
         aside = out.with_name(f".{setting}.{uuid.uuid4().hex}")
         aside.mkdir(parents=True)
         for i in np.linspace(0, len(split.rows) - 1, min(n, len(split.rows))).round().astype(int).tolist():

@@ -259,6 +259,11 @@ def _check_measure(config) -> None:
     if measure not in MEASURES:
         raise ValueError(f"config.measure is {measure!r}; choose one of {', '.join(MEASURES)}")
     for task, point in config.points.items():
+        if config.select_on not in point.eval.splits:
+            raise ValueError(
+                f"points.{task}.eval.splits is {tuple(point.eval.splits)}; it must hold {config.select_on!r}, "
+                "which config.select_on says chooses the learning rate"
+            )
         if measure == "nll" and (point.optim.schedule, point.stop.split) != ("plateau", config.select_on):
             raise ValueError(
                 f"config.measure is 'nll', so every run must validate on {config.select_on!r}; set "

@@ -182,7 +182,7 @@ def fit(
             state = jax.jit(new_state, out_shardings=placed)(sharding.put(job.trainable, placed.tuned))
         else:
             log(f"resumed from step {restored[0]}")
-            state = sharding.put(restored[1]._replace(ok=np.bool_(True)), placed)
+            state = sharding.put(_resumed(config, restored[1]), placed)
         step = first = saved = int(state.step)
         last = _last_step(config, state)
         if step >= last:
@@ -298,6 +298,14 @@ def _planned(state: TrainState) -> optim.Schedule:
     return jax.tree.map(np.array, jax.device_get(_schedule(state)))
 
 
+def _resumed(config: optim.Config, state: TrainState) -> TrainState:
+    """A restored state with the schedule of `config`, which may have changed; a decay that validation began keeps its steps."""
+    old, new = _schedule(state), optim.schedule(config.optim, config.steps)
+    if state.best is not None and state.best.stopped:
+        new = new._replace(decay_from=old.decay_from, n_steps=old.n_steps)
+    return state._replace(opt=(*state.opt[:-1], new._replace(step=old.step)), ok=np.bool_(True))
+
+
 def _last_step(config: optim.Config, state: TrainState) -> int:
     return config.steps if state.best is None else int(_schedule(state).n_steps)
 
@@ -323,7 +331,9 @@ def _validated(
         best = best._replace(since=best.since + 1)
     else:
         best = best._replace(mark=loss, since=0)
-    if 0 < config.stop.patience <= best.since and step < s.decay_from:
+    if (
+        0 < config.stop.patience <= best.since and s.n_warm <= step < s.decay_from
+    ):  # in the warm-up a decay would be a rise
         s = s._replace(decay_from=step, n_steps=min(step + max(1, round(config.optim.cooldown * step)), s.n_steps))
         best = best._replace(stopped=True)
     tuned = state.best.tuned
