@@ -210,6 +210,34 @@ def test_prompts_start_as_words_look_to_the_stack():
     np.testing.assert_allclose(bound.params["rows"], rows * scale[None] + bias[None], atol=1e-5)
 
 
+def test_a_prompt_may_start_from_a_word_of_zeros():
+    """As the row of [PAD] is where a model was trained from scratch with torch."""
+    params = tiny.params()
+    zeros = tree.unflatten(
+        params, tree.flatten(params) | {"text_decoder/embed/word": jnp.zeros((len(tiny.TOKENIZER), 12))}
+    )
+    (bound,) = attach(jp.Prompt(targets="^text_decoder$", length=3), zeros)["peft"]["text_decoder"]["@embed"]
+    bias = tree.flatten(params)["text_decoder/embed/norm/bias"]
+    np.testing.assert_allclose(bound.params["rows"], np.tile(bias, (3, 1)))
+
+
+@pytest.mark.parametrize(
+    "method", [jp.Full(targets="vision"), jp.Selective(leaves="bias$", targets="vision")], ids=type
+)
+def test_targets_restrict_which_base_leaves_are_trained(method):
+    on = [name for name, moves in tree.flatten(jp.trainable(attach(method))).items() if moves]
+    every = [name for name in on if name.startswith("params/vision/")]
+    assert on == every and any(name.endswith("bias") for name in on)
+    assert any(name.endswith("kernel") for name in on) == isinstance(method, jp.Full)
+
+
+@pytest.mark.parametrize("name", ["norm", "norm1", "norm10", "norm_in"])
+def test_every_layer_norm_is_one(name):
+    method = jp.LayerNorms(targets="vision")
+    assert method.trains(f"params/vision/{name}/scale") and not method.trains(f"params/text_decoder/{name}/scale")
+    assert not method.trains(f"params/vision/{name}_up/kernel")
+
+
 # ---------------------------------------------------------------- a method against itself
 
 
@@ -276,8 +304,13 @@ def test_scoped_prefix_hides_in_the_other_layers():
 
 
 @pytest.mark.parametrize(
-    "method", [jp.LoRA(rank=2), jp.SerialAdapter(bottleneck=3), jp.Prefix(length=2)], ids=lambda m: m.name
-)
+    "method",
+    [
+        jp.LoRA(rank=2), jp.SerialAdapter(bottleneck=3), jp.Prefix(length=2), jp.OFT(block=4), jp.IA3(targets="mlp/down$"),
+        jp.SSF(targets="^text_decoder.*query$"),
+    ],
+    ids=lambda m: m.name,
+)  # fmt: skip
 def test_an_open_gate_is_the_method_inside(method):
     inner, gated = perturbed(attach(method)), attach(Gated(method=method))
     flat, plain = dict(tree.flatten(gated["peft"])), tree.flatten(inner["peft"])
@@ -331,6 +364,9 @@ def test_dora_must_come_first():
     [
         (lambda: Scoped(targets="text_decoder"), "Scoped wraps another method"),
         (lambda: Gated(), "Gated wraps another method"),
+        (lambda: Gated(method=jp.Prompt()), "gated: prompt acts at embed; expected a method at linears"),
+        (lambda: Gated(method=jp.Prefix(positions="shift")), "gated: prefix acts at kv, embed; expected"),
+        (lambda: Gated(method=jp.BitFit()), "gated: bitfit acts at base leaves; expected"),
         (lambda: Scoped(method=jp.BitFit(), layers=(0,)), "bitfit trains base leaves.*restrict it with `targets`"),
         (lambda: Scoped(method=jp.LoRA(), layers=(-1,)), "expected layer numbers of at least 0"),
         (lambda: attach(Scoped(method=jp.LoRA(), layers=(2,))), "no layer 2 in .*; it has layers 0..1"),
@@ -475,6 +511,16 @@ def test_solve_size_finds_the_size_that_stores_this_much(row):
     size = getattr(getattr(field, "method", field), field.size_field)
     found = jp.solve_size(tiny.model(), method, row.stored)
     assert (found.size, found.stored, found.gap, found.method) == (size, row.stored, 0, method)
+
+
+def test_solve_size_names_what_it_does_not_find():
+    for method in (
+        jp.LoRA(targets="nonsense"),
+        jp.OFT(targets="nonsense"),
+        (jp.BitFit(), jp.PiSSA(targets="nonsense")),
+    ):
+        with pytest.raises(ValueError, match="targets='nonsense' matches none of the .* sites; nearest"):
+            jp.solve_size(tiny.model(), method, 1000)
 
 
 def test_solve_size_reports_gap_and_cap():

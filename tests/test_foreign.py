@@ -403,6 +403,17 @@ def test_what_is_out_of_reach_is_named_with_its_class(make, message):
         bound(One(make))
 
 
+def test_parameters_with_partitions_are_adapted():
+    """`init` boxes them, and a user passes them without their boxes."""
+    model = One(
+        lambda name: nn.Dense(5, kernel_init=nn.with_partitioning(nn.initializers.ones, (None, "mp")), name=name)
+    )
+    params = nn.unbox(model.init(jax.random.key(0), X))["params"]
+    bridge = jp.intercept(jp.LoRA(targets="", rank=2))
+    variables = bridge.attach(model, params, jax.random.key(0), X)
+    np.testing.assert_allclose(bridge.apply(model, variables, X), model.apply({"params": params}, X), atol=1e-6)
+
+
 def test_nnx_modules_and_other_things_are_refused():
     try:
         from flax import nnx

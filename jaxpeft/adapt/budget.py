@@ -63,7 +63,10 @@ def solve_size(model: nn.Module, method: Method | Iterable[Method], budget: int)
         raise ValueError(f"budget is {budget}; expected a number of parameters, at least 1")
     one = many[index]
     (chosen,) = sites.resolved(model, one)
-    sizes = one.sizes(model, [site for site in sites.sites(model) if chosen.selects(site)])
+    where = [site for site in sites.sites(model) if chosen.selects(site)]
+    if not where:
+        abstract_counts(model, one)  # raises, with the nearest names
+    sizes = one.sizes(model, where)
 
     def sized(size: int) -> tuple[Method, ...]:
         return (*many[:index], _resized(one, size), *many[index + 1 :])

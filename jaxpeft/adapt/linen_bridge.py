@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 from flax.linen.module import InterceptorContext
 
 from jaxpeft import tree
@@ -215,7 +216,7 @@ def _kinds(context: InterceptorContext, x: Any, y: Any) -> Iterator[tuple[str, t
     if _own_call(context, LINEARS):
         if x.ndim == 0 or getattr(module, "batch_dims", ()) or not _trailing(module, x):
             return
-        kernel = module.get_variable("params", "kernel")
+        kernel = meta.unbox(module.get_variable("params", "kernel"))
         n_out = math.prod(kernel.shape[kernel.ndim - (y.ndim - (x.ndim - _n_axes(module))) :])
         yield "linear", (kernel.size // n_out, n_out)
     elif _own_call(context, NORMS):
@@ -246,8 +247,7 @@ def _linear(bounds: tuple[sites.Bound, ...], module: nn.Module, x: jax.Array, ca
         shapes["y"] = y.shape
         return y.reshape(*lead, -1)
 
-    kernel = module.get_variable("params", "kernel")
-    bias = module.get_variable("params", "bias")
+    kernel, bias = meta.unbox([module.get_variable("params", name) for name in ("kernel", "bias")])
     n_in, n_out = bounds[0].site.shape
     kernel, bias = kernel.reshape(n_in, n_out), None if bias is None else bias.reshape(n_out)
     y = sites.linear_by(bounds, module, x.reshape(*lead, n_in), kernel, bias, product)

@@ -179,6 +179,17 @@ class Scoped(_Around):
 class Gated(_Around):
     """`method` (on linear, sublayer or kv sites) times a gate on the site's input; `targets` restricts it further."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.kinds or "embed" in self.inner.kinds:
+            raise ValueError(
+                f"gated: {self.inner.name} acts at {', '.join(self.inner.kinds) or 'base leaves'}; expected a method at "
+                "linears, sublayers, or keys and values"
+            )
+
+    def selects(self, site: Site) -> bool:
+        return site.kind in self.kinds and super().selects(site)
+
     @property
     def kinds(self) -> tuple[str, ...]:
         return tuple(kind for kind in self.inner.kinds if kind in ("linear", "sublayer", "kv"))
@@ -200,6 +211,9 @@ class Gated(_Around):
     def _gate(self, params: Params, x: jax.Array) -> jax.Array:
         """sigmoid(x g + c): (..., 1)."""
         return jax.nn.sigmoid(matmul(x, params["gate"].astype(x.dtype), params["gate_bias"].astype(x.dtype)))
+
+    def inputs(self, params: Params, x: jax.Array) -> jax.Array:
+        return x + self._gate(params, x) * (self.inner.inputs(params, x) - x)
 
     def linear(self, params: Params, x: jax.Array, y: jax.Array, base: Base, rng: jax.Array | None) -> jax.Array:
         return y + self._gate(params, x) * (self.inner.linear(params, x, y, base, rng) - y)

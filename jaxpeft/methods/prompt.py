@@ -73,7 +73,9 @@ class Prompt(Method):
         if (
             self.positions == "keep" and base["norm/scale"] is not None
         ):  # rows are added after the embedding's LayerNorm
-            rows = (rows - rows.mean(-1, keepdims=True)) / rows.std(-1, keepdims=True)
+            rows = (rows - rows.mean(-1, keepdims=True)) / jnp.sqrt(
+                rows.var(-1, keepdims=True) + 1e-12
+            )  # a row may be zeros
             rows = rows * base["norm/scale"][None] + base["norm/bias"][None]
         return {"rows": rows}
 

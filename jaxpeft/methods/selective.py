@@ -22,9 +22,17 @@ from jaxpeft.ops import matmul
 HEADS = ("none", "transform", "untied")
 
 
+class _Below(Method):
+    """Trains base leaves of the modules whose path `targets` matches."""
+
+    def trains(self, leaf: str) -> bool:
+        return super().trains(leaf) and re.search(self.targets, leaf.removeprefix("params/")) is not None
+
+
 @dataclasses.dataclass(frozen=True)
-class Selective(Method):
-    """Train the base leaves whose name ('params/...') matches `leaves`, a regular expression or a named group of the model."""
+class Selective(_Below):
+    """Train the base leaves whose name ('params/...') matches `leaves`, a regular expression or a named group of the model, in
+    the modules whose path `targets` matches."""
 
     leaves: str = ""
     name: ClassVar[str] = "selective"
@@ -39,16 +47,13 @@ class Selective(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class BitFit(Method):
+class BitFit(_Below):
     """Train every bias of the modules whose path `targets` matches (the decoder head's vocabulary bias is one)."""
 
     targets: str = "text"
     name: ClassVar[str] = "bitfit"
     train: ClassVar[str] = r"bias$"
     instead: ClassVar[str] = "for a decoder without biases use layer_norms, or targets='vision'"
-
-    def trains(self, leaf: str) -> bool:
-        return super().trains(leaf) and re.search(self.targets, leaf.removeprefix("params/")) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,7 @@ class LayerNorms(BitFit):
 
     name: ClassVar[str] = "layer_norms"
     instead: ClassVar[str] = ""
-    train: ClassVar[str] = r"norm\d?/(scale|bias)$"
+    train: ClassVar[str] = r"norm(_in|\d*)/(scale|bias)$"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +81,8 @@ class NewWords(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class Full(Method):
-    """Full fine-tuning: train every base leaf."""
+class Full(_Below):
+    """Full fine-tuning: train every base leaf of the modules whose path `targets` matches."""
 
     name: ClassVar[str] = "full"
     train: ClassVar[str] = "^params/"
