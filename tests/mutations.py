@@ -26,7 +26,8 @@ FOLDERS = ("methods", "adapt", "models", "training")
 RELATED = {
     "methods": "methods equivalences foreign interchange new_words blip_port optim registry train",
     "adapt": "methods equivalences foreign interchange new_words protocol registry blip_port sharding preflight train",
-    "models": "model decode protocol blip_parity blip_port convert hub downloads tasks new_words equivalences export use",
+    "models": "model decode protocol attention vlm vlm_parity mplug mplug_parity blip_parity blip_port convert hub downloads "
+    "tasks new_words equivalences export vlm_export use",
     "training": "optim train sharding preflight protocol tasks own_pictures own_texts new_words use main faults study hosts",
 }
 BINARY = {"Add": "-", "Sub": "+", "Mult": "/", "Div": "*", "FloorDiv": "*", "Mod": "*", "Pow": "*", "MatMult": "*"}

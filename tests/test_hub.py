@@ -40,6 +40,20 @@ def test_round_trip_shares_what_the_aliases_say(saved):
     assert not any(name.startswith("text_encoder/embed") for name in stored)
 
 
+def test_a_leaf_that_is_stored_is_not_that_of_its_alias(saved):
+    from safetensors.numpy import load_file, save_file
+
+    path = saved[0] / "model.safetensors"
+    stored = load_file(path)
+    own = -stored["text_decoder/embed/word"]
+    save_file(stored | {"text_encoder/embed/word": own}, path)
+    embeddings = {
+        name: one["embed"]["word"] for name, one in loading.load(saved[0], task="vqa")[1].items() if "embed" in one
+    }
+    np.testing.assert_array_equal(embeddings["text_encoder"], own)
+    np.testing.assert_array_equal(embeddings["text_decoder"], -own)
+
+
 def test_captioning_leaves_the_question_encoder_out(saved):
     model, params = loading.load(saved[0], task="captioning")
     assert not model.config.question_encoder and set(params) == {"vision", "text_decoder"}

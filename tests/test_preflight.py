@@ -206,6 +206,7 @@ def test_the_report_adds_up(base, monkeypatch):
     one, eight = (preflight.report(with_mesh(c, n), chip=preflight.CHIPS["h100"]) for n in (1, 8))
     assert number(one, "FLOPs per step") == number(eight, "FLOPs per step")
     assert "instead" not in one  # it is on data=8
+    assert "of products at 989 TFLOP/s" in one
     assert number(eight, "with data=8 instead *peak") == number(one, "peak per device")
     per_device = re.search(r"in all, (\S+) per device", eight)[1]
     assert float(per_device) == pytest.approx(number(eight, "FLOPs per step") / 8, rel=0.01)

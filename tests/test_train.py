@@ -483,6 +483,13 @@ def test_patience_waits_for_the_end_of_the_warm_up(tmp_path):
     assert int(state.opt[-1].decay_from) == 8
 
 
+def test_the_name_of_a_run():
+    c = config_of("base", "vqa", "lora")
+    assert run.point_id(c) == "vqa-lora2-f1-base-s0"
+    c.head, c.data.n_images = "transform", 4
+    assert run.point_id(c) == "vqa-lora2+transform-n4-base-s0"
+
+
 def rates(workdir):
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
