@@ -207,6 +207,20 @@ def test_a_model_that_transformers_does_not_have_is_refused(tmp_path):
     assert tree.digest(back) == tree.digest(variables)
 
 
+def test_layers_of_a_fused_matrix_may_differ_in_rank(tmp_path):
+    """LoRA on layer 0's query and on all values: PEFT's matrix over query, key and value has rank 5 there, 3 elsewhere."""
+    model, params = base()
+    methods = (
+        jp.Scoped(method=jp.LoRA(targets="^vision.*attention/query$", rank=2), layers=(0,)),
+        jp.LoRA(targets="^vision.*attention/value$", rank=3),
+    )
+    variables = perturbed(jp.attach(model, params, methods, jax.random.key(0)))
+    jp.export_peft(model, variables, tmp_path / "out")
+    assert len(set(json.loads((tmp_path / "out" / "adapter_config.json").read_text())["rank_pattern"].values())) == 2
+    back, _ = jp.import_peft(model, params, tmp_path / "out")
+    np.testing.assert_allclose(logits(back), logits(variables), atol=1e-5, rtol=1e-4)
+
+
 def test_every_linear_and_norm_has_a_place():
     """Of both towers and both tasks: the sites of a model are the places that its Hugging Face form knows."""
     for asks in (True, False):

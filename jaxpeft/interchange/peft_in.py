@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import jax
@@ -237,21 +237,29 @@ def _import_lora(reader: _Reader, config: dict, params: Tree) -> _Found:
             start += n_out
     fused = {path for path in found if reader.form.places[path].parts > 1}
     for path in fused:  # each part of a fused matrix keeps the ranks with a non-zero B in any layer
+        _widen(found[path].values())
         keep = np.any([np.any(one["b"] != 0, axis=1) for one in found[path].values()], axis=0)
         for one in found[path].values():
             one["a"], one["b"] = one["a"][:, keep], one["b"][keep]
     if not dora:
         found = {path: layers for path, layers in found.items() if all(one["a"].shape[1] for one in layers.values())}
     for layers in found.values():  # stacked layers share one rank and scale; smaller ranks are padded with zeros
-        rank = max(1, *(one["a"].shape[1] for one in layers.values()))
-        scale = next(iter(layers.values()))["scale"]
+        rank, scale = _widen(layers.values()), next(iter(layers.values()))["scale"]
         for one in layers.values():
-            short = ((0, 0), (0, rank - one["a"].shape[1]))
-            one["a"], one["b"] = np.pad(one["a"], short), np.pad(one["b"] * (one["scale"] / scale), short[::-1])
+            one["b"] = one["b"] * (one["scale"] / scale)
             one["fields"] = {"rank": rank, "alpha": scale * rank, "dropout": float(config.get("lora_dropout") or 0.0)}
     if not found:
         raise ValueError(f"{reader.source}: every update is zero")
     return *_group(found, DoRA if dora else LoRA, ("a", "b", "m"), reader.model), params
+
+
+def _widen(layers: Collection[dict]) -> int:
+    """Pad the LoRA matrices of layers with zeros to the largest rank among them, at least 1, which is returned."""
+    rank = max(1, *(one["a"].shape[1] for one in layers))
+    for one in layers:
+        short = ((0, 0), (0, rank - one["a"].shape[1]))
+        one["a"], one["b"] = np.pad(one["a"], short), np.pad(one["b"], short[::-1])
+    return rank
 
 
 def _pattern(patterns, name, default):
