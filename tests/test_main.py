@@ -1,5 +1,6 @@
 """The command line: configs, typed arguments, mistakes, and the program as a user starts it."""
 
+import errno
 import io
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from configs import point, pretrain, quickstart
 from jaxpeft import cli, config
+from jaxpeft.runtime import locks
 from jaxpeft.runtime.text import aligned
 from jaxpeft.training.progress import Progress
 
@@ -119,6 +121,24 @@ def test_the_program_runs_and_says_what_it_does(tmp_path):
 class _Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_one_process_holds_a_directory_also_without_hard_links(tmp_path, monkeypatch, links):
+    """Mounted buckets have none."""
+
+    def refused(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    with locks.held(tmp_path):
+        (tmp_path / "work").write_text("")
+        with pytest.raises(ValueError, match="is in use"), locks.held(tmp_path):
+            pass
+    with locks.held(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere():

@@ -321,15 +321,15 @@ def test_rerun_goes_on_after_a_stop_and_in_workers_that_were_not_told(config, fa
 def test_of_two_launchers_that_ask_at_once_one_is_heard(config, fake, tmp_path, monkeypatch):
     """The other one asks, and its first run is done again, between the look of the one and its own request."""
     execute.run(config, tmp_path, log=quiet)
-    before, state, write = len(fake), read(config, tmp_path), files.write_json
+    before, state, write = len(fake), read(config, tmp_path), files.created
 
-    def slow(path, value):
-        monkeypatch.setattr(reruns.files, "write_json", write)
+    def slow(path, text):
+        monkeypatch.setattr(reruns.files, "created", write)
         reruns.ask(tmp_path, "vqa_stated-*", state, quiet)
         execute.attempt(read(config, tmp_path).todo[0], tmp_path, quiet)
-        write(path, value)
+        return write(path, text)
 
-    monkeypatch.setattr(reruns.files, "write_json", slow)
+    monkeypatch.setattr(reruns.files, "created", slow)
     reruns.ask(tmp_path, "vqa_stated-*", state, quiet)
     assert len(fake) == before + 1 and len(list((tmp_path / "reruns").iterdir())) == 1
     execute.run(config, tmp_path, log=quiet, rerun="vqa_stated-*")

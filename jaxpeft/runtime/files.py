@@ -5,11 +5,13 @@ names the file. Pickled tensors are read by `torch_files`, images by `inputs.ima
 """
 
 import contextlib
+import errno
 import glob
 import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,26 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def created(path: Path, text: str) -> bool:
+    """Write a file that must not exist yet -> whether it did not. Other processes see all of it or nothing; for a moment a
+    part, where the file system has no hard links (mounted buckets, exFAT)."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        try:
+            os.link(aside, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            with path.open("x", encoding="utf-8") as out:
+                out.write(text)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,9 +12,10 @@ import os
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from jaxpeft.runtime import files
 
 STALE, BEAT = 120.0, 10.0  # seconds
 _watched: dict[Path, tuple[int, float]] = {}  # file -> (its mtime, when this process first saw that mtime)
@@ -50,16 +51,7 @@ class Lease:
             return None
 
     def _create(self, path: Path) -> bool:
-        """Create a lease file under another name and link it, so that no process sees a part of it."""
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            aside.write_text(json.dumps(self._me | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}))
-            os.link(aside, path)
-            return True
-        except FileExistsError:
-            return False
-        finally:
-            aside.unlink(missing_ok=True)
+        return files.created(path, json.dumps(self._me | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}))
 
     def _take_over(self) -> bool:
         """Replace a stale lease. A second file makes checking and replacing it atomic among the processes that try."""

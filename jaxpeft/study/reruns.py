@@ -12,9 +12,7 @@ import contextlib
 import fnmatch
 import hashlib
 import json
-import os
 import time
-import uuid
 from pathlib import Path
 
 from jaxpeft.runtime import files
@@ -51,8 +49,5 @@ def ask(directory: Path, pattern: str, state, log=print) -> None:
         with contextlib.suppress(FileNotFoundError):  # the work on another launcher's request has begun
             found[run_id] = written(directory, run_id)
     path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f".{uuid.uuid4().hex}")
-    files.write_json(aside, {"pattern": pattern, "asked": time.strftime("%Y-%m-%d %H:%M:%S"), "results": found})
-    with contextlib.suppress(FileExistsError):  # of two simultaneous requests the first one counts
-        os.link(aside, path)
-    aside.unlink()
+    request = {"pattern": pattern, "asked": time.strftime("%Y-%m-%d %H:%M:%S"), "results": found}
+    files.created(path, json.dumps(request, indent=1) + "\n")  # of two simultaneous requests the first one counts
