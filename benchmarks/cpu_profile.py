@@ -6,7 +6,7 @@ The image encoder, and a LoRA step on stored image tokens, with the settings of 
 Times are those of JAX's profiler over three calls; of operations that run at once, each gets its share. KINDS tells kinds of
 operations by the layer that XLA says they come from.
 
-Beside them attention alone, of an image's tokens over each other: written out, in parts, and torch's fused one.
+Attention over an image's tokens is also timed alone: written out, in parts, and with torch's fused kernel.
 """
 
 import argparse

@@ -318,18 +318,27 @@ def test_rerun_goes_on_after_a_stop_and_in_workers_that_were_not_told(config, fa
     assert sorted(fake[before:]) == sorted(name for name in fake[:before] if name.startswith("vqa_stated-"))
 
 
+def test_images_for_the_report_are_of_the_splits_that_the_runs_load(config, tmp_path, monkeypatch):
+    """A folder without files for validation holds another test split where only that one is asked for."""
+    load, asked = execute.data.load, []
+    monkeypatch.setattr(execute.data, "load", lambda c, splits: asked.append(splits) or load(c, splits))
+    execute.keep_images(config, tmp_path, n=1)
+    assert asked and all(set(splits) == {"train", "val", "test"} for splits in asked)
+    assert len(list((tmp_path / "pictures").rglob("*.png"))) == len(config.settings)
+
+
 def test_of_two_launchers_that_ask_at_once_one_is_heard(config, fake, tmp_path, monkeypatch):
     """The other one asks, and its first run is done again, between the look of the one and its own request."""
     execute.run(config, tmp_path, log=quiet)
-    before, state, write = len(fake), read(config, tmp_path), files.created
+    before, state, write = len(fake), read(config, tmp_path), files.create_new
 
     def slow(path, text):
-        monkeypatch.setattr(reruns.files, "created", write)
+        monkeypatch.setattr(reruns.files, "create_new", write)
         reruns.ask(tmp_path, "vqa_stated-*", state, quiet)
         execute.attempt(read(config, tmp_path).todo[0], tmp_path, quiet)
         return write(path, text)
 
-    monkeypatch.setattr(reruns.files, "created", slow)
+    monkeypatch.setattr(reruns.files, "create_new", slow)
     reruns.ask(tmp_path, "vqa_stated-*", state, quiet)
     assert len(fake) == before + 1 and len(list((tmp_path / "reruns").iterdir())) == 1
     execute.run(config, tmp_path, log=quiet, rerun="vqa_stated-*")

@@ -70,12 +70,10 @@ class Prompt(Method):
             words = base["tokenizer"].pieces(self.text)
             ids = np.resize(np.array(words, np.int32), self.length)
         rows = jnp.asarray(base["word"])[ids].astype(jnp.float32) * base["word_scale"]
-        if (
-            self.positions == "keep" and base["norm/scale"] is not None
-        ):  # rows are added after the embedding's LayerNorm
-            rows = (rows - rows.mean(-1, keepdims=True)) / jnp.sqrt(
-                rows.var(-1, keepdims=True) + 1e-12
-            )  # a row may be zeros
+        # rows are added after the embedding's LayerNorm, so they begin normalized; a row of zeros stays one
+        if self.positions == "keep" and base["norm/scale"] is not None:
+            deviation = jnp.sqrt(rows.var(-1, keepdims=True) + 1e-12)
+            rows = (rows - rows.mean(-1, keepdims=True)) / deviation
             rows = rows * base["norm/scale"][None] + base["norm/bias"][None]
         return {"rows": rows}
 

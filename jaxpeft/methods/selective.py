@@ -22,7 +22,7 @@ from jaxpeft.ops import matmul
 HEADS = ("none", "transform", "untied")
 
 
-class _Below(Method):
+class _BaseLeaves(Method):
     """Trains base leaves of the modules whose path `targets` matches."""
 
     def trains(self, leaf: str) -> bool:
@@ -30,7 +30,7 @@ class _Below(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class Selective(_Below):
+class Selective(_BaseLeaves):
     """Train the base leaves whose name ('params/...') matches `leaves`, a regular expression or a named group of the model, in
     the modules whose path `targets` matches."""
 
@@ -47,7 +47,7 @@ class Selective(_Below):
 
 
 @dataclasses.dataclass(frozen=True)
-class BitFit(_Below):
+class BitFit(_BaseLeaves):
     """Train every bias of the modules whose path `targets` matches (the decoder head's vocabulary bias is one)."""
 
     targets: str = "text"
@@ -81,7 +81,7 @@ class NewWords(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class Full(_Below):
+class Full(_BaseLeaves):
     """Full fine-tuning: train every base leaf of the modules whose path `targets` matches."""
 
     name: ClassVar[str] = "full"

@@ -92,9 +92,9 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def created(path: Path, text: str) -> bool:
-    """Write a file that must not exist yet -> whether it did not. Other processes see all of it or nothing; for a moment a
-    part, where the file system has no hard links (mounted buckets, exFAT)."""
+def create_new(path: Path, text: str) -> bool:
+    """Write a file unless it exists -> whether it was written. Other processes see the whole file or none; on file systems
+    without hard links (mounted buckets, exFAT) they may see a part of it for a moment."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         aside.write_text(text, encoding="utf-8")

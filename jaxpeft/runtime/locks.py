@@ -51,7 +51,7 @@ class Lease:
             return None
 
     def _create(self, path: Path) -> bool:
-        return files.created(path, json.dumps(self._me | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}))
+        return files.create_new(path, json.dumps(self._me | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}))
 
     def _take_over(self) -> bool:
         """Replace a stale lease. A second file makes checking and replacing it atomic among the processes that try."""

@@ -150,9 +150,8 @@ def keep_images(config, directory: Path, n: int = 8) -> None:
         out = directory / "pictures" / setting
         if out.exists():
             continue
-        splits = dict.fromkeys(
-            [*setup.needed_splits(c), "test"]
-        )  # as the runs did: what a split holds can depend on others
+        # the splits that the runs load: what one holds can depend on which others are asked for
+        splits = dict.fromkeys([*setup.needed_splits(c), "test"])
         split = data.load(c.data, [*splits])["test"]
         aside = out.with_name(f".{setting}.{uuid.uuid4().hex}")
         aside.mkdir(parents=True)

@@ -50,4 +50,4 @@ def ask(directory: Path, pattern: str, state, log=print) -> None:
             found[run_id] = written(directory, run_id)
     path.parent.mkdir(exist_ok=True)
     request = {"pattern": pattern, "asked": time.strftime("%Y-%m-%d %H:%M:%S"), "results": found}
-    files.created(path, json.dumps(request, indent=1) + "\n")  # of two simultaneous requests the first one counts
+    files.create_new(path, json.dumps(request, indent=1) + "\n")  # of two simultaneous requests the first one counts

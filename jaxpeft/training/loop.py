@@ -331,9 +331,8 @@ def _validated(
         best = best._replace(since=best.since + 1)
     else:
         best = best._replace(mark=loss, since=0)
-    if (
-        0 < config.stop.patience <= best.since and s.n_warm <= step < s.decay_from
-    ):  # in the warm-up a decay would be a rise
+    # in the warm-up, the start of the decay would raise the rate
+    if 0 < config.stop.patience <= best.since and s.n_warm <= step < s.decay_from:
         s = s._replace(decay_from=step, n_steps=min(step + max(1, round(config.optim.cooldown * step)), s.n_steps))
         best = best._replace(stopped=True)
     tuned = state.best.tuned
