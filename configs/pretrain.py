@@ -57,7 +57,7 @@ def get_config(arg=""):
     if a.model not in STAGES:
         raise ValueError(f"model is {a.model!r}; choose one of {', '.join(STAGES)}")
     c = config.get_config("captioning", "full")
-    for key in ("task", "task_options", "base", "init", "method", "head", "size", "model", "data", "eval"):
+    for key in ("task", "task_options", "base", "init", "method", "head", "model", "data", "eval"):
         del c[key]
     c.pretrain = True
     c.seed = a.seed

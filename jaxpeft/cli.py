@@ -14,6 +14,7 @@ import importlib
 import runpy
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags, logging
@@ -113,8 +114,7 @@ def _run(args: argparse.Namespace, config):
     """train, evaluate and save one run, or do a study if the config defines one"""
     if _is_study(config):
         return _study(args, config)
-    if args.rerun:
-        raise ValueError(f"--rerun is for studies, and --config={args.config} is a single run; use a new --workdir")
+    _refuse(args, _add_study, "studies", "a single run")
     if args.preflight:
         return _preflight(args, config)
     from jaxpeft.apps import pretrain
@@ -137,6 +137,8 @@ def _study(args: argparse.Namespace, config):
 
     if not _is_study(config):
         raise ValueError(f"--config={args.config} is a single run, not a study; use `jaxpeft run`")
+    for flags_of_runs in (_add_run, _add_preflight):
+        _refuse(args, flags_of_runs, "single runs", "a study")
     workdir = _workdir(args)
     _prepare_process()
     if args.worker >= 0:
@@ -150,6 +152,20 @@ def _study(args: argparse.Namespace, config):
         elsewhere = functools.partial(ray_executor.work, resources=ray_executor.Resources.parse(args.resources))
     execute.run(config, workdir, args.workers, sys.orig_argv[1:], elsewhere=elsewhere, rerun=args.rerun)
     print(report.write(workdir, args.mixed_code))
+
+
+INSTEAD = {"rerun": "; use a new --workdir", "dry_run": "; use `jaxpeft preflight`", "preflight": "; use --dry_run"}
+
+
+def _refuse(
+    args: argparse.Namespace, add_flags: Callable[[argparse.ArgumentParser], None], what: str, given: str
+) -> None:
+    """Raise ValueError if one of the flags was set, which would otherwise have no effect."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        if getattr(args, name, default) != default:
+            raise ValueError(f"--{name} is for {what}, and --config={args.config} is {given}{INSTEAD.get(name, '')}")
 
 
 def _is_study(config) -> bool:

@@ -50,7 +50,6 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.init = "base"  # 'scratch': the same architecture with random weights, a control
     c.seed = 0
     size_field = methods.size_field(method)
-    c.size = size if size_field else 0
 
     c.method = ml_collections.ConfigDict({"name": method, **methods.defaults(method)})
     if size_field:

@@ -358,7 +358,7 @@ def test_the_table_of_config_keys_is_complete():
     assert len(table) == len(rows)
     assert set(table) == {key for key in known if not key.startswith("method.")} | {"method.name"}
     for key, text in table.items():
-        if not key.startswith("task_options") and key not in ("size", "data.root"):
+        if not key.startswith("task_options") and key != "data.root":
             default = {"task": "vqa"}.get(key, known[key][0])
             assert text == ("none" if default is None else f"`{default!r}`".replace("|", "\\|")), key
 

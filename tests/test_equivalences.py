@@ -198,6 +198,17 @@ def test_vpt_deep_puts_fresh_rows_at_every_layer():
     assert 0.95 * bound < np.abs(params["rows"]).max() <= bound
 
 
+@pytest.mark.parametrize(
+    "other", [jp.VPT(length=3, depth="deep"), jp.VPT(length=3), jp.Prompt(targets="vision", init_weights="normal")]
+)
+def test_vpt_deep_is_alone_in_its_tower(other):
+    """It replaces the first tokens at every layer, which would be those of the other method."""
+    for methods in ((jp.VPT(depth="deep"), other), (other, jp.VPT(depth="deep"))):
+        with pytest.raises(ValueError, match="both add tokens to vision, and vpt with depth='deep'"):
+            attach(methods)
+    attach((other, dataclasses.replace(other, length=7) if "block" not in other.kinds else jp.Prompt()))
+
+
 def test_prompts_start_as_words_look_to_the_stack():
     """'vocabulary' and 'text' rows are normalised as the embedding does it; position embeddings are not added."""
     flat = tree.flatten(tiny.params())

@@ -13,6 +13,7 @@ from configs import point, pretrain, quickstart
 from jaxpeft import cli, config
 from jaxpeft.runtime import locks
 from jaxpeft.runtime.text import aligned
+from jaxpeft.training import run
 from jaxpeft.training.progress import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -32,9 +33,16 @@ def test_arguments_are_typed_and_unknown_ones_list_the_known():
 
 def test_a_point_is_what_its_argument_says():
     c = point.get_config("task=captioning,method=lora,size=4,fraction=0.1,seed=3,head=untied")
-    assert c.task == "captioning" and c.method.rank == c.size == 4 and c.data.fraction == 0.1 and c.head == "untied"
+    assert c.task == "captioning" and c.method.rank == 4 and c.data.fraction == 0.1 and c.head == "untied"
     assert c.seed == c.data.subset_seed == 3
     assert point.get_config("method=full").optim.lr == 5e-4
+
+
+def test_a_run_is_named_by_the_size_that_its_method_has():
+    c = point.get_config("method=lora,size=4")
+    c.method.rank = 16
+    assert run.point_id(c) == "vqa-lora16-f1-base-s0"
+    assert run.point_id(point.get_config("method=bitfit")) == "vqa-bitfit-f1-base-s0"
 
 
 def test_quickstart_and_pretrain_configs_differ_where_they_say():
@@ -76,6 +84,8 @@ def refused(capsys, monkeypatch):
             "learning_rate: no such key (did you mean 'optim.lr'?); optim has optim.b1",
         ),
         (["--config.optm.lr=1"], "error: --config.optm.lr: no such key (did you mean 'optim.lr'?)"),
+        (["--config.lr=1"], "error: --config.lr: no such key (did you mean 'optim.lr'?)"),
+        (["--config.size=16"], "error: --config.size was removed; set the size in the config's argument (:size=16)"),
         (["--config.stop=3"], "error: --config.stop: no such key (did you mean 'steps'?); stop has stop.every"),
         (["--config.steps=many"], "error: flag --config.steps=many: invalid literal"),
         (["--confg.steps=1"], "error: unknown argument --confg.steps"),
@@ -103,6 +113,38 @@ def test_a_mistake_ends_in_one_line_before_any_work(tmp_path, refused, arguments
 def test_a_config_that_cannot_be_made_is_one_line(tmp_path, refused, config, message):
     said = refused(f"--config={config}", f"--workdir={tmp_path}")
     assert message in said and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize(
+    "config, flag, message",
+    [
+        (
+            "quickstart",
+            "--dry_run",
+            "--dry_run is for studies, and --config=quickstart is a single run; use `jaxpeft preflight`",
+        ),
+        (
+            "quickstart",
+            "--rerun=*",
+            "--rerun is for studies, and --config=quickstart is a single run; use a new --workdir",
+        ),
+        ("quickstart", "--workers=2", "--workers is for studies, and --config=quickstart is a single run"),
+        (
+            "studies/tiny",
+            "--preflight",
+            "--preflight is for single runs, and --config=studies/tiny is a study; use --dry_run",
+        ),
+        (
+            "studies/tiny",
+            "--accept_changes",
+            "--accept_changes is for single runs, and --config=studies/tiny is a study",
+        ),
+        ("studies/tiny", "--topology=h100", "--topology is for single runs, and --config=studies/tiny is a study"),
+    ],
+)
+def test_a_flag_that_would_have_no_effect_is_refused(tmp_path, refused, config, flag, message):
+    assert refused(f"--config={config}", f"--workdir={tmp_path}", flag) == f"error: {message}\n"
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -140,7 +140,6 @@ def test_spare_rows_of_a_matrix_are_no_rows_of_new_words():
 def test_full_tuning_trains_the_new_rows_with_the_rest(root, base, tmp_path):
     c = config(root, base, tmp_path, **{"head": "none"})
     c.method = {"name": "full"}
-    c.size = 0
     jp.run(c, tmp_path / "run", lambda *_: None)
     _, _, methods, _ = jp.load_run(tmp_path / "run")
     assert [one.name for one in methods] == ["full"]

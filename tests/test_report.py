@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 from html import escape
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from scipy import stats
 from configs.studies import tiny
 from jaxpeft import cli
 from jaxpeft.runtime import files
-from jaxpeft.study import grid, report
-from jaxpeft.study.report import answers, compare, figures, markup, page
+from jaxpeft.study import execute, grid, report
+from jaxpeft.study.report import answers, compare, figures, folded, markup, page
 from jaxpeft.training import setup
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -249,6 +250,21 @@ def test_a_page_with_claims_draws_them_and_lists_their_cells_behind_a_click(tmp_
     assert "<summary>No claim could be tested." in section and "lines were tested" not in section  # with two methods
     details, *_ = re.findall("<details><summary>2 methods, 3 seeds</summary>(.*?)</details>", section, re.DOTALL)
     assert "lora_head 2, 4, 8 at 256 images" in details and "2, 4, 8 at 256" not in section.replace(details, "")
+
+
+@pytest.mark.parametrize("name", ["train/новая кошка.jpg", "снимок" * 20 + ".jpg"])
+def test_a_picture_with_any_name_is_kept_and_shown(name, tmp_path, monkeypatch):
+    """A path, and a name that is longer than a file's can be once it is quoted."""
+    study = write(tmp_path, close)
+    split = SimpleNamespace(rows=[{"image_id": name}], images=[np.zeros((4, 4, 3), np.uint8)])
+    monkeypatch.setattr(execute.data, "load", lambda c, splits: {"test": split})
+    execute.keep_images(config_of(), tmp_path)
+    line = {"split": "test", "image_id": name, "references": ["a cat"], "tuned": "a dog"}
+    for row in study.rows:
+        point = tmp_path / "points" / row["id"]
+        point.mkdir(parents=True)
+        files.write_jsonl(point / "predictions.jsonl", [line, line | {"image_id": "another"}])
+    assert folded.gallery(study).count("<img") == 1
 
 
 @pytest.mark.parametrize("where", ["result", "file"])

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from configs.studies import scenes_full, tiny
+from jaxpeft import methods
 from jaxpeft.data import pipeline, scenes
 from jaxpeft.models import loading
 from jaxpeft.runtime import files, locks, registry
@@ -65,7 +66,8 @@ def fake_point(config, workdir, log=print, features_in=None):
     files.write_jsonl(Path(workdir) / "predictions.jsonl", rows)
     timing = {"steps": 3, "stopped": "plateau", "step_s": 0.1, "compile_s": 1.0, "train_s": 0.3, "total_s": 2.0}
     result = {"main_metric": metric, "metrics": scores, "timing": timing, "status": "done", "task": task}
-    result |= {"counts": {"tuned": 10 * (config.size + 1), "stored": 10 * (config.size + 1), "total": 1000}}
+    n = 10 * (methods.size_of(config.method) + 1)
+    result |= {"counts": {"tuned": n, "stored": n, "total": 1000}}
     result |= {"forgetting": {"base": 0.5, "tuned": 0.7, "n": 4}, "lr": config.optim.lr}
     result |= {"machine": {"device": "a"}, "versions": {"jax": "b"}, "digests": {"base": "c"}, "code": results.code()}
     files.write_json(Path(workdir) / "result.json", result)

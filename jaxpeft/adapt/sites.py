@@ -340,6 +340,11 @@ def bind(
                 raise ValueError(
                     f"{one.name} reads the base kernel of {site.path}: put it before {before[-1].method.name}"
                 )
+            if site.kind == "embed" and before and any("block" in b.kinds for b in (one, *(b.method for b in before))):
+                raise ValueError(
+                    f"{before[-1].method.name} and {one.name} both add tokens to {site.path}, and vpt with depth='deep' "
+                    "replaces the first ones at every layer: use depth='shallow', or one of the two"
+                )
             node[Site.key(site.kind)] = (
                 *before,
                 Bound(one, site, one.init_site(key, site, base(site)), not one.expands),

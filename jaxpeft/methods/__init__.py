@@ -2,6 +2,7 @@
 line in your own module, `METHODS["mine"] = Mine` (see jaxpeft/runtime/registry.py)."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from jaxpeft.methods.adapter import Compacter, ParallelAdapter, SerialAdapter
@@ -39,6 +40,12 @@ def size_field(name: str) -> str:
     """The field of method `name` that `size` sets; '' if there is none."""
     field = getattr(METHODS.find(name), "size_field", "bottleneck" if name == "mam" else "rank")
     return field if field in defaults(name) else ""
+
+
+def size_of(method: Mapping[str, Any]) -> int:
+    """The size in config.method, such as LoRA's rank; 0 if the method has none."""
+    field = size_field(method["name"])
+    return method[field] if field else 0
 
 
 def build(name: str, head: str = "none", **fields: Any) -> tuple[Method, ...]:

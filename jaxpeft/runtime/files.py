@@ -7,10 +7,12 @@ names the file. Pickled tensors are read by `torch_files`, images by `inputs.ima
 import contextlib
 import errno
 import glob
+import hashlib
 import json
 import os
 import re
 import shutil
+import urllib.parse
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,6 +35,14 @@ def reading(path: str | Path, what: str = "cannot be read") -> Iterator[None]:
         raise
     except Exception as error:  # a missing key, a string for a number, 100,000 brackets: all are defects of the file
         raise ValueError(f"{path} {what} ({type(error).__name__}: {error!s:.300})") from error
+
+
+def name_for(text: str) -> str:
+    """A file name of at most 200 bytes for any text, such as a path: quoted as in a URL, and cut where it is longer."""
+    quoted = urllib.parse.quote(text, safe="")
+    if len(quoted) <= 200:
+        return quoted
+    return f"{quoted[:160]}-{hashlib.sha256(quoted.encode()).hexdigest()[:32]}"
 
 
 def read_json(path: str | Path, most: int = MOST_JSON) -> dict:

@@ -55,7 +55,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' (did you mean ...?)' for the closest known name, '' if none is close."""
     known, (section, _, last) = list(known), str(name).rpartition(".")
     short = f"{section}." * bool(section) + "".join(word[:1] for word in last.split("_"))  # learning_rate: lr
-    near = [short] if short in known else difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    elsewhere = [one for one in known if one.endswith(f".{name}")]  # lr: optim.lr
+    near = [short] if short in known else elsewhere or difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

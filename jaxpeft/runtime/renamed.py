@@ -13,6 +13,7 @@ CONFIG = {  # config keys, flattened
 # removed config keys without a replacement, and the end of their error message; ignored in saved configs
 GONE = {
     "checkpoint_every": "was removed; set the time between checkpoints, config.checkpoint_seconds (0: every step)",
+    "size": "was removed; set the size in the config's argument (:size=16) or the method's own key (config.method.rank)",
     "journal_mb": "was removed with the journal; config.checkpoint_seconds limits how much work a killed run loses",
 }
 STUDY = {"arms": "variants", "levels": "settings", "rates": "learning_rates"}  # config keys of a study

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import time
 import traceback
-import urllib.parse
 import uuid
 from pathlib import Path
 
@@ -156,6 +155,6 @@ def keep_images(config, directory: Path, n: int = 8) -> None:
         aside = out.with_name(f".{setting}.{uuid.uuid4().hex}")
         aside.mkdir(parents=True)
         for i in np.linspace(0, len(split.rows) - 1, min(n, len(split.rows))).round().astype(int).tolist():
-            name = urllib.parse.quote(split.rows[i]["image_id"], safe="")  # ids may be paths
+            name = files.name_for(split.rows[i]["image_id"])  # ids may be paths
             Image.fromarray(np.asarray(split.images[i])).save(aside / f"{name}.png")
         os.replace(aside, out)

@@ -77,7 +77,7 @@ class Run:
         if field := methods.size_field(variant["method"]):
             fields[field] = cell.size
         c.method = ml_collections.ConfigDict({"name": variant["method"], **fields})
-        c.name, c.size, c.head = self.id, cell.size, variant["head"]
+        c.name, c.head = self.id, variant["head"]
         c.seed = c.data.subset_seed = self.seed
         c.data.n_images, c.optim.lr = cell.n_images, self.lr
         if study.get("steps"):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from jaxpeft import tree
+from jaxpeft import methods, tree
 from jaxpeft.adapt import sites
 from jaxpeft.data import pipeline
 from jaxpeft.data.base import Split
@@ -134,7 +134,7 @@ def _result(config: Config, setup: Setup, scored: scoring.Scored) -> dict:
         "point": config.name or point_id(config),
         "task": config.task,
         "method": config.method.name,
-        "size": config.size,
+        "size": methods.size_of(config.method),
         "fraction": config.data.fraction,
         "n_train_images": len(train.rows),
         "lr": config.optim.lr,
@@ -180,7 +180,7 @@ def _save(config: Config, setup: Setup, workdir: Path, whole: Tree, found: tuple
 
 def point_id(config: Config) -> str:
     """A readable, stable name of a run."""
-    name = config.method.name + (f"{config.size}" if config.size else "")
+    name = f"{config.method.name}{methods.size_of(config.method) or ''}"
     head = "" if config.head == "none" else f"+{config.head}"
     n = f"n{config.data.n_images}" if config.data.n_images else f"f{config.data.fraction:g}"
     return f"{config.task}-{name}{head}-{n}-{config.init}-s{config.seed}"

@@ -4,10 +4,10 @@ import collections
 import html
 import json
 import statistics
-import urllib.parse
 from collections.abc import Iterable
 from pathlib import Path
 
+from jaxpeft.runtime import files
 from jaxpeft.study.report import answers, markup
 from jaxpeft.study.report.markup import Html, escape, table
 from jaxpeft.study.report.rows import Study, cell_of, chosen_by_cell, other_splits, read_jsonl
@@ -130,9 +130,9 @@ def gallery(study: Study, most: int = 6) -> str:
     parts = []
     for setting in study.config["settings"]:
         kept = (study.directory / "pictures" / setting).glob("*.png")
-        pictures = {urllib.parse.unquote(path.stem): path for path in kept}
+        pictures = {path.stem: path for path in kept}
         written = _written(study, setting, pictures)[:most] if pictures else []
-        cards = [_card(about, said, pictures[about["image_id"]]) for about, said in written]
+        cards = [_card(about, said, pictures[files.name_for(about["image_id"])]) for about, said in written]
         if cards:
             parts.append(f"<h3>{escape(setting)}</h3><div class='gallery'>{''.join(cards)}</div>")
     return "".join(parts)
@@ -148,7 +148,7 @@ def _written(study: Study, setting: str, pictures) -> list[tuple[dict, dict[str,
     cases: dict[tuple, tuple[dict, dict]] = {}
     for variant, row in best.items():
         for one in read_jsonl(study.directory / "points" / row["id"] / "predictions.jsonl"):
-            if one["split"] == "test" and one["image_id"] in pictures:
+            if one["split"] == "test" and files.name_for(one["image_id"]) in pictures:
                 case = cases.setdefault((one["image_id"], one.get("question_id", "")), (one, {}))
                 case[1][variant] = one["tuned"]
     shown: dict[str, tuple[dict, dict]] = {}
