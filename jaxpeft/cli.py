@@ -46,10 +46,12 @@ def _command(argv: list[str]) -> int | None:
         return importlib.import_module(APPS[argv[0]][0]).main(argv[1:])
     args, rest = _parser().parse_known_args(argv)
     names = [name.replace("_", "-") for name in vars(args)] + list(vars(args))
-    for word in rest:
+    for before, word in zip(["", *rest], rest, strict=False):
         flag = word.lstrip("-").partition("=")[0]
         if word.startswith("-") and not flag.startswith("config."):
             raise ValueError(f"unknown argument --{flag}{registry.did_you_mean(flag, names)}")
+        if not word.startswith("-") and ("=" in before or not before.startswith("--config.")):
+            raise ValueError(f"unexpected argument {word!r}; a config key is set as --config.key=value")
     registry.load([args.imports])  # before the config file, which may use the entries that they add
     return args.function(args, read_config(args.config, rest))
 
@@ -114,9 +116,10 @@ def _run(args: argparse.Namespace, config):
     """train, evaluate and save one run, or do a study if the config defines one"""
     if _is_study(config):
         return _study(args, config)
-    _refuse(args, _add_study, "studies", "a single run")
+    _refuse(args, _add_study, f"is for studies, and --config={args.config} is a single run")
     if args.preflight:
         return _preflight(args, config)
+    _refuse(args, _add_preflight, "needs --preflight")
     from jaxpeft.apps import pretrain
     from jaxpeft.training import run
 
@@ -138,7 +141,7 @@ def _study(args: argparse.Namespace, config):
     if not _is_study(config):
         raise ValueError(f"--config={args.config} is a single run, not a study; use `jaxpeft run`")
     for flags_of_runs in (_add_run, _add_preflight):
-        _refuse(args, flags_of_runs, "single runs", "a study")
+        _refuse(args, flags_of_runs, f"is for single runs, and --config={args.config} is a study")
     workdir = _workdir(args)
     _prepare_process()
     if args.worker >= 0:
@@ -157,15 +160,13 @@ def _study(args: argparse.Namespace, config):
 INSTEAD = {"rerun": "; use a new --workdir", "dry_run": "; use `jaxpeft preflight`", "preflight": "; use --dry_run"}
 
 
-def _refuse(
-    args: argparse.Namespace, add_flags: Callable[[argparse.ArgumentParser], None], what: str, given: str
-) -> None:
-    """Raise ValueError if one of the flags was set, which would otherwise have no effect."""
+def _refuse(args: argparse.Namespace, add_flags: Callable[[argparse.ArgumentParser], None], why: str) -> None:
+    """Raise ValueError if one of these flags was set: it would have no effect."""
     parser = argparse.ArgumentParser()
     add_flags(parser)
     for name, default in vars(parser.parse_args([])).items():
         if getattr(args, name, default) != default:
-            raise ValueError(f"--{name} is for {what}, and --config={args.config} is {given}{INSTEAD.get(name, '')}")
+            raise ValueError(f"--{name} {why}{INSTEAD.get(name, '')}")
 
 
 def _is_study(config) -> bool:
@@ -176,6 +177,10 @@ def _preflight(args: argparse.Namespace, config):
     """print memory, FLOPs and the largest batch of a run without running it"""
     from jaxpeft.training import preflight, setup
 
+    if _is_study(config) or "pretrain" in config:
+        raise ValueError(
+            f"--config={args.config} is not a single fine-tuning run, the only kind that preflight can plan"
+        )
     _prepare_process()
     host.plan_for(args.devices, args.topology)
     chip = preflight.chip_of(args.chip, args.topology)
