@@ -89,6 +89,7 @@ def refused(capsys, monkeypatch):
         (["--config.stop=3"], "error: --config.stop: no such key (did you mean 'steps'?); stop has stop.every"),
         (["--config.steps=many"], "error: flag --config.steps=many: invalid literal"),
         (["--confg.steps=1"], "error: unknown argument --confg.steps"),
+        (["steps=7"], "error: unexpected argument 'steps=7'; a config key is set as --config.key=value"),
         (["--imports=no_such"], "error: --imports=no_such: module not found"),
     ],
 )
@@ -116,35 +117,29 @@ def test_a_config_that_cannot_be_made_is_one_line(tmp_path, refused, config, mes
 
 
 @pytest.mark.parametrize(
-    "config, flag, message",
+    "config, flag, why",
     [
-        (
-            "quickstart",
-            "--dry_run",
-            "--dry_run is for studies, and --config=quickstart is a single run; use `jaxpeft preflight`",
-        ),
-        (
-            "quickstart",
-            "--rerun=*",
-            "--rerun is for studies, and --config=quickstart is a single run; use a new --workdir",
-        ),
-        ("quickstart", "--workers=2", "--workers is for studies, and --config=quickstart is a single run"),
-        (
-            "studies/tiny",
-            "--preflight",
-            "--preflight is for single runs, and --config=studies/tiny is a study; use --dry_run",
-        ),
-        (
-            "studies/tiny",
-            "--accept_changes",
-            "--accept_changes is for single runs, and --config=studies/tiny is a study",
-        ),
-        ("studies/tiny", "--topology=h100", "--topology is for single runs, and --config=studies/tiny is a study"),
+        ("quickstart", "--dry_run", "is for studies, and --config=quickstart is a single run; use `jaxpeft preflight`"),
+        ("quickstart", "--rerun=*", "is for studies, and --config=quickstart is a single run; use a new --workdir"),
+        ("quickstart", "--workers=2", "is for studies, and --config=quickstart is a single run"),
+        ("quickstart", "--topology=h100", "needs --preflight"),
+        ("studies/tiny", "--preflight", "is for single runs, and --config=studies/tiny is a study; use --dry_run"),
+        ("studies/tiny", "--accept_changes", "is for single runs, and --config=studies/tiny is a study"),
+        ("studies/tiny", "--topology=h100", "is for single runs, and --config=studies/tiny is a study"),
     ],
 )
-def test_a_flag_that_would_have_no_effect_is_refused(tmp_path, refused, config, flag, message):
-    assert refused(f"--config={config}", f"--workdir={tmp_path}", flag) == f"error: {message}\n"
+def test_a_flag_that_would_have_no_effect_is_refused(tmp_path, refused, config, flag, why):
+    said = refused(f"--config={config}", f"--workdir={tmp_path}", flag)
+    assert said == f"error: {flag.partition('=')[0]} {why}\n"
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["studies/tiny", "pretrain"])
+def test_preflight_plans_single_runs_only(name, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match="^1$"):
+        cli.main(["preflight", f"--config={name}"])
+    assert f"error: --config={name} is not a single fine-tuning run" in capsys.readouterr().err
 
 
 @pytest.mark.slow
