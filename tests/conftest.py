@@ -27,6 +27,7 @@ from jaxpeft.models import loading, stack
 from jaxpeft.models.blip import BlipConfig, build
 from jaxpeft.models.blip_tokens import BlipTokenizer
 
+gc.set_threshold(200_000, 20, 100)  # tracing makes many objects: a tenth of the time went into looking for cycles
 jax.config.update("jax_num_cpu_devices", 8)  # before any array exists
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -140,7 +140,9 @@ def reached(some: list[dict], copy: Path, workers: int) -> dict[int, list[tuple[
     names = {number: set() for number in range(len(some))}
     for line in lines:
         number, name = line.split(" ", 1)
-        names[int(number)] |= set(seconds) if name == "import" else {name} & set(seconds)
+        names[int(number)] |= {name} & set(seconds)
+    for number in {int(line.split()[0]) for line in lines}:
+        names[number] = names[number] or set(seconds)  # reached by imports only, such as a default
     return {
         number: sorted(((name, seconds[name]) for name in some), key=lambda pair: pair[1])
         for number, some in names.items()

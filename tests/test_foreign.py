@@ -213,6 +213,30 @@ def test_an_unreached_site_is_an_error_unless_allowed():
     assert bridge.apply(model, variables, X, method="half", strict=False).shape == X.shape
 
 
+class Mixed(nn.Module):
+    """As many models are in bfloat16: the norms compute in float32, the products in the type of the residual stream."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        h = nn.LayerNorm(dtype=jnp.float32, name="norm")(x)
+        return x + nn.Dense(D, dtype=jnp.bfloat16, name="up")(h), None
+
+
+@pytest.mark.parametrize("cls, fields", [
+    (jp.LoRA, {}), (jp.DoRA, {}), (jp.VeRA, {}), (jp.OFT, {"block": 4}), (jp.SSF, {"targets": "norm$"}),
+])  # fmt: skip
+def test_a_layer_keeps_its_type(cls, fields):
+    """Under a scan too, whose carry must."""
+    method = cls(**{"targets": "up$"} | fields)
+    model = nn.scan(Mixed, variable_axes={True: 0}, split_rngs={True: True}, length=L)()
+    x = X.astype(jnp.bfloat16)
+    params, bridge = model.init(jax.random.key(0), x, None)["params"], jp.intercept(method)
+    variables = bridge.attach(model, params, jax.random.key(1), x, None)
+    got, _ = bridge.apply(model, variables, x, None)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, model.apply({"params": params}, x, None)[0])
+
+
 def test_counts_of_a_foreign_model():
     _, params, _, variables = start("scan", METHODS[0])
     counts = sites.counts(variables, jp.trainable(variables))

@@ -24,8 +24,7 @@ def start(workdir, base, n=2, **settings):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    env["PYTHONPATH"] = os.pathsep.join(map(str, (PROGRAM.parent, PROGRAM.parents[1])))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (PROGRAM.parent, PROGRAM.parents[1])))}
     return [
         subprocess.Popen(
             [sys.executable, PROGRAM, workdir, base, str(port), str(me), str(n), json.dumps(SETTINGS | settings)],

@@ -173,6 +173,27 @@ def test_layers_and_heads_survive_the_way_there_and_back(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "method, names",
+    [
+        (jp.LoRA(targets="query$|mlp/up$", rank=2), ["LoRA"]),
+        (jp.VeRA(targets="self_attention/query$|mlp/up$", rank=2), ["VeRA"]),
+        (jp.OFT(targets="self_attention/query$|mlp/up$", block=2), ["OFT"]),
+        (jp.Scoped(method=jp.LoRA(targets="attention/query$", rank=2), layers=(0, 1)), ["LoRA", "Scoped"]),
+    ],
+)
+def test_stacks_of_different_depth_share_a_method(method, names, tmp_path):
+    """As those of BLIP-large (24 and 12 layers), SmolVLM and PaliGemma do."""
+    model, params = tiny.model(False, vision_layers=3), tiny.params(False, vision_layers=3)
+    variables = perturbed(jp.attach(model, params, method, jax.random.key(0)))
+    jp.export_peft(model, variables, tmp_path / "out")
+    back, methods = jp.import_peft(model, params, tmp_path / "out")
+    assert [type(one).__name__ for one in methods] == names
+    batch = tiny.batch()
+    np.testing.assert_allclose(model.apply(back, batch), model.apply(variables, batch), atol=1e-5, rtol=1e-4)
+    jp.export_peft(model, back, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
     "method, reason",
     [
         (jp.SerialAdapter(bottleneck=2), "serial_adapter has no PEFT type"),
@@ -219,6 +240,24 @@ def test_layers_of_a_fused_matrix_may_differ_in_rank(tmp_path):
     assert len(set(json.loads((tmp_path / "out" / "adapter_config.json").read_text())["rank_pattern"].values())) == 2
     back, _ = jp.import_peft(model, params, tmp_path / "out")
     np.testing.assert_allclose(logits(back), logits(variables), atol=1e-5, rtol=1e-4)
+
+
+def test_the_vocabulary_matrix_that_peft_saves_beside_an_adapted_head_is_checked(tmp_path):
+    model, params = base()
+    variables = perturbed(
+        jp.attach(model, params, jp.LoRA(targets="query$|head/vocabulary$", rank=2), jax.random.key(0))
+    )
+    jp.export_peft(model, variables, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    matrix = np.array(params["text_decoder"]["embed"]["word"])
+    more = {"base_model.model.text_decoder.cls.predictions.decoder.base_layer.weight": matrix}
+    save_file(load_file(weights) | more, weights)
+    back, _ = jp.import_peft(model, params, tmp_path)
+    np.testing.assert_allclose(logits(back), logits(variables), atol=1e-5, rtol=1e-4)
+    matrix[0, 0] += 1
+    save_file(load_file(weights) | more, weights)
+    with pytest.raises(ValueError, match="decoder.base_layer.weight differs from text_decoder/embed/word"):
+        jp.import_peft(model, params, tmp_path)
 
 
 def test_every_linear_and_norm_has_a_place():

@@ -48,9 +48,9 @@ def template(task: str, tokenizer: BlipTokenizer = TOKENIZER, **options) -> Temp
 
 
 @functools.cache
-def params(question_encoder: bool = True, seed: int = 0):
+def params(question_encoder: bool = True, seed: int = 0, **overrides):
     """Random weights far from zero, so that every leaf matters."""
-    net = model(question_encoder)
+    net = model(question_encoder, **overrides)
     shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), net.example()))["params"]
     rng = np.random.default_rng(seed)
     drawn = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.4, s.shape), jnp.float32), shapes)

@@ -158,9 +158,10 @@ class Bridge:
                     for one in module.get_variable("peft", Site.key(kind), ()):
                         reached.add(f"{path} ({kind})")
                         if kind == "norm":
-                            y = one.method.norm(one.params, y)
+                            new = one.method.norm(one.params, y)
                         else:
-                            y = one.method.sublayer(one.params, x, y, x.__add__)
+                            new = one.method.sublayer(one.params, x, y, x.__add__)
+                        y = new.astype(y.dtype)
                 return y
             finally:
                 active.pop()
@@ -240,15 +241,14 @@ def _trailing(module: nn.Module, x: jax.Array) -> bool:
 def _linear(bounds: tuple[sites.Bound, ...], module: nn.Module, x: jax.Array, call: Stream) -> jax.Array:
     """The linear with methods, which see its axes flattened to (..., in) -> (..., out). `call(x)` computes it."""
     lead = x.shape[: x.ndim - _n_axes(module)]
-    shapes = {}
+    plain: list[jax.Array] = []
 
     def product(flat_x: jax.Array) -> jax.Array:
-        y = call(flat_x.reshape(x.shape))
-        shapes["y"] = y.shape
-        return y.reshape(*lead, -1)
+        plain.append(call(flat_x.reshape(x.shape)))
+        return plain[0].reshape(*lead, -1)
 
     kernel, bias = meta.unbox([module.get_variable("params", name) for name in ("kernel", "bias")])
     n_in, n_out = bounds[0].site.shape
     kernel, bias = kernel.reshape(n_in, n_out), None if bias is None else bias.reshape(n_out)
     y = sites.linear_by(bounds, module, x.reshape(*lead, n_in), kernel, bias, product)
-    return y.reshape(shapes["y"])
+    return y.astype(plain[0].dtype).reshape(plain[0].shape)  # x may be wider than what the layer computes in

@@ -52,6 +52,7 @@ def _import_peft(model: VisionLanguageModel, params: Tree, directory: Path) -> t
     _check_fields(config, kind, str(directory / CONFIG))
     arrays = {name.replace(".default.", "."): np.asarray(x, np.float32) for name, x in arrays.items()}
     reader = _Reader(model, arrays, str(directory / WEIGHTS))
+    _check_saved_head(reader, params)
     head, params = _take_head(reader, config, params)
     many, own, params = _IMPORT[kind](reader, config, params)
     reader.close()
@@ -164,6 +165,15 @@ class _Reader:
 _Found = tuple[tuple[Method, ...], dict[str, np.ndarray], Tree]  # methods, adapter parameters, params
 
 
+def _check_saved_head(reader: _Reader, params: Tree) -> None:
+    """PEFT also saves the base's vocabulary matrix where the head is adapted: it must be ours, and is not read."""
+    name, head = f"{PREFIX}{reader.form.head.linear}.base_layer.weight", reader.form.head
+    if name in reader.left:
+        matrix = np.asarray(head.matrix(tree.flatten(params)), np.float32)
+        if not np.array_equal(reader.take(name), matrix):
+            raise ValueError(f"{reader.source}: {name} differs from {head.embedding}; the adapter is for another base")
+
+
 def _take_head(reader: _Reader, config: dict, params: Tree) -> tuple[tuple[Method, ...], Tree]:
     """(methods, params) of modules_to_save, which may be the head; PEFT unties it."""
     saved, head = config.get("modules_to_save") or [], reader.form.head
@@ -192,20 +202,21 @@ def _leaves(reader: _Reader, tensors: dict[str, np.ndarray]) -> dict[str, jax.Ar
 
 
 def _group(found: dict[str, dict[int, dict]], make, fill, model):
-    """Methods and parameters from {our path: {layer: parameters}}: one method per (arguments of `make`, set of layers)."""
+    """Methods and parameters from {our path: {layer: parameters}}: one method per (arguments of `make`, set of layers). Stacks
+    of different depth that have it in all of their layers share one."""
     groups: dict = {}
+    depth = {s.path: s.layers for s in sites.sites(model)}
     for path, layers in found.items():
         fields = tuple(sorted(next(iter(layers.values()))["fields"].items()))
-        groups.setdefault((fields, tuple(sorted(layers))), []).append(path)
+        some = None if depth[path] in (None, len(layers)) else tuple(sorted(layers))
+        groups.setdefault((fields, some), []).append(path)
     many, own = [], {}
-    depth = {s.path: s.layers for s in sites.sites(model)}
-    for (fields, layers), paths in groups.items():
+    for (fields, some), paths in groups.items():
         method = make(targets=rf"^({'|'.join(map(re.escape, paths))})$", **dict(fields))
-        some = depth[paths[0]] is not None and len(layers) < depth[paths[0]]
-        many.append(Scoped(method=method, layers=layers) if some else method)
+        many.append(Scoped(method=method, layers=some) if some else method)
         for path in paths:
             for name in fill:
-                stack = [found[path][i][name] for i in layers if name in found[path][i]]
+                stack = [found[path][i][name] for i in sorted(found[path]) if name in found[path][i]]
                 if stack:
                     leaf = f"peft/{path}/@linear/0/{method.name}/{name}"  # the only method on its site
                     own[leaf] = np.stack(stack) if depth[path] is not None else stack[0]
