@@ -15,7 +15,7 @@ import numpy as np
 from jaxpeft import tree
 from jaxpeft.inputs import images
 from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
-from jaxpeft.models import blip_hf, convert
+from jaxpeft.models import bert_convert, blip_hf, convert
 from jaxpeft.models.bert_convert import DROPPED, HEAD, TEXT, TIED, UNTIED
 from jaxpeft.models.blip import Blip, BlipConfig, build
 from jaxpeft.models.blip_tokens import BlipTokenizer
@@ -67,8 +67,6 @@ CONFIG = (
     ("enc_id", "text_config", "enc_token_id", 30523),
     ("dropout", "text_config", "hidden_dropout_prob", 0.0),
 )
-POSITION = "vision/position"
-TASKS = ("captioning", "vqa")
 
 
 def table(config: BlipConfig) -> list[Rule]:
@@ -149,7 +147,7 @@ def read_directory(
     config = dataclasses.replace(config, untied_head=has_untied_head(tensors, tensors.source))
     if has_encoder and question_encoder is False:
         raise ValueError(f"{path}: the decoder of a VQA checkpoint needs question states; use a captioning checkpoint")
-    rules, (resized, changes), copies = names(config), resize(config, image_size), {}
+    rules, (resized, changes), copies = names(config), bert_convert.resized(config, image_size, "bicubic"), {}
     if question_encoder and not has_encoder:
         resized, copies = start_question_encoder(resized, rules.rules)
     flat = convert.read(tensors, rules, tensors.source, place=place, dtype=dtype, changes=changes, copies=copies)
@@ -159,17 +157,6 @@ def read_directory(
         report["resized"] = f"position embedding from {config.image_size} to {image_size} pixels"
     params = convert.nested(flat)
     return resized, params, report | {"digest": tree.digest(params)}
-
-
-def resize(config: BlipConfig, image_size: int | None) -> tuple[BlipConfig, dict[str, Change]]:
-    """(config for another image size, changes of leaves as they are read)."""
-    if image_size in (None, config.image_size):
-        return config, {}
-    if image_size % config.patch_size or image_size < config.patch_size:
-        raise ValueError(f"image_size {image_size} is not a multiple of patch_size {config.patch_size}")
-    side = image_size // config.patch_size
-    change = lambda position_PD: images.resize_positions(np.asarray(position_PD, np.float32), side)  # noqa: E731
-    return dataclasses.replace(config, image_size=image_size), {POSITION: change}
 
 
 def start_question_encoder(config: BlipConfig, rules: Iterable[Rule]) -> tuple[BlipConfig, dict[str, str]]:
@@ -255,18 +242,18 @@ class _Converter:
     def for_task(self, config: BlipConfig, task: str | None, source: str) -> BlipConfig:
         if task is None:
             return config
-        if _asks(task) and not config.question_encoder:
+        if bert_convert.asks(task, "BLIP") and not config.question_encoder:
             raise ValueError(f"{source} has no question encoder, which task 'vqa' needs")
-        return dataclasses.replace(config, question_encoder=_asks(task))
+        return dataclasses.replace(config, question_encoder=bert_convert.asks(task, "BLIP"))
 
     def resize(self, config: BlipConfig, image_size: int | None) -> tuple[BlipConfig, dict[str, Change]]:
-        return resize(config, image_size)
+        return bert_convert.resized(config, image_size, "bicubic")
 
     def claims(self, path: Path) -> bool:
         return False
 
     def read_config(self, directory: Path, task: str | None) -> tuple[BlipConfig, dict]:
-        path, asks = directory / "config.json", _asks(task)
+        path, asks = directory / "config.json", bert_convert.asks(task, "BLIP")
         with files.reading(path, "is not a BLIP configuration"):
             if task is None:
                 asks = (files.read_json(path).get("architectures") or [""])[0] == "BlipForQuestionAnswering"
@@ -275,7 +262,7 @@ class _Converter:
     def read_directory(
         self, directory: Path, task: str | None, image_size: int | None, place: Place, dtype: Dtype
     ) -> tuple[BlipConfig, tree.Tree, dict]:
-        asks = _asks(task)
+        asks = bert_convert.asks(task, "BLIP")
         return read_directory(directory, image_size=image_size, question_encoder=asks, place=place, dtype=dtype)
 
     def model(
@@ -292,15 +279,6 @@ class _Converter:
 
     def hf(self, model: Blip) -> blip_hf.BlipInTransformers:
         return blip_hf.form(model, names(model.config), hf_config(model.config))
-
-
-def _asks(task: str | None) -> bool | None:
-    """Whether a task needs the question encoder; None for None."""
-    if task not in (None, *TASKS):
-        raise ValueError(
-            f"task is {task!r}; BLIP supports {' or '.join(map(repr, TASKS))}, or None for that of the checkpoint"
-        )
-    return None if task is None else task == "vqa"
 
 
 CONVERTER = _Converter()

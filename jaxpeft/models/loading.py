@@ -77,7 +77,7 @@ def read(
         config, params, report = _read_ours(directory, kind, manifest, task, image_size, place, param_dtype)
     model = kind.model(config, directory, report.get("defaults", ()), image_size)
     tree.check_same(shapes(model), tree.flatten(params), f"{directory}: what the converter made")
-    return _with(model, runtime), params, report | downloaded
+    return model.replaced(**runtime), params, report | downloaded
 
 
 def abstract(
@@ -98,12 +98,7 @@ def abstract(
     else:
         config, defaults = kind.for_task(manifest["config"], task, str(directory)), {}
     model = kind.model(kind.resize(config, image_size)[0], directory, defaults, image_size)
-    return _with(model, runtime)
-
-
-def _with(model: Any, changes: dict[str, Any]) -> Any:
-    """The model with changed fields of its configuration."""
-    return model.replaced(**changes)
+    return model.replaced(**runtime)
 
 
 def is_ours(path: str | Path, revision: str | None = None) -> bool:
@@ -286,7 +281,7 @@ def joined(model: Any, params: Tree) -> tuple[Any, Tree]:
     """The model with added words joined to the base's: whole matrices, as other programs expect them."""
     if not model.config.new_words:
         return model, params
-    whole = _with(model, {"new_words": 0})
+    whole = model.replaced(new_words=0)
     flat = tree.flatten(params)
     for name in [name for name in flat if name.rpartition("/")[2].startswith("new_")]:
         rows, matrix = flat.pop(name), name.replace("new_matrix", "vocabulary/kernel").replace("new_", "")

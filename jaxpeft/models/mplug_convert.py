@@ -20,7 +20,6 @@ import numpy as np
 import yaml
 
 from jaxpeft import tree
-from jaxpeft.inputs import images
 from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
 from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import bert_convert, convert
@@ -66,8 +65,6 @@ DROPPED = (
         "contrast and matching",
     ),
 )
-POSITION = "vision/position"
-TASKS = ("captioning", "vqa")
 # (our field, key of config_bert.json, default of BERT-base)
 BERT = (
     ("vocab_size", "vocab_size", 30522),
@@ -158,18 +155,12 @@ class _Converter:
     def for_task(self, config: MplugConfig, task: str | None, source: str) -> MplugConfig:
         if task is None:
             return config
-        if _asks(task) and not config.fusion:
+        if bert_convert.asks(task, "mPLUG") and not config.fusion:
             raise ValueError(f"{source} has no text encoder and no fusion stack, which task 'vqa' needs")
-        return dataclasses.replace(config, fusion=_asks(task))
+        return dataclasses.replace(config, fusion=bert_convert.asks(task, "mPLUG"))
 
     def resize(self, config: MplugConfig, image_size: int | None) -> tuple[MplugConfig, dict[str, Change]]:
-        if image_size in (None, config.image_size):
-            return config, {}
-        if image_size % config.patch_size or image_size < config.patch_size:
-            raise ValueError(f"image_size {image_size} is not a multiple of patch_size {config.patch_size}")
-        side = image_size // config.patch_size
-        change = lambda x: images.resize_positions(np.asarray(x, np.float32), side, "bilinear")  # noqa: E731
-        return dataclasses.replace(config, image_size=image_size), {POSITION: change}
+        return bert_convert.resized(config, image_size, "bilinear")
 
     def claims(self, path: Path) -> bool:
         return path.suffix in (".pth", ".bin", ".pt") and path.is_file() or (path / "config_bert.json").is_file()
@@ -204,15 +195,6 @@ class _Converter:
 
     def hf(self, model: Mplug) -> None:
         return None  # transformers has no mPLUG
-
-
-def _asks(task: str | None) -> bool | None:
-    """Whether a task needs text encoder and fusion stack; None for None."""
-    if task not in (None, *TASKS):
-        raise ValueError(
-            f"task is {task!r}; mPLUG supports {' or '.join(map(repr, TASKS))}, or None for that of the checkpoint"
-        )
-    return None if task is None else task == "vqa"
 
 
 CONVERTER = _Converter()
