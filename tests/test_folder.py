@@ -593,6 +593,15 @@ def test_links_to_pictures_are_followed(root, tmp_path):
     assert problems.counts == {"image without text": 4}
 
 
+def test_a_root_that_is_a_link_has_files_by_either_path(root, tmp_path):
+    (tmp_path / "link").symlink_to(root)
+    for at in (root, tmp_path / "link"):
+        put(root, {"c.csv": f"image,caption\n{at / name(1)},x\n{tmp_path / 'aside.png'},y\n"})
+        rows, problems = folder.parse("c.csv", tmp_path / "link")
+        assert captions(rows) == {name(1): ["x"]}, str(problems)
+        assert problems.counts == {"outside the directory": 1}
+
+
 @pytest.mark.parametrize("form", [str.lower, str.upper])
 def test_pictures_of_every_ending_are_found_and_read(tmp_path, form):
     """By text files beside them, and by a name of which only one is there."""

@@ -361,7 +361,7 @@ def test_two_studies_are_compared_cell_by_cell(tmp_path, capsys):
     changed = config_of(declare=False)
     changed.points.captioning.batch_size = 7
     write(tmp_path / "b", better, changed, code="b")
-    out = tmp_path / "comparison.html"
+    out = tmp_path / "new" / "comparison.html"
     with pytest.raises(SystemExit) as end:
         cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)])
     assert not end.value.code

@@ -69,9 +69,11 @@ class Files:
 
     def _inside(self, name, start):
         """A name relative to a directory below the root, as a path relative to the root; None where it is outside."""
-        absolute = os.path.isabs(name)
-        path = os.path.relpath(name, self.root.absolute()) if absolute else os.path.normpath(os.path.join(start, name))
-        return None if path.split(os.sep)[0] == os.pardir else path.replace(os.sep, "/")
+        if os.path.isabs(name):  # below the root as it was given or, where that is a link, as it is
+            paths = [os.path.relpath(name, root) for root in (self.root.absolute(), self.root.resolve())]
+        else:
+            paths = [os.path.normpath(os.path.join(start, name))]
+        return next((path.replace(os.sep, "/") for path in paths if path.split(os.sep)[0] != os.pardir), None)
 
     def _by_id(self, image_id, hint):
         key = str(int(image_id)) if image_id and image_id.isdecimal() else image_id

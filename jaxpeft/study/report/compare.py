@@ -36,6 +36,7 @@ def write(first: Path, second: Path, out: Path) -> str:
         )
     less = {cell: answers.difference(in_b[cell], in_a[cell]) for cell in common}
     words = [_word(one) for one in less.values()]
+    out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(out, _page(both, (in_a, in_b), less))
     counts = "; ".join(f"{words.count(word)} {word}" for word in (BETTER, WORSE, TIED, UNKNOWN) if word in words)
     return f"comparison: {out} ({len(common)} cells in both: {counts})"
