@@ -116,10 +116,46 @@ def test_slopes_and_what_a_whole_axis_brings(tmp_path):
     found = {axis: answers.slopes(write(tmp_path, close).results, axis) for axis in ("data", "size")}
     assert list(found["data"]) == ["head", "lora_head", "prefix_head"]
     assert list(found["size"]) == ["lora_head", "prefix_head"]
-    np.testing.assert_allclose([slope_S for slope_S, _ in found["data"].values()], np.full((3, 3), 0.05), atol=1e-12)
-    np.testing.assert_allclose(found["size"]["lora_head"][0], 0.02)
+    slopes = [[by_seed[seed] for seed in range(3)] for by_seed, _ in found["data"].values()]
+    np.testing.assert_allclose(slopes, np.full((3, 3), 0.05), atol=1e-12)
+    np.testing.assert_allclose([*found["size"]["lora_head"][0].values()], 0.02)
     whole = answers.pooled(found["size"], {"lora_head", "prefix_head"}, whole=True)
     np.testing.assert_allclose(whole.value, (0.04 + 0.0) / 2)  # two doublings of the rank
+
+
+def without(directory, *lost):
+    """The report of a study some of whose runs, named by the beginnings of their ids, failed."""
+    rows = [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
+    keys = ("id", "setting", "variant", "size", "n_images", "seed", "lr")
+    failed = lambda row: {key: row[key] for key in keys} | {"status": "failed", "error": "loss is nan"}  # noqa: E731
+    rows = [failed(row) if row["id"].startswith(lost) else row for row in rows]
+    files.write_jsonl(directory / "results.jsonl", rows)
+    return report.read(directory)
+
+
+def test_slopes_are_averaged_over_variants_of_the_same_seed(tmp_path):
+    """A doubling of the size brings .1 more with each next seed, in both methods."""
+    write(tmp_path, lambda run: 0.5 + 0.1 * run.seed * np.log2(max(run.cell.size, 1)), config_of(seeds=4))
+    found = answers.slopes(without(tmp_path, "photos-lora_head2-n256-s1").results, "size")
+    assert [[*by_seed] for by_seed, _ in found.values()] == [[0, 2, 3], [0, 1, 2, 3]]
+    one, expected = answers.pooled(found, set(found)), answers.mean([0.0, 0.2, 0.3])
+    np.testing.assert_allclose((one.value, one.low, one.high), (expected.value, expected.low, expected.high))
+
+
+def test_a_line_whose_cells_share_no_seed_is_left_out(tmp_path):
+    write(tmp_path, close, config_of(declare=False, seeds=2, rates=(1.0,)), validation={"kept": 1.0})
+    lost = [f"photos-lora_head{size}-n256-s{seed}" for size, seed in ((2, 0), (8, 1))]
+    files.write_jsonl(tmp_path / "search.jsonl", searched_of(tmp_path))  # so that seed 0 is a run like the others
+    study = without(tmp_path, *lost)
+    assert answers.slopes(study.results, "size").keys() == {"prefix_head"}
+    html = html_of(tmp_path)
+    assert html.count("the cells have no seed in common") > 1 and "What twice as much brings" in html
+
+
+def searched_of(directory):
+    """The runs with seed 0 as those of a search with fewer steps."""
+    rows = [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
+    return [row | {"id": f"{row['id']}-search"} for row in rows if row["seed"] == 0]
 
 
 def test_where_the_best_rates_stand(tmp_path):

@@ -98,25 +98,29 @@ def names(cells: Sequence[Cell]) -> str:
     return "; ".join(variant if some == ["0"] else f"{variant} {', '.join(some)}" for variant, some in sizes.items())
 
 
-def slopes(results: Sequence[Result], axis: str) -> dict[str, tuple[np.ndarray, float]]:
-    """variant -> (least-squares slope of the score per doubling, for each seed; the number of doublings on its axis).
+def slopes(results: Sequence[Result], axis: str) -> dict[str, tuple[dict[int, float], float]]:
+    """variant -> (seed -> least-squares slope of the score per doubling; the number of doublings on its axis).
 
-    Of variants with two cells or more on the axis 'data' or 'size', and the seeds that all of their cells have.
+    Of variants with two cells or more on the axis 'data' or 'size', and the seeds that all of their cells have. Variants
+    whose cells have no seed in common are left out.
     """
     by_cell, found, where = claims.cells(results), {}, {"data": 2, "size": 1}[axis]
     for variant, line in on_axis(by_cell, axis).items():
         xs = [cell[where] for cell in line]
-        if len(line) > 1:
-            found[variant] = (intervals.slope(xs, claims.scores(by_cell, line)), intervals.doublings(xs))
+        if len(line) > 1 and (seeds := claims.shared(by_cell, line)):
+            slope_S = intervals.slope(xs, claims.scores(by_cell, line)).tolist()
+            found[variant] = (dict(zip(seeds, slope_S, strict=True)), intervals.doublings(xs))
     return found
 
 
-def pooled(found: dict[str, tuple[np.ndarray, float]], sized: set[str], whole: bool = False) -> Estimate | float | None:
+def pooled(
+    found: dict[str, tuple[dict[int, float], float]], sized: set[str], whole: bool = False
+) -> Estimate | float | None:
     """The mean of slopes over the variants in `sized`, those with a size: controls are left out. `whole`: over the axis
-    instead of per doubling."""
-    mine = [slope_S * (n if whole else 1.0) for variant, (slope_S, n) in found.items() if variant in sized]
-    n_seeds = min(map(len, mine), default=0)
-    return mean(np.mean([one[:n_seeds] for one in mine], axis=0)) if n_seeds else None
+    instead of per doubling. Of the seeds that all of these variants have; None where there are none."""
+    mine = [(slopes, n if whole else 1.0) for variant, (slopes, n) in found.items() if variant in sized]
+    seeds = sorted(set.intersection(*(set(slopes) for slopes, _ in mine))) if mine else []
+    return mean([statistics.fmean(slopes[seed] * n for slopes, n in mine) for seed in seeds]) if seeds else None
 
 
 def sized(study: Study) -> set[str]:

@@ -241,7 +241,7 @@ def _slopes(study: Study) -> str:
         for variant in ["all methods"] * several + named:
             both = [
                 answers.pooled(one, sized) if variant == "all methods"
-                else answers.mean(one[variant][0]) if variant in one else None for one in found.values()
+                else answers.mean([*one[variant][0].values()]) if variant in one else None for one in found.values()
             ]  # fmt: skip
             lines.append((scale, variant, both))
     if not lines:
