@@ -123,39 +123,36 @@ def test_slopes_and_what_a_whole_axis_brings(tmp_path):
     np.testing.assert_allclose(whole.value, (0.04 + 0.0) / 2)  # two doublings of the rank
 
 
-def without(directory, *lost):
-    """The report of a study some of whose runs, named by the beginnings of their ids, failed."""
-    rows = [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
+def fails(row):
+    """The row of a run that was given up."""
     keys = ("id", "setting", "variant", "size", "n_images", "seed", "lr")
-    failed = lambda row: {key: row[key] for key in keys} | {"status": "failed", "error": "loss is nan"}  # noqa: E731
-    rows = [failed(row) if row["id"].startswith(lost) else row for row in rows]
-    files.write_jsonl(directory / "results.jsonl", rows)
+    return {key: row[key] for key in keys} | {"status": "failed", "error": "loss is nan"}
+
+
+def without(directory, *lost):
+    """A study some of whose runs failed."""
+    rows = [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
+    files.write_jsonl(directory / "results.jsonl", [fails(row) if row["id"] in lost else row for row in rows])
     return report.read(directory)
 
 
 def test_slopes_are_averaged_over_variants_of_the_same_seed(tmp_path):
     """A doubling of the size brings .1 more with each next seed, in both methods."""
-    write(tmp_path, lambda run: 0.5 + 0.1 * run.seed * np.log2(max(run.cell.size, 1)), config_of(seeds=4))
-    found = answers.slopes(without(tmp_path, "photos-lora_head2-n256-s1").results, "size")
+    study = write(tmp_path, lambda run: 0.1 * run.seed * np.log2(max(run.cell.size, 1)), config_of(seeds=4))
+    results = [one for one in study.results if (*one.cell, one.seed) != ("lora_head", 2, 256, 1)]
+    found = answers.slopes(results, "size")
     assert [[*by_seed] for by_seed, _ in found.values()] == [[0, 2, 3], [0, 1, 2, 3]]
     one, expected = answers.pooled(found, set(found)), answers.mean([0.0, 0.2, 0.3])
     np.testing.assert_allclose((one.value, one.low, one.high), (expected.value, expected.low, expected.high))
 
 
 def test_a_line_whose_cells_share_no_seed_is_left_out(tmp_path):
+    """Of two seeds: the rates are from a search apart, so that the first too can fail."""
     write(tmp_path, close, config_of(declare=False, seeds=2, rates=(1.0,)), validation={"kept": 1.0})
-    lost = [f"photos-lora_head{size}-n256-s{seed}" for size, seed in ((2, 0), (8, 1))]
-    files.write_jsonl(tmp_path / "search.jsonl", searched_of(tmp_path))  # so that seed 0 is a run like the others
-    study = without(tmp_path, *lost)
+    lost = (("lora_head", 2, 256, 0), ("lora_head", 8, 256, 1))
+    study = split(tmp_path, lambda row: (row["variant"], row["size"], row["n_images"], row["seed"]) not in lost)
     assert answers.slopes(study.results, "size").keys() == {"prefix_head"}
-    html = html_of(tmp_path)
-    assert html.count("the cells have no seed in common") > 1 and "What twice as much brings" in html
-
-
-def searched_of(directory):
-    """The runs with seed 0 as those of a search with fewer steps."""
-    rows = [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
-    return [row | {"id": f"{row['id']}-search"} for row in rows if row["seed"] == 0]
+    assert html_of(tmp_path).count("the cells have no seed in common") > 1
 
 
 def test_where_the_best_rates_stand(tmp_path):
@@ -168,6 +165,53 @@ def test_where_the_best_rates_stand(tmp_path):
     lower = places(lambda run: close(run) - (run.lr < 2e-3))  # all rates of prefix are above that
     assert lower == {"head": (0, 2, 0), "lora_head": (0, 4, 0), "prefix_head": (4, 0, 0)}
     assert not answers.rate_places(write(tmp_path, close, config_of(rates=(1.0,))))
+
+
+def split(directory, kept, failed=lambda row: False):
+    """Make the runs with seed 0 those of a search with fewer steps, and keep the rows kept(row) as the runs after it."""
+    rows = [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
+    searched = [row | {"id": f"{row['id']}-search"} for row in rows if row["seed"] == 0]
+    files.write_jsonl(directory / "search.jsonl", [fails(row) if failed(row) else row for row in searched])
+    files.write_jsonl(directory / "results.jsonl", [row for row in rows if kept(row)])
+    return report.read(directory)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_rate_whose_run_failed_was_tried(apart, tmp_path):
+    """The middle rate is the best and the largest diverged: the best is not at the edge, as the search knows."""
+    c = config_of(seeds=1, rates=(0.3, 1.0, 3.0))
+    place = lambda row: round(row["lr"] / c.variants[row["variant"]].lr, 1)  # noqa: E731
+    smallest_is_worst = lambda run: close(run) - (place({"lr": run.lr, "variant": run.cell.variant}) == 0.3)  # noqa: E731
+    study = write(tmp_path, smallest_is_worst, c, validation={"kept": 1.0})
+    if apart:
+        study = split(tmp_path, lambda row: place(row) == 1.0, lambda row: place(row) == 3.0)
+    else:
+        study = without(tmp_path, *(row["id"] for row in study.rows if place(row) == 3.0))
+    assert {place(row) for row in study.rows if row["chosen"]} == {1.0} and folded.edges_of(study) == []
+    found = {one["variant"]: one for one in answers.rate_places(study)}
+    assert {name: one["inside"] for name, one in found.items()} == {"head": 2, "lora_head": 4, "prefix_head": 4}
+    assert all((one["smallest"], one["largest"], one["tried"]) == (0, 0, {3}) for one in found.values())
+    html = html_of(tmp_path)
+    assert f"{30 if apart else 20} runs done, 10 failed" in html and html.count("loss is nan") == 10
+
+
+def test_a_cell_whose_whole_search_failed_is_in_the_report(tmp_path):
+    """It has no row in results.jsonl."""
+    write(tmp_path, close, config_of(rates=(1.0,)), validation={"kept": 1.0})
+    lost = lambda row: (row["variant"], row["n_images"]) == ("head", 64)  # noqa: E731
+    study = split(tmp_path, lambda row: not lost(row), lost)
+    assert len(study.rows) == 9 * 3 and len(study.searched) == 10
+    assert "36 runs; claims" in report.write(tmp_path)
+    html = (tmp_path / "report" / "index.html").read_text()
+    assert "36 runs done, 1 failed, 0.02 hours" in html and "Failures" in html  # of 2 seconds each
+    assert re.search("photos-head-n64-s0-lr[^<]*-search</td>.*?loss is nan", html)
+
+
+def test_a_study_whose_whole_search_failed_is_reported(tmp_path):
+    write(tmp_path, close, config_of(declare=False, rates=(1.0,)))
+    study = split(tmp_path, lambda row: False, lambda row: True)
+    assert (study.rows, study.results, folded.edges_of(study)) == ([], [], [])
+    assert "0 runs done, 10 failed" in html_of(tmp_path)
 
 
 def test_a_shorter_search_in_nats_chooses_the_rates(tmp_path):

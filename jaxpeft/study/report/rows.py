@@ -27,14 +27,19 @@ class Study:
     config: dict
     command: str
     rows: list[dict]  # flat, one per run, with COLUMNS
-    searched: list[
-        dict
-    ]  # finished runs among which the rate of each cell was chosen, by their 'choice'; not all have test scores
+    # the runs of the search, failed ones too; the rate of each cell was chosen by the 'choice' of those that are done, not all
+    # of which have test scores
+    searched: list[dict]
     results: list[Result]  # what claims are judged on: the chosen run of each cell and seed
     scales: list[Scale]
     mixed: list[Cell]  # cells whose runs were made by different code
     directory: Path
     gains: dict[str, float] = dataclasses.field(default_factory=dict)  # search.budget_gains
+
+    @property
+    def runs(self) -> list[dict]:
+        """All runs: those of the search are among `rows`, unless it had fewer steps than the other runs."""
+        return [*{row["id"]: row for row in (*self.rows, *self.searched)}.values()]
 
     @property
     def in_nats(self) -> bool:
@@ -87,11 +92,11 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
     if mixed and not mixed_code:
         raise ValueError(_refusal(directory, mixed))
     short = _short(directory)
-    searched = [row | {"choice": _choice(row, config)} for row in short]
-    searched = searched or [row for row in rows if row["status"] == "done" and row["seed"] == 0]
+    searched = [_of_search(row, config) for row in short] or [row for row in rows if row["seed"] == 0]
     tried = collections.defaultdict(list)
     for row in searched:
-        tried[cell_of(row)].append((row["lr"], row["choice"]))
+        if row["status"] == "done":
+            tried[cell_of(row)].append((row["lr"], row["choice"]))
     best = {cell: best_learning_rate(pairs) for cell, pairs in tried.items()}
     for row in [*rows, *searched]:
         row["chosen"] = row["status"] == "done" and row["lr"] == best.get(cell_of(row))
@@ -107,9 +112,16 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
 
 
 def _short(directory: Path) -> list[dict]:
-    """The finished runs of search.jsonl, which is there if the search had fewer steps than the other runs."""
+    """The runs of search.jsonl, which is there if the search had fewer steps than the other runs."""
     path = directory / "search.jsonl"
-    return [row for row in read_jsonl(path) if row["status"] == "done"] if path.exists() else []
+    return read_jsonl(path) if path.exists() else []
+
+
+def _of_search(row: dict, config: dict) -> dict:
+    """A run of search.jsonl with what the report says of it."""
+    if row["status"] != "done":
+        return row
+    return row | {"choice": _choice(row, config), "total_s": row["timing"]["total_s"]}
 
 
 def _choice(row: dict, config: dict) -> float:
