@@ -138,7 +138,8 @@ def _written(study: Study, setting: str, pictures) -> list[tuple[dict, dict[str,
                 best[row["variant"]] = row
     cases: dict[tuple, tuple[dict, dict]] = {}
     for variant, row in best.items():
-        for one in read_jsonl(study.directory / "points" / row["id"] / "predictions.jsonl"):
+        path = study.directory / "points" / row["id"] / "predictions.jsonl"
+        for one in read_jsonl(path) if path.exists() else []:  # runs may have been removed to save space
             if one["split"] == "test" and files.name_for(one["image_id"]) in pictures:
                 case = cases.setdefault((one["image_id"], one.get("question_id", "")), (one, {}))
                 case[1][variant] = one["tuned"]

@@ -232,18 +232,15 @@ def consistency(study: Study) -> list[dict]:
     """The frozen base's score as a share of the best tuned score, for each setting: 1 is fully consistent with pre-training."""
     found = []
     for setting in study.config["settings"]:
-        rows = [row for row in study.rows if row["setting"] == setting and row["status"] == "done"]
-        base = [row["base"] for row in rows if row["base"] is not None]
-        chosen = [row for row in rows if row["chosen"]]
-        if not base or not chosen:
+        base, cells = study.base(setting), chosen_by_cell(study, setting)
+        if base is None or not cells:
             continue
-        cells = chosen_by_cell(study, setting).items()
-        best, variant = max((statistics.fmean(r["test"] for r in group), cell[0]) for cell, group in cells)
-        blind = max(score[rows[0]["metric"]] for score in chosen[0]["blind"].values())
+        best, variant = max((statistics.fmean(r["test"] for r in group), cell[0]) for cell, group in cells.items())
         found.append(
             {
-                "setting": setting, "metric": rows[0]["metric"], "blind": blind, "frozen base": base[0], "best tuned": best,
-                "best variant": variant, "consistency": base[0] / best if best else 0.0, "n": chosen[0]["n_test"],
+                "setting": setting, "metric": study.metric(setting), "blind": study.blind(setting), "frozen base": base,
+                "best tuned": best, "best variant": variant, "consistency": base / best if best else 0.0,
+                "n": next(iter(cells.values()))[0]["n_test"],
             }
         )  # fmt: skip
     return found
