@@ -257,6 +257,64 @@ def test_a_ramp_is_no_closer_to_monotonic_than_another(consistent, expected):
     assert verdict("C4 difference", found, *scales).verdict == expected
 
 
+def failed(found, setting, seed, **cell):
+    """The results without a run: that of LoRA's smallest size with all images, or of another cell."""
+    cell = {"method": "lora", "size": 2, "n_images": N_IMAGES[-1], **cell}
+    lost = [one for one in found if (one.setting, one.seed) == (setting, seed)
+            and all(getattr(one, key) == value for key, value in cell.items())]  # fmt: skip
+    assert len(lost) == 1
+    return [one for one in found if one is not lost[0]]
+
+
+def seeded(found):
+    """The results with a ramp and a hump along the size, which differ between seeds by far more than between settings."""
+    at = dict(zip(SIZES, (0, 0.5, 1, 0.5, 0.25), strict=True))
+    return [dataclasses.replace(one, score=one.score + (0.1 + 0.2 * one.seed) * at.get(one.size, 0)) for one in found]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("setting", ["captioning_new", "captioning_known"])
+@pytest.mark.parametrize("effect", [lambda some: claims.trend(some, "size"), claims.departure])
+def test_a_failed_run_leaves_seeds_paired(effect, setting, seed):
+    """A contrast of .02 with every seed is .02 with the seeds that are left, whichever they are."""
+    found, scales = sides(by_size(2) if effect is not claims.departure else hump(2), by_size(0), seeds=4, noise=0)
+    found = failed(seeded(found), setting, seed)
+    one = claims.contrast(found, scales, effect)
+    np.testing.assert_allclose(one.values, 0.02 * np.ones(2 if effect is claims.departure else 3), atol=1e-12)
+    assert one.seeds == tuple(sorted({0, 1, 2, 3} - {seed}))
+
+
+def test_interactions_are_of_the_seeds_that_all_settings_have():
+    found, scales = sides(by_size(2), by_size(0), seeds=4, noise=0)
+    found = claims.interactions(failed(seeded(found), "captioning_new", 1), scales)
+    for name in ("all", "lora_head"):
+        np.testing.assert_allclose([found["size", name].low, found["size", name].high], 2, atol=1e-9)
+
+
+def test_cells_without_a_common_seed_are_not_tested():
+    """With two seeds: one cell lost the first, another the second."""
+    found, scales = sides(by_size(20), by_size(0), methods=(*METHODS, "full"), seeds=2)
+    for setting in ("captioning_new", "captioning_known"):
+        found = failed(failed(found, setting, 0), setting, 1, size=8)
+    said = claims.judge(found, scales)
+    size = [one for one in said if one.claim in ("C2", "C4", "C5") or "16,384" in one.statement]
+    assert len(size) == 9 and all(one.verdict == "not tested" and one.n_seeds == 0 for one in size)
+    assert {one.note for one in size} == {"the cells have no seed in common"}
+    between = [one.note for one in said if one.claim in ("C7 size", "C4 difference")]
+    assert between == 2 * ["too little in common to both sides: the cells have no seed in common"]
+    assert [one.n_seeds for one in said if one.claim == "C1"] == [1]  # size 8 is on the axis of data
+
+
+def test_settings_without_a_common_seed_are_not_compared():
+    found, scales = sides(by_size(20), by_size(0), seeds=2)
+    found = failed(failed(found, "captioning_new", 0), "captioning_known", 1)
+    one = claims.contrast(found, scales, lambda some: claims.trend(some, "size"))
+    assert not len(one.values) and one.missing == "too little in common to both sides: no seed"
+    assert claims.interactions(found, scales).keys() == {
+        ("data", name) for name in ("all", *(f"{method}_head" for method in METHODS))
+    } | {("size", f"{method}_head") for method in METHODS[1:]}
+
+
 def test_points_run_from_blind_to_ceiling():
     one = Scale("x", "vqa", None, blind=0.4, ceiling=0.9)
     assert [round(one.points(x)) for x in (0.4, 0.65, 0.9, 0.3)] == [0, 50, 100, -20]

@@ -116,10 +116,43 @@ def test_slopes_and_what_a_whole_axis_brings(tmp_path):
     found = {axis: answers.slopes(write(tmp_path, close).results, axis) for axis in ("data", "size")}
     assert list(found["data"]) == ["head", "lora_head", "prefix_head"]
     assert list(found["size"]) == ["lora_head", "prefix_head"]
-    np.testing.assert_allclose([slope_S for slope_S, _ in found["data"].values()], np.full((3, 3), 0.05), atol=1e-12)
-    np.testing.assert_allclose(found["size"]["lora_head"][0], 0.02)
+    slopes = [[by_seed[seed] for seed in range(3)] for by_seed, _ in found["data"].values()]
+    np.testing.assert_allclose(slopes, np.full((3, 3), 0.05), atol=1e-12)
+    np.testing.assert_allclose([*found["size"]["lora_head"][0].values()], 0.02)
     whole = answers.pooled(found["size"], {"lora_head", "prefix_head"}, whole=True)
     np.testing.assert_allclose(whole.value, (0.04 + 0.0) / 2)  # two doublings of the rank
+
+
+def fails(row):
+    """The row of a run that was given up."""
+    keys = ("id", "setting", "variant", "size", "n_images", "seed", "lr")
+    return {key: row[key] for key in keys} | {"status": "failed", "error": "loss is nan"}
+
+
+def without(directory, *lost):
+    """A study some of whose runs failed."""
+    rows = [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
+    files.write_jsonl(directory / "results.jsonl", [fails(row) if row["id"] in lost else row for row in rows])
+    return report.read(directory)
+
+
+def test_slopes_are_averaged_over_variants_of_the_same_seed(tmp_path):
+    """A doubling of the size brings .1 more with each next seed, in both methods."""
+    study = write(tmp_path, lambda run: 0.1 * run.seed * np.log2(max(run.cell.size, 1)), config_of(seeds=4))
+    results = [one for one in study.results if (*one.cell, one.seed) != ("lora_head", 2, 256, 1)]
+    found = answers.slopes(results, "size")
+    assert [[*by_seed] for by_seed, _ in found.values()] == [[0, 2, 3], [0, 1, 2, 3]]
+    one, expected = answers.pooled(found, set(found)), answers.mean([0.0, 0.2, 0.3])
+    np.testing.assert_allclose((one.value, one.low, one.high), (expected.value, expected.low, expected.high))
+
+
+def test_a_line_whose_cells_share_no_seed_is_left_out(tmp_path):
+    """Of two seeds: the rates are from a search apart, so that the first too can fail."""
+    write(tmp_path, close, config_of(declare=False, seeds=2, rates=(1.0,)), validation={"kept": 1.0})
+    lost = (("lora_head", 2, 256, 0), ("lora_head", 8, 256, 1))
+    study = split(tmp_path, lambda row: (row["variant"], row["size"], row["n_images"], row["seed"]) not in lost)
+    assert answers.slopes(study.results, "size").keys() == {"prefix_head"}
+    assert html_of(tmp_path).count("the cells have no seed in common") > 1
 
 
 def test_where_the_best_rates_stand(tmp_path):
@@ -132,6 +165,53 @@ def test_where_the_best_rates_stand(tmp_path):
     lower = places(lambda run: close(run) - (run.lr < 2e-3))  # all rates of prefix are above that
     assert lower == {"head": (0, 2, 0), "lora_head": (0, 4, 0), "prefix_head": (4, 0, 0)}
     assert not answers.rate_places(write(tmp_path, close, config_of(rates=(1.0,))))
+
+
+def split(directory, kept, failed=lambda row: False):
+    """Make the runs with seed 0 those of a search with fewer steps, and keep the rows kept(row) as the runs after it."""
+    rows = [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
+    searched = [row | {"id": f"{row['id']}-search"} for row in rows if row["seed"] == 0]
+    files.write_jsonl(directory / "search.jsonl", [fails(row) if failed(row) else row for row in searched])
+    files.write_jsonl(directory / "results.jsonl", [row for row in rows if kept(row)])
+    return report.read(directory)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_rate_whose_run_failed_was_tried(apart, tmp_path):
+    """The middle rate is the best and the largest diverged: the best is not at the edge, as the search knows."""
+    c = config_of(seeds=1, rates=(0.3, 1.0, 3.0))
+    place = lambda row: round(row["lr"] / c.variants[row["variant"]].lr, 1)  # noqa: E731
+    smallest_is_worst = lambda run: close(run) - (place({"lr": run.lr, "variant": run.cell.variant}) == 0.3)  # noqa: E731
+    study = write(tmp_path, smallest_is_worst, c, validation={"kept": 1.0})
+    if apart:
+        study = split(tmp_path, lambda row: place(row) == 1.0, lambda row: place(row) == 3.0)
+    else:
+        study = without(tmp_path, *(row["id"] for row in study.rows if place(row) == 3.0))
+    assert {place(row) for row in study.rows if row["chosen"]} == {1.0} and folded.edges_of(study) == []
+    found = {one["variant"]: one for one in answers.rate_places(study)}
+    assert {name: one["inside"] for name, one in found.items()} == {"head": 2, "lora_head": 4, "prefix_head": 4}
+    assert all((one["smallest"], one["largest"], one["tried"]) == (0, 0, {3}) for one in found.values())
+    html = html_of(tmp_path)
+    assert f"{30 if apart else 20} runs done, 10 failed" in html and html.count("loss is nan") == 10
+
+
+def test_a_cell_whose_whole_search_failed_is_in_the_report(tmp_path):
+    """It has no row in results.jsonl."""
+    write(tmp_path, close, config_of(rates=(1.0,)), validation={"kept": 1.0})
+    lost = lambda row: (row["variant"], row["n_images"]) == ("head", 64)  # noqa: E731
+    study = split(tmp_path, lambda row: not lost(row), lost)
+    assert len(study.rows) == 9 * 3 and len(study.searched) == 10
+    assert "36 runs; claims" in report.write(tmp_path)
+    html = (tmp_path / "report" / "index.html").read_text()
+    assert "36 runs done, 1 failed, 0.02 hours" in html and "Failures" in html  # of 2 seconds each
+    assert re.search("photos-head-n64-s0-lr[^<]*-search</td>.*?loss is nan", html)
+
+
+def test_a_study_whose_whole_search_failed_is_reported(tmp_path):
+    write(tmp_path, close, config_of(declare=False, rates=(1.0,)))
+    study = split(tmp_path, lambda row: False, lambda row: True)
+    assert (study.rows, study.results, folded.edges_of(study)) == ([], [], [])
+    assert "0 runs done, 10 failed" in html_of(tmp_path)
 
 
 def test_a_shorter_search_in_nats_chooses_the_rates(tmp_path):
@@ -206,6 +286,16 @@ def test_a_base_for_each_seed_is_what_its_runs_are_compared_with(tmp_path):
     np.testing.assert_allclose((few.over_base.low, few.over_base.high), (0.32, 0.32), atol=1e-9)
 
 
+def test_the_consistency_is_that_of_the_mean_over_the_bases_of_all_seeds(tmp_path):
+    study = write(tmp_path, close)
+    for row in study.rows:
+        row["base"] = 0.1 + 0.2 * row["seed"]
+    study.rows[-1]["blind"] = {"one": {"cider_d": 0.15}}  # the best guess of a subset of the training images
+    (one,) = report.consistency(study)
+    np.testing.assert_allclose([one[key] for key in ("frozen base", "best tuned", "blind")], [0.3, 0.64, 0.15])
+    np.testing.assert_allclose(one["consistency"], 0.3 / 0.64)
+
+
 def test_a_command_repeats_the_best_run_and_another_uses_it(tmp_path):
     study = write(tmp_path, close)
     (tmp_path / "points" / "photos-lora_head8-n256-s1-lr0.003").mkdir(parents=True)
@@ -265,6 +355,21 @@ def test_a_picture_with_any_name_is_kept_and_shown(name, tmp_path, monkeypatch):
         point.mkdir(parents=True)
         files.write_jsonl(point / "predictions.jsonl", [line, line | {"image_id": "another"}])
     assert folded.gallery(study).count("<img") == 1
+
+
+def test_runs_that_were_removed_have_no_texts_in_the_gallery(tmp_path):
+    study, name = write(tmp_path, close), files.name_for("one.jpg")
+    picture = tmp_path / "pictures" / "photos" / f"{name}.png"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"")
+    assert folded.gallery(study) == ""
+    kept = next(row for row in study.rows if row["chosen"] and (row["variant"], row["n_images"]) == ("head", 256))
+    point = tmp_path / "points" / kept["id"]
+    point.mkdir(parents=True)
+    line = {"split": "test", "image_id": "one.jpg", "references": ["a cat"], "tuned": "a dog"}
+    files.write_jsonl(point / "predictions.jsonl", [line])
+    ((_, said),) = folded._written(study, "photos", {name: picture})
+    assert said == {"head": "a dog"} and folded.gallery(study).count("<img") == 1
 
 
 @pytest.mark.parametrize("where", ["result", "file"])

@@ -254,7 +254,7 @@ def test_a_short_search_is_apart_and_every_seed_is_trained_in_full(fake, tmp_pat
         (2.0, False, False),
         (8.0, True, True),
     ]
-    assert "10 runs" in report.write(tmp_path)
+    assert "20 runs" in report.write(tmp_path)  # with those of the search
 
 
 def test_by_nats_the_search_needs_no_texts(fake, tmp_path):

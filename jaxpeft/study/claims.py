@@ -93,9 +93,11 @@ class Effect:
     cells: tuple[str, ...] = ()
     noise: float = 0.0  # standard deviation over seeds of the score of a cell
     missing: str = ""
+    seeds: tuple[int, ...] = ()  # that its cells have in common; `departure` has no value for the first of them
 
 
 NONE = np.zeros(0)
+NO_SEED = "the cells have no seed in common"
 Cells = dict[tuple[str, int, int], dict[int, Result]]
 
 
@@ -107,9 +109,14 @@ def cells(results: Iterable[Result]) -> Cells:
     return dict(found)
 
 
+def shared(by_cell: Cells, wanted: Sequence[tuple]) -> list[int]:
+    """The seeds that all of some cells have."""
+    return sorted(set.intersection(*(set(by_cell[cell]) for cell in wanted))) if wanted else []
+
+
 def scores(by_cell: Cells, wanted: Sequence[tuple]) -> np.ndarray:
     """(cells, seeds): the scores of some cells, for the seeds that all of them have."""
-    seeds = sorted(set.intersection(*(set(by_cell[cell]) for cell in wanted)))
+    seeds = shared(by_cell, wanted)
     return np.array([[by_cell[cell][seed].score for seed in seeds] for cell in wanted])
 
 
@@ -173,7 +180,9 @@ def departure(results: Sequence[Result]) -> Effect:
     by_cell = cells(results)
     of = lines(by_cell, "size")
     everything = [cell for line in of.values() for cell in line]
-    every = dict(zip(everything, scores(by_cell, everything), strict=True)) if everything else {}
+    if not shared(by_cell, everything):
+        return _effect([], by_cell, of, "size")
+    every = dict(zip(everything, scores(by_cell, everything), strict=True))
     values, pairs = [], []
     for variant, line in of.items():
         score_PS = np.array([every[cell] for cell in line])
@@ -208,9 +217,9 @@ def layers_less(results: Sequence[Result], rival: str) -> Effect:
         return Effect(NONE, missing=f"no cells of {rival} and of methods on layers that are equal in size")
     every = dict(zip(used, scores(by_cell, used), strict=True))
     values = [np.mean([every[cell] for cell in equal], axis=0) - every[mine] for mine, *equal in differences]
-    return dataclasses.replace(
-        _effect(values, by_cell, _by_variant(used)), missing=_missing((*layers, rival), len(differences), "equal size")
-    )
+    effect = _effect(values, by_cell, _by_variant(used))
+    few = _missing((*layers, rival), len(differences), "equal size")
+    return dataclasses.replace(effect, missing=effect.missing or few)
 
 
 def best_less_full(results: Sequence[Result], n_images: int) -> Effect:
@@ -227,8 +236,9 @@ def best_less_full(results: Sequence[Result], n_images: int) -> Effect:
     methods = {about[cell].method for cell in rivals}
     if not full or not rivals:
         return Effect(NONE, missing="full fine-tuning, or PEFT with a tuned head, was not run")
-    score_CS = scores(by_cell, [*rivals, *full])
-    seeds = sorted(set.intersection(*(set(by_cell[cell]) for cell in (*rivals, *full))))
+    score_CS, seeds = scores(by_cell, [*rivals, *full]), shared(by_cell, [*rivals, *full])
+    if not seeds:
+        return Effect(NONE, missing=NO_SEED)
     picked = []
     for seed in seeds:
         others = [other for other in seeds if other != seed] or seeds
@@ -238,15 +248,15 @@ def best_less_full(results: Sequence[Result], n_images: int) -> Effect:
     best = list(dict.fromkeys(rivals[i] for i in picked))
     effect = _effect([values], by_cell, _by_variant([*best, *full]))
     few = f"{len(methods)} of {LEAST} methods to pick from" if len(methods) < LEAST else ""
-    return dataclasses.replace(effect, missing=few)
+    return dataclasses.replace(effect, missing=few, seeds=tuple(seeds))
 
 
 def contrast(results: Sequence[Result], scales: Sequence[Scale], effect: Callable, sign: int = 1) -> Effect:
     """C7, and the difference of C4: an effect in inconsistent settings less that in consistent ones, of the same task.
 
     effect_s = mean over tasks of (mean over inconsistent settings - mean over consistent settings), with the variants that have
-    a line in all of them; times `sign`. Tasks without both kinds of setting are left out: captions against questions would
-    compare tasks, not consistency.
+    a line in all of them and the seeds that all of these have; times `sign`. Tasks without both kinds of setting are left out:
+    captions against questions would compare tasks, not consistency.
     """
     sides = collections.defaultdict(lambda: {True: [], False: []})
     for scale in scales:
@@ -263,12 +273,18 @@ def contrast(results: Sequence[Result], scales: Sequence[Scale], effect: Callabl
         for setting in used
     }
     if any(not len(one.values) for one in found.values()):
-        why = next(one.missing for one in found.values() if not len(one.values))
+        why = next(one.missing for one in found.values() if not len(one.values)) or "too few seeds"
         return Effect(NONE, missing=f"too little in common to both sides: {why}")
-    n = min(len(one.values) for one in found.values())
+    seeds = set.intersection(*(set(one.seeds) for one in found.values()))
+    if not seeds:
+        return Effect(NONE, missing="too little in common to both sides: no seed")
+    if any(
+        set(one.seeds) != seeds for one in found.values()
+    ):  # computed again, as `departure` depends on the first seed
+        return contrast([one for one in results if one.seed in seeds], scales, effect, sign)
 
     def mean(settings):
-        return np.mean([found[setting].values[:n] for setting in settings], axis=0)
+        return np.mean([found[setting].values for setting in settings], axis=0)
 
     values = np.mean([sign * (mean(side[False]) - mean(side[True])) for side in both.values()], axis=0)
     first = found[used[0]]
@@ -277,7 +293,8 @@ def contrast(results: Sequence[Result], scales: Sequence[Scale], effect: Callabl
         tuple(dict.fromkeys(method for one in found.values() for method in one.methods)),
         tuple(f"{setting}: {cell}" for setting in used for cell in found[setting].cells),
         max(one.noise for one in found.values()),
-        next((one.missing for one in found.values() if one.missing), first.missing),
+        next((one.missing for one in found.values() if one.missing), ""),
+        first.seeds,
     )
 
 
@@ -320,11 +337,13 @@ def _effect(values: list, by_cell: Cells, of: dict[str, list[tuple]], axis: str 
     """The mean over `values` as an effect of the cells in `of` (variant -> cells)."""
     methods = tuple(dict.fromkeys(next(iter(by_cell[line[0]].values())).method for line in of.values()))
     everything = [cell for line in of.values() for cell in line]
-    score_CS = scores(by_cell, everything) if everything else np.zeros((0, 0))
-    noise = intervals.seed_sd(score_CS) if score_CS.shape[1] > 1 else 0.0
+    seeds = tuple(shared(by_cell, everything))
+    noise = intervals.seed_sd(scores(by_cell, everything)) if len(seeds) > 1 else 0.0
     points = LEAST if of else 0  # lines with fewer are not in `of`
     missing = _missing(methods, points, f"the {axis} axis") if axis else ""
-    return Effect(np.mean(values, axis=0) if values else NONE, methods, named(of), noise, missing)
+    if everything and not seeds:
+        missing = NO_SEED
+    return Effect(np.mean(values, axis=0) if values else NONE, methods, named(of), noise, missing, seeds)
 
 
 def _missing(methods: Sequence[str], points: int, where: str) -> str:

@@ -49,5 +49,5 @@ def write(workdir: str | Path, mixed_code: bool = False) -> str:
     files.write_text(out / "index.html", render(study, (verdicts, nats), selection, share, drawings))
     said = collections.Counter(one.verdict for one in verdicts)
     counts = "; ".join(f"{n} {name}" for name, n in sorted(said.items())) or "none, no setting declares `consistent`"
-    n_done = sum(row["status"] == "done" for row in study.rows)
+    n_done = sum(row["status"] == "done" for row in study.runs)
     return f"report: {out / 'index.html'} ({n_done} runs; claims: {counts})"

@@ -98,25 +98,29 @@ def names(cells: Sequence[Cell]) -> str:
     return "; ".join(variant if some == ["0"] else f"{variant} {', '.join(some)}" for variant, some in sizes.items())
 
 
-def slopes(results: Sequence[Result], axis: str) -> dict[str, tuple[np.ndarray, float]]:
-    """variant -> (least-squares slope of the score per doubling, for each seed; the number of doublings on its axis).
+def slopes(results: Sequence[Result], axis: str) -> dict[str, tuple[dict[int, float], float]]:
+    """variant -> (seed -> least-squares slope of the score per doubling; the number of doublings on its axis).
 
-    Of variants with two cells or more on the axis 'data' or 'size', and the seeds that all of their cells have.
+    Of variants with two cells or more on the axis 'data' or 'size', and the seeds that all of their cells have. Variants
+    whose cells have no seed in common are left out.
     """
     by_cell, found, where = claims.cells(results), {}, {"data": 2, "size": 1}[axis]
     for variant, line in on_axis(by_cell, axis).items():
         xs = [cell[where] for cell in line]
-        if len(line) > 1:
-            found[variant] = (intervals.slope(xs, claims.scores(by_cell, line)), intervals.doublings(xs))
+        if len(line) > 1 and (seeds := claims.shared(by_cell, line)):
+            slope_S = intervals.slope(xs, claims.scores(by_cell, line)).tolist()
+            found[variant] = (dict(zip(seeds, slope_S, strict=True)), intervals.doublings(xs))
     return found
 
 
-def pooled(found: dict[str, tuple[np.ndarray, float]], sized: set[str], whole: bool = False) -> Estimate | float | None:
+def pooled(
+    found: dict[str, tuple[dict[int, float], float]], sized: set[str], whole: bool = False
+) -> Estimate | float | None:
     """The mean of slopes over the variants in `sized`, those with a size: controls are left out. `whole`: over the axis
-    instead of per doubling."""
-    mine = [slope_S * (n if whole else 1.0) for variant, (slope_S, n) in found.items() if variant in sized]
-    n_seeds = min(map(len, mine), default=0)
-    return mean(np.mean([one[:n_seeds] for one in mine], axis=0)) if n_seeds else None
+    instead of per doubling. Of the seeds that all of these variants have; None where there are none."""
+    mine = [(by_seed, n if whole else 1.0) for variant, (by_seed, n) in found.items() if variant in sized]
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed, _ in mine))) if mine else []
+    return mean([statistics.fmean(by_seed[seed] * n for by_seed, n in mine) for seed in seeds]) if seeds else None
 
 
 def sized(study: Study) -> set[str]:
@@ -124,23 +128,30 @@ def sized(study: Study) -> set[str]:
     return {one.variant for one in study.results if one.size}
 
 
+def chosen_rates(study: Study) -> list[tuple[dict, int, str]]:
+    """(a cell's run with the chosen rate, the number of rates tried, where the chosen one is among them: 'smallest', 'inside'
+    or 'largest'), for the cells that tried several. A rate whose run failed was tried too: the search does not go beyond it."""
+    tried = collections.defaultdict(set)
+    for row in study.searched:
+        tried[cell_of(row)].add(row["lr"])
+    found = []
+    for row in study.searched:
+        rates, lr = tried[cell_of(row)], row["lr"]
+        if row["chosen"] and len(rates) > 1:
+            place = "smallest" if lr == min(rates) else "largest" if lr == max(rates) else "inside"
+            found.append((row, len(rates), place))
+    return found
+
+
 def rate_places(study: Study) -> list[dict]:
     """Where the chosen rates stand among those that were tried, for each setting and variant: the numbers of cells with the
     smallest, one in between, and the largest. Cells with one rate are left out."""
-    tried, chosen = collections.defaultdict(set), {}
-    for row in study.searched:
-        tried[cell_of(row)].add(row["lr"])
-        if row["chosen"]:
-            chosen[cell_of(row)] = row["lr"]
     found = {}
-    for cell, rates in tried.items():
-        if len(rates) > 1 and cell in chosen:
-            one = found.setdefault(
-                (cell.setting, cell.variant), {"smallest": 0, "inside": 0, "largest": 0, "tried": set()}
-            )
-            lr = chosen[cell]
-            one["smallest" if lr == min(rates) else "largest" if lr == max(rates) else "inside"] += 1
-            one["tried"].add(len(rates))
+    for row, n, place in chosen_rates(study):
+        key = row["setting"], row["variant"]
+        one = found.setdefault(key, {"smallest": 0, "inside": 0, "largest": 0, "tried": set()})
+        one[place] += 1
+        one["tried"].add(n)
     order = {name: i for i, name in enumerate([*study.config["settings"], *study.config["variants"]])}
     keys = sorted(found, key=lambda key: (order[key[0]], order[key[1]]))
     return [{"setting": setting, "variant": variant, **found[setting, variant]} for setting, variant in keys]

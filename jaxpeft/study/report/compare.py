@@ -100,7 +100,7 @@ def _sentences(both: tuple[Study, Study], cells: tuple[Cells, Cells], less: dict
     words = [_word(one) for one in less.values()]
     said = ", ".join(f"{words.count(word)}: {word}" for word in (BETTER, WORSE, TIED, UNKNOWN) if word in words)
     chance = f"; if the studies were equal, about {len(less) / 20:.1f} cells would differ by chance"
-    runs = [sum(row["status"] == "done" for row in study.rows) for study in both]
+    runs = [sum(row["status"] == "done" for row in study.runs) for study in both]
     return [
         f"B less A, test scores, mean over cells: {'; '.join(means)}.",
         f"Of the {len(less)} cells that both have, by 95 % intervals over seeds: {said}{chance}.",

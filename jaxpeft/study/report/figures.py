@@ -242,7 +242,8 @@ def learning_rates(study: Study) -> Drawing | None:
 
     found = {setting: collections.defaultdict(list) for setting in study.config["settings"]}
     for row in study.searched:
-        found[row["setting"]][row["variant"], row["size"], row["n_images"]].append(row)
+        if row["status"] == "done":
+            found[row["setting"]][row["variant"], row["size"], row["n_images"]].append(row)
     return drawing(study, found, panel)
 
 

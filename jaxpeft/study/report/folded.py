@@ -1,6 +1,5 @@
 """What is folded at the end of a report: tables of cells, rates, caps and failures, test images, the recipe."""
 
-import collections
 import html
 import json
 import statistics
@@ -10,7 +9,7 @@ from pathlib import Path
 from jaxpeft.runtime import files
 from jaxpeft.study.report import answers, markup
 from jaxpeft.study.report.markup import Html, escape, table
-from jaxpeft.study.report.rows import Study, cell_of, chosen_by_cell, other_splits, read_jsonl
+from jaxpeft.study.report.rows import Study, chosen_by_cell, other_splits, read_jsonl
 
 # functions of a study, by the names that report.html has for them
 PARTS = (
@@ -59,15 +58,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def edges_of(study: Study) -> list[list]:
     """Cells whose chosen learning rate is the smallest or largest tried: a wider search may find a better one."""
-    tried = collections.defaultdict(set)
-    for row in study.searched:
-        tried[cell_of(row)].add(row["lr"])
-    found = []
-    for row in study.searched:
-        all_of = tried[cell_of(row)]
-        if row["chosen"] and len(all_of) > 1 and row["lr"] in (min(all_of), max(all_of)):
-            found.append([row["id"], row["lr"], "smallest" if row["lr"] == min(all_of) else "largest"])
-    return found
+    return [[row["id"], row["lr"], place] for row, _, place in answers.chosen_rates(study) if place != "inside"]
 
 
 def edges(study: Study) -> Html:
@@ -89,7 +80,7 @@ def capped(study: Study) -> Html:
 
 def failures(study: Study) -> Html:
     """Runs that were given up, with their errors."""
-    return table(("run", "reason"), [[row["id"], row["error"]] for row in study.rows if row["status"] == "failed"])
+    return table(("run", "reason"), [[row["id"], row["error"]] for row in study.runs if row["status"] == "failed"])
 
 
 def purpose(study: Study) -> Html:
@@ -147,7 +138,8 @@ def _written(study: Study, setting: str, pictures) -> list[tuple[dict, dict[str,
                 best[row["variant"]] = row
     cases: dict[tuple, tuple[dict, dict]] = {}
     for variant, row in best.items():
-        for one in read_jsonl(study.directory / "points" / row["id"] / "predictions.jsonl"):
+        path = study.directory / "points" / row["id"] / "predictions.jsonl"
+        for one in read_jsonl(path) if path.exists() else []:  # runs may have been removed to save space
             if one["split"] == "test" and files.name_for(one["image_id"]) in pictures:
                 case = cases.setdefault((one["image_id"], one.get("question_id", "")), (one, {}))
                 case[1][variant] = one["tuned"]

@@ -60,12 +60,12 @@ def _notes(study: Study) -> str:
 
 
 def _counts(study: Study) -> str:
-    done = [row for row in study.rows if row["status"] == "done"]
+    done = [row for row in study.runs if row["status"] == "done"]
     hours = sum(row["total_s"] for row in done) / 3600
     seeds = study.config["seeds"]
     by = " by nats per token" if study.in_nats else ""
     return escape(
-        f"{len(done):,} runs done, {len(study.rows) - len(done)} failed, {hours:.2f} hours of runs. Scores are means over "
+        f"{len(done):,} runs done, {len(study.runs) - len(done)} failed, {hours:.2f} hours of runs. Scores are means over "
         f"{seeds} seed{'s' * (seeds > 1)} on test images; methods, sizes and learning rates were chosen on validation "
         f"images{by}."
     )
@@ -241,7 +241,7 @@ def _slopes(study: Study) -> str:
         for variant in ["all methods"] * several + named:
             both = [
                 answers.pooled(one, sized) if variant == "all methods"
-                else answers.mean(one[variant][0]) if variant in one else None for one in found.values()
+                else answers.mean([*one[variant][0].values()]) if variant in one else None for one in found.values()
             ]  # fmt: skip
             lines.append((scale, variant, both))
     if not lines:

@@ -27,14 +27,19 @@ class Study:
     config: dict
     command: str
     rows: list[dict]  # flat, one per run, with COLUMNS
-    searched: list[
-        dict
-    ]  # finished runs among which the rate of each cell was chosen, by their 'choice'; not all have test scores
+    # the runs of the search, failed ones too; the rate of each cell was chosen by the 'choice' of those that are done, not all
+    # of which have test scores
+    searched: list[dict]
     results: list[Result]  # what claims are judged on: the chosen run of each cell and seed
     scales: list[Scale]
     mixed: list[Cell]  # cells whose runs were made by different code
     directory: Path
     gains: dict[str, float] = dataclasses.field(default_factory=dict)  # search.budget_gains
+
+    @property
+    def runs(self) -> list[dict]:
+        """All runs: those of the search are among `rows`, unless it had fewer steps than the other runs."""
+        return [*{row["id"]: row for row in (*self.rows, *self.searched)}.values()]
 
     @property
     def in_nats(self) -> bool:
@@ -87,11 +92,11 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
     if mixed and not mixed_code:
         raise ValueError(_refusal(directory, mixed))
     short = _short(directory)
-    searched = [row | {"choice": _choice(row, config)} for row in short]
-    searched = searched or [row for row in rows if row["status"] == "done" and row["seed"] == 0]
+    searched = [_of_search(row, config) for row in short] or [row for row in rows if row["seed"] == 0]
     tried = collections.defaultdict(list)
     for row in searched:
-        tried[cell_of(row)].append((row["lr"], row["choice"]))
+        if row["status"] == "done":
+            tried[cell_of(row)].append((row["lr"], row["choice"]))
     best = {cell: best_learning_rate(pairs) for cell, pairs in tried.items()}
     for row in [*rows, *searched]:
         row["chosen"] = row["status"] == "done" and row["lr"] == best.get(cell_of(row))
@@ -107,9 +112,16 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
 
 
 def _short(directory: Path) -> list[dict]:
-    """The finished runs of search.jsonl, which is there if the search had fewer steps than the other runs."""
+    """The runs of search.jsonl, which is there if the search had fewer steps than the other runs."""
     path = directory / "search.jsonl"
-    return [row for row in read_jsonl(path) if row["status"] == "done"] if path.exists() else []
+    return read_jsonl(path) if path.exists() else []
+
+
+def _of_search(row: dict, config: dict) -> dict:
+    """A run of search.jsonl with what the report says of it."""
+    if row["status"] != "done":
+        return row
+    return row | {"choice": _choice(row, config), "total_s": row["timing"]["total_s"]}
 
 
 def _choice(row: dict, config: dict) -> float:
@@ -220,18 +232,15 @@ def consistency(study: Study) -> list[dict]:
     """The frozen base's score as a share of the best tuned score, for each setting: 1 is fully consistent with pre-training."""
     found = []
     for setting in study.config["settings"]:
-        rows = [row for row in study.rows if row["setting"] == setting and row["status"] == "done"]
-        base = [row["base"] for row in rows if row["base"] is not None]
-        chosen = [row for row in rows if row["chosen"]]
-        if not base or not chosen:
+        base, cells = study.base(setting), chosen_by_cell(study, setting)
+        if base is None or not cells:
             continue
-        cells = chosen_by_cell(study, setting).items()
-        best, variant = max((statistics.fmean(r["test"] for r in group), cell[0]) for cell, group in cells)
-        blind = max(score[rows[0]["metric"]] for score in chosen[0]["blind"].values())
+        best, variant = max((statistics.fmean(r["test"] for r in group), cell[0]) for cell, group in cells.items())
         found.append(
             {
-                "setting": setting, "metric": rows[0]["metric"], "blind": blind, "frozen base": base[0], "best tuned": best,
-                "best variant": variant, "consistency": base[0] / best if best else 0.0, "n": chosen[0]["n_test"],
+                "setting": setting, "metric": study.metric(setting), "blind": study.blind(setting), "frozen base": base,
+                "best tuned": best, "best variant": variant, "consistency": base / best if best else 0.0,
+                "n": next(iter(cells.values()))[0]["n_test"],
             }
         )  # fmt: skip
     return found
