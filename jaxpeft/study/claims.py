@@ -278,9 +278,8 @@ def contrast(results: Sequence[Result], scales: Sequence[Scale], effect: Callabl
     seeds = set.intersection(*(set(one.seeds) for one in found.values()))
     if not seeds:
         return Effect(NONE, missing="too little in common to both sides: no seed")
-    if any(
-        set(one.seeds) != seeds for one in found.values()
-    ):  # computed again, as `departure` depends on the first seed
+    if any(set(one.seeds) != seeds for one in found.values()):
+        # computed again and not cut, as `departure` depends on the first seed
         return contrast([one for one in results if one.seed in seeds], scales, effect, sign)
 
     def mean(settings):
