@@ -108,7 +108,7 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
 def _add_preflight(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--devices", type=int, default=0, help="plan for this number of virtual CPU devices")
-    add("--topology", help="plan for devices that are not here: h100, h100:8 (needs preflight-cuda), v5e:2x4 (libtpu)")
+    add("--topology", help="plan for devices this machine lacks: h100, h100:8 (with preflight-cuda), v5e:2x4 (libtpu)")
     add("--chip", help="estimate step time and largest batch for it: a100, h100, v5e, ... or its 'TFLOP/s,GB/s,GB'")
 
 
