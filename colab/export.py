@@ -71,7 +71,7 @@ print("PyTorch, transformers and peft are here:", TORCH)
 # ## A tuned model
 #
 # A short run: LoRA of rank 16 on the text decoder of the tiny BLIP, and one layer of the decoder's head beside it,
-# with 2,048 training images of drawn shapes. The captions say how many shapes there are and where, which the base
+# with 2,048 training images of synthetic shapes. The captions say how many shapes there are and where, which the base
 # does not. The test images are held out: training does not use them, and all comparisons below are made on them.
 
 # %%

@@ -225,6 +225,7 @@ for ax, name in zip(axes, ("fourier", "lora")):
 #
 # ## Keep it
 #
-# To add a method to jaxpeft, move the class to a file in `jaxpeft/methods/` and give it a row in
-# `tests/methods_table.py`. The tests then check identity at the start, counts, gradients, merging, dtypes and
-# saving.
+# To add a method to jaxpeft, move the class to a file in `jaxpeft/methods/`, import it in `jaxpeft/methods/__init__.py`
+# and `jaxpeft/__init__.py`, and give it a row in `tests/methods_table.py`. The tests then check identity at the start,
+# counts, gradients, merging, dtypes and saving. It also needs a place in the documentation: `docs/adding/method.md`
+# lists every step.

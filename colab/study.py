@@ -170,7 +170,7 @@ for claim in json.loads((directory / "report" / "claims.json").read_text())["ver
 # | Config | Is |
 # |---|---|
 # | `studies/scenes` | a first look: one seed, one learning rate per method |
-# | `studies/scenes_full` | five methods and two controls on drawn scenes, three rates, three seeds: hours on two cores |
+# | `studies/scenes_full` | five methods and two controls on synthetic scenes, three rates, three seeds: hours on two cores |
 # | `studies/paper` | the grid of the paper: mPLUG on COCO and VQA v2, where these are on disk; not run yet |
 #
 # What the full study found, and what it cannot say, is in [Results](../docs/results/which_method.md). To study a

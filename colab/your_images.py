@@ -68,7 +68,7 @@ malloc.keep_freed_memory()  # makes steps faster on a CPU
 # Set `IMAGES` to a folder of yours: images of any size and format, and a file `captions.csv` whose first row is
 # `image,caption`. With a folder of real photographs, set `BASE` to a BLIP that knows photographs, such as
 # `"Salesforce/blip-image-captioning-base"` (a download of 990 MB) or a directory that holds one. The base `"tiny"`
-# comes with the package and knows only drawn shapes.
+# comes with the package and knows only synthetic shapes.
 
 # %%
 IMAGES, BASE = "", "tiny"

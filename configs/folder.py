@@ -15,11 +15,11 @@ test=. Otherwise a tenth of the images is used for validation and a tenth for th
 (data.val_fraction, data.test_fraction). If there is a test split but no val, a tenth of train is used for validation.
 Base. `owner/name` on the Hugging Face hub, a directory with a Hugging Face BLIP (config.json, model.safetensors,
 vocab.txt), or 'tiny' for a quick test.
-Training. It ends when the validation loss stops falling, after at most 30 epochs (but at least 100 steps); the best step is
-kept. If validation texts cannot be shown to be more likely with their own image than with another one, nothing was learned
-from the images: step 0 is kept, and the run logs it (with 5 to 19 validation images the mean alone decides, with fewer
-there is no such test). --config.optim.schedule=cosine --config.steps=1000 trains for 1000 steps without validation and keeps
-the last step.
+Training. It ends when the validation loss stops falling, at the latest after 30 epochs, or 100 steps if these are more; the
+best step is kept. If validation texts cannot be shown to be more likely with their own image than with another one, nothing
+was learned from the images: step 0 is kept, and the run logs it (with 5 to 19 validation images the mean alone decides,
+with fewer there is no such test). --config.optim.schedule=cosine --config.steps=1000 trains for 1000 steps without
+validation and keeps the last step.
 Limits. Texts may be as long as the base can read; --config.task_options.max_tokens=40 (captions), .max_new_tokens=9 (answers)
 or .max_question=35 cut them, and every cut is counted. Answers and captions are compared ignoring case, accents and the spacing
 of punctuation; --config.task_options.variant=official2021 scores answers as VQA v2's server does, =coco captions as COCO's.

@@ -3,11 +3,11 @@
 Layout, in import order: a module imports from its own folder and those above it, never from those below.
     runtime/ tree ops     files, signals, locks, registries, process setup; trees of arrays by name; array operations
     methods/ adapt/       the methods, and the sites of a model where they act; parameter budgets; other Flax models
-    inputs/ models/       tokenizers, images, templates; the model protocol, BLIP, its converter, loading, decoding
+    inputs/ models/       tokenizers, images, templates; BLIP, mPLUG, PaliGemma and SmolVLM, conversion, loading, decoding
     data/ metrics/ tasks/ data sets -> examples -> batches; scores; captioning and VQA
     interchange/          PEFT adapters, Hugging Face directories and our own format, in and out
     training/ config      one run: setup, inputs, training loop, checkpoints, evaluation, result; its default config
-    study/ apps/ cli      a grid of runs and its report; generate, export, demo, pretrain; the `jaxpeft` command
+    study/ apps/ cli      a grid of runs and its report; generate, export, demo, report, pretrain; the `jaxpeft` command
 
     import jax, jaxpeft as jp
     model, params = jp.load("tiny", task="vqa")

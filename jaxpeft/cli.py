@@ -1,7 +1,7 @@
 """The `jaxpeft` command. `python main.py` in a clone is `jaxpeft run`.
 
     jaxpeft run --config=quickstart --workdir=runs/quickstart         one run, or a study if the config defines one
-    jaxpeft preflight --config=folder:root=pics --topology=v5e:2x4    memory and time of a run, without running it
+    jaxpeft preflight --config=folder:root=pics --topology=v5e:2x4    memory and step time of a run, without running it
     jaxpeft generate --workdir=runs/mine --image a.jpg                generate text with a finished run
 
 --config=NAME is a config of the package (configs/NAME.py in a clone), --config=FILE.py one of your own. Append its arguments
@@ -108,8 +108,8 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
 def _add_preflight(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--devices", type=int, default=0, help="plan for this number of virtual CPU devices")
-    add("--topology", help="plan for devices that are not here: h100, h100:8 (needs preflight-cuda), v5e:2x4 (libtpu)")
-    add("--chip", help="estimate time for a device: a100, h100, v5e, ... or its 'TFLOP/s,GB/s,GB'")
+    add("--topology", help="plan for devices this machine lacks: h100, h100:8 (with preflight-cuda), v5e:2x4 (libtpu)")
+    add("--chip", help="estimate step time and largest batch for it: a100, h100, v5e, ... or its 'TFLOP/s,GB/s,GB'")
 
 
 def _run(args: argparse.Namespace, config):
@@ -174,7 +174,7 @@ def _is_study(config) -> bool:
 
 
 def _preflight(args: argparse.Namespace, config):
-    """print memory, FLOPs and the largest batch of a run without running it"""
+    """print memory and FLOPs of a run without running it; with --chip or --topology also step time and largest batch"""
     from jaxpeft.training import preflight, setup
 
     if _is_study(config) or "pretrain" in config:

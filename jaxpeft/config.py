@@ -46,7 +46,9 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     c.name = config_dict.placeholder(str)  # of the run in its result; None: made from the settings
     c.task = task
     c.task_options = task_options(task, **SCENES_LIMITS.get(task, {}))
-    c.base = "tiny"  # the shipped checkpoint, a jaxpeft or Hugging Face directory, or owner/name[@revision]
+    # tiny, tiny_mplug or tiny_decoder of the package, a jaxpeft or Hugging Face directory, mPLUG's .pth file, or
+    # owner/name[@revision] of the hub
+    c.base = "tiny"
     c.init = "base"  # 'scratch': the same architecture with random weights, a control
     c.seed = 0
     size_field = methods.size_field(method)
@@ -58,7 +60,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
 
     c.model = ml_collections.ConfigDict()
     c.model.image_size = config_dict.placeholder(int)  # None: that of the checkpoint; else positions are resized
-    c.model.dtype = "float32"  # 'bfloat16' on accelerators
+    c.model.dtype = "float32"  # on every device; set 'bfloat16' on accelerators
     # Of float32 products: 'default', 'high' or 'highest'. None: the device's default, which on recent GPUs is TF32, with 10
     # bits of mantissa, and on TPUs bfloat16; 'highest' is float32
     c.model.precision = config_dict.placeholder(str)

@@ -1,5 +1,6 @@
-"""The methods, by the names that configs use. A new method is one file, one line here and one row in the test table; or one
-line in your own module, `METHODS["mine"] = Mine` (see jaxpeft/runtime/registry.py)."""
+"""The methods, by the names that configs use. A new method is one file, its class here and in jaxpeft/__init__.py, a row in the
+test table and its reference in the docs (docs/adding/method.md lists all of it); or one line in your own module,
+`METHODS["mine"] = Mine` (see jaxpeft/runtime/registry.py)."""
 
 import inspect
 from collections.abc import Mapping
