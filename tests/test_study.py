@@ -1,6 +1,7 @@
 """The grid, who works on what, and what is run again; points are trained in test_train.py and replaced here."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -20,7 +21,7 @@ from jaxpeft.data import pipeline, scenes
 from jaxpeft.models import loading
 from jaxpeft.runtime import files, locks, registry
 from jaxpeft.runtime.locks import Lease
-from jaxpeft.study import claims, cost, execute, grid, progress, report, reruns
+from jaxpeft.study import cases, claims, cost, execute, grid, progress, report, reruns
 from jaxpeft.study import config as studies
 from jaxpeft.study.grid import Cell
 from jaxpeft.study.report import figures, folded, page
@@ -327,6 +328,38 @@ def test_images_for_the_report_are_of_the_splits_that_the_runs_load(config, tmp_
     execute.keep_images(config, tmp_path, n=1)
     assert asked and all(set(splits) == {"train", "val", "test"} for splits in asked)
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == len(config.settings)
+
+
+def test_launchers_that_finish_together_keep_the_images_once(config, tmp_path, monkeypatch):
+    """The first one is drawing when the second one, which has begun later, has finished."""
+    load, n_loaded = execute.data.load, []
+
+    def interrupted(c, splits):
+        n_loaded.append(splits)
+        if len(n_loaded) == 1:
+            execute.keep_images(config, tmp_path, n=2)
+        return load(c, splits)
+
+    monkeypatch.setattr(execute.data, "load", interrupted)
+    execute.keep_images(config, tmp_path, n=2)
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(config.settings)
+    assert len(list((tmp_path / "pictures").rglob("*.png"))) == 2 * len(config.settings)
+
+
+def test_scores_of_cases_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Another launcher of the study may be reading the file, or writing it too."""
+    cases.write(tmp_path, [], {"test"})
+    before = (tmp_path / "cases.npz").read_bytes()
+
+    def full(file, **arrays):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cases.np, "savez_compressed", full)
+    with pytest.raises(OSError, match="No space"):
+        cases.write(tmp_path, [], {"test"})
+    assert [path.name for path in tmp_path.iterdir()] == ["cases.npz"]
+    assert (tmp_path / "cases.npz").read_bytes() == before
 
 
 def test_of_two_launchers_that_ask_at_once_one_is_heard(config, fake, tmp_path, monkeypatch):

@@ -154,7 +154,13 @@ def keep_images(config, directory: Path, n: int = 8) -> None:
         split = data.load(c.data, [*splits])["test"]
         aside = out.with_name(f".{setting}.{uuid.uuid4().hex}")
         aside.mkdir(parents=True)
-        for i in np.linspace(0, len(split.rows) - 1, min(n, len(split.rows))).round().astype(int).tolist():
-            name = files.name_for(split.rows[i]["image_id"])  # ids may be paths
-            Image.fromarray(np.asarray(split.images[i])).save(aside / f"{name}.png")
-        os.replace(aside, out)
+        try:
+            for i in np.linspace(0, len(split.rows) - 1, min(n, len(split.rows))).round().astype(int).tolist():
+                name = files.name_for(split.rows[i]["image_id"])  # ids may be paths
+                Image.fromarray(np.asarray(split.images[i])).save(aside / f"{name}.png")
+            os.replace(aside, out)
+        except OSError:
+            if not out.exists():  # else another launcher of the study was faster
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
