@@ -256,7 +256,7 @@ def test_a_page_with_claims_draws_them_and_lists_their_cells_behind_a_click(tmp_
 def test_a_picture_with_any_name_is_kept_and_shown(name, tmp_path, monkeypatch):
     """A path, and a name that is longer than a file's can be once it is quoted."""
     study = write(tmp_path, close)
-    split = SimpleNamespace(rows=[{"image_id": name}], images=[np.zeros((4, 4, 3), np.uint8)])
+    split = SimpleNamespace(rows=[{"image_id": name}], images=[np.zeros((4, 4, 3), np.uint8)], source="")
     monkeypatch.setattr(execute.data, "load", lambda c, splits: {"test": split})
     execute.keep_images(config_of(), tmp_path)
     line = {"split": "test", "image_id": name, "references": ["a cat"], "tuned": "a dog"}

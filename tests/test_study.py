@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs.studies import scenes_full, tiny
 from jaxpeft import methods
-from jaxpeft.data import pipeline, scenes
+from jaxpeft.data import base, pipeline, scenes
 from jaxpeft.models import loading
 from jaxpeft.runtime import files, locks, registry
 from jaxpeft.runtime.locks import Lease
@@ -344,6 +345,43 @@ def test_launchers_that_finish_together_keep_the_images_once(config, tmp_path, m
     execute.keep_images(config, tmp_path, n=2)
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(config.settings)
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == 2 * len(config.settings)
+
+
+def test_images_for_the_report_are_small_and_those_of_the_data(config, tmp_path, monkeypatch):
+    """A photo of 1,000 x 600 pixels and a small one; then other images under the same ids."""
+    load = execute.data.load
+
+    def photos(colour, source):
+        images = [np.full(shape, colour, np.uint8) for shape in ((600, 1000, 3), (40, 30, 3))]
+        rows = [{"image_id": str(i)} for i in range(2)]
+        return lambda *_: {"test": base.Split("test", images, rows, source=source)}
+
+    def kept(setting):
+        shown = {}
+        for path in (tmp_path / "pictures" / setting).glob("*.png"):
+            with Image.open(path) as image:
+                shown[path.stem] = image.size, image.getpixel((0, 0))[0]
+        return shown
+
+    monkeypatch.setattr(execute.data, "load", photos(1, "one"))
+    execute.keep_images(config, tmp_path)
+    assert kept("vqa_stated") == {"0": ((512, 307), 1), "1": ((30, 40), 1)}
+    monkeypatch.setattr(execute.data, "load", photos(2, "one"))
+    execute.keep_images(config, tmp_path)  # the same data, so nothing is written
+    monkeypatch.setattr(execute.data, "load", photos(3, "other"))
+    execute.keep_images(config, tmp_path, anew=False)
+    assert kept("vqa_stated")["1"] == ((30, 40), 1)
+    execute.keep_images(config, tmp_path)
+    assert kept("vqa_stated")["1"] == ((30, 40), 3)
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(config.settings)
+    monkeypatch.setattr(execute.data, "load", load)
+    shown = []
+    for seed in (0, 1):
+        for point in config.points.values():
+            point.data.seed = seed
+        execute.keep_images(config, tmp_path, n=1)
+        shown.append({path.name: path.read_bytes() for path in (tmp_path / "pictures" / "vqa_stated").glob("*.png")})
+    assert shown[0].keys() == shown[1].keys() and shown[0] != shown[1]
 
 
 def test_scores_of_cases_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
