@@ -45,7 +45,7 @@ def write(directory: Path, rows: list[dict], splits: Iterable[str]) -> None:
 def _predictions(workdir: Path, splits: Iterable[str]) -> dict[str, list[dict]]:
     """Split -> the lines of a run's predictions.jsonl; none where the file was removed."""
     found, path = collections.defaultdict(list), workdir / "predictions.jsonl"
-    with path.open() if path.exists() else contextlib.nullcontext(()) as lines:
+    with path.open(encoding="utf-8") if path.exists() else contextlib.nullcontext(()) as lines:
         for line in lines:
             row = json.loads(line)
             if row["split"] in splits:

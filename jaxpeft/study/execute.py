@@ -119,7 +119,7 @@ def execute(one: Run, directory: Path, log, keep_checkpoints: bool = False) -> b
     # written before the run does it, so that a run that fails at once is tried again when its config changes
     files.write_json(workdir / "config.json", setup.as_json(one.config))
     began = time.time()
-    with (workdir / "log.txt").open("a", buffering=1) as file, contextlib.redirect_stdout(file):
+    with (workdir / "log.txt").open("a", buffering=1, encoding="utf-8") as file, contextlib.redirect_stdout(file):
         try:
             result = training_run.run(one.config, workdir, features_in=directory / "features")
         except Exception as error:  # of any type: the other runs continue

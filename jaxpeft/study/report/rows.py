@@ -122,7 +122,7 @@ def _choice(row: dict, config: dict) -> float:
 def read_jsonl(path: Path) -> list[dict]:
     """The JSON values of a file, one per line."""
     return [
-        json.loads(line) for line in path.read_text().split("\n") if line
+        json.loads(line) for line in path.read_text("utf-8").split("\n") if line
     ]  # splitlines() would also split inside texts
 
 
