@@ -264,6 +264,16 @@ def _check_measure(config) -> None:
                 f"points.{task}.eval.splits is {tuple(point.eval.splits)}; it must hold {config.select_on!r}, "
                 "which config.select_on says chooses the learning rate"
             )
+        if "test" not in point.eval.splits:
+            raise ValueError(
+                f"points.{task}.eval.splits is {tuple(point.eval.splits)}; it must hold 'test', by which the "
+                "report compares runs"
+            )
+        if point.optim.schedule == "plateau" and point.stop.split == "test":
+            raise ValueError(
+                f"points.{task}.stop.split is 'test', so the step that is kept would be chosen on test images; set "
+                "it to 'val'"
+            )
         if measure == "nll" and (point.optim.schedule, point.stop.split) != ("plateau", config.select_on):
             raise ValueError(
                 f"config.measure is 'nll', so every run must validate on {config.select_on!r}; set "
