@@ -122,6 +122,18 @@ def test_a_run_is_a_config_that_main_runs_alone(config):
     assert c.name == run.id and c.optim.schedule == "plateau"
 
 
+def test_a_study_of_other_data_measures_no_forgetting(config):
+    """The recipe for scenes does; a setting, or a whole study, may have other data."""
+    config.settings.captions_human.data = {"name": "coco_captions"}
+    found = {cell.setting: grid.Run(cell, 0, 0.003, config).config for cell in grid.cells(config)}
+    assert {name: (c.data.name, c.eval.forgetting) for name, c in found.items()} == {
+        "captions_human": ("coco_captions", False),
+        "vqa_stated": ("scenes", True),
+    }
+    for c in found.values():
+        setup.check_config(c)
+
+
 @pytest.mark.slow
 def test_sizes_are_solved_for_the_budget_and_prompt_is_capped():
     c = studies.study("x", "", ("vqa_stated",), studies.variants("none", prompts=()), (2000, 20_000, 10**6), (64,))

@@ -87,6 +87,8 @@ class Run:
         # equal in all runs with one base, so scored once per setting
         c.eval.base = bool(variant.get("base")) and (self.seed == 0 or "{seed}" in c.base)
         c.base = c.base.replace("{seed}", str(self.seed))
+        # asked for by the default recipe, which is that of scenes; a setting or the study may have other data
+        c.eval.forgetting = c.eval.forgetting and c.data.name == "scenes"
         if self.short:
             c.steps, c.epochs = round(c.steps * study.search_steps), c.epochs * study.search_steps
             c.eval.splits = (study.select_on,) if study.get("measure", "main") == "main" else ()

@@ -122,6 +122,11 @@ def check_config(config: Config) -> None:
     optim.schedule(config.optim, 1000)
     optim.OPTIMIZERS.find(config.optim.get("name", "adamw"))
     pipeline.check_augment(config.data.augment)
+    if config.eval.forgetting and config.data.name != "scenes":
+        raise ValueError(
+            f"eval.forgetting is True, but data.name is {config.data.name!r}: only 'scenes' has captions in the style of "
+            f"pre-training; set eval.forgetting to False"
+        )
     for name in ("dtype", "frozen_dtype"):
         if config.model.get(name, "float32") not in DTYPES:
             raise ValueError(
