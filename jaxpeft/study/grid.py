@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 
 import ml_collections
 
-from jaxpeft import data, methods
+from jaxpeft import data, methods, tasks
 from jaxpeft.adapt import budget
 from jaxpeft.models import loading
 from jaxpeft.runtime import renamed
@@ -234,11 +234,12 @@ def check(config) -> None:
         mine = [cell for cell in cells(config) if cell.setting == setting]
         most = max(mine, key=lambda cell: cell.n_images)
         c = Run(most, 0, 1.0, config).config
-        n = len(data.load(c.data, setup.needed_splits(c))["train"].rows)
+        train = data.load(c.data, setup.needed_splits(c))["train"]
+        n = len(setup.with_texts(c, tasks.build(c.task, **c.task_options), train).rows)
         if most.n_images > n:
             raise ValueError(
                 f"study {config.name}: n_images includes {most.n_images}, but the training split of setting {setting!r} has "
-                f"{n} images; n_images must be at most {n}"
+                f"{n} images with texts of its task; n_images must be at most {n}"
             )
 
 
