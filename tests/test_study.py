@@ -28,7 +28,7 @@ from jaxpeft.study.grid import Cell
 from jaxpeft.study.report import figures, folded, page
 from jaxpeft.study.report.rows import as_csv, consistency
 from jaxpeft.study.state import State, read
-from jaxpeft.training import results, setup
+from jaxpeft.training import checkpoint, results, setup
 
 SCORES = {"val": {0.003: 0.5, 0.009: 0.6, 0.03: 0.7, 0.09: 0.7}, "test": {0.003: 0.9, 0.009: 0.1, 0.03: 0.3, 0.09: 0.2}}
 
@@ -218,6 +218,28 @@ def test_a_run_given_up_or_cut_off_is_done_anew_when_its_config_changes(config, 
     rows = execute.run(config, tmp_path, log=quiet)
     assert len(rows) == grid.n_runs(config) and all(row["status"] == "done" for row in rows)
     assert not (cut_off / "checkpoint").exists() and not list((tmp_path / "failures").iterdir())
+
+
+def test_a_run_that_was_cut_off_starts_afresh_with_other_data(config, fake, tmp_path, monkeypatch):
+    """Its checkpoint is of the data before: no try to resume it can succeed."""
+    cut_off, said = grid.runs(config, {})[0].id, []
+    (tmp_path / "points" / cut_off / "checkpoints").mkdir(parents=True)
+
+    def run(config, workdir, log=print, features_in=None):
+        if (Path(workdir) / "checkpoints").exists():
+            stored, now = ({"data": {"train": digest}} for digest in ("before", "after"))
+            checkpoint.check_manifest("checkpoint 1", stored, now, False, quiet)
+        fake.append(config.name)
+        return fake_point(config, workdir)
+
+    monkeypatch.setattr(execute.training_run, "run", run)
+    rows = execute.run(config, tmp_path, log=said.append)
+    assert all(row["status"] == "done" for row in rows) and fake.count(cut_off) == 1
+    (line,) = (line for line in said if "starts afresh" in line)
+    assert line.startswith(cut_off) and "data/train: stored before, now after" in line
+    assert not (tmp_path / "failures").exists()
+    (aside,) = (tmp_path / "stale").iterdir()
+    assert aside.name.startswith(cut_off) and (aside / "checkpoints").exists()
 
 
 def test_old_names_in_the_config_of_a_finished_run_are_no_difference(config, fake, tmp_path):

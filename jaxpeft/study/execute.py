@@ -21,8 +21,8 @@ from jaxpeft.runtime import files, host, locks, signals
 from jaxpeft.study import cases, grid, processes, progress, reruns, state
 from jaxpeft.study.grid import Run
 from jaxpeft.study.state import State
+from jaxpeft.training import checkpoint, setup
 from jaxpeft.training import run as training_run
-from jaxpeft.training import setup
 
 LARGEST = 512  # pixels of the longer side of an image for the report, whose page holds the files
 
@@ -106,14 +106,20 @@ def attempt(one: Run, directory: Path, log, known: State | None = None) -> bool:
         if state.out_of_date(directory, one, reruns.asked(directory)):
             state.set_aside(directory, one.id)
         if not (directory / "points" / one.id / "result.json").exists():  # another process may have finished it
-            execute(one, directory, announce, one.study.keep_checkpoints)
+            try:
+                execute(one, directory, announce, one.study.keep_checkpoints)
+            except checkpoint.OtherRun as error:  # the data or the base changed after the run was interrupted
+                log(f"{one.id} starts afresh: {error}")
+                state.set_aside(directory, one.id)
+                execute(one, directory, announce, one.study.keep_checkpoints)
         return True
     finally:
         lease.release()
 
 
 def execute(one: Run, directory: Path, log, keep_checkpoints: bool = False) -> bool:
-    """Train and score a run in its directory. A failure is recorded and False returned; KeyboardInterrupt is raised."""
+    """Train and score a run in its directory. A failure is recorded and False returned; raises KeyboardInterrupt, and OtherRun
+    where the directory holds a checkpoint of other data or another base."""
     workdir = directory / "points" / one.id
     workdir.mkdir(parents=True, exist_ok=True)
     # written before the run does it, so that a run that fails at once is tried again when its config changes
@@ -122,6 +128,8 @@ def execute(one: Run, directory: Path, log, keep_checkpoints: bool = False) -> b
     with (workdir / "log.txt").open("a", buffering=1, encoding="utf-8") as file, contextlib.redirect_stdout(file):
         try:
             result = training_run.run(one.config, workdir, features_in=directory / "features")
+        except checkpoint.OtherRun:
+            raise
         except Exception as error:  # of any type: the other runs continue
             traceback.print_exc(file=file)
             if signals.is_transient(error):  # an error of the machine, not of the run, does not count as a try
