@@ -267,6 +267,34 @@ def test_a_picture_with_any_name_is_kept_and_shown(name, tmp_path, monkeypatch):
     assert folded.gallery(study).count("<img") == 1
 
 
+@pytest.mark.parametrize(
+    "seed, change, said",
+    [
+        (1, {}, ""),  # each seed has a training subset and a base of its own
+        (1, {"code": "b"}, "b"),
+        (1, {"test": "changed"}, "test data changed"),
+        (0, {"train": "changed"}, "train data changed"),
+        (0, {"base": "changed"}, "base changed"),
+    ],
+)
+def test_runs_of_one_cell_are_made_by_one_code_of_one_base_and_one_data_set(seed, change, said, tmp_path):
+    """One run of a cell differs from the others in one thing."""
+    write(tmp_path, close)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    other = [row for row in rows if (row["variant"], row["n_images"], row["seed"]) == ("head", 64, seed)][-1]
+    for row in rows:
+        made = {"code": "a", "base": f"b{row['seed']}", "train": f"t{row['seed']}", "test": "t"}
+        made |= change if row is other else {}
+        row["digests"] = {"base": made["base"], "data": {name: made[name] for name in ("train", "test")}}
+        row["code"] = made["code"]
+    files.write_jsonl(tmp_path / "results.jsonl", rows)
+    if change:
+        with pytest.raises(ValueError, match=f"{re.escape(other['id'])} by {said}"):
+            report.read(tmp_path)
+    cells = [str(cell) for cell in report.read(tmp_path, mixed_code=True).mixed]
+    assert cells == (["photos-head-n64"] if change else [])
+
+
 @pytest.mark.parametrize("where", ["result", "file"])
 def test_validation_curves_come_from_the_results_or_from_the_runs(where, tmp_path):
     curve = [[0, 3.0], [1, 2.0], [2, 2.5]]
