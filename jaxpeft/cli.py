@@ -101,7 +101,7 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     add("--executor", default="processes", choices=["processes", "ray"], help="study: what executes its runs")
     add("--resources", default="CPU=1", help="with --executor=ray, per run: CPU=4,GPU=1,memory_gb=16 or CPU=8,TPU=4")
     add("--rerun", default="", metavar="PATTERN", help="study: repeat finished runs, once, by id: 'vqa_*-s0-*'")
-    add("--mixed_code", action="store_true", help="study: report cells even if their runs used different code")
+    add("--mixed_code", action="store_true", help="study: report cells even if their runs used different code or data")
     add("--dry_run", action="store_true", help="study: print which runs would start and their estimated cost")
 
 

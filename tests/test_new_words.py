@@ -74,9 +74,7 @@ def test_a_study_counts_them_before_it_runs(root, base, tmp_path):
     """In a dry run, and cell by cell: a subset of one picture may lack the words."""
 
     def make(task):
-        c = studies.until_plateau(config(root, base, tmp_path), 2)
-        c.stop.split = "test"
-        return c
+        return studies.until_plateau(config(root, base, tmp_path), 2)
 
     variants = {"lora": {"method": "lora", "head": "none", "sizes": (2,), "lr": 1e-3}}
     settings = {"captions": {"task": "captioning"}}

@@ -11,9 +11,11 @@ from tiny import config_of
 
 import jaxpeft as jp
 from configs import folder, point
+from configs.studies import folder as folder_study
 from jaxpeft import config as defaults
-from jaxpeft import data
-from jaxpeft.training import results
+from jaxpeft import data, tasks
+from jaxpeft.study import grid
+from jaxpeft.training import preflight, results, setup
 
 COLOURS = {"Red": (220, 30, 30), "Blue T-shirt": (30, 30, 220), "Caf\u00e9 3.5": (30, 180, 30)}
 
@@ -193,3 +195,60 @@ def test_preparing_data_writes_no_control_characters_into_a_log(root, base, tmp_
     jp.run(config(root, base, tmp_path, **{"steps": 1}), tmp_path / "run", print)
     out, err = capfd.readouterr()
     assert "\x1b" not in out + err and "Generating" not in err and "Shuffling" not in err
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Images of which every third has a caption, and the others a question; test images have both."""
+    path, lines = tmp_path_factory.mktemp("mixed"), []
+    for i in range(15):
+        Image.fromarray(np.full((20, 20, 3), 10 * i, np.uint8)).save(path / f"{i}.png")
+        row = {"image": f"{i}.png", "split": "train" if i < 12 else "test"}
+        if i >= 12 or i % 3 == 0:
+            row["caption"] = f"thing {i}"
+        if i >= 12 or i % 3:
+            row |= {"question": "what is it", "answer": f"thing {i}"}
+        lines.append(json.dumps(row))
+    (path / "data.jsonl").write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("task, described", [("captioning", {0, 3, 6, 9}), ("vqa", {1, 2, 4, 5, 7, 8, 10, 11})])
+def test_every_image_of_a_subset_has_texts_of_the_task(mixed, base, tmp_path, task, described):
+    """`n_images` and `fraction` counted images that the task cannot train on."""
+    c = folder.get_config(f"root={mixed},annotations=data.jsonl,task={task},base={base},steps=2,size=2")
+    c.data.data_dir, c.optim.schedule, c.eval.base = str(tmp_path), "cosine", False
+    built, said = tasks.build(task), []
+
+    def ids(split):
+        return {int(row["image_id"].split(".")[0]) for row in split.rows}
+
+    assert ids(setup.load_splits(c, built, said.append)[0]["train"]) == described
+    assert said == [f"train: {12 - len(described)} images without {'captions' if task == 'captioning' else 'questions'} "
+                    "are left out"]  # fmt: skip
+    c.data.n_images = 3
+    splits, (whole, chosen) = setup.load_splits(c, built, said.append)
+    assert len(splits["train"].rows) == 3 and ids(splits["train"]) <= described
+    assert [whole.rows[i] for i in chosen] == list(splits["train"].rows)
+    assert ids(preflight.training_texts(c)) == ids(splits["train"])
+    c.data.n_images = None
+    c.data.fraction = 0.5
+    assert len(setup.load_splits(c, built, said.append)[0]["train"].rows) == len(described) // 2
+
+    class Own(type(built)):
+        def examples(self, split, template):
+            raise NotImplementedError
+
+    assert len(setup.with_texts(c, Own(), splits["train"]).rows) == 3
+    assert (
+        len(setup.load_splits(c, Own(), said.append)[0]["train"].rows) == 6
+    )  # half of all: it may read something else
+
+
+def test_a_study_counts_images_with_texts_of_the_task(mixed, base, tmp_path):
+    c = folder_study.get_config(f"root={mixed},annotations=data.jsonl,base={base},images=2+5,steps=2")
+    c.points.captioning.data.data_dir = str(tmp_path)
+    with pytest.raises(ValueError, match="n_images includes 5, but the training split .* has 3 images with texts"):
+        grid.check(c)  # one of the four is for validation
+    c.n_images = (2, 3)
+    grid.check(c)

@@ -346,7 +346,7 @@ def test_a_page_with_claims_draws_them_and_lists_their_cells_behind_a_click(tmp_
 def test_a_picture_with_any_name_is_kept_and_shown(name, tmp_path, monkeypatch):
     """A path, and a name that is longer than a file's can be once it is quoted."""
     study = write(tmp_path, close)
-    split = SimpleNamespace(rows=[{"image_id": name}], images=[np.zeros((4, 4, 3), np.uint8)])
+    split = SimpleNamespace(rows=[{"image_id": name}], images=[np.zeros((4, 4, 3), np.uint8)], source="")
     monkeypatch.setattr(execute.data, "load", lambda c, splits: {"test": split})
     execute.keep_images(config_of(), tmp_path)
     line = {"split": "test", "image_id": name, "references": ["a cat"], "tuned": "a dog"}
@@ -370,6 +370,34 @@ def test_runs_that_were_removed_have_no_texts_in_the_gallery(tmp_path):
     files.write_jsonl(point / "predictions.jsonl", [line])
     ((_, said),) = folded._written(study, "photos", {name: picture})
     assert said == {"head": "a dog"} and folded.gallery(study).count("<img") == 1
+
+
+@pytest.mark.parametrize(
+    "seed, change, said",
+    [
+        (1, {}, ""),  # each seed has a training subset and a base of its own
+        (1, {"code": "b"}, "b"),
+        (1, {"test": "changed"}, "test data changed"),
+        (0, {"train": "changed"}, "train data changed"),
+        (0, {"base": "changed"}, "base changed"),
+    ],
+)
+def test_runs_of_one_cell_are_made_by_one_code_of_one_base_and_one_data_set(seed, change, said, tmp_path):
+    """One run of a cell differs from the others in one thing."""
+    write(tmp_path, close)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    other = [row for row in rows if (row["variant"], row["n_images"], row["seed"]) == ("head", 64, seed)][-1]
+    for row in rows:
+        made = {"code": "a", "base": f"b{row['seed']}", "train": f"t{row['seed']}", "test": "t"}
+        made |= change if row is other else {}
+        row["digests"] = {"base": made["base"], "data": {name: made[name] for name in ("train", "test")}}
+        row["code"] = made["code"]
+    files.write_jsonl(tmp_path / "results.jsonl", rows)
+    if change:
+        with pytest.raises(ValueError, match=f"{re.escape(other['id'])} by {said}"):
+            report.read(tmp_path)
+    cells = [str(cell) for cell in report.read(tmp_path, mixed_code=True).mixed]
+    assert cells == (["photos-head-n64"] if change else [])
 
 
 @pytest.mark.parametrize("where", ["result", "file"])

@@ -155,10 +155,19 @@ def test_a_key_that_a_variant_sets_is_checked_too(tmp_path):
         grid.check_config(c)
 
 
-def test_the_split_that_chooses_is_scored():
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("eval.splits", ("test",), r"points\.vqa\.eval\.splits is \('test',\); it must hold 'val'"),
+        ("eval.splits", ("val",), r"points\.vqa\.eval\.splits is \('val',\); it must hold 'test'"),
+        ("stop.split", "test", r"points\.vqa\.stop\.split is 'test'.* chosen on test images; set it to 'val'"),
+    ],
+)
+def test_splits_that_a_report_cannot_be_made_of_are_refused(key, value, said):
+    """The split that chooses and the test split are scored, and the likelihood of test images is not left to validation."""
     c = config_of()
-    c.points.vqa.eval.splits = ("test",)
-    with pytest.raises(ValueError, match=r"points\.vqa\.eval\.splits is \('test',\); it must hold 'val'"):
+    c.points.vqa.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=said):
         grid.check_config(c)
 
 

@@ -1,6 +1,7 @@
 """The grid, who works on what, and what is run again; points are trained in test_train.py and replaced here."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -13,20 +14,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs.studies import scenes_full, tiny
 from jaxpeft import methods
-from jaxpeft.data import pipeline, scenes
+from jaxpeft.data import base, pipeline, scenes
 from jaxpeft.models import loading
 from jaxpeft.runtime import files, locks, registry
 from jaxpeft.runtime.locks import Lease
-from jaxpeft.study import claims, cost, execute, grid, progress, report, reruns
+from jaxpeft.study import cases, claims, cost, execute, grid, progress, report, reruns
 from jaxpeft.study import config as studies
 from jaxpeft.study.grid import Cell
 from jaxpeft.study.report import figures, folded, page
 from jaxpeft.study.report.rows import as_csv, consistency
 from jaxpeft.study.state import State, read
-from jaxpeft.training import results, setup
+from jaxpeft.training import checkpoint, results, setup
 
 SCORES = {"val": {0.003: 0.5, 0.009: 0.6, 0.03: 0.7, 0.09: 0.7}, "test": {0.003: 0.9, 0.009: 0.1, 0.03: 0.3, 0.09: 0.2}}
 
@@ -120,6 +122,18 @@ def test_a_run_is_a_config_that_main_runs_alone(config):
     assert c.name == run.id and c.optim.schedule == "plateau"
 
 
+def test_a_study_of_other_data_measures_no_forgetting(config):
+    """The recipe for scenes does; a setting, or a whole study, may have other data."""
+    config.settings.captions_human.data = {"name": "coco_captions"}
+    found = {cell.setting: grid.Run(cell, 0, 0.003, config).config for cell in grid.cells(config)}
+    assert {name: (c.data.name, c.eval.forgetting) for name, c in found.items()} == {
+        "captions_human": ("coco_captions", False),
+        "vqa_stated": ("scenes", True),
+    }
+    for c in found.values():
+        setup.check_config(c)
+
+
 @pytest.mark.slow
 def test_sizes_are_solved_for_the_budget_and_prompt_is_capped():
     c = studies.study("x", "", ("vqa_stated",), studies.variants("none", prompts=()), (2000, 20_000, 10**6), (64,))
@@ -204,6 +218,28 @@ def test_a_run_given_up_or_cut_off_is_done_anew_when_its_config_changes(config, 
     rows = execute.run(config, tmp_path, log=quiet)
     assert len(rows) == grid.n_runs(config) and all(row["status"] == "done" for row in rows)
     assert not (cut_off / "checkpoint").exists() and not list((tmp_path / "failures").iterdir())
+
+
+def test_a_run_that_was_cut_off_starts_afresh_with_other_data(config, fake, tmp_path, monkeypatch):
+    """Its checkpoint is of the data before: no try to resume it can succeed."""
+    cut_off, said = grid.runs(config, {})[0].id, []
+    (tmp_path / "points" / cut_off / "checkpoints").mkdir(parents=True)
+
+    def run(config, workdir, log=print, features_in=None):
+        if (Path(workdir) / "checkpoints").exists():
+            stored, now = ({"data": {"train": digest}} for digest in ("before", "after"))
+            checkpoint.check_manifest("checkpoint 1", stored, now, False, quiet)
+        fake.append(config.name)
+        return fake_point(config, workdir)
+
+    monkeypatch.setattr(execute.training_run, "run", run)
+    rows = execute.run(config, tmp_path, log=said.append)
+    assert all(row["status"] == "done" for row in rows) and fake.count(cut_off) == 1
+    (line,) = (line for line in said if "starts afresh" in line)
+    assert line.startswith(cut_off) and "data/train: stored before, now after" in line
+    assert not (tmp_path / "failures").exists()
+    (aside,) = (tmp_path / "stale").iterdir()
+    assert aside.name.startswith(cut_off) and (aside / "checkpoints").exists()
 
 
 def test_old_names_in_the_config_of_a_finished_run_are_no_difference(config, fake, tmp_path):
@@ -327,6 +363,75 @@ def test_images_for_the_report_are_of_the_splits_that_the_runs_load(config, tmp_
     execute.keep_images(config, tmp_path, n=1)
     assert asked and all(set(splits) == {"train", "val", "test"} for splits in asked)
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == len(config.settings)
+
+
+def test_launchers_that_finish_together_keep_the_images_once(config, tmp_path, monkeypatch):
+    """The first one is drawing when the second one, which has begun later, has finished."""
+    load, n_loaded = execute.data.load, []
+
+    def interrupted(c, splits):
+        n_loaded.append(splits)
+        if len(n_loaded) == 1:
+            execute.keep_images(config, tmp_path, n=2)
+        return load(c, splits)
+
+    monkeypatch.setattr(execute.data, "load", interrupted)
+    execute.keep_images(config, tmp_path, n=2)
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(config.settings)
+    assert len(list((tmp_path / "pictures").rglob("*.png"))) == 2 * len(config.settings)
+
+
+def test_images_for_the_report_are_small_and_those_of_the_data(config, tmp_path, monkeypatch):
+    """A photo of 1,000 x 600 pixels and a small one; then other images under the same ids."""
+    load = execute.data.load
+
+    def photos(colour, source):
+        images = [np.full(shape, colour, np.uint8) for shape in ((600, 1000, 3), (40, 30, 3))]
+        rows = [{"image_id": str(i)} for i in range(2)]
+        return lambda *_: {"test": base.Split("test", images, rows, source=source)}
+
+    def kept(setting):
+        shown = {}
+        for path in (tmp_path / "pictures" / setting).glob("*.png"):
+            with Image.open(path) as image:
+                shown[path.stem] = image.size, image.getpixel((0, 0))[0]
+        return shown
+
+    monkeypatch.setattr(execute.data, "load", photos(1, "one"))
+    execute.keep_images(config, tmp_path)
+    assert kept("vqa_stated") == {"0": ((512, 307), 1), "1": ((30, 40), 1)}
+    monkeypatch.setattr(execute.data, "load", photos(2, "one"))
+    execute.keep_images(config, tmp_path)  # the same data, so nothing is written
+    monkeypatch.setattr(execute.data, "load", photos(3, "other"))
+    execute.keep_images(config, tmp_path, anew=False)
+    assert kept("vqa_stated")["1"] == ((30, 40), 1)
+    execute.keep_images(config, tmp_path)
+    assert kept("vqa_stated")["1"] == ((30, 40), 3)
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(config.settings)
+    monkeypatch.setattr(execute.data, "load", load)
+    shown = []
+    for seed in (0, 1):
+        for point in config.points.values():
+            point.data.seed = seed
+        execute.keep_images(config, tmp_path, n=1)
+        shown.append({path.name: path.read_bytes() for path in (tmp_path / "pictures" / "vqa_stated").glob("*.png")})
+    assert shown[0].keys() == shown[1].keys() and shown[0] != shown[1]
+
+
+def test_scores_of_cases_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Another launcher of the study may be reading the file, or writing it too."""
+    cases.write(tmp_path, [], {"test"})
+    before = (tmp_path / "cases.npz").read_bytes()
+
+    def full(file, **arrays):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cases.np, "savez_compressed", full)
+    with pytest.raises(OSError, match="No space"):
+        cases.write(tmp_path, [], {"test"})
+    assert [path.name for path in tmp_path.iterdir()] == ["cases.npz"]
+    assert (tmp_path / "cases.npz").read_bytes() == before
 
 
 def test_of_two_launchers_that_ask_at_once_one_is_heard(config, fake, tmp_path, monkeypatch):

@@ -766,6 +766,16 @@ def test_what_a_config_leaves_open_depends_on_devices_and_on_what_is_trained(tar
     assert (found.remat, found.attention, found.unroll) == ("full", "plain", 3)
 
 
+def test_forgetting_is_of_scenes_and_refused_for_other_data(tmp_path):
+    """Other data have no captions in the style of pre-training: the run failed after training, or measured something else."""
+    c = config_of("tiny", "vqa", **{"eval.forgetting": True})
+    setup.check_config(c)
+    c.data.name = "coco_captions"
+    with pytest.raises(ValueError, match="eval.forgetting is True, but data.name is 'coco_captions'.*to False"):
+        run.run(c, tmp_path)
+    assert not any(path.suffix for path in tmp_path.iterdir())
+
+
 def test_precision_is_that_of_the_config():
     c = config_of("tiny", "captioning", **{"model.precision": "high"})
     with setup.precision(c):

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast, overload
@@ -197,7 +198,7 @@ def prompted(task: Task, prompt: str, tokenizer) -> Task:
 
 def _write(args, model, variables, task, paths) -> list[str]:
     """Write the texts of every image to the file, or print them -> errors."""
-    bad, temporary = [], args.out and args.out.with_name(f".{args.out.name}.{os.getpid()}")
+    bad, temporary = [], args.out and args.out.with_name(f".{args.out.name}.{uuid.uuid4().hex}")
     out = temporary.open("w", encoding="utf-8") if temporary else None
     batch = min(args.batch, len(paths))
     try:

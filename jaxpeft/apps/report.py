@@ -15,6 +15,8 @@ def main(argv: list[str] | None = None) -> None:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="jaxpeft report", description=__doc__, formatter_class=style)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="directory with results.jsonl and study.json")
-    parser.add_argument("--mixed_code", action="store_true", help="report cells even if their runs used different code")
+    parser.add_argument(
+        "--mixed_code", action="store_true", help="report cells even if their runs used different code or data"
+    )
     args = parser.parse_args(argv)
     print(report.write(args.workdir, args.mixed_code))

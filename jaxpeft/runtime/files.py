@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import urllib.parse
 import uuid
 from collections.abc import Iterable, Iterator
@@ -92,14 +93,13 @@ def beside(directory: Path, name: Any) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file atomically, in UTF-8: a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # hosts that share a directory repeat process ids
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except OSError:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def create_new(path: Path, text: str) -> bool:
@@ -151,7 +151,7 @@ def whole_directory(directory: str | Path, own: Iterable[str]) -> Iterator[Path]
     """Write a directory atomically: the block writes its files into a sibling directory, which then takes its place.
 
     Raises ValueError if the directory holds files other than `own`, the names that this writer uses. Leftovers of killed
-    writers are deleted.
+    writers of this host are deleted; whether a writer of another host lives cannot be seen.
     """
     directory = Path(directory).absolute()
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
@@ -165,9 +165,11 @@ def whole_directory(directory: str | Path, own: Iterable[str]) -> Iterator[Path]
         if other := sorted(names - set(own)):
             raise ValueError(f"{directory} holds other files ({', '.join(other[:3])}); choose a new directory")
     home.mkdir(parents=True, exist_ok=True)
-    new, old = (home / f"{mine}{kind}-{os.getpid()}" for kind in ("new", "old"))
-    for left in home.glob(f"{glob.escape(mine)}*"):
-        pid = left.name.rpartition("-")[2]
+    host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    owner = f"{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    new, old = (home / f"{mine}{kind}-{owner}" for kind in ("new", "old"))
+    for left in home.glob(f"{glob.escape(mine)}*-{host}-*-*"):
+        pid = left.name.split("-")[-2]
         if pid.isdecimal() and int(pid) != os.getpid() and _lives(int(pid)):
             continue  # another process is writing
         if left.name.startswith(f"{mine}old-") and not directory.exists():  # killed between the two renames below

@@ -21,8 +21,10 @@ from jaxpeft.runtime import files, host, locks, signals
 from jaxpeft.study import cases, grid, processes, progress, reruns, state
 from jaxpeft.study.grid import Run
 from jaxpeft.study.state import State
+from jaxpeft.training import checkpoint, setup
 from jaxpeft.training import run as training_run
-from jaxpeft.training import setup
+
+LARGEST = 512  # pixels of the longer side of an image for the report, whose page holds the files
 
 
 def run(
@@ -45,7 +47,8 @@ def run(
     directory = Path(workdir)
     grid.check_config(config)
     found = state.read(config, directory)
-    if found.todo or rerun:
+    something = bool(found.todo or rerun)
+    if something:
         grid.check(config)
     directory.mkdir(parents=True, exist_ok=True)
     if rerun:
@@ -66,7 +69,7 @@ def run(
     found = state.read(config, directory)
     rows = state.collect(directory, found)
     cases.write(directory, rows, {"test", "test_comp"})
-    keep_images(config, directory)
+    keep_images(config, directory, something)
     log(state.plan(config, found))
     return rows
 
@@ -103,22 +106,30 @@ def attempt(one: Run, directory: Path, log, known: State | None = None) -> bool:
         if state.out_of_date(directory, one, reruns.asked(directory)):
             state.set_aside(directory, one.id)
         if not (directory / "points" / one.id / "result.json").exists():  # another process may have finished it
-            execute(one, directory, announce, one.study.keep_checkpoints)
+            try:
+                execute(one, directory, announce, one.study.keep_checkpoints)
+            except checkpoint.OtherRun as error:  # the data or the base changed after the run was interrupted
+                log(f"{one.id} starts afresh: {error}")
+                state.set_aside(directory, one.id)
+                execute(one, directory, announce, one.study.keep_checkpoints)
         return True
     finally:
         lease.release()
 
 
 def execute(one: Run, directory: Path, log, keep_checkpoints: bool = False) -> bool:
-    """Train and score a run in its directory. A failure is recorded and False returned; KeyboardInterrupt is raised."""
+    """Train and score a run in its directory. A failure is recorded and False returned; raises KeyboardInterrupt, and OtherRun
+    where the directory holds a checkpoint of other data or another base."""
     workdir = directory / "points" / one.id
     workdir.mkdir(parents=True, exist_ok=True)
     # written before the run does it, so that a run that fails at once is tried again when its config changes
     files.write_json(workdir / "config.json", setup.as_json(one.config))
     began = time.time()
-    with (workdir / "log.txt").open("a", buffering=1) as file, contextlib.redirect_stdout(file):
+    with (workdir / "log.txt").open("a", buffering=1, encoding="utf-8") as file, contextlib.redirect_stdout(file):
         try:
             result = training_run.run(one.config, workdir, features_in=directory / "features")
+        except checkpoint.OtherRun:
+            raise
         except Exception as error:  # of any type: the other runs continue
             traceback.print_exc(file=file)
             if signals.is_transient(error):  # an error of the machine, not of the run, does not count as a try
@@ -142,19 +153,37 @@ def _said(result: dict) -> str:
     return f"{split} {result['main_metric']} {result['metrics'][split]['tuned'][result['main_metric']]:.3f}"
 
 
-def keep_images(config, directory: Path, n: int = 8) -> None:
-    """Save some test images of every setting for the report, which reads files only."""
+def keep_images(config, directory: Path, anew: bool = True, n: int = 8) -> None:
+    """Save some test images of every setting, at most LARGEST pixels a side, for the report, which reads files only.
+
+    `anew`: replace those of other data; otherwise data are read only for a setting without images.
+    """
     for setting in config.settings:
         c = Run(next(cell for cell in grid.cells(config) if cell.setting == setting), 0, 1.0, config).config
         out = directory / "pictures" / setting
-        if out.exists():
+        if out.exists() and not anew:
             continue
         # the splits that the runs load: what one holds can depend on which others are asked for
         splits = dict.fromkeys([*setup.needed_splits(c), "test"])
         split = data.load(c.data, [*splits])["test"]
+        chosen = np.linspace(0, len(split.rows) - 1, min(n, len(split.rows))).round().astype(int).tolist()
+        rows = [split.rows[i] for i in chosen]
+        # ids may be those of other images; a source may be a directory that was moved
+        digest = setup.digest([Path(split.source).name, rows])
+        if (out / "data.txt").exists() and (out / "data.txt").read_text("utf-8") == digest:
+            continue
         aside = out.with_name(f".{setting}.{uuid.uuid4().hex}")
         aside.mkdir(parents=True)
-        for i in np.linspace(0, len(split.rows) - 1, min(n, len(split.rows))).round().astype(int).tolist():
-            name = files.name_for(split.rows[i]["image_id"])  # ids may be paths
-            Image.fromarray(np.asarray(split.images[i])).save(aside / f"{name}.png")
-        os.replace(aside, out)
+        try:
+            for i, row in zip(chosen, rows, strict=True):
+                image = Image.fromarray(np.asarray(split.images[i]))
+                image.thumbnail((LARGEST, LARGEST))
+                image.save(aside / f"{files.name_for(row['image_id'])}.png")  # ids may be paths
+            (aside / "data.txt").write_text(digest, "utf-8")
+            shutil.rmtree(out, ignore_errors=True)
+            os.replace(aside, out)
+        except OSError:
+            if not out.exists():  # else another launcher of the study was faster
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 
 import ml_collections
 
-from jaxpeft import data, methods
+from jaxpeft import data, methods, tasks
 from jaxpeft.adapt import budget
 from jaxpeft.models import loading
 from jaxpeft.runtime import renamed
@@ -87,6 +87,8 @@ class Run:
         # equal in all runs with one base, so scored once per setting
         c.eval.base = bool(variant.get("base")) and (self.seed == 0 or "{seed}" in c.base)
         c.base = c.base.replace("{seed}", str(self.seed))
+        # asked for by the default recipe, which is that of scenes; a setting or the study may have other data
+        c.eval.forgetting = c.eval.forgetting and c.data.name == "scenes"
         if self.short:
             c.steps, c.epochs = round(c.steps * study.search_steps), c.epochs * study.search_steps
             c.eval.splits = (study.select_on,) if study.get("measure", "main") == "main" else ()
@@ -232,11 +234,12 @@ def check(config) -> None:
         mine = [cell for cell in cells(config) if cell.setting == setting]
         most = max(mine, key=lambda cell: cell.n_images)
         c = Run(most, 0, 1.0, config).config
-        n = len(data.load(c.data, setup.needed_splits(c))["train"].rows)
+        train = data.load(c.data, setup.needed_splits(c))["train"]
+        n = len(setup.with_texts(c, tasks.build(c.task, **c.task_options), train).rows)
         if most.n_images > n:
             raise ValueError(
                 f"study {config.name}: n_images includes {most.n_images}, but the training split of setting {setting!r} has "
-                f"{n} images; n_images must be at most {n}"
+                f"{n} images with texts of its task; n_images must be at most {n}"
             )
 
 
@@ -263,6 +266,16 @@ def _check_measure(config) -> None:
             raise ValueError(
                 f"points.{task}.eval.splits is {tuple(point.eval.splits)}; it must hold {config.select_on!r}, "
                 "which config.select_on says chooses the learning rate"
+            )
+        if "test" not in point.eval.splits:
+            raise ValueError(
+                f"points.{task}.eval.splits is {tuple(point.eval.splits)}; it must hold 'test', by which the "
+                "report compares runs"
+            )
+        if point.optim.schedule == "plateau" and point.stop.split == "test":
+            raise ValueError(
+                f"points.{task}.stop.split is 'test', so the step that is kept would be chosen on test images; set "
+                "it to 'val'"
             )
         if measure == "nll" and (point.optim.schedule, point.stop.split) != ("plateau", config.select_on):
             raise ValueError(

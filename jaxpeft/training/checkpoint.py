@@ -61,13 +61,17 @@ def _digests(flat: dict[str, jax.Array]) -> dict[str, dict[str, str]]:
     return digests
 
 
+class OtherRun(ValueError):
+    """A checkpoint was trained with another base, data or config."""
+
+
 def check_manifest(what: str, stored: dict, now: dict, accept: bool, log: Callable[[str], object]) -> None:
-    """Raise ValueError naming what differs between the `stored` manifest and the one `now`; with `accept` only log it."""
+    """Raise OtherRun naming what differs between the `stored` manifest and the one `now`; with `accept` only log it."""
     differs = {k: (stored.get(k), v) for k, v in now.items() if stored.get(k) != v}
     if differs:
         rows = "; ".join(f"{k}: stored {a}, now {b}" for k, (a, b) in _leaves_that_differ(differs))
         if not accept:
-            raise ValueError(f"{what} belongs to another run ({rows}); use a new workdir")
+            raise OtherRun(f"{what} belongs to another run ({rows}); use a new workdir")
         log(f"{what} belongs to another run, accepted because accept_changes is set ({rows})")
 
 
@@ -163,7 +167,7 @@ class Checkpoints:
     def restore(self, like: Tree, manifest: dict, accept: bool = False) -> tuple[int, Tree] | None:
         """(step, state as NumPy arrays in the structure of `like`) of the newest undamaged step; None if there is none.
 
-        A damaged step is moved aside to 'damaged-STEP'. Raises ValueError where a step was trained with another base, data or
+        A damaged step is moved aside to 'damaged-STEP'. Raises OtherRun where a step was trained with another base, data or
         config than in `manifest`; with `accept` this is only logged.
         """
         flat_like = {name.replace("/", "|"): leaf for name, leaf in tree.flatten(like).items()}

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,7 +214,7 @@ def _kept(path: Path, compute: Callable[[], np.ndarray], limit: int, log: Callab
     if stored is not None and not missing:
         return stored
     computed = compute()  # by all hosts together
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         if sharding.is_first():
             path.parent.mkdir(parents=True, exist_ok=True)

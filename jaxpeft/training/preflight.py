@@ -98,7 +98,8 @@ def training_texts(c: Config) -> base.Split:
     """The training split of a run, for its texts; for scenes, whose texts are all similar, 64 images of it."""
     if c.data.name != "scenes":
         whole = {key: value for key, value in setup.as_json(c.data).items() if key not in SUBSET}
-        train = _training(json.dumps(whole), tuple(setup.needed_splits(c)))
+        task = tasks.build(c.task, **c.task_options)
+        train = setup.with_texts(c, task, _training(json.dumps(whole), tuple(setup.needed_splits(c))))
         return pipeline.subset(train, seed=c.data.subset_seed, fraction=c.data.fraction, n_images=c.data.n_images)[0]
     few = c.data.copy_and_resolve_references()
     few.n_train = 64

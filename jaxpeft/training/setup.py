@@ -47,7 +47,7 @@ class Setup:
     mesh: Mesh
     originals: Tree  # the variables as loaded, for `tuned/`; the base is in this host's memory
     splits: dict[str, Split]  # 'train' is the subset that is trained on
-    whole: tuple[Split, np.ndarray]  # all of 'train', and the indices of the subset in it
+    whole: tuple[Split, np.ndarray]  # all of 'train' with texts of the task, and the indices of the subset in it
     candidates: list[str] | None  # the closed list that answers are chosen from
     facts: dict[str, Any]  # for the result: counts, model, texts
 
@@ -65,7 +65,7 @@ def prepare(config: Config, log: Log) -> Setup:
     mesh = sharding.mesh(config.get("mesh"))
     sharding.check_batch(config.batch_size, config.grad_accum, mesh)
     task = tasks.build(config.task, **config.task_options)
-    splits, whole = load_splits(config)
+    splits, whole = load_splits(config, task, log)
     log("images: " + ", ".join(f"{name} {len(split.rows):,}" for name, split in splits.items()))
     for remark in splits["train"].report.get("remarks", []):
         log(f"warning: {remark}")
@@ -107,11 +107,27 @@ def needed_splits(config: Config) -> list[str]:
     return list(dict.fromkeys(["train", *config.eval.splits, *validated]))
 
 
-def load_splits(config: Config) -> tuple[dict[str, Split], tuple[Split, np.ndarray]]:
-    """Load ({name: split} with the run's subset of 'train', (all of 'train', the indices of the subset in it))."""
+def with_texts(config: Config, task: tasks.Task, train: Split) -> Split:
+    """The training images that have texts of the task; all of them where none has, which the task says itself.
+
+    A task with `examples` of its own may read other parts of the rows. Nearly all scenes have questions of any type, and
+    published subsets of scenes are drawn from all.
+    """
+    if config.data.name == "scenes" or type(task).examples not in (tasks.Captioning.examples, tasks.Vqa.examples):
+        return train
+    key = "questions" if task.asks else "captions"
+    kept = np.flatnonzero(np.fromiter((bool(row[key]) for row in train.rows), bool))
+    return train if len(kept) in (0, len(train.rows)) else train.take(kept)
+
+
+def load_splits(config: Config, task: tasks.Task, log: Log) -> tuple[dict[str, Split], tuple[Split, np.ndarray]]:
+    """Load ({name: split} with the run's subset of 'train', (all of 'train' that has texts of the task, the indices of the
+    subset in it))."""
     c = config.data
     splits = data.load(c, needed_splits(config))
-    whole = splits["train"]
+    whole = with_texts(config, task, splits["train"])
+    if n := len(splits["train"].rows) - len(whole.rows):
+        log(f"train: {n:,} images without {'questions' if task.asks else 'captions'} are left out")
     part, chosen = pipeline.subset(whole, seed=c.subset_seed, fraction=c.fraction, n_images=c.n_images)
     return splits | {"train": part}, (whole, chosen)
 
@@ -122,6 +138,11 @@ def check_config(config: Config) -> None:
     optim.schedule(config.optim, 1000)
     optim.OPTIMIZERS.find(config.optim.get("name", "adamw"))
     pipeline.check_augment(config.data.augment)
+    if config.eval.forgetting and config.data.name != "scenes":
+        raise ValueError(
+            f"eval.forgetting is True, but data.name is {config.data.name!r}: only 'scenes' has captions in the style of "
+            f"pre-training; set eval.forgetting to False"
+        )
     for name in ("dtype", "frozen_dtype"):
         if config.model.get(name, "float32") not in DTYPES:
             raise ValueError(

@@ -224,15 +224,23 @@ def test_a_directory_is_there_whole_or_not_at_all(tmp_path, fault):
     with pytest.raises(OSError, match="No space"):
         write("second", fail=True)
     assert holds("first")
-    os.rename(out, tmp_path / ".out.jaxpeft-old-9999999")  # killed between the two renames
-    (tmp_path / ".out.jaxpeft-new-9999999").mkdir()
+    with files.whole_directory(tmp_path / "out", ("a", "b")) as new:
+        left = new.name  # as a process of this host names it
+        for name in "ab":
+            (new / name).write_text("first")
+
+    def of(kind, pid):
+        return tmp_path / left.replace("new", kind).replace(f"-{os.getpid()}-", f"-{pid}-")
+
+    os.rename(out, of("old", 9999999))  # killed between the two renames
+    of("new", 9999999).mkdir()
     with pytest.raises(OSError, match="No space"):
         write("third", fail=True)
     assert holds("first")
     (tmp_path / ".out.mine").mkdir()  # somebody else's
     write("fourth")
     assert holds("fourth") and sorted(path.name for path in tmp_path.iterdir()) == [".out.mine", "out"]
-    alive = tmp_path / f".out.jaxpeft-new-{os.getppid()}"
+    alive = of("new", os.getppid())
     alive.mkdir()  # of a process that lives: it is writing now
     write("fifth")
     assert alive.exists() and holds("fifth")

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import shutil
 import time
+import uuid
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -90,7 +91,7 @@ def write_shard(shard: Shard, path: Path, skip: bool) -> dict:
     stored = features(shard.with_image)
     serializer = example_serializer.ExampleSerializer(stored.get_serialized_info())
     shard_writer = writer.ShardWriter(stored, serializer, writer.ExampleWriter(tfds.core.FileFormat.ARRAY_RECORD))
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     shard_writer.write(examples(), temporary)
     facts = {"rows": len(good), "bytes": os.path.getsize(temporary), "ids": good, "bad": bad}
     if bad and not skip:

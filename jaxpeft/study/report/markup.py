@@ -20,7 +20,7 @@ class Html(str):
 
 def page(template: str, **values: str) -> str:
     """A template of this folder with its values. A <details> or <section> whose values are all empty is left out."""
-    text = (HERE / template).read_text()
+    text = (HERE / template).read_text("utf-8")
 
     def used(part: re.Match) -> str:
         names = string.Template(part[0]).get_identifiers()
@@ -28,7 +28,7 @@ def page(template: str, **values: str) -> str:
 
     for tag in ("details", "section"):  # a section may hold details
         text = re.sub(rf"<{tag}>.*?</{tag}>\n", used, text, flags=re.DOTALL)
-    values |= {"css": (HERE / "report.css").read_text(), "js": (HERE / "report.js").read_text()}
+    values |= {"css": (HERE / "report.css").read_text("utf-8"), "js": (HERE / "report.js").read_text("utf-8")}
     return string.Template(text).substitute(values)
 
 

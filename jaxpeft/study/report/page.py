@@ -55,7 +55,9 @@ def _notes(study: Study) -> str:
     notes = [study.config["note"]] if study.config["note"] else []
     if study.mixed:
         cells = ", ".join(map(str, study.mixed))
-        notes.append(f"The runs of {cells} were made by different code; they are compared because of --mixed_code.")
+        notes.append(
+            f"The runs of {cells} were made by different code or from different data; --mixed_code compares them."
+        )
     return "".join(markup.paragraph(note, "note") for note in notes)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxpeft.runtime import renamed
@@ -32,7 +33,7 @@ class Study:
     searched: list[dict]
     results: list[Result]  # what claims are judged on: the chosen run of each cell and seed
     scales: list[Scale]
-    mixed: list[Cell]  # cells whose runs were made by different code
+    mixed: list[Cell]  # cells whose runs were made by different code or from different data or bases
     directory: Path
     gains: dict[str, float] = dataclasses.field(default_factory=dict)  # search.budget_gains
 
@@ -79,8 +80,8 @@ class Study:
 def read(directory: Path, mixed_code: bool = False) -> Study:
     """Read a study's files, also those of version 0.1.
 
-    Raises ValueError where there are none, and where runs of one cell were made by different code, unless `mixed_code`: runs
-    that are compared within a cell must differ in learning rate and seed only.
+    Raises ValueError where there are none, and where runs of one cell were made by different code or from different data or
+    bases, unless `mixed_code`: runs that are compared within a cell must differ in learning rate and seed only.
     """
     if not (directory / "results.jsonl").exists():
         raise ValueError(f"{directory} has no results.jsonl; run the study first")
@@ -88,7 +89,7 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
     config = renamed.translated_study(about["config"])
     whole = read_jsonl(directory / "results.jsonl")
     rows = [_flat(renamed.translated_row(row), config) for row in whole]
-    mixed = _mixed(rows)
+    mixed = _mixed(rows, config)
     if mixed and not mixed_code:
         raise ValueError(_refusal(directory, mixed))
     short = _short(directory)
@@ -134,7 +135,7 @@ def _choice(row: dict, config: dict) -> float:
 def read_jsonl(path: Path) -> list[dict]:
     """The JSON values of a file, one per line."""
     return [
-        json.loads(line) for line in path.read_text().split("\n") if line
+        json.loads(line) for line in path.read_text("utf-8").split("\n") if line
     ]  # splitlines() would also split inside texts
 
 
@@ -143,25 +144,46 @@ def cell_of(row: dict) -> Cell:
     return Cell(row["setting"], row["variant"], row["size"], row["n_images"])
 
 
-def _mixed(rows: list[dict]) -> dict[Cell, dict[str, list[str]]]:
-    """Cell -> code -> ids of runs, for cells with several codes. Results of version 0.1 have no code: it is '' for them."""
+def _mixed(rows: list[dict], config: dict) -> dict[Cell, dict[str, list[str]]]:
+    """Cell -> a code, data set or base that made runs of it -> their ids, for cells whose runs differ in one of these."""
     found = collections.defaultdict(lambda: collections.defaultdict(list))
-    for row in rows:
-        if row["status"] == "done":
-            found[cell_of(row)][row["code"]].append(row["id"])
-    return {cell: by_code for cell, by_code in found.items() if len(by_code) > 1}
+    for row in (row for row in rows if row["status"] == "done"):
+        for what, value in _made_of(row, config):
+            found[cell_of(row), what][value].append(row["id"])
+    mixed = {}
+    for (cell, _), by_value in found.items():
+        if len(by_value) > 1:
+            mixed.setdefault(cell, dict(by_value))
+    return mixed
+
+
+def _made_of(row: dict, config: dict) -> Iterator[tuple[str, str]]:
+    """Pairs of something that must be equal in a cell, and what it is in a finished run.
+
+    A seed has its own training subset, and may have its own base. Results of version 0.1 have no code, and other digests.
+    """
+    yield "code", row["code"] or "version 0.1"
+    digests = (row["digests"] or {}) if row["code"] else {}
+    drawn = "data" in (config.get("random") or {}).get("ranges", {})  # anew for each rate
+    for name, digest in digests.get("data", {}).items():
+        if name != "train":
+            yield f"{name} data", f"{name} data {digest}"
+        elif not drawn:
+            yield f"train data of seed {row['seed']}", f"train data {digest}"
+    if "base" in digests:
+        yield f"base of seed {row['seed']}", f"base {digests['base']}"
 
 
 def _refusal(directory: Path, mixed: dict[Cell, dict[str, list[str]]], most: int = 3) -> str:
     shown = "; ".join(
-        f"{', '.join(ids)} by {code or 'version 0.1'}"
-        for by_code in list(mixed.values())[:most] for code, ids in by_code.items()
+        f"{', '.join(ids)} by {value}"
+        for by_value in list(mixed.values())[:most] for value, ids in by_value.items()
     )  # fmt: skip
     more = f"; and {len(mixed) - most} more cells" if len(mixed) > most else ""
     patterns = f"--rerun='{next(iter(mixed))}-*'" + (" or --rerun='*'" if len(mixed) > 1 else "")
     return (
-        f"{directory}: runs of one cell must be made by the same code to be compared: {shown}{more}. Add {patterns} to the "
-        f"study's command to run them again, or --mixed_code to report them as they are"
+        f"{directory}: to be compared, runs of one cell must be made by the same code from the same data and base: {shown}"
+        f"{more}. Add {patterns} to the study's command to run them again, or --mixed_code to report them as they are"
     )
 
 
