@@ -47,8 +47,8 @@ def run(
     directory = Path(workdir)
     grid.check_config(config)
     found = state.read(config, directory)
-    something = bool(found.todo or rerun)
-    if something:
+    has_work = bool(found.todo or rerun)
+    if has_work:
         grid.check(config)
     directory.mkdir(parents=True, exist_ok=True)
     if rerun:
@@ -69,7 +69,7 @@ def run(
     found = state.read(config, directory)
     rows = state.collect(directory, found)
     cases.write(directory, rows, {"test", "test_comp"})
-    keep_images(config, directory, something)
+    keep_images(config, directory, renew=has_work)
     log(state.plan(config, found))
     return rows
 
@@ -153,15 +153,15 @@ def _said(result: dict) -> str:
     return f"{split} {result['main_metric']} {result['metrics'][split]['tuned'][result['main_metric']]:.3f}"
 
 
-def keep_images(config, directory: Path, anew: bool = True, n: int = 8) -> None:
+def keep_images(config, directory: Path, renew: bool = True, n: int = 8) -> None:
     """Save some test images of every setting, at most LARGEST pixels a side, for the report, which reads files only.
 
-    `anew`: replace those of other data; otherwise data are read only for a setting without images.
+    `renew`: replace those of other data; otherwise data are read only for a setting without images.
     """
     for setting in config.settings:
         c = Run(next(cell for cell in grid.cells(config) if cell.setting == setting), 0, 1.0, config).config
         out = directory / "pictures" / setting
-        if out.exists() and not anew:
+        if out.exists() and not renew:
             continue
         # the splits that the runs load: what one holds can depend on which others are asked for
         splits = dict.fromkeys([*setup.needed_splits(c), "test"])
