@@ -403,7 +403,7 @@ def test_images_for_the_report_are_small_and_those_of_the_data(config, tmp_path,
     monkeypatch.setattr(execute.data, "load", photos(2, "one"))
     execute.keep_images(config, tmp_path)  # the same data, so nothing is written
     monkeypatch.setattr(execute.data, "load", photos(3, "other"))
-    execute.keep_images(config, tmp_path, anew=False)
+    execute.keep_images(config, tmp_path, renew=False)
     assert kept("vqa_stated")["1"] == ((30, 40), 1)
     execute.keep_images(config, tmp_path)
     assert kept("vqa_stated")["1"] == ((30, 40), 3)

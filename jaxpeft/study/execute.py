@@ -69,7 +69,7 @@ def run(
     found = state.read(config, directory)
     rows = state.collect(directory, found)
     cases.write(directory, rows, {"test", "test_comp"})
-    keep_images(config, directory, renew=has_work)
+    keep_images(config, directory, has_work)
     log(state.plan(config, found))
     return rows
 
