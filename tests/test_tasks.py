@@ -148,6 +148,16 @@ def test_generate_answers_and_names_misuse():
     assert len(SPECIAL) == 7
 
 
+def test_ranked_answers_are_scored_whole_whatever_the_limit_of_written_ones():
+    model, variables, split = tiny.model(), {"params": tiny.params()}, _scenario(3)
+    answers = ["w1 w2 w3 w4", "w1", "w5 w6 w7"]
+    whole, cut = (tasks.build("vqa", inference="rank", variant="official2021", max_new_tokens=most) for most in (5, 1))
+    cases = whole.eval_examples(split, whole.template(model))
+    cases = base.Examples(cases.arrays, pipeline.Resized(split.images, 16), cases.rows)
+    found = [evaluate.choose(model, variables, task, cases, answers) for task in (whole, cut)]
+    assert found[0] == found[1]
+
+
 # ---------------------------------------------------------------- own texts: what is right scores right
 
 
