@@ -97,7 +97,6 @@ ROWS = [
     row("vpt", L * 3 * D, MOVES, length=3, patch=8, depth="deep"),
     row("mam", 4 * L * 2 * 2 * D + 2 * L * adapter(4), MOVES, length=2, bottleneck=4),
     row("unipelt", UNIPELT, MOVES, length=2, bottleneck=4, rank=2),
-    row("unipelt", VISION_UNIPELT, MOVES, targets="vision", length=2, bottleneck=4, rank=2),
     row("scoped", LORA // 2, methods=(Scoped(method=LoRA(rank=2), targets="encoder", layers=(1,)),)),
     row("scoped", 2 * 2 * 3 * D + 3 * adapter(4), MOVES, methods=SOME_LAYERS),
     row("bitfit", TEXT_BIASES + 2 * D + V),
@@ -106,6 +105,7 @@ ROWS = [
     row("head", TRANSFORM),
     row("head", TRANSFORM + D * V, TIED, matrix="untied"),
     row("selective", NORMS, leaves="norm[12]?/"),
+    row("unipelt", VISION_UNIPELT, MOVES, targets="vision", length=2, bottleneck=4, rank=2),
 ]
 BY_NAME = {f"{one.name}{i}": one for i, one in enumerate(ROWS)}
 FIRST = {one.name: name for name, one in reversed(BY_NAME.items())}  # of each method; its variants are slow tests
