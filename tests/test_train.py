@@ -86,7 +86,7 @@ def test_eight_devices_equal_one():
     one, m1 = _step(optax.sgd(0.1))(state, frozen, _batch(8))
     mesh = sharding.mesh()
     assert mesh.size == 8
-    many = sharding.replicate((state, frozen), mesh)
+    many = jax.device_put((state, frozen), sharding.replicated(mesh))
     eight, m8 = _step(optax.sgd(0.1))(*many, sharding.shard_batch(_batch(8), mesh))
     np.testing.assert_allclose(m1["loss"], m8["loss"], rtol=1e-5)
     np.testing.assert_allclose(*(one.tuned["params"]["kernel"] for one in (one, eight)), atol=1e-6)
