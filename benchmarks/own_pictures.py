@@ -113,6 +113,7 @@ def compare(workdir: Path, merged: Path, adapter: Path, base: Path) -> dict:
     pixels = torch.from_numpy(images.normalise(image_BYXC).transpose(0, 3, 1, 2))
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
     prompt = torch.tensor([[*task.template(model).start, model.tokenizer.sep_id]] * 4)
+    search = task.search(model)
     found = {"effect of tuning on logits": float(np.abs(ours - base_logits[:, 0]).max())}
     for name, there in (("transformers, merged", plain), ("peft, adapter", adapted)):
         core = there if name.startswith("trans") else there.base_model.model
@@ -120,7 +121,7 @@ def compare(workdir: Path, merged: Path, adapter: Path, base: Path) -> dict:
             states = core.vision_model(pixels).last_hidden_state
             logits = core.text_decoder(torch.from_numpy(tokens_BT).long(), encoder_hidden_states=states).logits.numpy()
             written = core.generate(pixel_values=pixels, input_ids=prompt.clone(), num_beams=3,
-                                    max_length=task.search(model).length, min_length=task.min_length)  # fmt: skip
+                                    max_length=search.length, min_length=search.min_length)  # fmt: skip
         said = [
             text.removeprefix("a picture of ").strip()
             for text in tokenizer.batch_decode(written, skip_special_tokens=True)

@@ -221,7 +221,7 @@ class Peer:
                 written = self.inner.text_decoder.generate(
                     input_ids=torch.tensor([prompt] * len(states)), encoder_hidden_states=states,
                     encoder_attention_mask=mask, do_sample=False, num_beams=1, max_length=self.search.length,
-                    min_length=task.min_length, pad_token_id=template.pad, eos_token_id=template.stop[0],
+                    min_length=self.search.min_length, pad_token_id=template.pad, eos_token_id=template.stop[0],
                 )  # fmt: skip
                 texts += [template.text(row[len(prompt) :]) for row in written[:n_real].tolist()]
         return task.score(cases.rows, texts) | {"nll": total / count}

@@ -32,6 +32,6 @@ def get_config(arg=""):
     c.base, c.seed = a.base, a.seed
     c.data.name, c.data.data_dir = "coco_captions", a.data_dir
     paligemma_recipe.transfer(c, a, N_CAPTIONS, LR.get(a.method, 2e-4))
-    c.task_options.update(max_tokens=32, max_words=0, max_new_tokens=32, min_length=0, variant="coco", java=True)
+    c.task_options.update(max_tokens=32, max_words=0, max_new_tokens=32, variant="coco", java=True)
     c.eval.beams, c.eval.splits = 2, ("test",)
     return c

@@ -52,6 +52,7 @@ NORMS = 2 * D * (2 * L + 1 + 2 * (3 * L + 1) + 1)  # vision, both text stacks, t
 TEXT_BIASES = 2 * (L * (2 * 4 * D + F + D + 3 * D) + D)
 PREFIX_MLP = 4 * (3 * D + D * 5 + 5 + L * (5 + 1) * 2 * D)
 MLP_VERA = L * (2 * F + D + 3 * 5)
+VISION_UNIPELT = L * (2 * 2 * D + D + 1) + L * (adapter(4) + D + 1) + 2 * L * (2 * (D + D) + D + 1)
 UNIPELT = 4 * L * (2 * 2 * D + D + 1) + 2 * L * (adapter(4) + D + 1) + 2 * LORA + 8 * L * (D + 1)
 SOME_LAYERS = (
     Scoped(method=Prefix(length=3), targets="encoder", layers=(0,)),
@@ -104,6 +105,7 @@ ROWS = [
     row("head", TRANSFORM),
     row("head", TRANSFORM + D * V, TIED, matrix="untied"),
     row("selective", NORMS, leaves="norm[12]?/"),
+    row("unipelt", VISION_UNIPELT, MOVES, targets="vision", length=2, bottleneck=4, rank=2),
 ]
 BY_NAME = {f"{one.name}{i}": one for i, one in enumerate(ROWS)}
 FIRST = {one.name: name for name, one in reversed(BY_NAME.items())}  # of each method; its variants are slow tests

@@ -135,6 +135,24 @@ def test_compacter_is_a_sum_of_kronecker_products():
         np.testing.assert_allclose(full[part], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_std_of_compacter_is_that_of_its_matrices():
+    site, key = Site("", "sublayer", (64,)), jax.random.key(0)
+
+    def drawn(std):
+        """The lower and the upper matrix from 400 keys."""
+
+        def one(key):
+            method, (a, b) = jp.Compacter(bottleneck=32, init_weights="normal", std=std), jax.random.split(key)
+            full = method.expand(method.init(a, site, {}), method.init_shared(b, [site]), site)
+            return jnp.stack([full["down"], full["up"].T])
+
+        return jax.jit(jax.vmap(one))(jax.random.split(key, 400))
+
+    small, large = drawn(0.02), drawn(0.08)
+    np.testing.assert_allclose(large, 4 * small, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(small.std(axis=(0, 2, 3)), 0.02, rtol=0.05)
+
+
 def test_oft_turns_blocks_without_stretching_them():
     method = jp.OFT(block=4)
     params = method.expand({"q": normal(3, 6)}, {}, Site("", "linear", (12, 5)))
@@ -289,6 +307,12 @@ def test_mam_equals_its_parts():
     np.testing.assert_array_equal(logits(both[0]), logits(both[1]))
 
 
+def test_a_scoped_prefix_keeps_its_shift():
+    whole = jp.Prefix(targets="^text_decoder/.*self_attention$", length=2, positions="shift")
+    scoped = Scoped(method=dataclasses.replace(whole, targets="^text_decoder"), targets="self_attention$")
+    np.testing.assert_array_equal(*(logits(perturbed(attach(one))) for one in (scoped, whole)))
+
+
 def test_scoped_to_layers_equals_identity_in_the_others():
     """LoRA in layer 1 only is LoRA everywhere with B zero in layer 0."""
     scoped = perturbed(attach(Scoped(method=jp.LoRA(rank=2), layers=(1,))))
@@ -380,6 +404,8 @@ def test_dora_must_come_first():
         (lambda: Gated(method=jp.BitFit()), "gated: bitfit acts at base leaves; expected"),
         (lambda: Scoped(method=jp.BitFit(), layers=(0,)), "bitfit trains base leaves.*restrict it with `targets`"),
         (lambda: Scoped(method=jp.LoRA(), layers=(-1,)), "expected layer numbers of at least 0"),
+        (lambda: Scoped(method=jp.VPT(depth="deep"), layers=(0,)), "vpt adds its tokens at the input of a stack"),
+        (lambda: Scoped(method=jp.Prompt(), layers=(0,)), "prompt adds its tokens at the input.*leave out `layers`"),
         (lambda: attach(Scoped(method=jp.LoRA(), layers=(2,))), "no layer 2 in .*; it has layers 0..1"),
         (lambda: attach(jp.OFT(block=5)), "block is 5; it must divide the 12 inputs of"),
         (lambda: attach(jp.PiSSA(rank=13)), "rank is 13; .* allows at most 12"),
@@ -481,7 +507,8 @@ def test_a_stack_of_different_trees_is_refused():
 # ---------------------------------------------------------------- optimizer and budget
 
 
-def test_lora_plus_moves_b_faster():
+@pytest.mark.parametrize("kind", [jp.LoRA, jp.LoHa])
+def test_lora_plus_moves_b_faster(kind):
     """One AdamW step of two runs that differ in lr_ratio: A moves alike, B `lr_ratio` times as far."""
     settings = {
         "lr": 1e-2,
@@ -495,13 +522,13 @@ def test_lora_plus_moves_b_faster():
     }
     moved = {}
     for ratio in (1.0, 4.0):
-        variables = perturbed(attach(jp.LoRA(rank=2, lr_ratio=ratio)))
+        variables = perturbed(attach(kind(rank=2, lr_ratio=ratio)))
         tuned, _ = jp.split(variables, jp.trainable(variables))
         tx = optim.optimizer(ml_collections.ConfigDict(settings), tuned, 10)
         updates, _ = tx.update(jax.tree.map(jnp.ones_like, tuned), tx.init(tuned), tuned)
         moved[ratio] = tree.flatten(updates)
     for name in moved[1.0]:
-        factor = 4.0 if name.endswith("/b") else 1.0
+        factor = 4.0 if name.endswith(("/b", "/b1", "/b2")) else 1.0
         np.testing.assert_allclose(moved[4.0][name], factor * moved[1.0][name], rtol=1e-6)
 
 

@@ -189,7 +189,7 @@ def test_accumulation_splits_every_device_alike():
     on = mesh("data")
     (tuned, frozen), batch = halves("lora"), tiny.batch(16)
     step = functools.partial(STEP.func, **STEP.keywords | {"grad_accum": 2})
-    placed = sharding.replicate((start(tuned), frozen), on)
+    placed = jax.device_put((start(tuned), frozen), sharding.replicated(on))
     program = jax.jit(step).lower(*placed, sharding.shard_batch(batch, on)).compile()
     assert not re.search(r"all-to-all|all-gather|collective-permute", program.as_text())
     after, _ = program(*placed, sharding.shard_batch(batch, on))

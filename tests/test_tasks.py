@@ -2,12 +2,16 @@
 
 import numpy as np
 import pytest
+import test_mplug
 import tiny
+import tiny_vlm
 
 import jaxpeft as jp
 from jaxpeft import tasks
+from jaxpeft.apps import pretrain_smolvlm
 from jaxpeft.data import base, pipeline
 from jaxpeft.data.base import Split
+from jaxpeft.models import smolvlm_text
 from jaxpeft.models.blip_tokens import SPECIAL, BlipTokenizer
 from jaxpeft.training import evaluate
 
@@ -144,6 +148,16 @@ def test_generate_answers_and_names_misuse():
     assert len(SPECIAL) == 7
 
 
+def test_ranked_answers_are_scored_whole_whatever_the_limit_of_written_ones():
+    model, variables, split = tiny.model(), {"params": tiny.params()}, _scenario(3)
+    answers = ["w1 w2 w3 w4", "w1", "w5 w6 w7"]
+    whole, cut = (tasks.build("vqa", inference="rank", variant="official2021", max_new_tokens=most) for most in (5, 1))
+    cases = whole.eval_examples(split, whole.template(model))
+    cases = base.Examples(cases.arrays, pipeline.Resized(split.images, 16), cases.rows)
+    found = [evaluate.choose(model, variables, task, cases, answers) for task in (whole, cut)]
+    assert found[0] == found[1]
+
+
 # ---------------------------------------------------------------- own texts: what is right scores right
 
 
@@ -250,6 +264,26 @@ def test_limits_are_the_longest_texts_up_to_the_positions():
             tasks.build(task, **{field: value}).limited([], 64, tiny.template(task, TOKENIZER))
 
 
+@pytest.mark.parametrize(
+    "model, prompt, n_start",
+    [
+        (lambda: tiny.model(False), None, 4),
+        (lambda: tiny.model(False), "", 1),
+        (lambda: test_mplug.MODEL, None, 1),
+        (lambda: tiny_vlm.model("paligemma"), None, 0),
+        (lambda: tiny_vlm.model("smolvlm"), None, 0),
+    ],
+)
+def test_a_caption_may_end_after_one_token_behind_any_start(model, prompt, n_start):
+    def search(name, **options):
+        found = tasks.build(name, **options).search(model())
+        return len(found.start), found.min_length
+
+    assert search("captioning", prompt=prompt) == (n_start, n_start + 1)
+    assert search("captioning", prompt=prompt, min_length=3) == (n_start, 3)
+    assert search("vqa")[1] == 0  # an answer may be empty
+
+
 def test_a_cut_text_does_not_end_with_the_end_token():
     examples = tasks.build("captioning", max_tokens=6).examples(SPLIT, CAPTION)
     targets, weights = examples.arrays["targets"][:, 0], examples.arrays["weights"][:, 0]
@@ -281,6 +315,17 @@ def test_the_ceiling_counts_what_the_limit_cuts():
     rows = task.eval_examples(_answers("red t shirt", "red"), WRITES).rows
     found = task.perfect_writer(rows, WRITES)
     assert found["out_of_reach"] == 1 and found["accuracy"] == 0.5 and found["examples"] == [["red t shirt", "red t"]]
+
+
+def test_what_smolvlm_is_trained_on_it_can_write():
+    """ " black" is one token there, and "black" is four: texts are written as they are trained, behind a space."""
+    template, split = smolvlm_text.vqa(pretrain_smolvlm.tokenizer()), _answers("black", "two")
+    assert [len(template.target(text)[0]) for text in ("black", "two")] == [2, 2]  # with the end
+    task = tasks.build("vqa").limited([tasks.build("vqa").lengths(split, template)], 64, template)
+    found = task.perfect_writer(task.eval_examples(split, template).rows, template)
+    assert (task.max_new_tokens, found["accuracy"], found["out_of_reach"]) == (2, 1.0, 0)
+    ranked = tasks.build("vqa", inference="rank", max_new_tokens=2)
+    assert ranked.candidates(split, template) == ["black", "two"]
 
 
 @pytest.mark.parametrize("name, key", [("captioning", "image_id"), ("vqa", "question_id")])

@@ -86,7 +86,7 @@ def test_eight_devices_equal_one():
     one, m1 = _step(optax.sgd(0.1))(state, frozen, _batch(8))
     mesh = sharding.mesh()
     assert mesh.size == 8
-    many = sharding.replicate((state, frozen), mesh)
+    many = jax.device_put((state, frozen), sharding.replicated(mesh))
     eight, m8 = _step(optax.sgd(0.1))(*many, sharding.shard_batch(_batch(8), mesh))
     np.testing.assert_allclose(m1["loss"], m8["loss"], rtol=1e-5)
     np.testing.assert_allclose(*(one.tuned["params"]["kernel"] for one in (one, eight)), atol=1e-6)
@@ -786,3 +786,34 @@ def test_precision_is_that_of_the_config():
     c.model.precision = "highst"
     with pytest.raises(ValueError, match="model.precision is 'highst'.*highest"):
         setup.check_config(c)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [(key, least - 1, f"at least {least}") for key, least in setup.LEAST.items()]
+    + [(key, value, "in [0, 1)") for key in setup.SHARES for value in (-0.1, 1)]
+    + [("optim.lr", float("nan"), "at least 0")],
+)
+def test_a_number_out_of_its_range_is_named(key, value, allowed):
+    c = config.get_config("captioning" if key.endswith("max_words") else "vqa")
+    setup.check_config(c)
+    value = type(functools.reduce(getattr, key.split("."), c))(value)
+    c.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=re.escape(f"{key} is {value}; it must be {allowed}")):
+        setup.check_config(c)
+
+
+def test_the_ends_of_ranges_are_allowed():
+    c = config.get_config("vqa")
+    numbers = setup.LEAST | dict.fromkeys(setup.SHARES, 0.0)
+    c.update_from_flattened_dict({key: x for key, x in numbers.items() if not key.endswith("max_words")})
+    setup.check_config(c)
+
+
+@pytest.mark.parametrize("field", [{"dropout": 1.5}, {"dropout": -0.5}, {"dtype": "flaot32"}, {"dtype": "int8"}])
+def test_a_base_is_not_read_with_a_dropout_or_type_that_does_not_exist(field):
+    ((name, value),) = field.items()
+    with pytest.raises(
+        ValueError, match=f"{name} is {value!r}; (it must be in .0, 1.|choose one of float32, bfloat16)"
+    ):
+        loading.load("tiny", **field)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxpeft import config
 from jaxpeft.inputs.processor import Template
-from jaxpeft.models.blip import Blip, BlipConfig, build, processor
+from jaxpeft.models.blip import Blip, BlipConfig, build
 from jaxpeft.models.blip_tokens import SPECIAL, BlipTokenizer
 
 TOKENIZER = BlipTokenizer.from_words(f"w{i}" for i in range(20))
@@ -44,7 +44,7 @@ def model(question_encoder: bool = True, **overrides) -> Blip:
 
 def template(task: str, tokenizer: BlipTokenizer = TOKENIZER, **options) -> Template:
     """How BLIP reads and writes the texts of a task, from a tokenizer alone."""
-    return processor(BlipConfig(), tokenizer).template(task, **options)
+    return build(BlipConfig(), tokenizer).processor.template(task, **options)
 
 
 @functools.cache

@@ -16,10 +16,10 @@ from jaxpeft.inputs.any_tokenizer import AnyTokenizer
 class Template:
     """How a model reads and writes the texts of a task. Special tokens inside a user's text are treated as text.
 
-    A text is `start` + pieces + `stop[0]`. In an encoder-decoder `start` holds at least the token that begins a text; it is
-    given and not scored. In a prefix-LM it is empty: the first token of a text follows the prompt. A prompt is `before` +
-    question + `after`; truncation shortens only the question. Of the image tokens of a prefix-LM it holds at most one id,
-    which stands for all of them.
+    A text is `start` + pieces + `stop[0]`, its pieces those of `lead` and the words together. In an encoder-decoder `start`
+    holds at least the token that begins a text; it is given and not scored. In a prefix-LM it is empty: the first token of a
+    text follows the prompt. A prompt is `before` + question + `after`; truncation shortens only the question. Of the image
+    tokens of a prefix-LM it holds at most one id, which stands for all of them.
     """
 
     tokenizer: AnyTokenizer
@@ -31,6 +31,7 @@ class Template:
     after: tuple[int, ...] = ()
     clean_question: Callable[[str], str] = str
     clean_text: Callable[[str], str] = str
+    lead: str = ""  # what a text is tokenised together with, in front of it: the space after "Assistant:"
     around: tuple[str, str] = ("", "")  # texts in front of and behind the question that are tokenised together with it
     beam_search: str = "transformers"  # a key of models.decode.BEAM_SEARCHES: how beams are scored and when they stop
 
@@ -49,8 +50,12 @@ class Template:
 
         A truncated text has no end token, as the model should not learn to stop there.
         """
-        ids = [*self.start, *self.tokenizer.pieces(self.clean_text(text)), self.stop[0]]
+        ids = [*self.start, *self.pieces(self.clean_text(text)), self.stop[0]]
         return (ids[:limit], len(ids) - limit) if 0 < limit < len(ids) else (ids, 0)
+
+    def pieces(self, text: str) -> list[int]:
+        """The ids that write a text, without start and end."""
+        return self.tokenizer.pieces(self.lead + text)
 
     def text(self, ids: Iterable[int]) -> str:
         """The text of generated ids, given without `start`, up to the first end token or padding, without outer spaces."""

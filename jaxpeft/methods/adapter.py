@@ -11,7 +11,8 @@ Compacter        Karimi Mahabadi et al. 2021, arXiv 2106.04647: a serial adapter
                  products A_i (x) (s_i t_i), the A_i (n x n) shared by all adapters, s_i t_i of rank one
 
 Both older papers start near the identity (std 1e-2, .02 in later code). The default, init_weights='zero_up', starts exactly
-at the identity, as the other methods do. init_weights='normal' draws both matrices with `std`.
+at the identity, as the other methods do. init_weights='normal' draws both matrices with `std`; the entries of Compacter's, sums
+of products of normal factors, have this standard deviation.
 """
 
 import dataclasses
@@ -122,25 +123,28 @@ class Compacter(SerialAdapter):
     activation: str = "gelu"
     n: int = 4
     name: ClassVar[str] = "compacter"
+    rule_std: ClassVar[float] = 0.01  # of the initial A_i
     expands: ClassVar[bool] = True
 
     def sizes(self, model: nn.Module, sites: list[Site]) -> Sequence[int]:
         return range(self.n, 1 << 20, self.n)
 
     def init_shared(self, rng: jax.Array, sites: list[Site]) -> Params:
-        return {"rule": 0.01 * jax.random.normal(rng, (self.n, self.n, self.n))}
+        return {"rule": self.rule_std * jax.random.normal(rng, (self.n, self.n, self.n))}
 
     def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         (width,), m, n = site.shape, self.bottleneck, self.n
         if width % n or m % n:
             raise ValueError(f"compacter: n={n} must divide width {width} and bottleneck {m} at {site.path}")
-        glorot = jax.nn.initializers.glorot_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
+        draw = jax.nn.initializers.glorot_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
+        if self.init_weights == "normal":  # an entry is the sum of n products of an entry of A_i and two factors
+            draw = jax.nn.initializers.normal((self.std / (self.rule_std * n**0.5)) ** 0.5)
         keys = jax.random.split(rng, 4)
         params = {
-            "down_s": glorot(keys[0], (n, width // n, 1)),
-            "down_t": glorot(keys[1], (n, 1, m // n)),
-            "up_s": glorot(keys[2], (n, m // n, 1)),
-            "up_t": glorot(keys[3], (n, 1, width // n)),
+            "down_s": draw(keys[0], (n, width // n, 1)),
+            "down_t": draw(keys[1], (n, 1, m // n)),
+            "up_s": draw(keys[2], (n, m // n, 1)),
+            "up_t": draw(keys[3], (n, 1, width // n)),
         }
         if self.init_weights == "zero_up":
             params["up_t"] = jnp.zeros_like(params["up_t"])

@@ -119,7 +119,11 @@ class Method:
     # where the method acts and what it trains
     def selects(self, site: Site) -> bool:
         """Whether the method binds at a site."""
-        return site.kind in self.kinds and re.search(self.targets, site.path) is not None
+        return site.kind in self.kinds and re.search(self.targets, self.matched(site)) is not None
+
+    def matched(self, site: Site) -> str:
+        """The path that `targets` is searched in."""
+        return site.path
 
     def trains(self, leaf: str) -> bool:
         """Whether the base leaf named `leaf`, 'params/...', is trained in place."""

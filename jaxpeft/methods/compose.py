@@ -68,7 +68,10 @@ class _Around(Method):
         return self.inner.size_field
 
     def selects(self, site: Site) -> bool:
-        return self.inner.selects(site) and re.search(self.targets, site.path) is not None
+        return self.inner.selects(site) and re.search(self.targets, self.matched(site)) is not None
+
+    def matched(self, site: Site) -> str:
+        return self.inner.matched(site)
 
     def trains(self, leaf: str) -> bool:
         return self.inner.trains(leaf) and re.search(self.targets, leaf.removeprefix("params/")) is not None
@@ -108,6 +111,10 @@ class Scoped(_Around):
                 raise ValueError(
                     f"scoped: {self.inner.name} trains base leaves, which hold all layers of a stack in one array; "
                     "restrict it with `targets`, not with `layers`"
+                )
+            if "embed" in self.kinds and "kv" not in self.kinds:
+                raise ValueError(
+                    f"scoped: {self.inner.name} adds its tokens at the input of a stack, for all layers; leave out `layers`"
                 )
 
     @property
@@ -230,7 +237,7 @@ def UniPELT(
     targets: str = "text", length: int = 10, bottleneck: int = 48, rank: int = 8, alpha: float | str = "2r"
 ) -> tuple[Gated, ...]:
     """Gated prefix, serial adapter (after the MLP) and LoRA (query and value) in the stacks that `targets` selects."""
-    adapter = SerialAdapter(bottleneck=bottleneck, placement="pfeiffer")
+    adapter = SerialAdapter(targets="", bottleneck=bottleneck, placement="pfeiffer")
     lora = LoRA(targets=r"attention/(query|value)$", rank=rank, alpha=alpha)
     parts = (Prefix(targets=r"attention$", length=length), adapter, lora)
     return tuple(Gated(method=part, targets=targets) for part in parts)

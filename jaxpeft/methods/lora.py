@@ -63,7 +63,7 @@ class LoRA(Method):
         return range(1, max(min(site.shape) for site in sites) + 1)
 
     def lr_scale(self, leaf: str) -> float:
-        return self.lr_ratio if leaf == "b" else 1.0
+        return self.lr_ratio if leaf in ("b", "b1", "b2") else 1.0  # LoHa has two
 
     def init(self, rng: jax.Array, site: Site, base: Base) -> Params:
         n_in, n_out = site.shape

@@ -12,7 +12,6 @@ does with a prefix of HF PEFT (needed to export one); by default the text keeps 
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -49,12 +48,9 @@ class Prefix(Method):
     def expands(self) -> bool:
         return self.mlp > 0
 
-    def selects(self, site: Site) -> bool:
-        if site.kind == "embed":  # the prefix in a stack's self-attention shifts the positions of the stack
-            return (
-                self.positions == "shift" and re.search(self.targets, f"{site.path}/blocks/self_attention") is not None
-            )
-        return super().selects(site)
+    def matched(self, site: Site) -> str:
+        # the prefix in a stack's self-attention shifts the positions of the stack
+        return f"{site.path}/blocks/self_attention" if site.kind == "embed" else site.path
 
     def shift(self, site: Site) -> int:
         return self.length if self.positions == "shift" else 0

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from flax import linen as nn
 
-from jaxpeft.inputs.processor import Processor, Template
+from jaxpeft.inputs.processor import Template
 from jaxpeft.inputs.tokenizer import clean_caption, clean_question
 from jaxpeft.models.base import Stage
 from jaxpeft.models.bert import TextStack
@@ -97,11 +97,6 @@ class Blip(EncoderDecoder):
 
     def memory_mask(self, batch):
         return batch["prompt"] != self.config.pad_id if self.config.question_encoder else None
-
-
-def processor(config: BlipConfig, tokenizer: BlipTokenizer | None) -> Processor:
-    """The processor with BLIP's templates, `tokenizer`, and the image settings of `config`."""
-    return build(config, tokenizer).processor
 
 
 def build(config: BlipConfig, tokenizer: BlipTokenizer | None = None) -> Blip:

@@ -107,7 +107,7 @@ class BlipInTransformers(HuggingFace):
         prompt, length = list(search.start), search.length
 
         def lengths(n_given):
-            return {"max_new_tokens": length - n_given, "min_new_tokens": max(0, task.min_length - n_given)}
+            return {"max_new_tokens": length - n_given, "min_new_tokens": max(0, search.min_length - n_given)}
 
         biases = [[prompt[: i + 1], 100.0] for i in range(1, len(prompt))]
         unprompted = lengths(1) | ({"sequence_bias": biases} if biases else {})

@@ -48,8 +48,9 @@ class PrefixLMInTransformers(HuggingFace):
 
     def generation(self, task: Any, beams: int) -> dict[str, Any]:
         """Settings with which transformers generates the same texts as `jaxpeft.generate`."""
-        length = task.search(self.model).length
-        return {"max_new_tokens": length, "min_new_tokens": task.min_length, "num_beams": beams, "do_sample": False}
+        search = task.search(self.model)
+        lengths = {"max_new_tokens": search.length, "min_new_tokens": search.min_length}
+        return lengths | {"num_beams": beams, "do_sample": False}
 
     def code(
         self, task: Any, out: str, base: str = "", revision: str = "", in_decoder: bool = False, beams: int = 1

@@ -27,12 +27,12 @@ def captioning(tokenizer: Bpe, prompt: str | None = None, max_words: int = 0) ->
     def first(text: str) -> str:
         return " ".join(text.split(" ")[: max_words or None])
 
-    return _chat(tokenizer, CAPTION if prompt is None else prompt, lambda text: f" {first(text)}")
+    return _chat(tokenizer, CAPTION if prompt is None else prompt, first)
 
 
 def vqa(tokenizer: Bpe) -> Template:
     """The user asks the question; the assistant writes the answer."""
-    return _chat(tokenizer, "", " {}".format)
+    return _chat(tokenizer, "", str)
 
 
 def _chat(tokenizer: Bpe, request: str, clean_text: Callable[[str], str]) -> Template:
@@ -46,6 +46,7 @@ def _chat(tokenizer: Bpe, request: str, clean_text: Callable[[str], str]) -> Tem
         before=(tokenizer.bos_id, *pieces("User:"), *image, *pieces(request)),
         after=(end, *pieces("\nAssistant:")),
         clean_text=clean_text,
+        lead=" ",
     )
     if template.pad in (*template.before, *template.after):
         raise ValueError(

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxpeft.models.attention import KINDS
 from jaxpeft.tree import Tree
 
+DTYPES = ("float32", "bfloat16")  # of matrix products
 UNROLLED = 16  # layers, on CPU; see `stack`
 REMAT = {"none": None, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 MOST = 1 << 20  # upper limit of an integer field, so that an untrusted config cannot exhaust memory
@@ -34,6 +35,10 @@ class StackConfig:
             raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(REMAT)}")
         if self.attention not in (None, *KINDS):
             raise ValueError(f"attention is {self.attention!r}; choose one of {', '.join(KINDS)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if not 0 <= (dropout := getattr(self, "dropout", 0.0)) < 1:
+            raise ValueError(f"dropout is {dropout}; it must be in [0, 1)")
 
     def on(self, platform: str) -> dict[str, Any]:
         """What fields that are None stand for on a platform: 'cpu', 'gpu' or 'tpu'."""

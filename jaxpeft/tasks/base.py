@@ -27,7 +27,9 @@ class Task(abc.ABC):
 
     smoothing: float = 0.0  # label smoothing of the training loss
     max_new_tokens: int = 0  # of a generated text; 0: those of the longest text in the data
-    min_length: int = 0  # of a generated text, in tokens, including the prompt
+    min_length: int = (
+        0  # of a generated text, in tokens, including the prompt; 0: of a caption one more than the prompt
+    )
     metrics: tuple[str, ...] = ()  # keys of metrics.METRICS to report beside the task's own
     name: ClassVar[str] = ""
     asks: ClassVar[bool] = False  # whether an example has a question
@@ -51,7 +53,9 @@ class Task(abc.ABC):
         """The decoding settings of this task."""
         template = self.template(model)
         most = min(self.limits["max_new_tokens"], model.positions - len(template.start))
-        return decode.Search.of(template, self.max_new_tokens or most, min_length=self.min_length, beams=beams)
+        # an answer may be empty, a caption has at least one token
+        least = self.min_length or (0 if self.asks else len(template.start) + 1)
+        return decode.Search.of(template, self.max_new_tokens or most, min_length=least, beams=beams)
 
     @abc.abstractmethod
     def examples(self, split: Split, template: Template) -> Examples:
@@ -159,7 +163,7 @@ class Task(abc.ABC):
 
     def writable(self, text: str, template: Template) -> str:
         """The closest that the model can come to `text` with this vocabulary and `max_new_tokens`."""
-        return template.text(template.tokenizer.pieces(text)[: self.max_new_tokens or None])
+        return template.text(template.pieces(text)[: self.max_new_tokens or None])
 
     def reachable(self, text: str, template: Template) -> bool:
         """Whether the decoder can generate a text that the score considers equal to `text`."""

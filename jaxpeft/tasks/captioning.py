@@ -31,7 +31,6 @@ class Captioning(Task):
     max_tokens: int = 0  # of a training caption, including prompt and end token; longer ones are cut; 0: the longest
     max_words: int = 0  # of a training caption; longer ones are cut; 0: no limit
     max_new_tokens: int = 0  # of a generated caption, after the prompt; 0: those of the longest caption
-    min_length: int = 5
     variant: str = "basic"  # a key of VARIANTS
     java: bool = False  # for variant 'coco': PTB tokens and METEOR by Java, where it is installed
     name: ClassVar[str] = "captioning"

@@ -29,7 +29,6 @@ class Vqa(Task):
     max_question: int = 0  # tokens, including special ones; longer questions are cut at the end; 0: the longest
     max_answers: int = 10  # distinct training answers per question, the most frequent first
     max_new_tokens: int = 0  # of a training or generated answer, including the end token; 0: the longest
-    min_length: int = 0
     variant: str = "basic"  # 'official2021' or 'legacy' for numbers to compare with published ones of VQA v2
     inference: str = "generate"  # 'rank': the best of a closed list of answers, as for BLIP's VQA v2 results
     answer_list: str = (

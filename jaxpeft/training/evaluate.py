@@ -133,11 +133,13 @@ def choose(
     *,
     batch_size: int = 64,
 ) -> list[dict[str, Any]]:
-    """As `predict`, but the text of each example is the most likely of `candidates` (`decode.rank`)."""
+    """As `predict`, but the text of each example is the most likely of `candidates` (`decode.rank`).
+
+    Candidates are whole, also beyond `max_new_tokens`: the first tokens of a text are always as likely as the text or more.
+    """
     template, found = task.template(model), []
-    room = task.max_new_tokens and task.max_new_tokens + len(template.start)
     lead = [] if template.start else [template.pad]
-    answers_AT = pad_tokens([[*lead, *template.target(text, room)[0]] for text in candidates], template.pad)
+    answers_AT = pad_tokens([[*lead, *template.target(text, model.positions)[0]] for text in candidates], template.pad)
     k = task.rank_k  # pyright: ignore[reportAttributeAccessIssue]  only for tasks with `candidates`
     options = {"pad": template.pad, "k": k, "smoothing": task.smoothing}
     running = (

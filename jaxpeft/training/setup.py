@@ -22,17 +22,24 @@ from jaxpeft.data.base import Split
 from jaxpeft.methods import METHODS, Method, Site
 from jaxpeft.models import convert, loading
 from jaxpeft.models.base import VisionLanguageModel
-from jaxpeft.models.stack import StackConfig
+from jaxpeft.models.stack import DTYPES, StackConfig
 from jaxpeft.runtime import host, registry, renamed
 from jaxpeft.training import optim, sharding
 from jaxpeft.training.optim import Config
 from jaxpeft.tree import Mask, Tree
 
 Log = Callable[[str], object]
-DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("default", "high", "highest")
 LEAST_STEPS = 100  # minimum where epochs decide: a few images are seen many times, and the best step is kept
 VALIDATIONS = 40  # number of validations where stop.every is 0
+LEAST = {  # key -> its smallest value
+    "batch_size": 1, "grad_accum": 1, "steps": 0, "epochs": 0, "log_every": 1, "checkpoint_seconds": 0,
+    "checkpoint_keep": 1, "data.feature_bytes": 0, "optim.lr": 0, "optim.start_lr": 0, "optim.end_lr": 0,
+    "optim.weight_decay": 0, "optim.clip_norm": 0, "stop.examples": 1, "stop.every": 0, "stop.patience": 0,
+    "stop.min_gain": 0, "eval.batch_size": 1, "eval.beams": 1, "task_options.min_length": 0, "task_options.max_words": 0,
+    "task_options.max_answers": 1, "task_options.n_answers": 1, "task_options.rank_k": 1,
+}  # fmt: skip
+SHARES = ("model.dropout", "optim.b1", "optim.b2", "task_options.smoothing")  # in [0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +142,12 @@ def load_splits(config: Config, task: tasks.Task, log: Log) -> tuple[dict[str, S
 def check_config(config: Config) -> None:
     """Raise ValueError for invalid settings of training or evaluation, before anything is read."""
     renamed.check_config(config)
+    for key in (*LEAST, *SHARES):
+        section, _, name = key.rpartition(".")
+        value, least = (config.get(section, {}) if section else config).get(name), LEAST.get(key, 0)
+        if value is not None and not (value >= least and (key in LEAST or value < 1)):
+            said = f"at least {least}" if key in LEAST else "in [0, 1)"
+            raise ValueError(f"{key} is {value}; it must be {said}")
     optim.schedule(config.optim, 1000)
     optim.OPTIMIZERS.find(config.optim.get("name", "adamw"))
     pipeline.check_augment(config.data.augment)

@@ -198,11 +198,6 @@ def replicated(on: Mesh) -> NamedSharding:
     return NamedSharding(on, PartitionSpec())
 
 
-def replicate(tree: Tree, on: Mesh) -> Tree:
-    """Put the same value on every device."""
-    return put(tree, jax.tree.map(lambda _: replicated(on), tree))
-
-
 def rows(n: int, on: Mesh) -> np.ndarray:
     """The rows of a batch of `n` that this host must have, ascending; all of them on one host."""
     if jax.process_count() == 1:
