@@ -249,6 +249,16 @@ def test_another_config_in_the_same_workdir_is_refused(base, tmp_path):
     finished.check_workdir(config_of(base), tmp_path)
 
 
+def test_the_former_default_of_captions_shortest_length_is_no_other_config(base, tmp_path):
+    saved = setup.as_json(config_of(base, "captioning"))
+    saved["task_options"]["min_length"] = 5
+    files.write_json(tmp_path / "config.json", saved)
+    with pytest.raises(ValueError, match="another config.*task_options/min_length: 5 -> 0"):
+        finished.check_workdir(config_of(base, "captioning"), tmp_path)
+    files.write_json(tmp_path / "config.json", saved | {"size": 2})  # a key of that time
+    finished.check_workdir(config_of(base, "captioning"), tmp_path)
+
+
 def test_a_mistake_leaves_nothing_that_blocks_the_corrected_rerun(base, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint at"):
         run.run(config_of("nowhere"), tmp_path, quiet)

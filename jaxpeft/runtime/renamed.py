@@ -44,8 +44,13 @@ MODULES = {  # below jaxpeft
 def with_defaults(config: dict) -> dict:
     """A saved config (nested dictionaries) with the current defaults.
 
-    Up to version 0.2 `model.remat` was 'none' by default; now it is None, which is the same on CPU.
+    Up to version 0.2 `model.remat` was 'none' by default; now it is None, which is the same on CPU. There was a key `size`, and
+    `min_length` of captions was 5: BLIP's prompt and one token, which 0 means now.
     """
+    if "size" in config:
+        config, options = {k: v for k, v in config.items() if k != "size"}, config.get("task_options", {})
+        if config.get("task") == "captioning" and options.get("min_length") == 5:
+            config["task_options"] = options | {"min_length": 0}
     model = config.get("model", {})
     if model.get("remat") != "none" or "attention" in model:  # a key that came with the new default
         return config

@@ -76,16 +76,15 @@ def out_of_date(directory: Path, run: Run, asked: set[tuple[str, int]]) -> list[
     differs, and where there is no such run."""
     place = directory / "points" / run.id
     try:
-        before = json.loads((place / "config.json").read_text())
+        before = renamed.with_defaults(json.loads((place / "config.json").read_text()))
         if (place / "result.json").exists():
             if (run.id, reruns.written(directory, run.id)) in asked:
                 return ["--rerun"]
-            before = renamed.translated(
-                before
-            )  # old names are no difference; an unfinished run of 0.1 cannot be resumed
+            # old names are no difference; an unfinished run of 0.1 cannot be resumed
+            before = renamed.translated(before)
     except FileNotFoundError:  # not begun, or just moved to stale/ by another process
         return []
-    before, now = tree.flatten(renamed.with_defaults(before)), tree.flatten(setup.as_json(run.config))
+    before, now = tree.flatten(before), tree.flatten(setup.as_json(run.config))
     return sorted(key.replace("/", ".") for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 

@@ -27,9 +27,8 @@ class Task(abc.ABC):
 
     smoothing: float = 0.0  # label smoothing of the training loss
     max_new_tokens: int = 0  # of a generated text; 0: those of the longest text in the data
-    min_length: int = (
-        0  # of a generated text, in tokens, including the prompt; 0: of a caption one more than the prompt
-    )
+    # of a generated text, in tokens, including the prompt; 0: a caption has at least one token after the prompt
+    min_length: int = 0
     metrics: tuple[str, ...] = ()  # keys of metrics.METRICS to report beside the task's own
     name: ClassVar[str] = ""
     asks: ClassVar[bool] = False  # whether an example has a question
