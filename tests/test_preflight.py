@@ -227,6 +227,8 @@ def test_a_batch_that_devices_do_not_divide_is_refused(base):
 def test_what_the_run_would_refuse_is_refused(base):
     with pytest.raises(ValueError, match="data.augment is 'flip'"):
         preflight.report(config_of(base, **{"data.augment": "flip"}))
+    with pytest.raises(ValueError, match="grad_accum is 0; it must be at least 1"):
+        preflight.report(config_of(base, grad_accum=0))
 
 
 def test_what_xla_cannot_compile_is_said_in_one_line(base, monkeypatch):

@@ -219,6 +219,7 @@ def compiled(step: Step, shapes: Shapes, rules: sharding.Rules, mesh: Mesh, keep
 
 def report(config: Config, topology: str | None = None, chip: Chip | None = None) -> str:
     """The preflight report of a run, as text. Raises ValueError for the run's errors that can be found from shapes."""
+    setup.check_ranges(config)
     devices = devices_of(topology)
     mesh = sharding.mesh(config.get("mesh"), devices)
     sharding.check_batch(config.batch_size, config.grad_accum, mesh)

@@ -142,12 +142,7 @@ def load_splits(config: Config, task: tasks.Task, log: Log) -> tuple[dict[str, S
 def check_config(config: Config) -> None:
     """Raise ValueError for invalid settings of training or evaluation, before anything is read."""
     renamed.check_config(config)
-    for key in (*LEAST, *SHARES):
-        section, _, name = key.rpartition(".")
-        value, least = (config.get(section, {}) if section else config).get(name), LEAST.get(key, 0)
-        if value is not None and not (value >= least and (key in LEAST or value < 1)):
-            said = f"at least {least}" if key in LEAST else "in [0, 1)"
-            raise ValueError(f"{key} is {value}; it must be {said}")
+    check_ranges(config)
     optim.schedule(config.optim, 1000)
     optim.OPTIMIZERS.find(config.optim.get("name", "adamw"))
     pipeline.check_augment(config.data.augment)
@@ -166,6 +161,16 @@ def check_config(config: Config) -> None:
         pass
     if config.get("deterministic"):
         host.check_deterministic()
+
+
+def check_ranges(config: Config) -> None:
+    """Raise ValueError for a number that is out of its range."""
+    for key in (*LEAST, *SHARES):
+        section, _, name = key.rpartition(".")
+        value, least = (config.get(section, {}) if section else config).get(name), LEAST.get(key, 0)
+        if value is not None and not (value >= least and (key in LEAST or value < 1)):
+            said = f"at least {least}" if key in LEAST else "in [0, 1)"
+            raise ValueError(f"{key} is {value}; it must be {said}")
 
 
 def precision(config: Config) -> AbstractContextManager[None]:
