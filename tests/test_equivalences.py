@@ -338,6 +338,7 @@ def test_scoped_prefix_hides_in_the_other_layers():
     assert np.abs(logits(scoped) - logits({"params": tiny.params()})).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

@@ -270,13 +270,8 @@ SPLIT = Split(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "targets",
-    [
-        "^text_fusion.*query$",
-        *(pytest.param(one, marks=pytest.mark.slow) for one in ("^text_decoder.*query$", "^vision.*query$")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", ["^text_fusion.*query$", "^text_decoder.*query$", "^vision.*query$"])
 def test_nothing_stale_is_served(targets):
     """A trained leaf is moved after the cache was filled: likelihoods and texts are those of a model without a cache."""
     task = task_of("vqa", max_new_tokens=4)

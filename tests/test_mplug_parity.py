@@ -143,6 +143,7 @@ def test_losses(kind, task):
     assert far(loss_of(outputs(kind, task)[1], golden, task), golden[f"{task}/loss"]) <= LOSS * golden[f"{task}/loss"]
 
 
+@pytest.mark.slow
 @every_kind
 @TASKS
 def test_gradients(kind, task):
@@ -171,6 +172,9 @@ def test_gradients(kind, task):
 
 
 # ------------------------------------------------------------------------------------------- search
+
+
+@pytest.mark.slow
 @every_kind
 @TASKS
 @pytest.mark.parametrize(("beams", "least", "most"), [(1, 0, 6), (3, 1, 8), (5, 4, 9)])

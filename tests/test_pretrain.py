@@ -119,6 +119,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_last_stage_of_each_model_trains_every_part(name):
     objectives, more = OTHERS[name]
@@ -135,6 +136,7 @@ def test_the_last_stage_of_each_model_trains_every_part(name):
     assert still <= known | {"itm/bias"}, still - known  # both classes weigh the same
 
 
+@pytest.mark.slow
 def test_the_stage_of_questions_trains_encoder_and_decoder_on_answers():
     """The answers to the questions of the batch, and no caption."""
     model = pretrain_blip.model(TOKENIZER, **NARROW)

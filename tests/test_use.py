@@ -260,6 +260,7 @@ def test_what_is_not_exact_is_refused_before_anything_is_written(tmp_path, metho
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["captioning", "vqa"])
 def test_live_transformers_loads_it_and_computes_the_same(tmp_path, task):
     torch = pytest.importorskip("torch", reason="compares with the installed transformers: pip install -e .[golden]")

@@ -184,6 +184,7 @@ def test_the_groups_name_what_they_say(kind):
     assert linears[f"{at}attention/value"] == (14, 12)  # two key heads of size 6
 
 
+@pytest.mark.slow
 @every_kind
 def test_lora_on_tower_and_projector(kind):
     """Its gradients are not zero, the rest is frozen, and merging is exact."""
@@ -296,6 +297,7 @@ def test_image_tokens_in_bfloat16_are_kept_as_they_are_in_a_mapped_file(tmp_path
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 @every_kind
 def test_frozen_matrices_and_words_in_bfloat16_change_nothing_where_products_are_in_bfloat16(kind):
     """Bit for bit: loss and gradients; a word table that is trained keeps its dtype."""

@@ -40,7 +40,7 @@ CASES = {
     "vera": jp.VeRA(rank=5),
     "oft": jp.OFT(targets=r"attention/out$", block=2),
 }
-SLOW = ("the tied head", "untied head", "rslora", "dora", "ia3", "vera", "oft")  # with little code of their own here
+FAST = ("decoder",)  # the other cases are marked as slow
 UNMERGED = ("the tied head", "untied head")
 
 
@@ -131,7 +131,7 @@ def their_first_logits(there, module, directory, form):
 
 @both
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
+    "name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in CASES]
 )
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_computes_the_same_in_peft_and_comes_back(there, bases, tmp_path, kind, name):
@@ -206,6 +206,7 @@ def test_every_linear_and_norm_has_a_place(kind):
 # ---------------------------------------------------------------- merged directories
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("beams", [1, 3])
@@ -289,6 +290,7 @@ def test_an_export_is_read_as_the_model_that_it_was(tmp_path, kind):
 # ---------------------------------------------------------------- the shipped base
 
 
+@pytest.mark.slow
 def test_the_shipped_tiny_decoder():
     """It is small, sees what is in an image, and its manifest says how it was made and what it scores."""
     directory = loading.ASSETS / "tiny_decoder"

@@ -240,6 +240,7 @@ def moved(kind, mistake):
     return far(found, right, texts(golden)[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "mistake"), MISTAKES)
 def test_the_tolerance_tells_wrong_models_apart(kind, mistake):
     assert moved(kind, mistake) > 10 * LOGITS
