@@ -24,7 +24,7 @@ from jaxpeft.data import pipeline, scenes
 from jaxpeft.methods import Head, LoRA
 from jaxpeft.models import loading, stack
 from jaxpeft.models.blip_tokens import BlipTokenizer
-from jaxpeft.runtime import files, signals
+from jaxpeft.runtime import files, renamed, signals
 from jaxpeft.training import evaluate, finished, frozen_cache, loop, optim, results, run, setup, sharding
 from jaxpeft.training.checkpoint import Checkpoints
 
@@ -257,6 +257,14 @@ def test_the_former_default_of_captions_shortest_length_is_no_other_config(base,
         finished.check_workdir(config_of(base, "captioning"), tmp_path)
     files.write_json(tmp_path / "config.json", saved | {"size": 2})  # a key of that time
     finished.check_workdir(config_of(base, "captioning"), tmp_path)
+
+
+def test_studies_of_own_data_that_asked_for_forgetting_are_no_other_runs():
+    old = {"task": "vqa", "task_options": {}, "data": {"name": "folder"}, "eval": {"forgetting": True}}
+    assert renamed.with_defaults(old) == old  # asked for by name
+    assert not renamed.with_defaults(old | {"size": 8})["eval"]["forgetting"]
+    assert renamed.with_defaults(old | {"size": 8, "data": {"name": "scenes"}})["eval"]["forgetting"]
+    assert old["eval"]["forgetting"]
 
 
 def test_a_mistake_leaves_nothing_that_blocks_the_corrected_rerun(base, tmp_path):

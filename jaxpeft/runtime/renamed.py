@@ -44,13 +44,18 @@ MODULES = {  # below jaxpeft
 def with_defaults(config: dict) -> dict:
     """A saved config (nested dictionaries) with the current defaults.
 
-    Up to version 0.2 `model.remat` was 'none' by default; now it is None, which is the same on CPU. There was a key `size`, and
-    `min_length` of captions was 5: BLIP's prompt and one token, which 0 means now.
+    Up to version 0.2 `model.remat` was 'none' by default; now it is None, which is the same on CPU. There was a key `size`;
+    `min_length` of captions was 5: BLIP's prompt and one token, which 0 means now; and studies of any data set asked for
+    `eval.forgetting`, which is of scenes.
     """
     if "size" in config:
-        config, options = {k: v for k, v in config.items() if k != "size"}, config.get("task_options", {})
-        if config.get("task") == "captioning" and options.get("min_length") == 5:
-            config["task_options"] = options | {"min_length": 0}
+        config = {
+            key: dict(value) if isinstance(value, dict) else value for key, value in config.items() if key != "size"
+        }
+        if config["task"] == "captioning" and config["task_options"].get("min_length") == 5:
+            config["task_options"]["min_length"] = 0
+        if config["data"]["name"] != "scenes":
+            config["eval"]["forgetting"] = False
     model = config.get("model", {})
     if model.get("remat") != "none" or "attention" in model:  # a key that came with the new default
         return config
