@@ -52,9 +52,9 @@ def with_defaults(config: dict) -> dict:
         config = {
             key: dict(value) if isinstance(value, dict) else value for key, value in config.items() if key != "size"
         }
-        if config["task"] == "captioning" and config["task_options"].get("min_length") == 5:
+        if config.get("task") == "captioning" and config.get("task_options", {}).get("min_length") == 5:
             config["task_options"]["min_length"] = 0
-        if config["data"]["name"] != "scenes":
+        if "forgetting" in config.get("eval", {}) and config["data"]["name"] != "scenes":
             config["eval"]["forgetting"] = False
     model = config.get("model", {})
     if model.get("remat") != "none" or "attention" in model:  # a key that came with the new default
