@@ -152,7 +152,7 @@ def _study(args: argparse.Namespace, config):
         return print(cost.dry_run(config, workdir))
     elsewhere = None
     if args.executor == "ray":
-        elsewhere = functools.partial(ray_executor.work, resources=ray_executor.Resources.parse(args.resources))
+        elsewhere = functools.partial(ray_executor.work, resources=ray_executor.resources_of(args.resources))
     execute.run(config, workdir, args.workers, sys.orig_argv[1:], elsewhere=elsewhere, rerun=args.rerun)
     print(report.write(workdir, args.mixed_code))
 

@@ -48,15 +48,6 @@ def captions_report(predictions: captions.Predictions, references: captions.Refe
     try:
         report["meteor"] = float(scorer.compute_score(theirs, ours)[0])
     finally:
-        _close(scorer)
+        with scorer.meteor_p as process:  # pycocoevalcap leaves its end to the garbage collector
+            process.kill()
     return report | {"tokenizer": "ptb"}
-
-
-def _close(scorer):
-    """End Meteor's process, which pycocoevalcap leaves to the garbage collector."""
-    process = scorer.meteor_p
-    process.kill()
-    for pipe in (process.stdin, process.stdout, process.stderr):
-        if pipe:
-            pipe.close()
-    process.wait()

@@ -92,14 +92,22 @@ def beside(directory: Path, name: Any) -> Path:
     return directory / name
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically, in UTF-8: a reader sees the old content or the new, never a part."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file atomically: the block writes a file beside it, which then takes its place. A reader sees the old content
+    or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # hosts that share a directory repeat process ids
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically, in UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def create_new(path: Path, text: str) -> bool:
@@ -125,6 +133,12 @@ def create_new(path: Path, text: str) -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Write an indented JSON value atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The JSON values of a file, one per line; [] where there is no file."""
+    text = path.read_text("utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n") if line]  # splitlines() would also split inside texts
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:

@@ -9,7 +9,7 @@ A variant may also set keys itself, nested in its `config`.
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxpeft.runtime.registry import did_you_mean
@@ -66,16 +66,11 @@ def check(config) -> None:
             raise ValueError(f"config.axes.{key} is {values!r}; it must be a tuple of values")
         if len(set(map(_text, values))) < len(values):
             raise ValueError(f"config.axes.{key} is {values!r}; two of its values have the same name")
-    for where, key, value in _set(config, axes):
-        check_key(config, where, key, value)
-
-
-def _set(config, axes: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(where, key, value) of all that axes and variants set."""
-    for key, values in axes.items():
-        yield from (("axes", key, value) for value in values)
+        for value in values:
+            check_key(config, "axes", key, value)
     for name, variant in config.variants.items():
-        yield from ((f"variants.{name}.config", key, value) for key, value in flat(variant.get("config", {})).items())
+        for key, value in flat(variant.get("config", {})).items():
+            check_key(config, f"variants.{name}.config", key, value)
 
 
 def check_key(config, where: str, key: str, value: Any) -> None:

@@ -11,15 +11,12 @@ numbers are for statistics over cases, such as bootstraps. `numpy.load` reads th
 """
 
 import collections
-import contextlib
-import json
-import os
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from jaxpeft.runtime import files
 from jaxpeft.tasks import TASKS
 
 
@@ -34,22 +31,17 @@ def write(directory: Path, rows: list[dict], splits: Iterable[str]) -> None:
         for split in sorted(set().union(*written)):
             for name, array in _of_split([one[split] for one in written], key, metric).items():
                 found[f"{setting}/{split}/{name}"] = array
-    aside = directory / f".{uuid.uuid4().hex}.npz"  # launchers of one study may end together, and write it at once
-    try:
-        np.savez_compressed(aside, **found)
-        os.replace(aside, directory / "cases.npz")
-    finally:
-        aside.unlink(missing_ok=True)
+    # launchers of one study may end together, and write it at once
+    with files.replacing(directory / "cases.npz") as aside, aside.open("wb") as out:
+        np.savez_compressed(out, **found)
 
 
 def _predictions(workdir: Path, splits: Iterable[str]) -> dict[str, list[dict]]:
     """Split -> the lines of a run's predictions.jsonl; none where the file was removed."""
-    found, path = collections.defaultdict(list), workdir / "predictions.jsonl"
-    with path.open(encoding="utf-8") if path.exists() else contextlib.nullcontext(()) as lines:
-        for line in lines:
-            row = json.loads(line)
-            if row["split"] in splits:
-                found[row["split"]].append(row)
+    found = collections.defaultdict(list)
+    for row in files.read_jsonl(workdir / "predictions.jsonl"):
+        if row["split"] in splits:
+            found[row["split"]].append(row)
     return found
 
 

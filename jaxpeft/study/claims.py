@@ -114,9 +114,9 @@ def shared(by_cell: Cells, wanted: Sequence[tuple]) -> list[int]:
     return sorted(set.intersection(*(set(by_cell[cell]) for cell in wanted))) if wanted else []
 
 
-def scores(by_cell: Cells, wanted: Sequence[tuple]) -> np.ndarray:
-    """(cells, seeds): the scores of some cells, for the seeds that all of them have."""
-    seeds = shared(by_cell, wanted)
+def scores(by_cell: Cells, wanted: Sequence[tuple], seeds: Sequence[int] | None = None) -> np.ndarray:
+    """(cells, seeds): the scores of some cells, for `seeds`, or for those that all of them have."""
+    seeds = shared(by_cell, wanted) if seeds is None else seeds
     return np.array([[by_cell[cell][seed].score for seed in seeds] for cell in wanted])
 
 
@@ -160,11 +160,10 @@ def trend(results: Sequence[Result], axis: str, over: str = "axis") -> Effect:
     by_cell = cells(results)
     of = lines(by_cell, axis)
     slopes, where = [], {"data": 2, "size": 1}[axis]
-    everything = [cell for line in of.values() for cell in line]
-    every = dict(zip(everything, scores(by_cell, everything), strict=True)) if everything else {}
+    seeds = shared(by_cell, sum(of.values(), []))
     for line in of.values():
         xs = [cell[where] for cell in line]
-        b_S = intervals.slope(xs, np.array([every[cell] for cell in line]))
+        b_S = intervals.slope(xs, scores(by_cell, line, seeds))
         slopes.append(b_S * (intervals.doublings(xs) if over == "axis" else 1))
     return _effect(slopes, by_cell, of, axis)
 
@@ -179,13 +178,12 @@ def departure(results: Sequence[Result]) -> Effect:
     """
     by_cell = cells(results)
     of = lines(by_cell, "size")
-    everything = [cell for line in of.values() for cell in line]
-    if not shared(by_cell, everything):
+    seeds = shared(by_cell, sum(of.values(), []))
+    if not seeds:
         return _effect([], by_cell, of, "size")
-    every = dict(zip(everything, scores(by_cell, everything), strict=True))
     values, pairs = [], []
     for variant, line in of.items():
-        score_PS = np.array([every[cell] for cell in line])
+        score_PS = scores(by_cell, line, seeds)
         if pair := intervals.departure_pair(score_PS[:, 0]):
             i, j = pair
             values.append(score_PS[i, 1:] - score_PS[j, 1:])
@@ -206,17 +204,16 @@ def layers_less(results: Sequence[Result], rival: str) -> Effect:
     by_cell = cells(results)
     about = {cell: next(iter(runs.values())) for cell, runs in by_cell.items()}
     layers = [method for method in LAYER if any(one.method == method for one in about.values())]
-    used, differences = [], []
+    differences = []
     for cell, one in about.items():
         equal = [_closest(about, one, method) for method in layers] if one.method == rival else []
         if equal and all(equal):
-            used += [cell, *equal]
             differences.append([cell, *equal])
-    used = list(dict.fromkeys(used))
+    used = list(dict.fromkeys(sum(differences, [])))
     if not used:
         return Effect(NONE, missing=f"no cells of {rival} and of methods on layers that are equal in size")
-    every = dict(zip(used, scores(by_cell, used), strict=True))
-    values = [np.mean([every[cell] for cell in equal], axis=0) - every[mine] for mine, *equal in differences]
+    score_DCS = np.array([scores(by_cell, some, shared(by_cell, used)) for some in differences])
+    values = list(score_DCS[:, 1:].mean(axis=1) - score_DCS[:, 0])
     effect = _effect(values, by_cell, _by_variant(used))
     few = _missing((*layers, rival), len(differences), "equal size")
     return dataclasses.replace(effect, missing=effect.missing or few)
@@ -391,7 +388,7 @@ class Verdict:
 
 
 def in_points(results: Sequence[Result], scales: Sequence[Scale]) -> list[Result]:
-    """The results with their scores in points."""
+    """The results with their scores in points; without those of settings that have no scale."""
     by_name = {scale.setting: scale for scale in scales}
     return [
         dataclasses.replace(
@@ -400,6 +397,7 @@ def in_points(results: Sequence[Result], scales: Sequence[Scale]) -> list[Result
             validation=by_name[one.setting].points(one.validation),
         )
         for one in results
+        if one.setting in by_name
     ]
 
 

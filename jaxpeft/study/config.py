@@ -1,8 +1,7 @@
 """What the studies share: settings from near to far from pre-training, variants of methods, and the recipe."""
 
-import functools
-
 import ml_collections
+from flax import traverse_util
 
 from jaxpeft import config
 from jaxpeft.runtime.registry import did_you_mean
@@ -93,12 +92,7 @@ def study(
     c.budgets, c.n_images, c.cross = tuple(budgets), tuple(n_images), False
     c.learning_rates, c.seeds, c.select_on = tuple(learning_rates), seeds, "val"
     c.keep_checkpoints, c.margins = False, ml_collections.ConfigDict(dict(margins))
-    nested = {}
-    for key, values in (axes or {}).items():
-        *sections, last = key.split(".")
-        place = functools.reduce(lambda place, section: place.setdefault(section, {}), sections, nested)
-        place[last] = values
-    c.axes = ml_collections.ConfigDict(nested)
+    c.axes = ml_collections.ConfigDict(traverse_util.unflatten_dict(axes or {}, sep="."))
     if unknown := sorted(more.keys() - DEFAULTS.keys()):
         raise ValueError(f"unknown setting of a study {unknown[0]!r}{did_you_mean(unknown[0], DEFAULTS)}")
     c.update(DEFAULTS | more)

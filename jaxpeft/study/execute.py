@@ -4,12 +4,10 @@ The layout of a study directory is described in state.py; `jaxpeft study` calls 
 """
 
 import contextlib
-import os
 import shlex
 import shutil
 import time
 import traceback
-import uuid
 from pathlib import Path
 
 import jax
@@ -96,14 +94,14 @@ def attempt(one: Run, directory: Path, log, known: State | None = None) -> bool:
     """
 
     def announce(text):
-        found = progress.as_of(one, directory, state.read(one.study, directory, known))
+        found = state.read(one.study, directory, known)
         log(f"{text}; {progress.progress(one.study, directory, found)}")
 
     lease = locks.Lease(directory / "claims", one.id)
     if not lease.take():
         return False
     try:
-        if state.out_of_date(directory, one, reruns.asked(directory)):
+        if state.out_of_date(directory, one):
             state.set_aside(directory, one.id)
         if not (directory / "points" / one.id / "result.json").exists():  # another process may have finished it
             try:
@@ -172,18 +170,9 @@ def keep_images(config, directory: Path, renew: bool = True, n: int = 8) -> None
         digest = setup.digest([Path(split.source).name, rows])
         if (out / "data.txt").exists() and (out / "data.txt").read_text("utf-8") == digest:
             continue
-        aside = out.with_name(f".{setting}.{uuid.uuid4().hex}")
-        aside.mkdir(parents=True)
-        try:
+        with files.whole_directory(out, [path.name for path in out.glob("*")]) as aside:
             for i, row in zip(chosen, rows, strict=True):
                 image = Image.fromarray(np.asarray(split.images[i]))
                 image.thumbnail((LARGEST, LARGEST))
                 image.save(aside / f"{files.name_for(row['image_id'])}.png")  # ids may be paths
             (aside / "data.txt").write_text(digest, "utf-8")
-            shutil.rmtree(out, ignore_errors=True)
-            os.replace(aside, out)
-        except OSError:
-            if not out.exists():  # else another launcher of the study was faster
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxpeft.runtime import locks
 from jaxpeft.study import grid
-from jaxpeft.study.grid import Cell, Run
+from jaxpeft.study.grid import Cell
 from jaxpeft.study.state import State
 
 
@@ -23,21 +23,6 @@ def progress(config, directory: Path, state: State) -> str:
     seconds = seconds_left(config, directory, state)
     eta = "unknown" if seconds is None else f"about {datetime.timedelta(seconds=round(seconds))}"
     return ", ".join([*said, f"ETA {eta}"])
-
-
-def as_of(run: Run, directory: Path, state: State) -> State:
-    """`state` without what was finished after `run`; all of it where `run` is not finished.
-
-    So two workers that finish a run at the same time report different numbers of finished runs: 12 and 13.
-    """
-
-    def written(name):
-        return _written(directory / "points" / name / "result.json")
-
-    if run.id not in state.finished:
-        return state
-    finished = {name: result for name, result in state.finished.items() if written(name) <= written(run.id)}
-    return dataclasses.replace(state, finished=finished, runs=grid.runs(run.study, finished, state.given_up))
 
 
 def runs_left(config, state: State) -> collections.Counter[tuple[Cell, bool]]:

@@ -6,7 +6,6 @@ at the same time. A Ray task is one run. The cluster is the one given by RAY_ADD
 one. All state of the driver is on disk: if it is killed, run the same command again.
 """
 
-import dataclasses
 import os
 import time
 from pathlib import Path
@@ -22,56 +21,28 @@ RUNS_A_PROCESS = 20
 POLL, AGAIN = 2.0, 5.0  # seconds between polls, and before a run that could not be executed is submitted again
 
 
-@dataclasses.dataclass(frozen=True)
-class Resources:
-    """The resources of one run; Ray starts as many runs at the same time as fit."""
-
-    cpus: float = 1.0
-    gpus: float = 0.0
-    memory: float = 0.0  # bytes; 0: no request
-    custom: tuple[tuple[str, float], ...] = ()  # such as TPU=4
-
-    @classmethod
-    def parse(cls, text: str) -> "Resources":
-        """Parse 'CPU=4,GPU=1,memory_gb=16,TPU=4'. Raises ValueError naming the invalid part."""
-        found, custom = {"cpus": 1.0}, {}
-        for part in filter(None, text.split(",")):
-            name, _, value = part.partition("=")
-            try:
-                amount = float(value)
-                if not 0 <= amount < float("inf"):
-                    raise ValueError
-            except ValueError:
-                raise ValueError(
-                    f"resources: {part!r} must be NAME=NUMBER, for example CPU=4,GPU=1,memory_gb=16 or CPU=8,TPU=4"
-                ) from None
-            match name:
-                case "CPU":
-                    found["cpus"] = amount
-                case "GPU":
-                    found["gpus"] = amount
-                case "memory_gb":
-                    found["memory"] = amount * 1e9
-                case _:
-                    custom[name] = amount
-        return cls(**found, custom=tuple(sorted(custom.items())))
-
-    def options(self) -> dict:
-        """The options for `ray.remote`."""
-        own = {"num_cpus": self.cpus, "num_gpus": self.gpus, "resources": dict(self.custom)}
-        return own | ({"memory": self.memory} if self.memory else {})
-
-    def fits(self, node: dict[str, float]) -> bool:
-        """Whether a node with these total resources can execute a run."""
-        asked = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory, **dict(self.custom)}
-        return all(node.get(name, 0.0) >= amount for name, amount in asked.items())
-
-    def __str__(self):
-        memory = [f"memory_gb={self.memory / 1e9:g}"] if self.memory else []
-        return ",".join([f"CPU={self.cpus:g}", f"GPU={self.gpus:g}", *memory, *(f"{k}={v:g}" for k, v in self.custom)])
+# of Ray's resources, and of the options that ask for them
+NAMES = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
 
 
-def work(config, directory: Path, resources: Resources, log=print) -> None:
+def resources_of(text: str) -> dict[str, float]:
+    """What a run needs of 'CPU=4,GPU=1,memory_gb=16,TPU=4', by Ray's names. Raises ValueError naming the invalid part."""
+    found = {"CPU": 1.0}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            amount = float(value)
+        except ValueError:
+            amount = -1.0
+        if not 0 <= amount < float("inf"):
+            raise ValueError(
+                f"resources: {part!r} must be NAME=NUMBER, for example CPU=4,GPU=1,memory_gb=16 or CPU=8,TPU=4"
+            )
+        found |= {"memory": amount * 1e9} if name == "memory_gb" else {name: amount}
+    return found
+
+
+def work(config, directory: Path, resources: dict[str, float], log=print) -> None:
     """Submit runs to the cluster until all are done. A run whose process is killed (likely out of memory) has failed and is
     tried again; a run whose node is lost, or that finds a full disk, is submitted again and does not count as failed."""
     try:
@@ -85,12 +56,14 @@ def work(config, directory: Path, resources: Resources, log=print) -> None:
         ray.init(log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     log(f"ray: {len(nodes)} nodes, {sum(node.get('CPU', 0) for node in nodes):g} cores; each run needs {resources}")
-    if not any(resources.fits(node) for node in nodes):
+    if not any(all(node.get(name, 0.0) >= n for name, n in resources.items()) for node in nodes):
         log(f"ray: no node has {resources} now; waiting for one (--resources sets what a run needs)")
 
     # on an accelerator a process per run, so that its memory is freed; else several runs, to import only once
-    calls = 1 if resources.gpus or resources.custom else RUNS_A_PROCESS
-    task = ray.remote(max_retries=0, max_calls=calls, **resources.options())(_task)
+    custom = {name: n for name, n in resources.items() if name not in NAMES}
+    calls = 1 if resources.get("GPU") or custom else RUNS_A_PROCESS
+    options = {NAMES[name]: n for name, n in resources.items() if name in NAMES}
+    task = ray.remote(max_retries=0, max_calls=calls, resources=custom, **options)(_task)
     directory, found, sent, not_before = directory.resolve(), None, {}, {}
     try:
         while True:
@@ -98,7 +71,7 @@ def work(config, directory: Path, resources: Resources, log=print) -> None:
             flying, now = {run.id for run in sent.values()}, time.monotonic()
             for run in found.todo:
                 if run.id not in flying and not_before.get(run.id, 0.0) <= now:
-                    cores = max(1, int(resources.cpus))
+                    cores = max(1, int(resources["CPU"]))
                     _ = run.config  # cached and sent with the run: a worker might import edited code and build another
                     sent[task.remote(run, str(directory), os.getcwd(), cores, tuple(registry.given))] = run
             if not sent and not found.todo:

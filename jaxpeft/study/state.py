@@ -5,7 +5,6 @@ DIR/points/ID/          one run, as written by `main.py` for a single run: resul
 DIR/claims/ID           the worker that holds the run; locks.STALE seconds after the worker ended, others take over
 DIR/failures/ID.jsonl   a line per failed try; after TRIES the run is given up and reported as failed
 DIR/features/           outputs of frozen stages (image tokens, question states) that the runs share
-DIR/reruns/             the requests of --rerun (reruns.py)
 DIR/stale/              earlier files of runs that were executed again because of a changed config or --rerun, or changed data
 DIR/results.jsonl       a line per run, which the report reads
 DIR/cases.npz           the scores of every test case in every run (cases.py)
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from jaxpeft import tree
 from jaxpeft.runtime import files, renamed
-from jaxpeft.study import axes, grid, reruns
+from jaxpeft.study import axes, grid
 from jaxpeft.study.grid import Run
 from jaxpeft.training import results, setup
 
@@ -48,12 +47,9 @@ class State:
 
 def read(config, directory: Path, known: State | None = None) -> State:
     """Read the state of the study's runs in `directory`; the results in `known` are not read again."""
-    tries = {
-        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
-        for path in sorted((directory / "failures").glob("*.jsonl"))
-    }
+    tries = {path.stem: files.read_jsonl(path) for path in sorted((directory / "failures").glob("*.jsonl"))}
     state = State(dict(known.finished) if known else {}, tries, {}, [])
-    asked, seen = reruns.asked(directory), set(state.finished)
+    seen = set(state.finished)
     while True:  # finished runs with seed 0 determine the runs with other seeds
         state.runs = grid.runs(config, state.finished, state.given_up)
         new = [run for run in state.runs if run.id not in seen]
@@ -61,7 +57,7 @@ def read(config, directory: Path, known: State | None = None) -> State:
             return state
         for run in new:
             seen.add(run.id)
-            if why := out_of_date(directory, run, asked):
+            if why := out_of_date(directory, run):
                 state.stale[run.id] = why
                 tries.pop(run.id, None)  # these tries are out of date too
                 continue
@@ -71,16 +67,12 @@ def read(config, directory: Path, known: State | None = None) -> State:
                 pass
 
 
-def out_of_date(directory: Path, run: Run, asked: set[tuple[str, int]]) -> list[str]:
-    """Why an existing run must be executed again: the config keys that differ from the grid's, or --rerun. [] where nothing
-    differs, and where there is no such run."""
+def out_of_date(directory: Path, run: Run) -> list[str]:
+    """The config keys in which an existing run differs from the grid; where there are any, it must be executed again."""
     place = directory / "points" / run.id
     try:
         before = renamed.with_defaults(json.loads((place / "config.json").read_text()))
-        if (place / "result.json").exists():
-            if (run.id, reruns.written(directory, run.id)) in asked:
-                return ["--rerun"]
-            # old names are no difference; an unfinished run of 0.1 cannot be resumed
+        if (place / "result.json").exists():  # old names are no difference; an unfinished run of 0.1 cannot be resumed
             before = renamed.translated(before)
     except FileNotFoundError:  # not begun, or just moved to stale/ by another process
         return []
@@ -88,9 +80,9 @@ def out_of_date(directory: Path, run: Run, asked: set[tuple[str, int]]) -> list[
     return sorted(key.replace("/", ".") for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
-def set_aside(directory: Path, name: str) -> None:
-    """Move a run that is out of date to DIR/stale, and delete its failures. The caller must hold the run's lease."""
-    aside = directory / "stale" / f"{name}.{uuid.uuid4().hex[:6]}"
+def set_aside(directory: Path, name: str, mark: str = "") -> None:
+    """Move a run to DIR/stale/NAME.MARK, by default a new one, and delete its failures."""
+    aside = directory / "stale" / f"{name}.{mark or uuid.uuid4().hex[:6]}"
     aside.parent.mkdir(exist_ok=True)
     os.replace(directory / "points" / name, aside)
     (directory / "failures" / f"{name}.jsonl").unlink(missing_ok=True)

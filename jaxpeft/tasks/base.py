@@ -34,6 +34,7 @@ class Task(abc.ABC):
     asks: ClassVar[bool] = False  # whether an example has a question
     main_metric: ClassVar[str] = ""  # the metric that tables and studies show
     id_key: ClassVar[str] = ""  # the key of the unique id in the rows of `eval_examples`
+    answer_key: ClassVar[str] = ""  # of a text in the result format of the task's evaluation server; '': it has none
     # fields that limit the tokens of a text, where 0 stands for the longest text in the data -> their value without any text
     limits: ClassVar[dict[str, int]] = {"max_new_tokens": 36}
     limited_texts: ClassVar[dict[str, str]] = {}  # limit -> the texts that it cuts, for messages
@@ -106,13 +107,11 @@ class Task(abc.ABC):
     def guesses(self, train: Split, rows: list[dict]) -> dict[str, list[str]]:
         """Name of a blind baseline -> its text for every example, guessed without the image."""
 
-    def blind(self, train: Split, rows: list[dict]) -> dict[str, dict]:
-        """The scores of `guesses`."""
-        return {name: self.scores(rows, texts) for name, texts in self.guesses(train, rows).items()}
-
     def upload(self, rows: list[dict], predictions: list[str]) -> list[dict] | None:
         """The submission to the task's evaluation server, or None where the ids are not numbers as on the server."""
-        return None
+        numbered = self.answer_key and all(row[self.id_key].isdecimal() for row in rows)
+        pairs = zip(rows, predictions, strict=True)
+        return [{self.id_key: int(row[self.id_key]), self.answer_key: t} for row, t in pairs] if numbered else None
 
     def candidates(self, train: Split, template: Template) -> list[str] | None:
         """The closed list that answers are chosen from, or None where the model generates them."""

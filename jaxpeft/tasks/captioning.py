@@ -36,6 +36,7 @@ class Captioning(Task):
     name: ClassVar[str] = "captioning"
     main_metric: ClassVar[str] = "cider_d"
     id_key: ClassVar[str] = "image_id"
+    answer_key: ClassVar[str] = "caption"
     limits: ClassVar[dict[str, int]] = {"max_tokens": 40, "max_new_tokens": 36}
     limited_texts: ClassVar[dict[str, str]] = {
         "max_tokens": "captions",
@@ -102,14 +103,6 @@ class Captioning(Task):
             return coco_java.captions_report(ours, truths)
         said = {"tokenizer": "basic"} if self.variant == "basic" else {}
         return metrics.captions_report(ours, truths, VARIANTS[self.variant]) | said
-
-    def upload(self, rows: list[dict], predictions: list[str]) -> list[dict] | None:
-        """COCO's result format: [{'image_id': int, 'caption': str}]."""
-        if not all(row["image_id"].isdecimal() for row in rows):
-            return None
-        return [
-            {"image_id": int(row["image_id"]), "caption": text} for row, text in zip(rows, predictions, strict=True)
-        ]
 
     def per_example(self, rows: list[dict], predictions: list[str]) -> np.ndarray:
         read = VARIANTS[self.variant]

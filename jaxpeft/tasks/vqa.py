@@ -40,6 +40,7 @@ class Vqa(Task):
     asks: ClassVar[bool] = True
     main_metric: ClassVar[str] = "accuracy"
     id_key: ClassVar[str] = "question_id"
+    answer_key: ClassVar[str] = "answer"
     limits: ClassVar[dict[str, int]] = {"max_question": 35, "max_new_tokens": 9}
     limited_texts: ClassVar[dict[str, str]] = {
         "max_question": "questions",
@@ -158,12 +159,6 @@ class Vqa(Task):
                 f"none of the {len(answers)} answers, such as {answers[0]!r}, can be written with this vocabulary"
             )
         return list(first.values())
-
-    def upload(self, rows: list[dict], predictions: list[str]) -> list[dict] | None:
-        """The VQA server's result format: [{'question_id': int, 'answer': str}]."""
-        if not all(row["question_id"].isdecimal() for row in rows):
-            return None
-        return [{"question_id": int(row["question_id"]), "answer": a} for row, a in zip(rows, predictions, strict=True)]
 
     def score(self, rows: list[dict], predictions: list[str]) -> dict:
         """{'accuracy', 'by_type', 'n', 'variant'}."""

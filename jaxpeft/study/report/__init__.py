@@ -15,7 +15,7 @@ from jaxpeft.runtime import files
 from jaxpeft.study import claims
 from jaxpeft.study.report.figures import FIGURES
 from jaxpeft.study.report.page import render
-from jaxpeft.study.report.rows import as_csv, consistency, read
+from jaxpeft.study.report.rows import as_csv, read
 
 
 def write(workdir: str | Path, mixed_code: bool = False) -> str:
@@ -27,9 +27,8 @@ def write(workdir: str | Path, mixed_code: bool = False) -> str:
     study = read(directory, mixed_code)
     out = directory / "report"
     out.mkdir(exist_ok=True)
-    scaled = [one for one in study.results if study.scale(one.setting)]
-    verdicts = claims.judge(scaled, study.scales, study.config["margins"])
-    selection, share = claims.selection(study.results), consistency(study)
+    verdicts = claims.judge(study.results, study.scales, study.config["margins"])
+    selection = claims.selection(study.results)
     drawn = {name: draw(study) for name, (draw, _) in FIGURES.items()}
     drawings = {name: one for name, one in drawn.items() if one}
     for name, one in drawings.items():
@@ -37,16 +36,16 @@ def write(workdir: str | Path, mixed_code: bool = False) -> str:
     files.write_json(
         out / "claims.json",
         {"verdicts": [dataclasses.asdict(one) for one in verdicts], "margins": dict(study.config["margins"]),
-         "scales": [dataclasses.asdict(one) for one in study.scales], "consistency": share,
+         "scales": [dataclasses.asdict(one) for one in study.scales],
          "selection": selection and dataclasses.asdict(selection)},
     )  # fmt: skip
     files.write_text(out / "results.csv", as_csv(study.rows))
     nats = []
     if study.in_nats:  # the primary measure then
         margins = study.config["margins_nll"]
-        nats = claims.judge(*claims.in_nats(scaled, study.scales), margins)
+        nats = claims.judge(*claims.in_nats(study.results, study.scales), margins)
         files.write_json(out / "claims_nll.json", {"verdicts": list(map(dataclasses.asdict, nats)), "margins": margins})
-    files.write_text(out / "index.html", render(study, (verdicts, nats), selection, share, drawings))
+    files.write_text(out / "index.html", render(study, (verdicts, nats), selection, drawings))
     said = collections.Counter(one.verdict for one in verdicts)
     counts = "; ".join(f"{n} {name}" for name, n in sorted(said.items())) or "none, no setting declares `consistent`"
     n_done = sum(row["status"] == "done" for row in study.runs)

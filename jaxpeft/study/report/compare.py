@@ -142,8 +142,7 @@ def _claims(both: tuple[Study, Study]) -> str:
     """The verdicts of both studies side by side; '' unless both judge claims."""
     judged = []
     for study in both:
-        scaled = [one for one in study.results if study.scale(one.setting)]
-        found = claims.judge(scaled, study.scales, study.config["margins"])
+        found = claims.judge(study.results, study.scales, study.config["margins"])
         judged.append({(one.claim, one.statement, one.where): one for one in found})
     if not all(judged):
         return ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from jaxpeft.runtime import files
 from jaxpeft.study.report import answers, markup
 from jaxpeft.study.report.markup import Html, escape, table
-from jaxpeft.study.report.rows import Study, chosen_by_cell, other_splits, read_jsonl
+from jaxpeft.study.report.rows import Study, chosen_by_cell, other_splits
 
 # functions of a study, by the names that report.html has for them
 PARTS = (
@@ -138,8 +138,7 @@ def _written(study: Study, setting: str, pictures) -> list[tuple[dict, dict[str,
                 best[row["variant"]] = row
     cases: dict[tuple, tuple[dict, dict]] = {}
     for variant, row in best.items():
-        path = study.directory / "points" / row["id"] / "predictions.jsonl"
-        for one in read_jsonl(path) if path.exists() else []:  # runs may have been removed to save space
+        for one in files.read_jsonl(study.directory / "points" / row["id"] / "predictions.jsonl"):
             if one["split"] == "test" and files.name_for(one["image_id"]) in pictures:
                 case = cases.setdefault((one["image_id"], one.get("question_id", "")), (one, {}))
                 case[1][variant] = one["tuned"]

@@ -13,15 +13,15 @@ from jaxpeft.study.intervals import NOT_TESTED, Estimate
 from jaxpeft.study.report import answers, figures, folded, markup
 from jaxpeft.study.report.figures import FIGURES, Drawing
 from jaxpeft.study.report.markup import Html, escape, fold, table
-from jaxpeft.study.report.rows import Study
+from jaxpeft.study.report.rows import Cell, Study, cell_of
 
 GLYPHS = {"o": "●○", "s": "■□", "^": "▲△", "v": "▼▽", "D": "◆◇", "x": "✕✕", "*": "★☆", "P": "✚✚", "X": "✖✖", "h": "⬢⬡",
           "<": "◀◁", ">": "▶▷"}  # fmt: skip
 
 
-def render(study: Study, judged: tuple[list, list], selection, share: list[dict], drawings: dict[str, Drawing]) -> str:
+def render(study: Study, judged: tuple[list, list], selection, drawings: dict[str, Drawing]) -> str:
     """The HTML page. `judged`: claims.judge in points, and in nats where that is the study's measure; `selection`:
-    claims.selection; `share`: rows.consistency; `drawings`: the figures that could be drawn."""
+    claims.selection; `drawings`: the figures that could be drawn."""
     verdicts, nats = judged
     chosen = {setting: answers.choices(study, setting) for setting in study.config["settings"]}
     charts = {name: _chart(study, drawings[name], FIGURES[name][1]) if name in drawings else "" for name in FIGURES}
@@ -44,7 +44,6 @@ def render(study: Study, judged: tuple[list, list], selection, share: list[dict]
         ),
         slopes=_slopes(study),
         rates=_rates(study),
-        consistency=table(tuple(share[0]), [row.values() for row in share]) if share else "",
         provenance=markup.verbatim(folded.provenance(study)) + markup.verbatim(shlex.join(_command(study))),
         **{name: getattr(folded, name)(study) for name in folded.PARTS},
         **charts,
@@ -121,11 +120,11 @@ def _command(study: Study) -> list[str]:
 
 
 def _runs(study: Study, chosen: dict[str, list[answers.Choice]]) -> str:
-    rows, by_id = [], {(*_cell(row), row["seed"]): row for row in study.rows if row["chosen"]}
+    rows, by_id = [], {(cell_of(row), row["seed"]): row for row in study.rows if row["chosen"]}
     for setting, found in chosen.items():
         if found:
             best = max(found, key=lambda one: one.best_run.validation)
-            row = by_id[setting, *best.cell, best.best_run.seed]
+            row = by_id[Cell(setting, *best.cell), best.best_run.seed]
             kept = (study.directory / "points" / row["id"]).is_dir()
             link = f'<a href="../points/{urllib.parse.quote(row["id"])}/">{escape(row["id"])}</a>'
             rows.append([
@@ -135,10 +134,6 @@ def _runs(study: Study, chosen: dict[str, list[answers.Choice]]) -> str:
     return table(
         ("setting", "run", "validation score", "test score", "learning rate", "steps", "seconds", "commands"), rows
     )
-
-
-def _cell(row: dict) -> tuple:
-    return row["setting"], row["variant"], row["size"], row["n_images"]
 
 
 def _commands(study: Study, run_id: str, kept: bool) -> Html | None:
@@ -232,7 +227,7 @@ def _chart(study: Study, drawing: Drawing, caption: str) -> str:
 
 def _slopes(study: Study) -> str:
     """Slopes of each method, and of all together, on data and on size: consistent settings first."""
-    scaled = claims.in_points([one for one in study.results if study.scale(one.setting)], study.scales)
+    scaled = claims.in_points(study.results, study.scales)
     lines, declared = [], any(scale.consistent is not None for scale in study.scales)
     sized = answers.sized(study)
     for scale in sorted(study.scales, key=lambda one: (one.consistent is None, one.consistent is False)):

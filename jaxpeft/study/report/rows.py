@@ -9,10 +9,10 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxpeft.runtime import renamed
+from jaxpeft.runtime import files, renamed
 from jaxpeft.study import search
 from jaxpeft.study.claims import MARGINS, Result, Scale
-from jaxpeft.study.grid import Cell, best_learning_rate
+from jaxpeft.study.grid import Cell, best_learning_rate, validation_score
 
 COLUMNS = (
     "id", "setting", "task", "variant", "method", "head", "size", "n_images", "seed", "lr", "chosen", "status", "tuned",
@@ -72,8 +72,7 @@ class Study:
         """(step, validation loss) of a run: those in its result, or else in its metrics.jsonl; [] where there are neither."""
         if row["curve"]:
             return [tuple(pair) for pair in row["curve"]]
-        path = self.directory / "points" / row["id"] / "metrics.jsonl"
-        lines = read_jsonl(path) if path.exists() else []
+        lines = files.read_jsonl(self.directory / "points" / row["id"] / "metrics.jsonl")
         return [(one["step"], one["validation_loss"]) for one in lines if "validation_loss" in one]
 
 
@@ -87,12 +86,12 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
         raise ValueError(f"{directory} has no results.jsonl; run the study first")
     about = json.loads((directory / "study.json").read_text())
     config = renamed.translated_study(about["config"])
-    whole = read_jsonl(directory / "results.jsonl")
+    whole = files.read_jsonl(directory / "results.jsonl")
     rows = [_flat(renamed.translated_row(row), config) for row in whole]
     mixed = _mixed(rows, config)
     if mixed and not mixed_code:
         raise ValueError(_refusal(directory, mixed))
-    short = _short(directory)
+    short = files.read_jsonl(directory / "search.jsonl")
     searched = [_of_search(row, config) for row in short] or [row for row in rows if row["seed"] == 0]
     tried = collections.defaultdict(list)
     for row in searched:
@@ -112,31 +111,11 @@ def read(directory: Path, mixed_code: bool = False) -> Study:
     return Study(config, command, rows, searched, results, scales(rows, config), list(mixed), directory, gains)
 
 
-def _short(directory: Path) -> list[dict]:
-    """The runs of search.jsonl, which is there if the search had fewer steps than the other runs."""
-    path = directory / "search.jsonl"
-    return read_jsonl(path) if path.exists() else []
-
-
 def _of_search(row: dict, config: dict) -> dict:
     """A run of search.jsonl with what the report says of it."""
     if row["status"] != "done":
         return row
-    return row | {"choice": _choice(row, config), "total_s": row["timing"]["total_s"]}
-
-
-def _choice(row: dict, config: dict) -> float:
-    """What the rate of a run is chosen by, the higher the better: as grid.validation_score, from files."""
-    if config.get("measure") == "nll":
-        return -row["validation"]["kept"]
-    return row["metrics"][config["select_on"]]["tuned"][row["main_metric"]]
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The JSON values of a file, one per line."""
-    return [
-        json.loads(line) for line in path.read_text("utf-8").split("\n") if line
-    ]  # splitlines() would also split inside texts
+    return row | {"choice": validation_score(config, row), "total_s": row["timing"]["total_s"]}
 
 
 def cell_of(row: dict) -> Cell:
@@ -209,7 +188,7 @@ def _flat(row: dict, config: dict) -> dict:
         flat["forgetting"] = forgot["tuned"] - forgot["base"] if "base" in forgot else None
     validated = row.get("validation") or {}  # not in results of version 0.1
     flat |= {"curve": validated.get("curve"), "kept_step": validated.get("kept_step")}
-    flat["choice"] = _choice(row, config)
+    flat["choice"] = validation_score(config, row)
     flat |= {"machine": row.get("machine"), "versions": row.get("versions"), "digests": row.get("digests")}
     return flat | {"code": row.get("code", "")}
 
@@ -248,24 +227,6 @@ def chosen_by_cell(study: Study, setting: str) -> dict[tuple, list[dict]]:
         if row["chosen"] and row["setting"] == setting:
             groups[row["variant"], row["size"], row["n_images"]].append(row)
     return dict(groups)
-
-
-def consistency(study: Study) -> list[dict]:
-    """The frozen base's score as a share of the best tuned score, for each setting: 1 is fully consistent with pre-training."""
-    found = []
-    for setting in study.config["settings"]:
-        base, cells = study.base(setting), chosen_by_cell(study, setting)
-        if base is None or not cells:
-            continue
-        best, variant = max((statistics.fmean(r["test"] for r in group), cell[0]) for cell, group in cells.items())
-        found.append(
-            {
-                "setting": setting, "metric": study.metric(setting), "blind": study.blind(setting), "frozen base": base,
-                "best tuned": best, "best variant": variant, "consistency": base / best if best else 0.0,
-                "n": next(iter(cells.values()))[0]["n_test"],
-            }
-        )  # fmt: skip
-    return found
 
 
 def other_splits(rows: list[dict]) -> list[str]:
