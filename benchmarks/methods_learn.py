@@ -171,8 +171,8 @@ def main():
     bench = Bench(args.task, steps)
     base = bench.score({"params": bench.params}, "test", True)
     rows = bench.task.eval_examples(bench.splits["test"], bench.template).rows
-    blind = bench.task.blind(bench.splits["train"], rows)
-    floor = {name: one[bench.task.main_metric] for name, one in blind.items()}
+    guesses = bench.task.guesses(bench.splits["train"], rows)
+    floor = {name: bench.task.scores(rows, texts)[bench.task.main_metric] for name, texts in guesses.items()}
     print(
         f"{args.task}, {steps} steps, test {bench.task.main_metric}: frozen base {base:.3f}, blind {floor}", flush=True
     )

@@ -14,7 +14,7 @@ import test_study
 
 from configs.studies import tiny
 from jaxpeft.study import execute, grid, ray_executor, state
-from jaxpeft.study.ray_executor import Resources
+from jaxpeft.study.ray_executor import resources_of
 
 HERE = Path(__file__).parent
 ray = pytest.importorskip("ray", reason="needs Ray: pip install -e .[ray]")
@@ -72,7 +72,7 @@ def small(monkeypatch):
 
 def run(config, directory, log=lambda *_: None, **options):
     def elsewhere(*args, **kwargs):
-        ray_executor.work(*args, resources=Resources(), **kwargs)
+        ray_executor.work(*args, resources=resources_of(""), **kwargs)
 
     return execute.run(config, directory, log=log, elsewhere=elsewhere, **options)
 
@@ -163,12 +163,8 @@ def test_without_ray_it_says_what_to_install(small, tmp_path, monkeypatch):
 
 
 def test_resources():
-    found = Resources.parse("CPU=4,GPU=1,memory_gb=16,TPU=4")
-    assert found == Resources(4.0, 1.0, 16e9, (("TPU", 4.0),))
-    assert found.options() == {"num_cpus": 4.0, "num_gpus": 1.0, "resources": {"TPU": 4.0}, "memory": 16e9}
-    assert Resources.parse(str(found)) == found and Resources.parse("") == Resources()
-    assert found.fits({"CPU": 8.0, "GPU": 1.0, "memory": 2e10, "TPU": 4.0})
-    assert not found.fits({"CPU": 8.0, "GPU": 1.0, "memory": 2e10})
+    found = resources_of("CPU=4,GPU=1,memory_gb=16,TPU=4")
+    assert found == {"CPU": 4.0, "GPU": 1.0, "memory": 16e9, "TPU": 4.0} and resources_of("") == {"CPU": 1.0}
     for bad in ("CPU", "CPU=x", "GPU=-1", "CPU=nan", "CPU=inf"):
         with pytest.raises(ValueError, match="NAME=NUMBER"):
-            Resources.parse(bad)
+            resources_of(bad)

@@ -286,16 +286,6 @@ def test_a_base_for_each_seed_is_what_its_runs_are_compared_with(tmp_path):
     np.testing.assert_allclose((few.over_base.low, few.over_base.high), (0.32, 0.32), atol=1e-9)
 
 
-def test_the_consistency_is_that_of_the_mean_over_the_bases_of_all_seeds(tmp_path):
-    study = write(tmp_path, close)
-    for row in study.rows:
-        row["base"] = 0.1 + 0.2 * row["seed"]
-    study.rows[-1]["blind"] = {"one": {"cider_d": 0.15}}  # the best guess of a subset of the training images
-    (one,) = report.consistency(study)
-    np.testing.assert_allclose([one[key] for key in ("frozen base", "best tuned", "blind")], [0.3, 0.64, 0.15])
-    np.testing.assert_allclose(one["consistency"], 0.3 / 0.64)
-
-
 def test_a_command_repeats_the_best_run_and_another_uses_it(tmp_path):
     study = write(tmp_path, close)
     (tmp_path / "points" / "photos-lora_head8-n256-s1-lr0.003").mkdir(parents=True)

@@ -83,7 +83,7 @@ def test_scores_and_blind_baselines():
     assert (
         task.score(cases.rows, ["red", "dog"])["accuracy"] > task.score(cases.rows, ["cat", "dog"])["accuracy"] == 0.5
     )
-    blind = task.blind(SPLIT, cases.rows)
+    blind = {name: task.scores(cases.rows, texts) for name, texts in task.guesses(SPLIT, cases.rows).items()}
     # the majority of four answers, two alike: left out once each, (2 * 1/3 + 2 * 2/3) / 4
     assert blind["question_only"]["by_type"]["t"]["n"] == 2 and blind["question_only"]["accuracy"] == 0.75
     captioning = tasks.build("captioning")
@@ -205,7 +205,8 @@ def test_what_the_vocabulary_lacks_is_out_of_reach_and_counted():
 def test_answers_of_one_form_are_one_to_blind_guesses_and_lists():
     task, split = tasks.build("vqa", inference="rank"), _answers("Red", "red", "RED", "cafe")
     assert task.candidates(split, WRITES) == ["red", "cafe"]
-    assert task.blind(split, task.eval_examples(split, WRITES).rows)["majority"]["accuracy"] == 0.75
+    rows = task.eval_examples(split, WRITES).rows
+    assert task.scores(rows, task.guesses(split, rows)["majority"])["accuracy"] == 0.75
 
 
 OWN = [

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from jaxpeft.adapt import sites
 from jaxpeft.models import attention
-from jaxpeft.models.layers import Attention, Dense, LayerNorm, Mlp, TiedDense, dropout
+from jaxpeft.models.layers import Attention, Dense, LayerNorm, Mlp, Stored, TiedDense, dropout
 from jaxpeft.models.stack import StackConfig, stack
 
 _INIT = nn.initializers.normal(0.02)
@@ -94,7 +94,7 @@ def _write(old_BNSH, new_BNTH, position):
     return jax.lax.dynamic_update_slice_in_dim(old_BNSH, new_BNTH.astype(old_BNSH.dtype), position, axis=2)
 
 
-class Embed(nn.Module):
+class Embed(Stored):
     """Word plus absolute position embedding and, in some models, the embedding of token type 0; LayerNorm."""
 
     config: BertConfig
@@ -123,7 +123,7 @@ class Embed(nn.Module):
         return dropout(self, self.place(self.word[tokens_BT], start), self.config.dropout), self.word
 
 
-class Head(nn.Module):
+class Head(Stored):
     """States to logits (float32): dense, GELU, LayerNorm, the vocabulary matrix (tied or its own) and a free bias."""
 
     config: BertConfig

@@ -33,7 +33,7 @@ from flax import linen as nn
 from jaxpeft.adapt import sites
 from jaxpeft.models import attention
 from jaxpeft.models.base import Cache, Context
-from jaxpeft.models.layers import Dense, GatedMlp, RMSNorm, TiedDense, dropout
+from jaxpeft.models.layers import Dense, GatedMlp, RMSNorm, Stored, TiedDense, dropout
 from jaxpeft.models.stack import StackConfig, stack
 from jaxpeft.ops import by_rows
 
@@ -208,7 +208,7 @@ def _write(old_RGSH, new_RGTH, index):
     return jax.lax.dynamic_update_slice_in_dim(old_RGSH, new_RGTH.astype(old_RGSH.dtype), index, axis=2)
 
 
-class Embed(nn.Module):
+class Embed(Stored):
     """Word embeddings, times `word_scale` in the dtype of the products."""
 
     config: DecoderConfig

@@ -29,7 +29,16 @@ def dropout(module: nn.Module, x, rate: float):
     return jnp.where(keep, x / (1 - rate), 0)
 
 
-class Dense(nn.Module):
+class Stored(nn.Module):
+    """A module that takes its parameters as they are stored. Flax's `param` traces the initializer once more to compare shapes,
+    in every program; those of files were compared when they were read."""
+
+    def param(self, name, init_fn, *init_args, **kwargs):
+        found = self.get_variable("params", name)
+        return super().param(name, init_fn, *init_args, **kwargs) if found is None else found
+
+
+class Dense(Stored):
     """x (..., in) @ kernel (in, features) + bias. Site: linear."""
 
     features: int
@@ -53,7 +62,7 @@ class TiedDense(nn.Module):
         return sites.linear(self, x.astype(self.dtype), embedding_VD.T)
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Stored, nn.LayerNorm):
     """LayerNorm with the two-pass variance: the one-pass form loses digits that parity with torch needs. Site: norm."""
 
     use_fast_variance: bool = False
@@ -63,7 +72,7 @@ class LayerNorm(nn.LayerNorm):
         return sites.norm(self, by_rows(super().__call__(x)))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Stored):
     """x / sqrt(mean(x^2) + eps) * scale, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467). Site: norm."""
 
     epsilon: float

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from flax import linen as nn
 
-from jaxpeft.models.layers import LayerNorm
+from jaxpeft.models.layers import LayerNorm, Stored
 from jaxpeft.models.vit import PatchEmbed, VitConfig, encoded, position_init
 from jaxpeft.ops import by_rows
 
@@ -41,7 +41,7 @@ def _position_init(key, shape, dtype="float32"):
     return position_init(key, (1 + shape[0], shape[1]), dtype)[1:]
 
 
-class Siglip(nn.Module):
+class Siglip(Stored):
     """image_BYXC (normalised float) -> tokens_BPD of all patches."""
 
     config: SiglipConfig

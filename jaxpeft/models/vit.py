@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxpeft.adapt import sites
 from jaxpeft.inputs import images
 from jaxpeft.models import attention
-from jaxpeft.models.layers import Attention, LayerNorm, Mlp
+from jaxpeft.models.layers import Attention, LayerNorm, Mlp, Stored
 from jaxpeft.models.stack import StackConfig, stack
 from jaxpeft.ops import by_rows
 
@@ -93,7 +93,7 @@ def normalised(image_BYXC, config: VitConfig):
     return (image_BYXC.astype(jnp.float32) / 255 - mean_C) / std_C
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Stored):
     """Patch embedding: the strided convolution of a ViT as one matrix product over non-overlapping patches. Site: linear."""
 
     config: VitConfig
@@ -142,7 +142,7 @@ def encoded(module: nn.Module, x_BPD, c: VitConfig):
     return x_BPD[:, n_added : n_added + n_tokens]
 
 
-class Vision(nn.Module):
+class Vision(Stored):
     """image_BYXC (normalised float) -> tokens (B, 1 + P, D): class token and patches, all read by the text stacks."""
 
     config: VitConfig
