@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 pytestmark = pytest.mark.slow
 
 PROGRAM = Path(__file__).with_name("two_processes.py")
-SETTINGS = {"data.augment": "crop_flip", "model.dropout": 0.1, "method.dropout": 0.1, "eval.base": False}
+SETTINGS = {"task": "captioning", "data.augment": "crop_flip", "model.dropout": 0.1, "method.dropout": 0.1, "eval.base": False}
 
 
 def start(workdir, base, n=2, **settings):
@@ -50,15 +50,12 @@ OFTEN = {"checkpoint_seconds": 1e-9}
 SPLIT = {"mesh.fsdp": 4}  # weights over both hosts: each writes its parts of a checkpoint, digests are of parts
 
 
-def whole_run(workdir, base, **settings):
-    ended = finish(start(workdir, base, **settings))
-    assert [code for code, _ in ended] == [0, 0], ended[0][1][-2000:] + ended[1][1][-2000:]
-    return workdir, ended[0][1]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(base, tmp_path_factory):
-    return whole_run(tmp_path_factory.mktemp("hosts") / "undisturbed", base)[0]
+    workdir = tmp_path_factory.mktemp("hosts") / "undisturbed"
+    ended = finish(start(workdir, base))
+    assert [code for code, _ in ended] == [0, 0], ended[0][1][-2000:] + ended[1][1][-2000:]
+    return workdir
 
 
 def test_two_hosts_train_as_one_with_the_same_devices(undisturbed, base, tmp_path):
@@ -69,7 +66,7 @@ def test_two_hosts_train_as_one_with_the_same_devices(undisturbed, base, tmp_pat
     losses, losses1 = ([json.loads(line)["loss"] for line in text.splitlines()] for text in (lines, lines1))
     np.testing.assert_allclose(losses, losses1, rtol=2e-6)
     assert len(losses) == 6
-    assert result["metrics"]["test"]["n"] == result1["metrics"]["test"]["n"] == 30
+    assert result["metrics"]["test"]["n"] == result1["metrics"]["test"]["n"] == 5
     np.testing.assert_allclose(
         result["metrics"]["test"]["tuned"]["nll"], result1["metrics"]["test"]["tuned"]["nll"], rtol=1e-5
     )
@@ -91,11 +88,7 @@ def test_what_hosts_do_after_a_kill_equals_the_undisturbed_run(undisturbed, base
     ended = finish(start(tmp_path, base, **OFTEN))
     assert [code for code, _ in ended] == [0, 0], ended[0][1][-2000:]
     assert int(re.search(r"resumed from step (\d+)\n", ended[0][1])[1]) in (2, 4)  # 4 was being saved
-    same(undisturbed, tmp_path)
-
-
-def same(undisturbed, workdir):
-    (lines, result, tuned), (lines1, result1, tuned1) = left(undisturbed), left(workdir)
+    (lines, result, tuned), (lines1, result1, tuned1) = left(undisturbed), left(tmp_path)
     assert lines == lines1 and result["metrics"] == result1["metrics"]
     for name, x in tuned.items():
         np.testing.assert_array_equal(x, tuned1[name], err_msg=name)
@@ -103,14 +96,15 @@ def same(undisturbed, workdir):
 
 def test_a_signal_to_one_host_stops_all_at_the_same_step(undisturbed, base, tmp_path):
     """With weights that are split over the hosts, which changes nothing but rounding."""
-    whole, said = whole_run(tmp_path / "whole", base, **SPLIT)
-    assert "MB of weights per device" in said
-    losses = [[json.loads(line)["loss"] for line in left(one)[0].splitlines()] for one in (whole, undisturbed)]
-    np.testing.assert_allclose(*losses, rtol=2e-6)
-    ended = finish(start(tmp_path / "cut", base, _term_at=2, **SPLIT))
+    ended = finish(start(tmp_path, base, _term_at=2, **SPLIT))
     assert [code for code, _ in ended] == [75, 75], ended
+    assert "MB of weights per device" in ended[0][1]
     assert "stopped at step 5, which is saved" in ended[0][1]  # the others know when a step begun after it is done
-    ended = finish(start(tmp_path / "cut", base, **SPLIT))
+    ended = finish(start(tmp_path, base, **SPLIT))
     assert [code for code, _ in ended] == [0, 0], ended[0][1][-2000:]
     assert "resumed from step 5\n" in ended[0][1]
-    same(whole, tmp_path / "cut")
+    (lines, _, tuned), (lines1, _, tuned1) = left(undisturbed), left(tmp_path)
+    losses, losses1 = ([json.loads(line)["loss"] for line in text.splitlines()] for text in (lines, lines1))
+    np.testing.assert_allclose(losses, losses1, rtol=2e-6)
+    for name, x in tuned.items():
+        np.testing.assert_allclose(x, tuned1[name], atol=1e-4, err_msg=name)  # Adam's first steps amplify rounding

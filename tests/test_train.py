@@ -196,7 +196,7 @@ def test_a_run_with_its_layers_apart_is_the_same(base, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["vqa", "captioning"])
 def test_a_run_leaves_its_files(base, tmp_path, task):
-    c = config_of(base, task, head="transform")
+    c = config_of(base, task, head="transform", **{"eval.gallery": True})
     result = run.run(c, tmp_path, quiet)
     on_disk = json.loads((tmp_path / "result.json").read_text())
     assert on_disk == json.loads(json.dumps(result)) and on_disk["status"] == "done"

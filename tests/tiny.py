@@ -74,6 +74,6 @@ def config_of(base, task="vqa", method="lora", head="none", **changes):
     c = config.get_config(task, method, 2, head)
     c.base, c.steps, c.batch_size, c.log_every = str(base), 6, 8, 1
     c.data.n_train, c.data.n_val, c.data.n_test = 12, 0, 5
-    c.eval.batch_size, c.check_frozen = 8, True
+    c.eval.batch_size, c.eval.gallery, c.check_frozen = 8, False, True
     c.update_from_flattened_dict(changes)
     return c
