@@ -166,11 +166,11 @@ def controls(model, params, batch, double, where, allowed: float) -> list[dict]:
     """Logits with transformers' class defaults, which are not BLIP's: the comparison must detect both differences."""
     import jax
 
-    from jaxpeft.models.blip import build
+    from jaxpeft.models.blip import Blip
 
     rows = []
     for field, value in CLASS_DEFAULTS.items():
-        wrong = build(dataclasses.replace(model.config, **{field: value}))
+        wrong = Blip.build(dataclasses.replace(model.config, **{field: value}))
         logits_BTV = jax.jit(lambda params, wrong=wrong: jax_stages(wrong, params, batch)["logits"])(params)
         far = float(np.abs(np.asarray(logits_BTV) - double["logits"])[where].max())
         rows.append({"wrong on purpose": f"{field} = {value}", "logits are off by": far,

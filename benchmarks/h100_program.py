@@ -84,11 +84,11 @@ def parts(kernels, chip) -> list[dict]:
 
 def row(name: str, devices: list, hlo: str | None) -> dict:
     """What was compiled for one of `ROWS`, with its kernels in 'parts'."""
-    from jaxpeft.models.blip import BlipConfig, build
+    from jaxpeft.models.blip import Blip, BlipConfig
     from jaxpeft.training import gpu, preflight, sharding
 
     method, batch_size, fields = ROWS[name]
-    here = build(BlipConfig(dtype="bfloat16"))
+    here = Blip.build(BlipConfig(dtype="bfloat16"))
     step, shapes = shapes_of(here, method, batch_size)
     flops = preflight.flops_of(step, shapes, here)
     there = here.replaced(**here.replaced(**fields).config.on("gpu"), remat=fields["remat"])

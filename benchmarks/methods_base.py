@@ -30,7 +30,7 @@ import jaxpeft as jp
 from jaxpeft import tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.models import decode
-from jaxpeft.models.blip import BlipConfig, build
+from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.runtime import host, malloc
 from jaxpeft.training import loop, optim
 
@@ -149,7 +149,7 @@ def main():
     args = parser.parse_args()
     malloc.keep_freed_memory()
     config = BlipConfig(**({"image_size": 224} | (TINY if args.size == "tiny" else {})))
-    model = build(config)
+    model = Blip.build(config)
     params = jax.jit(lambda: model.init(jax.random.key(0), model.example()))()["params"]
     batch = make_batch(config)
     base = logits(model, {"params": params}, batch)

@@ -100,7 +100,7 @@ def sites() -> dict:
     """Method -> the towers in which its default trains something, on mPLUG base, and the number of trained parameters."""
     found = {}
     for task, fusion in (("vqa", True), ("captioning", False)):
-        model = mplug.build(dataclasses.replace(mplug.KINDS["mplug-base"], fusion=fusion))
+        model = mplug.Mplug.build(dataclasses.replace(mplug.KINDS["mplug-base"], fusion=fusion))
         for name in METHODS:
             fields = {"leaves": "text_"} if name == "selective" else {}
             if name == "prompt":

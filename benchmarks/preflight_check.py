@@ -29,7 +29,7 @@ def main():
     import jax
     from growth import TINY, step_of
 
-    from jaxpeft.models.blip import BlipConfig, build
+    from jaxpeft.models.blip import Blip, BlipConfig
     from jaxpeft.runtime import host
     from jaxpeft.training import preflight, sharding
 
@@ -38,7 +38,7 @@ def main():
     config, batch_size = BlipConfig(), args.devices
     if args.size == "tiny":
         config = dataclasses.replace(config, **TINY)
-    rules = build(config).sharding
+    rules = Blip.build(config).sharding
     found, losses = [], {}
     for n in (1, args.devices):
         mesh = sharding.mesh({"fsdp": n}, jax.devices()[:n])

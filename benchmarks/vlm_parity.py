@@ -82,8 +82,8 @@ def sites() -> dict:
     """Method -> model -> [the towers in which its default trains something, the number of trained parameters]; a method that
     is refused has its message."""
     models = {
-        "paligemma": paligemma.build(paligemma.PaliGemmaConfig()),
-        "smolvlm": smolvlm.build(smolvlm.SmolVLMConfig()),
+        "paligemma": paligemma.PaliGemma.build(paligemma.PaliGemmaConfig()),
+        "smolvlm": smolvlm.SmolVLM.build(smolvlm.SmolVLMConfig()),
     }
     found = {}
     for name in METHODS:

@@ -22,16 +22,9 @@ Mask = Any  # a pytree of bools of the same structure
 PART = 1 << 24  # elements that `digest` reads at a time
 
 
-def _key_name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
 def path_name(path: tuple[Any, ...]) -> str:
     """A key path of `jax.tree_util` as 'params/vision/patch/kernel'."""
-    return "/".join(_key_name(key) for key in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def names(tree: Tree) -> Tree:
@@ -63,11 +56,6 @@ def check_same(expected: dict[str, Any], got: dict[str, Any], what: str) -> None
         parts = [("missing", missing), ("unexpected", extra), ("wrong shape", shapes)]
         lines = [f"  {label} ({len(rows)}): {_some(rows)}" for label, rows in parts if rows]
         raise ValueError(f"{what} does not match:\n" + "\n".join(lines))
-
-
-def matches(tree: Tree, where: str) -> Mask:
-    """True for the leaves whose name contains the regular expression `where`."""
-    return jax.tree.map(lambda name: re.search(where, name) is not None, names(tree))
 
 
 def nearest(where: str, candidates: Iterable[str], n: int = 3) -> list[str]:
@@ -124,15 +112,15 @@ def pack(leaves: list) -> jax.Array:
     return jax.numpy.concatenate([words(x) for x in leaves])
 
 
-def unpack(words: np.ndarray, layout: list[list], what: str = "tree") -> dict[str, np.ndarray]:
+def unpack(words: np.ndarray, layout: list[list]) -> dict[str, np.ndarray]:
     """The inverse of `pack`. Raises ValueError if the number or the types of the words do not match the layout."""
     sizes = [math.prod(shape) for _, _, shape in layout]
     if any(np.dtype(dtype).hasobject or np.dtype(dtype).itemsize > 4 for _, dtype, _ in layout):
         raise ValueError(
-            f"{what}: leaves of {sorted({dtype for _, dtype, _ in layout})}, expected types of 32 bits at most"
+            f"tree: leaves of {sorted({dtype for _, dtype, _ in layout})}, expected types of 32 bits at most"
         )
     if sum(sizes) != words.size or words.dtype != np.uint32:
-        raise ValueError(f"{what}: {words.size} words of {words.dtype}, expected {sum(sizes)} of uint32")
+        raise ValueError(f"tree: {words.size} words of {words.dtype}, expected {sum(sizes)} of uint32")
     leaves, at = {}, 0
     for (name, dtype, shape), size in zip(layout, sizes, strict=True):
         dtype = np.dtype(dtype)

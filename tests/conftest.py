@@ -24,7 +24,7 @@ import tiny
 from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
 from jaxpeft.data import scenes
 from jaxpeft.models import loading, stack
-from jaxpeft.models.blip import BlipConfig, build
+from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.blip_tokens import BlipTokenizer
 
 gc.set_threshold(200_000, 20, 100)  # tracing makes many objects: a tenth of the time went into looking for cycles
@@ -49,7 +49,7 @@ def base(tmp_path_factory):
     """A checkpoint directory of ours: random weights, the words of scenes."""
     tokenizer = BlipTokenizer.from_words(scenes.WORDS)
     sizes = tiny.CONFIG | {"image_size": 64, "patch_size": 32, "vocab_size": len(tokenizer), "max_positions": 48}
-    model = build(BlipConfig(**sizes, question_encoder=True), tokenizer)
+    model = Blip.build(BlipConfig(**sizes, question_encoder=True), tokenizer)
     params = init(model, 0)
     del params["itm"]
     return loading.save(tmp_path_factory.mktemp("base") / "tiny", model, shared(params), aliases=ALIASES)

@@ -281,7 +281,7 @@ def readers(home: Path) -> dict[str, Reader]:
         "tokenizer.json": Reader([{"tokenizer.json": _tokenizer_json()}], changed_settings, BlipTokenizer.from_file, 0.05),
         "vocab.txt": Reader([vocabulary], changed_bytes, BlipTokenizer.from_file, 0.05),
         "BLIP config.json": Reader(
-            blip, changed_settings, lambda d: blip_convert.read_config(d / "config.json", False), 0.05, "config.json"
+            blip, changed_settings, lambda d: blip_convert.CONVERTER.read_config(d, None), 0.05, "config.json"
         ),
         "BLIP directory": Reader(blip, _by_content, lambda d: loading.read(d), 0.01),
         "our checkpoint": Reader([_directory(ours)], _by_content, lambda d: loading.read(d), 0.01),

@@ -22,7 +22,7 @@ from tiny import config_of
 from jaxpeft import methods, tasks, tree
 from jaxpeft.adapt import sites
 from jaxpeft.interchange.tuned import TUNED
-from jaxpeft.models.blip import BlipConfig, build
+from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.runtime import host
 from jaxpeft.training import loop, optim, sharding
 
@@ -121,13 +121,13 @@ def test_fused_attention_is_as_exact_as_the_written_out_form():
         "text_heads": 2,
     }
     config = BlipConfig(**sizes, text_layers=1, text_mlp=256, vocab_size=64, cls_id=2, sep_id=3, bos_id=5, enc_id=6)
-    shapes = jax.eval_shape(lambda: build(config).init(jax.random.key(0), build(config).example()))["params"]
+    shapes = jax.eval_shape(lambda: Blip.build(config).init(jax.random.key(0), Blip.build(config).example()))["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.05, s.shape), jnp.float32), shapes)
     image_BYXC = jnp.asarray(rng.normal(size=(2, 384, 384, 3)), jnp.float32)
 
     def outputs(**fields):
-        model = build(config).replaced(**fields)
+        model = Blip.build(config).replaced(**fields)
 
         def loss(image_BYXC):
             tokens_BPD = model.apply({"params": params}, image_BYXC, method="encode_image").astype(jnp.float32)

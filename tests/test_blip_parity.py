@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jaxpeft import ops
-from jaxpeft.models import blip_convert
+from jaxpeft.models import blip_convert, loading
 from jaxpeft.models.base import Context
-from jaxpeft.models.blip import build
+from jaxpeft.models.blip import Blip
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 LOGITS, LOSS, GRADIENT = (
@@ -33,14 +33,14 @@ def full_precision():
 def loaded(task):
     """(config, params, golden numbers)"""
     numbers = np.load(GOLDEN / f"blip_{task}_tiny.npz")
-    config, params, _ = blip_convert.read_directory(GOLDEN / f"blip_{task}_tiny")
-    return config, params, {name: numbers[name] for name in numbers.files}
+    model, params = loading.load(GOLDEN / f"blip_{task}_tiny")
+    return model.config, params, {name: numbers[name] for name in numbers.files}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "method"))
 def run(config, method, params, *args):
     """One stage of the model."""
-    return build(config).apply({"params": params}, *args, method=method)
+    return Blip.build(config).apply({"params": params}, *args, method=method)
 
 
 def score(config, params, tokens_RT, memory_BSD, mask_BS=None):
@@ -85,8 +85,8 @@ def test_image_tokens(task):
 
 def test_image_tokens_at_another_size():
     golden = loaded("caption")[2]
-    config, params, _ = blip_convert.read_directory(GOLDEN / "blip_caption_tiny", image_size=56)
-    tokens_BPD = build(config).apply({"params": params}, golden["resized_images"], method="encode_image")
+    model, params = loading.load(GOLDEN / "blip_caption_tiny", image_size=56)
+    tokens_BPD = model.apply({"params": params}, golden["resized_images"], method="encode_image")
     assert far(tokens_BPD, golden["resized_image_tokens"]) <= LOGITS
 
 

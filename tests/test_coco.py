@@ -356,7 +356,7 @@ def test_mplugs_recipes_run(recipe, home, tmp_path, monkeypatch):
     tokenizer = Tokenizer.from_words(scenes.WORDS)
     sizes = {f"vision_{k}": n for k, n in (("width", 12), ("layers", 1), ("heads", 2), ("mlp", 16))}
     sizes |= {f"text_{k}": n for k, n in (("width", 12), ("layers", 1), ("heads", 2), ("mlp", 16))}
-    model = mplug.build(
+    model = mplug.Mplug.build(
         mplug.MplugConfig(
             **sizes, image_size=32, patch_size=8, encoder_layers=1, fusion_layers=3, stride=2, fusion=True,
             vocab_size=len(tokenizer), max_positions=64, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id,

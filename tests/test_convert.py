@@ -256,7 +256,7 @@ def test_an_unknown_model_type_names_the_known_ones(tmp_path):
 
 def test_a_task_that_no_model_does_is_named():
     for call in (loading.read, loading.abstract):
-        with pytest.raises(ValueError, match="task is 'detection'; BLIP supports 'captioning' or 'vqa'"):
+        with pytest.raises(ValueError, match="task is 'detection'; Blip supports 'captioning' and 'vqa'"):
             call("tiny", task="detection")
 
 

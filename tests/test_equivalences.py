@@ -18,7 +18,7 @@ from jaxpeft import tasks, tree
 from jaxpeft.adapt import budget, sites
 from jaxpeft.methods import Gated, Scoped, Site
 from jaxpeft.models import decode, layers
-from jaxpeft.models.blip import BlipConfig, build
+from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.training import loop, optim
 
 RNG = np.random.default_rng(0)
@@ -594,4 +594,4 @@ def test_solve_size_reports_gap_and_cap():
 )
 def test_counts_at_blip_base(method, count):
     """The formulas of the literature, from shapes alone. VeRA stores its shared matrices beside 49,152 trained."""
-    assert budget.abstract_counts(build(BlipConfig()), method)["stored"] == count
+    assert budget.abstract_counts(Blip.build(BlipConfig()), method)["stored"] == count

@@ -16,7 +16,13 @@ from safetensors.numpy import load_file
 pytestmark = pytest.mark.slow
 
 PROGRAM = Path(__file__).with_name("two_processes.py")
-SETTINGS = {"task": "captioning", "data.augment": "crop_flip", "model.dropout": 0.1, "method.dropout": 0.1, "eval.base": False}
+SETTINGS = {
+    "task": "captioning",
+    "data.augment": "crop_flip",
+    "model.dropout": 0.1,
+    "method.dropout": 0.1,
+    "eval.base": False,
+}
 
 
 def start(workdir, base, n=2, **settings):

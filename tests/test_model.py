@@ -11,7 +11,7 @@ import tiny
 from jaxpeft import tree
 from jaxpeft.models import stack
 from jaxpeft.models.base import Context
-from jaxpeft.models.blip import BlipConfig, build
+from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.vit import position_init
 
 VARIABLES = {"params": tiny.params()}
@@ -156,7 +156,7 @@ def test_bfloat16_is_close_and_logits_stay_float32():
         (lambda: BlipConfig(image_size=100), "image_size 100 is not divisible by patch_size 16"),
         (lambda: tiny.model().apply(VARIABLES, np.zeros((1, 24, 24, 3), np.uint8), method="encode_image"), "24, 24, 3"),
         (
-            lambda: build(tiny.model().config).apply(VARIABLES, np.ones((1, 17), np.int32), method="masked_lm"),
+            lambda: Blip.build(tiny.model().config).apply(VARIABLES, np.ones((1, 17), np.int32), method="masked_lm"),
             "17 tokens",
         ),
     ],

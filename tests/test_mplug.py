@@ -33,7 +33,7 @@ CONFIG = mplug.MplugConfig(
     text_width=12, text_layers=2, text_heads=2, text_mlp=20, max_positions=16, encoder_layers=1, fusion_layers=4, stride=2,
     fusion=True, pad_id=0, cls_id=2, sep_id=3,
 )  # fmt: skip
-MODEL = mplug.build(CONFIG, WORDS)
+MODEL = mplug.Mplug.build(CONFIG, WORDS)
 
 
 @functools.cache
@@ -115,7 +115,7 @@ def test_another_image_size_moves_the_positions():
     assert model.config.n_patches == 36 and found["vision"]["position"].shape == (37, 24)
     report = loading.read(GOLDEN, task="captioning", image_size=96)[2]
     assert report["resized"] == "position embedding from 48 to 96 pixels"
-    with pytest.raises(ValueError, match="image_size 50 is not a multiple of patch_size 16"):
+    with pytest.raises(ValueError, match="image_size 50 is not divisible by patch_size 16"):
         loading.load(GOLDEN, image_size=50)
 
 
@@ -231,7 +231,7 @@ def test_fusion_layers_are_grouped_into_runs(stride):
 
 # ------------------------------------------------------------------------------------------- what is computed once
 def reasons(method, **config):
-    model = mplug.build(dataclasses.replace(CONFIG, **config), WORDS)
+    model = mplug.Mplug.build(dataclasses.replace(CONFIG, **config), WORDS)
     tuned = jp.attach(model, params(), method, jax.random.key(0))
     found = frozen_cache.programs(model, tuned)
     rows = {"image": 10, "example": 10}
@@ -359,7 +359,8 @@ def test_the_shipped_tiny_mplug():
 def test_the_papers_grid_places_methods_as_it_says():
     study = paper.get_config("towers=all")
     paths = [
-        site.path for site in sites.sites(mplug.build(dataclasses.replace(mplug.KINDS["mplug-base"], fusion=True)))
+        site.path
+        for site in sites.sites(mplug.Mplug.build(dataclasses.replace(mplug.KINDS["mplug-base"], fusion=True)))
     ]
     fields = {name: study.variants[name].fields.get("targets") for name in ("prefix", "lora", "serial_adapter")}
     hits = {name: {path for path in paths if re.search(pattern, path)} for name, pattern in fields.items()}

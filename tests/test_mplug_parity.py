@@ -14,7 +14,7 @@ from jaxpeft import ops, tree
 from jaxpeft.inputs import images
 from jaxpeft.models import convert, decode, loading, mplug_convert
 from jaxpeft.models.base import MODELS
-from jaxpeft.models.mplug import KINDS, build
+from jaxpeft.models.mplug import KINDS, Mplug
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 LOGITS, LOSS, GRADIENT = 5e-5, 1e-5, 1e-4  # the last relative to the largest entry of its tensor
@@ -205,7 +205,7 @@ def test_a_beam_goes_on_after_its_end_and_the_other_search_writes_other_texts():
 def test_templates_name_the_search():
     model = loading.load("tiny", task="vqa")[0]
     assert model.processor.template("vqa").beam_search == "transformers"
-    ours = build(KINDS["mplug-base"], model.tokenizer)
+    ours = Mplug.build(KINDS["mplug-base"], model.tokenizer)
     for task in ("vqa", "captioning"):
         assert decode.Search.of(ours.processor.template(task), 5, beams=3).kind == "mplug"
 
@@ -239,8 +239,8 @@ def test_our_model_with_the_same_mistake_agrees_with_the_wrong_reference(kind, m
     if mistake == "no_joint":  # then every layer is a cross layer
         rules = mplug_convert.table(config, FIRST)
         params = convert.nested(convert.read(tensors, rules, "golden", place=convert.in_memory, dtype="float32"))
-    context = context_of(build(config), params, golden)
-    logits = run(build(config), "score", params, golden["answers"], rows(context, golden["owner"]))
+    context = context_of(Mplug.build(config), params, golden)
+    logits = run(Mplug.build(config), "score", params, golden["answers"], rows(context, golden["owner"]))
     wrong = golden[f"wrong/{mistake}"]
     assert far(np.asarray(logits)[:N_WRONG], wrong, valid(kind, "vqa")[:N_WRONG]) <= 2 * LOGITS
 
@@ -257,7 +257,7 @@ def test_our_model_with_the_same_mistake_agrees_with_the_wrong_reference(kind, m
 )
 def test_released_sizes(kind, fusion, expected):
     """The parameters that a task uses, counted in the release."""
-    model = build(dataclasses.replace(KINDS[kind], fusion=fusion))
+    model = Mplug.build(dataclasses.replace(KINDS[kind], fusion=fusion))
     assert sum(np.prod(x.shape) for x in loading.shapes(model).values()) == expected
 
 
@@ -274,8 +274,8 @@ def test_the_table_fills_every_leaf_once():
         for fusion in (True, False):
             config = dataclasses.replace(config, fusion=fusion)
             given = {leaf: rule.shape_of_leaf for rule in mplug_convert.table(config, 6).rules for leaf in rule.leaves}
-            assert given == {name: x.shape for name, x in loading.shapes(build(config)).items()}
-    assert MODELS["mplug"]().hf(build(config)) is None
+            assert given == {name: x.shape for name, x in loading.shapes(Mplug.build(config)).items()}
+    assert MODELS["mplug"]().hf(Mplug.build(config)) is None
 
 
 def test_both_directions():
@@ -304,7 +304,7 @@ def test_live_against_modelscope(kind):
     expected = make.vqa_numbers(theirs, data)
     config = loaded(kind)[0].config
     tensors = {name: x.numpy().astype(np.float32) for name, x in theirs.state_dict().items() if x.is_floating_point()}
-    params, model = mplug_convert.from_release(tensors, config), build(config)
+    params, model = mplug_convert.from_release(tensors, config), Mplug.build(config)
     golden = {
         "images": data["images"].astype(np.float32),
         "prompt": np.where(data["question_mask"] == 1, data["questions"], 0),

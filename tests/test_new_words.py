@@ -94,7 +94,7 @@ def test_one_emoji_changes_nothing_for_a_base_with_word_pieces(root, base, tmp_p
     c = config(root, base, tmp_path)
     split = data.load(c.data, ["train"])["train"]
     chosen = setup.methods_of(c)
-    with_pieces = blip.build(model.config, pieces)
+    with_pieces = blip.Blip.build(model.config, pieces)
     same, methods, unknown, new = setup.with_new_words(c, tasks.build("captioning"), with_pieces, chosen, split)
     assert (same, methods, new) == (with_pieces, chosen, []) and set(unknown) >= {EMOJI, "snorkwobble"}
     wider, methods, unknown, new = setup.with_new_words(c, tasks.build("captioning"), model, chosen, split)

@@ -21,7 +21,7 @@ from jaxpeft import tasks, tree
 from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
 from jaxpeft.data import scenes
 from jaxpeft.models import loading
-from jaxpeft.models.blip import BlipConfig, build
+from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime import host
 from jaxpeft.training import preflight, run, setup, sharding
@@ -85,7 +85,7 @@ def wide(tmp_path_factory):
     """A base whose lengths eight devices divide: that of the other tests is never split."""
     tokenizer = BlipTokenizer.from_words(scenes.WORDS)
     sizes = tiny.CONFIG | SIZES | {"image_size": 64, "patch_size": 32, "max_positions": 48}
-    model = build(BlipConfig(**sizes | {"vocab_size": len(tokenizer)}, question_encoder=True), tokenizer)
+    model = Blip.build(BlipConfig(**sizes | {"vocab_size": len(tokenizer)}, question_encoder=True), tokenizer)
     params = init(model, 0)
     del params["itm"]
     return loading.save(tmp_path_factory.mktemp("wide") / "base", model, shared(params), aliases=ALIASES)

@@ -255,9 +255,9 @@ MIDDLE = dict(text_width=960, text_mlp=2560, text_layers=32, text_heads=15, kv_h
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        (paligemma.build(paligemma.PaliGemmaConfig()), 2_923_466_480),
-        (smolvlm.build(SMALL), 256_484_928),
-        (smolvlm.build(dataclasses.replace(SMALL, untied_head=False)), 228_099_648),
+        (paligemma.PaliGemma.build(paligemma.PaliGemmaConfig()), 2_923_466_480),
+        (smolvlm.SmolVLM.build(SMALL), 256_484_928),
+        (smolvlm.SmolVLM.build(dataclasses.replace(SMALL, untied_head=False)), 228_099_648),
     ],
 )
 def test_released_sizes(model, expected):
@@ -266,7 +266,7 @@ def test_released_sizes(model, expected):
 
 
 def test_the_parts_of_paligemma_3b():
-    shapes = loading.shapes(paligemma.build(paligemma.PaliGemmaConfig()))
+    shapes = loading.shapes(paligemma.PaliGemma.build(paligemma.PaliGemmaConfig()))
     found = {
         part: sum(np.prod(x.shape) for n, x in shapes.items() if n.startswith(part)) for part in ("vision", "decoder")
     }

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxpeft import config
 from jaxpeft.inputs.processor import Template
-from jaxpeft.models.blip import Blip, BlipConfig, build
+from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.blip_tokens import SPECIAL, BlipTokenizer
 
 TOKENIZER = BlipTokenizer.from_words(f"w{i}" for i in range(20))
@@ -39,12 +39,12 @@ def optimized():
 
 @functools.cache
 def model(question_encoder: bool = True, **overrides) -> Blip:
-    return build(BlipConfig(**CONFIG | {"question_encoder": question_encoder} | overrides), TOKENIZER)
+    return Blip.build(BlipConfig(**CONFIG | {"question_encoder": question_encoder} | overrides), TOKENIZER)
 
 
 def template(task: str, tokenizer: BlipTokenizer = TOKENIZER, **options) -> Template:
     """How BLIP reads and writes the texts of a task, from a tokenizer alone."""
-    return build(BlipConfig(), tokenizer).processor.template(task, **options)
+    return Blip.build(BlipConfig(), tokenizer).processor.template(task, **options)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxpeft.apps.pretrain import caption_loss, masked_loss, matching_loss
 from jaxpeft.data import scenes
-from jaxpeft.models.blip import Blip, BlipConfig, build
+from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.tree import Tree
 
@@ -37,7 +37,7 @@ def tokenizer() -> BlipTokenizer:
 def model(tokenizer: BlipTokenizer, **architecture) -> Blip:
     """The model that is trained, with every part."""
     ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")}
-    return build(BlipConfig(**architecture, vocab_size=len(tokenizer), question_encoder=True, **ids), tokenizer)
+    return Blip.build(BlipConfig(**architecture, vocab_size=len(tokenizer), question_encoder=True, **ids), tokenizer)
 
 
 def shared(params: Tree) -> Tree:

@@ -21,7 +21,7 @@ from jaxpeft.apps.pretrain import caption_loss, masked_loss, matching_loss
 from jaxpeft.data import scenes
 from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models.base import Context
-from jaxpeft.models.mplug import Mplug, MplugConfig, build
+from jaxpeft.models.mplug import Mplug, MplugConfig
 from jaxpeft.tree import Tree
 
 ALIASES: dict[str, str] = {}
@@ -36,7 +36,7 @@ def tokenizer() -> Tokenizer:
 def model(tokenizer: Tokenizer, **architecture) -> Mplug:
     """The model that is trained, with every part."""
     ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id")}
-    return build(MplugConfig(**architecture, vocab_size=len(tokenizer), fusion=True, **ids), tokenizer)
+    return Mplug.build(MplugConfig(**architecture, vocab_size=len(tokenizer), fusion=True, **ids), tokenizer)
 
 
 def shared(params: Tree) -> Tree:

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from jaxpeft import ops
 from jaxpeft.data import scenes
 from jaxpeft.inputs.bpe import Bpe
-from jaxpeft.models.smolvlm import SmolVLM, SmolVLMConfig, build
+from jaxpeft.models.smolvlm import SmolVLM, SmolVLMConfig
 from jaxpeft.tree import Tree
 
 ALIASES: dict[str, str] = {}
@@ -59,7 +59,7 @@ def tokenizer() -> Bpe:
 def model(tokenizer: Bpe, **architecture) -> SmolVLM:
     """The model that is trained."""
     ids = {"vocab_size": len(tokenizer), "pad_id": tokenizer.pad_id, "image_id": tokenizer.ids["<image>"]}
-    return build(SmolVLMConfig(**architecture, **ids), tokenizer)
+    return SmolVLM.build(SmolVLMConfig(**architecture, **ids), tokenizer)
 
 
 def shared(params: Tree) -> Tree:

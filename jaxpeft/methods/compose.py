@@ -12,19 +12,24 @@ MAM      Mix-And-Match (He et al. 2021, arXiv 2110.04366, section 4.6): a small 
 """
 
 import dataclasses
+import operator
 import re
 import typing
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from jaxpeft.methods.adapter import ParallelAdapter, SerialAdapter
 from jaxpeft.methods.base import Added, Base, Method, Params, Site, Stream
 from jaxpeft.methods.lora import LoRA
 from jaxpeft.methods.prefix import Prefix
 from jaxpeft.ops import matmul
+
+
+def _of_inner(name: str) -> Any:
+    """A property or function that a wrapper has of its inner method."""
+    return property(operator.attrgetter(f"inner.{name}"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,56 +48,21 @@ class _Around(Method):
         """`method`, checked by `__post_init__`."""
         return typing.cast(Method, self.method)
 
-    @property
-    def name(self) -> str:
-        return self.inner.name
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return self.inner.kinds
-
-    @property
-    def train(self) -> str:
-        return self.inner.train
-
-    @property
-    def fixed(self) -> tuple[str, ...]:
-        return self.inner.fixed
-
-    @property
-    def first(self) -> bool:
-        return self.inner.first
-
-    @property
-    def size_field(self) -> str:
-        return self.inner.size_field
+    name, kinds, train, fixed, first, size_field = map(
+        _of_inner, ("name", "kinds", "train", "fixed", "first", "size_field")
+    )
+    matched, lr_scale, sizes, shift, on_input, init_shared = map(
+        _of_inner, ("matched", "lr_scale", "sizes", "shift", "on_input", "init_shared")
+    )
 
     def selects(self, site: Site) -> bool:
         return self.inner.selects(site) and re.search(self.targets, self.matched(site)) is not None
 
-    def matched(self, site: Site) -> str:
-        return self.inner.matched(site)
-
     def trains(self, leaf: str) -> bool:
         return self.inner.trains(leaf) and re.search(self.targets, leaf.removeprefix("params/")) is not None
 
-    def lr_scale(self, leaf: str) -> float:
-        return self.inner.lr_scale(leaf)
-
-    def sizes(self, model: nn.Module, sites: list[Site]) -> Sequence[int]:
-        return self.inner.sizes(model, sites)
-
-    def shift(self, site: Site) -> int:
-        return self.inner.shift(site)
-
-    def on_input(self, site: Site) -> bool:
-        return self.inner.on_input(site)
-
     def folded(self) -> Method:
         return dataclasses.replace(self, method=self.inner.folded())
-
-    def init_shared(self, rng: jax.Array, sites: list[Site]) -> Params:
-        return self.inner.init_shared(rng, sites)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,19 +9,20 @@ positions, V words.
 """
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import jax
 from flax import linen as nn
 
 from jaxpeft.adapt import sites
 from jaxpeft.inputs.any_tokenizer import AnyTokenizer
-from jaxpeft.inputs.processor import Processor
+from jaxpeft.inputs.processor import Processor, Template
 from jaxpeft.models.convert import Converter
 from jaxpeft.models.hf import HuggingFace
-from jaxpeft.models.stack import together
+from jaxpeft.models.stack import MOST, together
 from jaxpeft.runtime.registry import Registry
 
 
@@ -61,6 +62,7 @@ class VisionLanguageModel(sites.Adaptable):
     model_type: ClassVar[str] = ""  # the key in MODELS, and in the files of a checkpoint
     stages: ClassVar[tuple[Stage, ...]] = ()  # in order of computation
     targets: ClassVar[dict[str, str]] = {}  # named groups of sites: name -> regular expression of site paths
+    templates: ClassVar[dict[str, Callable[..., Template]]] = {}  # task -> (tokenizer, text options) -> template
     # (pattern of leaf paths, mesh axes of its last dimensions), see training/sharding.py
     sharding: ClassVar[tuple[tuple[str, tuple[str | None, ...]], ...]] = ()
     tied: ClassVar[dict[str, str]] = {}  # path of a linear without its own kernel -> the leaf that it uses, transposed
@@ -72,6 +74,14 @@ class VisionLanguageModel(sites.Adaptable):
     if TYPE_CHECKING:  # Flax adds it to every module, but not to its type
 
         def __hash__(self) -> int: ...
+
+    @classmethod
+    def build(cls, config: Any, tokenizer: AnyTokenizer | None = None) -> Self:
+        """The model with its processor: `tokenizer`, the class's templates, and the image settings of `config`."""
+        c, templates = config, {name: functools.partial(make, tokenizer) for name, make in cls.templates.items()}
+        return cls(
+            c, Processor(tokenizer, c.image_size, c.image_resample, c.image_mean, templates, c.image_longest_edge)
+        )
 
     @property
     def tokenizer(self) -> AnyTokenizer | None:
@@ -93,17 +103,19 @@ class VisionLanguageModel(sites.Adaptable):
         """The maximum number of text tokens."""
         raise NotImplementedError
 
-    def replaced(self, tokenizer: AnyTokenizer | None = None, **fields: Any) -> "VisionLanguageModel":
+    @nn.nowrap
+    def replaced(self, tokenizer: AnyTokenizer | None = None, **fields: Any) -> Self:
         """The model with changed fields of its config and, if given, another tokenizer; the processor is updated."""
-        raise NotImplementedError
+        return self.build(dataclasses.replace(self.config, **fields), tokenizer or self.tokenizer)
 
     def for_task(self, task: str) -> "VisionLanguageModel":
         """The model for another task with the same parameters. Raises ValueError if they do not support it."""
         raise NotImplementedError
 
-    def unrolled(self) -> "VisionLanguageModel":
+    @nn.nowrap
+    def unrolled(self) -> Self:
         """The same model without loops over layers or heads, to count FLOPs: XLA counts the body of a loop once."""
-        raise NotImplementedError
+        return self.replaced(unroll=MOST, attention="plain")
 
     def example(self) -> dict:
         """A small batch that uses every stage, for `init` and for finding sites."""

@@ -11,10 +11,8 @@ from flax import linen as nn
 
 from jaxpeft.adapt import sites
 from jaxpeft.models import attention
-from jaxpeft.models.layers import Attention, Dense, LayerNorm, Mlp, Stored, TiedDense, dropout
+from jaxpeft.models.layers import INIT, Attention, Dense, LayerNorm, Mlp, Stored, TiedDense, dropout, written
 from jaxpeft.models.stack import StackConfig, stack
-
-_INIT = nn.initializers.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,7 @@ class TextBlock(nn.Module):
         k_BNSH, v_BNSH = attend.keys_values(x_BTD)
         if cache is not None:
             k_BNSH, v_BNSH = (
-                _write(old, new, position) for old, new in zip(cache["self"], (k_BNSH, v_BNSH), strict=True)
+                written(old, new, position) for old, new in zip(cache["self"], (k_BNSH, v_BNSH), strict=True)
             )
             new_cache = {"self": (k_BNSH, v_BNSH)}
         stream = add(x_BTD, "self_norm")
@@ -90,10 +88,6 @@ class TextBlock(nn.Module):
         return x_BTD, new_cache
 
 
-def _write(old_BNSH, new_BNTH, position):
-    return jax.lax.dynamic_update_slice_in_dim(old_BNSH, new_BNTH.astype(old_BNSH.dtype), position, axis=2)
-
-
 class Embed(Stored):
     """Word plus absolute position embedding and, in some models, the embedding of token type 0; LayerNorm."""
 
@@ -101,12 +95,12 @@ class Embed(Stored):
 
     def setup(self):
         c = self.config
-        self.word = self.param("word", _INIT, (c.vocab_size - c.new_words, c.text_width))
+        self.word = self.param("word", INIT, (c.vocab_size - c.new_words, c.text_width))
         if c.new_words:
-            self.word = jnp.concatenate([self.word, self.param("new_word", _INIT, (c.new_words, c.text_width))])
-        self.position = self.param("position", _INIT, (c.max_positions, c.text_width))
+            self.word = jnp.concatenate([self.word, self.param("new_word", INIT, (c.new_words, c.text_width))])
+        self.position = self.param("position", INIT, (c.max_positions, c.text_width))
         if c.token_types:
-            self.token_type = self.param("token_type", _INIT, (c.token_types, c.text_width))
+            self.token_type = self.param("token_type", INIT, (c.token_types, c.text_width))
         self.norm = LayerNorm(epsilon=c.text_eps, dtype=c.dtype)
 
     def place(self, words_BTD, start):
@@ -139,7 +133,7 @@ class Head(Stored):
         if c.untied_head:
             logits_BTV = Dense(c.vocab_size - c.new_words, c.dtype, use_bias=False, name="vocabulary")(h_BTD)
             if c.new_words:
-                matrix_ND = self.param("new_matrix", _INIT, (c.new_words, c.text_width))
+                matrix_ND = self.param("new_matrix", INIT, (c.new_words, c.text_width))
                 logits_BTV = jnp.concatenate([logits_BTV, h_BTD @ matrix_ND.T.astype(c.dtype)], axis=-1)
         else:
             logits_BTV = TiedDense(c.dtype, name="vocabulary")(h_BTD, word_VD)

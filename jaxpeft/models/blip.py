@@ -97,8 +97,3 @@ class Blip(EncoderDecoder):
 
     def memory_mask(self, batch):
         return batch["prompt"] != self.config.pad_id if self.config.question_encoder else None
-
-
-def build(config: BlipConfig, tokenizer: BlipTokenizer | None = None) -> Blip:
-    """The model with its processor."""
-    return Blip.build(config, tokenizer)

@@ -6,20 +6,19 @@ the tied vocabulary matrix and bias twice.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxpeft import tree
-from jaxpeft.inputs import images
 from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
-from jaxpeft.models import bert_convert, blip_hf, convert
+from jaxpeft.models import blip_hf, convert
 from jaxpeft.models.bert_convert import DROPPED, HEAD, TEXT, TIED, UNTIED
-from jaxpeft.models.blip import Blip, BlipConfig, build
+from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.blip_tokens import BlipTokenizer
-from jaxpeft.models.convert import Change, Dtype, Place, Rule, Table, Tensor
+from jaxpeft.models.convert import Checkpoint, Converter, Rule, Table, Tensor
 from jaxpeft.runtime import files
 
 VISION = (
@@ -118,47 +117,6 @@ def hf_config(config: BlipConfig) -> dict:
     return facts | {"label_smoothing": 0.0} | sections
 
 
-def has_untied_head(tensors: Mapping[str, Tensor], source: str) -> bool:
-    """Whether the head's vocabulary matrix differs from the word embedding."""
-    second, first = next(iter(TIED.items()))
-    tensors = Table((), RENAMES, DROPPED).renamed(tensors, source)
-    return {second, first} <= tensors.keys() and not convert.equal(tensors[second], tensors[first])
-
-
-def read_directory(
-    path: str | Path,
-    *,
-    image_size: int | None = None,
-    question_encoder: bool | None = None,
-    place: Place = convert.on_device,
-    dtype: Dtype = "float32",
-) -> tuple[BlipConfig, tree.Tree, dict]:
-    """A transformers BLIP directory -> (BlipConfig, params, report).
-
-    `image_size` resizes the position embedding. `question_encoder=True` on a captioning checkpoint initializes the question
-    encoder, and the decoder that reads its states, from the captioning decoder. The report lists the files that were read,
-    the configuration keys that were absent (class defaults were used) and the origin of each group of leaves. Raises
-    ValueError naming file and key.
-    """
-    path = Path(path)
-    tensors = convert.opened(path)
-    has_encoder = any(name.startswith("text_encoder.") for name in tensors)
-    config, defaults = read_config(path / "config.json", has_encoder)
-    config = dataclasses.replace(config, untied_head=has_untied_head(tensors, tensors.source))
-    if has_encoder and question_encoder is False:
-        raise ValueError(f"{path}: the decoder of a VQA checkpoint needs question states; use a captioning checkpoint")
-    rules, (resized, changes), copies = names(config), bert_convert.resized(config, image_size, "bicubic"), {}
-    if question_encoder and not has_encoder:
-        resized, copies = start_question_encoder(resized, rules.rules)
-    flat = convert.read(tensors, rules, tensors.source, place=place, dtype=dtype, changes=changes, copies=copies)
-    sources = {_group(name): _group(copies[name]) if name in copies else "checkpoint" for name in flat}
-    report = {"source": path.name, "files": tensors.files, "defaults": defaults, "initialised": sources}
-    if changes:
-        report["resized"] = f"position embedding from {config.image_size} to {image_size} pixels"
-    params = convert.nested(flat)
-    return resized, params, report | {"digest": tree.digest(params)}
-
-
 def start_question_encoder(config: BlipConfig, rules: Iterable[Rule]) -> tuple[BlipConfig, dict[str, str]]:
     """Captioning config -> (config for VQA, {leaf of the question encoder: leaf of the decoder that initializes it}).
 
@@ -176,20 +134,7 @@ def start_question_encoder(config: BlipConfig, rules: Iterable[Rule]) -> tuple[B
     return dataclasses.replace(config, question_encoder=True), copies
 
 
-def _group(name: str) -> str:
-    """The group of a leaf in a report: 'vision/patch', 'text_decoder/blocks/self_attention', ..."""
-    return re.match(r"[^/]+/(blocks/)?[^/]+", name)[0]
-
-
-def read_config(path: Path, question_encoder: bool) -> tuple[BlipConfig, dict]:
-    """(config, {'section.key': class default used because the file does not have it})"""
-    with files.reading(path, "is not a BLIP configuration"):
-        return _read_config(path, question_encoder)
-
-
-def _read_config(path: Path, question_encoder: bool) -> tuple[BlipConfig, dict]:
-    if not path.exists():
-        raise ValueError(f"{path} is missing; it belongs beside the weights of a transformers BLIP")
+def _read_config(path: Path, task: str | None) -> tuple[BlipConfig, dict]:
     raw = files.read_json(path)
     kinds = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
     if raw.get("model_type") != "blip" or not set(raw.get("architectures") or kinds) <= set(kinds):
@@ -202,7 +147,8 @@ def _read_config(path: Path, question_encoder: bool) -> tuple[BlipConfig, dict]:
             raise ValueError(
                 f"{path}: {section}.hidden_act is {raw[section]['hidden_act']!r}; only 'gelu' is supported"
             )
-    fields, defaults = {"question_encoder": question_encoder}, {}
+    asks = (raw.get("architectures") or [""])[0] == kinds[1] if task is None else task == "vqa"
+    fields, defaults = {"question_encoder": asks}, {}
     for field, section, key, default in CONFIG:
         if key not in raw[section]:
             defaults[f"{section}.{key}"] = default
@@ -233,67 +179,55 @@ def used_ids(fields: dict) -> tuple[str, ...]:
     return ("pad_id", "sep_id", "bos_id", *(("enc_id",) if fields["question_encoder"] else ()))
 
 
-class _Converter:
-    """See `convert.Converter`. VQA needs the question encoder, captioning must not have it."""
+class _Converter(Converter):
+    """VQA needs the question encoder, captioning must not have it."""
 
-    def config(self, fields: dict) -> BlipConfig:
-        return BlipConfig(**fields)
+    kind, settings = Blip, BlipConfig
+    head = next(iter(TIED.items()))
+
+    def table(self, config: BlipConfig) -> Table:
+        return names(config)
 
     def for_task(self, config: BlipConfig, task: str | None, source: str) -> BlipConfig:
-        if task is None:
-            return config
-        if bert_convert.asks(task, "BLIP") and not config.question_encoder:
+        config = super().for_task(config, task, source)
+        if task == "vqa" and not config.question_encoder:
             raise ValueError(f"{source} has no question encoder, which task 'vqa' needs")
-        return dataclasses.replace(config, question_encoder=bert_convert.asks(task, "BLIP"))
-
-    def resize(self, config: BlipConfig, image_size: int | None) -> tuple[BlipConfig, dict[str, Change]]:
-        return bert_convert.resized(config, image_size, "bicubic")
-
-    def claims(self, path: Path) -> bool:
-        return False
+        return config if task is None else dataclasses.replace(config, question_encoder=task == "vqa")
 
     def read_config(self, directory: Path, task: str | None) -> tuple[BlipConfig, dict]:
-        path, asks = directory / "config.json", bert_convert.asks(task, "BLIP")
-        with files.reading(path, "is not a BLIP configuration"):
-            if task is None:
-                asks = (files.read_json(path).get("architectures") or [""])[0] == "BlipForQuestionAnswering"
-            return _read_config(path, asks)
+        super().for_task(None, task, "")
+        with files.reading(directory / "config.json", "is not a BLIP configuration"):
+            return _read_config(directory / "config.json", task)
 
-    def read_directory(
-        self, directory: Path, task: str | None, image_size: int | None, place: Place, dtype: Dtype
-    ) -> tuple[BlipConfig, tree.Tree, dict]:
-        asks = bert_convert.asks(task, "BLIP")
-        return read_directory(directory, image_size=image_size, question_encoder=asks, place=place, dtype=dtype)
+    def stored(self, tensors: Checkpoint, config: Any, task: str | None) -> tuple[Any, Table, dict[str, str]]:
+        """`task='vqa'` on a captioning checkpoint initializes the question encoder, and the decoder that reads its states, from
+        the captioning decoder."""
+        has_encoder = any(name.startswith("text_encoder.") for name in tensors)
+        config = dataclasses.replace(
+            config, question_encoder=has_encoder, untied_head=self.has_own_head(tensors, config)
+        )
+        if has_encoder and task == "captioning":
+            raise ValueError(
+                f"{tensors.source}: the decoder of a VQA checkpoint needs question states; use a captioning checkpoint"
+            )
+        table, copies = names(config), {}
+        if task == "vqa" and not has_encoder:
+            config, copies = start_question_encoder(config, table.rules)
+        return config, table, copies
 
     def model(
-        self,
-        config: BlipConfig,
-        directory: Path | None = None,
-        defaults: Iterable[str] = (),
-        image_size: int | None = None,
+        self, config: Any, directory: Path | None = None, defaults: Iterable[str] = (), image_size: int | None = None
     ) -> Blip:
         if directory is None:
-            return build(config)
-        config = _with_processor(config, directory, image_size)
-        return build(*_with_tokenizer(config, directory, defaults))
+            return Blip.build(config)
+        config = self.with_processor(config, directory, image_size)
+        return Blip.build(*_with_tokenizer(config, directory, defaults))
 
     def hf(self, model: Blip) -> blip_hf.BlipInTransformers:
         return blip_hf.form(model, names(model.config), hf_config(model.config))
 
 
 CONVERTER = _Converter()
-
-
-def _with_processor(config: BlipConfig, directory: Path, image_size: int | None) -> BlipConfig:
-    """The configuration with the settings of the directory's image processor."""
-    said = images.processor_settings(directory)
-    size = said.pop("image_size", config.image_size)
-    if image_size is None and size != config.image_size:
-        raise ValueError(
-            f"{directory}: the image processor has image size {size} and config.json {config.image_size}; choose one with "
-            f"image_size={size} (--config.model.image_size={size}), which resizes the position embedding"
-        )
-    return dataclasses.replace(config, **said)
 
 
 def _with_tokenizer(

@@ -22,8 +22,10 @@ from typing import Any, Protocol
 import jax
 import ml_dtypes
 import numpy as np
+from flax import traverse_util
 
 from jaxpeft import tree
+from jaxpeft.inputs import images
 from jaxpeft.runtime import files, torch_files
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -31,6 +33,7 @@ DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
     "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
+TASKS = ("captioning", "vqa")
 ALIGNED = 64  # bytes; XLA on CPU uses arrays that begin at a multiple of it without a copy
 ELEMENTS = 1 << 22  # number of elements that are compared at a time
 
@@ -45,43 +48,109 @@ class Tensor(Protocol):
         """The part at a tuple of slices, or the whole tensor at `...`."""
 
 
-class Converter(Protocol):
+class Converter:
     """How `loading` reads a type of model; `MODELS` (models/base.py) maps model_type to it.
 
     `task` is 'vqa', 'captioning' or None for that of the checkpoint; an unsupported task is a ValueError.
     """
 
+    kind: Any  # the class of the model
+    settings: Any  # the class of its configuration
+    resize_mode: str = "bicubic"  # of position embeddings, see `images.resize_positions`
+    processor: images.ProcessorKind = images.CLIP
+    head: tuple[str, str]  # tensor of the head's vocabulary matrix, and of the word embedding that it may be tied to
+
+    def table(self, config: Any) -> "Table":
+        """The rules of a model, and how other names are treated."""
+        raise NotImplementedError
+
     def config(self, fields: dict) -> Any:
         """The configuration from its JSON in a jaxpeft manifest."""
+        return self.settings(**fields)
 
     def for_task(self, config: Any, task: str | None, source: str) -> Any:
         """`config` of a jaxpeft checkpoint, without parts that the task does not need."""
+        if task not in (None, *TASKS):
+            raise ValueError(f"task is {task!r}; {self.kind.__name__} supports {' and '.join(map(repr, TASKS))}")
+        return config
 
     def resize(self, config: Any, image_size: int | None) -> tuple[Any, dict[str, "Change"]]:
         """(config for another image size, changes of leaves by name as they are read)."""
+        if image_size in (None, config.image_size):
+            return config, {}
+        resized, side = dataclasses.replace(config, image_size=image_size), image_size // config.patch_size
+
+        def change(position_PD: np.ndarray) -> np.ndarray:
+            n_more = 1 + config.n_patches - len(position_PD)  # `resize_positions` expects the row of a class token
+            position_PD = np.concatenate([position_PD[:n_more], position_PD]).astype(np.float32)
+            return images.resize_positions(position_PD, side, self.resize_mode)[n_more:]
+
+        return resized, {"vision/position": change}
 
     def claims(self, path: Path) -> bool:
         """Whether a path without manifest.json and config.json holds this type of model: a bare file of weights, or a directory
         in a format of its own. It then takes the place of the directory below."""
+        return False
 
     def read_config(self, directory: Path, task: str | None) -> tuple[Any, dict[str, Any]]:
         """(configuration in a Hugging Face directory, keys that its file lacks with the defaults used). Weights may be
         missing."""
+        raise NotImplementedError
+
+    def stored(self, tensors: "Checkpoint", config: Any, task: str | None) -> tuple[Any, "Table", dict[str, str]]:
+        """(configuration with what only the weights tell, the table of the weights, leaf -> the leaf that initializes it)."""
+        return config, self.table(config), {}
 
     def read_directory(
         self, directory: Path, task: str | None, image_size: int | None, place: "Place", dtype: "Dtype"
     ) -> tuple[Any, tree.Tree, dict[str, Any]]:
         """(config, params, report) of a Hugging Face directory. `report`: source, digest, files, 'defaults' of
         `read_config`, and details of the conversion."""
+        tensors = opened(directory.parent, (directory.name,)) if directory.is_file() else opened(directory)
+        config, defaults = self.read_config(directory, task)
+        config, table, copies = self.stored(tensors, config, task)
+        resized, changes = self.resize(config, image_size)
+        flat = read(tensors, table, tensors.source, place=place, dtype=dtype, changes=changes, copies=copies)
+        params = nested(flat)
+        report = {"source": directory.name, "files": tensors.files, "defaults": defaults, "digest": tree.digest(params)}
+        if copies:
+            report["initialised"] = {_group(name): _group(like) for name, like in copies.items()}
+        if changes:
+            report["resized"] = f"position embedding from {config.image_size} to {image_size} pixels"
+        return resized, params, report
 
     def model(
         self, config: Any, directory: Path | None = None, defaults: Iterable[str] = (), image_size: int | None = None
     ) -> Any:
         """The model, with tokenizer and image settings of the directory. `defaults`: keys missing in the configuration, which
         the tokenizer may provide. `image_size`: the user's choice."""
+        raise NotImplementedError
 
     def hf(self, model: Any) -> Any:
         """The form of the model in transformers and PEFT (`HuggingFace` of models/hf.py); None if they do not have it."""
+        return None
+
+    def has_own_head(self, tensors: "Checkpoint", config: Any) -> bool:
+        """Whether the head's matrix is not the word embedding. Files decide, not config.json, which may say either."""
+        head, words = self.head
+        renamed = dataclasses.replace(self.table(config), rules=()).renamed(tensors, tensors.source)
+        return {head, words} <= renamed.keys() and not equal(renamed[head], renamed[words])
+
+    def with_processor(self, config: Any, directory: Path, image_size: int | None) -> Any:
+        """The configuration with the settings of the directory's image processor."""
+        said = images.processor_settings(directory, self.processor)
+        size = said.pop("image_size", config.image_size)
+        if image_size is None and size != config.image_size:
+            raise ValueError(
+                f"{directory}: the image processor has image size {size} and config.json {config.image_size}; choose one with "
+                f"image_size={size} (--config.model.image_size={size}), which resizes the position embedding"
+            )
+        return dataclasses.replace(config, **said)
+
+
+def _group(name: str) -> str:
+    """The group of a leaf in a report: 'vision/patch', 'text_decoder/blocks/self_attention', ..."""
+    return re.match(r"[^/]+/(blocks/)?[^/]+", name)[0]
 
 
 # ---------------------------------------------------------------- the table
@@ -360,16 +429,7 @@ def written(flat: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
     return dict(tensors(flat, table))
 
 
-def nested(flat: Mapping[str, Any]) -> dict:
-    """Leaves by 'a/b/c' -> {'a': {'b': {'c': leaf}}}."""
-    params: dict = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        at = params
-        for key in parents:
-            at = at.setdefault(key, {})
-        at[last] = leaf
-    return params
+nested = functools.partial(traverse_util.unflatten_dict, sep="/")  # leaves by 'a/b/c' -> a tree of dictionaries
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

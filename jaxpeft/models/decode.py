@@ -120,47 +120,15 @@ def beam_search(
     model: VisionLanguageModel, variables: Tree, context: Context, search: Search
 ) -> tuple[jax.Array, jax.Array]:
     """The beam search `search.kind` -> (tokens (B, beams, length), scores (B, beams)), best first."""
-    return BEAM_SEARCHES[search.kind](model, variables, context, search)
-
-
-def _transformers_beams(
-    model: VisionLanguageModel, variables: Tree, context: Context, search: Search
-) -> tuple[jax.Array, jax.Array]:
     variables = _once(model, variables)
-    n_start, length, beams = len(search.start), search.length, search.beams
 
     def running(state: dict[str, Any]) -> jax.Array:
-        return (state["t"] < length) & jnp.any(state["open"]) & ~state["all_ended"]
+        return (state["t"] < search.length) & jnp.any(state["open"])
 
     def chosen(state: dict[str, Any], logits: jax.Array, cache: Cache) -> dict[str, Any]:
-        t = state["t"]
-        # enough to keep `beams` running if `beams` of them end
-        score, source, token, sequence = _continued(state, logits, search, 2 * beams)
-        ends = _ends(token, search) | (t + 1 == length)
-
-        n_generated = (t + 1 - n_start).astype(jnp.float32)
-        may_finish = ends & (jnp.arange(2 * beams) < beams)[None] & state["open"][:, None]
-        finished = jnp.where(may_finish, score / n_generated**search.length_penalty, _LOW)
-        pool_score = jnp.concatenate([state["final_score"], finished], axis=1)
-        pool = jnp.concatenate([state["final"], sequence], axis=1)
-        final_score, best = jax.lax.top_k(pool_score, beams)
-        final = jnp.take_along_axis(pool, best[..., None], axis=1)
-
-        score, kept = jax.lax.top_k(jnp.where(ends, score + _LOW, score), beams)
-        tokens = jnp.take_along_axis(sequence, kept[..., None], axis=1)
-        source = jnp.take_along_axis(source, kept, axis=1)
-        can_improve = score[:, 0] / n_generated**search.length_penalty > final_score[:, -1]
-        return {
-            "t": t + 1,
-            "tokens": tokens,
-            "score": score,
-            "final": final,
-            "final_score": final_score,
-            "open": state["open"] & can_improve,
-            "all_ended": jnp.all(ends),
-            "last": jnp.take_along_axis(token, kept, axis=1).reshape(-1),
-            "cache": _with_beams(cache, source),
-        }
+        new = BEAM_SEARCHES[search.kind](state, logits, search)
+        source, token = new.pop("source"), new.pop("token")
+        return state | new | {"t": state["t"] + 1, "last": token.reshape(-1), "cache": _with_beams(cache, source)}
 
     def write(state: dict[str, Any]) -> dict[str, Any]:
         return chosen(state, *model.apply(variables, state["last"], state["cache"], context, method="step"))
@@ -169,41 +137,40 @@ def _transformers_beams(
     return state["final"], state["final_score"]
 
 
-def _mplug_beams(
-    model: VisionLanguageModel, variables: Tree, context: Context, search: Search
-) -> tuple[jax.Array, jax.Array]:
-    variables = _once(model, variables)
-    n_start, length, beams = len(search.start), search.length, search.beams
+def _transformers_beams(state: dict[str, Any], logits: jax.Array, search: Search) -> dict[str, Any]:
+    t, beams = state["t"], search.beams
+    # enough to keep `beams` running if `beams` of them end
+    score, source, token, tokens = _continued(state, logits, search, 2 * beams)
+    ends = _ends(token, search) | (t + 1 == search.length)
 
-    def running(state: dict[str, Any]) -> jax.Array:
-        return (state["t"] < length) & jnp.any(state["open"])
+    n_generated = (t + 1 - len(search.start)).astype(jnp.float32)
+    may_finish = ends & (jnp.arange(2 * beams) < beams)[None]
+    final = _stored(state, tokens, may_finish, score / n_generated**search.length_penalty)
 
-    def chosen(state: dict[str, Any], logits: jax.Array, cache: Cache) -> dict[str, Any]:
-        t = state["t"]
-        total, source, token, tokens = _continued(state, logits, search, beams)
-        score = total / ((5 + t + 1 - n_start) / 6) ** 0.6
-        ends = _ends(token, search) | (t + 1 == length)
-        closes_B1 = ends[:, :1]
+    score, kept = jax.lax.top_k(jnp.where(ends, score + _LOW, score), beams)
+    can_improve = score[:, 0] / n_generated**search.length_penalty > final["final_score"][:, -1]
+    source, token = (jnp.take_along_axis(x, kept, axis=1) for x in (source, token))
+    tokens = jnp.take_along_axis(tokens, kept[..., None], axis=1)
+    open_B = state["open"] & can_improve & ~jnp.all(ends)
+    return final | {"tokens": tokens, "score": score, "open": open_B, "source": source, "token": token}
 
-        stored = jnp.where((ends | closes_B1) & state["open"][:, None], score, _LOW)
-        final_score, best = jax.lax.top_k(jnp.concatenate([state["final_score"], stored], axis=1), beams)
-        final = jnp.concatenate([state["final"], tokens], axis=1)
-        return {
-            "t": t + 1,
-            "tokens": tokens,
-            "score": total,
-            "final": jnp.take_along_axis(final, best[..., None], axis=1),
-            "final_score": final_score,
-            "open": state["open"] & ~closes_B1[:, 0],
-            "last": token.reshape(-1),
-            "cache": _with_beams(cache, source),
-        }
 
-    def write(state: dict[str, Any]) -> dict[str, Any]:
-        return chosen(state, *model.apply(variables, state["last"], state["cache"], context, method="step"))
+def _mplug_beams(state: dict[str, Any], logits: jax.Array, search: Search) -> dict[str, Any]:
+    t = state["t"]
+    total, source, token, tokens = _continued(state, logits, search, search.beams)
+    score = total / ((5 + t + 1 - len(search.start)) / 6) ** 0.6
+    ends = _ends(token, search) | (t + 1 == search.length)
+    closes_B1 = ends[:, :1]
+    final, open_B = _stored(state, tokens, ends | closes_B1, score), state["open"] & ~closes_B1[:, 0]
+    return final | {"tokens": tokens, "score": total, "open": open_B, "source": source, "token": token}
 
-    state = jax.lax.while_loop(running, write, chosen(*_first(model, variables, context, search)))
-    return state["final"], state["final_score"]
+
+def _stored(state: dict[str, Any], tokens: jax.Array, which: jax.Array, score: jax.Array) -> dict[str, Any]:
+    """The best finished texts, when those that `which` marks in open rows are added."""
+    score = jnp.where(which & state["open"][:, None], score, _LOW)
+    score, best = jax.lax.top_k(jnp.concatenate([state["final_score"], score], axis=1), state["score"].shape[1])
+    final = jnp.concatenate([state["final"], tokens], axis=1)
+    return {"final": jnp.take_along_axis(final, best[..., None], axis=1), "final_score": score}
 
 
 def _first(

@@ -33,11 +33,9 @@ from flax import linen as nn
 from jaxpeft.adapt import sites
 from jaxpeft.models import attention
 from jaxpeft.models.base import Cache, Context
-from jaxpeft.models.layers import Dense, GatedMlp, RMSNorm, Stored, TiedDense, dropout
+from jaxpeft.models.layers import INIT, Dense, GatedMlp, RMSNorm, Stored, TiedDense, dropout, written
 from jaxpeft.models.stack import StackConfig, stack
 from jaxpeft.ops import by_rows
-
-_INIT = nn.initializers.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +191,7 @@ class Block(nn.Module):
         if layer is None:
             context, own, kept = new, None, new
         elif "own" in layer:
-            own = tuple(_write(old, one, index) for old, one in zip(layer["own"], new, strict=True))
+            own = tuple(written(old, one, index) for old, one in zip(layer["own"], new, strict=True))
             context, kept = layer["context"], own
         else:
             context, own, kept = layer["context"], new, None
@@ -204,17 +202,13 @@ class Block(nn.Module):
         return x_RTD, kept
 
 
-def _write(old_RGSH, new_RGTH, index):
-    return jax.lax.dynamic_update_slice_in_dim(old_RGSH, new_RGTH.astype(old_RGSH.dtype), index, axis=2)
-
-
 class Embed(Stored):
     """Word embeddings, times `word_scale` in the dtype of the products."""
 
     config: DecoderConfig
 
     def setup(self):
-        self.word = self.param("word", _INIT, (self.config.vocab_size, self.config.text_width))
+        self.word = self.param("word", INIT, (self.config.vocab_size, self.config.text_width))
 
     def __call__(self, tokens_RT):
         c = self.config

@@ -4,16 +4,11 @@ A subclass says how the context is made: `stages`, `stage`, and in which of them
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from jaxpeft.inputs.processor import Processor, Template
-from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models.base import Cache, Context, VisionLanguageModel
 from jaxpeft.models.bert import BertConfig, TextStack
 from jaxpeft.models.vit import Vision, VitConfig, normalised
@@ -69,14 +64,6 @@ class EncoderDecoder(VisionLanguageModel):
     config: EncoderDecoderConfig
     sharding: ClassVar = SHARDING
     targets: ClassVar = TARGETS | TRAINED
-    templates: ClassVar[dict[str, Callable[..., Template]]] = {}  # task -> (tokenizer, text options) -> template
-
-    @classmethod
-    def build(cls, config: Any, tokenizer: Tokenizer | None = None) -> Self:
-        """The model with its processor: `tokenizer`, the class's templates, and the image settings of `config`."""
-        templates = {name: functools.partial(make, tokenizer) for name, make in cls.templates.items()}
-        size, resample, mean = config.image_size, config.image_resample, config.image_mean
-        return cls(config, Processor(tokenizer, size, resample, mean, templates))
 
     @property
     def tied(self) -> dict[str, str]:
@@ -89,14 +76,6 @@ class EncoderDecoder(VisionLanguageModel):
     @property
     def positions(self) -> int:
         return self.config.max_positions
-
-    @nn.nowrap
-    def replaced(self, tokenizer: Tokenizer | None = None, **fields) -> Self:
-        return self.build(dataclasses.replace(self.config, **fields), tokenizer or self.tokenizer)
-
-    @nn.nowrap
-    def unrolled(self) -> Self:
-        return self.replaced(unroll=max(self.config.vision_layers, self.config.text_layers), attention="plain")
 
     def setup(self):
         self.vision = Vision(self.config)

@@ -18,7 +18,12 @@ from jaxpeft.adapt import sites
 from jaxpeft.models import attention
 from jaxpeft.ops import by_rows, per_feature
 
-_INIT = nn.initializers.normal(0.02)  # BERT's and BLIP's
+INIT = nn.initializers.normal(0.02)  # BERT's and BLIP's
+
+
+def written(old_BNSH, new_BNTH, index):
+    """Keys or values of a cache with those of new tokens at `index`."""
+    return jax.lax.dynamic_update_slice_in_dim(old_BNSH, new_BNTH.astype(old_BNSH.dtype), index, axis=2)
 
 
 def dropout(module: nn.Module, x, rate: float):
@@ -47,7 +52,7 @@ class Dense(Stored):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", _INIT, (x.shape[-1], self.features))
+        kernel = self.param("kernel", INIT, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         return sites.linear(self, x.astype(self.dtype), kernel, bias)
 

@@ -156,13 +156,6 @@ class Mplug(EncoderDecoder):
         return (image, text, fused) if self.config.fusion else (image,)
 
     @nn.nowrap
-    def unrolled(self) -> "Mplug":
-        c = self.config
-        return self.replaced(
-            unroll=max(c.vision_layers, c.text_layers, c.encoder_layers, c.fusion_layers), attention="plain"
-        )
-
-    @nn.nowrap
     def for_task(self, task: str) -> "Mplug":
         if task == "vqa" and not self.config.fusion:
             raise ValueError("this mPLUG has no text encoder and no fusion stack, which task 'vqa' needs")
@@ -200,8 +193,3 @@ class Mplug(EncoderDecoder):
     def memory_mask(self, batch):
         c = self.config
         return joint_mask(1 + c.n_patches, batch["prompt"] != c.pad_id) if c.fusion else None
-
-
-def build(config: MplugConfig, tokenizer: Tokenizer | None = None) -> Mplug:
-    """The model with its processor."""
-    return Mplug.build(config, tokenizer)

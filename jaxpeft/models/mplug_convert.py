@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -23,8 +24,8 @@ from jaxpeft import tree
 from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
 from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.models import bert_convert, convert
-from jaxpeft.models.convert import Change, Dtype, Place, Table, Tensor
-from jaxpeft.models.mplug import KINDS, Mplug, MplugConfig, build
+from jaxpeft.models.convert import Checkpoint, Converter, Table, Tensor
+from jaxpeft.models.mplug import KINDS, Mplug, MplugConfig
 from jaxpeft.runtime import files
 
 VISION = (
@@ -146,21 +147,16 @@ def to_release(params: tree.Tree, config: MplugConfig, first: int = 6) -> dict[s
     return tensors | {second: tensors[first] for second, first in rules.tied.items()}
 
 
-class _Converter:
-    """See `convert.Converter`. VQA needs text encoder and fusion stack, captioning must not have them."""
+class _Converter(Converter):
+    """VQA needs text encoder and fusion stack, captioning must not have them."""
 
-    def config(self, fields: dict) -> MplugConfig:
-        return MplugConfig(**fields)
+    kind, settings, resize_mode = Mplug, MplugConfig, "bilinear"
 
     def for_task(self, config: MplugConfig, task: str | None, source: str) -> MplugConfig:
-        if task is None:
-            return config
-        if bert_convert.asks(task, "mPLUG") and not config.fusion:
+        config = super().for_task(config, task, source)
+        if task == "vqa" and not config.fusion:
             raise ValueError(f"{source} has no text encoder and no fusion stack, which task 'vqa' needs")
-        return dataclasses.replace(config, fusion=bert_convert.asks(task, "mPLUG"))
-
-    def resize(self, config: MplugConfig, image_size: int | None) -> tuple[MplugConfig, dict[str, Change]]:
-        return bert_convert.resized(config, image_size, "bilinear")
+        return config if task is None else dataclasses.replace(config, fusion=task == "vqa")
 
     def claims(self, path: Path) -> bool:
         return path.suffix in (".pth", ".bin", ".pt") and path.is_file() or (path / "config_bert.json").is_file()
@@ -169,40 +165,16 @@ class _Converter:
         config, defaults = read_config(directory)
         return self.for_task(config, task, str(directory)), defaults
 
-    def read_directory(
-        self, directory: Path, task: str | None, image_size: int | None, place: Place, dtype: Dtype
-    ) -> tuple[MplugConfig, tree.Tree, dict]:
-        tensors = _opened(directory)
-        config, defaults = read_config(directory)
-        config = self.for_task(config, task, str(directory))
-        rules = table(config, first_layer(tensors, config))
-        resized, changes = self.resize(config, image_size)
-        flat = convert.read(tensors, rules, tensors.source, place=place, dtype=dtype, changes=changes)
-        params = convert.nested(flat)
-        report = {"source": directory.name, "files": tensors.files, "defaults": defaults, "digest": tree.digest(params)}
-        if changes:
-            report["resized"] = f"position embedding from {config.image_size} to {image_size} pixels"
-        return resized, params, report
+    def stored(self, tensors: Checkpoint, config: Any, task: str | None) -> tuple[Any, Table, dict[str, str]]:
+        return config, table(config, first_layer(tensors, config)), {}
 
     def model(
-        self,
-        config: MplugConfig,
-        directory: Path | None = None,
-        defaults: Iterable[str] = (),
-        image_size: int | None = None,
+        self, config: Any, directory: Path | None = None, defaults: Iterable[str] = (), image_size: int | None = None
     ) -> Mplug:
-        return build(config) if directory is None else build(*_with_tokenizer(config, directory))
-
-    def hf(self, model: Mplug) -> None:
-        return None  # transformers has no mPLUG
+        return Mplug.build(config) if directory is None else Mplug.build(*_with_tokenizer(config, directory))
 
 
 CONVERTER = _Converter()
-
-
-def _opened(path: Path) -> convert.Checkpoint:
-    """The weights of a base: a directory or a bare file."""
-    return convert.opened(path.parent, (path.name,)) if path.is_file() else convert.opened(path)
 
 
 def read_config(path: Path) -> tuple[MplugConfig, dict]:
@@ -212,7 +184,7 @@ def read_config(path: Path) -> tuple[MplugConfig, dict]:
 
 def _kind_of(path: Path) -> MplugConfig:
     """The configuration of a bare file: one of KINDS by the shape of its patch embedding, its image size by its positions."""
-    tensors = _opened(path)
+    tensors = convert.opened(path.parent, (path.name,))
     shapes = {re.sub(*RENAMES[0], name): tuple(x.shape) for name, x in tensors.items()}
     found = shapes.get("visual_encoder.visual.conv1.weight")
     for config in KINDS.values():

@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from jaxpeft.inputs.any_tokenizer import AnyTokenizer
 from jaxpeft.models import paligemma_text
 from jaxpeft.models.layers import Dense
 from jaxpeft.models.prefix_lm import PrefixLM, PrefixLMConfig
@@ -51,8 +50,3 @@ class PaliGemma(PrefixLM):
         mask_BP = jnp.ones(image_BPD.shape[:2], bool)
         mask_BS = jnp.concatenate([mask_BP, prompt_BQ != self.config.pad_id], axis=1)
         return jnp.concatenate([image_BPD, words_BQD], axis=1), mask_BS
-
-
-def build(config: PaliGemmaConfig, tokenizer: AnyTokenizer | None = None) -> PaliGemma:
-    """The model with its processor."""
-    return PaliGemma.build(config, tokenizer)

@@ -42,7 +42,7 @@ class _Converter(prefix_lm_convert.PrefixLMConverter):
         ("text_config", "attention_bias", (False,)),
     )
     processor = images.SIGLIP
-    tied = ("lm_head.weight", "model.language_model.embed_tokens.weight")
+    head = ("lm_head.weight", "model.language_model.embed_tokens.weight")
     form = PaliGemmaInTransformers
 
     def table(self, config: PaliGemmaConfig) -> Table:
@@ -59,7 +59,7 @@ def table(config: PaliGemmaConfig) -> Table:
     """The rules of a model, and how other names are treated."""
     rules = prefix_lm_convert.rules(config, "model.vision_tower.", "model.language_model.", "scale-1")
     rules += convert.rules(PROJECTOR, "", "", {"D": config.text_width, "C": config.vision_width})
-    tied = {} if config.untied_head else dict([_Converter.tied])
+    tied = {} if config.untied_head else dict([_Converter.head])
     return Table(rules, RENAMES, prefix_lm_convert.DROPPED, tied)
 
 

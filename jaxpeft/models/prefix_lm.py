@@ -7,15 +7,11 @@ A subclass says how image tokens are made of the tower's (`project`) and where t
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxpeft.inputs.any_tokenizer import AnyTokenizer
-from jaxpeft.inputs.processor import Processor, Template
 from jaxpeft.models.base import Stage, VisionLanguageModel
 from jaxpeft.models.decoder import Decoder, DecoderConfig
 from jaxpeft.models.siglip import Siglip, SiglipConfig
@@ -26,7 +22,6 @@ from jaxpeft.models.vit import normalised
 class PrefixLMConfig(SiglipConfig, DecoderConfig):
     """The fields of an image tower and of a decoder."""
 
-    image_longest_edge: ClassVar[int] = 0  # images are resized once
     most: ClassVar = SiglipConfig.most | DecoderConfig.most
 
     @property
@@ -74,16 +69,6 @@ class PrefixLM(VisionLanguageModel):
     tasks: ClassVar = ("captioning", "vqa")
     narrow: ClassVar = r"(kernel|embed/word)$"
     causal: ClassVar[bool]  # whether prefixes are read from left to right
-    templates: ClassVar[dict[str, Callable[..., Template]]] = {}  # task -> (tokenizer, text options) -> template
-
-    @classmethod
-    def build(cls, config: Any, tokenizer: AnyTokenizer | None = None) -> Self:
-        """The model with its processor: `tokenizer`, the class's templates, and the image settings of `config`."""
-        templates = {name: functools.partial(make, tokenizer) for name, make in cls.templates.items()}
-        c = config
-        return cls(
-            c, Processor(tokenizer, c.image_size, c.image_resample, c.image_mean, templates, c.image_longest_edge)
-        )
 
     @property
     def tied(self) -> dict[str, str]:
@@ -98,18 +83,10 @@ class PrefixLM(VisionLanguageModel):
         return self.config.max_positions - self.config.n_image_tokens
 
     @nn.nowrap
-    def replaced(self, tokenizer: AnyTokenizer | None = None, **fields) -> Self:
-        return self.build(dataclasses.replace(self.config, **fields), tokenizer or self.tokenizer)
-
-    @nn.nowrap
     def for_task(self, task: str) -> Self:
         if task not in self.tasks:
             raise ValueError(f"task is {task!r}; {type(self).__name__} supports {' and '.join(self.tasks)}")
         return self
-
-    @nn.nowrap
-    def unrolled(self) -> Self:
-        return self.replaced(unroll=max(self.config.vision_layers, self.config.text_layers), attention="plain")
 
     def setup(self):
         self.vision = Siglip(self.config)

@@ -4,17 +4,14 @@ A model's own file has the names around these parts, and the defaults of its cla
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jaxpeft import tree
 from jaxpeft.inputs import images
 from jaxpeft.inputs.bpe import Bpe
 from jaxpeft.models import convert
-from jaxpeft.models.convert import Change, Dtype, Place, Rule, Table, Tensor
+from jaxpeft.models.convert import Checkpoint, Converter, Rule, Table
 from jaxpeft.models.hf import HeadPlace
 from jaxpeft.models.prefix_lm import PrefixLM, PrefixLMConfig
 from jaxpeft.models.prefix_lm_hf import PrefixLMInTransformers
@@ -52,8 +49,6 @@ DROPPED = (
     (r"embeddings\.position_ids$", "a buffer: the numbers 0, 1, 2, ..."),
     (r"^model\.vision_(tower|model)\.head\.", "SigLIP's pooling head; the decoder reads all patches"),
 )
-POSITION = "vision/position"
-TASKS = ("captioning", "vqa")
 # (our field, section of config.json, key); the values of absent keys are `defaults` of a converter
 CONFIG = (
     ("image_size", "vision_config", "image_size"),
@@ -90,46 +85,14 @@ def rules(config: PrefixLMConfig, vision: str, decoder: str, scale: str) -> list
     return found + (convert.rules(HEAD, "", "decoder/", sizes) if c.untied_head else [])
 
 
-class PrefixLMConverter:
+class PrefixLMConverter(Converter):
     """See `convert.Converter`. Every model of this kind supports both tasks."""
 
-    kind: Any  # the class of the model
-    settings: Any  # the class of its configuration
     fields: tuple[tuple[str, str, str], ...] = CONFIG
     defaults: dict[str, Any]  # our field -> the value of the class in transformers, for keys that a file does not have
     # (section, key, supported values), the first of which is that of an absent key; section '' is the top of the file
     fixed: tuple[tuple[str, str, tuple], ...]
-    processor: images.ProcessorKind
-    tied: tuple[str, str]  # the head's tensor, the word embedding's
     form: type[PrefixLMInTransformers]
-
-    def table(self, config: Any) -> Table:
-        """The rules of a model, and how other names are treated."""
-        raise NotImplementedError
-
-    # ------------------------------------------------------------ the protocol
-    def config(self, fields: dict) -> Any:
-        return self.settings(**fields)
-
-    def for_task(self, config: Any, task: str | None, source: str) -> Any:
-        if task not in (None, *TASKS):
-            raise ValueError(f"task is {task!r}; {self.kind.__name__} supports {' and '.join(map(repr, TASKS))}")
-        return config
-
-    def resize(self, config: Any, image_size: int | None) -> tuple[Any, dict[str, Change]]:
-        if image_size in (None, config.image_size):
-            return config, {}
-        resized, side = dataclasses.replace(config, image_size=image_size), image_size // config.patch_size
-
-        def change(position_PD: np.ndarray) -> np.ndarray:
-            """Resized as BLIP's, whose first row is a class token's."""
-            position_PD = np.asarray(position_PD, np.float32)
-            return images.resize_positions(np.concatenate([position_PD[:1], position_PD]), side)[1:]
-
-        return resized, {POSITION: change}
-
-    def claims(self, path: Path) -> bool:
-        return False
 
     def read_config(self, directory: Path, task: str | None) -> tuple[Any, dict[str, Any]]:
         path = directory / "config.json"
@@ -137,19 +100,9 @@ class PrefixLMConverter:
             config, defaults = self._read(path)
         return self.for_task(config, task, str(directory)), defaults
 
-    def read_directory(
-        self, directory: Path, task: str | None, image_size: int | None, place: Place, dtype: Dtype
-    ) -> tuple[Any, tree.Tree, dict[str, Any]]:
-        tensors = convert.opened(directory)
-        config, defaults = self.read_config(directory, task)
-        config = dataclasses.replace(config, untied_head=self._has_own_head(tensors, config, tensors.source))
-        resized, changes = self.resize(config, image_size)
-        flat = convert.read(tensors, self.table(config), tensors.source, place=place, dtype=dtype, changes=changes)
-        params = convert.nested(flat)
-        report = {"source": directory.name, "files": tensors.files, "defaults": defaults, "digest": tree.digest(params)}
-        if changes:
-            report["resized"] = f"position embedding from {config.image_size} to {resized.image_size} pixels"
-        return resized, params, report
+    def stored(self, tensors: Checkpoint, config: Any, task: str | None) -> tuple[Any, Table, dict[str, str]]:
+        config = dataclasses.replace(config, untied_head=self.has_own_head(tensors, config))
+        return config, self.table(config), {}
 
     def model(
         self,
@@ -160,7 +113,7 @@ class PrefixLMConverter:
     ) -> PrefixLM:
         if directory is None:
             return self.kind.build(config)
-        config = self._with_processor(config, directory, image_size)
+        config = self.with_processor(config, directory, image_size)
         if not (directory / "tokenizer.json").exists():
             return self.kind.build(config)
         tokenizer = Bpe.from_file(directory)
@@ -176,28 +129,21 @@ class PrefixLMConverter:
             )
         return self.kind.build(dataclasses.replace(config, pad_id=tokenizer.pad_id), tokenizer)
 
-    def _with_processor(self, config: Any, directory: Path, image_size: int | None) -> Any:
-        """The configuration with the settings of the directory's image processor."""
-        said = images.processor_settings(directory, self.processor)
-        size, n_tokens = said.pop("image_size", config.image_size), images.image_tokens(directory)
-        if image_size is None and size != config.image_size:
-            raise ValueError(
-                f"{directory}: the image processor has image size {size} and config.json {config.image_size}; choose one with "
-                f"image_size={size} (--config.model.image_size={size}), which resizes the position embedding"
-            )
+    def with_processor(self, config: Any, directory: Path, image_size: int | None) -> Any:
+        config, n_tokens = super().with_processor(config, directory, image_size), images.image_tokens(directory)
         if image_size is None and n_tokens not in (None, config.n_image_tokens):
             raise ValueError(
                 f"{directory}: the processor writes {n_tokens} image tokens per image, but with config.json there are "
                 f"{config.n_image_tokens}; copy both files from the same model"
             )
-        return dataclasses.replace(config, **said)
+        return config
 
     def hf(self, model: PrefixLM) -> PrefixLMInTransformers:
         return self.form(model, self.table(model.config), self._head(), None, self._raw(model.config))
 
     def _head(self) -> HeadPlace:
         """The last norm and the vocabulary matrix."""
-        head, words = (name.removesuffix(".weight") for name in self.tied)
+        head, words = (name.removesuffix(".weight") for name in self.head)
         decoder = words.removesuffix(".embed_tokens")
         return HeadPlace(
             saved_as=(f"{decoder.removeprefix('model.')}.norm", head),
@@ -208,12 +154,6 @@ class PrefixLMConverter:
         )
 
     # ------------------------------------------------------------ config.json
-    def _has_own_head(self, tensors: Mapping[str, Tensor], config: Any, source: str) -> bool:
-        """Whether the head's matrix is not the word embedding. Files decide, not config.json, which may say either."""
-        head, words = self.tied
-        tensors = dataclasses.replace(self.table(config), rules=()).renamed(tensors, source)
-        return {head, words} <= tensors.keys() and not convert.equal(tensors[head], tensors[words])
-
     def _raw(self, config: Any) -> dict[str, Any]:
         """The content of config.json, of which `_read` makes this configuration."""
         raw: dict[str, Any] = {"vision_config": {}, "text_config": {}}
@@ -225,8 +165,6 @@ class PrefixLMConverter:
         return raw
 
     def _read(self, path: Path) -> tuple[Any, dict[str, Any]]:
-        if not path.exists():
-            raise ValueError(f"{path} is missing; it belongs beside the weights of a transformers {self.kind.__name__}")
         raw = files.read_json(path)
         for section in ("vision_config", "text_config"):
             if not isinstance(raw.get(section), dict):

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxpeft.inputs import images
-from jaxpeft.inputs.any_tokenizer import AnyTokenizer
 from jaxpeft.models import smolvlm_text
 from jaxpeft.models.layers import Dense
 from jaxpeft.models.prefix_lm import PrefixLM, PrefixLMConfig
@@ -104,8 +103,3 @@ def shuffled(x_BPD, side: int):
     n = round(n_patches**0.5) // side
     x = x_BPD.reshape(n_rows, n, side, n, side, width).swapaxes(2, 3)
     return x.reshape(n_rows, n * n, side * side * width)
-
-
-def build(config: SmolVLMConfig, tokenizer: AnyTokenizer | None = None) -> SmolVLM:
-    """The model with its processor."""
-    return SmolVLM.build(config, tokenizer)

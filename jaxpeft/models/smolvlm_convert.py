@@ -38,7 +38,7 @@ class _Converter(prefix_lm_convert.PrefixLMConverter):
         ("text_config", "mlp_bias", (False,)),
     )
     processor = images.SMOLVLM
-    tied = ("lm_head.weight", "model.text_model.embed_tokens.weight")
+    head = ("lm_head.weight", "model.text_model.embed_tokens.weight")
     form = SmolVLMInTransformers
 
     def table(self, config: SmolVLMConfig) -> Table:
@@ -50,7 +50,7 @@ def table(config: SmolVLMConfig) -> Table:
     rules = prefix_lm_convert.rules(config, "model.vision_model.", "model.text_model.", "scale")
     sizes = {"D": config.text_width, "C": config.vision_width * config.shuffle**2}
     rules += convert.rules(PROJECTOR, "", "", sizes)
-    tied = {} if config.untied_head else dict([_Converter.tied])
+    tied = {} if config.untied_head else dict([_Converter.head])
     return Table(rules, RENAMES, prefix_lm_convert.DROPPED, tied)
 
 

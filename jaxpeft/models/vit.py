@@ -15,11 +15,10 @@ from flax import linen as nn
 from jaxpeft.adapt import sites
 from jaxpeft.inputs import images
 from jaxpeft.models import attention
-from jaxpeft.models.layers import Attention, LayerNorm, Mlp, Stored
+from jaxpeft.models.layers import INIT, Attention, LayerNorm, Mlp, Stored
 from jaxpeft.models.stack import StackConfig, stack
 from jaxpeft.ops import by_rows
 
-_INIT = nn.initializers.normal(0.02)
 MOST_PATCHES = 1 << 14
 
 
@@ -39,6 +38,7 @@ class VitConfig(StackConfig):
     image_std: tuple = tuple(images.STD_C.tolist())
     image_resample: int = images.BICUBIC  # number of the Pillow filter that resizes images to squares
 
+    image_longest_edge: ClassVar[int] = 0  # images are resized once
     clip: ClassVar[bool] = False  # whether the tower is CLIP's
     crops: ClassVar[bool] = False  # whether pixels after the last whole patch are ignored; otherwise there must be none
     most: ClassVar = StackConfig.most | {"image_size": 4096, "vision_layers": 256, "vision_width": 1 << 14}
@@ -82,7 +82,7 @@ def position_init(key, shape, dtype=jnp.float32):
     waves_F = 2 * np.pi / side / 20 ** (np.arange(waves) / waves)
     angles_PF = [steps.reshape(-1, 1) * waves_F for steps in np.indices((side, side))]
     position_PD = np.concatenate([wave(angle) for angle in angles_PF for wave in (np.sin, np.cos)], axis=1)
-    return _INIT(key, shape, dtype).at[1:, : 4 * waves].set((position_PD - position_PD.mean(0)).astype(dtype))
+    return INIT(key, shape, dtype).at[1:, : 4 * waves].set((position_PD - position_PD.mean(0)).astype(dtype))
 
 
 def normalised(image_BYXC, config: VitConfig):
@@ -104,7 +104,7 @@ class PatchEmbed(Stored):
         p, grid = c.patch_size, c.image_size // c.patch_size
         if image_BYXC.shape[1:] != (c.image_size, c.image_size, 3):
             raise ValueError(f"images are {image_BYXC.shape[1:]}; expected ({c.image_size}, {c.image_size}, 3)")
-        kernel = self.param("kernel", _INIT, (p, p, 3, c.vision_width)).reshape(-1, c.vision_width)
+        kernel = self.param("kernel", INIT, (p, p, 3, c.vision_width)).reshape(-1, c.vision_width)
         bias = None if c.clip else self.param("bias", nn.initializers.zeros, (c.vision_width,))
         if c.crops:
             image_BYXC = image_BYXC[:, : grid * p, : grid * p]
@@ -151,7 +151,7 @@ class Vision(Stored):
     def __call__(self, image_BYXC):
         c = self.config
         x_BPD = PatchEmbed(c, name="patch")(image_BYXC)
-        cls_D = self.param("class_embedding", _INIT, (c.vision_width,)).astype(c.dtype)
+        cls_D = self.param("class_embedding", INIT, (c.vision_width,)).astype(c.dtype)
         position_PD = self.param("position", position_init, (1 + c.n_patches, c.vision_width))
         cls_B1D = jnp.broadcast_to(cls_D, (x_BPD.shape[0], 1, c.vision_width))
         x_BPD = by_rows(jnp.concatenate([cls_B1D, x_BPD], axis=1) + position_PD.astype(c.dtype)[None])

@@ -202,8 +202,7 @@ def setup_model(
     """(model, params, methods, facts) of a config: the base, its vocabulary checked against the texts, the methods."""
     model, params, report = read_base(config, task, convert.in_memory)  # devices need not hold all of it
     for group, source in report.get("initialised", {}).items():
-        if source != "checkpoint":
-            log(f"{group} is initialised from {source}")
+        log(f"{group} is initialised from {source}")
     chosen = methods_of(config)
 
     _, chosen, unknown, new = with_new_words(config, task, model, chosen, train)

@@ -23,7 +23,13 @@ from jaxpeft.runtime import signals
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-POINT = ("main.py", "--config=configs/point.py:steps=2", "--config.data.n_train=64", "--config.data.n_test=32", "--config.eval.beams=3")
+POINT = (
+    "main.py",
+    "--config=configs/point.py:steps=2",
+    "--config.data.n_train=64",
+    "--config.data.n_test=32",
+    "--config.eval.beams=3",
+)
 STUDY = ("main.py", "--config=configs/studies/tiny.py:steps=10,seeds=1,small=true", "--workers=2")
 # program -> (its arguments, what it compiles when it is stopped)
 PROGRAMS = {
