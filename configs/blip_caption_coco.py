@@ -12,28 +12,19 @@ label smoothing 0.1, random crop of half the area or more, flip, RandAugment(2, 
 Different from the publication: a caption that is cut to 40 tokens is trained without an end token; the cosine schedule changes
 every step, not every epoch; the last step is kept, not the epoch with the best CIDEr + BLEU-4 on val
 (--config.eval.splits="('val','test')" scores both). Dropout 0.1 is in the text towers at the same places as in BERT; the image
-encoder has none, as in BLIP's base model. There are no published learning rates for PEFT methods: `LR` is not tuned.
+encoder has none, as in BLIP's base model. There are no published learning rates for PEFT methods: those
+here are not tuned.
 """
 
 from jaxpeft import config
 from jaxpeft.models import blip_recipe
 
-N_CAPTIONS = 566_435  # for the 113,287 training images
-LR = {"full": 1e-5, "lora": 2e-4, "serial_adapter": 2e-4, "parallel_adapter": 2e-4, "prompt": 3e-2, "prefix": 1e-3}
-
 
 def get_config(arg=""):
-    a = config.parse_arg(
-        arg, base="blip-base", data_dir="", method="full", size=16, head="none", lr=0.0, epochs=5, batch_size=256,
-        steps=0, seed=0, dtype="bfloat16", image_size=384,
-    )  # fmt: skip
-    c = config.get_config("captioning", a.method, a.size, a.head)
-    c.base, c.seed = a.base, a.seed
-    c.data.name, c.data.augment = "coco_captions", "blip"
-    c.data.data_dir = a.data_dir
+    c, _ = config.recipe(arg, "captioning", 1e-5, base="blip-base", epochs=5, batch_size=256, image_size=384)
+    blip_recipe.fine_tuning(c)
     c.task_options.update(
         smoothing=0.1, max_tokens=40, max_words=30, max_new_tokens=16, min_length=5, variant="coco", java=True
     )
-    blip_recipe.fine_tuning(c, a, N_CAPTIONS, LR.get(a.method, 2e-4))
-    c.eval.beams, c.eval.splits = 3, ("test",)
+    c.eval.beams = 3
     return c

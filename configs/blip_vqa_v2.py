@@ -15,38 +15,19 @@ full loss decides.
 Different from the publication: the cosine schedule changes every step, not every epoch; the list is the 3,128 most frequent
 training answers, unless `answer_list=FILE` gives BLIP's own; an answer that is cut to 10 tokens is trained without an end
 token; there is no stochastic depth (0.1) in the image encoder; images of Visual Genome that are in COCO's val or test are left
-out. There are no published learning rates for PEFT methods: `LR` is not tuned.
+out. There are no published learning rates for PEFT methods: those here are not tuned.
 """
 
 from jaxpeft import config
 from jaxpeft.models import blip_recipe
 
-N_QUESTIONS = {"karpathy": 605_102, "official": 658_111, "visual_genome": 1_445_322}
-LR = {"full": 2e-5, "lora": 2e-4, "serial_adapter": 2e-4, "parallel_adapter": 2e-4, "prompt": 3e-2, "prefix": 1e-3}
-
 
 def get_config(arg=""):
-    a = config.parse_arg(
-        arg, base="blip-base", data_dir="", protocol="karpathy", visual_genome=True, answer_list="", inference="rank",
-        method="full", size=16, head="none", lr=0.0, epochs=10, batch_size=256, steps=0, seed=0, dtype="bfloat16",
-        image_size=480,
+    c, a = config.recipe(
+        arg, "vqa", 2e-5, base="blip-base", epochs=10, batch_size=256, image_size=480, protocol="karpathy",
+        visual_genome=True, inference="rank", answer_list="",
     )  # fmt: skip
-    if a.protocol not in N_QUESTIONS:
-        raise ValueError(f"protocol is {a.protocol!r}; choose 'karpathy' or 'official'")
-    c = config.get_config("vqa", a.method, a.size, a.head)
-    c.base, c.seed = a.base, a.seed
-    c.data.name, c.data.augment = "vqav2", "blip"
-    c.data.data_dir = a.data_dir
-    c.data.protocol, c.data.visual_genome, c.data.train_parts = a.protocol, a.visual_genome, ("train", "val")
-    c.task_options.update(
-        smoothing=0.1,
-        inference=a.inference,
-        answer_list=a.answer_list,
-        variant="official2021",
-        max_question=35,
-        max_new_tokens=9,
-    )
-    n = N_QUESTIONS[a.protocol] + (N_QUESTIONS["visual_genome"] if a.visual_genome else 0)
-    blip_recipe.fine_tuning(c, a, n, LR.get(a.method, 2e-4))
-    c.eval.splits = ("test",) if a.protocol == "karpathy" else ("test_dev", "test")
+    blip_recipe.fine_tuning(c)
+    c.task_options.update(smoothing=0.1, inference=a.inference, answer_list=a.answer_list)
+    c.task_options.update(variant="official2021", max_question=35, max_new_tokens=9)
     return c

@@ -13,30 +13,19 @@ captions lower-cased and cut to 25 tokens; the release's beam search with 5 beam
 split, with PTB tokens and METEOR if Java is installed.
 
 Different from the release: warm-up and cosine change every step, not every 100 iterations and every epoch; the last step is
-kept; the second stage, which optimises CIDEr itself, is left out. There are no published learning rates for PEFT methods: `LR`
-is not tuned, and their schedule is a cosine to zero without warm-up.
+kept; the second stage, which optimises CIDEr itself, is left out. There are no published learning rates for PEFT methods: those
+here are not tuned, and their schedule is a cosine to zero without warm-up.
 """
 
 from jaxpeft import config
 from jaxpeft.models import mplug_recipe
 
-N_CAPTIONS = 566_435  # for the 113,287 training images
-LR = {"full": 1e-5, "lora": 2e-4, "serial_adapter": 2e-4, "parallel_adapter": 2e-4, "prompt": 3e-2, "prefix": 1e-3}
-
 
 def get_config(arg=""):
-    a = config.parse_arg(
-        arg, base="mplug_base.pth", data_dir="", method="full", size=16, head="none", lr=0.0, epochs=5, batch_size=1024,
-        steps=0, seed=0, dtype="bfloat16", image_size=384,
-    )  # fmt: skip
-    c = config.get_config("captioning", a.method, a.size, a.head)
-    c.base, c.seed = a.base, a.seed
-    c.data.name, c.data.data_dir = "coco_captions", a.data_dir
-    c.optim.warmup = 0.0
-    mplug_recipe.fine_tuning(c, a, N_CAPTIONS, LR.get(a.method, 2e-4))
+    c, _ = config.recipe(arg, "captioning", 1e-5, base="mplug_base.pth", epochs=5, batch_size=1024, image_size=384)
+    mplug_recipe.fine_tuning(c)
     # lengths count [CLS]: at least 8 and at most 25 tokens are generated after it
     c.task_options.update(
         smoothing=0.0, max_tokens=25, max_words=0, max_new_tokens=25, min_length=9, variant="coco", java=True
     )
-    c.eval.splits = ("test",)
     return c

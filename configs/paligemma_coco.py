@@ -10,7 +10,7 @@ As published: everything is tuned, image encoder too; prompt "caption en"; batch
 split, with PTB tokens and METEOR if Java is installed.
 
 Different from the publication: the learning rate is the one in the configuration file, where a sweep chose among others; the
-beam search is that of transformers. There are no published learning rates for PEFT methods: `LR` is not tuned.
+beam search is that of transformers. There are no published learning rates for PEFT methods: those here are not tuned.
 
 Memory. Layers are recomputed in the backward pass (`remat=full`), and frozen matrices are bfloat16. Full tuning of 3 billion
 parameters needs a mesh (--config.mesh.fsdp=8); `--preflight` says what fits.
@@ -19,19 +19,11 @@ parameters needs a mesh (--config.mesh.fsdp=8); `--preflight` says what fits.
 from jaxpeft import config
 from jaxpeft.models import paligemma_recipe
 
-N_CAPTIONS = 566_435  # for the 113,287 training images
-LR = {"full": 1e-4, "lora": 2e-4, "serial_adapter": 2e-4, "parallel_adapter": 2e-4, "prompt": 3e-2, "prefix": 1e-3}
-
 
 def get_config(arg=""):
-    a = config.parse_arg(
-        arg, base="google/paligemma-3b-pt-224", data_dir="", method="full", size=16, head="none", lr=0.0, epochs=5,
-        batch_size=256, steps=0, seed=0, dtype="bfloat16", image_size=224,
-    )  # fmt: skip
-    c = config.get_config("captioning", a.method, a.size, a.head)
-    c.base, c.seed = a.base, a.seed
-    c.data.name, c.data.data_dir = "coco_captions", a.data_dir
-    paligemma_recipe.transfer(c, a, N_CAPTIONS, LR.get(a.method, 2e-4))
+    base = "google/paligemma-3b-pt-224"
+    c, _ = config.recipe(arg, "captioning", 1e-4, base=base, epochs=5, batch_size=256, image_size=224)
+    paligemma_recipe.transfer(c)
     c.task_options.update(max_tokens=32, max_words=0, max_new_tokens=32, variant="coco", java=True)
-    c.eval.beams, c.eval.splits = 2, ("test",)
+    c.eval.beams = 2
     return c

@@ -170,3 +170,35 @@ def folder(c: ml_collections.ConfigDict, root: str) -> ml_collections.ConfigDict
     c.data.test_fraction = 0.1
     c.data.data_dir = config_dict.placeholder(str)
     return c
+
+
+N_CAPTIONS = 566_435  # of COCO, for its 113,287 training images
+N_QUESTIONS = {"karpathy": 605_102, "official": 658_111}  # of VQA v2
+N_GENOME = 1_445_322  # of Visual Genome
+LR = {"prompt": 3e-2, "prefix": 1e-3}  # not tuned; 2e-4 for other methods
+
+
+def recipe(arg: str, task: str, lr: float, **defaults) -> tuple[ml_collections.ConfigDict, ml_collections.ConfigDict]:
+    """(config, arguments) of a published recipe for COCO captions or VQA v2; what is a model's own is set by its file.
+
+    `lr`: of full tuning. `defaults`: of the arguments that differ between recipes: `base`, `epochs`, `batch_size` and
+    `image_size`, for VQA also `protocol`, and others that only one recipe has.
+    """
+    a = parse_arg(
+        arg, **defaults, data_dir="", method="full", size=16, head="none", lr=0.0, steps=0, seed=0, dtype="bfloat16"
+    )
+    c = get_config(task, a.method, a.size, a.head)
+    c.base, c.seed, c.batch_size = a.base, a.seed, a.batch_size
+    c.model.image_size, c.model.dtype, c.model.frozen_dtype = a.image_size, a.dtype, a.dtype
+    c.data.name, c.data.data_dir, n = "coco_captions", a.data_dir, N_CAPTIONS
+    c.eval.base, c.eval.splits = False, ("test",)
+    if task == "vqa":
+        if a.protocol not in N_QUESTIONS:
+            raise ValueError(f"protocol is {a.protocol!r}; choose 'karpathy' or 'official'")
+        c.data.name, c.data.protocol, c.data.train_parts = "vqav2", a.protocol, ("train", "val")
+        c.data.visual_genome = a.get("visual_genome", False)
+        c.eval.splits = ("test",) if a.protocol == "karpathy" else ("test_dev", "test")
+        n = N_QUESTIONS[a.protocol] + N_GENOME * c.data.visual_genome
+    c.steps = a.steps or a.epochs * n // a.batch_size
+    c.optim.lr = a.lr or (LR | {"full": lr}).get(a.method, 2e-4)
+    return c, a

@@ -298,8 +298,9 @@ def test_recipes_are_the_published_ones():
     c = blip_vqa_v2.get_config("protocol=official")
     assert (c.batch_size, c.optim.lr, c.model.image_size, c.task_options.smoothing) == (256, 2e-5, 480, 0.1)
     assert c.steps == 10 * (443_757 + 214_354 + 1_445_322) // 256
-    with pytest.raises(ValueError, match="protocol"):
-        blip_vqa_v2.get_config("protocol=other")
+    for other in ("other", "visual_genome"):
+        with pytest.raises(ValueError, match=f"protocol is '{other}'; choose 'karpathy' or 'official'"):
+            blip_vqa_v2.get_config(f"protocol={other}")
 
 
 def test_mplugs_recipes_are_those_of_the_release():
