@@ -1,9 +1,7 @@
-"""The scenes data set: specs, pictures, captions, questions, splits, and the TFDS form of the same data."""
+"""The scenes data set: specs, pictures, captions, questions and splits."""
 
 import collections
 import itertools
-import json
-import pathlib
 import re
 import subprocess
 import sys
@@ -436,38 +434,6 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path):
     script.write_text('from jaxpeft.data import scenes\nprint(len(scenes.records("train", 20, workers=2)))\n')
     code = f'import sys, runpy; sys.path = {sys.path!r}; runpy.run_path({str(script)!r}, run_name="__main__")'
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "20\n"
-
-
-# ---------------------------------------------------------------- TFDS
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    config = {"n_train": 50, "n_val": 4, "n_test": 6, "seed": 1}
-    return config, scenes.prepare_tfds(config, tmp_path_factory.mktemp("tfds"))
-
-
-def test_tfds_gives_the_same_data_without_tensorflow(prepared):
-    config, folder = prepared
-    names = ("train", "val", "test", "test_comp")
-    stored, direct = scenes.load_tfds(folder, names), scenes.load(config, names)
-    for name in names:
-        assert stored[name].rows == direct[name].rows
-        np.testing.assert_array_equal(np.stack(list(stored[name].images)), np.stack(list(direct[name].images)))
-    assert "tensorflow" not in sys.modules
-    with pytest.raises(ValueError, match="pretrain.*test_comp"):
-        scenes.load_tfds(folder, ["pretrain"])
-
-
-def test_tfds_reader_notices_missing_examples(prepared, tmp_path):
-    _, folder = prepared
-    for file in pathlib.Path(folder).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    info = json.loads((tmp_path / "dataset_info.json").read_text())
-    next(split for split in info["splits"] if split["name"] == "val")["shardLengths"] = ["9"]
-    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(ValueError, match="has 4 of 9"):
-        scenes.load_tfds(tmp_path, ["val"])
 
 
 def test_what_a_caller_does_to_rows_does_not_reach_the_next_one():
