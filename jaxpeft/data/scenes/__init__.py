@@ -5,26 +5,15 @@
 Splits: pretrain (endless, web captions), train, val, test, and test_comp, where every image contains one of eight pairs
 of shape and colour that no other split shows or names. Captions, questions and answers follow from the scene by rules:
 the ten answers to a question are ten copies of the one right answer, not answers of people.
-
-    python -m jaxpeft.data.scenes --n 20000
-
-generates 20,000 training and 2,000 test images with all their text in memory, and prints the time and how well the answers
-can be guessed without the image.
 """
 
-import argparse
-import collections
 import concurrent.futures
-import dataclasses
 import functools
-import hashlib
-import json
 import logging
 import os
 import pickle
 import subprocess
 import sys
-import time
 
 import numpy as np
 
@@ -173,50 +162,3 @@ def _records_elsewhere(split, start, stop, seed):
     except (OSError, ValueError, subprocess.CalledProcessError, pickle.UnpicklingError) as error:
         logging.getLogger(__name__).warning("scenes rows are generated in one process (slower): %s", error)
         return _records_here(split, start, stop, seed)
-
-
-def digest(split, size, seed=0):
-    """SHA-256 (hex) of the specs and texts of the first `size` items; independent of how Pillow draws them."""
-    total = hashlib.sha256()
-    for index in range(size):
-        spec = [dataclasses.astuple(thing) for thing in scene(split, index, seed).objects]
-        total.update(json.dumps([spec, record(split, index, seed)], sort_keys=True).encode())
-    return total.hexdigest()
-
-
-def blind_accuracy(train_rows, test_rows):
-    """Accuracy of guesses without the image: {type or 'all': (majority, question only, number of questions)}.
-
-    majority guesses the most frequent answer of the type in train_rows; question only guesses that of the same question,
-    or of the type for a question that is not in train_rows.
-    """
-    seen = collections.defaultdict(collections.Counter)
-    for asked in (asked for row in train_rows for asked in row["questions"]):
-        seen[asked["type"]][asked["answers"][0]] += 1
-        seen[asked["question"]][asked["answers"][0]] += 1
-    best = {key: max(answers, key=answers.get) for key, answers in seen.items()}
-    hits = collections.defaultdict(list)
-    for asked in (asked for row in test_rows for asked in row["questions"]):
-        majority = best.get(asked["type"])
-        hit = [guess == asked["answers"][0] for guess in (majority, best.get(asked["question"], majority))]
-        hits[asked["type"]].append(hit)
-        hits["all"].append(hit)
-    return {kind: (*np.mean(hit, axis=0).tolist(), len(hit)) for kind, hit in sorted(hits.items())}
-
-
-def main():
-    """Run the command of the module docstring."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--n", type=int, default=20000, help="number of training images")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    start = time.perf_counter()
-    data = load({"n_train": args.n, "n_test": 2000, "seed": args.seed}, ("train", "test"))
-    made = time.perf_counter()
-    pixels = sum(image.nbytes for split in data.values() for image in split.images)
-    done = time.perf_counter()
-    rows = [row for split in data.values() for row in split.rows]
-    print(f"{len(rows)} images: text {made - start:.1f} s, pixels {done - made:.1f} s ({pixels / 1e6:.0f} MB)")
-    print(f"longest caption: {max(len(caption.split()) for row in rows for caption in row['captions'])} words")
-    for kind, (majority, memory, number) in blind_accuracy(data["train"].rows, data["test"].rows).items():
-        print(f"{kind:9} majority {majority:.3f}  question only {memory:.3f}  ({number} questions)")
