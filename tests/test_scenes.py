@@ -6,8 +6,6 @@ import hashlib
 import itertools
 import json
 import re
-import subprocess
-import sys
 import types
 
 import numpy as np
@@ -66,8 +64,8 @@ def test_content_is_pinned():
 
 def test_an_item_depends_on_nothing_but_its_index():
     backwards = [scenes.record("train", index) for index in reversed(range(30))]
-    assert backwards[::-1] == scenes.records("train", 30)
-    assert scenes.records("train", 30)[:10] == scenes.records("train", 10)
+    assert backwards[::-1] == scenes.load({"n_train": 30}, ["train"])["train"].rows
+    assert backwards[:-11:-1] == scenes.load({"n_train": 10}, ["train"])["train"].rows
     one, again = (scenes.render(scenes.scene("val", 7)) for _ in range(2))
     np.testing.assert_array_equal(one, again)
 
@@ -416,25 +414,6 @@ def test_load_gives_lazy_pictures_and_rows():
         scenes.load({"n_train": 2}, ["val"])
     with pytest.raises(ValueError, match="'valid'.*val"):
         scenes.load({"n_train": 2}, ["valid"])
-
-
-@pytest.mark.slow
-def test_rows_made_in_other_processes_are_the_same(monkeypatch, caplog):
-    alone, here, made_here = scenes.records("train", 41, workers=1), scenes._records_here, []
-    monkeypatch.setattr(scenes, "_records_here", lambda *span: made_here.append(span) or here(*span))
-    assert scenes.records("train", 41, workers=3) == alone
-    assert made_here == [("train", 0, 13, 0)]  # the rest came from elsewhere
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    assert scenes.records("train", 41, workers=3) == alone
-    assert len(made_here) == 4 and "one process" in caplog.text
-
-
-@pytest.mark.slow
-def test_a_script_without_a_main_guard_runs_once(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text('from jaxpeft.data import scenes\nprint(len(scenes.records("train", 20, workers=2)))\n')
-    code = f'import sys, runpy; sys.path = {sys.path!r}; runpy.run_path({str(script)!r}, run_name="__main__")'
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "20\n"
 
 
 def test_what_a_caller_does_to_rows_does_not_reach_the_next_one():
