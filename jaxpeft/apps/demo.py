@@ -15,7 +15,6 @@ import functools
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -219,19 +218,12 @@ def main(argv=None) -> None:
     try:
         import uvicorn
     except ImportError:
-        sys.exit("error: the demo requires the extra `demo`: pip install 'jaxpeft[demo]'")
+        raise ValueError("the demo requires the extra `demo`: pip install 'jaxpeft[demo]'") from None
     malloc.keep_freed_memory()
     host.keep_compiled_programs()
     log = functools.partial(print, flush=True)  # so that a file or pipe gets it at once
-    try:
-        sock = listen(args.port)  # first, so that a port in use is an error before the minute of loading
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    with sock:
-        try:
-            writers = load(args.workdir, args.base, log, args.imports)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+    with listen(args.port) as sock:  # first, so that a port in use is an error before the minute of loading
+        writers = load(args.workdir, args.base, log, args.imports)
         warm(writers, log=log)
         log(f"open http://127.0.0.1:{sock.getsockname()[1]}")  # the socket already listens
         # no log_config: uvicorn's would close the handlers of absl, and with them the stream that absl writes to

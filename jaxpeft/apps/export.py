@@ -7,7 +7,6 @@ If the base is not a Hugging Face checkpoint ('tiny'), or words were added to it
 """
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -139,8 +138,8 @@ def code(
     return hf.of(model).code(task, str(out), base, revision, in_decoder, beams)
 
 
-def main(argv=None) -> int:
-    """Run the command line -> exit status. An error is printed as one line."""
+def main(argv=None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="jaxpeft export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -152,33 +151,28 @@ def main(argv=None) -> int:
     )
     registry.add_argument(parser)
     args = parser.parse_args(argv)
-    try:
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise ValueError(f"--out {args.out} exists and is not an empty directory; choose a new one")
-        model, variables, chosen, task = finished.load_run(args.workdir, args.imports)
-        config = files.read_json(Path(args.workdir) / "config.json")
-        base = setup.pinned_base(config, files.read_json(Path(args.workdir) / "result.json", finished.MOST_RESULT))
-        beams, adapter = config["eval"]["beams"], args.format == "peft"
-        with_base = bool(model.config.new_words) or loading.is_ours(base)
-        name, _, revision = base.partition("@")
-        where = f"{args.out}/base" if with_base else name
-        pinned = revision if adapter and not with_base else ""
-        lines = code(model, task, args.out, where if adapter else "", pinned, chosen, beams)
-        facts = {
-            "card": model_card(
-                args.workdir, args.out, task.asks, lines, adapter, model.model_type, hf.of(model).notes(task)
-            ),
-            "task": task,
-            "beams": beams,
-        }
-        if adapter:
-            facts |= {"base": name, "revision": revision, "with_base": with_base}
-            interchange.export_peft(model, variables, args.out, **facts)
-        else:
-            interchange.export_hf(model, variables, args.out, dtype=args.dtype, **facts)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"--out {args.out} exists and is not an empty directory; choose a new one")
+    model, variables, chosen, task = finished.load_run(args.workdir, args.imports)
+    config = files.read_json(Path(args.workdir) / "config.json")
+    base = setup.pinned_base(config, files.read_json(Path(args.workdir) / "result.json", finished.MOST_RESULT))
+    beams, adapter = config["eval"]["beams"], args.format == "peft"
+    with_base = bool(model.config.new_words) or loading.is_ours(base)
+    name, _, revision = base.partition("@")
+    where = f"{args.out}/base" if with_base else name
+    pinned = revision if adapter and not with_base else ""
+    lines = code(model, task, args.out, where if adapter else "", pinned, chosen, beams)
+    facts = {
+        "card": model_card(
+            args.workdir, args.out, task.asks, lines, adapter, model.model_type, hf.of(model).notes(task)
+        ),
+        "task": task,
+        "beams": beams,
+    }
+    if adapter:
+        facts |= {"base": name, "revision": revision, "with_base": with_base}
+        interchange.export_peft(model, variables, args.out, **facts)
+    else:
+        interchange.export_hf(model, variables, args.out, dtype=args.dtype, **facts)
     names = ", ".join(sorted(path.name for path in args.out.iterdir()))
     print(f"{args.out}: {names}")
-    return 0

@@ -170,18 +170,15 @@ def main(argv=None) -> int:
         parser.error(f"--out {args.out}: the directory does not exist")
     malloc.keep_freed_memory()
     host.keep_compiled_programs()
-    try:
-        if args.workdir:
-            model, variables, _, task = finished.load_run(args.workdir, args.imports)
-        else:
-            task = tasks.build("captioning" if args.question is None else "vqa")
-            model, params = loading.load(args.base, task=task.name)
-            variables = {"params": params}
-        if args.prompt is not None:
-            task = prompted(task, args.prompt, model.tokenizer)
-        bad = unread + _write(args, model, variables, task, paths)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    if args.workdir:
+        model, variables, _, task = finished.load_run(args.workdir, args.imports)
+    else:
+        task = tasks.build("captioning" if args.question is None else "vqa")
+        model, params = loading.load(args.base, task=task.name)
+        variables = {"params": params}
+    if args.prompt is not None:
+        task = prompted(task, args.prompt, model.tokenizer)
+    bad = unread + _write(args, model, variables, task, paths)
     for line in bad:
         print(f"left out: {line}", file=sys.stderr)
     return int(bool(bad))
