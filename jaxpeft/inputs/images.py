@@ -1,10 +1,10 @@
-"""Images: bytes -> uint8 RGB pixels -> square uint8 -> normalised float32, as in BLIP.
+"""Images: bytes -> uint8 RGB pixels -> square uint8. The model normalises them.
 
 All functions are stateless and thread-safe, and use only numpy and Pillow. Pixels stay uint8 until the batch is made, so that
 caches and copies to the device are four times smaller. Axes: Y rows, X columns, C = RGB.
 
 Copies between Pillow and numpy cost a tenth of reading an image, so loaders keep the Pillow image until it is resized:
-`opened`, `cropped`, `resize`. The pixels are the same as those of `decode` and `augment`, which return arrays.
+`opened`, `cropped`, `resize`. The pixels are the same as those of `decode`, which returns arrays.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import functools
 import io
 import math
 import mimetypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -224,12 +224,6 @@ def _kept_ratio(width: int, height: int, longest: int) -> tuple[int, int]:
     return max(1, other + other % 2), longest
 
 
-def normalise(image_YXC: np.ndarray, mean: Sequence[float] = MEAN_C, std: Sequence[float] = STD_C) -> np.ndarray:
-    """uint8 (..., 3) -> float32 (..., 3): /255, then mean and standard deviation per channel, by default CLIP's."""
-    mean_C, std_C = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    return (np.asarray(image_YXC).astype(np.float32) / 255 - mean_C) / std_C
-
-
 def per_channel(name: str, values: Iterable[float]) -> tuple[float, float, float]:
     """A mean or standard deviation of pixels in [0, 1] as three floats. Raises ValueError for anything else."""
     try:
@@ -353,20 +347,6 @@ def _processor(path: Path, raw: dict[str, Any], kind: ProcessorKind) -> dict[str
     if isinstance(resample, bool) or resample not in FILTERS:
         raise ValueError(f"{path}: resample is {resample!r}; expected a Pillow filter, {FILTERS}")
     return said | {"image_mean": mean_C, "image_std": std_C, "image_resample": resample}
-
-
-def augment(
-    image: Pixels,
-    rng: np.random.Generator,
-    scale: tuple[float, float] = (0.5, 1.0),
-    size: int | None = None,
-    flip: bool = True,
-    resample: int = BICUBIC,
-) -> np.ndarray:
-    """`cropped` as uint8 pixels. With `size` the crop is resized by `resize` (BLIP's training transform without RandAugment);
-    otherwise it keeps its native size."""
-    crop = cropped(image, rng, scale, flip)
-    return np.array(crop) if size is None else resize(crop, size, resample)
 
 
 def cropped(
