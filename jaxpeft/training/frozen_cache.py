@@ -14,7 +14,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -90,28 +90,27 @@ class FrozenCache:
 
     def fill(self, split: Split, examples: Examples, per: tuple[str, ...] = ("image", "example")) -> Examples:
         """Add the outputs of cached stages to the examples, and remove what only these stages read."""
+        outputs = {"image": self._per_image, "example": self._per_example}
         stages = [stage for stage in self.stages if stage.per in per]
-        for stage in stages:
-            if stage.per == "image":
-                tables = examples.tables | {stage.name: self._per_image(stage, split, examples)}
-                examples = dataclasses.replace(examples, tables=tables)
-            else:
-                arrays = examples.arrays | {stage.name: self._per_example(stage, split, examples)}
-                examples = dataclasses.replace(examples, arrays=arrays)
-        return _without(examples, self._unread({stage.name for stage in stages}))
+        return self._filled(examples, stages, lambda stage, examples: outputs[stage.per](stage, split, examples))
 
     def shapes(self, examples: Examples) -> Examples:
-        """As `fill`, but with zeros that take no memory in place of the outputs, and a single image."""
-        for stage in self.stages:
+        """As `fill` for examples of a single image, but with zeros that take no memory in place of the outputs."""
+
+        def zeros(stage: Stage, examples: Examples) -> np.ndarray:
             row = self.programs[stage.name].row
-            n = 1 if stage.per == "image" else len(examples)
-            zeros = {stage.name: np.broadcast_to(np.zeros((), row.dtype), (n, *row.shape))}
-            if stage.per == "image":
-                first = {"image_index": np.zeros_like(examples.arrays["image_index"])}
-                examples = dataclasses.replace(examples, tables=examples.tables | zeros, arrays=examples.arrays | first)
-            else:
-                examples = dataclasses.replace(examples, arrays=examples.arrays | zeros)
-        return _without(examples, self._unread({stage.name for stage in self.stages}))
+            return np.broadcast_to(np.zeros((), row.dtype), (1 if stage.per == "image" else len(examples), *row.shape))
+
+        return self._filled(examples, self.stages, zeros)
+
+    def _filled(
+        self, examples: Examples, stages: Sequence[Stage], output: Callable[[Stage, Examples], np.ndarray]
+    ) -> Examples:
+        for stage in stages:
+            field = "tables" if stage.per == "image" else "arrays"
+            rows = getattr(examples, field) | {stage.name: output(stage, examples)}
+            examples = dataclasses.replace(examples, **{field: rows})
+        return _without(examples, self._unread({stage.name for stage in stages}))
 
     def _unread(self, cached: set[str]) -> set[str]:
         """Batch keys that only cached stages read."""
