@@ -138,7 +138,7 @@ def test_a_workdir_that_is_not_finished_is_said_before_anything_is_loaded(finish
     (unfinished / "config.json").write_text("{}")
     for workdir, missing in ((unfinished, "result.json"), (tmp_path / "nowhere", "result.json")):
         said = error_of(["--port", "0", "--workdir", run, str(workdir)], capsys)
-        assert said.startswith(f"--workdir {workdir} holds no finished run: {missing} not found; finish the run")
+        assert said.startswith(f"{workdir} holds no finished run: {missing} not found; finish the run")
     (tmp_path / "mine" / "config.json").write_text('{"task": "vqa"}')
     assert "mine holds no jaxpeft run (KeyError: 'base')" in error_of(["--port", "0", "--workdir", run], capsys)
     assert not events

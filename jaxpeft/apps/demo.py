@@ -61,7 +61,7 @@ def load(workdirs: list[str], bases: list[str] = (), log=print, imports: Iterabl
     given = {os.path.abspath(workdir): workdir for workdir in workdirs}  # a run given twice is loaded once
     groups = {}
     for path, workdir in given.items():
-        groups.setdefault(_base_of(Path(workdir)), []).append(path)
+        groups.setdefault(_base_of(workdir), []).append(path)
     run_names, base_names = tails(given), tails([*(base for base, *_ in groups), *bases])
 
     writers = []
@@ -83,19 +83,12 @@ def load(workdirs: list[str], bases: list[str] = (), log=print, imports: Iterabl
     return writers
 
 
-def _base_of(workdir: Path) -> tuple[str, int | None, str]:
+def _base_of(workdir: str) -> tuple[str, int | None, str]:
     """(base, image size, task) of a finished run; runs with equal values share a frozen base."""
-    for name in ("result.json", "config.json"):
-        if not (workdir / name).exists():
-            raise ValueError(
-                f"--workdir {workdir} holds no finished run: {name} not found; finish the run with main.py, or remove it from "
-                f"--workdir"
-            )
+    config, result = finished.read(workdir)
     with files.reading(workdir, "holds no jaxpeft run"):
-        settings = files.read_json(workdir / "config.json")
-        base = setup.pinned_base(settings, files.read_json(workdir / "result.json", finished.MOST_RESULT))
-        size = settings.get("model", {}).get("image_size")
-        return base, size and int(size), str(settings["task"])
+        size = config.get("model", {}).get("image_size")
+        return setup.pinned_base(config, result), size and int(size), str(config["task"])
 
 
 def tails(paths: Iterable[str]) -> dict[str, str]:
