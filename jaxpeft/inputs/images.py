@@ -393,31 +393,21 @@ def resize_positions(position_PD: np.ndarray, new_grid: int, mode: str = "bicubi
             "and a new grid of at least 1"
         )
     cls_1D, grid_YXD = position_PD[:1], position_PD[1:].reshape(grid, grid, -1).astype(np.float64)
-    weight_NO = {"bicubic": _cubic_weights, "bilinear": _linear_weights}[mode](grid, new_grid)
+    weight_NO = _weights(grid, new_grid, mode)
     new_YXD = np.einsum("yi,xj,ijd->yxd", weight_NO, weight_NO, grid_YXD, optimize=True)
     return np.concatenate([cls_1D, new_YXD.reshape(new_grid**2, -1).astype(position_PD.dtype)])
 
 
-def _cubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
-    """(new, old) matrix of one-dimensional bicubic interpolation; a row's weights sum to one."""
+def _weights(old: int, new: int, mode: str, a: float = -0.75) -> np.ndarray:
+    """(new, old) matrix of one-dimensional interpolation; a row's weights sum to one."""
     centre_N = (np.arange(new) + 0.5) * old / new - 0.5
     first_N = np.floor(centre_N).astype(int)
     weight_NO = np.zeros((new, old))
-    for tap in (-1, 0, 1, 2):
+    for tap in {"bicubic": (-1, 0, 1, 2), "bilinear": (0, 1)}[mode]:
         x = np.abs(centre_N - first_N - tap)
-        near = ((a + 2) * x - (a + 3)) * x * x + 1
-        far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-        np.add.at(weight_NO, (np.arange(new), np.clip(first_N + tap, 0, old - 1)), np.where(x <= 1, near, far))
-    return weight_NO
-
-
-def _linear_weights(old: int, new: int) -> np.ndarray:
-    """(new, old) matrix of one-dimensional linear interpolation; a row's weights sum to one."""
-    centre_N = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, None)
-    first_N = np.floor(centre_N).astype(int)
-    weight_NO = np.zeros((new, old))
-    np.add.at(weight_NO, (np.arange(new), first_N), 1 - (centre_N - first_N))
-    np.add.at(weight_NO, (np.arange(new), np.minimum(first_N + 1, old - 1)), centre_N - first_N)
+        near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        weight_N = 1 - x if mode == "bilinear" else np.where(x <= 1, near, far)
+        np.add.at(weight_NO, (np.arange(new), np.clip(first_N + tap, 0, old - 1)), weight_N)
     return weight_NO
 
 
