@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import re
-import types
 
 import numpy as np
 import pytest
@@ -406,7 +405,7 @@ def test_load_gives_lazy_pictures_and_rows():
         "questions": [],
         "captions": scenes.web_captions("pretrain", 0, 2, seed=3),
     }
-    uncached = scenes.load(types.SimpleNamespace(n_train=2, seed=3, cache=False), ["train"])["train"].images
+    uncached = scenes.load({"n_train": 2, "seed": 3, "cache": False}, ["train"])["train"].images
     assert uncached[0] is not uncached[0] and len(list(uncached)) == 2
     with pytest.raises(IndexError):
         uncached[2]

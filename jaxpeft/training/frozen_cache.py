@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from jax.interpreters import partial_eval
 from jaxpeft import tree
 from jaxpeft.data.base import Examples, Split
 from jaxpeft.models.base import Stage, VisionLanguageModel
+from jaxpeft.runtime import files
 from jaxpeft.training import evaluate, sharding
 from jaxpeft.training.optim import Config
 from jaxpeft.tree import Mask, Tree
@@ -213,17 +213,14 @@ def _kept(path: Path, compute: Callable[[], np.ndarray], limit: int, log: Callab
     if stored is not None and not missing:
         return stored
     computed = compute()  # by all hosts together
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         if sharding.is_first():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with files.replacing(path) as temporary, temporary.open("wb") as file:
                 np.save(file, computed)
-            os.replace(temporary, path)
             computed = np.load(path, mmap_mode="r")  # frees the memory
             _trim(path.parent, limit, keep=path)
     except OSError as error:  # a full disk: the result can be used all the same
-        temporary.unlink(missing_ok=True)
         log(f"{path} cannot be written ({error.strerror}); it will be computed again next time")
     return computed
 
@@ -233,9 +230,9 @@ def _trim(directory: Path, limit: int, keep: Path) -> None:
     for path in directory.glob(".*.npy.*"):
         if time.time() - path.stat().st_mtime > 3600:
             path.unlink(missing_ok=True)
-    files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in directory.glob("[!.]*.npy"))
-    total = sum(size for _, size, _ in files)
-    for _, size, path in files:
+    tables = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in directory.glob("[!.]*.npy"))
+    total = sum(size for _, size, _ in tables)
+    for _, size, path in tables:
         if total <= limit:
             return
         if path != keep:

@@ -56,13 +56,13 @@ class Images:
 def load(config, splits):
     """Load the named splits as dict[str, Split].
 
-    config has these attributes or keys: n_train, n_val, n_test (also the size of test_comp) and n_pretrain, each required
+    config has these keys: n_train, n_val, n_test (also the size of test_comp) and n_pretrain, each required
     only for its split; seed (default 0); cache (default True: keep drawn images in memory, except those of pretrain);
     captions ('human', the default; 'web': five in the style of pre-training, without its prompt; 'clean': these without
     noise); types (the types of questions to keep; default all); texts (the number of captions and of questions of each
     training image to keep; default all). Raises ValueError for a missing size and for an unknown split, style or type.
     """
-    config = _as_dict(config)
+    config = dict(config.items())
     seed, loaded = config.get("seed", 0), {}
     style, types = config.get("captions", "human"), tuple(config.get("types") or TYPES)
     if style not in STYLES:
@@ -97,10 +97,6 @@ def _records(split, size, seed):
 def plain_web_captions(split, index, n, seed=0):
     """`web_captions` without the words of the captioning task's prompt."""
     return [caption.removeprefix("a picture of ") for caption in web_captions(split, index, n, seed)]
-
-
-def _as_dict(config):
-    return dict(config) if hasattr(config, "keys") else dict(vars(config))
 
 
 def _size(config, split):
