@@ -143,31 +143,6 @@ def test_every_picture_is_captioned_or_said(run, folder, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_heic_under_another_name_is_said(run, folder, tmp_path, capsys):
-    Image.open(folder / "0.png").save(tmp_path / "a.jpg")
-    (tmp_path / "b.jpg").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(40))
-    assert generate.main(["--workdir", str(run[0]), "--folder", str(tmp_path), "--beams", "1"]) == 1
-    out, err = capsys.readouterr()
-    assert out.startswith(f"{tmp_path / 'a.jpg'}: ") and len(out.splitlines()) == len(err.splitlines()) == 1
-    assert "b.jpg: HEIC/HEIF images are unsupported; convert them to JPEG or PNG first (a phone can be set" in err
-
-
-@pytest.mark.parametrize("form", [str.lower, str.upper])
-def test_pictures_of_every_ending_are_found_in_a_folder(tmp_path, capsys, monkeypatch, form):
-    names = [f"{end[1:]}{form(end)}" for end in sorted(images.endings())]
-    for name in names:
-        kind = Image.registered_extensions()["." + name.split(".")[0]]
-        Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(tmp_path / name, kind)
-    monkeypatch.setattr(generate, "generate", lambda model, variables, decoded, *_, **__: [
-        [{"text": f"grey {image.mean():.0f}", "score": 0.0}] for image in decoded
-    ])  # fmt: skip
-    assert generate.main(["--base", "tiny", "--folder", str(tmp_path), "--batch", "7"]) == 0
-    out, err = capsys.readouterr()
-    assert err == "" and len(names) > 25
-    assert out.splitlines() == [f"{tmp_path / name}: grey 200 (0.00)" for name in sorted(names)]
-
-
 @pytest.mark.parametrize(
     "args, message",
     [
