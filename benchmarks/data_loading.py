@@ -138,11 +138,12 @@ def parts(files, size, rounds=7):
     files = files[:64]
     kept = [images.opened(file) for file in files]
     arrays = [np.array(one) for one in kept]
-    cropped = [images.augment(one, np.random.default_rng(0), size=size) for one in kept]
     box, square = (40, 30, 560, 440), (size, size)
 
     def augment(one):
-        return images.augment(one, np.random.default_rng(0), size=size)
+        return images.resize(images.cropped(one, np.random.default_rng(0)), size)
+
+    cropped = [augment(one) for one in kept]
 
     ways = {
         "decode": (images.opened, files),

@@ -93,7 +93,7 @@ def compare(workdir: Path, merged: Path, adapter: Path, base: Path) -> dict:
     import transformers
 
     import jaxpeft as jp
-    from jaxpeft.inputs import images
+    from jaxpeft.models import vit
 
     model, variables, _, task = jp.load_run(workdir)
     rng = np.random.default_rng(0)
@@ -110,7 +110,7 @@ def compare(workdir: Path, merged: Path, adapter: Path, base: Path) -> dict:
     plain = transformers.BlipForConditionalGeneration.from_pretrained(merged).eval()
     under = transformers.BlipForConditionalGeneration.from_pretrained(base).eval()
     adapted = peft.PeftModel.from_pretrained(under, adapter).eval()
-    pixels = torch.from_numpy(images.normalise(image_BYXC).transpose(0, 3, 1, 2))
+    pixels = torch.from_numpy(np.array(vit.normalised(image_BYXC, model.config)).transpose(0, 3, 1, 2))
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
     prompt = torch.tensor([[*task.template(model).start, model.tokenizer.sep_id]] * 4)
     search = task.search(model)

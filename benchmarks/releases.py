@@ -18,7 +18,7 @@ def make(directory: Path):
     import jax
 
     import jaxpeft as jp
-    from jaxpeft.inputs import images
+    from jaxpeft.models import vit
 
     method, rng = jp.LoRA(rank=4), np.random.default_rng(0)
     for task in CLASSES:
@@ -35,7 +35,7 @@ def make(directory: Path):
         plain = np.asarray(model.apply({"params": params}, batch))[:, 0]
         short = batch | {"prompt": np.where(np.arange(5) < np.array([[5], [4], [2]]), batch["prompt"], 0)}
         padded = np.asarray(model.apply(variables, short))[:, 0]
-        pixels = images.normalise(batch["image"]).transpose(0, 3, 1, 2)
+        pixels = np.asarray(vit.normalised(batch["image"], model.config)).transpose(0, 3, 1, 2)
         np.savez(directory / f"{task}.npz", pixels=pixels, tokens=batch["tokens"][:, 0], question=batch["prompt"],
                  logits=logits, plain=plain, short=short["prompt"], padded=padded)  # fmt: skip
 

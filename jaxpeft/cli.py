@@ -67,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--config", required=True, metavar="NAME or FILE.py", help="with arguments as :key=value,...")
         one.add_argument("--imports", default="", metavar="MODULE,...", help=registry.IMPORTS_HELP)
         if name in ("run", "study"):
-            _add_where(one)
+            resumes = "directory for results and checkpoints; the same command resumes from there"
+            one.add_argument("--workdir", metavar="DIR", help=resumes)
             _add_study(one)
         if name in ("run", "preflight"):
             _add_preflight(one)
@@ -76,11 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     for name, (_, text) in APPS.items():
         commands.add_parser(name, help=text)
     return parser
-
-
-def _add_where(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--workdir", metavar="DIR", help="directory for results and checkpoints; the same command resumes from there")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

@@ -46,7 +46,7 @@ from jaxpeft.interchange import import_peft, load_tuned, save_tuned
 from jaxpeft.models import blip_convert, loading
 from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime.files import read_safetensors
-from jaxpeft.runtime.torch_files import load_pickle
+from jaxpeft.runtime.torch_files import load_mapped
 
 GOLDEN = Path(__file__).with_name("golden")
 SECONDS, MEMORY = 5.0, 1 << 30
@@ -273,7 +273,7 @@ def readers(home: Path) -> dict[str, Reader]:
     run |= {"config.json": json.dumps(settings).encode(), "result.json": _RESULT}
     return {
         "torch file": Reader(
-            [{"t.pth": _file(GOLDEN / "torch_tiny.pth")}], changed_archive, lambda d: load_pickle(d / "t.pth"), 0.18
+            [{"t.pth": _file(GOLDEN / "torch_tiny.pth")}], changed_archive, lambda d: load_mapped(d / "t.pth"), 0.18
         ),
         "safetensors": Reader(tensors, changed_tensors, lambda d: read_safetensors(d / "t.safetensors"), 0.18),
         "picture": Reader(_pictures(), changed_bytes, lambda d: images.decode(d / "picture"), 0.28),

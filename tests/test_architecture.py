@@ -3,6 +3,8 @@
 import ast
 import io
 import re
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -140,6 +142,13 @@ def test_blip_is_named_in_its_own_files_only():
                     found.setdefault(str(path.relative_to(PACKAGE)), []).append(f"{token.start[0]}: {token.string:.60}")
     assert len(ALLOWED) <= 5
     assert set(found) == set(ALLOWED), "\n".join(f"{name}\n   " + "\n   ".join(some) for name, some in found.items())
+
+
+def test_the_package_is_imported_without_what_few_runs_need():
+    heavy = ("tensorflow_datasets", "matplotlib", "scipy", "ray", "uvicorn")
+    code = f"import sys, jaxpeft, jaxpeft.data.scenes; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("name", ["hub", "point", "evals"])

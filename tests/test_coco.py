@@ -103,12 +103,13 @@ def test_vqa_in_official_splits(tree, home):
         load(home, "vqav2", ["val"], **options)
 
 
-def test_what_is_missing_is_listed_with_its_address(tree, tmp_path, capsys):
+def test_what_is_missing_is_listed_with_its_address(tree, tmp_path):
     for part in ("coco/val2014", "vqa/v2_mscoco_train2014_annotations.json"):
         (tmp_path / "some" / part).parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(tree / "coco/train2014", tmp_path / "some/train2014")  # 'coco/' may be left out
-    assert prepare.main(["vqav2", "--root", str(tmp_path / "some"), "--out", str(tmp_path / "out")]) == 1
-    said = capsys.readouterr().err
+    with pytest.raises(ValueError) as error:
+        prepare.main(["vqav2", "--root", str(tmp_path / "some"), "--out", str(tmp_path / "out")])
+    said = str(error.value)
     assert "coco/val2014" in said and "val2014.zip" in said and "v2_Annotations_Train_mscoco.zip" in said
     assert "coco/train2014" not in said and "dataset_coco" not in said and not (tmp_path / "out").exists()
 

@@ -124,12 +124,12 @@ def test_names_are_the_shortest_ends_that_differ(paths, expected):
 # ---------------------------------------------------------------- the command line
 
 
-def said_at_exit(argv, capsys) -> str:
-    """The one line with which the program ends."""
-    with pytest.raises(SystemExit) as caught:
+def error_of(argv, capsys) -> str:
+    """The one line of the error that is raised before anything is printed."""
+    with pytest.raises(ValueError) as caught:
         demo.main(argv)
-    assert capsys.readouterr().out == "" and "\n" not in caught.value.code
-    return caught.value.code
+    assert capsys.readouterr().out == "" and "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_a_workdir_that_is_not_finished_is_said_before_anything_is_loaded(finished, events, tmp_path, capsys):
@@ -137,10 +137,10 @@ def test_a_workdir_that_is_not_finished_is_said_before_anything_is_loaded(finish
     unfinished.mkdir()
     (unfinished / "config.json").write_text("{}")
     for workdir, missing in ((unfinished, "result.json"), (tmp_path / "nowhere", "result.json")):
-        said = said_at_exit(["--port", "0", "--workdir", run, str(workdir)], capsys)
-        assert said.startswith(f"error: --workdir {workdir} holds no finished run: {missing} not found; finish the run")
+        said = error_of(["--port", "0", "--workdir", run, str(workdir)], capsys)
+        assert said.startswith(f"{workdir} holds no finished run: {missing} not found; finish the run")
     (tmp_path / "mine" / "config.json").write_text('{"task": "vqa"}')
-    assert "mine holds no jaxpeft run (KeyError: 'base')" in said_at_exit(["--port", "0", "--workdir", run], capsys)
+    assert "mine holds no jaxpeft run (KeyError: 'base')" in error_of(["--port", "0", "--workdir", run], capsys)
     assert not events
 
 
@@ -148,9 +148,9 @@ def test_a_port_that_cannot_be_had_is_said_before_anything_is_loaded(finished, e
     run = finished("mine", "tiny", "vqa")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        said = said_at_exit(["--workdir", run, "--port", str(port)], capsys)
-    assert said.startswith(f"error: port {port} is in use") and "choose another port with --port" in said
-    assert "--port is 70000; it must be between 0" in said_at_exit(["--workdir", run, "--port", "70000"], capsys)
+        said = error_of(["--workdir", run, "--port", str(port)], capsys)
+    assert said.startswith(f"port {port} is in use") and "choose another port with --port" in said
+    assert "--port is 70000; it must be between 0" in error_of(["--workdir", run, "--port", "70000"], capsys)
     assert not events
 
 

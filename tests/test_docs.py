@@ -189,14 +189,14 @@ def do(command, monkeypatch):
     if words[:2] == ["jaxpeft", "run"]:
         do_run(words[2:])
     elif words[:2] == ["jaxpeft", "prepare"]:
-        assert prepare.main([*words[2:], "--out", "prepared", "--any-size", "--workers", "1"]) == 0
+        prepare.main([*words[2:], "--out", "prepared", "--any-size", "--workers", "1"])
     elif words[:2] == ["jaxpeft", "demo"]:
         ran = []
         monkeypatch.setattr("uvicorn.Server.run", lambda server, **_: ran.append(server.config.app))
         demo.main([*words[2:], "--port", "0"])
         assert callable(ran.pop())
     elif words[0] == "jaxpeft" and words[1] in APPS:
-        assert APPS[words[1]].main(words[2:]) == 0
+        assert not APPS[words[1]].main(words[2:])
     else:  # .ci/run installs and tests
         assert words[0] in ("pip", "pytest"), command
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from jaxpeft import config as defaults
 from jaxpeft.data import folder
-from jaxpeft.data.folder import formats
+from jaxpeft.data.folder import formats, prepared
 from jaxpeft.inputs import images
 
 VQA_TOP = {"info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "data_subtype": "val2014", "license": {}}
@@ -796,7 +796,9 @@ def test_skip_drops_the_bad_rows_and_reports_them_every_time(root, tmp_path):
     annotations, counts = messy(root)
     settings = config(root, tmp_path, annotations, on_error="skip")
     for _ in range(2):  # prepared, and from the prepared copy
-        splits, report = folder.load_with_report(settings, ["train", "test"])
+        splits = folder.load(settings, ["train", "test"])
+        report = splits["train"].report
+        assert report == splits["test"].report
         examples = report.pop("examples")
         assert report == counts | {"remarks": []}
         assert len(examples) == sum(min(3, count) for count in counts.values())
@@ -1112,30 +1114,31 @@ def test_images_are_thread_safe_and_picklable(root, tmp_path):
 def test_the_copy_is_used_again_until_something_changes(root, tmp_path, monkeypatch):
     files, _, settings = stored(root, tmp_path)
     checked = []
-    monkeypatch.setattr(folder, "check_images", lambda *a, real=folder.check_images: checked.append(1) or real(*a))
+    real = prepared.check_images
+    monkeypatch.setattr(prepared, "check_images", lambda *a: checked.append(1) or real(*a))
 
-    def prepared(**options):
+    def checks(**options):
         before = len(checked)
         folder.load(settings | options, ["train"])
         return len(checked) - before
 
-    assert prepared() == 1 and prepared() == 0
-    assert prepared(seed=1) == 1 and prepared(on_error="skip") == 1 and prepared() == 0
+    assert checks() == 1 and checks() == 0
+    assert checks(seed=1) == 1 and checks(on_error="skip") == 1 and checks() == 0
     save(root / files[2], seed=99)  # another picture under the same name
-    assert prepared() == 1
+    assert checks() == 1
     np.testing.assert_array_equal(folder.load(settings, ["train"])["train"].images[2], pixels(99))
     os.utime(root / files[2], (1, 1))  # as an edit that keeps the size
-    assert prepared() == 1
+    assert checks() == 1
     write(root / "c.json", (root / "c.json").read_text().replace("na\\u00efve?", "naive?"))
-    assert prepared() == 1 and prepared() == 0
+    assert checks() == 1 and checks() == 0
     write(root / "c.json", (root / "c.json").read_text() + "\n")  # says the same
     save(root / "unrelated.png")
-    assert prepared() == 0
+    assert checks() == 0
 
 
 def test_an_interrupted_preparation_leaves_nothing_that_is_read(root, tmp_path, monkeypatch):
     files, _, settings = stored(root, tmp_path)
-    real = folder.FolderData._generate_examples
+    real = prepared.FolderData._generate_examples
 
     def broken(self, split):
         for i, example in real(self, split):
@@ -1145,7 +1148,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_is_read(root, tmp_path, 
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(folder.FolderData, "_generate_examples", broken)
+            patch.setattr(prepared.FolderData, "_generate_examples", broken)
             with pytest.raises(KeyboardInterrupt):
                 folder.load(settings, ["train"])
         assert not list((tmp_path / "cache").rglob("*.array_record*")) and not list(
@@ -1162,13 +1165,13 @@ def test_an_interrupted_preparation_leaves_nothing_that_is_read(root, tmp_path, 
 def test_two_preparations_at_once_both_succeed(root, tmp_path, monkeypatch):
     files, _, settings = stored(root, tmp_path)
     both_ready = threading.Barrier(2)
-    real = folder.FolderData._split_generators
+    real = prepared.FolderData._split_generators
 
     def together(self, dl_manager):
         both_ready.wait(timeout=30)
         return real(self, dl_manager)
 
-    monkeypatch.setattr(folder.FolderData, "_split_generators", together)
+    monkeypatch.setattr(prepared.FolderData, "_split_generators", together)
     with ThreadPoolExecutor(2) as pool:
         for split in pool.map(lambda _: folder.load(settings, ["train"])["train"], range(2)):
             assert [row["image_id"] for row in split.rows] == files

@@ -15,7 +15,7 @@ from jaxpeft.models import loading
 from jaxpeft.models.blip import BlipConfig
 from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime import files
-from jaxpeft.runtime.torch_files import load_pickle
+from jaxpeft.runtime.torch_files import load_mapped
 
 INPUTS = 4_000
 
@@ -89,7 +89,7 @@ def torch_file(path, program: bytes, kind=zipfile.ZIP_STORED, **records):
 )
 def test_a_pickle_cannot_ask_for_memory(tmp_path, program, message):
     with pytest.raises(ValueError, match=message):
-        load_pickle(torch_file(tmp_path / "t.pth", program))
+        load_mapped(torch_file(tmp_path / "t.pth", program))
 
 
 def test_a_compressed_record_is_refused_before_it_is_unpacked(tmp_path):
@@ -98,7 +98,7 @@ def test_a_compressed_record_is_refused_before_it_is_unpacked(tmp_path):
     )
     assert path.stat().st_size < 1 << 16
     with pytest.raises(ValueError, match="compressed"):
-        load_pickle(path)
+        load_mapped(path)
 
 
 def test_settings_are_bounded_in_size_and_depth(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from jaxpeft.inputs import images
+from jaxpeft.models import vit
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "positions.npz")
 
@@ -237,18 +238,23 @@ def test_a_decompression_bomb_is_an_error_under_any_warning_filter(monkeypatch):
     assert images.decode(data).shape == (20, 30, 3)
 
 
+def normalised(image_YXC):
+    """The pixels as the image tower reads them."""
+    return np.asarray(vit.normalised(image_YXC[None], vit.VitConfig()))[0]
+
+
 @pytest.mark.parametrize("rows, columns, size", [(37, 53, 24), (11, 9, 32)])
 def test_resize_and_normalise_equal_the_reference_processor(rows, columns, size):
     image = (np.arange(rows * columns * 3) ** 2 % 251).astype(np.uint8).reshape(rows, columns, 3)
     resized = images.resize(image, size)
     assert resized.shape == (size, size, 3) and resized.dtype == np.uint8
-    ours = images.normalise(resized)
+    ours = normalised(resized)
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, GOLDEN[f"blip_{rows}_{columns}_{size}"], rtol=0, atol=1e-6)
 
 
 def test_normalise_by_hand():
-    white_black = images.normalise(np.array([[[255, 255, 255], [0, 0, 0]]], np.uint8))
+    white_black = normalised(np.array([[[255, 255, 255], [0, 0, 0]]], np.uint8))
     np.testing.assert_allclose(white_black[0, 0, 0], (1 - 0.48145466) / 0.26862954, rtol=1e-6)
     np.testing.assert_allclose(white_black[0, 1, 2], -0.40821073 / 0.27577711, rtol=1e-6)
 
@@ -289,14 +295,18 @@ def test_positions_of_another_shape_are_refused(shape, new):
         images.resize_positions(np.zeros(shape), new)
 
 
-def test_augment_is_a_crop_in_the_allowed_range_flipped_half_of_the_time():
+def crops(image, seed, **options):
+    return np.array(images.cropped(image, np.random.default_rng(seed), **options))
+
+
+def test_a_crop_is_in_the_allowed_range_flipped_half_of_the_time():
     rows, columns = 60, 90
     y, x = np.mgrid[0:rows, 0:columns].astype(np.uint8)
     image = np.stack([y, x, x], -1)  # a pixel says where it came from
     areas, flips, tops, lefts = [], 0, set(), set()
     for seed in range(300):
-        crop = images.augment(image, np.random.default_rng(seed))
-        np.testing.assert_array_equal(crop, images.augment(image, np.random.default_rng(seed)))
+        crop = crops(image, seed)
+        np.testing.assert_array_equal(crop, crops(image, seed))
         flipped = bool(crop[0, 0, 1] > crop[0, -1, 1])
         upright = crop[:, ::-1] if flipped else crop
         top, left = upright[0, 0, :2]
@@ -311,30 +321,24 @@ def test_augment_is_a_crop_in_the_allowed_range_flipped_half_of_the_time():
     assert len(tops) > 10 and len(lefts) > 20
 
 
-def test_augment_without_flip_never_mirrors():
+def test_crops_without_flip_never_mirrors():
     image = np.repeat(np.arange(40, dtype=np.uint8)[None, :, None], 3, -1).repeat(40, 0)  # brighter to the right
     mirrored = {
-        flip: sum(crop[0, 0, 0] > crop[0, -1, 0] for crop in (
-            images.augment(image, np.random.default_rng(seed), flip=flip) for seed in range(40)
-        ))
+        flip: sum(crop[0, 0, 0] > crop[0, -1, 0] for crop in (crops(image, seed, flip=flip) for seed in range(40)))
         for flip in (True, False)
-    }  # fmt: skip
+    }
     assert mirrored[False] == 0 and 10 < mirrored[True] < 30
 
 
-def test_augment_resizes_as_resize_does_and_survives_extreme_shapes():
-    image = picture()
-    crop = images.augment(image, np.random.default_rng(3))
-    resized = images.augment(image, np.random.default_rng(3), size=16)
-    np.testing.assert_array_equal(resized, images.resize(crop, 16))
-    assert images.augment(picture(1, 200), np.random.default_rng(0)).shape == (1, 1, 3)
-    assert images.augment(picture(200, 3), np.random.default_rng(0)).shape == (4, 3, 3)  # the central box of ratio 3/4
-    whole = images.augment(picture(40, 40), np.random.default_rng(1), scale=(1.0, 1.0))
+def test_crops_of_extreme_shapes():
+    assert crops(picture(1, 200), 0).shape == (1, 1, 3)
+    assert crops(picture(200, 3), 0).shape == (4, 3, 3)  # the central box of ratio 3/4
+    whole = crops(picture(40, 40), 1, scale=(1.0, 1.0))
     assert min(whole.shape[:2]) >= 34
 
 
 @pytest.mark.parametrize("bad", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8)])
 def test_pixels_of_another_kind_are_refused(bad):
-    for function in (lambda a: images.resize(a, 2), lambda a: images.augment(a, np.random.default_rng(0))):
+    for function in (lambda a: images.resize(a, 2), lambda a: images.cropped(a, np.random.default_rng(0))):
         with pytest.raises(ValueError, match="uint8"):
             function(bad)

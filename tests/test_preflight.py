@@ -153,7 +153,8 @@ def number(text, row):
 
 @pytest.mark.slow
 def test_the_largest_batch_fits_and_a_larger_one_does_not(base):
-    c = config_of(base, **{"data.augment": "crop_flip", "mesh.fsdp": 8})
+    changes = {"data.augment": "crop_flip", "mesh.fsdp": 8}
+    c = config_of(base, **changes)
     memory = 3e6
     text = preflight.report(c, chip=preflight.Chip(1e12, 1e11, memory))
     n = int(number(text, "largest batch"))
@@ -161,7 +162,7 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(base):
     mesh = sharding.mesh(c.mesh)
 
     def peak(n):
-        step, shapes, _ = preflight.step_in_shapes(c, model, n)
+        step, shapes, _ = preflight.step_in_shapes(config_of(base, **changes, batch_size=n), model)
         return preflight.compiled(step, shapes, model.sharding, mesh).peak
 
     assert n % 8 == 0
@@ -184,16 +185,16 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(base):
 def test_the_largest_batch_is_nearly_the_largest_that_fits(monkeypatch, bytes_of, largest):
     mesh, n_plans = sharding.mesh(), []
 
-    def compiled(step, batch_size, *_):
-        n_plans.append(batch_size)
-        return preflight.Plan(0, bytes_of(batch_size), 0.0)
+    def compiled(step, shapes, *_):
+        (n,) = shapes[2]["image"].shape
+        n_plans.append(n)
+        return preflight.Plan(0, bytes_of(n), 0.0)
 
     monkeypatch.setattr(preflight, "compiled", compiled)
     c = ml_collections.ConfigDict({"batch_size": 16, "grad_accum": 1})
     model = types.SimpleNamespace(sharding=())
-    said = preflight._largest(
-        c, lambda batch_size: (None, batch_size, 0), model, mesh, preflight.Chip(1, 1, 1e5), compiled(None, 16)
-    )
+    shapes = None, None, {"image": jax.ShapeDtypeStruct((16,), np.uint8)}
+    said = preflight._largest(c, None, shapes, model, mesh, preflight.Chip(1, 1, 1e5), compiled(None, shapes))
     n = int(said.split()[0])
     assert n % 8 == 0 and 0.85 * largest < n <= largest and bytes_of(n) <= 1e5
     assert len(n_plans) <= preflight.MOST_PLANS

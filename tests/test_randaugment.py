@@ -124,10 +124,10 @@ def test_crops_are_of_the_native_picture_and_one_state_gives_one_result():
         assert one.shape == (2, 16, 16, 3) and not np.array_equal(one[0], one[1])
         # a row depends on its own seed alone, so that any host can make it
         np.testing.assert_array_equal(pipeline.gather(examples, [1], kind, [4])["image"][0], one[1])
-    expected = images.augment(split[1], _row(3), size=16)
+    expected = images.resize(images.cropped(split[1], _row(3)), 16)
     np.testing.assert_array_equal(pipeline.gather(examples, [0], "crop_flip", [3])["image"][0], expected)
     rng = _row(3)
-    expected = randaugment.randaugment(images.augment(split[1], rng, size=16), rng)
+    expected = randaugment.randaugment(images.resize(images.cropped(split[1], rng), 16), rng)
     np.testing.assert_array_equal(pipeline.gather(examples, [0], "blip", [3])["image"][0], expected)
 
 

@@ -496,10 +496,10 @@ def test_two_studies_are_compared_cell_by_cell(tmp_path, capsys):
     assert "http" not in html
 
 
-def test_studies_without_a_common_cell_are_an_error(tmp_path, capsys):
+def test_studies_without_a_common_cell_are_an_error(tmp_path):
     write(tmp_path / "a", close)
     other = config_of()
     other.settings = {"drawings": {"task": "captioning"}}
     write(tmp_path / "b", close, other)
-    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "page.html")]) == 1
-    assert "have no finished cell of the same setting" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="have no finished cell of the same setting"):
+        compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "page.html")])

@@ -155,7 +155,7 @@ def test_a_model_adds_special_tokens_to_berts():
     assert blip.special == SPECIAL == (*plain.special, "[DEC]", "[ENC]")
     assert blip.vocabulary == (*SPECIAL, *plain.vocabulary[5:])
     same = tokenizer.Tokenizer(blip.vocabulary)  # where [DEC] is a word like others
-    assert same != blip and same.digest() == blip.digest()
+    assert same != blip and same.digest == blip.digest
     assert (same.decode([blip.bos_id, blip.ids["a"]]), blip.decode([blip.bos_id, blip.ids["a"]])) == ("[DEC] a", "a")
     back = pickle.loads(pickle.dumps(blip))
     assert type(back) is BlipTokenizer and back == blip == blip.extended([])[0]
@@ -164,9 +164,9 @@ def test_a_model_adds_special_tokens_to_berts():
 def test_tokenizers_are_values():
     one, same = (BlipTokenizer.from_words(words) for words in (["b", "a"], ["a", "b"]))
     other = BlipTokenizer.from_words(["a", "c"])
-    assert one == same and hash(one) == hash(same) and one.digest() == same.digest()
-    assert one != other and one.digest() != other.digest()
-    assert len(one.digest()) == 64
+    assert one == same and hash(one) == hash(same) and one.digest == same.digest
+    assert one != other and one.digest != other.digest
+    assert len(one.digest) == 64
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.pad_id = 3
 
@@ -233,7 +233,7 @@ def test_what_is_written_reads_back_equal(tmp_path):
         for file, content in before.files().items():
             (out / file).write_text(content, encoding="utf-8")
         after = BlipTokenizer.from_file(out)
-        assert after == before and hash(after) == hash(before) and after.digest() == before.digest(), name
+        assert after == before and hash(after) == hash(before) and after.digest == before.digest, name
         assert after.pieces("a zebra caf\u00e9") == before.pieces("a zebra caf\u00e9")
 
 

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxpeft.runtime.torch_files import load_pickle
+from jaxpeft.runtime.torch_files import load_mapped
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FILE = GOLDEN / "torch_tiny.pth"
@@ -33,7 +33,7 @@ def replaced(record, old, new):
 
 
 def test_every_layout_is_read_exactly():
-    loaded, expected = load_pickle(FILE), np.load(GOLDEN / "torch_tiny.npz")
+    loaded, expected = load_mapped(FILE)[0], np.load(GOLDEN / "torch_tiny.npz")
     assert loaded["epoch"] == 3
     tensors = loaded["model"]
     assert set(tensors) == set(expected.files) and len(tensors) == 15
@@ -44,7 +44,7 @@ def test_every_layout_is_read_exactly():
 
 
 def test_tensors_that_share_a_storage_share_memory_and_cannot_be_written():
-    tensors = load_pickle(FILE)["model"]
+    tensors = load_mapped(FILE)[0]["model"]
     assert np.shares_memory(tensors["float32"], tensors["shared"])
     assert np.shares_memory(tensors["float32"], tensors["transposed"])
     with pytest.raises(ValueError, match="read-only"):
@@ -69,7 +69,7 @@ def test_a_pickle_that_calls_something_else_is_refused_before_it_runs(tmp_path, 
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("evil/data.pkl", pickle.dumps({"model": {"weight": evil}} if nested else evil, protocol=2))
     with pytest.raises(ValueError, match=r"evil\.pth: the pickle refers to \w+\.system"):
-        load_pickle(path)
+        load_mapped(path)
     assert not marker.exists()
 
 
@@ -79,7 +79,7 @@ def test_builtins_and_libraries_are_refused_too(tmp_path, function):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("data.pkl", pickle.dumps(Call(function, "1"), protocol=2))
     with pytest.raises(ValueError, match="no code was executed"):
-        load_pickle(path)
+        load_mapped(path)
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_builtins_and_libraries_are_refused_too(tmp_path, function):
 )
 def test_tensors_outside_their_storage_and_damaged_records_raise(tmp_path, change, message):
     with pytest.raises(ValueError, match=rf"changed\.pth: .*{message}"):
-        load_pickle(rewritten(tmp_path, change))
+        load_mapped(rewritten(tmp_path, change))
 
 
 def test_an_unchanged_copy_still_loads(tmp_path):
-    assert len(load_pickle(rewritten(tmp_path, lambda _, data: data))["model"]) == 15
+    assert len(load_mapped(rewritten(tmp_path, lambda _, data: data))[0]["model"]) == 15
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_files_that_are_not_zip_archives_say_what_they_are(tmp_path, data, messa
     path = tmp_path / "file.bin"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"file\.bin: .*{message}"):
-        load_pickle(path)
+        load_mapped(path)
 
 
 def test_the_top_must_be_a_dictionary(tmp_path):
@@ -126,7 +126,7 @@ def test_the_top_must_be_a_dictionary(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("data.pkl", pickle.dumps([1, 2], protocol=2))
     with pytest.raises(ValueError, match="holds a list"):
-        load_pickle(path)
+        load_mapped(path)
 
 
 def test_a_changed_byte_of_a_tensor_is_found(tmp_path):
@@ -138,4 +138,4 @@ def test_a_changed_byte_of_a_tensor_is_found(tmp_path):
     path = tmp_path / "changed.pth"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"changed\.pth: (damaged torch file: record|the pickle|damaged)"):
-        load_pickle(path)
+        load_mapped(path)

@@ -15,7 +15,6 @@ import functools
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -62,7 +61,7 @@ def load(workdirs: list[str], bases: list[str] = (), log=print, imports: Iterabl
     given = {os.path.abspath(workdir): workdir for workdir in workdirs}  # a run given twice is loaded once
     groups = {}
     for path, workdir in given.items():
-        groups.setdefault(_base_of(Path(workdir)), []).append(path)
+        groups.setdefault(_base_of(workdir), []).append(path)
     run_names, base_names = tails(given), tails([*(base for base, *_ in groups), *bases])
 
     writers = []
@@ -84,19 +83,12 @@ def load(workdirs: list[str], bases: list[str] = (), log=print, imports: Iterabl
     return writers
 
 
-def _base_of(workdir: Path) -> tuple[str, int | None, str]:
+def _base_of(workdir: str) -> tuple[str, int | None, str]:
     """(base, image size, task) of a finished run; runs with equal values share a frozen base."""
-    for name in ("result.json", "config.json"):
-        if not (workdir / name).exists():
-            raise ValueError(
-                f"--workdir {workdir} holds no finished run: {name} not found; finish the run with main.py, or remove it from "
-                f"--workdir"
-            )
+    config, result = finished.read(workdir)
     with files.reading(workdir, "holds no jaxpeft run"):
-        settings = files.read_json(workdir / "config.json")
-        base = setup.pinned_base(settings, files.read_json(workdir / "result.json", finished.MOST_RESULT))
-        size = settings.get("model", {}).get("image_size")
-        return base, size and int(size), str(settings["task"])
+        size = config.get("model", {}).get("image_size")
+        return setup.pinned_base(config, result), size and int(size), str(config["task"])
 
 
 def tails(paths: Iterable[str]) -> dict[str, str]:
@@ -219,19 +211,12 @@ def main(argv=None) -> None:
     try:
         import uvicorn
     except ImportError:
-        sys.exit("error: the demo requires the extra `demo`: pip install 'jaxpeft[demo]'")
+        raise ValueError("the demo requires the extra `demo`: pip install 'jaxpeft[demo]'") from None
     malloc.keep_freed_memory()
     host.keep_compiled_programs()
     log = functools.partial(print, flush=True)  # so that a file or pipe gets it at once
-    try:
-        sock = listen(args.port)  # first, so that a port in use is an error before the minute of loading
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    with sock:
-        try:
-            writers = load(args.workdir, args.base, log, args.imports)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+    with listen(args.port) as sock:  # first, so that a port in use is an error before the minute of loading
+        writers = load(args.workdir, args.base, log, args.imports)
         warm(writers, log=log)
         log(f"open http://127.0.0.1:{sock.getsockname()[1]}")  # the socket already listens
         # no log_config: uvicorn's would close the handlers of absl, and with them the stream that absl writes to

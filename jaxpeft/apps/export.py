@@ -7,7 +7,6 @@ If the base is not a Hugging Face checkpoint ('tiny'), or words were added to it
 """
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from jaxpeft.interchange import hf_out
 from jaxpeft.methods import Method, Prefix, Prompt
 from jaxpeft.models import hf, loading
 from jaxpeft.models.base import VisionLanguageModel
-from jaxpeft.runtime import files, registry, renamed
+from jaxpeft.runtime import registry
 from jaxpeft.tasks import Task
 from jaxpeft.training import finished, results, setup
 
@@ -31,7 +30,8 @@ TOKENIZERS = {
 
 
 def model_card(
-    workdir: str | Path,
+    config: dict,
+    result: dict,
     out: str | Path,
     asks: bool,
     code: list[str],
@@ -39,10 +39,8 @@ def model_card(
     kind: str = "",
     notes: Sequence[str] = (),
 ) -> str:
-    """The model card (README.md) of a finished run, from its files: data, method, counts, and scores with how they were made;
-    also `code` that uses the files in `out`, and `notes`. `kind`: the model's type, as a tag."""
-    config = renamed.translated(files.read_json(Path(workdir) / "config.json"))
-    result = files.read_json(Path(workdir) / "result.json", finished.MOST_RESULT)
+    """The model card (README.md) of a finished run, from its files (`finished.read`): data, method, counts, and scores with how
+    they were made; also `code` that uses the files in `out`, and `notes`. `kind`: the model's type, as a tag."""
     task, counts, data, model = result["task"], result["counts"], config["data"], result["model"]
     base = model["report"]["source"] if model.get("report", {}).get("revision") else Path(model["base"]).name
     method = result["method"] + (f", size {result['size']}" if result["size"] else "")
@@ -139,8 +137,8 @@ def code(
     return hf.of(model).code(task, str(out), base, revision, in_decoder, beams)
 
 
-def main(argv=None) -> int:
-    """Run the command line -> exit status. An error is printed as one line."""
+def main(argv=None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="jaxpeft export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -152,33 +150,28 @@ def main(argv=None) -> int:
     )
     registry.add_argument(parser)
     args = parser.parse_args(argv)
-    try:
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise ValueError(f"--out {args.out} exists and is not an empty directory; choose a new one")
-        model, variables, chosen, task = finished.load_run(args.workdir, args.imports)
-        config = files.read_json(Path(args.workdir) / "config.json")
-        base = setup.pinned_base(config, files.read_json(Path(args.workdir) / "result.json", finished.MOST_RESULT))
-        beams, adapter = config["eval"]["beams"], args.format == "peft"
-        with_base = bool(model.config.new_words) or loading.is_ours(base)
-        name, _, revision = base.partition("@")
-        where = f"{args.out}/base" if with_base else name
-        pinned = revision if adapter and not with_base else ""
-        lines = code(model, task, args.out, where if adapter else "", pinned, chosen, beams)
-        facts = {
-            "card": model_card(
-                args.workdir, args.out, task.asks, lines, adapter, model.model_type, hf.of(model).notes(task)
-            ),
-            "task": task,
-            "beams": beams,
-        }
-        if adapter:
-            facts |= {"base": name, "revision": revision, "with_base": with_base}
-            interchange.export_peft(model, variables, args.out, **facts)
-        else:
-            interchange.export_hf(model, variables, args.out, dtype=args.dtype, **facts)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"--out {args.out} exists and is not an empty directory; choose a new one")
+    model, variables, chosen, task = finished.load_run(args.workdir, args.imports)
+    config, result = finished.read(args.workdir)
+    base = setup.pinned_base(config, result)
+    beams, adapter = config["eval"]["beams"], args.format == "peft"
+    with_base = bool(model.config.new_words) or loading.is_ours(base)
+    name, _, revision = base.partition("@")
+    where = f"{args.out}/base" if with_base else name
+    pinned = revision if adapter and not with_base else ""
+    lines = code(model, task, args.out, where if adapter else "", pinned, chosen, beams)
+    facts = {
+        "card": model_card(
+            config, result, args.out, task.asks, lines, adapter, model.model_type, hf.of(model).notes(task)
+        ),
+        "task": task,
+        "beams": beams,
+    }
+    if adapter:
+        facts |= {"base": name, "revision": revision, "with_base": with_base}
+        interchange.export_peft(model, variables, args.out, **facts)
+    else:
+        interchange.export_hf(model, variables, args.out, dtype=args.dtype, **facts)
     names = ", ".join(sorted(path.name for path in args.out.iterdir()))
     print(f"{args.out}: {names}")
-    return 0

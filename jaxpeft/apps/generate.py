@@ -10,11 +10,10 @@ token with more than one beam). An image that cannot be read is reported and lef
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
-import os
 import sys
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast, overload
@@ -30,7 +29,7 @@ from jaxpeft.data.pipeline import Resized
 from jaxpeft.inputs.images import decode, rgb, why_unread
 from jaxpeft.models import loading
 from jaxpeft.models.base import VisionLanguageModel
-from jaxpeft.runtime import host, malloc, registry
+from jaxpeft.runtime import files, host, malloc, registry
 from jaxpeft.tasks import Task
 from jaxpeft.training import evaluate, finished
 from jaxpeft.tree import Tree
@@ -160,9 +159,9 @@ def main(argv=None) -> int:
     if args.folder:
         if not args.folder.is_dir():
             parser.error(f"--folder {args.folder} is not a directory")
-        files = Files(args.folder)
-        paths += [args.folder / name for name in files.all()]
-        unread = [f"{args.folder / name}: {why_unread(name)}" for name in files.unread()]
+        below = Files(args.folder)
+        paths += [args.folder / name for name in below.all()]
+        unread = [f"{args.folder / name}: {why_unread(name)}" for name in below.unread()]
     if not paths:
         some = f"; files in unsupported image formats: {len(unread)}, such as {unread[0]}" if unread else ""
         parser.error(f"no images found: give --image, or a --folder with images{some}")
@@ -170,18 +169,15 @@ def main(argv=None) -> int:
         parser.error(f"--out {args.out}: the directory does not exist")
     malloc.keep_freed_memory()
     host.keep_compiled_programs()
-    try:
-        if args.workdir:
-            model, variables, _, task = finished.load_run(args.workdir, args.imports)
-        else:
-            task = tasks.build("captioning" if args.question is None else "vqa")
-            model, params = loading.load(args.base, task=task.name)
-            variables = {"params": params}
-        if args.prompt is not None:
-            task = prompted(task, args.prompt, model.tokenizer)
-        bad = unread + _write(args, model, variables, task, paths)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    if args.workdir:
+        model, variables, _, task = finished.load_run(args.workdir, args.imports)
+    else:
+        task = tasks.build("captioning" if args.question is None else "vqa")
+        model, params = loading.load(args.base, task=task.name)
+        variables = {"params": params}
+    if args.prompt is not None:
+        task = prompted(task, args.prompt, model.tokenizer)
+    bad = unread + _write(args, model, variables, task, paths)
     for line in bad:
         print(f"left out: {line}", file=sys.stderr)
     return int(bool(bad))
@@ -198,10 +194,10 @@ def prompted(task: Task, prompt: str, tokenizer) -> Task:
 
 def _write(args, model, variables, task, paths) -> list[str]:
     """Write the texts of every image to the file, or print them -> errors."""
-    bad, temporary = [], args.out and args.out.with_name(f".{args.out.name}.{uuid.uuid4().hex}")
-    out = temporary.open("w", encoding="utf-8") if temporary else None
-    batch = min(args.batch, len(paths))
-    try:
+    bad, out, batch = [], None, min(args.batch, len(paths))
+    with contextlib.ExitStack() as stack:  # which closes the file before it takes its place
+        if args.out:
+            out = stack.enter_context(stack.enter_context(files.replacing(args.out)).open("w", encoding="utf-8"))
         for found, decoded, errors in pictures(paths, batch):
             bad += errors
             if not found:
@@ -215,11 +211,4 @@ def _write(args, model, variables, task, paths) -> list[str]:
                     out.write(json.dumps(row | {"texts": texts}, ensure_ascii=False) + "\n")
                 else:
                     print(f"{path}: " + " | ".join(f"{one['text']} ({one['score']:.2f})" for one in texts))
-        if out:
-            out.close()
-            os.replace(temporary, args.out)
-    finally:
-        if out:
-            out.close()
-            temporary.unlink(missing_ok=True)
     return bad

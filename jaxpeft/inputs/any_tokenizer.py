@@ -20,6 +20,7 @@ class AnyTokenizer(abc.ABC):
     def __len__(self) -> int:
         """The number of ids: every id of a token is smaller."""
 
+    @property
     @abc.abstractmethod
     def digest(self) -> str:
         """sha256 of all that decides ids and texts."""
@@ -54,10 +55,10 @@ class AnyTokenizer(abc.ABC):
         """Whether no word of `text` is unknown."""
 
     def __eq__(self, other):
-        return type(other) is type(self) and self.digest() == other.digest()
+        return type(other) is type(self) and self.digest == other.digest
 
     def __hash__(self) -> int:
-        return hash(self.digest())
+        return hash(self.digest)
 
     def pieces(self, text: str) -> list[int]:
         """The ids of a text without special tokens: "[SEP]" or "<eos>" in a text is text."""

@@ -136,12 +136,9 @@ class Bpe(AnyTokenizer):
     # ------------------------------------------------------------ value
 
     @functools.cached_property
-    def _digest(self) -> str:
-        return hashlib.sha256(f"{self.spec}\n{json.dumps(self.roles, sort_keys=True)}".encode()).hexdigest()
-
     def digest(self) -> str:
         """sha256 of tokenizer.json and of the tokens that pad, begin and end a text."""
-        return self._digest
+        return hashlib.sha256(f"{self.spec}\n{json.dumps(self.roles, sort_keys=True)}".encode()).hexdigest()
 
     def files(self) -> dict[str, str]:
         settings = json.dumps(json.loads(self.settings), indent=2, ensure_ascii=False)

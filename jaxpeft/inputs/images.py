@@ -1,10 +1,10 @@
-"""Images: bytes -> uint8 RGB pixels -> square uint8 -> normalised float32, as in BLIP.
+"""Images: bytes -> uint8 RGB pixels -> square uint8. The model normalises them.
 
 All functions are stateless and thread-safe, and use only numpy and Pillow. Pixels stay uint8 until the batch is made, so that
 caches and copies to the device are four times smaller. Axes: Y rows, X columns, C = RGB.
 
 Copies between Pillow and numpy cost a tenth of reading an image, so loaders keep the Pillow image until it is resized:
-`opened`, `cropped`, `resize`. The pixels are the same as those of `decode` and `augment`, which return arrays.
+`opened`, `cropped`, `resize`. The pixels are the same as those of `decode`, which returns arrays.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import functools
 import io
 import math
 import mimetypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -224,12 +224,6 @@ def _kept_ratio(width: int, height: int, longest: int) -> tuple[int, int]:
     return max(1, other + other % 2), longest
 
 
-def normalise(image_YXC: np.ndarray, mean: Sequence[float] = MEAN_C, std: Sequence[float] = STD_C) -> np.ndarray:
-    """uint8 (..., 3) -> float32 (..., 3): /255, then mean and standard deviation per channel, by default CLIP's."""
-    mean_C, std_C = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    return (np.asarray(image_YXC).astype(np.float32) / 255 - mean_C) / std_C
-
-
 def per_channel(name: str, values: Iterable[float]) -> tuple[float, float, float]:
     """A mean or standard deviation of pixels in [0, 1] as three floats. Raises ValueError for anything else."""
     try:
@@ -355,20 +349,6 @@ def _processor(path: Path, raw: dict[str, Any], kind: ProcessorKind) -> dict[str
     return said | {"image_mean": mean_C, "image_std": std_C, "image_resample": resample}
 
 
-def augment(
-    image: Pixels,
-    rng: np.random.Generator,
-    scale: tuple[float, float] = (0.5, 1.0),
-    size: int | None = None,
-    flip: bool = True,
-    resample: int = BICUBIC,
-) -> np.ndarray:
-    """`cropped` as uint8 pixels. With `size` the crop is resized by `resize` (BLIP's training transform without RandAugment);
-    otherwise it keeps its native size."""
-    crop = cropped(image, rng, scale, flip)
-    return np.array(crop) if size is None else resize(crop, size, resample)
-
-
 def cropped(
     image: Pixels, rng: np.random.Generator, scale: tuple[float, float] = (0.5, 1.0), flip: bool = True
 ) -> Image.Image:
@@ -413,31 +393,21 @@ def resize_positions(position_PD: np.ndarray, new_grid: int, mode: str = "bicubi
             "and a new grid of at least 1"
         )
     cls_1D, grid_YXD = position_PD[:1], position_PD[1:].reshape(grid, grid, -1).astype(np.float64)
-    weight_NO = {"bicubic": _cubic_weights, "bilinear": _linear_weights}[mode](grid, new_grid)
+    weight_NO = _weights(grid, new_grid, mode)
     new_YXD = np.einsum("yi,xj,ijd->yxd", weight_NO, weight_NO, grid_YXD, optimize=True)
     return np.concatenate([cls_1D, new_YXD.reshape(new_grid**2, -1).astype(position_PD.dtype)])
 
 
-def _cubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
-    """(new, old) matrix of one-dimensional bicubic interpolation; a row's weights sum to one."""
+def _weights(old: int, new: int, mode: str, a: float = -0.75) -> np.ndarray:
+    """(new, old) matrix of one-dimensional interpolation; a row's weights sum to one."""
     centre_N = (np.arange(new) + 0.5) * old / new - 0.5
     first_N = np.floor(centre_N).astype(int)
     weight_NO = np.zeros((new, old))
-    for tap in (-1, 0, 1, 2):
+    for tap in {"bicubic": (-1, 0, 1, 2), "bilinear": (0, 1)}[mode]:
         x = np.abs(centre_N - first_N - tap)
-        near = ((a + 2) * x - (a + 3)) * x * x + 1
-        far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-        np.add.at(weight_NO, (np.arange(new), np.clip(first_N + tap, 0, old - 1)), np.where(x <= 1, near, far))
-    return weight_NO
-
-
-def _linear_weights(old: int, new: int) -> np.ndarray:
-    """(new, old) matrix of one-dimensional linear interpolation; a row's weights sum to one."""
-    centre_N = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, None)
-    first_N = np.floor(centre_N).astype(int)
-    weight_NO = np.zeros((new, old))
-    np.add.at(weight_NO, (np.arange(new), first_N), 1 - (centre_N - first_N))
-    np.add.at(weight_NO, (np.arange(new), np.minimum(first_N + 1, old - 1)), centre_N - first_N)
+        near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        weight_N = 1 - x if mode == "bilinear" else np.where(x <= 1, near, far)
+        np.add.at(weight_NO, (np.arange(new), np.clip(first_N + tap, 0, old - 1)), weight_N)
     return weight_NO
 
 

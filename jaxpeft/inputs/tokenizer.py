@@ -131,14 +131,11 @@ class Tokenizer(AnyTokenizer):
         return len(self.vocabulary)
 
     @functools.cached_property
-    def _digest(self) -> str:
+    def digest(self) -> str:
+        """sha256 of the vocabulary in order, and of options that differ from the defaults."""
         options = [dataclasses.astuple(word) for word in self.added], self.strip_accents, self.split_chinese
         text = "\n".join(self.vocabulary) + ("" if options == ([], None, True) else json.dumps(options))
         return hashlib.sha256(text.encode()).hexdigest()
-
-    def digest(self) -> str:
-        """sha256 of the vocabulary in order, and of options that differ from the defaults."""
-        return self._digest
 
     def files(self) -> dict[str, str]:
         """File name -> content of the files that `from_file` and transformers read as this tokenizer."""

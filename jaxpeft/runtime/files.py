@@ -184,7 +184,7 @@ def whole_directory(directory: str | Path, own: Iterable[str]) -> Iterator[Path]
     new, old = (home / f"{mine}{kind}-{owner}" for kind in ("new", "old"))
     for left in home.glob(f"{glob.escape(mine)}*-{host}-*-*"):
         pid = left.name.split("-")[-2]
-        if pid.isdecimal() and int(pid) != os.getpid() and _lives(int(pid)):
+        if pid.isdecimal() and int(pid) != os.getpid() and lives(int(pid)):
             continue  # another process is writing
         if left.name.startswith(f"{mine}old-") and not directory.exists():  # killed between the two renames below
             os.rename(left, directory)
@@ -208,7 +208,7 @@ def whole_directory(directory: str | Path, own: Iterable[str]) -> Iterator[Path]
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
     """Whether a process with this id exists on this host."""
     try:
         os.kill(pid, 0)

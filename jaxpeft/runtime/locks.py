@@ -131,10 +131,4 @@ def _started(pid: int) -> str:
     except FileNotFoundError:
         if Path("/proc/self").exists():
             return ""
-    try:  # no /proc: macOS
-        os.kill(pid, 0)
-        return "alive"
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        return "alive"
+    return "alive" if files.lives(pid) else ""  # no /proc: macOS

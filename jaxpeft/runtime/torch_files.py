@@ -44,18 +44,14 @@ class Refused(ValueError):
     """The file contains something other than a dictionary of tensors."""
 
 
-def load_pickle(path: str | pathlib.Path) -> dict[Any, Any]:
-    """Read the dictionary in a torch file, tensors as read-only numpy arrays (views, if tensors share a storage).
+def load_mapped(path: str | pathlib.Path) -> tuple[dict[Any, Any], Callable[[], None]]:
+    """Read the dictionary in a torch file, tensors as read-only numpy arrays (views, if tensors share a storage), and a
+    function that releases the pages read so far; accessing an array again reads them again.
 
     Nested dictionaries stay nested: official checkpoints are {'model': {name: tensor}}. bfloat16 stays bfloat16. The file is
     memory-mapped: data that is not accessed takes no memory.
     Raises ValueError, naming the file, for any other name in the pickle, a damaged file, or a file from torch < 1.6.
     """
-    return load_mapped(path)[0]
-
-
-def load_mapped(path: str | pathlib.Path) -> tuple[dict[Any, Any], Callable[[], None]]:
-    """`load_pickle`, and a function that releases the pages read so far; accessing an array again reads them again."""
     path = pathlib.Path(path)
     try:
         if not zipfile.is_zipfile(path):

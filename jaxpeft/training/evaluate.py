@@ -6,6 +6,7 @@ counts exactly once. Methods are part of the variables, so base and tuned model 
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -55,31 +56,18 @@ def passes(variables: Tree, examples: Examples, batch_size: int) -> Iterator[tup
     """`one_pass` on the devices that hold `variables`. Each of several hosts makes its own rows. The batch size is rounded up
     to a multiple of the number of devices that share a batch."""
     on = sharding.mesh_of(variables)
-    if on is None:
-        for one in one_pass(examples, batch_size):
-            signals.check()
-            yield one
-        return
-    n = -(-batch_size // sharding.n_batch(on)) * sharding.n_batch(on)
-    for batch, n_real in one_pass(examples, n, sharding.rows(n, on)):
+    parts = 1 if on is None else sharding.n_batch(on)
+    n = -(-batch_size // parts) * parts
+    for batch, n_real in one_pass(examples, n, slice(None) if on is None else sharding.rows(n, on)):
         signals.check()
-        yield sharding.shard_batch(batch, on, n), n_real
+        yield (batch if on is None else sharding.shard_batch(batch, on, n)), n_real
 
 
 def _fetched(running: Iterable[tuple[Sequence[jax.Array], int]]) -> Iterator[list[np.ndarray]]:
     """The outputs of every batch in this host's memory, without padding, from (outputs, number of real rows). A batch is
     fetched after the next one was started, so that the device does not wait for the host."""
-
-    def on_host(outputs: Sequence[jax.Array], n_real: int) -> list[np.ndarray]:
-        return [tree.fetch(x)[:n_real] for x in outputs]
-
-    before = None
-    for now in running:
-        if before is not None:
-            yield on_host(*before)
-        before = now
-    if before is not None:
-        yield on_host(*before)
+    for (outputs, n_real), _ in itertools.pairwise(itertools.chain(running, [((), 0)])):
+        yield [tree.fetch(x)[:n_real] for x in outputs]
 
 
 @_on_its_devices

@@ -21,6 +21,17 @@ MOST_RESULT = 1 << 30  # bytes of a result.json
 Finished = tuple[VisionLanguageModel, Tree, tuple[Method, ...], tasks.Task]
 
 
+def read(workdir: str | Path) -> tuple[dict, dict]:
+    """(config with the current keys, result) of a finished run. Raises ValueError where there is none."""
+    workdir = Path(workdir)
+    for name in ("result.json", "config.json"):
+        if not (workdir / name).exists():
+            raise ValueError(f"{workdir} holds no finished run: {name} not found; finish the run with main.py")
+    with files.reading(workdir, "holds no jaxpeft run"):
+        config = renamed.translated(files.read_json(workdir / "config.json"))
+        return config, files.read_json(workdir / "result.json", MOST_RESULT)
+
+
 def load_run(workdir: str | Path, imports: Iterable[str] = ()) -> Finished:
     """Load (model, variables, methods, task) of a finished run, for `generate`, `merge` and the exports.
 
@@ -30,17 +41,14 @@ def load_run(workdir: str | Path, imports: Iterable[str] = ()) -> Finished:
     """
     registry.load(imports)
     workdir = Path(workdir)
-    if not (workdir / "result.json").exists():
-        raise ValueError(f"{workdir} holds no finished run: result.json not found; finish the run with main.py")
+    config, result = read(workdir)
     if not (workdir / "tuned").exists():
         raise ValueError(
             f"{workdir} has no tuned/: the run was made by an older version, which did not save it; run it again"
         )
     with files.reading(workdir, "holds no jaxpeft run"):
-        config = ml_collections.ConfigDict(renamed.translated(files.read_json(workdir / "config.json")))
-        result = files.read_json(workdir / "result.json", MOST_RESULT)
         try:
-            return _load_run(workdir, config, result)
+            return _load_run(workdir, ml_collections.ConfigDict(config), result)
         except registry.Unknown as error:
             names = [name for name in result.get("imports", []) if re.fullmatch(r"[\w.]{1,200}", name)][:5]
             said = f"used code from {', '.join(names)}" if names else "does not name the module that defines it"

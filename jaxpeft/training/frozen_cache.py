@@ -13,8 +13,7 @@ import hashlib
 import json
 import os
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -24,6 +23,7 @@ from jax.interpreters import partial_eval
 from jaxpeft import tree
 from jaxpeft.data.base import Examples, Split
 from jaxpeft.models.base import Stage, VisionLanguageModel
+from jaxpeft.runtime import files
 from jaxpeft.training import evaluate, sharding
 from jaxpeft.training.optim import Config
 from jaxpeft.tree import Mask, Tree
@@ -90,28 +90,27 @@ class FrozenCache:
 
     def fill(self, split: Split, examples: Examples, per: tuple[str, ...] = ("image", "example")) -> Examples:
         """Add the outputs of cached stages to the examples, and remove what only these stages read."""
+        outputs = {"image": self._per_image, "example": self._per_example}
         stages = [stage for stage in self.stages if stage.per in per]
-        for stage in stages:
-            if stage.per == "image":
-                tables = examples.tables | {stage.name: self._per_image(stage, split, examples)}
-                examples = dataclasses.replace(examples, tables=tables)
-            else:
-                arrays = examples.arrays | {stage.name: self._per_example(stage, split, examples)}
-                examples = dataclasses.replace(examples, arrays=arrays)
-        return _without(examples, self._unread({stage.name for stage in stages}))
+        return self._filled(examples, stages, lambda stage, examples: outputs[stage.per](stage, split, examples))
 
     def shapes(self, examples: Examples) -> Examples:
-        """As `fill`, but with zeros that take no memory in place of the outputs, and a single image."""
-        for stage in self.stages:
+        """As `fill` for examples of a single image, but with zeros that take no memory in place of the outputs."""
+
+        def zeros(stage: Stage, examples: Examples) -> np.ndarray:
             row = self.programs[stage.name].row
-            n = 1 if stage.per == "image" else len(examples)
-            zeros = {stage.name: np.broadcast_to(np.zeros((), row.dtype), (n, *row.shape))}
-            if stage.per == "image":
-                first = {"image_index": np.zeros_like(examples.arrays["image_index"])}
-                examples = dataclasses.replace(examples, tables=examples.tables | zeros, arrays=examples.arrays | first)
-            else:
-                examples = dataclasses.replace(examples, arrays=examples.arrays | zeros)
-        return _without(examples, self._unread({stage.name for stage in self.stages}))
+            return np.broadcast_to(np.zeros((), row.dtype), (1 if stage.per == "image" else len(examples), *row.shape))
+
+        return self._filled(examples, self.stages, zeros)
+
+    def _filled(
+        self, examples: Examples, stages: Sequence[Stage], output: Callable[[Stage, Examples], np.ndarray]
+    ) -> Examples:
+        for stage in stages:
+            field = "tables" if stage.per == "image" else "arrays"
+            rows = getattr(examples, field) | {stage.name: output(stage, examples)}
+            examples = dataclasses.replace(examples, **{field: rows})
+        return _without(examples, self._unread({stage.name for stage in stages}))
 
     def _unread(self, cached: set[str]) -> set[str]:
         """Batch keys that only cached stages read."""
@@ -214,17 +213,14 @@ def _kept(path: Path, compute: Callable[[], np.ndarray], limit: int, log: Callab
     if stored is not None and not missing:
         return stored
     computed = compute()  # by all hosts together
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         if sharding.is_first():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with files.replacing(path) as temporary, temporary.open("wb") as file:
                 np.save(file, computed)
-            os.replace(temporary, path)
             computed = np.load(path, mmap_mode="r")  # frees the memory
             _trim(path.parent, limit, keep=path)
     except OSError as error:  # a full disk: the result can be used all the same
-        temporary.unlink(missing_ok=True)
         log(f"{path} cannot be written ({error.strerror}); it will be computed again next time")
     return computed
 
@@ -234,9 +230,9 @@ def _trim(directory: Path, limit: int, keep: Path) -> None:
     for path in directory.glob(".*.npy.*"):
         if time.time() - path.stat().st_mtime > 3600:
             path.unlink(missing_ok=True)
-    files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in directory.glob("[!.]*.npy"))
-    total = sum(size for _, size, _ in files)
-    for _, size, path in files:
+    tables = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in directory.glob("[!.]*.npy"))
+    total = sum(size for _, size, _ in tables)
+    for _, size, path in tables:
         if total <= limit:
             return
         if path != keep:

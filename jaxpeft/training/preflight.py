@@ -17,7 +17,7 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -115,12 +115,9 @@ def _training(settings: str, splits: tuple[str, ...]) -> base.Split:
     return data.load(ml_collections.ConfigDict(json.loads(settings)), list(splits))["train"]
 
 
-def step_in_shapes(
-    c: Config, model: VisionLanguageModel, batch_size: int | None = None, platform: str = "cpu"
-) -> tuple[Step, Shapes, int]:
+def step_in_shapes(c: Config, model: VisionLanguageModel, platform: str = "cpu") -> tuple[Step, Shapes, int]:
     """(step on a platform, (state, frozen, batch) as shapes, bytes of the outputs of frozen stages on the host) of a run. Only
     texts of its data are read."""
-    batch_size = batch_size or c.batch_size
     pipeline.check_augment(c.data.augment)
     task, chosen = tasks.build(c.task, **c.task_options), setup.methods_of(c)
     split = training_texts(c)
@@ -144,7 +141,7 @@ def step_in_shapes(
         examples, images=np.zeros((1, size, size, 3), np.uint8), arrays=examples.arrays | {"image_index": index}
     )
     batch = pipeline.gather(cache.shapes(examples), np.zeros(1, np.int64))
-    batch = {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    batch = _of_size(c.batch_size, batch)
     tuned, frozen = tree.split(variables, mask)
     tx = optim.optimizer(c.optim, tuned, setup.scheduled(c, len(examples)).steps)
     model = setup.for_devices(c, model, sites.resolved(model, chosen), platform)
@@ -158,6 +155,11 @@ def step_in_shapes(
         return loop.train_step(state, frozen, batch, loss=loss, tx=tx, grad_accum=c.grad_accum)
 
     return train_step, (state, frozen, batch), n_bytes
+
+
+def _of_size(n: int, batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch with `n` rows in place of its own."""
+    return {name: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype) for name, x in batch.items()}
 
 
 def flops_of(step: Step, shapes: Shapes, model: VisionLanguageModel) -> float:
@@ -224,8 +226,7 @@ def report(config: Config, topology: str | None = None, chip: Chip | None = None
     mesh = sharding.mesh(config.get("mesh"), devices)
     sharding.check_batch(config.batch_size, config.grad_accum, mesh)
     model = setup.abstract_model(config)
-    shapes_of = functools.partial(step_in_shapes, config, model, platform=devices[0].platform)
-    step, shapes, n_tables = shapes_of()
+    step, shapes, n_tables = step_in_shapes(config, model, devices[0].platform)
     state, frozen, batch = shapes
     counts = sites.counts(tree.join(state.tuned, frozen), jax.tree.map(lambda x: True, state.tuned))
     flops = flops_of(step, shapes, model)
@@ -259,7 +260,7 @@ def report(config: Config, topology: str | None = None, chip: Chip | None = None
         plain = sharding.mesh(None, devices)
         other = compiled(step, shapes, model.sharding, plain)
         rows.append((f"with data={plain.size} instead", f"peak {_mb(other.peak)} per device{_share(other.peak, chip)}"))
-    rows.append(("largest batch", _largest(config, shapes_of, model, mesh, chip, plan)))
+    rows.append(("largest batch", _largest(config, step, shapes, model, mesh, chip, plan)))
     rows.append(("compiled in", f"{plan.seconds:.0f} s"))
     return "\n".join(aligned(rows, left=2))
 
@@ -314,7 +315,8 @@ def _predicted(config: Config, mesh: Mesh, chip: Chip, flops: float, plan: Plan)
 
 def _largest(
     config: Config,
-    shapes_of: Callable[..., tuple[Step, Shapes, int]],
+    step: Step,
+    shapes: Shapes,
     model: VisionLanguageModel,
     mesh: Mesh,
     chip: Chip | None,
@@ -324,12 +326,13 @@ def _largest(
     if chip is None:
         return "unknown without --chip"
     unit = sharding.n_batch(mesh) * config.grad_accum
+    state, frozen, batch = shapes
     peaks: dict[int, float] = {config.batch_size: plan.peak}
 
     def peak(n: int) -> float:
         if n not in peaks:
             try:
-                peaks[n] = compiled(*shapes_of(batch_size=n)[:2], model.sharding, mesh).peak
+                peaks[n] = compiled(step, (state, frozen, _of_size(n, batch)), model.sharding, mesh).peak
             except jax.errors.JaxRuntimeError as error:  # the TPU compiler raises where memory is exceeded
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise

@@ -277,9 +277,13 @@ def abstract_model(config: Config) -> VisionLanguageModel:
     """The model of a config, from the base's configuration alone: no weights are read, and no words are added."""
     task = tasks.build(config.task, **config.task_options)
     model = loading.abstract(config.base, task=task.kind, **_options(config))
+    _check_tokenizer(config, model)
+    return model
+
+
+def _check_tokenizer(config: Config, model: VisionLanguageModel) -> None:
     if model.tokenizer is None:
         raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
-    return model
 
 
 def _options(config: Config) -> dict:
@@ -322,8 +326,7 @@ def read_base(
     model, params, report = loading.read(
         config.base, task=task.kind, place=place, param_dtype=dtype or "float32", **options
     )
-    if model.tokenizer is None:
-        raise ValueError(f"{config.base} has no vocab.txt or tokenizer.json; put them beside the weights")
+    _check_tokenizer(config, model)
     if config.init == "scratch":
         params = loading.scratch(model, config.seed)
     elif config.init != "base":

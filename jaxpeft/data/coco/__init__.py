@@ -28,7 +28,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from jaxpeft.data.base import Split
 from jaxpeft.data.coco.prepared import Prepared
-from jaxpeft.data.folder import stored_row
+from jaxpeft.data.folder.prepared import stored_row
 from jaxpeft.data.mapped import rows_of
 from jaxpeft.inputs import images
 

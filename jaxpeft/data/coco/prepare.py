@@ -15,7 +15,6 @@ import argparse
 import collections
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -267,8 +266,8 @@ def _check_images(kind, splits, images, on_error) -> None:
         )
 
 
-def main(argv=None) -> int:
-    """Run the command line -> exit status. An error is printed as one message."""
+def main(argv=None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="jaxpeft prepare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("name", choices=("coco_captions", "vqav2"))
@@ -280,16 +279,8 @@ def main(argv=None) -> int:
     parser.add_argument("--any-size", action="store_true", help="accept sizes that differ from the published ones")
     parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="for undecodable images")
     args = parser.parse_args(argv)
-    try:
-        out = prepare(
-            args.name, args.root, args.out, visual_genome=args.visual_genome, test=not args.no_test, workers=args.workers,
-            check_sizes=not args.any_size, on_error=args.on_error, log=lambda text: print(text, flush=True),
-        )  # fmt: skip
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to resume", file=sys.stderr)
-        return 130
+    out = prepare(
+        args.name, args.root, args.out, visual_genome=args.visual_genome, test=not args.no_test, workers=args.workers,
+        check_sizes=not args.any_size, on_error=args.on_error, log=lambda text: print(text, flush=True),
+    )  # fmt: skip
     print(f"to use it: --config.data.name={args.name} --config.data.data_dir={out}")
-    return 0

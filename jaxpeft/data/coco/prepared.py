@@ -20,7 +20,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, splits, writer
 
-from jaxpeft.data.folder import Info
+from jaxpeft.data.folder.prepared import Info
 from jaxpeft.inputs import images
 from jaxpeft.runtime import host
 
