@@ -7,7 +7,8 @@ If the base is not a Hugging Face checkpoint ('tiny'), or words were added to it
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+import string
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jaxpeft import interchange
@@ -39,72 +40,55 @@ def model_card(
     kind: str = "",
     notes: Sequence[str] = (),
 ) -> str:
-    """The model card (README.md) of a finished run, from its files (`finished.read`): data, method, counts, and scores with how
-    they were made; also `code` that uses the files in `out`, and `notes`. `kind`: the model's type, as a tag."""
-    task, counts, data, model = result["task"], result["counts"], config["data"], result["model"]
-    base = model["report"]["source"] if model.get("report", {}).get("revision") else Path(model["base"]).name
+    """The model card (README.md) of a finished run: data, method, counts, and scores with how they were made; also `code` that
+    uses the files in `out`, and `notes`. `kind`: the model's type, as a tag."""
+    data, model, task = config["data"], result["model"], result["task"]
     method = result["method"] + (f", size {result['size']}" if result["size"] else "")
     method += "" if result["head"] == "none" else f", with the decoder head ({result['head']})"
+    method += "" if model["init"] == "base" else f"; initialised from '{model['init']}'"
     source = Path(data["root"]).name if data.get("root") else data["name"]
     scores = {name: one for name, one in result["metrics"].items() if one.get("scored", True)}
-    optim, seeds = config["optim"], result["seeds"]
-    header = [
-        "---",
-        f"library_name: {'peft' if adapter else 'transformers'}",
-        f"pipeline_tag: {LABELS[asks]}",
-        f"base_model: {base}",
-        f"tags: [{', '.join(filter(None, (kind, 'jaxpeft', result['method'])))}]",
-        "---",
-    ]
-    lines = [
-        f"# {task} with {base}, tuned on {source}",
-        "",
-        f"Tuned with jaxpeft {result['versions']['jaxpeft']}: {method}"
-        + (f"; initialised from '{model['init']}'" if model["init"] != "base" else ""),
-        "",
-        "| | |",
-        "|---|---|",
-        f"| parameters tuned | {counts['tuned']:,} of {counts['total']:,} ({100 * counts['tuned'] / counts['total']:.2f} %) |",
-        f"| training images | {result['n_train_images']:,}, from {source}"
-        + (f" ({100 * result['fraction']:g} %)" if result["fraction"] != 1 else "")
-        + " |",
-        *([f"| step kept | {kept['kept_step']:,}, by validation loss |"] if (kept := result.get("validation")) else []),
-        f"| steps x batch | {result['timing']['steps']:,} x {config['batch_size']} |",
-        f"| learning rate | {optim['lr']:g}, {optim['schedule']}, weight decay {optim['weight_decay']:g} |",
-        f"| image size | {config['model']['image_size'] or 'that of the base'} |",
-        f"| seeds | {seeds['seed']}, subset {seeds['subset']} |",
-    ]
+    tokenizers = [one["tuned"]["tokenizer"] for one in scores.values() if "tokenizer" in one["tuned"]]
+    of = TOKENIZERS[tokenizers[0] if tokenizers else "approximate"]
+    return string.Template(Path(__file__).with_name("model_card.md").read_text("utf-8")).substitute(
+        library="peft" if adapter else "transformers",
+        tag=LABELS[asks],
+        base=model["report"]["source"] if model.get("report", {}).get("revision") else Path(model["base"]).name,
+        tags=", ".join(filter(None, (kind, "jaxpeft", result["method"]))),
+        task=task,
+        source=source,
+        version=result["versions"]["jaxpeft"],
+        method=method,
+        facts="\n".join(f"| {name} | {value} |" for name, value in _facts(config, result, source)),
+        scores="".join(f"{line}\n" for line in _scores(scores)),
+        tokens=f" Captions were tokenised by {of}." if task == "captioning" else "",
+        code="\n".join(code),
+        out=out,
+        notes="".join(f"{note}\n\n" for note in notes),
+    )
+
+
+def _facts(config: dict, result: dict, source: str) -> Iterator[tuple[str, object]]:
+    """The rows of the table of a card."""
+    counts, optim, seeds, model = result["counts"], config["optim"], result["seeds"], result["model"]
+    yield (
+        "parameters tuned",
+        f"{counts['tuned']:,} of {counts['total']:,} ({100 * counts['tuned'] / counts['total']:.2f} %)",
+    )
+    share = f" ({100 * result['fraction']:g} %)" if result["fraction"] != 1 else ""
+    yield "training images", f"{result['n_train_images']:,}, from {source}{share}"
+    if kept := result.get("validation"):
+        yield "step kept", f"{kept['kept_step']:,}, by validation loss"
+    yield "steps x batch", f"{result['timing']['steps']:,} x {config['batch_size']}"
+    yield "learning rate", f"{optim['lr']:g}, {optim['schedule']}, weight decay {optim['weight_decay']:g}"
+    yield "image size", config["model"]["image_size"] or "that of the base"
+    yield "seeds", f"{seeds['seed']}, subset {seeds['subset']}"
     if dropped := {key: n for key, n in result["data_report"].items() if isinstance(n, int)}:
-        lines.append(f"| left out of the data | {', '.join(f'{n} {key}' for key, n in dropped.items())} |")
+        yield "left out of the data", ", ".join(f"{n} {key}" for key, n in dropped.items())
     if model["new_words"]:
-        lines.append(f"| words added | {len(model['new_words'])} |")
+        yield "words added", len(model["new_words"])
     if "command" in result:
-        lines.append(f"| command | `{result['command']}` |")
-    lines += ["", "## Scores", "", *_scores(scores)]
-    tokenizers = {one["tuned"]["tokenizer"] for one in scores.values() if "tokenizer" in one["tuned"]} or {
-        "approximate"
-    }
-    how = f" Captions were tokenised by {TOKENIZERS[tokenizers.pop()]}." if task == "captioning" else ""
-    lines += [
-        f"Blind rows do not use the image.{how} One run with one seed: the variation between seeds is unknown.",
-        "",
-        "## Use",
-        "",
-        "```python",
-        *code,
-        "```",
-        "",
-        f"`{out}` is the directory that these files were written to; `picture.jpg` stands for your image.",
-        "",
-    ]
-    for note in notes:
-        lines += [note, ""]
-    lines += [
-        "The licences of the base model and of the images apply; they are not listed here. "
-        "Not evaluated for any use beyond the scores above.",
-        "",
-    ]
-    return "\n".join(header + lines)
+        yield "command", f"`{result['command']}`"
 
 
 def _scores(metrics: dict[str, dict]) -> list[str]:
