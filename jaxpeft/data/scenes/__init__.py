@@ -90,7 +90,7 @@ def load(config, splits):
 
 @functools.lru_cache(maxsize=4)
 def _records(split, size, seed):
-    """The rows 0..size-1, cached: a study's process loads the same splits for every run, and 16,384 rows take 10 s."""
+    """The rows 0..size-1, cached: a study's process loads the same splits for every run, and 16,384 rows take 6 s."""
     return [record(split, index, seed) for index in range(size)]
 
 

@@ -103,6 +103,7 @@ def shuffled(rng, items):
     return [items[i] for i in np.argsort(rng.random(len(items)), kind="stable")]
 
 
+@functools.lru_cache(maxsize=16)  # captions and questions of a row have the same scene
 def scene(split, index, seed=0):
     """The Scene of (split, index, seed). Held-out pairs occur in 'test_comp' only, and there in every scene."""
     rng = stream(split, index, seed, "objects")
