@@ -42,6 +42,7 @@ def root(tmp_path_factory):
 def config(root, base, tmp_path, **changes):
     c = folder.get_config(f"root={root},annotations=captions.csv,base={base},steps=2,size=2")
     c.data.data_dir, c.optim.schedule, c.eval.base, c.eval.text_only = str(tmp_path / "copy"), "cosine", False, False
+    c.eval.gallery = False
     c.update_from_flattened_dict(changes)
     return c
 
