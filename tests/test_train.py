@@ -281,7 +281,7 @@ def test_a_mistake_leaves_nothing_that_blocks_the_corrected_rerun(base, tmp_path
 @pytest.mark.slow
 def test_cached_features_equal_encoding_every_step(base, tmp_path):
     """In memory and from disk: a subset reads its rows from the whole split's table, and a second run finds the table there."""
-    options = {"data.n_images": 7, "eval.gallery": False}
+    options = {"data.n_images": 7, "eval.gallery": False, "optim.lr": 0.5}
     plain = run.run(config_of(base, **options, **{"data.feature_bytes": 0}), tmp_path / "plain", quiet)
     cached = run.run(config_of(base, **options), tmp_path / "cached", quiet)
     shared = run.run(config_of(base, **options), tmp_path / "shared", quiet, tmp_path / "features")
