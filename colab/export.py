@@ -78,6 +78,8 @@ print("PyTorch, transformers and peft are here:", TORCH)
 n_train, n_test, steps = (64, 8, 4) if TINY else (2048, 64, 600)
 config = read_config(f"quickstart:task=captioning,steps={steps}")
 config.data.n_train, config.data.n_test, config.eval.gallery = n_train, n_test, False
+if TINY:
+    config.task_options.max_new_tokens = 5
 workdir = Path("runs/export")
 result = jp.run(config, workdir)
 

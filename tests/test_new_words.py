@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -42,27 +43,35 @@ def root(tmp_path_factory):
 def config(root, base, tmp_path, **changes):
     c = folder.get_config(f"root={root},annotations=captions.csv,base={base},steps=2,size=2")
     c.data.data_dir, c.optim.schedule, c.eval.base, c.eval.text_only = str(tmp_path / "copy"), "cosine", False, False
+    c.eval.gallery = False
     c.update_from_flattened_dict(changes)
     return c
 
 
+@pytest.fixture(scope="module")
+def ran(root, base, tmp_path_factory):
+    """(result, what was said, directory) of a run."""
+    home, said = tmp_path_factory.mktemp("ran"), []
+    return jp.run(config(root, base, home), home / "run", said.append), said, home / "run"
+
+
 @pytest.mark.slow
-def test_counts_budgets_and_files_hold_the_new_rows_and_no_others(root, base, tmp_path):
-    c, said = config(root, base, tmp_path), []
-    result = jp.run(c, tmp_path / "run", said.append)
+def test_counts_budgets_and_files_hold_the_new_rows_and_no_others(root, base, ran, tmp_path):
+    result, said, workdir = ran
+    c = config(root, base, tmp_path)
     assert result["model"]["new_words"] == ["snorkwobble", EMOJI]
     assert "vocabulary: 2 words are added to the base; their rows are initialised randomly and trained" in said
     width = tiny.CONFIG["text_width"]
     alone = budget.abstract_counts(setup.abstract_model(c), jp.LoRA(rank=2))
     expected = {key: alone[key] + 2 * (width + 1) for key in ("tuned", "stored")}  # a row and a bias each
     assert {key: result["counts"][key] for key in expected} == expected
-    stored = load_file(tmp_path / "run" / "tuned" / "tuned.safetensors")
+    stored = load_file(workdir / "tuned" / "tuned.safetensors")
     assert sum(x.size for x in stored.values()) == expected["stored"]
     rows = {name: x.shape for name, x in stored.items() if name.startswith("params/")}
     assert rows == {"params/text_decoder/embed/new_word": (2, width), "params/text_decoder/head/new_bias": (2,)}
     # and before anything is trained
     assert f"{expected['tuned']:,} tuned, {expected['stored']:,} stored" in preflight.report(c)
-    model, variables, methods, _ = jp.load_run(tmp_path / "run")
+    model, variables, methods, _ = jp.load_run(workdir)
     assert methods[1:] == sites.resolved(model, NewWords()) and model.config.new_words == 2
     original = loading.load(base, task="captioning")[1]
     assert jnp.array_equal(
@@ -126,28 +135,32 @@ def test_rows_of_their_own_compute_what_one_matrix_computes():
 
 def test_spare_rows_of_a_matrix_are_no_rows_of_new_words():
     """A matrix may have more rows than its tokenizer has words; a new word's id must not fall on one, which is frozen."""
-    model, params = tiny.model(False, vocab_size=len(tiny.TOKENIZER) + 3), dict(tiny.params(False))
-    params = jax.jit(lambda: model.init(jax.random.key(0), model.example()))()["params"]
+    size = len(tiny.TOKENIZER) + 3
+    model, params = tiny.model(False, vocab_size=size), tiny.params(False, vocab_size=size)
     wider, more, _ = loading.extend_vocabulary(model, params, ["zebra"], seed=0)
     assert wider.config.vocab_size == len(tiny.TOKENIZER) + 1 and wider.config.new_words == 1
     assert more["text_decoder"]["embed"]["word"].shape[0] == len(tiny.TOKENIZER)
     assert wider.tokenizer.ids["zebra"] == len(tiny.TOKENIZER)
 
 
-@pytest.mark.slow
 def test_full_tuning_trains_the_new_rows_with_the_rest(root, base, tmp_path):
     c = config(root, base, tmp_path, **{"head": "none"})
     c.method = {"name": "full"}
-    jp.run(c, tmp_path / "run", lambda *_: None)
-    _, _, methods, _ = jp.load_run(tmp_path / "run")
+    train = data.load(c.data, ["train"])["train"]
+    model, params, chosen, _ = setup.setup_model(c, tasks.build("captioning"), train, lambda *_: None)
+    assert chosen == (jp.Full(),) and model.config.new_words == 2
+    variables = sites.attach(model, params, chosen, jax.random.key(0))
+    mask = tree.flatten(sites.trainable(variables))
+    assert all(mask[f"params/text_decoder/{name}"] for name in ("embed/new_word", "head/new_bias"))
+    jp.save_tuned(model, variables, tmp_path / "tuned")
+    _, methods = jp.load_tuned(model, params, tmp_path / "tuned")
     assert [one.name for one in methods] == ["full"]
 
 
 @pytest.mark.slow
-def test_a_run_that_kept_the_whole_embedding_still_loads(root, base, tmp_path):
+def test_a_run_that_kept_the_whole_embedding_still_loads(ran, tmp_path):
     """As version 0.1 wrote it: one matrix, trained whole by 'selective'."""
-    c = config(root, base, tmp_path)
-    jp.run(c, tmp_path / "run", lambda *_: None)
+    shutil.copytree(ran[2], tmp_path / "run")
     model, variables, _, task = jp.load_run(tmp_path / "run")
     whole, params = loading.joined(model, variables["params"])
     selective = Selective(leaves=r"^params/text_.*/(embed/word|head/bias|head/vocabulary/kernel)$")

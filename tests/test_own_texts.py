@@ -2,10 +2,10 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 from tiny import config_of
 
@@ -45,10 +45,11 @@ def root(tmp_path_factory):
 def config(root, base, tmp_path, task="vqa", **changes):
     """A short run that memorises three colours."""
     file = {"vqa": "qa", "captioning": "captions"}[task]
-    c = folder.get_config(f"root={root},annotations={file}.csv,task={task},base={base},steps=60")
+    c = folder.get_config(f"root={root},annotations={file}.csv,task={task},base={base},steps=40")
     c.data.data_dir, c.data.val_fraction, c.data.test_fraction = str(tmp_path / "copy"), 0.0, 0.3
     c.optim.lr, c.batch_size, c.eval.batch_size, c.eval.base = 5e-3, 16, 8, False
     c.optim.schedule = "cosine"  # all steps and no validation
+    c.eval.gallery = False
     c.update_from_flattened_dict(changes)
     return c
 
@@ -58,45 +59,55 @@ def before_training(said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inference", ["generate", "rank"])
-def test_a_right_answer_of_own_data_scores_one(root, tmp_path, inference):
-    said = []
-    c = config(root, "tiny", tmp_path, **{"task_options.inference": inference})
-    with tiny.optimized():
-        result = jp.run(c, tmp_path / "run", said.append)
+def test_a_right_answer_of_own_data_scores_one(root, tmp_path):
+    """Generated, and chosen from a list; the second run has the state of the first and does not train."""
+    said = {"generate": [], "rank": []}
+    for inference, lines in said.items():
+        c = config(root, "tiny", tmp_path, **{"task_options.inference": inference})
+        result = jp.run(c, tmp_path / "run", lines.append, accept_changes=inference == "rank")
+        check_right_answers(result, tmp_path / "run")
+    assert any("perfect writer 1.000 (0 of" in line for line in before_training(said["generate"]))
+    assert "resumed from step 40" in said["rank"]
+
+
+def check_right_answers(result, workdir):
     test = result["metrics"]["test"]
     assert test["tuned"]["nll"] < 0.2 and test["tuned"]["accuracy"] == 1.0 and test["tuned"]["variant"] == "basic"
     assert test["perfect_writer"]["accuracy"] == 1.0 and test["perfect_writer"]["out_of_reach"] == 0
     # 'caf\u00e9 3.5' is four words: with [SEP] five
     assert result["task_options"]["max_new_tokens"] == 5 and result["texts"]["train"]["max_new_tokens"]["cut"] == 0
-    assert any("perfect writer 1.000 (0 of" in line for line in before_training(said))
     table = results.table(result)
     assert (
         table.splitlines()[1].split() == ["accuracy", "nll"] and "perfect writer" in table
     )  # no column without a heading
-    _, _, _, task = jp.load_run(tmp_path / "run")
+    _, _, _, task = jp.load_run(workdir)
     assert (task.max_new_tokens, task.max_question) == (5, result["task_options"]["max_question"])
 
 
 @pytest.mark.slow
 def test_captions_of_own_data_reach_ten(root, tmp_path):
-    with tiny.optimized():
-        result = jp.run(config(root, "tiny", tmp_path, "captioning"), tmp_path / "run", lambda _: None)
+    result = jp.run(config(root, "tiny", tmp_path, "captioning"), tmp_path / "run", lambda _: None)
     test = result["metrics"]["test"]
     assert test["perfect_writer"]["cider_d"] == pytest.approx(10) and test["perfect_writer"]["out_of_reach"] == 0
     assert test["tuned"]["cider_d"] == pytest.approx(10) and test["tuned"]["tokenizer"] == "basic"
 
 
-@pytest.mark.slow
-def test_a_low_ceiling_and_cuts_are_said_before_training(root, base, tmp_path):
+@pytest.fixture(scope="module")
+def hindered(root, base, tmp_path_factory):
+    """(result, what was said, directory) of a run of one step whose limits and vocabulary are too small."""
     changes = {
         "model.extend_vocabulary": False,
         "steps": 1,
         "task_options.max_new_tokens": 3,
         "task_options.max_question": 4,
     }
-    said = []
-    result = jp.run(config(root, base, tmp_path, **changes), tmp_path / "run", said.append)
+    home, said = tmp_path_factory.mktemp("hindered"), []
+    return jp.run(config(root, base, home, **changes), home / "run", said.append), said, home / "run"
+
+
+@pytest.mark.slow
+def test_a_low_ceiling_and_cuts_are_said_before_training(hindered):
+    result, said, _ = hindered
     writer, first = result["metrics"]["test"]["perfect_writer"], before_training(said)
     assert 0 < writer["out_of_reach"] <= writer["truths"] and writer["accuracy"] < writer["unhindered"] == 1
     assert any("warning: test: the right texts as this base can write them have" in x and "becomes" in x for x in first)
@@ -106,14 +117,24 @@ def test_a_low_ceiling_and_cuts_are_said_before_training(root, base, tmp_path):
     assert result["texts"]["test"]["max_question"]["cut"] > 0 and result["model"]["unknown_words"] > 0
 
 
-@pytest.mark.slow
+def counted(c):
+    """(training images, rows to score by split), as a run finds them before it trains."""
+    task = tasks.build(c.task, **c.task_options)
+    splits, _ = setup.load_splits(c, task, lambda _: None)
+    n_rows, template = {}, task.template(setup.abstract_model(c))
+    for name in c.eval.splits:
+        cases = task.eval_examples(splits[name], template)
+        tasks.check_ids(cases, task.id_key, name)
+        n_rows[name] = len(cases.rows)
+    return len(splits["train"].rows), n_rows
+
+
 def test_a_file_for_each_split(root, base, tmp_path):
     c = folder.get_config(f"root={root},train=train.csv,test=test.csv,task=vqa,base={base},steps=1")
     c.data.data_dir = str(tmp_path / "copy")
-    result = jp.run(c, tmp_path / "run", lambda _: None)
-    assert (result["n_train_images"], result["metrics"]["test"]["n"]) == (22, 12)  # two of train are for validation
+    assert counted(c) == (22, {"test": 12})  # two of train are for validation
     c.optim.schedule = "cosine"
-    assert jp.run(c, tmp_path / "all", lambda _: None)["n_train_images"] == 24  # no validation, so all train
+    assert counted(c) == (24, {"test": 12})  # no validation, so all train
     for arg, message in (
         (f"root={root},test=test.csv", "files for test but none for train"),
         (f"root={root},annotations=qa.csv,train=train.csv", "give either annotations=FILE or one file per split"),
@@ -122,7 +143,6 @@ def test_a_file_for_each_split(root, base, tmp_path):
             folder.get_config(arg)
 
 
-@pytest.mark.slow
 def test_two_files_of_one_split_may_both_begin_at_one(root, base, tmp_path):
     """COCO files for val and validation, which are one split: both have images 1, 2, ..."""
     files = {}
@@ -133,8 +153,7 @@ def test_two_files_of_one_split_may_both_begin_at_one(root, base, tmp_path):
         files[name] = str(tmp_path / f"{name}.json")
     c = folder.get_config(f"root={root},annotations=x,base={base},steps=1")
     c.data.annotations, c.data.data_dir, c.eval.splits = files, str(tmp_path / "copy"), ("val",)
-    result = jp.run(c, tmp_path / "run", lambda _: None)
-    assert result["metrics"]["val"]["n"] == 24 == len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines())
+    assert counted(c) == (12, {"val": 24})
 
 
 def test_ids_that_repeat_are_said_before_training(base, tmp_path, monkeypatch):
@@ -164,8 +183,8 @@ def test_every_option_of_a_task_can_be_set_on_the_command_line(make):
 
 
 @pytest.mark.slow
-def test_a_run_of_version_0_1_is_loaded_with_the_limits_it_had(root, base, tmp_path):
-    jp.run(config(root, base, tmp_path, **{"steps": 1}), tmp_path / "run", lambda _: None)
+def test_a_run_of_version_0_1_is_loaded_with_the_limits_it_had(hindered, tmp_path):
+    shutil.copytree(hindered[2], tmp_path / "run")
     result, written = tmp_path / "run" / "result.json", json.loads((tmp_path / "run" / "config.json").read_text())
     value = json.loads(result.read_text())
     del value["task_options"]
@@ -190,9 +209,8 @@ def test_galleries_of_any_number_and_text_do_not_warn(tmp_path, n, shape):
         assert picture.width < 2000 and picture.height < 2000
 
 
-@pytest.mark.slow
 def test_preparing_data_writes_no_control_characters_into_a_log(root, base, tmp_path, capfd):
-    jp.run(config(root, base, tmp_path, **{"steps": 1}), tmp_path / "run", print)
+    setup.load_splits(config(root, base, tmp_path), tasks.build("vqa"), print)
     out, err = capfd.readouterr()
     assert "\x1b" not in out + err and "Generating" not in err and "Shuffling" not in err
 

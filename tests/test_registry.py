@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import jaxpeft as jp
-from jaxpeft import interchange, methods, metrics, tasks
+from jaxpeft import cli, interchange, methods, metrics, tasks
 from jaxpeft.data import DATASETS
 from jaxpeft.methods import METHODS, LoRA
 from jaxpeft.runtime import registry
@@ -52,8 +52,6 @@ def home(tmp_path_factory):
     (home / "mine.py").write_text(CONFIG)
     Image.fromarray(np.full((20, 30, 3), (30, 30, 220), np.uint8)).save(home / "blue.png")
     command = [ROOT / "main.py", "--config=mine.py", "--workdir=run"]
-    status, said = shell(*command, cwd=home)
-    assert status == 1 and "error: unknown task 'shout'" in said and "--imports=MODULE" in said
     status, said = shell(*command, "--imports=my_things", cwd=home)
     assert status == 0, said
     return home, said
@@ -72,6 +70,16 @@ def test_a_run_uses_all_of_it_and_says_where_it_came_from(home, monkeypatch):
     monkeypatch.setattr(registry, "digests", {"my_things": module})
     assert result["code"] == results.code()  # the package's and the module's
     assert result["counts"]["tuned"] == result["counts"]["stored"] == 3 * 128 + 129  # three layers; a word
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads configs so
+def test_a_config_that_uses_the_module_without_importing_it_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", "--config=mine.py", "--workdir=run"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and "error: unknown task 'shout'" in said and "--imports=MODULE" in said
 
 
 @pytest.mark.slow
