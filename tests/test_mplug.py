@@ -43,6 +43,16 @@ def params():
     return convert.nested({name: x + (name.endswith("scale")) for name, x in drawn.items()})
 
 
+# Without the last of its three runs of fusion layers, each of which takes time to compile
+SHORT = MODEL.replaced(fusion_layers=3)
+
+
+@functools.cache
+def short_params():
+    fusion = {name: x for name, x in params()["text_fusion"].items() if name != "cross2"}
+    return params() | {"text_fusion": fusion}
+
+
 # ------------------------------------------------------------------------------------------- files
 @pytest.fixture
 def stored():
