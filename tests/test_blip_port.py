@@ -380,14 +380,13 @@ def test_methods_on_an_untied_head(copy):
     path, _ = untied(copy)
     model, params = jp.load(path)
     batch = {"image": np.zeros((1, 40, 40, 3), np.uint8), "tokens": np.full((1, 1, 3), 7, np.int32)}
+    apply = jax.jit(model.apply)
     for method in (jp.LoRA(targets="head/vocabulary$", rank=2), jp.Head(matrix="untied")):
         variables = jp.attach(model, params, method, jax.random.key(0))
         mask = jp.trainable(variables)
         moved = jax.tree.map(lambda x, on: x + 0.1 * on, variables, mask)
         merged = jp.merge(model, moved)
-        np.testing.assert_allclose(
-            model.apply({"params": merged}, batch), model.apply(moved, batch), atol=1e-4, rtol=1e-4
-        )
+        np.testing.assert_allclose(apply({"params": merged}, batch), apply(moved, batch), atol=1e-4, rtol=1e-4)
     mask = tree.flatten(jp.trainable(jp.attach(model, params, jp.Head(), jax.random.key(0))))
     assert not mask["params/text_decoder/head/vocabulary/kernel"] and mask["params/text_decoder/head/dense/kernel"]
 
@@ -399,12 +398,14 @@ def test_words_are_added_to_an_untied_head_too():
     decoder = params["text_decoder"] | {"head": params["text_decoder"]["head"] | {"vocabulary": {"kernel": kernel}}}
     wider, more, new = loading.extend_vocabulary(model, params | {"text_decoder": decoder}, ["zebra"], seed=0)
     assert new == ["zebra"] and more["text_decoder"]["head"]["new_matrix"].shape == (1, 12)
-    before = model.apply({"params": params | {"text_decoder": decoder}}, tiny.batch())
-    after = wider.apply({"params": more}, tiny.batch())
+    before, after = (
+        jax.jit(one.apply)({"params": leaves}, tiny.batch())
+        for one, leaves in ((model, params | {"text_decoder": decoder}), (wider, more))
+    )
     np.testing.assert_allclose(after[..., :-1], before, atol=1e-6)
     whole, joined = loading.joined(wider, more)
     assert joined["text_decoder"]["head"]["vocabulary"]["kernel"].shape == (12, len(tiny.TOKENIZER) + 1)
-    np.testing.assert_allclose(whole.apply({"params": joined}, tiny.batch()), after, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(whole.apply)({"params": joined}, tiny.batch()), after, atol=1e-6)
 
 
 @pytest.mark.parametrize("said", [None, 30523])

@@ -93,7 +93,7 @@ def test_identity_then_effect_and_every_leaf_matters(style):
     run = jax.jit(lambda v: bridge.apply(model, v, X))
     assert np.abs(run(moved(variables)) - plain).max() > 1e-2
     tuned, frozen = jp.split(moved(variables), jp.trainable(variables))
-    grads = jax.grad(lambda t: jnp.sum(bridge.apply(model, jp.join(t, frozen), X) ** 2))(tuned)
+    grads = jax.jit(jax.grad(lambda t: jnp.sum(bridge.apply(model, jp.join(t, frozen), X) ** 2)))(tuned)
     assert all(np.any(g != 0) for g in jax.tree.leaves(grads))
     if "scan" in style:
         assert {leaf.shape[0] for leaf in jax.tree.leaves(variables["peft"])} == {L}

@@ -31,9 +31,14 @@ def numbers():
     return dict(np.load(GOLDEN / "peft.npz"))
 
 
-def logits(variables):
+@jax.jit
+def _logits(variables):
     batch = {"image": numbers()["image"], "tokens": numbers()["tokens"]}
-    return np.asarray(base()[0].apply(variables, batch)[:, 0])
+    return base()[0].apply(variables, batch)[:, 0]
+
+
+def logits(variables):
+    return np.asarray(_logits(variables))
 
 
 # ---------------------------------------------------------------- our own files

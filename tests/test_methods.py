@@ -20,9 +20,23 @@ from jaxpeft.methods import METHODS, Head, LoRA, Selective, Site
 from jaxpeft.training import loop
 
 
+@functools.cache
+def without_images():
+    """A batch with the tokens of the base's image tower in place of the images."""
+    batch, variables = tiny.batch(), {"params": tiny.params()}
+    tokens = jax.jit(functools.partial(tiny.model().apply, method="encode_image"))(variables, batch.pop("image"))
+    return batch | {"image_tokens": tokens}
+
+
+def batch_of(variables):
+    """One with images where a method acts in the image tower; others need not wait for its part of every program."""
+    on = [name for name, moves in tree.flatten(jp.trainable(variables)).items() if moves]
+    return tiny.batch() if any("/vision/" in name for name in on) else without_images()
+
+
 @tiny.exact_jit
-def _logits(variables):
-    return tiny.model().apply(variables, tiny.batch())
+def logits_of(variables, batch):
+    return tiny.model().apply(variables, batch)
 
 
 def test_every_method_has_a_row():
@@ -32,7 +46,8 @@ def test_every_method_has_a_row():
 @every_row
 def test_identity_at_init_is_exact_or_known_not_to_be(row):
     variables, _ = attached(row)
-    differs = np.abs(_logits(variables) - _logits({"params": tiny.params()})).max()
+    batch = batch_of(variables)
+    differs = np.abs(logits_of(variables, batch) - logits_of({"params": tiny.params()}, batch)).max()
     assert differs > 1e-3 if row.identity is None else differs <= row.identity
 
 
@@ -57,10 +72,11 @@ def test_every_tuned_leaf_matters(row):
     """Moving any tuned leaf moves some logit: no leaf is created, counted and then ignored."""
     variables, mask = attached(row)
     variables, dead, rng = perturbed(variables), [], np.random.default_rng(5)
-    logits, leaves = _logits(variables), tree.flatten(variables)
+    batch, leaves = batch_of(variables), tree.flatten(variables)
+    logits = logits_of(variables, batch)
     for name in (name for name, on in tree.flatten(mask).items() if on):
         moved = leaves[name] + rng.normal(size=leaves[name].shape).astype(np.float32)
-        if np.abs(_logits(tree.unflatten(variables, {**leaves, name: moved})) - logits).max() < 1e-5:
+        if np.abs(logits_of(tree.unflatten(variables, {**leaves, name: moved}), batch) - logits).max() < 1e-5:
             dead.append(name)
     assert all(UNSEEN.search(name) for name in dead), dead
 
@@ -73,7 +89,7 @@ def test_training_moves_the_tuned_leaves_and_no_others(name):
     tuned, frozen = jp.split(variables, mask)
     tx = optax.sgd(0.1)
     state = loop.TrainState(jnp.int32(0), tuned, tx.init(tuned))
-    state, _ = _steps(state, frozen, tx)
+    state, _ = _steps(state, frozen, tx, batch_of(variables))
     after = tree.flatten(tree.join(state.tuned, frozen))
     moved = {name for name, leaf in tree.flatten(variables).items() if not np.array_equal(leaf, after[name])}
     allowed = {name for name, on in tree.flatten(mask).items() if on}
@@ -81,11 +97,11 @@ def test_training_moves_the_tuned_leaves_and_no_others(name):
     assert all(UNSEEN.search(name) for name in allowed - moved), allowed - moved
 
 
-def _steps(state, frozen, tx):
+def _steps(state, frozen, tx, batch):
     step = functools.partial(
         loop.train_step, loss=functools.partial(tasks.build("vqa").loss, tiny.model()), tx=tx, grad_accum=1
     )
-    return jax.jit(step)(state, frozen, tiny.batch())
+    return jax.jit(step)(state, frozen, batch)
 
 
 @every_row
@@ -95,10 +111,13 @@ def test_merge_equals_unmerged_or_is_refused(row):
         with pytest.raises(ValueError, match=row.refused):
             jp.merge(tiny.model(), variables)
         return
-    merged = jp.merge(tiny.model(), variables)
-    np.testing.assert_allclose(_logits({"params": merged}), _logits(variables), atol=1e-5, rtol=1e-4)
+    merged, batch = jp.merge(tiny.model(), variables), batch_of(variables)
+    if "image" not in batch:
+        assert tree.digest(merged["vision"]) == tree.digest(tiny.params()["vision"])
+    logits = logits_of(variables, batch)
+    np.testing.assert_allclose(logits_of({"params": merged}, batch), logits, atol=1e-5, rtol=1e-4)
     if "peft" in variables and jax.tree.leaves(variables["peft"]):  # and the method did something
-        assert np.abs(_logits(variables) - _logits({"params": tiny.params()})).max() > 1e-3
+        assert np.abs(logits - logits_of({"params": tiny.params()}, batch)).max() > 1e-3
 
 
 @every_row

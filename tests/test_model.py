@@ -1,5 +1,6 @@
 """Properties of the ported model that no golden number states: causality, masks, folding, scanning, remat."""
 
+import functools
 import re
 
 import jax
@@ -19,7 +20,13 @@ BATCH = tiny.batch(3, n_texts=2)
 
 
 def _context():
-    return tiny.model().apply(VARIABLES, {name: BATCH[name] for name in ("image", "prompt")}, method="context")
+    batch = {name: BATCH[name] for name in ("image", "prompt")}
+    return jax.jit(functools.partial(tiny.model().apply, method="context"))(VARIABLES, batch)
+
+
+@functools.cache
+def logits(**overrides):
+    return jax.jit(tiny.model(**overrides).apply)(VARIABLES, BATCH)
 
 
 def _rows(context, change):
@@ -38,9 +45,9 @@ def test_decoder_is_causal_and_looks_at_everything_before():
         logits = model.apply({"params": params}, tokens, context, method="score")
         return jnp.sum(logits[0, t] * jnp.cos(jnp.arange(logits.shape[-1])) * (jnp.arange(logits.shape[-1]) > 10))
 
-    word_VD = VARIABLES["params"]["text_decoder"]["embed"]["word"]
+    word_VD, gradient = VARIABLES["params"]["text_decoder"]["embed"]["word"], jax.jit(jax.grad(loss))
     for t in range(4):
-        grad = np.abs(jax.grad(loss)(word_VD, t)).max(axis=1)[tokens[0]]
+        grad = np.abs(gradient(word_VD, t)).max(axis=1)[tokens[0]]
         assert np.all(grad[: t + 1] > 1e-6) and np.all(grad[t + 1 :] == 0)
 
 
@@ -49,11 +56,12 @@ def test_padded_question_words_do_not_matter():
     junk = BATCH | {"prompt": BATCH["prompt"].copy()}
     mask_BT = jnp.asarray(BATCH["prompt"] != 0)
     junk["prompt"][0, 3:] = 9
-    image_BPD = model.apply(VARIABLES, BATCH["image"], method="encode_image")
-    states = [model.apply(VARIABLES, image_BPD, b["prompt"], mask_BT, method="encode_question") for b in (BATCH, junk)]
+    apply = jax.jit(model.apply, static_argnames="method")
+    image_BPD = apply(VARIABLES, BATCH["image"], method="encode_image")
+    states = [apply(VARIABLES, image_BPD, b["prompt"], mask_BT, method="encode_question") for b in (BATCH, junk)]
     np.testing.assert_array_equal(states[0][0, :3], states[1][0, :3])
     logits = [
-        model.apply(VARIABLES, b["tokens"][0], Context(s[:1], mask_BT[:1], jnp.zeros(1, jnp.int32)), method="score")
+        apply(VARIABLES, b["tokens"][0], Context(s[:1], mask_BT[:1], jnp.zeros(1, jnp.int32)), method="score")
         for b, s in zip((BATCH, junk), states, strict=True)
     ]
     np.testing.assert_array_equal(*logits)
@@ -64,24 +72,37 @@ def test_texts_of_one_picture_equal_texts_of_its_copies():
     """Folding A texts into the queries of one context is the same as repeating the context."""
     model, context = tiny.model(), _context()
     tokens = BATCH["tokens"].reshape(6, -1)
-    folded = model.apply(VARIABLES, tokens, context, method="score")
-    repeated = model.apply(VARIABLES, tokens, _rows(context, lambda x: jnp.repeat(x, 2, 0)), method="score")
+    score = jax.jit(functools.partial(model.apply, method="score"))
+    folded = score(VARIABLES, tokens, context)
+    repeated = score(VARIABLES, tokens, _rows(context, lambda x: jnp.repeat(x, 2, 0)))
     np.testing.assert_allclose(folded, repeated, atol=1e-5)
+
+
+def results(model):
+    """Logits, and gradients of the sum of their squares."""
+
+    def loss(params):
+        logits = model.apply({"params": params}, BATCH)
+        return jnp.sum(logits**2), logits
+
+    (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(VARIABLES["params"])
+    return logits, tree.flatten(grads)
+
+
+@functools.cache
+def scanned():
+    assert stack.UNROLLED == 0  # conftest
+    return results(tiny.model())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["unrolled", "remat"])
 def test_unrolled_layers_and_remat_change_nothing(change, monkeypatch):
-    def results(model):
-        loss = jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, BATCH) ** 2)))
-        return model.apply(VARIABLES, BATCH), tree.flatten(loss(VARIABLES["params"]))
-
-    assert stack.UNROLLED == 0  # conftest
-    logits, grads = results(tiny.model())
+    plain, grads = scanned()
     if change == "unrolled":
         monkeypatch.setattr(stack, "UNROLLED", 4)
     changed, changed_grads = results(tiny.model(remat="full" if change == "remat" else "none"))
-    np.testing.assert_allclose(changed, logits, atol=1e-6)
+    np.testing.assert_allclose(changed, plain, atol=1e-6)
     for name, leaf in grads.items():
         np.testing.assert_allclose(changed_grads[name], leaf, rtol=1e-4, atol=1e-4, err_msg=name)
 
@@ -134,15 +155,14 @@ def test_uint8_pictures_are_normalised_as_blip_does():
 @pytest.mark.slow
 def test_dropout_needs_an_rng():
     model = tiny.model(dropout=0.5)
-    np.testing.assert_array_equal(model.apply(VARIABLES, BATCH), tiny.model().apply(VARIABLES, BATCH))
-    dropped = model.apply(VARIABLES, BATCH, rngs={"dropout": jax.random.key(0)})
-    assert np.abs(dropped - model.apply(VARIABLES, BATCH)).max() > 1e-2
+    np.testing.assert_array_equal(logits(dropout=0.5), logits())
+    dropped = jax.jit(model.apply)(VARIABLES, BATCH, rngs={"dropout": jax.random.key(0)})
+    assert np.abs(dropped - logits()).max() > 1e-2
 
 
 @pytest.mark.slow
 def test_bfloat16_is_close_and_logits_stay_float32():
-    half = tiny.model(dtype="bfloat16").apply(VARIABLES, BATCH)
-    full = tiny.model().apply(VARIABLES, BATCH)
+    half, full = logits(dtype="bfloat16"), logits()
     assert half.dtype == jnp.float32
     error = np.abs(half - full)
     assert 1e-5 < error.max() < 0.15 * np.std(full) * 4

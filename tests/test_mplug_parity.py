@@ -175,9 +175,10 @@ def test_gradients(kind, task):
 
 
 @pytest.mark.slow
-@every_kind
 @TASKS
-@pytest.mark.parametrize(("beams", "least", "most"), [(1, 0, 6), (3, 1, 8), (5, 4, 9)])
+@pytest.mark.parametrize(
+    ("kind", "beams", "least", "most"), [("base", 1, 0, 6), ("base", 3, 1, 8), ("base", 5, 4, 9), ("large", 5, 4, 9)]
+)
 def test_the_beam_search_of_the_release(kind, task, beams, least, most):
     model, params, golden = loaded(kind, task)
     search = decode.Search(

@@ -87,14 +87,14 @@ def test_sharing_ties_all_but_self_attention():
         image_BPD = tiny.model().apply(variables, batch["image"], method="encode_image")
         return jnp.sum(tiny.model().apply(variables, image_BPD, batch["prompt"], method="encode_question") ** 3)
 
-    grads = {name: bool(np.any(g != 0)) for name, g in tree.flatten(jax.grad(loss)(params)).items()}
+    grads = {name: bool(np.any(g != 0)) for name, g in tree.flatten(jax.jit(jax.grad(loss))(params)).items()}
     assert grads["text_decoder/blocks/cross_attention/value/kernel"] and grads["text_decoder/embed/word"]
     assert not grads["text_decoder/blocks/self_attention/value/kernel"] and not grads["text_decoder/head/dense/kernel"]
     assert grads["text_encoder/blocks/self_attention/value/kernel"]
 
 
 @pytest.mark.slow
-def test_the_same_command_gives_the_same_checkpoint(tmp_path):
+def test_the_same_command_gives_the_same_checkpoint(tmp_path, monkeypatch):
     """Two runs of all three stages, a few steps each, from the config file; also loads as a base."""
     digests = []
     for name in ("one", "two"):
@@ -102,7 +102,8 @@ def test_the_same_command_gives_the_same_checkpoint(tmp_path):
         c.batch_size, c.n_heldout, c.log_every = 8, 4, 1
         c.architecture.vision_layers = c.architecture.text_layers = 1
         facts = pretrain.run(c, tmp_path / name, lambda *_: None)
-        assert set(facts["scores"]) == {"human", "web", "clean"}
+        assert set(facts["scores"]) == ({"human", "web", "clean"} if name == "one" else set())
+        monkeypatch.setattr(pretrain, "zero_shot", lambda *_: {})  # once is enough
         _, params, report = loading.read(tmp_path / name / "checkpoint")
         digests.append((report["digest"], tree.digest(params)))
     assert digests[0] == digests[1]
@@ -152,8 +153,9 @@ def test_the_stage_of_questions_trains_encoder_and_decoder_on_answers():
     }
     assert len(answers) == 12 and set(answers) <= asked
     loss = lambda p, batch: pretrain_blip.Pretraining(stage="qa").loss(model, {"params": p}, batch, {})[0]  # noqa: E731
-    value, grads = jax.jit(jax.value_and_grad(loss))(params, batch)
-    assert loss(params, batch | {"targets": batch["targets"] + 1}) == value
+    run = jax.jit(jax.value_and_grad(loss))
+    value, grads = run(params, batch)
+    assert run(params, batch | {"targets": batch["targets"] + 1})[0] == value
     still = {leaf for leaf, g in tree.flatten(grads).items() if not np.any(g != 0)}
     assert still <= {
         leaf for leaf in tree.flatten(params) if leaf.endswith("key/bias") or "position" in leaf or "itm" in leaf
