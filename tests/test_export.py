@@ -50,6 +50,7 @@ def runs(tmp_path_factory):
             ("captioning", "lora", True), ("vqa", "lora", True), ("captioning", "prompt", False),
         ):  # fmt: skip
             c = config_of("tiny", task, method, **{"optim.lr": 0.01, "data.n_train": 4, "data.n_test": 3, "steps": 4})
+            c.eval.base = c.eval.gallery = False
             if method == "prompt":
                 c.method.targets, c.method.positions, c.method.length = "^text_decoder$", "shift", 3
             patch.setattr(scenes, "load", with_words(plain) if words else plain)

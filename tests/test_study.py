@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import subprocess
@@ -707,12 +706,26 @@ def test_a_claim_of_another_host_is_free_once_it_is_no_longer_touched(tmp_path, 
     taken.release()
 
 
-def _race(directory, together, won):
+RACE = """
+import multiprocessing, pathlib, sys
+from jaxpeft.runtime.locks import Lease
+
+context = multiprocessing.get_context("fork")  # of a process that has imported all and started no thread
+together = context.Barrier(4)
+
+def race():
     together.wait()
-    claim = Lease(Path(directory), "a")
+    claim = Lease(pathlib.Path(sys.argv[1]), "a")
     if claim.take():
-        won.put(os.getpid())
+        print("won", flush=True)
     together.wait()  # who has it lives until all have tried
+
+racers = [context.Process(target=race) for _ in range(4)]
+for racer in racers:
+    racer.start()
+for racer in racers:
+    racer.join()
+"""
 
 
 @pytest.mark.slow
@@ -720,14 +733,8 @@ def test_of_many_who_see_a_stale_claim_one_gets_it(tmp_path):
     (tmp_path / "a").write_text(
         json.dumps({"host": Lease(tmp_path, "x")._me["host"], "pid": 2**22 + 1, "started": "1"})
     )
-    context = multiprocessing.get_context("spawn")
-    together, won = context.Barrier(4), context.Queue()
-    racers = [context.Process(target=_race, args=(str(tmp_path), together, won)) for _ in range(4)]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join()
-    assert won.get(timeout=5) and won.empty()
+    done = subprocess.run([sys.executable, "-c", RACE, tmp_path], check=True, capture_output=True, text=True)
+    assert done.stdout == "won\n", done.stderr
 
 
 # ---------------------------------------------------------------- the report

@@ -42,7 +42,9 @@ def quiet(*_):
 def run(base, tmp_path_factory):
     """(directory, result) of a captioning run that added a word."""
     workdir = tmp_path_factory.mktemp("run")
-    c = config_of(base, "captioning", "lora", "transform", **{"data.n_train": 4, "optim.lr": 0.05})
+    c = config_of(
+        base, "captioning", "lora", "transform", **{"data.n_train": 4, "optim.lr": 0.05, "eval.gallery": False}
+    )
     with pytest.MonkeyPatch.context() as patch:
         plain = scenes.load
 
