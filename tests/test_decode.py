@@ -23,13 +23,14 @@ def golden(name):
     model, params, _ = loading.read(GOLDEN / f"blip_{name}_tiny")
     numbers = dict(np.load(GOLDEN / f"blip_{name}_tiny.npz"))
     variables = {"params": params}
-    image_BPD = model.apply(variables, numbers["images"], method="encode_image")
+    apply = jax.jit(model.apply, static_argnames="method")
+    image_BPD = apply(variables, numbers["images"], method="encode_image")
     next_B = jnp.zeros(len(image_BPD), jnp.int32)
     if name == "caption":
         start = tuple(int(i) for i in numbers["prompt"])
         return model, variables, Context(image_BPD, None, next_B), start, numbers
     mask_BT = numbers["question_mask"].astype(bool)
-    states_BTD = model.apply(variables, image_BPD, numbers["questions"], mask_BT, method="encode_question")
+    states_BTD = apply(variables, image_BPD, numbers["questions"], mask_BT, method="encode_question")
     return model, variables, Context(states_BTD, jnp.asarray(mask_BT), next_B), (model.config.bos_id,), numbers
 
 
@@ -73,12 +74,12 @@ def test_beam_tokens_and_scores_equal_transformers(name, case):
 def test_cached_steps_equal_the_uncached_forward(name):
     model, variables, context, start, numbers = golden(name)
     tokens = numbers["greedy_tokens"].astype(np.int32)
-    full_BTV = model.apply(variables, tokens, context, method="score")
-    n = len(start)
+    full_BTV = jax.jit(functools.partial(model.apply, method="score"))(variables, tokens, context)
+    n, step = len(start), jax.jit(functools.partial(model.apply, method="step"))
     logits_BV, cache = model.apply(variables, tokens[:, :n], context, 12, method="start")
     for t in range(n, 12):
         np.testing.assert_allclose(logits_BV, full_BTV[:, t - 1], atol=5e-5)
-        logits_BV, cache = model.apply(variables, tokens[:, t], cache, context, method="step")
+        logits_BV, cache = step(variables, tokens[:, t], cache, context)
     np.testing.assert_allclose(logits_BV, full_BTV[:, -1], atol=5e-5)
 
 
@@ -97,12 +98,13 @@ def test_many_beams_find_the_best_of_all_sequences():
     model, variables = tiny.model(), {"params": tiny.params()}
     n_vocab, sep = model.config.vocab_size, model.config.sep_id
     batch = tiny.batch(2)
-    context = model.apply(variables, {name: batch[name] for name in ("image", "prompt")}, method="context")
+    apply = jax.jit(model.apply, static_argnames="method")
+    context = apply(variables, {name: batch[name] for name in ("image", "prompt")}, method="context")
     options = search(model, (model.config.bos_id,), length=3, beams=n_vocab, length_penalty=0.0)
     tokens, score = decode.beam_search(model, variables, context, options)
     pairs = np.array([[model.config.bos_id, v] for v in range(n_vocab)], np.int32)
     for row in range(2):
-        logits = model.apply(variables, pairs, rows_of(context, slice(row, row + 1)), method="score")
+        logits = apply(variables, pairs, rows_of(context, slice(row, row + 1)), method="score")
         log_probs = np.asarray(jax.nn.log_softmax(logits))
         total = log_probs[0, 0][:, None] + log_probs[:, 1]  # (first, second)
         total[sep] = -np.inf

@@ -79,7 +79,7 @@ def _search(**options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "beams"), [("nothing", 3), ("prompt", 1), ("prompt", 3), ("prefix", 3), ("gates", 3)])
+@pytest.mark.parametrize(("name", "beams"), [("lora", 3), ("prompt", 1), ("prompt", 3), ("prefix", 3), ("gates", 3)])
 def test_searches_equal_a_loop_without_cache(name, beams):
     b = batch()
     context = evaluate.contexts(MODEL, variables(name), b)
