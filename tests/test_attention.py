@@ -122,6 +122,7 @@ def test_the_number_of_parts():
         assert attention.parts("parts", *[shape(8, 12, 577)] * 2) == 0
 
 
+@pytest.mark.slow
 def test_a_tower_with_many_tokens_is_read_in_parts(monkeypatch):
     """Its logits and gradients, with dropout, and with a mask, which are not."""
     make, params, batch = case("smolvlm")

@@ -145,6 +145,7 @@ def test_losses(task, suffix):
 
 
 @TASKS
+@pytest.mark.slow
 def test_gradients(task):
     config, params, golden = loaded(task)
     smoothing = float(golden["smoothing"])

@@ -363,6 +363,7 @@ def simulated():
     return {effect: claims_simulation.simulate(effect, 3, 60, 1) for effect in (0.0, 2.0)}
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say(simulated):
     for table, _ in simulated.values():
         assert len(table) == 9

@@ -58,37 +58,26 @@ for name in sys.argv[2:]:
 """
 
 
-@pytest.fixture(scope="module")
-def said(tmp_path_factory):
-    """notebook -> what it prints: one through Jupyter, and the twins of the others, without it, in one process."""
-    place, (first, *others) = tmp_path_factory.mktemp("colab"), NAMES
-    with pytest.MonkeyPatch.context() as patch:
-        for key in ("JAXPEFT_SOURCE", "JUPYTER_PLATFORM_DIRS", *TINY):  # `execute` sets them
-            patch.setitem(os.environ, key, "")
-        notebook = execute(first, place, tiny=True, timeout=600)
-        environment = os.environ | {"MPLBACKEND": "agg"}
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, COLAB, *others], cwd=place, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {name: (place / name / "said.txt").read_text() for name in others} | {
-        first: "".join(text_of(cell.outputs) for cell in cells)
-    }
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own packages; the kernel is another process
-def test_a_notebook_runs_from_top_to_bottom(name, said):
+def test_the_notebooks_run_from_top_to_bottom(tmp_path, monkeypatch):
+    """One through Jupyter; the twins of the others, without it, in one process."""
+    for key in ("JAXPEFT_SOURCE", "JUPYTER_PLATFORM_DIRS", *TINY):  # `execute` sets them
+        monkeypatch.setitem(os.environ, key, "")
+    first, *others = NAMES
+    notebook = execute(first, tmp_path, tiny=True, timeout=600)
+    said = {first: "".join(text_of(cell.outputs) for cell in notebook.cells if cell.cell_type == "code")}
+    command, env = [sys.executable, "-c", RUN, COLAB, *others], os.environ | {"MPLBACKEND": "agg"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    said |= {name: (tmp_path / name / "said.txt").read_text() for name in others}
     expected = {
         "quickstart": "frozen base", "your_images": "tuned, no picture", "study": "4 done",
         "new_method": "fresh, largest difference: ", "export": "there and back, largest difference",
     }  # fmt: skip
-    assert expected[name] in said[name]
-    if name == "new_method":
-        assert difference(said[name], "fresh, largest difference") < 1e-5
-        assert difference(said[name], "merged - beside") < 1e-4
+    assert {name: expected[name] in said[name] for name in NAMES} == dict.fromkeys(NAMES, True)
+    assert difference(said["new_method"], "fresh, largest difference") < 1e-5
+    assert difference(said["new_method"], "merged - beside") < 1e-4
 
 
 def difference(said, name):

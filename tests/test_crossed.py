@@ -136,6 +136,7 @@ def published(tmp_path, monkeypatch):
     return tmp_path / "study", tmp_path / "copy"
 
 
+@pytest.mark.slow
 def test_the_report_is_made_again_from_the_published_files_alone(published, capsys):
     made = []
     for directory in published:

@@ -132,6 +132,7 @@ def test_lengths_that_cannot_work_are_named():
 
 
 @pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.slow
 def test_no_step_after_the_last_token(beams, monkeypatch):
     """n tokens take n - 1 steps: the first comes from the start."""
     model, variables, context, start, _ = golden("caption")

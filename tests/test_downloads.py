@@ -278,6 +278,7 @@ def test_an_index_names_plain_files_of_its_repository(server, name):
     assert set(server.fetched()) == {"config.json", "model.safetensors.index.json"}
 
 
+@pytest.mark.slow
 def test_a_repository_of_our_own_format(server, tmp_path):
     params = init(tiny.model(), 1)
     del params["itm"]

@@ -110,6 +110,7 @@ def test_serial_adapter_equation_and_pfeiffers_input():
         np.testing.assert_allclose(got, y + hidden @ params["up"] + params["up_bias"][None, None], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_pfeiffer_reads_what_the_block_normalises():
     """In a post-norm text block that is LayerNorm(x + y) with the block's own scale; zeroing the scale shows it."""
     method = jp.SerialAdapter(
@@ -138,6 +139,7 @@ def test_compacter_is_a_sum_of_kronecker_products():
         np.testing.assert_allclose(full[part], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_std_of_compacter_is_that_of_its_matrices():
     site, key = Site("", "sublayer", (64,)), jax.random.key(0)
 
@@ -379,6 +381,7 @@ def test_cached_decoding_equals_the_uncached_forward(row):
     np.testing.assert_allclose(second, whole[:, 2], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_order_of_methods_at_a_linear():
     """OFT turns the input of everything; LoRA adds to the turned map; IA3 then scales it: merged in that order."""
     many = (
@@ -427,6 +430,7 @@ def test_what_makes_no_sense_is_refused_with_the_value(call, message):
         call()
 
 
+@pytest.mark.slow
 def test_scoped_prefix_with_an_mlp_folds():
     variables = perturbed(attach(Scoped(method=jp.Prefix(length=2, mlp=3), targets="encoder", layers=(1,))))
     folded = jp.fold(variables)

@@ -198,6 +198,7 @@ def test_any_prompt_is_python_on_the_card_and_no_part_of_the_caption(runs, pictu
     assert pasted("out", capsys) == expected
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_hugging_face_base_names_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = Path(__file__).parent / "golden" / "blip_caption_tiny"

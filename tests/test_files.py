@@ -73,6 +73,7 @@ assert "as expected" in said[0], said
 """
 
 
+@pytest.mark.slow
 def test_texts_are_utf_8_in_any_locale(tmp_path):
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}
     subprocess.run([sys.executable, "-c", WORDS, tmp_path], cwd=ROOT, env=env, check=True)

@@ -163,6 +163,7 @@ def test_what_we_write_has_the_names_and_shapes_of_pefts_file(name, tmp_path):
     np.testing.assert_allclose(logits(again), numbers()[name], atol=5e-5)
 
 
+@pytest.mark.slow
 def test_layers_and_heads_survive_the_way_there_and_back(tmp_path):
     model, params = base()
     method = (jp.Scoped(method=jp.LoRA(rank=2), layers=(1,)), jp.Head(matrix="untied"))
@@ -186,6 +187,7 @@ def test_layers_and_heads_survive_the_way_there_and_back(tmp_path):
         (jp.Scoped(method=jp.LoRA(targets="attention/query$", rank=2), layers=(0, 1)), ["LoRA", "Scoped"]),
     ],
 )
+@pytest.mark.slow
 def test_stacks_of_different_depth_share_a_method(method, names, tmp_path):
     """As those of BLIP-large (24 and 12 layers), SmolVLM and PaliGemma do."""
     model, params = tiny.model(False, vision_layers=3), tiny.params(False, vision_layers=3)

@@ -38,6 +38,7 @@ print(kept, resident() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+@pytest.mark.slow
 def test_memory_is_kept_until_something_is_compiled():
     run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     kept, after = map(float, run.stdout.split())

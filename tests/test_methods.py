@@ -83,6 +83,7 @@ def test_every_tuned_leaf_matters(row):
 
 # with a tuned head, an MLP, fixed leaves, gates and leaves of several kinds, of some layers, of the base alone
 @pytest.mark.parametrize("name", ["lora13", "prefix5", "vera20", "unipelt29", "scoped31", "bitfit32"])
+@pytest.mark.slow
 def test_training_moves_the_tuned_leaves_and_no_others(name):
     variables, mask = attached(BY_NAME[name])
     variables = perturbed(variables)
@@ -235,6 +236,7 @@ def test_lora_scales_the_narrow_product():
     assert scaled == [(5, 7, 2)]
 
 
+@pytest.mark.slow
 def test_lora_dropout_acts_in_training_only():
     variables = perturbed(jp.attach(tiny.model(), tiny.params(), LoRA(rank=2, dropout=0.5), jax.random.key(0)))
     apply = jax.jit(functools.partial(tiny.model().apply, variables, tiny.batch()))

@@ -107,6 +107,7 @@ def test_captions_get_worse_with_every_damaged_word():
     assert ladder[-1]["cider_d"] == 0 and ladder[-1]["rouge_l"] == 0
 
 
+@pytest.mark.slow
 def test_cider_is_fast_on_a_coco_sized_split():
     rng = random.Random(2)
     words = [f"word{i}" for i in range(3000)]

@@ -107,6 +107,7 @@ def test_unrolled_layers_and_remat_change_nothing(change, monkeypatch):
         np.testing.assert_allclose(changed_grads[name], leaf, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_layers_apart_share_their_memory_and_compute_the_same():
     model = tiny.model(unroll=4)
     apart = stack.apart(model.config, VARIABLES)

@@ -327,6 +327,7 @@ def test_eight_devices_equal_one():
         np.testing.assert_allclose(leaf, results[1][1][name], atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_the_tuned_one():
     tuned = jp.attach(
         SHORT, short_params(), jp.LoRA(targets=r"text_.*attention/(query|value)$", rank=2), jax.random.key(0)
@@ -350,6 +351,7 @@ def test_the_vocabulary_of_a_file_is_that_of_its_directory():
     assert not mplug_convert.CONVERTER.claims(GOLDEN.parent)
 
 
+@pytest.mark.slow
 def test_the_shipped_tiny_mplug():
     """It is small, answers for both tasks, and its manifest says how it was made and what it scores."""
     directory = loading.ASSETS / "tiny_mplug"

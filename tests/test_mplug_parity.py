@@ -85,6 +85,7 @@ def test_image_tokens_and_text_states(kind):
 
 
 @every_kind
+@pytest.mark.slow
 def test_fusion_moves_the_image_tokens_only_where_a_layer_joins(kind):
     model, _, golden = loaded(kind)
     kinds = [name for name, _ in model.config.runs]

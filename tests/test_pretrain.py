@@ -172,6 +172,7 @@ def test_bases_of_the_crossed_design_differ_in_their_image_stage_only():
         config_file.get_config("mixture=both")
 
 
+@pytest.mark.slow
 def test_mplugs_text_stacks_begin_as_layers_of_the_decoder():
     model = pretrain_mplug.model(pretrain_mplug.tokenizer(), **NARROW | OTHERS["mplug"][1])
     params = pretrain_mplug.init(model, 0)

@@ -269,5 +269,6 @@ def test_a_base_loaded_twice_is_compiled_once():
     assert evaluate.contexts._cache_size() == before + 1
 
 
+@pytest.mark.slow
 def test_gates_are_of_the_method_that_they_go_around():
     assert any(isinstance(one, Gated) for one in sites.methods_of(variables("gates")))

@@ -290,6 +290,7 @@ def test_a_dry_run_says_how_many_rates_may_be_added(tmp_path, monkeypatch):
 # One's own images
 
 
+@pytest.mark.slow
 def test_a_study_of_ones_own_folder_has_the_protocol_of_new_studies(fake, tmp_path):
     (tmp_path / "pics").mkdir()
     names = [f"{i}.png" for i in range(30)]

@@ -188,6 +188,7 @@ def test_nothing_that_is_done_runs_again(config, fake, tmp_path):
     assert len(fake) == grid.n_runs(config) and "48 done, 0 to do" in said[0]
 
 
+@pytest.mark.slow
 def test_a_changed_config_runs_again_only_what_it_touches(config, fake, tmp_path):
     execute.run(config, tmp_path, log=quiet)
     before, said = len(fake), []
@@ -199,6 +200,7 @@ def test_a_changed_config_runs_again_only_what_it_touches(config, fake, tmp_path
     assert len(list((tmp_path / "stale").iterdir())) == before / 2  # kept, not deleted
 
 
+@pytest.mark.slow
 def test_a_run_given_up_or_cut_off_is_done_anew_when_its_config_changes(config, fake, tmp_path, monkeypatch):
     """Its checkpoints belong to another run, and its failures too."""
     works, bad = execute.training_run.run, "vqa_stated-head-n64-s0-lr0.003"
@@ -816,6 +818,7 @@ def test_a_study_of_version_0_1_is_reported_as_today(done):
         report.read(done)
 
 
+@pytest.mark.slow
 def test_the_640_runs_of_version_0_1_give_the_same_table(tmp_path):
     """results/scenes_full: every row, and with it every choice of a learning rate. The report needs no predictions."""
     kept = Path(__file__).parents[1] / "results" / "scenes_full"

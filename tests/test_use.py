@@ -88,6 +88,7 @@ def test_a_run_is_loaded_as_it_was_evaluated(run, folder):
 def test_what_cannot_be_loaded_is_said(run, base, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds no finished run"):
         jp.load_run(tmp_path)
+    shutil.copy(run[0] / "config.json", tmp_path)
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(ValueError, match="has no tuned/"):
         jp.load_run(tmp_path)
@@ -214,6 +215,7 @@ def test_a_run_is_exported_with_a_card_that_says_what_it_is(run, tmp_path, capsy
         export.main(["--workdir", str(workdir), "--out", str(tmp_path / "out")])
 
 
+@pytest.mark.slow
 def test_an_adapter_is_exported_with_its_card(base, tmp_path):
     c = config_of(base, "vqa", "lora", **{"steps": 1, "eval.gallery": False})
     run_module.run(c, tmp_path / "run", quiet, command="python main.py --config=mine.py")
@@ -461,6 +463,7 @@ def test_a_model_of_both_tasks_does_that_of_the_run():
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections loads config files with it
+@pytest.mark.slow
 def test_the_beginning_of_captions_is_set_on_the_command_line():
     c = cli.read_config("quickstart:task=captioning", ["--config.task_options.prompt=a picture of"])
     assert tasks.build("captioning", **c.task_options).prompt == "a picture of"

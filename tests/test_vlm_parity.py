@@ -145,6 +145,7 @@ def gradient_errors(gradients, golden):
 
 
 @every_kind
+@pytest.mark.slow
 def test_loss_and_gradients(kind):
     golden = loaded(kind)[2]
     value, gradients = loss_and_gradients(kind, golden)

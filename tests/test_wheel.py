@@ -70,6 +70,7 @@ def home(wheel, tmp_path_factory):
     return empty, place / "bin"
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_what_a_run_needs(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {str(path.relative_to(ROOT).as_posix()) for path in sources() if path.parent != ROOT}
