@@ -29,5 +29,6 @@ def ask(directory: Path, pattern: str, found: state.State, log=print) -> None:
         except OSError:
             if not aside[name].exists():  # else another launcher with the same request was faster
                 raise
-    again = f", {len(old) - len(new)} already were (DIR/stale/ID.{mark})" if len(new) < len(old) else ""
-    log(f"--rerun={pattern}: {len(new)} runs are executed again{again}")
+    log(f"--rerun={pattern}: {len(new)} runs are executed again")
+    if len(new) < len(old):
+        log(f"{len(old) - len(new)} already were; to repeat them once more, delete {directory}/stale/*.{mark}")
