@@ -294,34 +294,26 @@ def test_an_error_that_took_the_place_of_one_of_the_machine_is_the_users():
         assert signals.exit_code(error) == 1 and signals.message(error) == "bad config"
 
 
-def test_changed_data(base, tmp_path, fault):
+def test_changed_data(base, tmp_path, fault, monkeypatch):
     """The data changed between a run and its resumption."""
-    c = config_of(base)
-    fit = loop.fit
+    fit, load = loop.fit, setup.data.load
 
-    def stops(config, *args, **kwargs):
-        fit(config, *args, **kwargs)
+    def stops(*args, **kwargs):
+        fit(*args, **kwargs)
         raise signals.Stopped("", signal.SIGTERM)
-
-    run.fit, changed = stops, config_of(base)
-    try:
-        with pytest.raises(signals.Stopped):
-            run.run(c, tmp_path, quiet)
-    finally:
-        run.fit = fit
-    load = setup.data.load
 
     def other(*args):
         splits = load(*args)
         splits["train"].rows[0]["captions"][0] += " indeed"
         return splits
 
-    setup.data.load = other
-    try:
-        with pytest.raises(ValueError, match="checkpoint 6 belongs to another run .data/train: stored .*, now "):
-            fault.timed(run.run, changed, tmp_path, quiet)
-    finally:
-        setup.data.load = load
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "fit", stops)
+        with pytest.raises(signals.Stopped):
+            run.run(config_of(base), tmp_path, quiet)
+    monkeypatch.setattr(setup.data, "load", other)
+    with pytest.raises(ValueError, match="checkpoint 6 belongs to another run .data/train: stored .*, now "):
+        fault.timed(run.run, config_of(base), tmp_path, quiet)
     fault.tried("refused: 'data/train: stored ..., now ...'; the test split, unchanged, is not named")
 
 
@@ -417,17 +409,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_killed_worker(tmp_path, fault):
+def test_a_killed_worker(tmp_path, fault, monkeypatch):
     """A worker of a study is killed (kill -9, out of memory)."""
     script, said = tmp_path / "worker.py", []
     script.write_text(WORKER)
-    os.environ["PYTHONPATH"], before = str(ROOT), os.environ.get("PYTHONPATH")
-    try:
-        fault.timed(processes.run_workers, [str(script), str(tmp_path)], 1, tmp_path, said.append)
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    fault.timed(processes.run_workers, [str(script), str(tmp_path)], 1, tmp_path, said.append)
     assert (tmp_path / "done").exists() and "killed by SIGKILL" in said[0] and "a-run" in said[0]
     (line,) = (tmp_path / "failures" / "a-run.jsonl").read_text().splitlines()
     assert "(likely out of memory)" in json.loads(line)["error"]
