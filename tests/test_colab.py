@@ -68,7 +68,7 @@ def test_the_notebooks_run_from_top_to_bottom(tmp_path, monkeypatch):
     notebook = execute(first, tmp_path, tiny=True, timeout=600)
     said = {first: "".join(text_of(cell.outputs) for cell in notebook.cells if cell.cell_type == "code")}
     command, env = [sys.executable, "-c", RUN, COLAB, *others], os.environ | {"MPLBACKEND": "agg"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     said |= {name: (tmp_path / name / "said.txt").read_text() for name in others}
     expected = {
