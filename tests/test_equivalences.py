@@ -187,12 +187,13 @@ def test_dora_with_the_norms_of_the_updated_kernel_is_lora():
     np.testing.assert_allclose(logits(dora), logits(lora), atol=1e-5, rtol=1e-4)
 
 
-def test_pissa_starts_from_the_principal_part():
+@pytest.mark.parametrize("rank", [3, 9])
+def test_pissa_starts_from_the_principal_part(rank):
     """s A0 B0 is the best rank-r approximation of the kernel, and the base with it left out is the paper's residual."""
-    kernel, method = normal(12, 9), jp.PiSSA(rank=3, alpha=6.0)
+    kernel, method = normal(12, 9), jp.PiSSA(rank=rank, alpha=6.0)
     params = method.init(jax.random.key(0), Site("x", "linear", (12, 9)), {"kernel": kernel, "bias": None})
     left, values, right = np.linalg.svd(kernel)
-    best = left[:, :3] * values[:3] @ right[:3]
+    best = left[:, :rank] * values[:rank] @ right[:rank]
     np.testing.assert_allclose(method.scale * params["a"] @ params["b"], best, atol=1e-5)
     moved = params | {"a": params["a"] + 0.1, "b": params["b"] - 0.1}
     expected = (kernel - best) + method.scale * moved["a"] @ moved["b"]

@@ -195,6 +195,7 @@ def test_positions_start_apart():
     grid = positions.reshape(8, 8, 32)
     np.testing.assert_allclose(grid[..., :16], np.broadcast_to(grid[:, :1, :16], (8, 8, 16)), atol=1e-6)  # of the row
     np.testing.assert_allclose(grid[..., 16:], grid.swapaxes(0, 1)[..., :16], atol=1e-6)  # of the column
+    np.testing.assert_allclose(grid[:, 0, 0], np.sin(np.arange(8) * np.pi / 4), atol=1e-6)  # one wave over the grid
 
 
 def test_positions_of_a_width_that_four_does_not_divide():
