@@ -172,7 +172,8 @@ def tried(one: dict, copy: Path, tests: list[tuple[str, float]], limit: float) -
         if names:
             (copy / "names.txt").write_text("\n".join(names), encoding="utf-8")
             said = pytest(copy, "-x", "@names.txt", timeout=4 * limit + 300).splitlines()
-            if said and " passed" not in said[-1] or " failed" in said[-1] or " error" in said[-1]:
+            last = said[-1] if said else ""  # nothing is said where the tests cannot be imported
+            if " passed" not in last or " failed" in last or " error" in last:
                 killer = next((line for line in said if line.startswith(("FAILED", "ERROR"))), "pytest did not start")
                 killer = killer.split(" - ")[0]
     except subprocess.TimeoutExpired:
