@@ -127,6 +127,7 @@ class FolderData(tfds.core.GeneratorBasedBuilder):
 
 
 def open_split(builder, split):
+    """A split of the prepared copy. Raises ValueError where its files do not hold as many images as were written."""
     info = builder.info.splits[split]
     stored, expected = len(ArrayRecordDataSource([str(path) for path in info.filepaths])), info.num_examples
     if stored != expected:  # counted in the files: TFDS takes the length of its data source from `info`
