@@ -172,8 +172,8 @@ def tried(one: dict, copy: Path, tests: list[tuple[str, float]], limit: float) -
         if names:
             (copy / "names.txt").write_text("\n".join(names), encoding="utf-8")
             said = pytest(copy, "-x", "@names.txt", timeout=4 * limit + 300).splitlines()
-            last = said[-1] if said else ""  # nothing is said where the tests cannot be imported
-            if " passed" not in last or " failed" in last or " error" in last:
+            summary = said[-1] if said else ""  # nothing is said where the tests cannot be imported
+            if " passed" not in summary or " failed" in summary or " error" in summary:
                 killer = next((line for line in said if line.startswith(("FAILED", "ERROR"))), "pytest did not start")
                 killer = killer.split(" - ")[0]
     except subprocess.TimeoutExpired:
