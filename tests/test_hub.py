@@ -85,6 +85,7 @@ def test_missing_and_extra_leaves_are_listed(saved):
     [
         (lambda: loading.load("no/such/place"), "no checkpoint at 'no/such/place'.*shipped names: tiny"),
         (lambda: loading.load("tiny", batch=3), r"unknown model options \['batch'\]"),
+        (lambda: loading.abstract("tiny", batch=3), r"unknown model options \['batch'\]"),
     ],
 )
 def test_mistakes_are_named(call, message):

@@ -196,7 +196,8 @@ def test_a_run_with_its_layers_apart_is_the_same(base, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["vqa", "captioning"])
 def test_a_run_leaves_its_files(base, tmp_path, task):
-    c = config_of(base, task, head="transform", **{"eval.gallery": True})
+    changes = {"eval.gallery": True, "eval.forgetting": task == "vqa"}
+    c = config_of(base, task, head="transform", **changes)
     result = run.run(c, tmp_path, quiet)
     on_disk = json.loads((tmp_path / "result.json").read_text())
     assert on_disk == json.loads(json.dumps(result)) and on_disk["status"] == "done"
@@ -213,6 +214,9 @@ def test_a_run_leaves_its_files(base, tmp_path, task):
     assert steps == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "gallery.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "checkpoints" / "6").exists()
+    if task == "vqa":  # of captions, which the base was not tuned for either
+        forgot = on_disk["forgetting"]
+        assert forgot["n"] == 5 and forgot["base"] > 0 and forgot["tuned"] != forgot["base"]
     listed = json.loads((tmp_path / "sites.json").read_text())
     assert sum(row["trained"] for row in listed) == on_disk["counts"]["tuned"]
     table = results.table(on_disk)
@@ -239,6 +243,7 @@ def test_a_run_that_stops_at_a_plateau_says_so(base, tmp_path):
 
 
 def test_another_config_in_the_same_workdir_is_refused(base, tmp_path):
+    assert not finished.check_workdir(config_of(base), tmp_path)
     files.write_json(tmp_path / "config.json", setup.as_json(config_of(base)))
     finished.check_workdir(config_of(base), tmp_path)
     with pytest.raises(ValueError, match=r"another config.*optim/lr: 0.003 -> 0.1"):
