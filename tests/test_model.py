@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import errors, traverse_util
 
 from jaxpeft import tree
 from jaxpeft.models import stack
@@ -202,3 +203,12 @@ def test_positions_of_a_width_that_four_does_not_divide():
     positions = np.asarray(position_init(jax.random.key(0), (1 + 9, 10)))
     assert positions.shape == (10, 10) and np.abs(positions[0]).max() < 0.2
     assert np.abs(positions[1:, :8]).max() > 0.5 and 0 < np.abs(positions[:, 8:]).max() < 0.2
+
+
+@pytest.mark.parametrize("leaf", ["vision/patch/bias", "vision/norm/scale", "text_decoder/blocks/mlp/up/bias"])
+def test_parameters_of_another_size_are_refused(leaf):
+    leaves = tree.flatten(tiny.params())
+    wider = jnp.concatenate([leaves[leaf]] * 2, axis=-1)
+    params = traverse_util.unflatten_dict(leaves | {leaf: wider}, sep="/")
+    with pytest.raises(errors.ScopeParamShapeError, match=f'"{leaf.rpartition("/")[2]}"'):
+        jax.eval_shape(tiny.model().apply, {"params": params}, tiny.batch())
