@@ -187,7 +187,7 @@ def test_a_rate_whose_run_failed_was_tried(apart, tmp_path):
         study = split(tmp_path, lambda row: place(row) == 1.0, lambda row: place(row) == 3.0)
     else:
         study = without(tmp_path, *(row["id"] for row in study.rows if place(row) == 3.0))
-    assert {place(row) for row in study.rows if row["chosen"]} == {1.0} and folded.edges_of(study) == []
+    assert {place(row) for row in study.rows if row["chosen"]} == {1.0} and folded.edges(study) == []
     found = {one["variant"]: one for one in answers.rate_places(study)}
     assert {name: one["inside"] for name, one in found.items()} == {"head": 2, "lora_head": 4, "prefix_head": 4}
     assert all((one["smallest"], one["largest"], one["tried"]) == (0, 0, {3}) for one in found.values())
@@ -210,7 +210,7 @@ def test_a_cell_whose_whole_search_failed_is_in_the_report(tmp_path):
 def test_a_study_whose_whole_search_failed_is_reported(tmp_path):
     write(tmp_path, close, config_of(declare=False, rates=(1.0,)))
     study = split(tmp_path, lambda row: False, lambda row: True)
-    assert (study.rows, study.results, folded.edges_of(study)) == ([], [], [])
+    assert (study.rows, study.results, folded.edges(study)) == ([], [], [])
     assert "0 runs done, 10 failed" in html_of(tmp_path)
 
 

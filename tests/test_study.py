@@ -759,14 +759,9 @@ def test_the_report_reads_files_only_and_is_one_page(done, monkeypatch):
 
 
 def test_rates_at_the_edge_of_the_search_are_listed(done):
-    edges = folded.edges_of(report.read(done))
+    edges = folded.edges(report.read(done))
     assert {edge[2] for edge in edges if "prefix" not in edge[0]} == {"largest"}
     assert {edge[2] for edge in edges if "prefix" in edge[0]} == {"smallest"}
-
-
-def test_the_front_is_what_nothing_beats():
-    points = [(1, 0.5), (2, 0.4), (3, 0.7), (3, 0.6), (4, 0.7), (0.5, 0.1)]
-    assert figures.pareto(points) == [(0.5, 0.1), (1, 0.5), (3, 0.7)]
 
 
 def test_no_results_is_said(tmp_path):

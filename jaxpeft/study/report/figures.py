@@ -6,7 +6,6 @@ them below each other.
 
 import collections
 import dataclasses
-import functools
 import io
 import math
 import statistics
@@ -197,34 +196,6 @@ def score_size(study: Study) -> Drawing | None:
     return drawing(study, {setting: on_axis(cells[setting], "size") for setting in cells}, panel)
 
 
-def pareto_chart(study: Study, against: str) -> Drawing | None:
-    """Test score of every cell against stored parameters or seconds; the line is the Pareto front."""
-
-    def panel(ax, setting, cells):
-        points = []
-        for (variant, _, _), rows in cells.items():
-            points.append((statistics.fmean(r[against] for r in rows), statistics.fmean(r["test"] for r in rows)))
-            ax.plot(*points[-1], **_look(study, variant) | {"linestyle": "none"})
-        ax.step(*zip(*pareto(points), strict=True), where="post", color="#555555", linewidth=0.8)
-        xs = [x for x, _ in points]
-        if max(xs) > 5 * min(xs):
-            _log(ax)
-        named = {"stored": "stored parameters", "total_s": "seconds of one run"}[against]
-        _label(ax, _title(study, setting), named, f"test {study.metric(setting)}")
-
-    return drawing(study, {setting: chosen_by_cell(study, setting) for setting in study.config["settings"]}, panel)
-
-
-def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The Pareto front of points (cost, score): those for which no other point costs less and scores at least as much, or
-    scores more at no higher cost."""
-    front = []
-    for x, y in sorted(points, key=lambda p: (p[0], -p[1])):
-        if not front or y > front[-1][1]:
-            front.append((x, y))
-    return front
-
-
 def learning_rates(study: Study) -> Drawing | None:
     """Validation score against learning rate, a line per cell; the chosen one is filled."""
 
@@ -310,14 +281,6 @@ FIGURES = {
         "the sizes of a method, with the most images.",
     ),
     "score_size": (score_size, "Test score against stored parameters, with the most images. Bars: range over seeds."),
-    "pareto_stored": (
-        functools.partial(pareto_chart, against="stored"),
-        "Every cell: test score against stored parameters. The line is the Pareto front.",
-    ),
-    "pareto_seconds": (
-        functools.partial(pareto_chart, against="total_s"),
-        "Every cell: test score against the seconds of one run, including compilation and evaluation.",
-    ),
     "learning_rates": (
         learning_rates,
         "What learning rates are chosen by, on validation images, against the rate; a line per cell, seed 0. Filled: chosen.",

@@ -11,19 +11,32 @@ from jaxpeft.study.report import answers, markup
 from jaxpeft.study.report.markup import Html, escape, table
 from jaxpeft.study.report.rows import Study, chosen_by_cell, other_splits
 
-# functions of a study, by the names that report.html has for them
-PARTS = (
-    "cells",
-    "gallery",
-    "edges",
-    "budget",
-    "capped",
-    "failures",
-    "purpose",
-    "variants",
-    "learning_rates_tried",
-    "recipe",
-)
+
+def parts(study: Study) -> dict[str, str]:
+    """All of it, by the names that report.html has."""
+    capped = [
+        row for row in study.rows if row["chosen"] and row["stopped"] == "cap"
+    ]  # they may not have finished learning
+    failed = [row for row in study.runs if row["status"] == "failed"]
+    first = next((row for row in study.rows if row["status"] == "done"), {})
+    gains = [list(one.values()) for one in answers.budget(study)]
+    # of the config of a run
+    keys = ("base", "steps", "batch_size", "optim", "stop", "model", "data")
+    recipe = {task: {key: point[key] for key in keys} for task, point in study.config["points"].items()}
+    made_by = {key: first.get(key) for key in ("machine", "versions", "digests")}
+    return {
+        "cells": cells(study),
+        "gallery": gallery(study),
+        "edges": table(("run", "learning rate", "which end"), edges(study)),
+        "budget": table(("setting", "variant", "cells", "mean gain", "largest gain"), gains),
+        "capped": table(("run", "seed", "steps"), [[row["id"], row["seed"], row["steps"]] for row in capped]),
+        "failures": table(("run", "reason"), [[row["id"], row["error"]] for row in failed]),
+        "purpose": markup.verbatim((study.config["hypothesis"] or "").strip()),
+        "variants": variants(study),
+        "learning_rates_tried": ", ".join(f"{factor:.3g}" for factor in study.config["learning_rates"]),
+        "recipe": markup.verbatim(json.dumps(recipe, indent=1)),
+        "provenance": markup.verbatim(json.dumps(made_by, indent=1)),
+    }
 
 
 def cells(study: Study) -> Html:
@@ -56,36 +69,9 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def edges_of(study: Study) -> list[list]:
+def edges(study: Study) -> list[list]:
     """Cells whose chosen learning rate is the smallest or largest tried: a wider search may find a better one."""
     return [[row["id"], row["lr"], place] for row, _, place in answers.chosen_rates(study) if place != "inside"]
-
-
-def edges(study: Study) -> Html:
-    """The table of `edges_of`."""
-    return table(("run", "learning rate", "which end"), edges_of(study))
-
-
-def budget(study: Study) -> Html:
-    """The table of `answers.budget`."""
-    found = answers.budget(study)
-    return table(("setting", "variant", "cells", "mean gain", "largest gain"), [list(one.values()) for one in found])
-
-
-def capped(study: Study) -> Html:
-    """Chosen runs that reached the cap of steps: they may not have finished learning."""
-    rows = [row for row in study.rows if row["chosen"] and row["stopped"] == "cap"]
-    return table(("run", "seed", "steps"), [[row["id"], row["seed"], row["steps"]] for row in rows])
-
-
-def failures(study: Study) -> Html:
-    """Runs that were given up, with their errors."""
-    return table(("run", "reason"), [[row["id"], row["error"]] for row in study.runs if row["status"] == "failed"])
-
-
-def purpose(study: Study) -> Html:
-    """What the study asks, as its config says."""
-    return markup.verbatim((study.config["hypothesis"] or "").strip())
 
 
 def variants(study: Study) -> Html:
@@ -96,24 +82,6 @@ def variants(study: Study) -> Html:
         for name, one in study.config["variants"].items()
     ]
     return table(header, rows)
-
-
-def learning_rates_tried(study: Study) -> str:
-    """The factors of a variant's middle learning rate."""
-    return ", ".join(f"{factor:.3g}" for factor in study.config["learning_rates"])
-
-
-def recipe(study: Study) -> Html:
-    """The part of the config of runs that the report shows."""
-    keys = ("base", "steps", "batch_size", "optim", "stop", "model", "data")
-    shown = {task: {key: point[key] for key in keys} for task, point in study.config["points"].items()}
-    return markup.verbatim(json.dumps(shown, indent=1))
-
-
-def provenance(study: Study) -> str:
-    """Machine, versions and digests of the first finished run, as JSON."""
-    first = next((row for row in study.rows if row["status"] == "done"), {})
-    return json.dumps({key: first.get(key) for key in ("machine", "versions", "digests")}, indent=1)
 
 
 def gallery(study: Study, most: int = 6) -> str:

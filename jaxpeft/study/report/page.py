@@ -44,8 +44,8 @@ def render(study: Study, judged: tuple[list, list], selection, drawings: dict[st
         ),
         slopes=_slopes(study),
         rates=_rates(study),
-        provenance=markup.verbatim(folded.provenance(study)) + markup.verbatim(shlex.join(_command(study))),
-        **{name: getattr(folded, name)(study) for name in folded.PARTS},
+        command=markup.verbatim(shlex.join(_command(study))),
+        **folded.parts(study),
         **charts,
     )
 
