@@ -6,7 +6,7 @@ jaxpeft/models/layers.py (T tokens, S keys, P patches, D width, F hidden width o
 V words, L layers) and of the methods (r rank, m bottleneck, b size and n number of blocks).
 
 Positions are numbers in a drawing 640 wide; boxes are placed by their centres, texts by their baselines. A new figure is a
-function below and a name in `finished`. tests/test_figures.py says when a text leaves its box or meets a line.
+function below and a name in `finished`. Look whether a text leaves its box or meets a line.
 """
 
 import re
