@@ -386,6 +386,11 @@ class Verdict:
     note: str = ""
     survives: bool = False  # differs from 0 also when all lines are looked at together
 
+    @property
+    def estimate(self) -> intervals.Estimate | float | None:
+        """The effect with its interval; the effect alone where there are too few seeds for one."""
+        return self.effect if self.low is None else intervals.Estimate(self.effect, self.low, self.high, self.p)
+
 
 def in_points(results: Sequence[Result], scales: Sequence[Scale]) -> list[Result]:
     """The results with their scores in points; without those of settings that have no scale."""

@@ -88,9 +88,9 @@ def departure_pair(scores_P: np.ndarray) -> tuple[int, int] | None:
     return int(first[down]), int(second[down])
 
 
-def surviving(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
+def surviving(p_values: Sequence[float]) -> list[bool]:
     """Which effects differ from 0 when all are looked at together, by Benjamini and Yekutieli's control of false discoveries,
     which holds under any dependence."""
     if not len(p_values):
         return []
-    return [bool(p <= 1 - level) for p in stats.false_discovery_control(p_values, method="by")]
+    return [bool(p <= 1 - LEVEL) for p in stats.false_discovery_control(p_values, method="by")]

@@ -114,19 +114,17 @@ def _method_table(study: Study, cells: tuple[Cells, Cells], common: list[tuple])
         groups.setdefault(cell[:2], []).append(cell)
     found, rows = {group: over_cells(some, *cells) for group, some in groups.items()}, []
     for (setting, variant), one in found.items():
-        ends = _ends([other for group, other in found.items() if group[0] == setting])  # metrics differ in scale
+        ends = markup.limits(
+            [other for group, other in found.items() if group[0] == setting]
+        )  # metrics differ in scale
         drawn, word = (None, None) if one is None else (markup.interval(one, ends), _word(one))
         rows.append([setting, variant, len(groups[setting, variant]), study.metric(setting), drawn, word])
     return table(("setting", "variant", "cells", "metric", "B less A", "by interval"), rows)
 
 
-def _ends(found: list) -> tuple[float, float]:
-    return markup.limits([one if isinstance(one, float) else one.value for one in found if one is not None])
-
-
 def _cell_table(study: Study, cells: tuple[Cells, Cells], less: dict[tuple, Estimate | float]) -> Html:
     ends = {
-        setting: _ends([one for cell, one in less.items() if cell[0] == setting])
+        setting: markup.limits([one for cell, one in less.items() if cell[0] == setting])
         for setting in study.config["settings"]
     }
     rows = []
@@ -150,8 +148,7 @@ def _claims(both: tuple[Study, Study]) -> str:
         row: list = [f"{key[0]}: {key[1]}", key[2]]
         for found in judged:
             one = found.get(key)
-            interval = one and (Estimate(one.effect, one.low, one.high, one.p) if one.low is not None else one.effect)
-            row += [one and one.verdict, one and markup.estimate(interval)]
+            row += [one and one.verdict, one and markup.estimate(one.estimate)]
         rows.append([*row, "" if row[2] == row[4] else "changed"])
     header = ("claim", "on", "A", "effect in A, points", "B", "effect in B, points", "verdict")
     return table(header, rows)

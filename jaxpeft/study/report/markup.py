@@ -118,11 +118,11 @@ def image(png: bytes, alt: str) -> Html:
     return Html(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">')
 
 
-def limits(shown: Iterable[float]) -> tuple[float, float]:
+def limits(shown: Iterable[intervals.Estimate | float | None]) -> tuple[float, float]:
     """The ends of the axis of drawn intervals: all effects and margins are on it; longer intervals are cut off."""
-    shown = [0.0, *shown]
-    room = 0.25 * (max(shown) - min(shown)) or 1.0
-    return min(shown) - room, max(shown) + room
+    values = [0.0, *(getattr(one, "value", one) for one in shown if one is not None)]
+    room = 0.25 * (max(values) - min(values)) or 1.0
+    return min(values) - room, max(values) + room
 
 
 def _place(ends: tuple[float, float]):

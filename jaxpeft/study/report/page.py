@@ -9,7 +9,7 @@ import statistics
 import urllib.parse
 
 from jaxpeft.study import claims
-from jaxpeft.study.intervals import NOT_TESTED, Estimate
+from jaxpeft.study.intervals import NOT_TESTED
 from jaxpeft.study.report import answers, figures, folded, markup
 from jaxpeft.study.report.figures import FIGURES, Drawing
 from jaxpeft.study.report.markup import Html, escape, fold, table
@@ -156,9 +156,8 @@ def _claims(verdicts: list) -> str:
     shown = [x for one in verdicts if one.effect is not None for x in (one.effect, -one.margin, one.margin)]
     ends, rows = markup.limits(shown), []
     for one in verdicts:
-        found = Estimate(one.effect, one.low, one.high, one.p) if one.low is not None else one.effect
+        found, n = one.estimate, len(one.methods)
         kind, used = markup.kind_of(one.verdict), [*filter(None, [one.note, ", ".join(one.methods), *one.cells])]
-        n = len(one.methods)
         rows.append([
             f"{one.claim}: {one.statement}", one.where,
             None if found is None else markup.interval(found, ends, one.margin, kind), f"{one.margin:.3g}",
@@ -246,9 +245,7 @@ def _slopes(study: Study) -> str:
     header, rows = ["setting", "method"], []
     ends = []
     for i, words in enumerate(("twice the images", "twice the size")):
-        ends.append(
-            markup.limits([x if isinstance(x, float) else x.value for *_, both in lines if (x := both[i]) is not None])
-        )
+        ends.append(markup.limits([both[i] for *_, both in lines]))
         header.append(Html(f"{words}{markup.axis(ends[-1])}"))
     header[1:1] = ["with pre-training"] if declared else []
     for scale, variant, both in lines:
