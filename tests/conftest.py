@@ -53,3 +53,14 @@ def base(tmp_path_factory):
     params = init(model, 0)
     del params["itm"]
     return loading.save(tmp_path_factory.mktemp("base") / "tiny", model, shared(params), aliases=ALIASES)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """The runs of a study, which finish at once."""
+    import fake_runs  # not above: programs that tests start import this file too
+
+    runs = fake_runs.Runs()
+    monkeypatch.setattr("jaxpeft.training.run.run", runs.run)
+    monkeypatch.setattr("jaxpeft.study.execute.keep_images", fake_runs.quiet)
+    return runs

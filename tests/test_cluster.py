@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-import test_study
+from fake_runs import finished
 
 from configs.studies import tiny
 from jaxpeft.study import execute, grid, ray_executor, state
@@ -35,7 +35,7 @@ def two_cores():
 
 
 def slow_point(config, workdir, log=print, features_in=None):
-    """What `test_study.fake_point` leaves, half a second later; who did it, on how many threads. One run always fails."""
+    """What `fake_runs.finished` leaves, half a second later; who did it, on how many threads. One run always fails."""
     if config.name == BAD:
         raise FloatingPointError("loss is nan")
     (Path(workdir) / "started").touch()
@@ -44,7 +44,7 @@ def slow_point(config, workdir, log=print, features_in=None):
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     with (Path(workdir) / "by.jsonl").open("a") as file:
         file.write(json.dumps({"pid": os.getpid(), "threads": names.count("tf_XLAEigen")}) + "\n")
-    return test_study.fake_point(config, workdir)
+    return finished(config, workdir)
 
 
 def faked(*args):

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_search import config_of, quiet, result_of
+from fake_runs import quiet
+from test_search import config_of
 
 from configs.studies import crossed
 from jaxpeft.apps import report as command
 from jaxpeft.runtime import files
-from jaxpeft.study import claims, execute, grid, search
+from jaxpeft.study import claims, execute, grid
 from jaxpeft.study.claims import Result, Scale
 from jaxpeft.study.grid import Cell
 
@@ -108,29 +109,16 @@ def test_gates_are_on_the_base_and_on_what_training_adds():
 # A published study
 
 
-@pytest.fixture
-def published(tmp_path, monkeypatch):
-    """(the directory of a study, a copy of the three files that are published)."""
-
-    def run(config, workdir, log=print, features_in=None):
-        files.write_json(Path(workdir) / "result.json", result_of(config, 0.003))
-        return result_of(config, 0.003)
-
-    monkeypatch.setattr(execute.training_run, "run", run)
-    monkeypatch.setattr(execute, "keep_images", quiet)
+@pytest.mark.slow
+def test_the_report_is_made_again_from_the_published_files_alone(fake, tmp_path, capsys):
     c = config_of(search_steps=0.5, seeds=3, measure="nll")
     c.settings.vqa_stated.consistent = False
     execute.run(c, tmp_path / "study", log=quiet)
     (tmp_path / "copy").mkdir()
     for name in ("study.json", "results.jsonl", "search.jsonl"):
         shutil.copy(tmp_path / "study" / name, tmp_path / "copy")
-    return tmp_path / "study", tmp_path / "copy"
-
-
-@pytest.mark.slow
-def test_the_report_is_made_again_from_the_published_files_alone(published, capsys):
     made = []
-    for directory in published:
+    for directory in (tmp_path / "study", tmp_path / "copy"):
         command.main([f"--workdir={directory}"])
         made.append({path.name: path.read_bytes() for path in (directory / "report").iterdir()})
     pages = [one.pop("index.html").decode() for one in made]
@@ -141,17 +129,5 @@ def test_the_report_is_made_again_from_the_published_files_alone(published, caps
     in_nats = json.loads(made[0]["claims_nll.json"])
     assert in_nats["margins"] == claims.MARGINS_NLL and {one["claim"] for one in in_nats["verdicts"]} >= {"C1", "C2"}
     assert "25 runs" in capsys.readouterr().out  # 10 of them of the search
-    rows = [json.loads(line) for line in (published[1] / "results.jsonl").read_text().splitlines()]
+    rows = files.read_jsonl(tmp_path / "copy" / "results.jsonl")
     assert all(row["validation"]["curve"][0] == [0, 2.0] for row in rows)
-
-
-def test_the_budget_is_controlled_by_the_short_run_of_the_chosen_rate(published):
-    rows, searched = (
-        [json.loads(line) for line in (published[1] / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("results", "search")
-    )
-    for row in searched:
-        row["validation"]["kept"] += row["lr"]
-    found = search.budget_gains(rows, searched)
-    assert len(found) == 5 and all(name.endswith("-s0-lr0.003") for name in found)
-    np.testing.assert_allclose(list(found.values()), 0.003)

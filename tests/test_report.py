@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_runs import html_of
 from scipy import stats
 
 from configs.studies import tiny
@@ -99,8 +100,7 @@ def test_one_seed_has_no_ties_and_no_intervals(tmp_path):
     assert [one.tied for one in chosen] == [None, None] and isinstance(chosen[0].over_base, float)
     use, more, trust = answers.sentences(study, {"photos": chosen})
     assert "one seed, so ties are not known" in use and "(one seed)" in more and "1 seed;" in trust
-    report.write(tmp_path)
-    assert "not known: too few seeds" in (tmp_path / "report" / "index.html").read_text()
+    assert "not known: too few seeds" in html_of(tmp_path)
 
 
 def test_where_nothing_beats_the_frozen_base_it_is_what_to_use(tmp_path):
@@ -131,7 +131,7 @@ def fails(row):
 
 def without(directory, *lost):
     """A study some of whose runs failed."""
-    rows = [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
+    rows = files.read_jsonl(directory / "results.jsonl")
     files.write_jsonl(directory / "results.jsonl", [fails(row) if row["id"] in lost else row for row in rows])
     return report.read(directory)
 
@@ -162,6 +162,7 @@ def test_where_the_best_rates_stand(tmp_path):
         return {one["variant"]: (one["smallest"], one["inside"], one["largest"]) for one in found}
 
     assert places(close) == {"head": (2, 0, 0), "lora_head": (4, 0, 0), "prefix_head": (4, 0, 0)}
+    assert [edge for *_, edge in folded.edges(report.read(tmp_path))] == 10 * ["smallest"]
     lower = places(lambda run: close(run) - (run.lr < 2e-3))  # all rates of prefix are above that
     assert lower == {"head": (0, 2, 0), "lora_head": (0, 4, 0), "prefix_head": (4, 0, 0)}
     assert not answers.rate_places(write(tmp_path, close, config_of(rates=(1.0,))))
@@ -169,7 +170,7 @@ def test_where_the_best_rates_stand(tmp_path):
 
 def split(directory, kept, failed=lambda row: False):
     """Make the runs with seed 0 those of a search with fewer steps, and keep the rows kept(row) as the runs after it."""
-    rows = [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
+    rows = files.read_jsonl(directory / "results.jsonl")
     searched = [row | {"id": f"{row['id']}-search"} for row in rows if row["seed"] == 0]
     files.write_jsonl(directory / "search.jsonl", [fails(row) if failed(row) else row for row in searched])
     files.write_jsonl(directory / "results.jsonl", [row for row in rows if kept(row)])
@@ -220,8 +221,7 @@ def test_a_shorter_search_in_nats_chooses_the_rates(tmp_path):
     c.measure, c.search_steps = "nll", 0.25
     write(tmp_path, close, c, validation={"kept": 1.0})
     searched, final = [], []
-    for line in (tmp_path / "results.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in files.read_jsonl(tmp_path / "results.jsonl"):
         factor = row["lr"] / c.variants[row["variant"]].lr
         row["validation"] = {"kept": abs(np.log(factor)) + 0.02 * (row["variant"] == "lora_head"), "kept_step": 1}
         # a search in nats scores no texts
@@ -248,7 +248,7 @@ def test_in_nats_the_best_cell_is_the_most_likely_one(tmp_path):
     c = config_of()
     c.measure = "nll"
     write(tmp_path, close, c, validation={"kept": 1.0})
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = files.read_jsonl(tmp_path / "results.jsonl")
     for row in rows:
         row["validation"]["kept"] += (row["variant"] != "head") + row["lr"]
         row["metrics"]["test"]["tuned"]["nll"] = 0.7 if row["variant"] == "head" else 0.9
@@ -268,7 +268,7 @@ def test_in_nats_the_best_cell_is_the_most_likely_one(tmp_path):
 def test_scores_on_other_splits_are_in_the_table_and_in_the_csv(tmp_path):
     write(tmp_path, close)
     assert "test_comp" not in html_of(tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = files.read_jsonl(tmp_path / "results.jsonl")
     for row in rows:
         row["metrics"]["test_comp"] = {"n": 8, "blind": {}, "tuned": {"cider_d": 0.4321, "nll": 1.0}}
     files.write_jsonl(tmp_path / "results.jsonl", rows)
@@ -307,11 +307,6 @@ def test_a_command_repeats_the_best_run_and_another_uses_it(tmp_path):
 # The page
 
 
-def html_of(directory):
-    report.write(directory)
-    return (directory / "report" / "index.html").read_text()
-
-
 def test_a_page_of_ones_own_pictures_has_answers_and_no_paper(tmp_path):
     write(tmp_path, close)
     html = html_of(tmp_path)
@@ -320,16 +315,23 @@ def test_a_page_of_ones_own_pictures_has_answers_and_no_paper(tmp_path):
     assert titles == ["The best runs", "Score against training images", "What twice as much brings",
                       "Where the best learning rate stands among those tried", "More"]  # fmt: skip
     assert html.index("What to use: on photos with 256 images, lora_head 8") < html.index("<table")
+    assert "No claim was judged on photos" in html and "settings.NAME.consistent = True" in html
 
 
 def test_a_page_with_claims_draws_them_and_lists_their_cells_behind_a_click(tmp_path):
-    write(tmp_path, close, config_of(declare=False))
+    """Of two methods, which are no test: every line says what it lacks."""
+    c = config_of(declare=False)
+    c.settings.photos.ceiling = 7.3
+    write(tmp_path, close, c)
     section = re.search("<section><h2>Claims.*?</section>", html_of(tmp_path), re.DOTALL)[0]
     assert "the paper predicts" in section and section.count("<circle") >= 2
     assert 'data-label="effect"' in section and "&lt;svg" not in section  # a phone shows the name beside each value
     assert "<summary>No claim could be tested." in section and "lines were tested" not in section  # with two methods
     details, *_ = re.findall("<details><summary>2 methods, 3 seeds</summary>(.*?)</details>", section, re.DOTALL)
     assert "lora_head 2, 4, 8 at 256 images" in details and "2, 4, 8 at 256" not in section.replace(details, "")
+    found = files.read_json(tmp_path / "report" / "claims.json")
+    assert all(one["verdict"] == "not tested" and one["note"] for one in found["verdicts"])
+    assert found["scales"][0]["ceiling"] == 7.3 and "ceiling 7.300, declared" in section
 
 
 @pytest.mark.parametrize("name", ["train/новая кошка.jpg", "снимок" * 20 + ".jpg"])
@@ -375,7 +377,7 @@ def test_runs_that_were_removed_have_no_texts_in_the_gallery(tmp_path):
 def test_runs_of_one_cell_are_made_by_one_code_of_one_base_and_one_data_set(seed, change, said, tmp_path):
     """One run of a cell differs from the others in one thing."""
     write(tmp_path, close)
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = files.read_jsonl(tmp_path / "results.jsonl")
     other = [row for row in rows if (row["variant"], row["n_images"], row["seed"]) == ("head", 64, seed)][-1]
     for row in rows:
         made = {"code": "a", "base": f"b{row['seed']}", "train": f"t{row['seed']}", "test": "t"}

@@ -4,7 +4,6 @@ import ml_collections
 from flax import traverse_util
 
 from jaxpeft import config
-from jaxpeft.runtime.registry import did_you_mean
 from jaxpeft.study import claims
 
 # In order of distance from pre-training. Web captions name colours and shapes, and half of them a side; they never say how
@@ -67,23 +66,18 @@ def centred(prompts: tuple = (2, 4, 8, 16, 32)) -> dict:
     }
 
 
-# the protocol of version 0.1; `random` {}: a grid of rates
-DEFAULTS = {
-    "steps": (), "measure": "main", "search_steps": 1.0, "extend": 0, "random": {}, "margins_nll": claims.MARGINS_NLL,
-}  # fmt: skip
-
-
 def study(
     name, hypothesis, settings, variants: dict, budgets, n_images, seeds=3, learning_rates=LEARNING_RATES, note="",
-    make_point=None, margins=claims.MARGINS, axes=None, **more,
+    make_point=None, margins=claims.MARGINS, margins_nll=claims.MARGINS_NLL, axes=None, steps=(), measure="main",
+    search_steps=1.0, extend=0, random=None,
 ):  # fmt: skip
     """A study's config. The cells are on two axes through (middle budget, all images), unless `cross` is set.
 
     `settings`: names of SETTINGS, or {name: {'task': ..., keys of a run's config}}, with 'consistent' (True or False: with
     pre-training) if claims are to be judged, and 'ceiling' if the best possible score is known. `make_point(task)` -> a run's
     config. `margins`: the effects that are too small to matter, set before anything is run: study/claims.py.
-    `axes`: {'optim.weight_decay': (0.0, 0.05)}, more axes of any keys of a run's config (study/axes.py). `more`: `steps`,
-    `measure` (study/grid.py), `search_steps`, `extend`, `random` (study/search.py) and `margins_nll` (study/claims.py).
+    `axes`: {'optim.weight_decay': (0.0, 0.05)}, more axes of any keys of a run's config (study/axes.py). `steps`, `measure`:
+    study/grid.py. `search_steps`, `extend`, `random`: study/search.py. The defaults are the protocol of version 0.1.
     """
     c = ml_collections.ConfigDict()
     c.name, c.hypothesis, c.note = name, hypothesis, note
@@ -91,11 +85,10 @@ def study(
     c.settings, c.variants = ml_collections.ConfigDict(named), ml_collections.ConfigDict(variants)
     c.budgets, c.n_images, c.cross = tuple(budgets), tuple(n_images), False
     c.learning_rates, c.seeds, c.select_on = tuple(learning_rates), seeds, "val"
-    c.keep_checkpoints, c.margins = False, ml_collections.ConfigDict(dict(margins))
+    c.steps, c.measure, c.keep_checkpoints = steps, measure, False
+    c.search_steps, c.extend, c.random = search_steps, extend, ml_collections.ConfigDict(random or {})
+    c.margins, c.margins_nll = (ml_collections.ConfigDict(dict(one)) for one in (margins, margins_nll))
     c.axes = ml_collections.ConfigDict(traverse_util.unflatten_dict(axes or {}, sep="."))
-    if unknown := sorted(more.keys() - DEFAULTS.keys()):
-        raise ValueError(f"unknown setting of a study {unknown[0]!r}{did_you_mean(unknown[0], DEFAULTS)}")
-    c.update(DEFAULTS | more)
     used = sorted({one["task"] for one in c.settings.values()})
     c.points = ml_collections.ConfigDict({task: (make_point or point)(task) for task in used})
     return c

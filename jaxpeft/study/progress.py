@@ -35,50 +35,28 @@ def runs_left(config, state: State) -> collections.Counter[tuple[Cell, bool]]:
 
 
 def seconds_left(config, directory: Path, state: State) -> float | None:
-    """The estimated time of the runs left; None until a run has finished since the latest start of the study."""
-    # Each run left is expected to take as long as similar finished runs (see `_expected`). The sum is divided by the number
-    # of workers that hold a run now. It is at least the time of the longest run left, because workers do not share a run.
-    # The estimate ignores the progress of runs that other workers hold, failed tries, and workers that join or leave.
-    measured = _measured(directory, state)
+    """The estimated time of the runs left; None until a run has finished."""
+    # Each run left is expected to take as long as similar finished runs (see `_expected`), and the workers that hold a run now
+    # share them. The estimate ignores the progress of runs of other workers, failed tries, and workers that join or leave.
+    measured = _measured(state)
     if not measured:
         return None
-    left = runs_left(config, state)
-    seconds = {(cell, short): _expected(cell, measured) * (config.search_steps if short else 1) for cell, short in left}
-    in_all = sum(n * seconds[key] for key, n in left.items())
-    return max(in_all / _live_workers(directory), max(seconds.values(), default=0.0))
+    left = runs_left(config, state).items()
+    seconds = sum(n * _expected(cell, measured) * (config.search_steps if short else 1) for (cell, short), n in left)
+    return seconds / _live_workers(directory)
 
 
-def _measured(directory: Path, state: State) -> dict[tuple, list[float]]:
-    """Durations of the runs that finished since the latest start of the study, each under the keys (), (setting,),
-    (setting, variant), (setting, variant, size) and its whole cell. A short run of a search counts as if it had all steps.
-
-    Earlier runs may come from another machine, or from another number of workers on this one.
-    """
-    # times of files are compared with each other only, because the clocks of the hosts may differ
-    began, found = _written(directory / "study.json"), collections.defaultdict(list)
+def _measured(state: State) -> dict[tuple, list[float]]:
+    """Durations of the finished runs, each under the keys (), (setting,), (setting, variant), (setting, variant, size) and its
+    whole cell. A short run of a search counts as if it had all steps."""
+    found = collections.defaultdict(list)
     for run in state.runs:
-        if run.id in state.finished and _written(directory / "points" / run.id / "result.json") >= began:
+        if run.id in state.finished:
+            share = run.study.search_steps if run.short else 1
             fields = dataclasses.astuple(run.cell)
             for n in range(len(fields) + 1):
-                share = run.study.search_steps if run.short else 1
-                found[fields[:n]].append(_seconds(state.finished[run.id]["timing"]) / share)
+                found[fields[:n]].append(state.finished[run.id]["timing"]["total_s"] / share)
     return dict(found)
-
-
-def _written(path: Path) -> int:
-    """The time when a file was written, in nanoseconds; 0 where there is none."""
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
-
-
-def _seconds(timing: dict) -> float:
-    """The duration of a run without interruptions.
-
-    The times of a resumed run cover only the steps since it was resumed: the earlier ones are added.
-    """
-    return timing["total_s"] + max(0.0, timing["steps"] * timing["step_s"] - timing["train_s"])
 
 
 def _expected(cell: Cell, measured: dict[tuple, list[float]]) -> float:
