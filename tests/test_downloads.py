@@ -23,7 +23,6 @@ from safetensors.numpy import load, save
 from test_hub import BLIP_PROCESSOR, WORDS
 
 from jaxpeft import tree
-from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
 from jaxpeft.models import downloads, loading
 from jaxpeft.runtime import signals
 
@@ -280,9 +279,7 @@ def test_an_index_names_plain_files_of_its_repository(server, name):
 
 @pytest.mark.slow
 def test_a_repository_of_our_own_format(server, tmp_path):
-    params = init(tiny.model(), 1)
-    del params["itm"]
-    loading.save(tmp_path / "ours", tiny.model(), shared(params), aliases=ALIASES, name="tiny one")
+    tiny.saved(tmp_path / "ours", tiny.model(), name="tiny one")
     files = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
     server.repositories[NAME][COMMIT] = files | {"pytorch_model.bin": b"no"}
     model, loaded, report = loading.read(NAME)

@@ -22,22 +22,6 @@ torch = pytest.importorskip("torch", reason="runs the card's code: pip install -
 transformers = pytest.importorskip("transformers", reason="as above")
 peft = pytest.importorskip("peft", reason="as above")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-ADDED = ["zebra", "yak"]
-
-
-def with_words(load):
-    """`scenes.load` with two words in its training texts that the tiny base lacks."""
-
-    def changed(config, splits):
-        found = load(config, splits)
-        if "train" in found:
-            rows = [dict(row) for row in found["train"].rows]
-            rows[0]["captions"] = ["a zebra beside a yak"]
-            rows[0]["questions"] = [dict(q, question="is there a zebra", answers=["yak"]) for q in rows[0]["questions"]]
-            found["train"] = type(found["train"])("train", found["train"].images, rows)
-        return found
-
-    return changed
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +37,7 @@ def runs(tmp_path_factory):
             c.eval.base = c.eval.gallery = False
             if method == "prompt":
                 c.method.targets, c.method.positions, c.method.length = "^text_decoder$", "shift", 3
-            patch.setattr(scenes, "load", with_words(plain) if words else plain)
+            patch.setattr(scenes, "load", tiny.with_new_words(plain) if words else plain)
             run.run(c, home / f"{task}-{method}", lambda *_: None)
             found[task, method] = home / f"{task}-{method}"
     return found
@@ -163,9 +147,8 @@ def test_an_adapter_brings_a_base_that_has_the_added_words(runs, picture):
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "out/base" and config["peft_type"] == "LORA"
     model, variables, methods, _ = jp.load_run(run)
-    assert [one.name for one in methods] == ["lora", "new_words"] and model.tokenizer.vocabulary[-2:] == tuple(
-        sorted(ADDED, reverse=True)
-    )[::-1]
+    assert [one.name for one in methods] == ["lora", "new_words"]
+    assert model.tokenizer.vocabulary[-2:] == ("yak", "zebra")
     there = transformers.BlipForConditionalGeneration.from_pretrained(out / "base")
     there = peft.PeftModel.from_pretrained(there, out).eval()
     tokens = np.array([[*model.tokenizer.encode("a zebra beside a yak")[:-1]]])

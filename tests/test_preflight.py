@@ -19,11 +19,6 @@ from test_sharding import SIZES
 from tiny import config_of
 
 from jaxpeft import tasks, tree
-from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
-from jaxpeft.data import scenes
-from jaxpeft.models import loading
-from jaxpeft.models.blip import Blip, BlipConfig
-from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime import host
 from jaxpeft.training import preflight, run, setup, sharding
 
@@ -84,12 +79,7 @@ def test_the_planned_shapes_are_those_of_the_run(base, tmp_path, monkeypatch, ta
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A base whose lengths eight devices divide: that of the other tests is never split."""
-    tokenizer = BlipTokenizer.from_words(scenes.WORDS)
-    sizes = tiny.CONFIG | SIZES | {"image_size": 64, "patch_size": 32, "max_positions": 48}
-    model = Blip.build(BlipConfig(**sizes | {"vocab_size": len(tokenizer)}, question_encoder=True), tokenizer)
-    params = init(model, 0)
-    del params["itm"]
-    return loading.save(tmp_path_factory.mktemp("wide") / "base", model, shared(params), aliases=ALIASES)
+    return tiny.saved(tmp_path_factory.mktemp("wide") / "base", tiny.of_scenes(**SIZES))[0]
 
 
 @pytest.mark.slow
