@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -72,9 +73,9 @@ def exported(run, *more) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["merged", "peft"])
-def test_the_cards_code_writes_the_caption(runs, picture, capsys, format):
-    run = runs["captioning", "lora"]
+@pytest.mark.parametrize(("method", "format"), [("lora", "merged"), ("lora", "peft"), ("prompt", "peft")])
+def test_the_cards_code_writes_the_caption(runs, picture, capsys, method, format):
+    run = runs["captioning", method]
     out = exported(run, "--format", format)
     model, variables, _, task = jp.load_run(run)
     (expected,) = jp.generate(model, variables, picture, beams=1, task=task)
@@ -92,15 +93,6 @@ def test_the_cards_code_answers(runs, picture, capsys, format):
     for question in ("what color is the circle", "how many squares are there", "is there a zebra"):
         (expected,) = jp.generate(model, variables, picture, question, beams=1, task=task)
         assert pasted(out, capsys, question) == expected
-
-
-@pytest.mark.slow
-def test_the_cards_code_with_virtual_tokens(runs, picture, capsys):
-    run = runs["captioning", "prompt"]
-    out = exported(run, "--format", "peft")
-    model, variables, _, task = jp.load_run(run)
-    (expected,) = jp.generate(model, variables, picture, beams=1, task=task)
-    assert pasted(out, capsys) == expected
 
 
 @pytest.mark.slow
@@ -186,10 +178,7 @@ def test_an_adapter_of_a_hugging_face_base_names_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = Path(__file__).parent / "golden" / "blip_caption_tiny"
     model, params = loading.load(base)
-    method = jp.LoRA(rank=2)
-    import jax
-
-    variables = jp.attach(model, params, method, jax.random.key(0))
+    variables = jp.attach(model, params, jp.LoRA(rank=2), jax.random.key(0))
     jp.export_peft(model, variables, "out", base="owner/name", revision="a" * 40)
     config = json.loads(Path("out/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "a" * 40)

@@ -215,16 +215,17 @@ def with_mesh(c, n):
     return changed
 
 
-def test_a_batch_that_devices_do_not_divide_is_refused(base):
-    with pytest.raises(ValueError, match="batch_size 6 .* 8 parts"):
-        preflight.report(config_of(base, batch_size=6))
-
-
-def test_what_the_run_would_refuse_is_refused(base):
-    with pytest.raises(ValueError, match="data.augment is 'flip'"):
-        preflight.report(config_of(base, **{"data.augment": "flip"}))
-    with pytest.raises(ValueError, match="grad_accum is 0; it must be at least 1"):
-        preflight.report(config_of(base, grad_accum=0))
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_size", 6, "batch_size 6 .* 8 parts"),
+        ("data.augment", "flip", "data.augment is 'flip'"),
+        ("grad_accum", 0, "grad_accum is 0; it must be at least 1"),
+    ],
+)
+def test_what_the_run_would_refuse_is_refused(base, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        preflight.report(config_of(base, **{key: value}))
 
 
 def test_what_xla_cannot_compile_is_said_in_one_line(base, monkeypatch):
