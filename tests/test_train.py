@@ -96,38 +96,27 @@ def test_a_batch_that_devices_do_not_divide_is_refused():
         sharding.mesh({"data": 3, "fsdp": 2, "tensor": 1})
 
 
-def test_clipping_sees_trainable_leaves_only():
-    """The update of a clipped step has the norm that the trainable gradient alone gives; the frozen one is far larger."""
-    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(1.0))
+@pytest.mark.parametrize("limit", [0.5, 10.0])
+def test_clipping_sees_trainable_leaves_only(limit):
+    """The update has the norm of the trainable gradient, which alone decides whether it is clipped; the frozen one is larger."""
+    tx = optax.chain(optax.clip_by_global_norm(limit), optax.sgd(1.0))
     state, frozen = _state(tx)
     batch = _batch(4)
     batch |= {"x": 1e-3 * batch["x"], "y": 1e3 * batch["y"]}
     after, metrics = _step(tx)(state, frozen, batch)
     moved = optax.tree.norm(jax.tree.map(jnp.subtract, after.tuned, state.tuned))
-    assert metrics["grad_norm"] > 0.5
-    np.testing.assert_allclose(moved, 0.5, rtol=1e-4)
-    tx = optax.chain(optax.clip_by_global_norm(10.0), optax.sgd(1.0))
-    state, frozen = _state(tx)
-    after, metrics = _step(tx)(state, frozen, batch)
-    moved = optax.tree.norm(jax.tree.map(jnp.subtract, after.tuned, state.tuned))
-    assert 0.5 < metrics["grad_norm"] < 10.0  # what is frozen would clip it
-    np.testing.assert_allclose(moved, metrics["grad_norm"], rtol=1e-4)
+    assert 0.5 < metrics["grad_norm"] < 10.0  # the frozen one would be clipped at both
+    np.testing.assert_allclose(moved, min(limit, metrics["grad_norm"]), rtol=1e-4)
 
 
-def test_schedule_and_decay_groups():
+def test_a_cosine_after_a_warm_up():
     c = config.get_config().optim
-    c.lr, c.warmup, c.weight_decay = 2.0, 0.1, 0.1
+    c.lr, c.warmup = 2.0, 0.1
 
     def rate(step):
         return optim.schedule(c, 100)._replace(step=jnp.int32(step)).rate(c.schedule)
 
     assert rate(0) == 0 and rate(10) == 2.0 and abs(rate(100)) < 1e-6 and abs(rate(55) - 1.0) < 1e-6
-    tuned = {"dense": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}, "norm": {"scale": jnp.ones(2)}}
-    c.schedule, c.warmup = "constant", 0.0
-    tx = optim.optimizer(c, tuned, 10)
-    updates = jax.jit(lambda tuned: tx.update(jax.tree.map(jnp.zeros_like, tuned), tx.init(tuned), tuned)[0])(tuned)
-    assert np.all(updates["dense"]["kernel"] < 0)  # no gradient: what moves is decay
-    assert not updates["dense"]["bias"].any() and not updates["norm"]["scale"].any()
 
 
 @pytest.mark.parametrize("key, value, message", [("schedule", "step", "choose one of"), ("warmup", 2.0, "fraction")])
@@ -491,13 +480,6 @@ def test_a_fixed_budget_does_all_steps_and_step_0_is_a_candidate(tmp_path):
 def test_when_training_stops_and_why(tmp_path, losses, warmup, steps, why):
     _, timing, _ = stopped(tmp_path, losses, **{"optim.warmup": warmup})
     assert (timing["steps"], timing["stopped"]) == (steps, why)
-
-
-def test_the_name_of_a_run():
-    c = config_of("base", "vqa", "lora")
-    assert run.point_id(c) == "vqa-lora2-f1-base-s0"
-    c.head, c.data.n_images = "transform", 4
-    assert run.point_id(c) == "vqa-lora2+transform-n4-base-s0"
 
 
 def rates(workdir):
