@@ -98,7 +98,7 @@ def test_a_batch_that_devices_do_not_divide_is_refused():
 
 @pytest.mark.parametrize("limit", [0.5, 10.0])
 def test_clipping_sees_trainable_leaves_only(limit):
-    """The update has the norm of the trainable gradient, which alone decides whether it is clipped; the frozen one is larger."""
+    """The update has the norm of the trainable gradient, which alone decides on clipping; the frozen one is far larger."""
     tx = optax.chain(optax.clip_by_global_norm(limit), optax.sgd(1.0))
     state, frozen = _state(tx)
     batch = _batch(4)
