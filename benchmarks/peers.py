@@ -12,6 +12,7 @@ import reference
 
 BATCH, LENGTH, RANK, LR = 8, 20, 8, 1e-3
 BEAMS = {"greedy": 1, "beam 3": 3}
+CACHED = "cached image tokens"
 
 
 def compiled_step(step_fn, tx, tuned, frozen, batch):
@@ -49,20 +50,30 @@ class Torch:
         self.tokens_BT = torch.tensor(self.inputs["tokens"]).long()
         self.prompt_BT = torch.tensor(self.inputs["prompt"]).long()
 
-    def steps(self, others: bool = True) -> dict:
-        """{label: one training step -> loss}: '' is the main one and comes first. All share the model."""
+    def start_of(self, name: str) -> np.ndarray:
+        """What LoRA's A of this name begins as, on both sides."""
+        layer, part, _, which = name.split(".layer.")[1].split(".")[:4]
+        return self.inputs[f"{part} {which}"][int(layer)]
+
+    def lora(self, target: str):
+        """(the model with LoRA on the linears that `target` matches, the optimizer of what is trained)"""
         import peft
         import torch
 
-        target = r".*text_decoder.*\.(query|value)"
         lora = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=target)
         tuned = peft.get_peft_model(self.model, lora).train()
         for name, p in tuned.named_parameters():
             if "lora_A" in name:
-                layer, part, _, which = name.split(".layer.")[1].split(".")[:4]
-                p.data.copy_(torch.tensor(self.inputs[f"{part} {which}"][int(layer)].T))
-        self.trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-        optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+                p.data.copy_(torch.tensor(self.start_of(name).T))
+        trained = [p for p in tuned.parameters() if p.requires_grad]
+        self.trained = sum(p.numel() for p in trained)
+        return tuned, torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+
+    def steps(self, others: bool = True) -> dict:
+        """{label: one training step -> loss}: '' is the main one and comes first. All share the model."""
+        import torch
+
+        tuned, optimizer = self.lora(r".*text_decoder.*\.(query|value)")
         mask_BT = torch.ones_like(self.tokens_BT)
         labels_BT = self.tokens_BT.clone()
         labels_BT[:, : self.prompt_BT.shape[1]] = -100
@@ -85,7 +96,7 @@ class Torch:
             ways["images under no_grad"] = lambda: step(
                 inner.text_decoder(encoder_hidden_states=encode(), **texts).loss
             )
-            ways["cached image tokens"] = lambda: step(inner.text_decoder(encoder_hidden_states=cached, **texts).loss)
+            ways[CACHED] = lambda: step(inner.text_decoder(encoder_hidden_states=cached, **texts).loss)
         return ways
 
     def writers(self) -> dict:
@@ -113,6 +124,19 @@ class Jax:
         self.inputs, self.seconds = np.load(directory / "inputs.npz"), {}
         self.model, self.params = loading.load(directory)
 
+    def start_of(self, name: str) -> np.ndarray:
+        """What LoRA's A of all layers begins as, on both sides."""
+        part = "crossattention" if "cross_attention" in name else "attention"
+        return self.inputs[f"{part} {'query' if '/query/' in name else 'value'}"]
+
+    def texts(self) -> dict:
+        """What a step reads besides the images."""
+        tokens_BT = self.inputs["tokens"]
+        scored_BT = np.zeros(tokens_BT.shape, np.float32)  # the last position has no target, as in transformers
+        scored_BT[:, self.inputs["prompt"].shape[1] - 1 : -1] = 1.0
+        texts = {"tokens": tokens_BT, "targets": np.roll(tokens_BT, -1, axis=1), "weights": scored_BT}
+        return {name: x[:, None] for name, x in texts.items()}
+
     def steps(self, others: bool = True) -> dict:
         import jax
         import jax.numpy as jnp
@@ -123,34 +147,20 @@ class Jax:
         from jaxpeft.models import stack
         from jaxpeft.training import loop, optim
 
-        lora = methods.LoRA(rank=RANK)
-        variables = sites.attach(self.model, self.params, lora, jax.random.key(0))
+        variables = sites.attach(self.model, self.params, methods.LoRA(rank=RANK), jax.random.key(0))
         flat = tree.flatten(variables)
         for name in flat:
             if name.startswith("peft/") and name.endswith("/a"):
-                part = "crossattention" if "cross_attention" in name else "attention"
-                flat[name] = jnp.asarray(self.inputs[f"{part} {'query' if '/query/' in name else 'value'}"])
+                flat[name] = jnp.asarray(self.start_of(name))
         variables = tree.unflatten(variables, flat)
         tuned, frozen = tree.split(variables, sites.trainable(variables))
         frozen = stack.apart(self.model.config, frozen)
         self.trained = tree.count(tuned)
-        settings = {
-            "lr": LR,
-            "schedule": "constant",
-            "warmup": 0.0,
-            "weight_decay": 0.0,
-            "no_decay": "",
-            "clip_norm": 0.0,
-        }
-        tx = optim.optimizer(ml_collections.ConfigDict(settings | {"b1": 0.9, "b2": 0.999}), tuned, 1000)
-        tokens_BT = self.inputs["tokens"]
-        scored_BT = np.zeros(tokens_BT.shape, np.float32)  # the last position has no target, as in transformers
-        scored_BT[:, self.inputs["prompt"].shape[1] - 1 : -1] = 1.0
-        texts = {"tokens": tokens_BT, "targets": np.roll(tokens_BT, -1, axis=1), "weights": scored_BT}
-        texts = {name: jnp.asarray(x[:, None]) for name, x in texts.items()}
-        step_fn = functools.partial(
-            loop.train_step, loss=functools.partial(tasks.Captioning().loss, self.model), tx=tx, grad_accum=1
-        )
+        settings = {"lr": LR, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "no_decay": "", "b1": 0.9}
+        tx = optim.optimizer(ml_collections.ConfigDict(settings | {"b2": 0.999, "clip_norm": 0.0}), tuned, 1000)
+        texts = {name: jnp.asarray(x) for name, x in self.texts().items()}
+        loss = functools.partial(tasks.Captioning().loss, self.model)
+        step_fn = functools.partial(loop.train_step, loss=loss, tx=tx, grad_accum=1)
 
         def stepper(label, batch):
             step, self.seconds[label] = compiled_step(step_fn, tx, tuned, frozen, batch)
@@ -159,9 +169,9 @@ class Jax:
         image_BYXC = jnp.asarray(self.inputs["image"])
         ways = {"": stepper("", texts | {"image": image_BYXC})}
         if others:
-            label, encode = "cached image tokens", functools.partial(self.model.apply, method="stage")
-            tokens_BPD = jax.jit(encode, static_argnums=2)(variables, {"image": image_BYXC}, "image_tokens")
-            ways[label] = stepper(label, texts | {"image_tokens": tokens_BPD})
+            encode = jax.jit(functools.partial(self.model.apply, method="stage"), static_argnums=2)
+            tokens_BPD = encode(variables, {"image": image_BYXC}, "image_tokens")
+            ways[CACHED] = stepper(CACHED, texts | {"image_tokens": tokens_BPD})
         return ways
 
     def writers(self) -> dict:

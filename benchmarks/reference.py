@@ -147,19 +147,13 @@ def facts() -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows with the same keys as an aligned table; floats have three significant digits."""
+    """Rows with the same keys as an aligned table; floats have three significant digits. Imports jax."""
+    from jaxpeft.runtime.text import aligned
 
     def cell(value):
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return "\n".join(aligned([list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]))
 
 
 def write_json(path, value: dict) -> None:

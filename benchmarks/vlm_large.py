@@ -287,8 +287,9 @@ def prepare(args, directory: Path) -> None:
     """Write the files that both sides read: a transformers SmolVLM and inputs.npz."""
     reference.quiet_torch(args.threads)
     import torch
+    from peers import LENGTH, RANK
     from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
-    from vlm_peers import BATCH, IMAGE, LENGTH, RANK
+    from vlm_peers import BATCH, IMAGE
 
     text = SMOLLM if args.size == "released" else SMOLLM | {"num_hidden_layers": 2}
     vision = SIGLIP_B if args.size == "released" else SIGLIP_B | {"num_hidden_layers": 1}
@@ -321,7 +322,8 @@ def smolvlm(args) -> dict:
     import gc
 
     import blip_base
-    from vlm_peers import BATCH, LENGTH, PEERS, RANK
+    from peers import LENGTH, RANK
+    from vlm_peers import BATCH, PEERS
 
     found = {"settings": {"batch": BATCH, "tokens": LENGTH, "rank": RANK, "runs": args.runs}}
     with tempfile.TemporaryDirectory() as directory:

@@ -21,11 +21,7 @@ import jax
 import pytest
 import tiny
 
-from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
-from jaxpeft.data import scenes
-from jaxpeft.models import loading, stack
-from jaxpeft.models.blip import Blip, BlipConfig
-from jaxpeft.models.blip_tokens import BlipTokenizer
+from jaxpeft.models import stack
 
 gc.set_threshold(200_000, 20, 100)  # tracing makes many objects: a tenth of the time went into looking for cycles
 jax.config.update("jax_num_cpu_devices", 8)  # before any array exists
@@ -47,12 +43,7 @@ def programs_are_dropped():
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A checkpoint directory of ours: random weights, the words of scenes."""
-    tokenizer = BlipTokenizer.from_words(scenes.WORDS)
-    sizes = tiny.CONFIG | {"image_size": 64, "patch_size": 32, "vocab_size": len(tokenizer), "max_positions": 48}
-    model = Blip.build(BlipConfig(**sizes, question_encoder=True), tokenizer)
-    params = init(model, 0)
-    del params["itm"]
-    return loading.save(tmp_path_factory.mktemp("base") / "tiny", model, shared(params), aliases=ALIASES)
+    return tiny.saved(tmp_path_factory.mktemp("base") / "tiny", tiny.of_scenes())[0]
 
 
 @pytest.fixture

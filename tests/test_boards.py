@@ -53,9 +53,8 @@ def packages(monkeypatch):
 def test_training_shows_its_losses_and_the_rate_of_every_step(packages, tmp_path):
     """With a decay that validation starts at step 5: the rate is that of the optimizer's own schedule."""
     losses = iter([4.0, 3.0, 2.0, 1.0, 1.5, 1.5, 0.9, 1.2])
-    c = toy.config()
-    c.optim.schedule, c.optim.warmup, c.optim.cooldown, c.optim.lr = "plateau", 0.0, 0.5, 0.02
-    c.steps, c.log_every, c.stop.every, c.stop.patience, c.stop.min_gain = 20, 1, 1, 2, 0.0
+    c = toy.rarely(20, **{"optim.schedule": "plateau", "optim.cooldown": 0.5, "optim.lr": 0.02, "stop.every": 1})
+    c.stop.patience = 2
     _, timing = toy.train(tmp_path, c, validate=lambda _: next(losses))
     assert timing["steps"] == 7
     shown = packages["tensorboard"]

@@ -1,9 +1,10 @@
-"""The demo page without models: the order of its cards, what it prints, its errors, and its script in node.
+"""The demo page without models: the order of its cards, what it prints and refuses, its errors, and its script in node.
 
 With models it is in test_use.py.
 """
 
 import contextlib
+import io
 import json
 import re
 import shutil
@@ -12,11 +13,13 @@ import subprocess
 import threading
 import time
 import types
+import urllib.error
 import urllib.request
 
 import numpy as np
 import pytest
 import uvicorn
+from PIL import Image
 
 from jaxpeft.apps import demo
 from jaxpeft.apps.demo import Writer
@@ -191,10 +194,15 @@ def test_the_address_is_printed_when_the_page_answers(monkeypatch):
 # ---------------------------------------------------------------- the page's own script
 
 
-def fetch(address, data=None):
-    """(status, JSON) of a request."""
-    with urllib.request.urlopen(urllib.request.Request(address, data), timeout=30) as reply:
-        return reply.status, json.load(reply)
+def fetch(address, data=None, **headers):
+    """(status, JSON) of a request; None for an answer that is not JSON."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, data, headers), timeout=30) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        with error:
+            said = error.read()
+        return error.code, json.loads(said) if said.startswith(b"{") else None
 
 
 @contextlib.contextmanager
@@ -204,9 +212,11 @@ def serving(app):
         server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
         thread = threading.Thread(target=server.run, args=([sock],))
         thread.start()
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture
@@ -220,6 +230,49 @@ def replies(monkeypatch):
     monkeypatch.setattr(demo, "generate", lambda model, name, *_, **__: [[{"text": name, "score": -1.0}]])
     with serving(demo.app(writers)) as address:
         return {"writers": fetch(f"{address}/writers")[1], "write": fetch(f"{address}/write", b"a picture")[1]}
+
+
+@pytest.fixture(scope="module")
+def page():
+    """The address of a page without models, which looks at every request all the same."""
+    with serving(demo.app([])) as address:
+        yield address
+
+
+@pytest.mark.parametrize(
+    "query, data, status, message",
+    [
+        ("", b"no picture", 400, "cannot decode"),
+        ("?top=99", b"", 400, "between 1 and 10"),
+        ("?top=x", b"", 400, "invalid"),
+    ],
+)
+def test_the_page_says_what_is_wrong(page, query, data, status, message):
+    found = fetch(f"{page}/write{query}", data)
+    assert found[0] == status and message in found[1]["error"]
+
+
+def test_a_picture_that_is_too_large_is_refused(page, monkeypatch):
+    monkeypatch.setattr(demo, "MOST_BYTES", 1 << 20)
+    assert fetch(f"{page}/write", bytes(2 << 20))[0] == 413
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"Origin": "https://elsewhere.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "rebound.example"}, 400),  # a stranger's name for 127.0.0.1
+        ({"Host": "rebound.example", "Origin": "http://rebound.example"}, 400),
+        ({}, 200),
+        ({"Origin": "the page"}, 200),
+    ],
+)
+def test_only_our_own_page_may_use_it(page, headers, status):
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    headers = {name: page if value == "the page" else value for name, value in headers.items()}
+    assert fetch(f"{page}/write", picture.getvalue(), **headers)[0] == status
 
 
 # As much of a browser as the page's script uses. Requests wait in `pending` until a test answers them.

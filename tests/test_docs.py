@@ -5,6 +5,7 @@ programs. ```python is run as it stands, all blocks of a page in one namespace; 
 module in which names like MyMethod stand for one's own.
 """
 
+import importlib
 import json
 import os
 import re
@@ -22,13 +23,12 @@ from PIL import Image
 
 import jaxpeft as jp
 from jaxpeft import cli, config, data, methods, metrics, tasks
-from jaxpeft.apps import demo, export, generate, report
+from jaxpeft.apps import demo
 from jaxpeft.data import scenes
 from jaxpeft.data.coco import prepare
 from jaxpeft.runtime import host, registry
 from jaxpeft.study import config as studies
 from jaxpeft.study import grid, state
-from jaxpeft.study.report import compare
 from jaxpeft.training import optim, preflight, results, run, setup
 
 ROOT = Path(__file__).parents[1]
@@ -38,14 +38,7 @@ PAGES = {
 }
 TEXT = "\n".join(PAGES.values())
 REGISTRIES = (methods.METHODS, tasks.TASKS, data.DATASETS, optim.OPTIMIZERS, metrics.METRICS)
-APPS = {
-    "generate": generate,
-    "export": export,
-    "demo": demo,
-    "prepare": prepare,
-    "compare": compare,
-    "report": report,
-}
+APPS = {name: importlib.import_module(module) for name, (module, _) in cli.APPS.items()}
 
 # ml_collections loads config files with an old function of Python
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

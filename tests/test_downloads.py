@@ -23,7 +23,6 @@ from safetensors.numpy import load, save
 from test_hub import BLIP_PROCESSOR, WORDS
 
 from jaxpeft import tree
-from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
 from jaxpeft.models import downloads, loading
 from jaxpeft.runtime import signals
 
@@ -245,7 +244,7 @@ def test_pickled_weights_are_taken_where_there_are_no_others(server):
     assert tree.digest(params) == tree.digest(loading.load(GOLDEN / "blip_bin_tiny")[1])
 
 
-def sharded(files: dict[str, bytes], *, kind="model.safetensors", **more) -> dict[str, bytes]:
+def sharded(files: dict[str, bytes], **more) -> dict[str, bytes]:
     """The files with their weights in two parts and an index, which also says `more`: {tensor: file}."""
     tensors = load(files.pop("model.safetensors"))
     parts = collections.defaultdict(dict)
@@ -253,7 +252,7 @@ def sharded(files: dict[str, bytes], *, kind="model.safetensors", **more) -> dic
         parts[f"model-{i % 2}.safetensors"][name] = x
     names = {name: file for file, part in parts.items() for name in part} | more
     return files | {file: save(part) for file, part in parts.items()} | {
-        f"{kind}.index.json": json.dumps({"weight_map": names}).encode(),
+        "model.safetensors.index.json": json.dumps({"weight_map": names}).encode(),
         "model-9.safetensors": b"of no index",
     }  # fmt: skip
 
@@ -280,9 +279,7 @@ def test_an_index_names_plain_files_of_its_repository(server, name):
 
 @pytest.mark.slow
 def test_a_repository_of_our_own_format(server, tmp_path):
-    params = init(tiny.model(), 1)
-    del params["itm"]
-    loading.save(tmp_path / "ours", tiny.model(), shared(params), aliases=ALIASES, name="tiny one")
+    tiny.saved(tmp_path / "ours", tiny.model(), name="tiny one")
     files = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
     server.repositories[NAME][COMMIT] = files | {"pytorch_model.bin": b"no"}
     model, loaded, report = loading.read(NAME)
@@ -387,21 +384,23 @@ def test_a_repository_that_does_not_exist(server):
 
 
 @pytest.mark.parametrize(
-    "where", [("GET", f"/api/models/{NAME}"), ("HEAD", "config.json"), ("HEAD", "model.safetensors")]
+    "where",
+    [
+        ("GET", f"/api/models/{NAME}"),
+        ("HEAD", "config.json"),
+        ("HEAD", "model.safetensors"),
+        ("HEAD", "model.safetensors.index.json"),
+    ],
 )
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_gated_repository(server, where, status):
+    if where[1].endswith("index.json"):
+        server.repositories[NAME][COMMIT] = sharded(captioner())
     server.errors[where] = status, "GatedRepo"
     assert (
         refused() == f"owner/a-blip is gated: accept its licence at https://huggingface.co/owner/a-blip, then {LOGIN}"
     )
-    assert "model.safetensors" not in server.fetched()
-
-
-def test_a_gated_index_of_weights(server):
-    server.repositories[NAME][COMMIT] = sharded(captioner())
-    server.errors["HEAD", "model.safetensors.index.json"] = 403, "GatedRepo"
-    assert refused().startswith("owner/a-blip is gated: ")
+    assert not any(name.endswith(".safetensors") for name in server.fetched())
 
 
 def test_a_token_that_is_refused(server, monkeypatch):

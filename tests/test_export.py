@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -22,22 +23,6 @@ torch = pytest.importorskip("torch", reason="runs the card's code: pip install -
 transformers = pytest.importorskip("transformers", reason="as above")
 peft = pytest.importorskip("peft", reason="as above")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-ADDED = ["zebra", "yak"]
-
-
-def with_words(load):
-    """`scenes.load` with two words in its training texts that the tiny base lacks."""
-
-    def changed(config, splits):
-        found = load(config, splits)
-        if "train" in found:
-            rows = [dict(row) for row in found["train"].rows]
-            rows[0]["captions"] = ["a zebra beside a yak"]
-            rows[0]["questions"] = [dict(q, question="is there a zebra", answers=["yak"]) for q in rows[0]["questions"]]
-            found["train"] = type(found["train"])("train", found["train"].images, rows)
-        return found
-
-    return changed
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +38,7 @@ def runs(tmp_path_factory):
             c.eval.base = c.eval.gallery = False
             if method == "prompt":
                 c.method.targets, c.method.positions, c.method.length = "^text_decoder$", "shift", 3
-            patch.setattr(scenes, "load", with_words(plain) if words else plain)
+            patch.setattr(scenes, "load", tiny.with_new_words(plain) if words else plain)
             run.run(c, home / f"{task}-{method}", lambda *_: None)
             found[task, method] = home / f"{task}-{method}"
     return found
@@ -88,9 +73,9 @@ def exported(run, *more) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["merged", "peft"])
-def test_the_cards_code_writes_the_caption(runs, picture, capsys, format):
-    run = runs["captioning", "lora"]
+@pytest.mark.parametrize(("method", "format"), [("lora", "merged"), ("lora", "peft"), ("prompt", "peft")])
+def test_the_cards_code_writes_the_caption(runs, picture, capsys, method, format):
+    run = runs["captioning", method]
     out = exported(run, "--format", format)
     model, variables, _, task = jp.load_run(run)
     (expected,) = jp.generate(model, variables, picture, beams=1, task=task)
@@ -108,15 +93,6 @@ def test_the_cards_code_answers(runs, picture, capsys, format):
     for question in ("what color is the circle", "how many squares are there", "is there a zebra"):
         (expected,) = jp.generate(model, variables, picture, question, beams=1, task=task)
         assert pasted(out, capsys, question) == expected
-
-
-@pytest.mark.slow
-def test_the_cards_code_with_virtual_tokens(runs, picture, capsys):
-    run = runs["captioning", "prompt"]
-    out = exported(run, "--format", "peft")
-    model, variables, _, task = jp.load_run(run)
-    (expected,) = jp.generate(model, variables, picture, beams=1, task=task)
-    assert pasted(out, capsys) == expected
 
 
 @pytest.mark.slow
@@ -163,9 +139,8 @@ def test_an_adapter_brings_a_base_that_has_the_added_words(runs, picture):
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "out/base" and config["peft_type"] == "LORA"
     model, variables, methods, _ = jp.load_run(run)
-    assert [one.name for one in methods] == ["lora", "new_words"] and model.tokenizer.vocabulary[-2:] == tuple(
-        sorted(ADDED, reverse=True)
-    )[::-1]
+    assert [one.name for one in methods] == ["lora", "new_words"]
+    assert model.tokenizer.vocabulary[-2:] == ("yak", "zebra")
     there = transformers.BlipForConditionalGeneration.from_pretrained(out / "base")
     there = peft.PeftModel.from_pretrained(there, out).eval()
     tokens = np.array([[*model.tokenizer.encode("a zebra beside a yak")[:-1]]])
@@ -203,10 +178,7 @@ def test_an_adapter_of_a_hugging_face_base_names_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = Path(__file__).parent / "golden" / "blip_caption_tiny"
     model, params = loading.load(base)
-    method = jp.LoRA(rank=2)
-    import jax
-
-    variables = jp.attach(model, params, method, jax.random.key(0))
+    variables = jp.attach(model, params, jp.LoRA(rank=2), jax.random.key(0))
     jp.export_peft(model, variables, "out", base="owner/name", revision="a" * 40)
     config = json.loads(Path("out/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "a" * 40)

@@ -52,6 +52,16 @@ def left(workdir):
     return lines, json.loads((workdir / "result.json").read_text()), load_file(workdir / "tuned" / "tuned.safetensors")
 
 
+def check_close(workdir, other):
+    """Losses and tuned leaves differ by rounding only."""
+    (lines, _, tuned), (lines1, _, tuned1) = left(workdir), left(other)
+    losses, losses1 = ([json.loads(line)["loss"] for line in text.splitlines()] for text in (lines, lines1))
+    assert len(losses) == 6
+    np.testing.assert_allclose(losses, losses1, rtol=2e-6)
+    for name, x in tuned.items():
+        np.testing.assert_allclose(x, tuned1[name], atol=1e-4, err_msg=name)  # Adam's first steps amplify rounding
+
+
 OFTEN = {"checkpoint_seconds": 1e-9}
 SPLIT = {"mesh.fsdp": 4}  # weights over both hosts: each writes its parts of a checkpoint, digests are of parts
 
@@ -68,17 +78,13 @@ def test_two_hosts_train_as_one_with_the_same_devices(undisturbed, base, tmp_pat
     """Each host makes its own rows of every batch, augmented as one host would; scores count every case once."""
     ((code, said),) = finish(start(tmp_path / "one", base, 1, **{"mesh.data": 2}))
     assert code == 0, said[-2000:]
-    (lines, result, tuned), (lines1, result1, tuned1) = left(undisturbed), left(tmp_path / "one")
-    losses, losses1 = ([json.loads(line)["loss"] for line in text.splitlines()] for text in (lines, lines1))
-    np.testing.assert_allclose(losses, losses1, rtol=2e-6)
-    assert len(losses) == 6
+    check_close(undisturbed, tmp_path / "one")
+    (_, result, _), (_, result1, _) = left(undisturbed), left(tmp_path / "one")
     assert result["metrics"]["test"]["n"] == result1["metrics"]["test"]["n"] == 5
     np.testing.assert_allclose(
         result["metrics"]["test"]["tuned"]["nll"], result1["metrics"]["test"]["tuned"]["nll"], rtol=1e-5
     )
     assert result["digests"] == result1["digests"]
-    for name, x in tuned.items():
-        np.testing.assert_allclose(x, tuned1[name], atol=1e-4, err_msg=name)  # Adam's first steps amplify rounding
 
 
 def test_what_hosts_do_after_a_kill_equals_the_undisturbed_run(undisturbed, base, tmp_path):
@@ -109,8 +115,4 @@ def test_a_signal_to_one_host_stops_all_at_the_same_step(undisturbed, base, tmp_
     ended = finish(start(tmp_path, base, **SPLIT))
     assert [code for code, _ in ended] == [0, 0], ended[0][1][-2000:]
     assert "resumed from step 5\n" in ended[0][1]
-    (lines, _, tuned), (lines1, _, tuned1) = left(undisturbed), left(tmp_path)
-    losses, losses1 = ([json.loads(line)["loss"] for line in text.splitlines()] for text in (lines, lines1))
-    np.testing.assert_allclose(losses, losses1, rtol=2e-6)
-    for name, x in tuned.items():
-        np.testing.assert_allclose(x, tuned1[name], atol=1e-4, err_msg=name)  # Adam's first steps amplify rounding
+    check_close(undisturbed, tmp_path)

@@ -14,7 +14,6 @@ from PIL import Image
 
 import jaxpeft as jp
 from jaxpeft import interchange, tree
-from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
 from jaxpeft.data import pipeline
 from jaxpeft.models import loading
 from jaxpeft.runtime import files as runtime_files
@@ -22,9 +21,7 @@ from jaxpeft.runtime import files as runtime_files
 
 @pytest.fixture
 def saved(tmp_path):
-    params = init(tiny.model(), 1)
-    del params["itm"]
-    return loading.save(tmp_path / "base", tiny.model(), shared(params), aliases=ALIASES, note="hello"), shared(params)
+    return tiny.saved(tmp_path / "base", tiny.model(), 1, note="hello")
 
 
 def test_round_trip_shares_what_the_aliases_say(saved):
@@ -66,7 +63,7 @@ def test_image_size_resizes_positions(saved):
 
 def test_alias_that_does_not_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="text_encoder/embed/.* differs from that of text_decoder"):
-        loading.save(tmp_path / "x", tiny.model(), tiny.params(), aliases=ALIASES)
+        loading.save(tmp_path / "x", tiny.model(), tiny.params(), aliases=tiny.ALIASES)
 
 
 def test_missing_and_extra_leaves_are_listed(saved):

@@ -42,6 +42,8 @@ def test_a_run_is_named_by_the_size_that_its_method_has():
     c = point.get_config("method=lora,size=4")
     c.method.rank = 16
     assert run.point_id(c) == "vqa-lora16-f1-base-s0"
+    c.head, c.data.n_images = "transform", 4
+    assert run.point_id(c) == "vqa-lora16+transform-n4-base-s0"
     assert run.point_id(point.get_config("method=bitfit")) == "vqa-bitfit-f1-base-s0"
 
 

@@ -9,7 +9,6 @@ import tiny
 from jaxpeft import tasks
 from jaxpeft.data import base, mapped, scenes
 from jaxpeft.inputs.processor import Template
-from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.tasks.base import teacher_forced
 from jaxpeft.training import run, setup
 
@@ -90,7 +89,7 @@ def test_teacher_forcing_of_different_numbers_of_texts(place):
 def test_a_task_makes_the_same_of_rows_in_a_file(task, place):
     split = scenes.load({"n_train": 30}, ["train"])["train"]
     other = base.Split("train", split.images, mapped.Rows(split.rows), source=split.source)
-    template = tiny.template(task, BlipTokenizer.from_words(scenes.WORDS))
+    template = tiny.template(task, tiny.SCENES)
     one = tasks.build(task)
     for first, second in ((split, other), (split.take([4, 2]), other.take(np.array([4, 2])))):
         for make in (one.examples, one.eval_examples):

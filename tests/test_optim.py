@@ -36,7 +36,13 @@ def settings(name):
 
 def leaves(seed=0):
     rng = np.random.default_rng(seed)
-    shapes = {"kernel": (6, 4), "bias": (4,), "tower": {"blocks": {"kernel": (3, 6, 4), "bias": (3, 4)}}, "scalar": ()}
+    shapes = {
+        "kernel": (6, 4),
+        "bias": (4,),
+        "tower": {"blocks": {"kernel": (3, 6, 4), "bias": (3, 4)}},
+        "scale": (),
+        "scalar": (),
+    }
     return jax.tree.map(
         lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple)
     )
@@ -54,7 +60,7 @@ def after(tx, params, n=3):
 def test_a_rule_is_that_of_optax(name):
     """Three steps of ours, whose rate is applied last, and of optax with the rate inside."""
     c, params = settings(name), leaves()
-    mask = {"kernel": True, "bias": False, "tower": {"blocks": {"kernel": True, "bias": False}}, "scalar": True}
+    mask = jax.tree.map(lambda name: not name.endswith(("bias", "scale")), tree.names(params))
     if name == "sgd":
         c.weight_decay = 0.0
     ours, theirs = after(optim.optimizer(c, params, 10), params), after(REFERENCES[name](mask), params)
@@ -80,7 +86,7 @@ def test_muon_makes_the_momentum_of_each_layer_orthogonal():
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCES))
-def test_kernels_decay_and_biases_do_not(name):
+def test_kernels_decay_and_biases_and_scales_do_not(name):
     """Without a gradient a step multiplies by 1 - rate * decay what decays, and leaves the rest alone."""
     params = leaves()
     tx = optim.optimizer(settings(name), params, 10)
@@ -89,7 +95,7 @@ def test_kernels_decay_and_biases_do_not(name):
     np.testing.assert_allclose(
         updates["tower"]["blocks"]["kernel"], -LR * DECAY * params["tower"]["blocks"]["kernel"], rtol=1e-5
     )
-    assert not np.asarray(updates["bias"]).any()
+    assert not np.asarray(updates["bias"]).any() and updates["scale"] == 0
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCES))

@@ -19,11 +19,6 @@ from test_sharding import SIZES
 from tiny import config_of
 
 from jaxpeft import tasks, tree
-from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
-from jaxpeft.data import scenes
-from jaxpeft.models import loading
-from jaxpeft.models.blip import Blip, BlipConfig
-from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.runtime import host
 from jaxpeft.training import preflight, run, setup, sharding
 
@@ -84,12 +79,7 @@ def test_the_planned_shapes_are_those_of_the_run(base, tmp_path, monkeypatch, ta
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A base whose lengths eight devices divide: that of the other tests is never split."""
-    tokenizer = BlipTokenizer.from_words(scenes.WORDS)
-    sizes = tiny.CONFIG | SIZES | {"image_size": 64, "patch_size": 32, "max_positions": 48}
-    model = Blip.build(BlipConfig(**sizes | {"vocab_size": len(tokenizer)}, question_encoder=True), tokenizer)
-    params = init(model, 0)
-    del params["itm"]
-    return loading.save(tmp_path_factory.mktemp("wide") / "base", model, shared(params), aliases=ALIASES)
+    return tiny.saved(tmp_path_factory.mktemp("wide") / "base", tiny.of_scenes(**SIZES))[0]
 
 
 @pytest.mark.slow
@@ -225,16 +215,17 @@ def with_mesh(c, n):
     return changed
 
 
-def test_a_batch_that_devices_do_not_divide_is_refused(base):
-    with pytest.raises(ValueError, match="batch_size 6 .* 8 parts"):
-        preflight.report(config_of(base, batch_size=6))
-
-
-def test_what_the_run_would_refuse_is_refused(base):
-    with pytest.raises(ValueError, match="data.augment is 'flip'"):
-        preflight.report(config_of(base, **{"data.augment": "flip"}))
-    with pytest.raises(ValueError, match="grad_accum is 0; it must be at least 1"):
-        preflight.report(config_of(base, grad_accum=0))
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_size", 6, "batch_size 6 .* 8 parts"),
+        ("data.augment", "flip", "data.augment is 'flip'"),
+        ("grad_accum", 0, "grad_accum is 0; it must be at least 1"),
+    ],
+)
+def test_what_the_run_would_refuse_is_refused(base, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        preflight.report(config_of(base, **{key: value}))
 
 
 def test_what_xla_cannot_compile_is_said_in_one_line(base, monkeypatch):

@@ -11,9 +11,8 @@ from jaxpeft import tree
 from jaxpeft.apps import pretrain, pretrain_blip, pretrain_mplug, pretrain_smolvlm
 from jaxpeft.data import scenes
 from jaxpeft.models import loading
-from jaxpeft.models.blip_tokens import BlipTokenizer
 
-TOKENIZER = BlipTokenizer.from_words(scenes.WORDS)
+TOKENIZER = tiny.SCENES
 PROCESSOR = tiny.model().replaced(TOKENIZER).processor
 
 
@@ -129,7 +128,7 @@ def test_the_last_stage_of_each_model_trains_every_part(name):
     make = lambda seed: pretrain.caption_batch(model.processor, stage, 2, range(4), np.random.default_rng(seed))  # noqa: E731
     batch, again = make(0), make(1)
     assert {k: v.shape for k, v in batch.items()} == {k: v.shape for k, v in again.items()}
-    loss = lambda p: objectives.Pretraining(stage=stage).loss(model, {"params": p}, batch, {})[0]  # noqa: E731
+    loss = lambda p: objectives.loss(stage, model, {"params": p}, batch, {})[0]  # noqa: E731
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert 2 < value < 20
     still = {leaf for leaf, g in tree.flatten(grads).items() if not np.any(g != 0)}
@@ -152,7 +151,7 @@ def test_the_stage_of_questions_trains_encoder_and_decoder_on_answers():
         q["answers"][0] for i in range(6) for q in scenes.noisy_questions("pretrain", i) if q["type"] in pretrain.STATED
     }
     assert len(answers) == 12 and set(answers) <= asked
-    loss = lambda p, batch: pretrain_blip.Pretraining(stage="qa").loss(model, {"params": p}, batch, {})[0]  # noqa: E731
+    loss = lambda p, batch: pretrain_blip.loss("qa", model, {"params": p}, batch, {})[0]  # noqa: E731
     run = jax.jit(jax.value_and_grad(loss))
     value, grads = run(params, batch)
     assert run(params, batch | {"targets": batch["targets"] + 1})[0] == value

@@ -5,10 +5,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import threading
-import time
-import urllib.error
-import urllib.request
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +12,11 @@ import numpy as np
 import pytest
 import tiny
 import tiny_vlm
-import uvicorn
 from flax import serialization
 from PIL import Image
 from safetensors.numpy import load_file
-from tiny import config_of
+from test_demo import fetch, serving
+from tiny import config_of, quiet
 
 import jaxpeft as jp
 from jaxpeft import cli, tasks, tree
@@ -34,29 +30,15 @@ from jaxpeft.training import evaluate
 from jaxpeft.training import run as run_module
 
 
-def quiet(*_):
-    pass
-
-
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory):
-    """(directory, result) of a captioning run that added a word."""
+    """(directory, result) of a captioning run that added three words."""
     workdir = tmp_path_factory.mktemp("run")
     c = config_of(
         base, "captioning", "lora", "transform", **{"data.n_train": 4, "optim.lr": 0.05, "eval.gallery": False}
     )
     with pytest.MonkeyPatch.context() as patch:
-        plain = scenes.load
-
-        def load(config, splits):
-            found = plain(config, splits)
-            if "train" in found:
-                rows = [dict(row) for row in found["train"].rows]
-                rows[0]["captions"] = ["a zebra"]
-                found["train"] = type(found["train"])("train", found["train"].images, rows)
-            return found
-
-        patch.setattr(scenes, "load", load)
+        patch.setattr(scenes, "load", tiny.with_new_words(scenes.load))
         return workdir, run_module.run(c, workdir, quiet)
 
 
@@ -76,7 +58,7 @@ def folder(tmp_path_factory):
 def test_a_run_is_loaded_as_it_was_evaluated(run, folder):
     workdir, result = run
     model, variables, methods, task = jp.load_run(workdir)
-    assert result["model"]["new_words"] == ["zebra"] and model.tokenizer.vocabulary[-1] == "zebra"
+    assert result["model"]["new_words"] == ["beside", "yak", "zebra"] and model.tokenizer.vocabulary[-1] == "zebra"
     assert [one.name for one in methods][:2] == ["lora", "head"]
     rows = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
     pictures = [images.decode(path) for path in sorted(folder.rglob("*.png"), key=lambda p: p.stem)]
@@ -207,7 +189,7 @@ def test_a_run_is_exported_with_a_card_that_says_what_it_is(run, tmp_path, capsy
         "pipeline_tag: image-to-text", "base_model: tiny", "lora, size 2, with the decoder head (transform)",
         f"{counts['tuned']:,} of {counts['total']:,}", "| training images | 4, from scenes |", "| steps x batch | 6 x 8 |",
         "| learning rate | 0.05, cosine", f"test, n = {test['n']}", f"{test['tuned']['cider_d']:.4f}",
-        f"{test['base']['cider_d']:.4f}", "| words added | 1 |", "BlipForConditionalGeneration",
+        f"{test['base']['cider_d']:.4f}", "| words added | 3 |", "BlipForConditionalGeneration",
     ):  # fmt: skip
         assert fact in card, fact
     assert str(workdir) not in card
@@ -285,111 +267,20 @@ def test_live_transformers_loads_it_and_computes_the_same(tmp_path, task):
     assert np.array_equal(written.numpy(), np.asarray(ours)[:, : written.shape[1]])
 
 
-@pytest.fixture(scope="module")
-def page(run):
-    """The address of a running page with the captioning run and the frozen tiny base that answers."""
-    writers = demo.load([str(run[0])], ["tiny"])
-    server = uvicorn.Server(uvicorn.Config(demo.app(writers), host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    (port,) = {socket.getsockname()[1] for one in server.servers for socket in one.sockets}
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
-
-
-def fetch(address, data=None):
-    """(status, JSON) of a request."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, data)) as reply:
-            return reply.status, json.load(reply)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error)
-
-
 @pytest.mark.slow
-def test_the_page_writes_what_the_library_writes(run, page, folder):
+def test_the_page_writes_what_the_library_writes(run, folder):
+    """A page with the captioning run, its base, and the frozen tiny base that answers."""
     picture = (folder / "0.png").read_bytes()
-    offered = fetch(f"{page}/writers")[1]["writers"]
-    assert [one["asks"] for one in offered] == [False, False, True]
-    status, found = fetch(f"{page}/write?top=2", picture)
     model, variables, _, task = jp.load_run(run[0])
     (expected,) = jp.generate(model, variables, [folder / "0.png"], task=task, top=2, batch_size=1)
-    assert status == 200 and [one["name"] for one in found] == [one["name"] for one in offered[:2]]
-    assert found[1]["texts"] == expected and found[0]["texts"] != expected
-    status, found = fetch(f"{page}/write?question=how%20many", picture)
-    assert status == 200 and [one["name"] for one in found] == ["tiny"]
-
-
-@pytest.mark.parametrize(
-    "query, data, status, message",
-    [
-        ("", b"no picture", 400, "cannot decode"),
-        ("?top=99", b"", 400, "between 1 and 10"),
-        ("?top=x", b"", 400, "invalid"),
-    ],
-)
-def test_the_page_says_what_is_wrong(page, query, data, status, message):
-    found = fetch(f"{page}/write{query}", data)
-    assert found[0] == status and message in found[1]["error"]
-
-
-def test_a_picture_that_is_too_large_is_refused(page, monkeypatch):
-    monkeypatch.setattr(demo, "MOST_BYTES", 1 << 20)
-    assert fetch(f"{page}/write", bytes(2 << 20))[0] == 413
-
-
-@pytest.mark.parametrize(
-    "headers, status",
-    [
-        ({"Origin": "https://elsewhere.example"}, 403),
-        ({"Origin": "null"}, 403),
-        ({"Host": "rebound.example"}, 400),  # a stranger's name for 127.0.0.1
-        ({"Host": "rebound.example", "Origin": "http://rebound.example"}, 400),
-        ({}, 200),
-    ],
-)
-def test_only_our_own_page_may_use_it(page, folder, headers, status):
-    request = urllib.request.Request(f"{page}/write", (folder / "0.png").read_bytes(), headers)
-    try:
-        with urllib.request.urlopen(request) as reply:
-            found = reply.status
-    except urllib.error.HTTPError as error:
-        with error:
-            found = error.code
-    assert found == status
-    if not headers:
-        with urllib.request.urlopen(urllib.request.Request(f"{page}/write", request.data, {"Origin": page})) as reply:
-            assert reply.status == 200
-
-
-def test_the_page_in_a_browser(page, folder):
-    reason = "drives a browser: pip install playwright, and chromium on the path"
-    browsers = pytest.importorskip("playwright.sync_api", reason=reason)
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip(reason)
-    with browsers.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab, wrong = browser.new_page(viewport={"width": 390, "height": 844}), []
-        tab.on("pageerror", lambda error: wrong.append(str(error)))
-        tab.goto(page)
-        tab.set_input_files("#file", str(folder / "0.png"))
-        tab.wait_for_selector(".card")
-        assert tab.locator(".card").count() == 2
-        tab.fill("#question", "how many shapes are there")
-        tab.click("#go")
-        tab.wait_for_function("document.querySelectorAll('.card').length == 1")
-        assert tab.inner_text(".card h2") == "tiny"
-        tab.set_input_files("#file", str(folder / "broken.jpg"))
-        tab.click("#go")
-        tab.wait_for_function("document.getElementById('said').className == 'error'")
-        assert "cannot decode" in tab.inner_text("#said") and tab.locator(".card").count() == 0
-        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth") and not wrong
-        browser.close()
+    with serving(demo.app(demo.load([str(run[0])], ["tiny"]))) as page:
+        offered = fetch(f"{page}/writers")[1]["writers"]
+        assert [one["asks"] for one in offered] == [False, False, True]
+        status, found = fetch(f"{page}/write?top=2", picture)
+        assert status == 200 and [one["name"] for one in found] == [one["name"] for one in offered[:2]]
+        assert found[1]["texts"] == expected and found[0]["texts"] != expected
+        status, found = fetch(f"{page}/write?question=how%20many", picture)
+        assert status == 200 and [one["name"] for one in found] == ["tiny"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import jaxpeft as jp
 from jaxpeft import tasks, tree
 from jaxpeft.adapt import sites
-from jaxpeft.apps import export, pretrain_smolvlm
+from jaxpeft.apps import pretrain_smolvlm
 from jaxpeft.data import scenes
 from jaxpeft.data.pipeline import Resized
 from jaxpeft.interchange import hf_out
@@ -226,7 +226,7 @@ def test_the_code_of_a_card_writes_our_text(there, tmp_path, monkeypatch, capsys
     picture().save("picture.png")
     model, variables = base(kind)[0], variables_of(kind, "decoder")
     out = jp.export_hf(model, variables, tmp_path / "out", task=TASKS[task], beams=beams)
-    lines = "\n".join(export.code(model, TASKS[task], out, beams=beams)).replace("picture.jpg", "picture.png")
+    lines = "\n".join(model.hf.code(TASKS[task], str(out), beams=beams)).replace("picture.jpg", "picture.png")
     exec(compile(lines, "README.md", "exec"), {})
     asked = QUESTION if task == "vqa" else None
     (expected,) = jp.generate(model, variables, "picture.png", asked, beams=beams, task=TASKS[task])
@@ -253,7 +253,7 @@ def test_the_code_of_a_card_keeps_texts_from_ending_early(there, tmp_path, monke
         decoder["embed"] = {"word": words_VD.at[stop].set(2 * words_VD[last])}
     variables = {"params": params | {"decoder": decoder}}
     out = jp.export_hf(model, variables, tmp_path / "out", task=task, beams=1)
-    lines = "\n".join(export.code(model, task, out)).replace("picture.jpg", "picture.png")
+    lines = "\n".join(model.hf.code(task, str(out))).replace("picture.jpg", "picture.png")
     exec(compile(lines, "README.md", "exec"), {})
     (expected,) = jp.generate(model, variables, "picture.png", beams=1, task=task)
     assert capsys.readouterr().out.strip() == expected != long

@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import config
+from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
+from jaxpeft.data import scenes
 from jaxpeft.inputs.processor import Template
+from jaxpeft.models import loading
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.blip_tokens import SPECIAL, BlipTokenizer
 
 TOKENIZER = BlipTokenizer.from_words(f"w{i}" for i in range(20))
+SCENES = BlipTokenizer.from_words(scenes.WORDS)
 CONFIG = dict(
     image_size=16, patch_size=8, vision_width=12, vision_layers=2, vision_heads=3, vision_mlp=20,
     vocab_size=len(TOKENIZER), text_width=12, text_layers=2, text_heads=2, text_mlp=20, max_positions=16,
@@ -57,6 +61,33 @@ def params(question_encoder: bool = True, seed: int = 0, **overrides):
     return jax.tree_util.tree_map_with_path(lambda path, x: x + 1 if path[-1].key == "scale" else x, drawn)
 
 
+def of_scenes(**sizes) -> Blip:
+    """A model that reads pictures and words of scenes."""
+    sizes = CONFIG | sizes | {"image_size": 64, "patch_size": 32, "vocab_size": len(SCENES), "max_positions": 48}
+    return Blip.build(BlipConfig(**sizes, question_encoder=True), SCENES)
+
+
+def saved(directory, model, seed=0, **facts):
+    """Write a checkpoint directory of ours with random weights -> (the directory, the parameters)."""
+    stored = shared(init(model, seed))
+    return loading.save(directory, model, stored, aliases=ALIASES, **facts), stored
+
+
+def with_new_words(load):
+    """`scenes.load` with three words in its training texts that the tiny bases lack."""
+
+    def changed(config, splits):
+        found = load(config, splits)
+        if "train" in found:
+            rows = [dict(row) for row in found["train"].rows]
+            rows[0]["captions"] = ["a zebra beside a yak"]
+            rows[0]["questions"] = [dict(q, question="is there a zebra", answers=["yak"]) for q in rows[0]["questions"]]
+            found["train"] = type(found["train"])("train", found["train"].images, rows)
+        return found
+
+    return changed
+
+
 def batch(n: int = 4, n_texts: int = 1, seed: int = 0) -> dict:
     """Pictures, padded questions, texts with targets and weights."""
     rng = np.random.default_rng(seed)
@@ -67,6 +98,10 @@ def batch(n: int = 4, n_texts: int = 1, seed: int = 0) -> dict:
     weights[0, 0, 2:] = 0
     image = rng.integers(0, 256, (n, 16, 16, 3)).astype(np.uint8)
     return {"image": image, "prompt": question, "tokens": tokens, "targets": words(n, n_texts, 4), "weights": weights}
+
+
+def quiet(*_):
+    """A log that keeps nothing."""
 
 
 def config_of(base, task="vqa", method="lora", head="none", **changes):

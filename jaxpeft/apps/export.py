@@ -8,16 +8,14 @@ If the base is not a Hugging Face checkpoint ('tiny'), or words were added to it
 
 import argparse
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxpeft import interchange
 from jaxpeft.interchange import hf_out
-from jaxpeft.methods import Method, Prefix, Prompt
+from jaxpeft.methods import Prefix, Prompt
 from jaxpeft.models import hf, loading
-from jaxpeft.models.base import VisionLanguageModel
 from jaxpeft.runtime import registry
-from jaxpeft.tasks import Task
 from jaxpeft.training import finished, results, setup
 
 # whether the task asks questions -> pipeline tag
@@ -106,21 +104,6 @@ def _scores(metrics: dict[str, dict]) -> list[str]:
     return lines
 
 
-def code(
-    model: VisionLanguageModel,
-    task: Task,
-    out: str | Path,
-    base: str = "",
-    revision: str = "",
-    methods: Iterable[Method] = (),
-    beams: int = 1,
-) -> list[str]:
-    """Lines of Python that generate the text of an image with transformers: with the merged model in `out`, or, if `base` is
-    given, with this base and the PEFT adapter in `out`."""
-    in_decoder = any(isinstance(one, Prompt | Prefix) for one in methods)
-    return hf.of(model).code(task, str(out), base, revision, in_decoder, beams)
-
-
 def main(argv=None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
@@ -144,7 +127,8 @@ def main(argv=None) -> None:
     name, _, revision = base.partition("@")
     where = f"{args.out}/base" if with_base else name
     pinned = revision if adapter and not with_base else ""
-    lines = code(model, task, args.out, where if adapter else "", pinned, chosen, beams)
+    in_decoder = any(isinstance(one, Prompt | Prefix) for one in chosen)
+    lines = hf.of(model).code(task, str(args.out), where if adapter else "", pinned, in_decoder, beams)
     facts = {
         "card": model_card(
             config, result, args.out, task.asks, lines, adapter, model.model_type, hf.of(model).notes(task)

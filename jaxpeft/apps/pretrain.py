@@ -210,7 +210,7 @@ def run(config, workdir, log=print) -> dict:
         manifest = {"config": digest, "base": tree.digest(params), "data": name}
         (workdir / name).mkdir(parents=True, exist_ok=True)
         job = loop.Job(
-            loss=functools.partial(objectives.Pretraining(stage=name).loss, model),
+            loss=functools.partial(objectives.loss, name, model),
             trainable={"params": params},
             frozen={"params": jax.tree.map(lambda _: None, params)},
             batches=_batches(config, stage, make),

@@ -10,7 +10,6 @@ Encoder and decoder share everything except self-attention, as in BLIP: of the e
 enough.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -66,27 +65,22 @@ def after_text(params: Tree) -> Tree:
     return params | {"text_encoder": {"blocks": {part: blocks[part] for part in ("self_attention", "self_norm")}}}
 
 
-@dataclasses.dataclass(frozen=True)
-class Pretraining:
-    """The loss of a stage, with the interface of a task's; each term is a mean, so the count is 1."""
-
-    stage: str  # 'text', 'lm', 'lm_itm' or 'qa'
-
-    def loss(self, model, variables, batch, rngs):
-        params = variables["params"]
-        apply = functools.partial(model.apply, {"params": shared(params)}, rngs=rngs)
-        if self.stage == "text":
-            return masked_loss(apply, batch), jnp.float32(1)
-        image_BPD = apply(batch["image"], method="encode_image")
-        if self.stage == "qa":
-            asked_RT = batch["answer_prompt"]
-            image_RPD = jnp.repeat(image_BPD, asked_RT.shape[0] // image_BPD.shape[0], axis=0)
-            states_RTD = apply(image_RPD, asked_RT, method="encode_question")
-            answers = {name.removeprefix("answer_"): x for name, x in batch.items() if name.startswith("answer_")}
-            return caption_loss(apply, states_RTD, answers, asked_RT != model.config.pad_id), jnp.float32(1)
-        loss = caption_loss(apply, image_BPD, batch)
-        if self.stage == "lm_itm":
-            n_images, n_texts, n_tokens = batch["pairs"].shape
-            states_BTD = apply(image_BPD, batch["pairs"].reshape(-1, n_tokens), method="encode_question")
-            loss += matching_loss(params["itm"], states_BTD[:, 0].reshape(n_images, n_texts, -1))
-        return loss, jnp.float32(1)
+def loss(stage: str, model: Blip, variables: Tree, batch: dict, rngs: dict) -> tuple[jax.Array, jax.Array]:
+    """The loss of a stage, with a count of 1, as each term is a mean. `stage`: 'text', 'lm', 'lm_itm' or 'qa'."""
+    params = variables["params"]
+    apply = functools.partial(model.apply, {"params": shared(params)}, rngs=rngs)
+    if stage == "text":
+        return masked_loss(apply, batch), jnp.float32(1)
+    image_BPD = apply(batch["image"], method="encode_image")
+    if stage == "qa":
+        asked_RT = batch["answer_prompt"]
+        image_RPD = jnp.repeat(image_BPD, asked_RT.shape[0] // image_BPD.shape[0], axis=0)
+        states_RTD = apply(image_RPD, asked_RT, method="encode_question")
+        answers = {name.removeprefix("answer_"): x for name, x in batch.items() if name.startswith("answer_")}
+        return caption_loss(apply, states_RTD, answers, asked_RT != model.config.pad_id), jnp.float32(1)
+    total = caption_loss(apply, image_BPD, batch)
+    if stage == "lm_itm":
+        n_images, n_texts, n_tokens = batch["pairs"].shape
+        states_BTD = apply(image_BPD, batch["pairs"].reshape(-1, n_tokens), method="encode_question")
+        total += matching_loss(params["itm"], states_BTD[:, 0].reshape(n_images, n_texts, -1))
+    return total, jnp.float32(1)

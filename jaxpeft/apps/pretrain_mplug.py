@@ -11,7 +11,6 @@ negatives, and equal weights. Left out: the contrast of image and text, which on
 modelling of fused states.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -70,27 +69,22 @@ def after_text(params: Tree) -> Tree:
     return new
 
 
-@dataclasses.dataclass(frozen=True)
-class Pretraining:
-    """The loss of a stage, with the interface of a task's; each term is a mean, so the count is 1."""
-
-    stage: str  # 'text', 'lm' or 'lm_prefix_itm'
-
-    def loss(self, model, variables, batch, rngs):
-        params = variables["params"]
-        apply = functools.partial(model.apply, {"params": shared(params)}, rngs=rngs)
-        if self.stage == "text":
-            return masked_loss(apply, batch), jnp.float32(1)
-        image_BPD = apply(batch["image"], method="encode_image")
-        loss = caption_loss(apply, image_BPD, batch)
-        if self.stage == "lm_prefix_itm":
-            context: Context = apply({"image_tokens": image_BPD, "prompt": batch["prefix"]}, method="context")
-            rest = {name.removeprefix("rest_"): x for name, x in batch.items() if name.startswith("rest_")}
-            loss += caption_loss(apply, context.memory, rest, context.mask_BS)
-            n_images, n_texts, n_tokens = batch["pairs"].shape
-            pairs = batch["pairs"].reshape(-1, n_tokens)
-            fused_BSD = apply(
-                jnp.repeat(image_BPD, n_texts, axis=0), apply(pairs, method="encode_text"), pairs, method="fuse"
-            )
-            loss += matching_loss(params["itm"], fused_BSD[:, image_BPD.shape[1]].reshape(n_images, n_texts, -1))
-        return loss, jnp.float32(1)
+def loss(stage: str, model: Mplug, variables: Tree, batch: dict, rngs: dict) -> tuple[jax.Array, jax.Array]:
+    """The loss of a stage, with a count of 1, as each term is a mean. `stage`: 'text', 'lm' or 'lm_prefix_itm'."""
+    params = variables["params"]
+    apply = functools.partial(model.apply, {"params": shared(params)}, rngs=rngs)
+    if stage == "text":
+        return masked_loss(apply, batch), jnp.float32(1)
+    image_BPD = apply(batch["image"], method="encode_image")
+    total = caption_loss(apply, image_BPD, batch)
+    if stage == "lm_prefix_itm":
+        context: Context = apply({"image_tokens": image_BPD, "prompt": batch["prefix"]}, method="context")
+        rest = {name.removeprefix("rest_"): x for name, x in batch.items() if name.startswith("rest_")}
+        total += caption_loss(apply, context.memory, rest, context.mask_BS)
+        n_images, n_texts, n_tokens = batch["pairs"].shape
+        pairs = batch["pairs"].reshape(-1, n_tokens)
+        fused_BSD = apply(
+            jnp.repeat(image_BPD, n_texts, axis=0), apply(pairs, method="encode_text"), pairs, method="fuse"
+        )
+        total += matching_loss(params["itm"], fused_BSD[:, image_BPD.shape[1]].reshape(n_images, n_texts, -1))
+    return total, jnp.float32(1)

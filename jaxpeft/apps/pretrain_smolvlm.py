@@ -7,7 +7,6 @@ Questions are of the types `color`, `shape` and `position`, whose answers captio
 many, or which is larger stay new to the base. The tokenizer is a byte-level BPE, trained on the texts of the scenes.
 """
 
-import dataclasses
 import functools
 import json
 
@@ -72,19 +71,14 @@ def init(model: SmolVLM, seed: int) -> Tree:
     return jax.jit(lambda: model.init(jax.random.key(seed), model.example()))()["params"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Pretraining:
-    """The loss of a stage, with the interface of a task's; each term is a mean, so the count is 1."""
-
-    stage: str  # with 'qa' in its name where questions are asked
-
-    def loss(self, model, variables, batch, rngs):
-        apply = functools.partial(model.apply, variables, rngs=rngs)
-        image_BPD = apply(batch, "image_tokens", method="stage")
-        loss = _text_loss(apply, image_BPD, batch, "")
-        if "qa" in self.stage:
-            loss += _text_loss(apply, image_BPD, batch, "answer_")
-        return loss, jnp.float32(1)
+def loss(stage: str, model: SmolVLM, variables: Tree, batch: dict, rngs: dict) -> tuple[jax.Array, jax.Array]:
+    """The loss of a stage, with a count of 1, as each term is a mean. `stage`: one with 'qa' in its name has questions."""
+    apply = functools.partial(model.apply, variables, rngs=rngs)
+    image_BPD = apply(batch, "image_tokens", method="stage")
+    total = _text_loss(apply, image_BPD, batch, "")
+    if "qa" in stage:
+        total += _text_loss(apply, image_BPD, batch, "answer_")
+    return total, jnp.float32(1)
 
 
 def _text_loss(apply, image_BPD: jax.Array, batch: dict, prefix: str) -> jax.Array:

@@ -10,7 +10,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,16 +19,6 @@ from PIL import Image
 from jaxpeft.runtime import files
 
 Log = Callable[[str], object]
-
-
-class Board(Protocol):
-    """Where the numbers of a run are shown."""
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def image(self, step: int, name: str, pixels_YXC: np.ndarray) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -72,6 +62,9 @@ class WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+Board = TensorBoard | WandB
 
 
 class Boards:

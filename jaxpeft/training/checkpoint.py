@@ -11,9 +11,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -67,22 +66,12 @@ class OtherRun(ValueError):
 
 def check_manifest(what: str, stored: dict, now: dict, accept: bool, log: Callable[[str], object]) -> None:
     """Raise OtherRun naming what differs between the `stored` manifest and the one `now`; with `accept` only log it."""
-    differs = {k: (stored.get(k), v) for k, v in now.items() if stored.get(k) != v}
-    if differs:
-        rows = "; ".join(f"{k}: stored {a}, now {b}" for k, (a, b) in _leaves_that_differ(differs))
+    before, after = (tree.flatten({key: one.get(key) for key in now}) for one in (stored, now))
+    if differs := sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
+        rows = "; ".join(f"{key}: stored {before.get(key)}, now {after.get(key)}" for key in differs)
         if not accept:
             raise OtherRun(f"{what} belongs to another run ({rows}); use a new workdir")
         log(f"{what} belongs to another run, accepted because accept_changes is set ({rows})")
-
-
-def _leaves_that_differ(differs: dict[str, tuple[Any, Any]]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """(key, (before, now)); the key of a dictionary's entry is like 'data/train'."""
-    for key, (a, b) in differs.items():
-        if isinstance(a, dict) and isinstance(b, dict):
-            keys = sorted(one for one in a.keys() | b.keys() if a.get(one) != b.get(one))
-            yield from ((f"{key}/{one}", (a.get(one), b.get(one))) for one in keys)
-        else:
-            yield key, (a, b)
 
 
 def _of_manifest(manifest: dict) -> str:

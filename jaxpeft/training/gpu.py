@@ -116,18 +116,6 @@ def seconds(kernels: Iterable[Kernel], flops: float, bandwidth: float) -> float:
     return sum(one.times * one.seconds(flops, bandwidth) for one in kernels)
 
 
-WIDTH = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "f64": 8,
-    "s64": 8,
-    "u64": 8,
-}  # others: 4 bytes
 NO_KERNEL = frozenset(
     ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "while", "call")
 )
@@ -153,7 +141,11 @@ def _shapes(kind: str) -> list[tuple[str, list[int]]]:
 
 
 def _n_bytes(kind: str) -> int:
-    return sum(WIDTH.get(dtype, 4) * math.prod(sizes) for dtype, sizes in _shapes(kind))
+    def n_bits(dtype: str) -> int:  # as the name says: bf16, s32; 'pred' is a byte
+        named = re.search(r"\d+", dtype)
+        return int(named[0]) if named else 8
+
+    return sum(n_bits(dtype) * math.prod(sizes) // 8 for dtype, sizes in _shapes(kind))
 
 
 def _parsed(program: str) -> tuple[dict[str, list[_Instruction]], str]:

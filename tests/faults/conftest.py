@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from jaxpeft.runtime.text import aligned
+
 
 def pytest_generate_tests(metafunc):
     """FAULT_TIMES=10 runs every fault ten times; the table adds them up."""
@@ -62,6 +64,5 @@ def pytest_terminal_summary(terminalreporter):
             f([r[key] for r in same]) for f, key in ((sum, "tries"), (max, "steps_lost"), (max, "seconds"))
         )
         rows.append((name, str(tries), str(lost), f"{seconds:.1f}", same[-1]["done"]))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        terminalreporter.line("  ".join(value.ljust(w) for value, w in zip(row, widths, strict=True)).rstrip())
+    for line in aligned(rows, left=len(rows[0])):
+        terminalreporter.line(line)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import config_of
+from tiny import config_of, quiet
 
 from configs.studies import tiny as tiny_study
 from jaxpeft.runtime import files, locks, signals
@@ -22,10 +22,6 @@ from jaxpeft.training import evaluate, finished, frozen_cache, loop, run, setup
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-
-
-def quiet(*_):
-    pass
 
 
 def program(code, *args):
@@ -97,7 +93,19 @@ def test_a_lock_of_another_host(tmp_path, fault, monkeypatch):
 def undisturbed(base, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("point")
     run.run(config_of(base), workdir, quiet)
+    return left(workdir)
+
+
+def left(workdir):
     return (workdir / "metrics.jsonl").read_text(), (workdir / "predictions.jsonl").read_text()
+
+
+def finish(base, workdir, undisturbed, fault):
+    """Run the same command again: no step is done again, and what it leaves is that of an undisturbed run."""
+    said = []
+    fault.timed(run.run, config_of(base), workdir, said.append)
+    assert "resumed from step 6" in said and not any("compiled" in line for line in said)
+    assert left(workdir) == undisturbed
 
 
 @pytest.mark.parametrize("moment", ["loading", "evaluation", "writing results"])
@@ -119,13 +127,11 @@ def test_sigterm_of_a_run(base, tmp_path, fault, monkeypatch, undisturbed, momen
         run.run(config_of(base), tmp_path, quiet)
     assert signals.exit_code(caught.value) == 75 and not (tmp_path / "result.json").exists()
     monkeypatch.undo()
-    said = []
-    fault.timed(run.run, config_of(base), tmp_path, said.append)
-    if moment != "loading":
-        assert "resumed from step 6" in said and not any(
-            "compiled" in line for line in said
-        )  # nothing is trained again
-    assert undisturbed == tuple((tmp_path / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl"))
+    if moment == "loading":  # nothing was trained
+        fault.timed(run.run, config_of(base), tmp_path, quiet)
+        assert left(tmp_path) == undisturbed
+    else:
+        finish(base, tmp_path, undisturbed, fault)
     fault.tried("exit code 75; no step is done again")
 
 
@@ -133,7 +139,7 @@ KILLED_AT = """
 import os, signal, sys
 sys.path[:0] = [sys.argv[3]]
 import conftest  # devices and options of the tests' own process: other programs round otherwise
-from tiny import config_of
+from tiny import config_of, quiet
 from jaxpeft.runtime import files
 from jaxpeft.training import run
 name, real = sys.argv[4], files.write_text
@@ -163,12 +169,9 @@ def test_sigkill_while_the_result_is_written(base, tmp_path, fault, undisturbed,
     child = program(KILLED_AT, base, workdir, ROOT / "tests", name)
     assert child.wait(timeout=300) == -signal.SIGKILL
     child.stdout.close()
-    left = {path.name for path in workdir.iterdir()}
-    assert "tuned" not in left and any(one.startswith(".tuned.jaxpeft-new-") for one in left)
-    said = []
-    fault.timed(run.run, config_of(base), workdir, said.append)
-    assert "resumed from step 6" in said and not any("compiled" in line for line in said)  # nothing is trained again
-    assert undisturbed == tuple((workdir / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl"))
+    names = {path.name for path in workdir.iterdir()}
+    assert "tuned" not in names and any(one.startswith(".tuned.jaxpeft-new-") for one in names)
+    finish(base, workdir, undisturbed, fault)
     assert {path.name for path in (workdir / "tuned").iterdir()} == {"tuned.safetensors", "manifest.json"}
     assert not [path for path in workdir.iterdir() if path.name.startswith(".tuned")]
     finished.load_run(workdir)
@@ -198,8 +201,7 @@ def test_a_full_disk_while_the_result_is_written(base, tmp_path, fault, monkeypa
     assert signals.exit_code(caught.value) == 75 and "No space left on device (" in signals.message(caught.value)
     assert not (tmp_path / "tuned").exists() and not (tmp_path / "result.json").exists()
     monkeypatch.undo()
-    fault.timed(run.run, config_of(base), tmp_path, quiet)
-    assert undisturbed == tuple((tmp_path / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl"))
+    finish(base, tmp_path, undisturbed, fault)
     fault.tried("one line, exit code 75; the same command finishes the run")
 
 
