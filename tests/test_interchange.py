@@ -6,8 +6,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import prefix_lm
 import pytest
+import test_mplug
 import tiny
 from methods_table import ROWS, attached, every_row, perturbed
 from safetensors.numpy import load_file, save_file
@@ -16,6 +16,7 @@ import jaxpeft as jp
 from jaxpeft import interchange, tree
 from jaxpeft.adapt import sites
 from jaxpeft.models import loading
+from jaxpeft.models.blip import Blip
 
 GOLDEN = Path(__file__).parent / "golden"
 PEFT = sorted(path.name for path in (GOLDEN / "peft").iterdir())
@@ -222,14 +223,23 @@ def test_what_has_no_place_over_there_is_refused_with_the_reason(method, reason,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_transformers_does_not_have_is_refused(tmp_path):
-    model, params = prefix_lm.model(), prefix_lm.params()
+class Unregistered(Blip):
+    model_type = "mine"  # which MODELS does not have
+
+
+@pytest.mark.parametrize(
+    ("model", "params"),
+    [(test_mplug.MODEL, test_mplug.params), (Unregistered.build(tiny.model().config, tiny.TOKENIZER), tiny.params)],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_model_that_transformers_does_not_have_is_refused(model, params, tmp_path):
+    params, message = params(), f"{type(model).__name__} has no Hugging Face form; use save_tuned"
     variables = jp.attach(model, params, jp.LoRA(rank=2), jax.random.key(0))
     for export in (jp.export_hf, jp.export_peft):
-        with pytest.raises(ValueError, match="PrefixLM has no Hugging Face form; use save_tuned"):
+        with pytest.raises(ValueError, match=message):
             export(model, variables, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="PrefixLM has no Hugging Face form"):
+    with pytest.raises(ValueError, match=message):
         jp.import_peft(model, params, GOLDEN / "peft" / "lora")
     back, _ = jp.load_tuned(model, params, jp.save_tuned(model, variables, tmp_path / "tuned"))
     assert tree.digest(back) == tree.digest(variables)

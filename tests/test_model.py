@@ -10,11 +10,13 @@ import pytest
 import tiny
 from flax import errors, traverse_util
 
+import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.models import stack
 from jaxpeft.models.base import Context
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.vit import position_init
+from jaxpeft.training import evaluate
 
 VARIABLES = {"params": tiny.params()}
 BATCH = tiny.batch(3, n_texts=2)
@@ -168,6 +170,16 @@ def test_bfloat16_is_close_and_logits_stay_float32():
     assert half.dtype == jnp.float32
     error = np.abs(half - full)
     assert 1e-5 < error.max() < 0.15 * np.std(full) * 4
+
+
+def test_a_base_loaded_twice_is_compiled_once():
+    """The processor is no part of the jit key."""
+    (one, params), (two, _) = jp.load("tiny", task="captioning"), jp.load("tiny", task="captioning")
+    assert one == two and hash(one) == hash(two) and one.processor is not two.processor
+    before = evaluate.contexts._cache_size()
+    for model in (one, two):
+        evaluate.contexts(model, {"params": params}, {"image": np.zeros((1, 64, 64, 3), np.uint8)})
+    assert evaluate.contexts._cache_size() == before + 1
 
 
 @pytest.mark.parametrize(

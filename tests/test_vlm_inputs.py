@@ -11,7 +11,6 @@ import types
 import jax
 import numpy as np
 import pytest
-from prefix_lm import Config
 
 from jaxpeft.data import pipeline
 from jaxpeft.inputs import images
@@ -224,7 +223,7 @@ def test_what_tasks_and_loading_ask_of_a_tokenizer(kind):
 
 @both
 def test_a_saved_base_keeps_its_tokenizer(kind, tmp_path):
-    model = types.SimpleNamespace(config=Config(), model_type="mine", tokenizer=TOKENIZERS[kind])
+    model = types.SimpleNamespace(config=vit.VitConfig(), model_type="mine", tokenizer=TOKENIZERS[kind])
     for _ in range(2):  # written over the first
         loading.save(tmp_path / "base", model, {"leaf": np.zeros(2, np.float32)}, aliases={})
     assert Bpe.from_file(tmp_path / "base") == TOKENIZERS[kind]
