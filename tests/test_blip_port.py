@@ -251,11 +251,18 @@ def test_settings_come_from_the_file_and_absent_ones_are_reported(copy):
         ({"architectures": ["BlipForImageTextRetrieval"]}, "BlipForImageTextRetrieval"),
         ({"text_config": None}, "text_config is None, expected an object"),
         ({"vision_config.hidden_act": "quick_gelu"}, "vision_config.hidden_act is 'quick_gelu'"),
-        ({"text_config.num_attention_heads": 5}, "text_width 32 is not divisible by text_heads 5"),
-        ({"text_config.num_attention_heads": "4"}, "text_config.num_attention_heads is '4', expected int"),
+        (
+            {"text_config.num_attention_heads": 5},
+            "text_config.hidden_size 32 is not divisible by text_config.num_attention_heads 5",
+        ),
+        ({"text_config.num_attention_heads": "4"}, "text_config.num_attention_heads is '4', expected an int"),
         ({"text_config.num_hidden_layers": 0}, "text_config.num_hidden_layers is 0"),
+        ({"text_config.layer_norm_eps": -1e-12}, "text_config.layer_norm_eps is -1e-12; it must be at least 0"),
         ({"vision_config.image_size": [40, 48]}, r"vision_config.image_size is \[40, 48\]"),
-        ({"vision_config.image_size": 44}, "image_size 44 is not divisible by patch_size 8"),
+        (
+            {"vision_config.image_size": 44},
+            "vision_config.image_size 44 is not divisible by vision_config.patch_size 8",
+        ),
         ({"text_config.bos_token_id": 30522}, "text_config.bos_token_id 30522 is outside the vocabulary of 97"),
     ],
 )

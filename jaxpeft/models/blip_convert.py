@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxpeft import tree
 from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
-from jaxpeft.models import blip_hf, convert
+from jaxpeft.models import blip_hf, config_json, convert
 from jaxpeft.models.bert_convert import DROPPED, HEAD, TEXT, TIED, UNTIED
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.blip_tokens import BlipTokenizer
@@ -66,6 +66,12 @@ CONFIG = (
     ("enc_id", "text_config", "enc_token_id", 30523),
     ("dropout", "text_config", "hidden_dropout_prob", 0.0),
 )
+FIXED = (
+    ("", "model_type", ("blip",)),
+    ("vision_config", "hidden_act", ("gelu",)),
+    ("text_config", "hidden_act", ("gelu",)),
+)
+KINDS = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")  # without and with a question encoder
 
 
 def table(config: BlipConfig) -> list[Rule]:
@@ -103,18 +109,15 @@ def to_hf(params: tree.Tree, config: BlipConfig) -> dict[str, np.ndarray]:
 
 def hf_config(config: BlipConfig) -> dict:
     """config.json of a transformers BLIP with this architecture: everything that `_read_config` reads, without defaults."""
-    sections = {"vision_config": {"model_type": "blip_vision_model"}, "text_config": {"model_type": "blip_text_model"}}
-    for field, section, key, _ in CONFIG:
-        sections[section][key] = getattr(config, field)
-    sections["vision_config"] |= {"hidden_act": "gelu", "attention_dropout": 0.0}
-    tied = not config.untied_head
-    sections["text_config"] |= {
-        "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "is_decoder": True,
-        "encoder_hidden_size": config.vision_width, "eos_token_id": config.sep_id, "tie_word_embeddings": tied,
+    raw, tied = config_json.written(config, CONFIG, FIXED), not config.untied_head
+    raw["vision_config"] |= {"model_type": "blip_vision_model", "attention_dropout": 0.0}
+    raw["text_config"] |= {
+        "model_type": "blip_text_model", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "is_decoder": True, "encoder_hidden_size": config.vision_width, "eos_token_id": config.sep_id,
+        "tie_word_embeddings": tied,
     }  # fmt: skip
-    kind = "BlipForQuestionAnswering" if config.question_encoder else "BlipForConditionalGeneration"
-    facts = {"architectures": [kind], "model_type": "blip", "dtype": "float32", "tie_word_embeddings": tied}
-    return facts | {"label_smoothing": 0.0} | sections
+    kind = KINDS[config.question_encoder]
+    return raw | {"architectures": [kind], "dtype": "float32", "tie_word_embeddings": tied, "label_smoothing": 0.0}
 
 
 def start_question_encoder(config: BlipConfig, rules: Iterable[Rule]) -> tuple[BlipConfig, dict[str, str]]:
@@ -136,47 +139,23 @@ def start_question_encoder(config: BlipConfig, rules: Iterable[Rule]) -> tuple[B
 
 def _read_config(path: Path, task: str | None) -> tuple[BlipConfig, dict]:
     raw = files.read_json(path)
-    kinds = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
-    if raw.get("model_type") != "blip" or not set(raw.get("architectures") or kinds) <= set(kinds):
-        found = f"model_type {raw.get('model_type')!r}, architectures {raw.get('architectures')}"
-        raise ValueError(f"{path}: {found}; only model_type 'blip' with one of {', '.join(kinds)} is supported")
-    for section in ("vision_config", "text_config"):
-        if not isinstance(raw.get(section), dict):
-            raise ValueError(f"{path}: {section} is {raw.get(section)!r}, expected an object; save the config in full")
-        if raw[section].get("hidden_act", "gelu") != "gelu":
-            raise ValueError(
-                f"{path}: {section}.hidden_act is {raw[section]['hidden_act']!r}; only 'gelu' is supported"
-            )
-    asks = (raw.get("architectures") or [""])[0] == kinds[1] if task is None else task == "vqa"
-    fields, defaults = {"question_encoder": asks}, {}
-    for field, section, key, default in CONFIG:
-        if key not in raw[section]:
-            defaults[f"{section}.{key}"] = default
-        value = raw[section].get(key, default)
-        if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
-            value = value[0]  # sizes may be [height, width]
-        smallest = 0 if field.endswith("_id") or isinstance(default, float) else 1
-        good = isinstance(value, int) or (isinstance(default, float) and isinstance(value, float))
-        if not good or isinstance(value, bool) or not value >= smallest:
-            raise ValueError(
-                f"{path}: {section}.{key} is {value!r}, expected {type(default).__name__}, such as {default}"
-            )
-        fields[field] = value
+    kinds = raw.get("architectures") or [KINDS[0]]
+    if not set(kinds) <= set(KINDS):
+        raise ValueError(f"{path}: architectures is {kinds}; supported: {', '.join(KINDS)}")
+    asks = kinds[0] == KINDS[1] if task is None else task == "vqa"
+    config, defaults = config_json.read(path, raw, BlipConfig, CONFIG, FIXED, question_encoder=asks)
     for field, section, key, _ in CONFIG:
         known = f"{section}.{key}" not in defaults  # otherwise the id comes from the tokenizer
-        if field.endswith("_id") and known and fields[field] >= fields["vocab_size"] and field in used_ids(fields):
+        if field in used_ids(config) and known and getattr(config, field) >= config.vocab_size:
             raise ValueError(
-                f"{path}: {section}.{key} {fields[field]} is outside the vocabulary of {fields['vocab_size']} tokens"
+                f"{path}: {section}.{key} {getattr(config, field)} is outside the vocabulary of {config.vocab_size} tokens"
             )
-    try:
-        return BlipConfig(**fields), defaults
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return config, defaults
 
 
-def used_ids(fields: dict) -> tuple[str, ...]:
+def used_ids(config: BlipConfig) -> tuple[str, ...]:
     """The special token ids that a model with this configuration uses."""
-    return ("pad_id", "sep_id", "bos_id", *(("enc_id",) if fields["question_encoder"] else ()))
+    return ("pad_id", "sep_id", "bos_id", *(("enc_id",) if config.question_encoder else ()))
 
 
 class _Converter(Converter):
@@ -243,7 +222,7 @@ def _with_tokenizer(
         raise ValueError(f"{directory}: {len(tokenizer)} tokens exceed vocab_size {config.vocab_size} of the weights")
     ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")}
     absent = {field for field, section, key, _ in CONFIG if f"{section}.{key}" in defaults}
-    for field in used_ids(vars(config)):
+    for field in used_ids(config):
         if field not in absent and getattr(config, field) != ids[field]:
             token = tokenizer.vocabulary[ids[field]]
             raise ValueError(

@@ -23,7 +23,7 @@ import yaml
 from jaxpeft import tree
 from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
 from jaxpeft.inputs.tokenizer import Tokenizer
-from jaxpeft.models import bert_convert, convert
+from jaxpeft.models import bert_convert, config_json, convert
 from jaxpeft.models.convert import Checkpoint, Converter, Table, Tensor
 from jaxpeft.models.mplug import KINDS, Mplug, MplugConfig
 from jaxpeft.runtime import files
@@ -66,20 +66,21 @@ DROPPED = (
         "contrast and matching",
     ),
 )
-# (our field, key of config_bert.json, default of BERT-base)
+# config_bert.json (see config_json.py), with the defaults of BERT-base
 BERT = (
-    ("vocab_size", "vocab_size", 30522),
-    ("text_width", "hidden_size", 768),
-    ("text_heads", "num_attention_heads", 12),
-    ("text_mlp", "intermediate_size", 3072),
-    ("max_positions", "max_position_embeddings", 512),
-    ("text_eps", "layer_norm_eps", 1e-12),
-    ("pad_id", "pad_token_id", 0),
-    ("text_layers", "text_decode_layers", 12),
-    ("encoder_layers", "text_encoder_layers", 6),
-    ("fusion_layers", "fusion_layers", 6),
-    ("stride", "stride_layer", 3),
+    ("vocab_size", "", "vocab_size", 30522),
+    ("text_width", "", "hidden_size", 768),
+    ("text_heads", "", "num_attention_heads", 12),
+    ("text_mlp", "", "intermediate_size", 3072),
+    ("max_positions", "", "max_position_embeddings", 512),
+    ("text_eps", "", "layer_norm_eps", 1e-12),
+    ("pad_id", "", "pad_token_id", 0),
+    ("text_layers", "", "text_decode_layers", 12),
+    ("encoder_layers", "", "text_encoder_layers", 6),
+    ("fusion_layers", "", "fusion_layers", 6),
+    ("stride", "", "stride_layer", 3),
 )
+FIXED = (("", "hidden_act", ("gelu",)),)
 # (our field, key of config.yaml): what `clip_name` does not say
 TOWER = (
     ("image_size", "image_res"),
@@ -216,17 +217,7 @@ def _read_directory_config(directory: Path) -> tuple[MplugConfig, dict]:
         fields["vision_mlp"] = 4 * fields["vision_width"]
         fields["fusion"] = said.get("task") != "image-captioning"
     path = directory / "config_bert.json"
-    raw, defaults = files.read_json(path), {}
-    for field, key, default in BERT:
-        if key not in raw:
-            defaults[key] = default
-        fields[field] = raw.get(key, default)
-    if (act := raw.get("hidden_act", "gelu")) != "gelu":
-        raise ValueError(f"{path}: hidden_act is {act!r}; only 'gelu' is supported")
-    try:
-        return MplugConfig(**fields), defaults
-    except ValueError as error:
-        raise ValueError(f"{path} and config.yaml: {error}") from error
+    return config_json.read(f"{path} and config.yaml", files.read_json(path), MplugConfig, BERT, FIXED, **fields)
 
 
 def _with_tokenizer(config: MplugConfig, path: Path) -> tuple[MplugConfig, Tokenizer | None]:

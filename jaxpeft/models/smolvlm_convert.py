@@ -28,6 +28,9 @@ class _Converter(prefix_lm_convert.PrefixLMConverter):
         "vision_mlp": 3072, "vision_eps": 1e-6, "vocab_size": 32000, "text_width": 4096, "text_layers": 32,
         "text_heads": 32, "text_mlp": 11008, "text_eps": 1e-5, "max_positions": 2048, "rope_theta": 10000.0,
         "pad_id": 128002, "shuffle": 2, "image_id": 128257, "tied": False,
+        # Llama's of keys that may be null: a key head per query head, and heads that fill the width
+        "kv_heads": lambda fields: fields["text_heads"],
+        "head_size": lambda fields: fields["text_width"] // fields["text_heads"],
     }  # fmt: skip
     fixed = (
         ("", "model_type", ("smolvlm", "idefics3")),
