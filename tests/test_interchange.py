@@ -209,6 +209,7 @@ def test_stacks_of_different_depth_share_a_method(method, names, tmp_path):
         (jp.Prefix(length=2, positions="shift"), "PEFT supports it at text_decoder/blocks/self_attention only"),
         (jp.VeRA(targets="vision.*query$", rank=2), "is fused in transformers"),
         (jp.OFT(targets="vision.*query$", block=2), "is fused in transformers"),
+        (jp.Scoped(method=jp.OFT(block=4), layers=(0,)), "oft in some layers only is unsupported"),
         ((jp.LoRA(rank=2), jp.IA3()), "a PEFT directory holds one type"),
         (jp.IA3(targets="head/vocabulary$"), "PEFT also scales the bias"),
         (jp.LoRA(targets="vision/patch$", rank=2), "convolution"),
