@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxpeft import tree
 from jaxpeft.inputs import images
-from jaxpeft.models import blip_convert, loading
+from jaxpeft.models import convert, loading
 from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.models.blip_convert import CONVERTER, TIED, hf_config
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CAPTION, VQA, MINIMAL = (GOLDEN / f"blip_{name}_tiny" for name in ("caption", "vqa", "bin"))
@@ -36,6 +37,15 @@ def read_directory(directory, **options):
 
 def config_of(directory):
     return read_directory(directory)[0]
+
+
+def from_hf(tensors, config, source="checkpoint"):
+    """Params of numpy arrays, with the dtypes of the tensors."""
+    return convert.nested(convert.read(tensors, CONVERTER.table(config), source, place=convert.in_memory))
+
+
+def to_hf(params, config):
+    return convert.written(tree.flatten(params), CONVERTER.table(config))
 
 
 def shapes(config):
@@ -75,9 +85,9 @@ def copy(tmp_path):
 @BOTH
 def test_round_trip_is_bit_exact(directory):
     tensors, config = tensors_of(directory), config_of(directory)
-    params = blip_convert.from_hf(tensors, config)
-    assert_same(blip_convert.to_hf(params, config), tensors)
-    assert_same(blip_convert.from_hf(blip_convert.to_hf(params, config), config), params)
+    params = from_hf(tensors, config)
+    assert_same(to_hf(params, config), tensors)
+    assert_same(from_hf(to_hf(params, config), config), params)
 
 
 @BOTH
@@ -91,7 +101,7 @@ def test_params_fit_the_model(directory):
 def test_counts_of_blip_base(question_encoder, count):
     config = BlipConfig(question_encoder=question_encoder)
     assert tree.count(shapes(config)) == count
-    assert sum(int(np.prod(row.shape)) * len(row.names()) for row in blip_convert.table(config)) == count
+    assert sum(int(np.prod(row.shape)) * len(row.names()) for row in CONVERTER.table(config).rules) == count
 
 
 def test_unequal_widths_of_a_vqa_model_fit_too():
@@ -101,12 +111,12 @@ def test_unequal_widths_of_a_vqa_model_fit_too():
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes(config))
     assert params["text_encoder"]["blocks"]["cross_attention"]["key"]["kernel"].shape == (2, 48, 32)
     assert params["text_decoder"]["blocks"]["cross_attention"]["key"]["kernel"].shape == (2, 32, 32)
-    assert_same(blip_convert.from_hf(blip_convert.to_hf(params, config), config), params)
+    assert_same(from_hf(to_hf(params, config), config), params)
 
 
 def test_fused_attention_is_split_in_the_order_query_key_value():
     tensors, config = tensors_of(CAPTION), config_of(CAPTION)
-    attention = blip_convert.from_hf(tensors, config)["vision"]["blocks"]["attention"]
+    attention = from_hf(tensors, config)["vision"]["blocks"]["attention"]
     fused, bias = (tensors[f"vision_model.encoder.layers.2.self_attn.qkv.{part}"] for part in ("weight", "bias"))
     for i, part in enumerate(("query", "key", "value")):
         np.testing.assert_array_equal(attention[part]["kernel"][2], fused[48 * i : 48 * (i + 1)].T)
@@ -115,7 +125,7 @@ def test_fused_attention_is_split_in_the_order_query_key_value():
 
 def test_the_patch_kernel_becomes_hwio():
     kernel = tensors_of(CAPTION)["vision_model.embeddings.patch_embedding.weight"]
-    ours = blip_convert.from_hf(tensors_of(CAPTION), config_of(CAPTION))["vision"]["patch"]["kernel"]
+    ours = from_hf(tensors_of(CAPTION), config_of(CAPTION))["vision"]["patch"]["kernel"]
     assert ours.shape == (8, 8, 3, 48) and ours[5, 1, 2, 7] == kernel[7, 2, 5, 1]
 
 
@@ -126,7 +136,7 @@ def test_missing_extra_and_misshaped_keys_are_all_named_in_one_error():
     tensors["vision_model.encoder.layers.3.layer_norm1.bias"] = np.zeros(48, np.float32)
     tensors["text_decoder.cls.predictions.bias"] = np.zeros(96, np.float32)
     with pytest.raises(ValueError) as error:
-        blip_convert.from_hf(tensors, config_of(CAPTION), "some.safetensors")
+        from_hf(tensors, config_of(CAPTION), "some.safetensors")
     text = str(error.value)
     assert "some.safetensors" in text and "missing (1): vision_model.post_layernorm.bias" in text
     assert "unexpected (1): vision_model.encoder.layers.3.layer_norm1.bias" in text
@@ -136,26 +146,26 @@ def test_missing_extra_and_misshaped_keys_are_all_named_in_one_error():
 def test_long_lists_of_keys_are_cut_after_ten_with_their_count():
     config = dataclasses.replace(config_of(CAPTION), vision_layers=5)
     with pytest.raises(ValueError, match=r"missing \(24\): (vision_model\S+, ){10}\.\.\. \(\+14 more\)"):
-        blip_convert.from_hf(tensors_of(CAPTION), config)
+        from_hf(tensors_of(CAPTION), config)
 
 
 def test_a_question_encoder_is_neither_dropped_nor_invented():
     with pytest.raises(ValueError, match=r"unexpected \(56\): text_encoder"):
-        blip_convert.from_hf(tensors_of(VQA), dataclasses.replace(config_of(VQA), question_encoder=False))
+        from_hf(tensors_of(VQA), dataclasses.replace(config_of(VQA), question_encoder=False))
     with pytest.raises(ValueError, match=r"question states; use a captioning checkpoint"):
         read_directory(VQA, task="captioning")
 
 
 def test_second_names_of_tied_tensors_must_agree():
     tensors, config = tensors_of(CAPTION), config_of(CAPTION)
-    expected = blip_convert.from_hf(tensors, config)
-    second = tensors | {name: tensors[first] for name, first in blip_convert.TIED.items()}
-    assert_same(blip_convert.from_hf(second, config), expected)
-    only = {name: x for name, x in second.items() if name not in blip_convert.TIED.values()}
-    assert_same(blip_convert.from_hf(only, config), expected)
+    expected = from_hf(tensors, config)
+    second = tensors | {name: tensors[first] for name, first in TIED.items()}
+    assert_same(from_hf(second, config), expected)
+    only = {name: x for name, x in second.items() if name not in TIED.values()}
+    assert_same(from_hf(only, config), expected)
     second["text_decoder.cls.predictions.decoder.weight"] = tensors[WORD] + 1
     with pytest.raises(ValueError, match=f"decoder.weight differs from {WORD}"):
-        blip_convert.from_hf(second, config)
+        from_hf(second, config)
 
 
 def official(name):
@@ -180,9 +190,9 @@ def test_official_names_and_position_buffers_are_accepted(directory):
     renamed = {official(name): x for name, x in tensors.items()}
     assert not any(name.startswith("vision_model") for name in renamed)
     renamed["text_decoder.bert.embeddings.position_ids"] = np.arange(24)[None]
-    assert_same(blip_convert.from_hf(renamed, config), blip_convert.from_hf(tensors, config))
+    assert_same(from_hf(renamed, config), from_hf(tensors, config))
     with pytest.raises(ValueError, match="two keys map to vision_model.post_layernorm.bias"):
-        blip_convert.from_hf(tensors | {"visual_encoder.norm.bias": np.zeros(48)}, config)
+        from_hf(tensors | {"visual_encoder.norm.bias": np.zeros(48)}, config)
 
 
 # ------------------------------------------------------------------------------------------- directories
@@ -229,8 +239,8 @@ def test_bfloat16_checkpoints_become_float32(copy):
     save_file(half, directory / "model.safetensors")
     config, params, _ = read_directory(directory)
     single = {name: x.astype(np.float32) for name, x in half.items()}
-    assert_same(jax.tree.map(np.asarray, params), blip_convert.from_hf(single, config))
-    assert_same(blip_convert.to_hf(blip_convert.from_hf(half, config), config), half)
+    assert_same(jax.tree.map(np.asarray, params), from_hf(single, config))
+    assert_same(to_hf(from_hf(half, config), config), half)
 
 
 def test_settings_come_from_the_file_and_absent_ones_are_reported(copy):
@@ -331,7 +341,7 @@ def untied(copy, directory=CAPTION, seed=0):
     """A directory whose vocabulary matrix is another one than its word embedding, as a BLIP tuned whole leaves it."""
     new, rng = copy(directory), np.random.default_rng(seed)
     tensors = tensors_of(directory)
-    second, first = next(iter(blip_convert.TIED.items()))
+    second, first = next(iter(TIED.items()))
     tensors[second] = tensors[first] + rng.normal(0, 0.3, tensors[first].shape).astype(np.float32)
     tensors["text_decoder.cls.predictions.decoder.bias"] = tensors["text_decoder.cls.predictions.bias"]
     save_file(tensors, new / "model.safetensors")
@@ -342,14 +352,14 @@ def untied(copy, directory=CAPTION, seed=0):
 def test_an_untied_head_is_a_leaf_of_its_own(copy, directory):
     path, tensors = untied(copy, directory)
     config, params, _ = read_directory(path)
-    second, first = next(iter(blip_convert.TIED.items()))
+    second, first = next(iter(TIED.items()))
     assert config.untied_head
     np.testing.assert_array_equal(params["text_decoder"]["head"]["vocabulary"]["kernel"], tensors[second].T)
     np.testing.assert_array_equal(params["text_decoder"]["embed"]["word"], tensors[first])
     tree.check_same(tree.flatten(shapes(config)), tree.flatten(params), "params")
     kept = {name: x for name, x in tensors.items() if name != "text_decoder.cls.predictions.decoder.bias"}
-    assert_same(blip_convert.to_hf(jax.tree.map(np.asarray, params), config), kept)
-    assert blip_convert.hf_config(config)["tie_word_embeddings"] is False
+    assert_same(to_hf(jax.tree.map(np.asarray, params), config), kept)
+    assert hf_config(config)["tie_word_embeddings"] is False
 
 
 def test_live_untied_heads_compute_what_transformers_computes(copy, tmp_path):

@@ -1,5 +1,6 @@
 """The converter: every tensor and leaf accounted for, leaves made one at a time, and only as much of them as is asked for."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -11,11 +12,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny_vlm
 from safetensors.numpy import save_file
 
 import jaxpeft as jp
 from jaxpeft import tree
-from jaxpeft.models import blip_convert, convert, loading
+from jaxpeft.models import convert, loading, mplug
+from jaxpeft.models.base import MODELS
+from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.convert import Rule, Table
 from jaxpeft.training import sharding
 
@@ -279,12 +283,21 @@ def test_the_plan_of_a_model_is_the_model_that_is_read(base, task, asks):
     tree.check_same(loading.shapes(model), tree.flatten(params), "params")
 
 
-def test_the_table_of_blip_fills_every_leaf():
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(Blip(BlipConfig(question_encoder=asks)) for asks in (True, False)),
+        Blip(BlipConfig(untied_head=True)),
+        *(mplug.Mplug(dataclasses.replace(one, fusion=asks)) for one in mplug.KINDS.values() for asks in (True, False)),
+        *(tiny_vlm.model(kind, untied_head=untied) for kind in tiny_vlm.KINDS for untied in (True, False)),
+    ],
+    ids=lambda model: model.model_type,
+)
+def test_a_table_fills_every_leaf_once(model):
     """What the model asks for and what the table gives are two descriptions."""
-    for asks, untied in ((False, False), (True, False), (False, True)):
-        config = blip_convert.BlipConfig(question_encoder=asks, untied_head=untied)
-        given = {leaf: rule.shape_of_leaf for rule in blip_convert.table(config) for leaf in rule.leaves}
-        assert given == {name: x.shape for name, x in loading.shapes(blip_convert.Blip(config)).items()}
+    rules = MODELS[model.model_type]().table(model.config).rules
+    given = {leaf: rule.shape_of_leaf for rule in rules for leaf in rule.leaves}
+    assert given == {name: x.shape for name, x in loading.shapes(model).items()}
 
 
 def test_bfloat16_files_are_read(tmp_path):

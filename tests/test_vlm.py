@@ -61,7 +61,7 @@ def alone(kind, name):
     whole = jax.jit(lambda *x: model.apply(variables(kind, name), *x, method="whole"), static_argnums=3)
 
     def run(image, prompt, text):
-        longest = np.full(6, pad, np.int32)  # what follows in a text does not matter: one program
+        longest = np.full(8, pad, np.int32)  # what follows in a text does not matter: one program
         longest[: len(text)] = text
         prompt = prompt[prompt != pad]
         at = prompt.tolist().index(model.config.image_id) if kind == "smolvlm" else 0

@@ -442,15 +442,6 @@ def test_every_tensor_is_accounted_for(tmp_path, kind):
     same(loading.load(written(kind, tmp_path / "base", with_buffers))[1], loaded(kind)[1])
 
 
-@every_kind
-def test_the_table_fills_every_leaf_once(kind):
-    model = loaded(kind)[0]
-    for untied in (False, True):
-        config = dataclasses.replace(model.config, untied_head=untied)
-        given = {leaf: rule.shape_of_leaf for rule in MODELS[kind]().table(config).rules for leaf in rule.leaves}
-        assert given == {name: x.shape for name, x in loading.shapes(type(model).build(config)).items()}
-
-
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [

@@ -6,19 +6,16 @@ the tied vocabulary matrix and bias twice.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jaxpeft import tree
 from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
 from jaxpeft.models import blip_hf, config_json, convert
 from jaxpeft.models.bert_convert import DROPPED, HEAD, TEXT, TIED, UNTIED
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.blip_tokens import BlipTokenizer
-from jaxpeft.models.convert import Checkpoint, Converter, Rule, Table, Tensor
+from jaxpeft.models.convert import Checkpoint, Converter, Rule, Table
 from jaxpeft.runtime import files
 
 VISION = (
@@ -72,39 +69,6 @@ FIXED = (
     ("text_config", "hidden_act", ("gelu",)),
 )
 KINDS = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")  # without and with a question encoder
-
-
-def table(config: BlipConfig) -> list[Rule]:
-    """The rules of a model: `VISION`, `TEXT` and `HEAD` with sizes filled in."""
-    c = config
-    vision = {"D": c.vision_width, "F": c.vision_mlp, "P": 1 + c.n_patches, "p": c.patch_size}
-    text = {"D": c.text_width, "F": c.text_mlp, "C": c.vision_width, "V": c.vocab_size, "T": c.max_positions}
-    answer = text | {"C": c.text_width if c.question_encoder else c.vision_width}
-    rules = convert.rules(VISION, "vision_model.", "vision/", vision, range(c.vision_layers))
-    rules += convert.rules(TEXT, "text_decoder.bert.", "text_decoder/", answer, range(c.text_layers))
-    rules += convert.rules((*HEAD, UNTIED) if c.untied_head else HEAD, "text_decoder.", "text_decoder/", answer)
-    if c.question_encoder:
-        rules += convert.rules(TEXT, "text_encoder.", "text_encoder/", text, range(c.text_layers))
-    return rules
-
-
-def names(config: BlipConfig) -> Table:
-    """`table` with renamed, dropped and tied names."""
-    tied = {second: first for second, first in TIED.items() if not (config.untied_head and second.endswith("weight"))}
-    return Table(table(config), RENAMES, DROPPED, tied)
-
-
-def from_hf(tensors: Mapping[str, Tensor], config: BlipConfig, source: str = "checkpoint") -> dict:
-    """Reference tensors -> our params (numpy, same dtypes, stacked layers).
-
-    Raises one ValueError with all unexpected tensors, missing tensors and wrong shapes.
-    """
-    return convert.nested(convert.read(tensors, names(config), source, place=convert.in_memory))
-
-
-def to_hf(params: tree.Tree, config: BlipConfig) -> dict[str, np.ndarray]:
-    """The inverse of `from_hf`, with the names of transformers; tied tensors once, under the name that is kept."""
-    return convert.written(tree.flatten(params), names(config))
 
 
 def hf_config(config: BlipConfig) -> dict:
@@ -165,7 +129,17 @@ class _Converter(Converter):
     head = next(iter(TIED.items()))
 
     def table(self, config: BlipConfig) -> Table:
-        return names(config)
+        c = config
+        vision = {"D": c.vision_width, "F": c.vision_mlp, "P": 1 + c.n_patches, "p": c.patch_size}
+        text = {"D": c.text_width, "F": c.text_mlp, "C": c.vision_width, "V": c.vocab_size, "T": c.max_positions}
+        answer = text | {"C": c.text_width if c.question_encoder else c.vision_width}
+        rules = convert.rules(VISION, "vision_model.", "vision/", vision, range(c.vision_layers))
+        rules += convert.rules(TEXT, "text_decoder.bert.", "text_decoder/", answer, range(c.text_layers))
+        rules += convert.rules((*HEAD, UNTIED) if c.untied_head else HEAD, "text_decoder.", "text_decoder/", answer)
+        if c.question_encoder:
+            rules += convert.rules(TEXT, "text_encoder.", "text_encoder/", text, range(c.text_layers))
+        tied = {second: first for second, first in TIED.items() if not (c.untied_head and second.endswith("weight"))}
+        return Table(rules, RENAMES, DROPPED, tied)
 
     def for_task(self, config: BlipConfig, task: str | None, source: str) -> BlipConfig:
         config = super().for_task(config, task, source)
@@ -189,7 +163,7 @@ class _Converter(Converter):
             raise ValueError(
                 f"{tensors.source}: the decoder of a VQA checkpoint needs question states; use a captioning checkpoint"
             )
-        table, copies = names(config), {}
+        table, copies = self.table(config), {}
         if task == "vqa" and not has_encoder:
             config, copies = start_question_encoder(config, table.rules)
         return config, table, copies
@@ -203,7 +177,7 @@ class _Converter(Converter):
         return Blip.build(*_with_tokenizer(config, directory, defaults))
 
     def hf(self, model: Blip) -> blip_hf.BlipInTransformers:
-        return blip_hf.form(model, names(model.config), hf_config(model.config))
+        return blip_hf.form(model, self.table(model.config), hf_config(model.config))
 
 
 CONVERTER = _Converter()

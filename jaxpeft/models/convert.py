@@ -64,10 +64,6 @@ class Converter:
         """The rules of a model, and how other names are treated."""
         raise NotImplementedError
 
-    def config(self, fields: dict) -> Any:
-        """The configuration from its JSON in a jaxpeft manifest."""
-        return self.settings(**fields)
-
     def for_task(self, config: Any, task: str | None, source: str) -> Any:
         """`config` of a jaxpeft checkpoint, without parts that the task does not need."""
         if task not in (None, *TASKS):

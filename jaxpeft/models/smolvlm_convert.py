@@ -45,16 +45,11 @@ class _Converter(prefix_lm_convert.PrefixLMConverter):
     form = SmolVLMInTransformers
 
     def table(self, config: SmolVLMConfig) -> Table:
-        return table(config)
-
-
-def table(config: SmolVLMConfig) -> Table:
-    """The rules of a model, and how other names are treated."""
-    rules = prefix_lm_convert.rules(config, "model.vision_model.", "model.text_model.", "scale")
-    sizes = {"D": config.text_width, "C": config.vision_width * config.shuffle**2}
-    rules += convert.rules(PROJECTOR, "", "", sizes)
-    tied = {} if config.untied_head else dict([_Converter.head])
-    return Table(rules, RENAMES, prefix_lm_convert.DROPPED, tied)
+        rules = prefix_lm_convert.rules(config, "model.vision_model.", "model.text_model.", "scale")
+        sizes = {"D": config.text_width, "C": config.vision_width * config.shuffle**2}
+        rules += convert.rules(PROJECTOR, "", "", sizes)
+        tied = {} if config.untied_head else dict([self.head])
+        return Table(rules, RENAMES, prefix_lm_convert.DROPPED, tied)
 
 
 CONVERTER = _Converter()
