@@ -9,7 +9,6 @@ import tracemalloc
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import tiny_vlm
@@ -21,6 +20,8 @@ from jaxpeft.models import convert, loading, mplug
 from jaxpeft.models.base import MODELS
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.convert import Rule, Table
+from jaxpeft.models.paligemma import PaliGemma, PaliGemmaConfig
+from jaxpeft.models.smolvlm import SmolVLM, SmolVLMConfig
 from jaxpeft.training import sharding
 
 RULES = (  # every kind of transform, with layers that do not begin at 0
@@ -300,9 +301,26 @@ def test_a_table_fills_every_leaf_once(model):
     assert given == {name: x.shape for name, x in loading.shapes(model).items()}
 
 
-def test_bfloat16_files_are_read(tmp_path):
-    tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in drawn().items()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    flat = read(convert.opened(tmp_path), Table(RULES))
-    assert flat["patch"].dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(flat["patch"], tensors["conv"].transpose(2, 3, 1, 0))
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (Blip(BlipConfig()), 223_971_644),
+        (Blip(BlipConfig(question_encoder=True)), 361_230_140),
+        *(
+            (mplug.Mplug(dataclasses.replace(mplug.KINDS[kind], fusion=asks)), expected)
+            for kind, asks, expected in (
+                ("mplug-base", True, 344_683_578),
+                ("mplug-base", False, 223_972_410),
+                ("mplug-large", True, 565_252_410),
+                ("mplug-large", False, 442_177_338),
+            )
+        ),
+        (PaliGemma(PaliGemmaConfig()), 2_923_466_480),
+        (SmolVLM(SmolVLMConfig()), 256_484_928),
+        (SmolVLM(SmolVLMConfig(untied_head=False)), 228_099_648),
+    ],
+    ids=lambda x: getattr(x, "model_type", x),
+)
+def test_released_sizes(model, expected):
+    """The parameters that a task uses, counted in transformers' classes and in mPLUG's release."""
+    assert sum(np.prod(x.shape) for x in loading.shapes(model).values()) == expected

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import test_mplug
 import tiny
+import tiny_vlm
 from methods_table import ROWS, attached, every_row, perturbed
 from safetensors.numpy import load_file, save_file
 
@@ -278,12 +279,13 @@ def test_the_vocabulary_matrix_that_peft_saves_beside_an_adapted_head_is_checked
         jp.import_peft(model, params, tmp_path)
 
 
-def test_every_linear_and_norm_has_a_place():
-    """Of both towers and both tasks: the sites of a model are the places that its Hugging Face form knows."""
-    for asks in (True, False):
-        model = tiny.model(asks)
-        found = {site.path for site in sites.sites(model) if site.kind in ("linear", "norm")}
-        assert found == set(model.hf.places)
+@pytest.mark.parametrize(
+    "model", [*map(tiny.model, (True, False)), *map(tiny_vlm.model, tiny_vlm.KINDS)], ids=lambda model: model.model_type
+)
+def test_every_linear_and_norm_has_a_place(model):
+    """The sites of a model are the places that its Hugging Face form knows."""
+    found = {site.path for site in sites.sites(model) if site.kind in ("linear", "norm")}
+    assert found == set(model.hf.places)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from jaxpeft.data import scenes
 from jaxpeft.data.base import Split
 from jaxpeft.inputs.tokenizer import Tokenizer
 from jaxpeft.methods import METHODS
-from jaxpeft.models import convert, loading, mplug, mplug_convert
+from jaxpeft.models import convert, loading, mplug
 from jaxpeft.tasks import build as task_of
 from jaxpeft.training import evaluate, frozen_cache, loop, optim, sharding
 
@@ -338,11 +338,6 @@ def test_a_merged_model_is_the_tuned_one():
     merged = {"params": jp.merge(SHORT, tuned)}
     apply = jax.jit(SHORT.apply)
     np.testing.assert_allclose(apply(tuned, batch), apply(merged, batch), rtol=2e-4, atol=2e-4)
-
-
-def test_the_vocabulary_of_a_file_is_that_of_its_directory():
-    assert mplug_convert.CONVERTER.claims(GOLDEN) and mplug_convert.CONVERTER.claims(GOLDEN / "pytorch_model.bin")
-    assert not mplug_convert.CONVERTER.claims(GOLDEN.parent)
 
 
 @pytest.mark.slow

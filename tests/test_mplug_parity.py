@@ -245,21 +245,6 @@ def test_our_model_with_the_same_mistake_agrees_with_the_wrong_reference(kind, m
 
 
 # ------------------------------------------------------------------------------------------- sizes and positions
-@pytest.mark.parametrize(
-    ("kind", "fusion", "expected"),
-    [
-        ("mplug-base", True, 344_683_578),
-        ("mplug-base", False, 223_972_410),
-        ("mplug-large", True, 565_252_410),
-        ("mplug-large", False, 442_177_338),
-    ],
-)
-def test_released_sizes(kind, fusion, expected):
-    """The parameters that a task uses, counted in the release."""
-    model = Mplug.build(dataclasses.replace(KINDS[kind], fusion=fusion))
-    assert sum(np.prod(x.shape) for x in loading.shapes(model).values()) == expected
-
-
 def test_positions_at_another_image_size():
     numbers = np.load(GOLDEN / "mplug_positions.npz")
     for side in (3, 6):
