@@ -9,6 +9,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from test_vlm_parity import far, run
 
 from jaxpeft import ops, tree
 from jaxpeft.inputs import images
@@ -27,17 +28,11 @@ LIVE = all(importlib.util.find_spec(name) for name in ("modelscope", "torch", "t
 @functools.cache
 def loaded(kind, task="vqa"):
     """(model, params, golden numbers)"""
-    numbers = np.load(GOLDEN / f"mplug_{kind}_tiny.npz")
+    golden = dict(np.load(GOLDEN / f"mplug_{kind}_tiny.npz"))
     model, params = loading.load(GOLDEN / f"mplug_{kind}_tiny", task=NAMES[task])
-    golden = {name: numbers[name] for name in numbers.files}
     golden["images"] = golden["images"].astype(np.float32)
     golden["prompt"] = np.where(golden["question_mask"] == 1, golden["questions"], 0)
     return model, params, golden
-
-
-@functools.partial(jax.jit, static_argnames=("model", "method"))
-def run(model, method, params, *args):
-    return model.apply({"params": params}, *args, method=method)
 
 
 def from_release(tensors, config):
@@ -65,11 +60,6 @@ def outputs(kind, task):
 
 def valid(kind, task):
     return loaded(kind)[2][{"vqa": "answer_mask", "caption": "caption_mask"}[task]] == 1
-
-
-def far(a, b, where=...):
-    """The largest difference."""
-    return float(np.abs(np.asarray(a)[where] - b[where]).max())
 
 
 # ------------------------------------------------------------------------------------------- forward

@@ -27,9 +27,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @functools.cache
 def loaded(kind):
     """(model, params, golden numbers)"""
-    numbers = np.load(GOLDEN / f"{kind}_tiny.npz")
-    model, params = loading.load(GOLDEN / f"{kind}_tiny")
-    return model, params, {name: numbers[name] for name in numbers.files}
+    return *loading.load(GOLDEN / f"{kind}_tiny"), dict(np.load(GOLDEN / f"{kind}_tiny.npz"))
 
 
 def prompts(golden, side):
