@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_vlm
+from methods_table import perturbed
 from safetensors.numpy import load_file
 from test_vlm_parity import written
 from tiny_vlm import KINDS, LENGTHS, SPLIT
@@ -48,10 +49,7 @@ def variables(kind, name):
     """The tree of a method with every adapter parameter moved from its start."""
     if not METHODS[name]:
         return {"params": tiny_vlm.params(kind)}
-    found = jp.attach(tiny_vlm.model(kind), tiny_vlm.params(kind), METHODS[name], jax.random.key(1))
-    keys = iter(range(1000))
-    move = lambda x: x + 0.3 * jax.random.normal(jax.random.key(next(keys)), x.shape)  # noqa: E731
-    return found | {"peft": jax.tree.map(move, found["peft"])}
+    return perturbed(jp.attach(tiny_vlm.model(kind), tiny_vlm.params(kind), METHODS[name], jax.random.key(1)), 0.3)
 
 
 @functools.cache
@@ -214,10 +212,7 @@ def test_lora_on_tower_and_projector(kind):
     """Its gradients are not zero, the rest is frozen, and merging is exact."""
     model, b = tiny_vlm.model(kind), tiny_vlm.batch(kind)
     groups = (jp.LoRA(targets=r"^vision.*(query|up|patch)$", rank=2), jp.LoRA(targets="projector", rank=2))
-    tuned = jp.attach(model, tiny_vlm.params(kind), groups, jax.random.key(0))
-    keys = iter(range(1000))
-    move = lambda x: x + 0.3 * jax.random.normal(jax.random.key(next(keys)), x.shape)  # noqa: E731
-    tuned |= {"peft": jax.tree.map(move, tuned["peft"])}
+    tuned = perturbed(jp.attach(model, tiny_vlm.params(kind), groups, jax.random.key(0)), 0.3)
     mask = jp.trainable(tuned)
 
     def loss(trainable, frozen):

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
-from jaxpeft.models import blip_hf, config_json, convert
+from jaxpeft.models import config_json, convert
 from jaxpeft.models.bert_convert import DROPPED, HEAD, TEXT, TIED, UNTIED
 from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.models.blip_hf import HEAD_PLACE, BlipInTransformers
 from jaxpeft.models.blip_tokens import BlipTokenizer
 from jaxpeft.models.convert import Checkpoint, Converter, Rule, Table
+from jaxpeft.models.hf import Decoder
 from jaxpeft.runtime import files
 
 VISION = (
@@ -176,8 +178,11 @@ class _Converter(Converter):
         config = self.with_processor(config, directory, image_size)
         return Blip.build(*_with_tokenizer(config, directory, defaults))
 
-    def hf(self, model: Blip) -> blip_hf.BlipInTransformers:
-        return blip_hf.form(model, self.table(model.config), hf_config(model.config))
+    def hf(self, model: Blip) -> BlipInTransformers:
+        c = model.config
+        attention = "text_decoder/blocks/self_attention"
+        decoder = Decoder("text_decoder", attention, c.text_width, c.text_heads, c.text_layers)
+        return BlipInTransformers(model, self.table(c), HEAD_PLACE, decoder, hf_config(c))
 
 
 CONVERTER = _Converter()
