@@ -170,13 +170,27 @@ class _Converter(Converter):
             config, copies = start_question_encoder(config, table.rules)
         return config, table, copies
 
-    def model(
-        self, config: Any, directory: Path | None = None, defaults: Iterable[str] = (), image_size: int | None = None
-    ) -> Blip:
-        if directory is None:
-            return Blip.build(config)
-        config = self.with_processor(config, directory, image_size)
-        return Blip.build(*_with_tokenizer(config, directory, defaults))
+    def with_tokenizer(
+        self, config: BlipConfig, directory: Path, defaults: Iterable[str]
+    ) -> tuple[BlipConfig, BlipTokenizer | None]:
+        if not any((directory / name).exists() for name in TOKENIZER_FILES):
+            return config, None
+        tokenizer = BlipTokenizer.from_file(directory)
+        spare = 0 if config.question_encoder else 1  # a captioning model does not use [ENC], which may have no row
+        if len(tokenizer) - spare * (tokenizer.enc_id == len(tokenizer) - 1) > config.vocab_size:
+            raise ValueError(
+                f"{directory}: {len(tokenizer)} tokens exceed vocab_size {config.vocab_size} of the weights"
+            )
+        ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")}
+        absent = {field for field, section, key, _ in CONFIG if f"{section}.{key}" in defaults}
+        for field in used_ids(config):
+            if field not in absent and getattr(config, field) != ids[field]:
+                token = tokenizer.vocabulary[ids[field]]
+                raise ValueError(
+                    f"{directory}: {field} is {getattr(config, field)} in the configuration, but {token} is {ids[field]} in "
+                    f"the tokenizer; use the tokenizer that the weights were trained with"
+                )
+        return dataclasses.replace(config, **ids), tokenizer
 
     def hf(self, model: Blip) -> BlipInTransformers:
         c = model.config
@@ -186,26 +200,3 @@ class _Converter(Converter):
 
 
 CONVERTER = _Converter()
-
-
-def _with_tokenizer(
-    config: BlipConfig, directory: Path, defaults: Iterable[str]
-) -> tuple[BlipConfig, BlipTokenizer | None]:
-    """(the configuration, with special ids of the tokenizer where config.json has none (`defaults`); the tokenizer or None).
-    Raises ValueError if configuration and tokenizer contradict each other."""
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
-        return config, None
-    tokenizer = BlipTokenizer.from_file(directory)
-    spare = 0 if config.question_encoder else 1  # a captioning model does not use [ENC], which may have no row
-    if len(tokenizer) - spare * (tokenizer.enc_id == len(tokenizer) - 1) > config.vocab_size:
-        raise ValueError(f"{directory}: {len(tokenizer)} tokens exceed vocab_size {config.vocab_size} of the weights")
-    ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")}
-    absent = {field for field, section, key, _ in CONFIG if f"{section}.{key}" in defaults}
-    for field in used_ids(config):
-        if field not in absent and getattr(config, field) != ids[field]:
-            token = tokenizer.vocabulary[ids[field]]
-            raise ValueError(
-                f"{directory}: {field} is {getattr(config, field)} in the configuration, but {token} is {ids[field]} in the "
-                f"tokenizer; use the tokenizer that the weights were trained with"
-            )
-    return dataclasses.replace(config, **ids), tokenizer

@@ -151,10 +151,22 @@ class _Converter(Converter):
     def stored(self, tensors: Checkpoint, config: Any, task: str | None) -> tuple[Any, Table, dict[str, str]]:
         return config, self.table(config, first_layer(tensors, config)), {}
 
-    def model(
-        self, config: Any, directory: Path | None = None, defaults: Iterable[str] = (), image_size: int | None = None
-    ) -> Mplug:
-        return Mplug.build(config) if directory is None else Mplug.build(*_with_tokenizer(config, directory))
+    def with_processor(self, config: MplugConfig, directory: Path, image_size: int | None) -> MplugConfig:
+        return config  # a checkpoint has no settings of images
+
+    def with_tokenizer(
+        self, config: MplugConfig, directory: Path, defaults: Iterable[str]
+    ) -> tuple[MplugConfig, Tokenizer | None]:
+        directory = directory.parent if directory.is_file() else directory
+        if not any((directory / name).exists() for name in TOKENIZER_FILES):
+            return config, None
+        tokenizer = Tokenizer.from_file(directory)
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"{directory}: {len(tokenizer)} tokens exceed vocab_size {config.vocab_size} of the weights"
+            )
+        ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id")}
+        return dataclasses.replace(config, **ids), tokenizer
 
 
 CONVERTER = _Converter()
@@ -208,15 +220,3 @@ def _read_directory_config(directory: Path) -> tuple[MplugConfig, dict]:
         fields["fusion"] = said.get("task") != "image-captioning"
     path = directory / "config_bert.json"
     return config_json.read(f"{path} and config.yaml", files.read_json(path), MplugConfig, BERT, FIXED, **fields)
-
-
-def _with_tokenizer(config: MplugConfig, path: Path) -> tuple[MplugConfig, Tokenizer | None]:
-    """(the configuration with the tokenizer's special ids, the tokenizer or None)."""
-    directory = path.parent if path.is_file() else path
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
-        return config, None
-    tokenizer = Tokenizer.from_file(directory)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"{directory}: {len(tokenizer)} tokens exceed vocab_size {config.vocab_size} of the weights")
-    ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id")}
-    return dataclasses.replace(config, **ids), tokenizer

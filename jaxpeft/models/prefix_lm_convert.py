@@ -107,18 +107,9 @@ class PrefixLMConverter(Converter):
         config = dataclasses.replace(config, untied_head=self.has_own_head(tensors, config))
         return config, self.table(config), {}
 
-    def model(
-        self,
-        config: Any,
-        directory: Path | None = None,
-        defaults: Iterable[str] = (),
-        image_size: int | None = None,
-    ) -> PrefixLM:
-        if directory is None:
-            return self.kind.build(config)
-        config = self.with_processor(config, directory, image_size)
+    def with_tokenizer(self, config: Any, directory: Path, defaults: Iterable[str]) -> tuple[Any, Bpe | None]:
         if not (directory / "tokenizer.json").exists():
-            return self.kind.build(config)
+            return config, None
         tokenizer = Bpe.from_file(directory)
         if tokenizer.ids.get("<image>") != config.image_id:
             key = next(key for field, _, key in self.fields if field == "image_id")
@@ -130,7 +121,7 @@ class PrefixLMConverter(Converter):
             raise ValueError(
                 f"{directory}: {len(tokenizer)} tokens exceed vocab_size {config.vocab_size} of the weights"
             )
-        return self.kind.build(dataclasses.replace(config, pad_id=tokenizer.pad_id), tokenizer)
+        return dataclasses.replace(config, pad_id=tokenizer.pad_id), tokenizer
 
     def with_processor(self, config: Any, directory: Path, image_size: int | None) -> Any:
         config, n_tokens = super().with_processor(config, directory, image_size), images.image_tokens(directory)
