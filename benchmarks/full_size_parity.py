@@ -139,7 +139,8 @@ def jax_numbers(model, params, batch, task) -> dict:
     """The same as torch_numbers, by jaxpeft in float32."""
     import jax
 
-    from jaxpeft.models import blip_convert, decode
+    from jaxpeft import tree
+    from jaxpeft.models import convert, decode
 
     def stages(params):
         out = jax_stages(model, params, batch)
@@ -147,7 +148,7 @@ def jax_numbers(model, params, batch, task) -> dict:
 
     (_, out), gradient = jax.jit(jax.value_and_grad(stages, has_aux=True))(params)
     numbers = {name: np.asarray(x) for name, x in out.items()}
-    gradient = blip_convert.to_hf(jax.device_get(gradient), model.config)
+    gradient = convert.written(tree.flatten(jax.device_get(gradient)), model.hf.table)
     numbers |= {f"gradient {name}": gradient[name] for name in GRADIENTS[task]}
     del gradient
     c, variables = model.config, {"params": params}

@@ -11,6 +11,7 @@ import pytest
 import test_mplug
 import tiny
 import tiny_vlm
+from methods_table import perturbed
 
 import jaxpeft as jp
 from jaxpeft import tree
@@ -84,9 +85,7 @@ METHODS = {
 @pytest.mark.parametrize("name", ["blip_caption", "smolvlm"])
 def test_methods_act_alike(name, method):
     make, params, batch = case(name)
-    variables = jp.attach(make(), params, METHODS[method], jax.random.key(0))
-    noise = jax.random.normal
-    variables |= {"peft": jax.tree.map(lambda x: x + 0.1 * noise(jax.random.key(x.size), x.shape), variables["peft"])}
+    variables = perturbed(jp.attach(make(), params, METHODS[method], jax.random.key(0)))
     plain, fused = (logits_and_gradients(make(**on), variables, batch, "peft") for on in ({}, {"attention": "xla"}))
     check_same(fused, plain, 1e-5)  # float32 and random weights
 

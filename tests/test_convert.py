@@ -1,5 +1,6 @@
 """The converter: every tensor and leaf accounted for, leaves made one at a time, and only as much of them as is asked for."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -8,15 +9,19 @@ import tracemalloc
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
+import tiny_vlm
 from safetensors.numpy import save_file
 
 import jaxpeft as jp
 from jaxpeft import tree
-from jaxpeft.models import blip_convert, convert, loading
+from jaxpeft.models import convert, loading, mplug
+from jaxpeft.models.base import MODELS
+from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.convert import Rule, Table
+from jaxpeft.models.paligemma import PaliGemma, PaliGemmaConfig
+from jaxpeft.models.smolvlm import SmolVLM, SmolVLMConfig
 from jaxpeft.training import sharding
 
 RULES = (  # every kind of transform, with layers that do not begin at 0
@@ -279,17 +284,43 @@ def test_the_plan_of_a_model_is_the_model_that_is_read(base, task, asks):
     tree.check_same(loading.shapes(model), tree.flatten(params), "params")
 
 
-def test_the_table_of_blip_fills_every_leaf():
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(Blip(BlipConfig(question_encoder=asks)) for asks in (True, False)),
+        Blip(BlipConfig(untied_head=True)),
+        *(mplug.Mplug(dataclasses.replace(one, fusion=asks)) for one in mplug.KINDS.values() for asks in (True, False)),
+        *(tiny_vlm.model(kind, untied_head=untied) for kind in tiny_vlm.KINDS for untied in (True, False)),
+    ],
+    ids=lambda model: model.model_type,
+)
+def test_a_table_fills_every_leaf_once(model):
     """What the model asks for and what the table gives are two descriptions."""
-    for asks, untied in ((False, False), (True, False), (False, True)):
-        config = blip_convert.BlipConfig(question_encoder=asks, untied_head=untied)
-        given = {leaf: rule.shape_of_leaf for rule in blip_convert.table(config) for leaf in rule.leaves}
-        assert given == {name: x.shape for name, x in loading.shapes(blip_convert.Blip(config)).items()}
+    rules = MODELS[model.model_type]().table(model.config).rules
+    given = {leaf: rule.shape_of_leaf for rule in rules for leaf in rule.leaves}
+    assert given == {name: x.shape for name, x in loading.shapes(model).items()}
 
 
-def test_bfloat16_files_are_read(tmp_path):
-    tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in drawn().items()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    flat = read(convert.opened(tmp_path), Table(RULES))
-    assert flat["patch"].dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(flat["patch"], tensors["conv"].transpose(2, 3, 1, 0))
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (Blip(BlipConfig()), 223_971_644),
+        (Blip(BlipConfig(question_encoder=True)), 361_230_140),
+        *(
+            (mplug.Mplug(dataclasses.replace(mplug.KINDS[kind], fusion=asks)), expected)
+            for kind, asks, expected in (
+                ("mplug-base", True, 344_683_578),
+                ("mplug-base", False, 223_972_410),
+                ("mplug-large", True, 565_252_410),
+                ("mplug-large", False, 442_177_338),
+            )
+        ),
+        (PaliGemma(PaliGemmaConfig()), 2_923_466_480),
+        (SmolVLM(SmolVLMConfig()), 256_484_928),
+        (SmolVLM(SmolVLMConfig(untied_head=False)), 228_099_648),
+    ],
+    ids=lambda x: getattr(x, "model_type", x),
+)
+def test_released_sizes(model, expected):
+    """The parameters that a task uses, counted in transformers' classes and in mPLUG's release."""
+    assert sum(np.prod(x.shape) for x in loading.shapes(model).values()) == expected

@@ -69,20 +69,6 @@ def test_beam_tokens_and_scores_equal_transformers(name, case):
     assert np.all(np.diff(score, axis=1) <= 0)
 
 
-@pytest.mark.slow
-@both
-def test_cached_steps_equal_the_uncached_forward(name):
-    model, variables, context, start, numbers = golden(name)
-    tokens = numbers["greedy_tokens"].astype(np.int32)
-    full_BTV = jax.jit(functools.partial(model.apply, method="score"))(variables, tokens, context)
-    n, step = len(start), jax.jit(functools.partial(model.apply, method="step"))
-    logits_BV, cache = model.apply(variables, tokens[:, :n], context, 12, method="start")
-    for t in range(n, 12):
-        np.testing.assert_allclose(logits_BV, full_BTV[:, t - 1], atol=5e-5)
-        logits_BV, cache = step(variables, tokens[:, t], cache, context)
-    np.testing.assert_allclose(logits_BV, full_BTV[:, -1], atol=5e-5)
-
-
 @both
 def test_rows_do_not_see_each_other(name):
     """A row decoded alone writes what it writes in a batch."""

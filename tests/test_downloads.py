@@ -477,7 +477,7 @@ def test_offline_with_files_that_another_program_downloaded(server, monkeypatch)
     [
         ({"config.json": b'{"model_type": "bert"}'}, "config.json: model_type 'bert' is unsupported; choose one of blip"),
         ({"config.json": b'{"model_type": "blip", "architectures": ["BlipForImageTextRetrieval"]}'},
-         "only model_type 'blip' with one of BlipForConditionalGeneration, BlipForQuestionAn"),
+         "supported: BlipForConditionalGeneration, BlipForQuestionAnswering"),
         ({"config.json": b"<html>"}, "config.json is not JSON"),
         ({"config.json": None}, "config.json is missing; it belongs beside the weights of a Hugging Face checkpoint"),
         ({"manifest.json": b"{}"}, "manifest.json is not a jaxpeft manifest"),

@@ -1,5 +1,6 @@
 """Methods on Linen models that know nothing of sites: plain, remat, scan and setup-style; and the traps."""
 
+import functools
 import threading
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from methods_table import perturbed
 
 import jaxpeft as jp
 from jaxpeft.adapt import sites
@@ -78,10 +80,7 @@ def start(style, methods):
     return model, params, bridge, bridge.attach(model, params, jax.random.key(1), X)
 
 
-def moved(variables):
-    keys = iter(jax.random.split(jax.random.key(2), 200))
-    peft = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), variables["peft"])
-    return variables | {"peft": peft}
+moved = functools.partial(perturbed, scale=0.3)
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import prefix_lm
 import pytest
+import test_mplug
 import tiny
+import tiny_vlm
 from methods_table import ROWS, attached, every_row, perturbed
 from safetensors.numpy import load_file, save_file
 
@@ -16,6 +17,7 @@ import jaxpeft as jp
 from jaxpeft import interchange, tree
 from jaxpeft.adapt import sites
 from jaxpeft.models import loading
+from jaxpeft.models.blip import Blip
 
 GOLDEN = Path(__file__).parent / "golden"
 PEFT = sorted(path.name for path in (GOLDEN / "peft").iterdir())
@@ -208,6 +210,7 @@ def test_stacks_of_different_depth_share_a_method(method, names, tmp_path):
         (jp.Prefix(length=2, positions="shift"), "PEFT supports it at text_decoder/blocks/self_attention only"),
         (jp.VeRA(targets="vision.*query$", rank=2), "is fused in transformers"),
         (jp.OFT(targets="vision.*query$", block=2), "is fused in transformers"),
+        (jp.Scoped(method=jp.OFT(block=4), layers=(0,)), "oft in some layers only is unsupported"),
         ((jp.LoRA(rank=2), jp.IA3()), "a PEFT directory holds one type"),
         (jp.IA3(targets="head/vocabulary$"), "PEFT also scales the bias"),
         (jp.LoRA(targets="vision/patch$", rank=2), "convolution"),
@@ -222,14 +225,23 @@ def test_what_has_no_place_over_there_is_refused_with_the_reason(method, reason,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_transformers_does_not_have_is_refused(tmp_path):
-    model, params = prefix_lm.model(), prefix_lm.params()
+class Unregistered(Blip):
+    model_type = "mine"  # which MODELS does not have
+
+
+@pytest.mark.parametrize(
+    ("model", "params"),
+    [(test_mplug.MODEL, test_mplug.params), (Unregistered.build(tiny.model().config, tiny.TOKENIZER), tiny.params)],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_model_that_transformers_does_not_have_is_refused(model, params, tmp_path):
+    params, message = params(), f"{type(model).__name__} has no Hugging Face form; use save_tuned"
     variables = jp.attach(model, params, jp.LoRA(rank=2), jax.random.key(0))
     for export in (jp.export_hf, jp.export_peft):
-        with pytest.raises(ValueError, match="PrefixLM has no Hugging Face form; use save_tuned"):
+        with pytest.raises(ValueError, match=message):
             export(model, variables, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="PrefixLM has no Hugging Face form"):
+    with pytest.raises(ValueError, match=message):
         jp.import_peft(model, params, GOLDEN / "peft" / "lora")
     back, _ = jp.load_tuned(model, params, jp.save_tuned(model, variables, tmp_path / "tuned"))
     assert tree.digest(back) == tree.digest(variables)
@@ -267,12 +279,13 @@ def test_the_vocabulary_matrix_that_peft_saves_beside_an_adapted_head_is_checked
         jp.import_peft(model, params, tmp_path)
 
 
-def test_every_linear_and_norm_has_a_place():
-    """Of both towers and both tasks: the sites of a model are the places that its Hugging Face form knows."""
-    for asks in (True, False):
-        model = tiny.model(asks)
-        found = {site.path for site in sites.sites(model) if site.kind in ("linear", "norm")}
-        assert found == set(model.hf.places)
+@pytest.mark.parametrize(
+    "model", [*map(tiny.model, (True, False)), *map(tiny_vlm.model, tiny_vlm.KINDS)], ids=lambda model: model.model_type
+)
+def test_every_linear_and_norm_has_a_place(model):
+    """The sites of a model are the places that its Hugging Face form knows."""
+    found = {site.path for site in sites.sites(model) if site.kind in ("linear", "norm")}
+    assert found == set(model.hf.places)
 
 
 @pytest.fixture

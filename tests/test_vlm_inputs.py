@@ -11,14 +11,13 @@ import types
 import jax
 import numpy as np
 import pytest
-from prefix_lm import Config
 
 from jaxpeft.data import pipeline
 from jaxpeft.inputs import images
 from jaxpeft.inputs.bpe import Bpe
 from jaxpeft.inputs.processor import Processor
 from jaxpeft.inputs.tokenizer import Tokenizer
-from jaxpeft.models import loading, paligemma_text, smolvlm_text, vit
+from jaxpeft.models import paligemma_text, smolvlm_text, vit
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FOLDER = GOLDEN / "vlm_inputs"
@@ -220,14 +219,6 @@ def test_what_tasks_and_loading_ask_of_a_tokenizer(kind):
         ours.id_of("<nothing>")
     with pytest.raises(ValueError, match="lone.* cannot be tokenised"):
         ours.pieces("lone \ud83d surrogate")
-
-
-@both
-def test_a_saved_base_keeps_its_tokenizer(kind, tmp_path):
-    model = types.SimpleNamespace(config=Config(), model_type="mine", tokenizer=TOKENIZERS[kind])
-    for _ in range(2):  # written over the first
-        loading.save(tmp_path / "base", model, {"leaf": np.zeros(2, np.float32)}, aliases={})
-    assert Bpe.from_file(tmp_path / "base") == TOKENIZERS[kind]
 
 
 def test_special_ids_are_those_that_the_files_name(tmp_path):

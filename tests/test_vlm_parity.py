@@ -27,9 +27,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @functools.cache
 def loaded(kind):
     """(model, params, golden numbers)"""
-    numbers = np.load(GOLDEN / f"{kind}_tiny.npz")
-    model, params = loading.load(GOLDEN / f"{kind}_tiny")
-    return model, params, {name: numbers[name] for name in numbers.files}
+    return *loading.load(GOLDEN / f"{kind}_tiny"), dict(np.load(GOLDEN / f"{kind}_tiny.npz"))
 
 
 def prompts(golden, side):
@@ -253,27 +251,6 @@ SMALL = smolvlm.SmolVLMConfig()
 MIDDLE = dict(text_width=960, text_mlp=2560, text_layers=32, text_heads=15, kv_heads=5)
 
 
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        (paligemma.PaliGemma.build(paligemma.PaliGemmaConfig()), 2_923_466_480),
-        (smolvlm.SmolVLM.build(SMALL), 256_484_928),
-        (smolvlm.SmolVLM.build(dataclasses.replace(SMALL, untied_head=False)), 228_099_648),
-    ],
-)
-def test_released_sizes(model, expected):
-    """The number of parameters of transformers' classes."""
-    assert sum(np.prod(x.shape) for x in loading.shapes(model).values()) == expected
-
-
-def test_the_parts_of_paligemma_3b():
-    shapes = loading.shapes(paligemma.PaliGemma.build(paligemma.PaliGemmaConfig()))
-    found = {
-        part: sum(np.prod(x.shape) for n, x in shapes.items() if n.startswith(part)) for part in ("vision", "decoder")
-    }
-    assert found == {"vision": 412_442_352, "decoder": 2_508_662_784}
-
-
 def test_pixels_after_the_last_whole_patch_are_ignored():
     """SmolVLM-2.2B: 384 pixels and patches of 14 make 27 x 27 patches, 9 x 9 image tokens."""
     config = smolvlm.SmolVLMConfig(**SO400M, image_size=384, patch_size=14, shuffle=3)
@@ -296,19 +273,11 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def written(kind, directory, change=None, shards=1, **settings):
-    """A copy of a golden checkpoint with changed tensors and settings, in a number of files."""
+def written(kind, directory, change=None, **settings):
+    """A copy of a golden checkpoint with changed tensors and settings."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = load_file(GOLDEN / f"{kind}_tiny" / "model.safetensors")
-    tensors = change(dict(tensors)) if change else tensors
-    names = sorted(tensors)
-    if shards == 1:
-        save_file(tensors, directory / "model.safetensors")
-    else:
-        where = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
-        for file in set(where.values()):
-            save_file({n: tensors[n] for n in names if where[n] == file}, directory / file)
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    save_file(change(dict(tensors)) if change else tensors, directory / "model.safetensors")
     said = json.loads((GOLDEN / f"{kind}_tiny" / "config.json").read_text())
     for key, value in settings.items():
         *parents, last = key.split("__")
@@ -340,15 +309,6 @@ def test_every_layout_of_names_is_read(tmp_path, kind, layout):
 
 
 @every_kind
-def test_shards_with_an_index(tmp_path, kind):
-    directory = written(kind, tmp_path / "base", shards=3)
-    same(loading.load(directory)[1], loaded(kind)[1])
-    (directory / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors is missing"):
-        loading.load(directory)
-
-
-@every_kind
 def test_files_in_bfloat16_are_read_as_they_are_or_wider(kind):
     stored = convert.opened(GOLDEN / f"{kind}_tiny")
     assert {x.dtype for x in stored.values()} == {np.dtype(ml_dtypes.bfloat16)}
@@ -369,24 +329,6 @@ def test_both_directions(kind):
     assert tensors.keys() == names.keys()
     for name, x in tensors.items():
         np.testing.assert_allclose(x, np.asarray(names[name][...], np.float32), atol=1.2e-7, rtol=0, err_msg=name)
-
-
-@every_kind
-def test_our_own_checkpoints(tmp_path, kind):
-    """A directory of ours keeps the model and its values."""
-    model, params, _ = loaded(kind)
-    model = model.replaced(tokenizer=_Files())
-    loading.save(tmp_path / "ours", model, params, aliases={}, dtype="float32")
-    again, values = loading.load(tmp_path / "ours")
-    assert again == model and type(again) is type(model)
-    same(values, params)
-
-
-class _Files:
-    """A tokenizer without files."""
-
-    def files(self):
-        return {}
 
 
 @every_kind
@@ -413,26 +355,7 @@ def test_whether_the_head_is_tied_is_read_from_the_weights(tmp_path, kind):
 
 
 @every_kind
-def test_every_tensor_is_accounted_for(tmp_path, kind):
-    def more(tensors):
-        return tensors | {"model.other.weight": np.zeros(3, np.float32)}
-
-    def fewer(tensors):
-        return {name: x for name, x in tensors.items() if "layers.2.self_attn.k_proj.weight" not in name}
-
-    def taller(tensors):
-        return {
-            n: np.concatenate([x, x]) if n.endswith("layers.0.mlp.up_proj.weight") else x for n, x in tensors.items()
-        }
-
-    for change, message in (
-        (more, r"unexpected \(1\): model\.other\.weight"),
-        (fewer, r"missing \(1\): .*k_proj\.weight"),
-        (taller, r"wrong shape \(1\): .*up_proj\.weight: expected \(36, 24\), got \(72, 24\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            loading.load(written(kind, tmp_path / "base", change))
-
+def test_what_the_model_does_not_read_may_be_in_a_file(tmp_path, kind):
     def with_buffers(tensors):
         tower = "vision_tower.head" if kind == "paligemma" else "model.vision_model.head"
         rotary = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -440,15 +363,6 @@ def test_every_tensor_is_accounted_for(tmp_path, kind):
         return tensors | {f"{tower}.probe": np.zeros((1, 1, 20), np.float32), rotary: np.zeros(5, np.float32)}
 
     same(loading.load(written(kind, tmp_path / "base", with_buffers))[1], loaded(kind)[1])
-
-
-@every_kind
-def test_the_table_fills_every_leaf_once(kind):
-    model = loaded(kind)[0]
-    for untied in (False, True):
-        config = dataclasses.replace(model.config, untied_head=untied)
-        given = {leaf: rule.shape_of_leaf for rule in MODELS[kind]().table(config).rules for leaf in rule.leaves}
-        assert given == {name: x.shape for name, x in loading.shapes(type(model).build(config)).items()}
 
 
 @pytest.mark.parametrize(
@@ -460,10 +374,10 @@ def test_the_table_fills_every_leaf_once(kind):
         ("smolvlm", {"vision_config__hidden_act": "gelu"}, r"vision_config\.hidden_act is 'gelu'"),
         ("smolvlm", {"text_config__rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}},
          r"rotary positions of type 'linear'"),
-        ("smolvlm", {"scale_factor": 3}, r"config\.json: 4 patches in a row are not divisible by shuffle 3"),
-        ("smolvlm", {"text_config__num_key_value_heads": 4}, r"text_heads 6 is not divisible by kv_heads 4"),
-        ("smolvlm", {"text_config__head_dim": 9}, r"head_size is 9; rotary positions need an even number"),
-        ("paligemma", {"text_config__hidden_size": "24"}, r"text_width is '24', expected an int"),
+        ("smolvlm", {"scale_factor": 3}, r"config\.json: 4 patches in a row are not divisible by scale_factor 3"),
+        ("smolvlm", {"text_config__num_key_value_heads": 4}, r"num_attention_heads 6 is not divisible by \S+value_heads 4"),
+        ("smolvlm", {"text_config__head_dim": 9}, r"text_config\.head_dim is 9; rotary positions need an even number"),
+        ("paligemma", {"text_config__hidden_size": "24"}, r"text_config\.hidden_size is '24', expected an int"),
         ("paligemma", {"vision_config": None}, r"vision_config is None, expected an object"),
     ],
 )  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,14 +67,12 @@ def export_peft(
     if heads:
         config["modules_to_save"] = list(form.head.saved_as)
         arrays |= _head_arrays(form, acting)
-    everything = {
+    everything = {  # fields that are left out have PEFT's default
         "peft_type": kind,
         "task_type": None,
-        "auto_mapping": None,
         "base_model_name_or_path": f"{directory}/base" if with_base else base or None,
         "revision": revision or None,
         "inference_mode": True,
-        "modules_to_save": None,
         **config,
     }
     arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()}
@@ -178,14 +177,11 @@ def _export_lora(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list
         "lora_dropout": first.dropout,
         "use_rslora": stabilized,
         "use_dora": dora,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    arrays, targets = {}, []
-    for name, parts in _bounds(form, acting, methods).items():
+    arrays, bounds = {}, _bounds(form, acting, methods)
+    for name, parts in bounds.items():
         kernels = _kernels(form, acting["params"], name)
         sizes = [kernel.shape[1] for kernel in kernels]
         a_rows, b_columns = [], []
@@ -210,13 +206,12 @@ def _export_lora(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list
         if mine != rank:
             config["rank_pattern"][re.escape(name)] = mine
             config["alpha_pattern"][re.escape(name)] = alpha(scale, mine)
-        targets.append(name)
-    return config | {"target_modules": sorted(targets)}, arrays
+    return config | {"target_modules": sorted(bounds)}, arrays
 
 
 def _export_ia3(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
-    arrays, targets, inputs = {}, [], []
-    for name, parts in _bounds(form, acting, methods).items():
+    arrays, inputs, bounds = {}, [], _bounds(form, acting, methods)
+    for name, parts in bounds.items():
         sizes = [kernel.shape[1] for kernel in _kernels(form, acting["params"], name)]
         thetas = {part: many[0][1] for part, many in parts.items()}
         if any(len(many) > 1 for many in parts.values()) or (
@@ -229,9 +224,7 @@ def _export_ia3(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[
         else:
             l_parts = [thetas[part]["l"] if part in thetas else np.ones(size) for part, size in enumerate(sizes)]
             arrays[f"{PREFIX}{name}.ia3_l"] = np.concatenate(l_parts)[:, None]
-        targets.append(name)
-    config = {"target_modules": sorted(targets), "feedforward_modules": sorted(inputs)}
-    return config | {"fan_in_fan_out": False, "init_ia3_weights": True}, arrays
+    return {"target_modules": sorted(bounds), "feedforward_modules": sorted(inputs)}, arrays
 
 
 def _export_norms(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
@@ -247,53 +240,47 @@ def _export_norms(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: lis
 
 
 def _export_vera(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
-    (method,) = _only(methods)
-    arrays, targets = {}, []
+    method, arrays, bounds = _only(methods), {}, _unfused(form, acting, acting, methods)
     (shared,) = folded["peft"][sites.SHARED].values()
-    for name, parts in _bounds(form, acting, methods).items():
-        if len(_kernels(form, acting["params"], name)) > 1:
-            raise ValueError(f"vera: {name} is fused in transformers and only a part of it is adapted; use save_tuned")
-        params = parts[0][0][1]
+    for name, params in bounds.items():
         arrays |= {f"{PREFIX}{name}.vera_lambda_b": params["l"], f"{PREFIX}{name}.vera_lambda_d": params["d"]}
-        targets.append(name)
     arrays |= {f"base_model.vera_{key.upper()}": np.asarray(shared.params[key]).T for key in ("a", "b")}
-    config = {"r": method.rank, "d_initial": method.d_initial, "projection_prng_key": 0, "save_projection": True}
-    return config | {
-        "vera_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "target_modules": sorted(targets),
-    }, arrays
+    return {"r": method.rank, "d_initial": method.d_initial, "target_modules": sorted(bounds)}, arrays
 
 
 def _export_oft(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
-    (method,) = _only(methods)
+    method = _only(methods)
     if isinstance(methods[0], Scoped) and methods[0].layers is not None:
         raise ValueError("oft in some layers only is unsupported; use save_tuned")
-    arrays, targets = {}, []
-    for name, parts in _bounds(form, folded, methods).items():
-        if len(_kernels(form, acting["params"], name)) > 1:
-            raise ValueError(f"oft: {name} is fused in transformers and only a part of it is adapted; use save_tuned")
-        arrays[f"{PREFIX}{name}.oft_R.weight"] = parts[0][0][1]["q"]
-        targets.append(name)
-    config = {"r": 0, "oft_block_size": method.block, "coft": False, "eps": 6e-5, "block_share": False, "bias": "none"}
-    config |= {
-        "module_dropout": 0.0,
-        "use_cayley_neumann": False,
-        "num_cayley_neumann_terms": 5,
-        "fan_in_fan_out": False,
-    }
-    return config | {"init_weights": True, "target_modules": sorted(targets)}, arrays
+    bounds = _unfused(form, acting, folded, methods)
+    arrays = {f"{PREFIX}{name}.oft_R.weight": params["q"] for name, params in bounds.items()}
+    config = {"r": 0, "oft_block_size": method.block, "use_cayley_neumann": False}
+    return config | {"target_modules": sorted(bounds)}, arrays
 
 
-def _only(methods: list[Method]) -> list[Method]:
+def _only(methods: list[Method]) -> Any:
+    """The one method that there may be."""
     if len(methods) != 1:
         raise ValueError(f"a PEFT directory holds one {methods[0].name}, got {len(methods)}; use save_tuned")
-    return [inner_of(methods[0])]
+    return inner_of(methods[0])
 
 
-def _decoder_only(form: hf.HuggingFace, variables: Tree, methods: list[Method], kind: str) -> list:
-    (method,), decoder = _only(methods), form.decoder
+def _unfused(form: hf.HuggingFace, acting: Tree, holding: Tree, methods: list[Method]) -> dict[str, dict]:
+    """HF module name -> parameters in `holding` of the one method, which cannot act on a part of a fused matrix."""
+    found = {}
+    for name, parts in _bounds(form, holding, methods).items():
+        if len(_kernels(form, acting["params"], name)) > 1:
+            raise ValueError(
+                f"{methods[0].name}: {name} is fused in transformers, and only a part of it is adapted; use save_tuned"
+            )
+        ((_, found[name]),) = parts[0]
+    return found
+
+
+def _decoder_only(
+    form: hf.HuggingFace, variables: Tree, methods: list[Method], kind: str
+) -> tuple[Any, dict[str, Any]]:
+    method, decoder = _only(methods), form.decoder
     if decoder is None:
         kind = type(form.model).__name__
         raise ValueError(f"{method.name}: in {kind} PEFT's virtual tokens act elsewhere than ours; use save_tuned")
@@ -304,7 +291,7 @@ def _decoder_only(form: hf.HuggingFace, variables: Tree, methods: list[Method], 
             f"{method.name}: PEFT supports it at {allowed} only, got {', '.join(s.path for s in here)}; use save_tuned"
         )
     (bound,) = sites.at(variables["peft"], here[0])
-    return [method, bound.params]
+    return method, bound.params
 
 
 def _virtual(form: hf.HuggingFace, method: Method) -> dict:
@@ -322,8 +309,7 @@ def _virtual(form: hf.HuggingFace, method: Method) -> dict:
 
 def _export_prompt(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
     method, params = _decoder_only(form, acting, methods, "embed")
-    init = {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
-    return _virtual(form, method) | init, {"prompt_embeddings": np.asarray(params["rows"])}
+    return _virtual(form, method), {"prompt_embeddings": np.asarray(params["rows"])}
 
 
 def _export_prefix(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: list[Method]) -> _Written:
@@ -331,9 +317,7 @@ def _export_prefix(form: hf.HuggingFace, acting: Tree, folded: Tree, methods: li
     both_LCKD = np.stack([np.asarray(params[name]).reshape(*params[name].shape[:2], -1) for name in ("k", "v")], axis=1)
     # per token: K, V of layer 0, K, V of layer 1, ...
     rows = both_LCKD.transpose(2, 0, 1, 3).reshape(method.length, -1)
-    return _virtual(form, method) | {"prefix_projection": False, "encoder_hidden_size": None}, {
-        "prompt_embeddings": rows
-    }
+    return _virtual(form, method), {"prompt_embeddings": rows}
 
 
 _EXPORT: dict[str, Callable] = {

@@ -1,5 +1,4 @@
-"""What the converters of BLIP and mPLUG share: tensor names of BERT's text stacks (see `convert.rules` for the lines), tasks
-and image sizes."""
+"""What the converters of BLIP and mPLUG share: tensor names of BERT's text stacks (see `convert.rules` for the lines)."""
 
 EMBEDDINGS = (
     ("leaf", "embeddings.word_embeddings.weight", "embed/word", "V D"),

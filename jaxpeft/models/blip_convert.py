@@ -6,19 +6,18 @@ the tied vocabulary matrix and bias twice.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jaxpeft import tree
 from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
-from jaxpeft.models import blip_hf, convert
+from jaxpeft.models import config_json, convert
 from jaxpeft.models.bert_convert import DROPPED, HEAD, TEXT, TIED, UNTIED
 from jaxpeft.models.blip import Blip, BlipConfig
+from jaxpeft.models.blip_hf import HEAD_PLACE, BlipInTransformers
 from jaxpeft.models.blip_tokens import BlipTokenizer
-from jaxpeft.models.convert import Checkpoint, Converter, Rule, Table, Tensor
+from jaxpeft.models.convert import Checkpoint, Converter, Rule, Table
+from jaxpeft.models.hf import Decoder
 from jaxpeft.runtime import files
 
 VISION = (
@@ -66,55 +65,25 @@ CONFIG = (
     ("enc_id", "text_config", "enc_token_id", 30523),
     ("dropout", "text_config", "hidden_dropout_prob", 0.0),
 )
-
-
-def table(config: BlipConfig) -> list[Rule]:
-    """The rules of a model: `VISION`, `TEXT` and `HEAD` with sizes filled in."""
-    c = config
-    vision = {"D": c.vision_width, "F": c.vision_mlp, "P": 1 + c.n_patches, "p": c.patch_size}
-    text = {"D": c.text_width, "F": c.text_mlp, "C": c.vision_width, "V": c.vocab_size, "T": c.max_positions}
-    answer = text | {"C": c.text_width if c.question_encoder else c.vision_width}
-    rules = convert.rules(VISION, "vision_model.", "vision/", vision, range(c.vision_layers))
-    rules += convert.rules(TEXT, "text_decoder.bert.", "text_decoder/", answer, range(c.text_layers))
-    rules += convert.rules((*HEAD, UNTIED) if c.untied_head else HEAD, "text_decoder.", "text_decoder/", answer)
-    if c.question_encoder:
-        rules += convert.rules(TEXT, "text_encoder.", "text_encoder/", text, range(c.text_layers))
-    return rules
-
-
-def names(config: BlipConfig) -> Table:
-    """`table` with renamed, dropped and tied names."""
-    tied = {second: first for second, first in TIED.items() if not (config.untied_head and second.endswith("weight"))}
-    return Table(table(config), RENAMES, DROPPED, tied)
-
-
-def from_hf(tensors: Mapping[str, Tensor], config: BlipConfig, source: str = "checkpoint") -> dict:
-    """Reference tensors -> our params (numpy, same dtypes, stacked layers).
-
-    Raises one ValueError with all unexpected tensors, missing tensors and wrong shapes.
-    """
-    return convert.nested(convert.read(tensors, names(config), source, place=convert.in_memory))
-
-
-def to_hf(params: tree.Tree, config: BlipConfig) -> dict[str, np.ndarray]:
-    """The inverse of `from_hf`, with the names of transformers; tied tensors once, under the name that is kept."""
-    return convert.written(tree.flatten(params), names(config))
+FIXED = (
+    ("", "model_type", ("blip",)),
+    ("vision_config", "hidden_act", ("gelu",)),
+    ("text_config", "hidden_act", ("gelu",)),
+)
+KINDS = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")  # without and with a question encoder
 
 
 def hf_config(config: BlipConfig) -> dict:
     """config.json of a transformers BLIP with this architecture: everything that `_read_config` reads, without defaults."""
-    sections = {"vision_config": {"model_type": "blip_vision_model"}, "text_config": {"model_type": "blip_text_model"}}
-    for field, section, key, _ in CONFIG:
-        sections[section][key] = getattr(config, field)
-    sections["vision_config"] |= {"hidden_act": "gelu", "attention_dropout": 0.0}
-    tied = not config.untied_head
-    sections["text_config"] |= {
-        "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "is_decoder": True,
-        "encoder_hidden_size": config.vision_width, "eos_token_id": config.sep_id, "tie_word_embeddings": tied,
+    raw, tied = config_json.written(config, CONFIG, FIXED), not config.untied_head
+    raw["vision_config"] |= {"model_type": "blip_vision_model", "attention_dropout": 0.0}
+    raw["text_config"] |= {
+        "model_type": "blip_text_model", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "is_decoder": True, "encoder_hidden_size": config.vision_width, "eos_token_id": config.sep_id,
+        "tie_word_embeddings": tied,
     }  # fmt: skip
-    kind = "BlipForQuestionAnswering" if config.question_encoder else "BlipForConditionalGeneration"
-    facts = {"architectures": [kind], "model_type": "blip", "dtype": "float32", "tie_word_embeddings": tied}
-    return facts | {"label_smoothing": 0.0} | sections
+    kind = KINDS[config.question_encoder]
+    return raw | {"architectures": [kind], "dtype": "float32", "tie_word_embeddings": tied, "label_smoothing": 0.0}
 
 
 def start_question_encoder(config: BlipConfig, rules: Iterable[Rule]) -> tuple[BlipConfig, dict[str, str]]:
@@ -136,47 +105,23 @@ def start_question_encoder(config: BlipConfig, rules: Iterable[Rule]) -> tuple[B
 
 def _read_config(path: Path, task: str | None) -> tuple[BlipConfig, dict]:
     raw = files.read_json(path)
-    kinds = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
-    if raw.get("model_type") != "blip" or not set(raw.get("architectures") or kinds) <= set(kinds):
-        found = f"model_type {raw.get('model_type')!r}, architectures {raw.get('architectures')}"
-        raise ValueError(f"{path}: {found}; only model_type 'blip' with one of {', '.join(kinds)} is supported")
-    for section in ("vision_config", "text_config"):
-        if not isinstance(raw.get(section), dict):
-            raise ValueError(f"{path}: {section} is {raw.get(section)!r}, expected an object; save the config in full")
-        if raw[section].get("hidden_act", "gelu") != "gelu":
-            raise ValueError(
-                f"{path}: {section}.hidden_act is {raw[section]['hidden_act']!r}; only 'gelu' is supported"
-            )
-    asks = (raw.get("architectures") or [""])[0] == kinds[1] if task is None else task == "vqa"
-    fields, defaults = {"question_encoder": asks}, {}
-    for field, section, key, default in CONFIG:
-        if key not in raw[section]:
-            defaults[f"{section}.{key}"] = default
-        value = raw[section].get(key, default)
-        if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
-            value = value[0]  # sizes may be [height, width]
-        smallest = 0 if field.endswith("_id") or isinstance(default, float) else 1
-        good = isinstance(value, int) or (isinstance(default, float) and isinstance(value, float))
-        if not good or isinstance(value, bool) or not value >= smallest:
-            raise ValueError(
-                f"{path}: {section}.{key} is {value!r}, expected {type(default).__name__}, such as {default}"
-            )
-        fields[field] = value
+    kinds = raw.get("architectures") or [KINDS[0]]
+    if not set(kinds) <= set(KINDS):
+        raise ValueError(f"{path}: architectures is {kinds}; supported: {', '.join(KINDS)}")
+    asks = kinds[0] == KINDS[1] if task is None else task == "vqa"
+    config, defaults = config_json.read(path, raw, BlipConfig, CONFIG, FIXED, question_encoder=asks)
     for field, section, key, _ in CONFIG:
         known = f"{section}.{key}" not in defaults  # otherwise the id comes from the tokenizer
-        if field.endswith("_id") and known and fields[field] >= fields["vocab_size"] and field in used_ids(fields):
+        if field in used_ids(config) and known and getattr(config, field) >= config.vocab_size:
             raise ValueError(
-                f"{path}: {section}.{key} {fields[field]} is outside the vocabulary of {fields['vocab_size']} tokens"
+                f"{path}: {section}.{key} {getattr(config, field)} is outside the vocabulary of {config.vocab_size} tokens"
             )
-    try:
-        return BlipConfig(**fields), defaults
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return config, defaults
 
 
-def used_ids(fields: dict) -> tuple[str, ...]:
+def used_ids(config: BlipConfig) -> tuple[str, ...]:
     """The special token ids that a model with this configuration uses."""
-    return ("pad_id", "sep_id", "bos_id", *(("enc_id",) if fields["question_encoder"] else ()))
+    return ("pad_id", "sep_id", "bos_id", *(("enc_id",) if config.question_encoder else ()))
 
 
 class _Converter(Converter):
@@ -186,7 +131,17 @@ class _Converter(Converter):
     head = next(iter(TIED.items()))
 
     def table(self, config: BlipConfig) -> Table:
-        return names(config)
+        c = config
+        vision = {"D": c.vision_width, "F": c.vision_mlp, "P": 1 + c.n_patches, "p": c.patch_size}
+        text = {"D": c.text_width, "F": c.text_mlp, "C": c.vision_width, "V": c.vocab_size, "T": c.max_positions}
+        answer = text | {"C": c.text_width if c.question_encoder else c.vision_width}
+        rules = convert.rules(VISION, "vision_model.", "vision/", vision, range(c.vision_layers))
+        rules += convert.rules(TEXT, "text_decoder.bert.", "text_decoder/", answer, range(c.text_layers))
+        rules += convert.rules((*HEAD, UNTIED) if c.untied_head else HEAD, "text_decoder.", "text_decoder/", answer)
+        if c.question_encoder:
+            rules += convert.rules(TEXT, "text_encoder.", "text_encoder/", text, range(c.text_layers))
+        tied = {second: first for second, first in TIED.items() if not (c.untied_head and second.endswith("weight"))}
+        return Table(rules, RENAMES, DROPPED, tied)
 
     def for_task(self, config: BlipConfig, task: str | None, source: str) -> BlipConfig:
         config = super().for_task(config, task, source)
@@ -210,44 +165,38 @@ class _Converter(Converter):
             raise ValueError(
                 f"{tensors.source}: the decoder of a VQA checkpoint needs question states; use a captioning checkpoint"
             )
-        table, copies = names(config), {}
+        table, copies = self.table(config), {}
         if task == "vqa" and not has_encoder:
             config, copies = start_question_encoder(config, table.rules)
         return config, table, copies
 
-    def model(
-        self, config: Any, directory: Path | None = None, defaults: Iterable[str] = (), image_size: int | None = None
-    ) -> Blip:
-        if directory is None:
-            return Blip.build(config)
-        config = self.with_processor(config, directory, image_size)
-        return Blip.build(*_with_tokenizer(config, directory, defaults))
+    def with_tokenizer(
+        self, config: BlipConfig, directory: Path, defaults: Iterable[str]
+    ) -> tuple[BlipConfig, BlipTokenizer | None]:
+        if not any((directory / name).exists() for name in TOKENIZER_FILES):
+            return config, None
+        tokenizer = BlipTokenizer.from_file(directory)
+        spare = 0 if config.question_encoder else 1  # a captioning model does not use [ENC], which may have no row
+        if len(tokenizer) - spare * (tokenizer.enc_id == len(tokenizer) - 1) > config.vocab_size:
+            raise ValueError(
+                f"{directory}: {len(tokenizer)} tokens exceed vocab_size {config.vocab_size} of the weights"
+            )
+        ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")}
+        absent = {field for field, section, key, _ in CONFIG if f"{section}.{key}" in defaults}
+        for field in used_ids(config):
+            if field not in absent and getattr(config, field) != ids[field]:
+                token = tokenizer.vocabulary[ids[field]]
+                raise ValueError(
+                    f"{directory}: {field} is {getattr(config, field)} in the configuration, but {token} is {ids[field]} in "
+                    f"the tokenizer; use the tokenizer that the weights were trained with"
+                )
+        return dataclasses.replace(config, **ids), tokenizer
 
-    def hf(self, model: Blip) -> blip_hf.BlipInTransformers:
-        return blip_hf.form(model, names(model.config), hf_config(model.config))
+    def hf(self, model: Blip) -> BlipInTransformers:
+        c = model.config
+        attention = "text_decoder/blocks/self_attention"
+        decoder = Decoder("text_decoder", attention, c.text_width, c.text_heads, c.text_layers)
+        return BlipInTransformers(model, self.table(c), HEAD_PLACE, decoder, hf_config(c))
 
 
 CONVERTER = _Converter()
-
-
-def _with_tokenizer(
-    config: BlipConfig, directory: Path, defaults: Iterable[str]
-) -> tuple[BlipConfig, BlipTokenizer | None]:
-    """(the configuration, with special ids of the tokenizer where config.json has none (`defaults`); the tokenizer or None).
-    Raises ValueError if configuration and tokenizer contradict each other."""
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
-        return config, None
-    tokenizer = BlipTokenizer.from_file(directory)
-    spare = 0 if config.question_encoder else 1  # a captioning model does not use [ENC], which may have no row
-    if len(tokenizer) - spare * (tokenizer.enc_id == len(tokenizer) - 1) > config.vocab_size:
-        raise ValueError(f"{directory}: {len(tokenizer)} tokens exceed vocab_size {config.vocab_size} of the weights")
-    ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id", "bos_id", "enc_id")}
-    absent = {field for field, section, key, _ in CONFIG if f"{section}.{key}" in defaults}
-    for field in used_ids(vars(config)):
-        if field not in absent and getattr(config, field) != ids[field]:
-            token = tokenizer.vocabulary[ids[field]]
-            raise ValueError(
-                f"{directory}: {field} is {getattr(config, field)} in the configuration, but {token} is {ids[field]} in the "
-                f"tokenizer; use the tokenizer that the weights were trained with"
-            )
-    return dataclasses.replace(config, **ids), tokenizer

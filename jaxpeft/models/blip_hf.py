@@ -11,7 +11,6 @@ In VQA models transformers attends to the padding of questions: `generate` in ev
 length, and for single questions, all releases agree.
 """
 
-import dataclasses
 import functools
 import json
 from collections.abc import Iterator
@@ -19,13 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.models.blip import Blip
-from jaxpeft.models.convert import Table
-from jaxpeft.models.hf import Decoder, HeadPlace, HuggingFace
+from jaxpeft.models.hf import HeadPlace, HuggingFace
 from jaxpeft.tree import Tree
 
 PREDICTIONS = "text_decoder.cls.predictions"
-HEAD = HeadPlace(
+HEAD_PLACE = HeadPlace(
     saved_as=("cls",),
     tensors=(
         f"{PREDICTIONS}.transform.dense.weight",
@@ -41,19 +38,8 @@ HEAD = HeadPlace(
 )
 
 
-def form(model: Blip, table: Table, config: dict) -> "BlipInTransformers":
-    """The form of a model, given its table of tensor names and the content of config.json."""
-    c = model.config
-    attention = "text_decoder/blocks/self_attention"
-    decoder = Decoder("text_decoder", "text_decoder", attention, c.text_width, c.text_heads, c.text_layers)
-    return BlipInTransformers(model, table, HEAD, decoder, config)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class BlipInTransformers(HuggingFace):
-    """See the docstring of this file. `config` is the content of config.json."""
-
-    config: dict
+    """See the docstring of this file."""
 
     def tensors(self, params: Tree) -> Iterator[tuple[str, np.ndarray]]:
         """With tied tensors under each name, as some releases do not tie them when loading."""

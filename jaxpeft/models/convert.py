@@ -64,10 +64,6 @@ class Converter:
         """The rules of a model, and how other names are treated."""
         raise NotImplementedError
 
-    def config(self, fields: dict) -> Any:
-        """The configuration from its JSON in a jaxpeft manifest."""
-        return self.settings(**fields)
-
     def for_task(self, config: Any, task: str | None, source: str) -> Any:
         """`config` of a jaxpeft checkpoint, without parts that the task does not need."""
         if task not in (None, *TASKS):
@@ -124,6 +120,16 @@ class Converter:
     ) -> Any:
         """The model, with tokenizer and image settings of the directory. `defaults`: keys missing in the configuration, which
         the tokenizer may provide. `image_size`: the user's choice."""
+        if directory is None:
+            return self.kind.build(config)
+        config = self.with_processor(config, directory, image_size)
+        return self.kind.build(*self.with_tokenizer(config, directory, defaults))
+
+    def with_tokenizer(self, config: Any, directory: Path, defaults: Iterable[str]) -> tuple[Any, Any]:
+        """(the configuration with the tokenizer's special ids, the tokenizer or None).
+
+        Raises ValueError if configuration and tokenizer contradict each other.
+        """
         raise NotImplementedError
 
     def hf(self, model: Any) -> Any:

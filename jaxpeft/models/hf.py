@@ -53,7 +53,6 @@ class HeadPlace:
 class Decoder:
     """The text layers in which PEFT's virtual tokens act."""
 
-    module: str  # in transformers: the module that PEFT wraps
     embed: str  # our site where prompt tokens are added
     attention: str  # our site where a prefix is added
     width: int
@@ -69,6 +68,7 @@ class HuggingFace:
     table: convert.Table
     head: HeadPlace
     decoder: Decoder | None  # None if PEFT's virtual tokens do not act in this model as ours do
+    config: dict[str, Any]  # the content of config.json
 
     @functools.cached_property
     def places(self) -> dict[str, Place]:

@@ -136,7 +136,7 @@ def _kind(directory: Path, path: str | Path) -> tuple[Converter, dict[str, Any] 
         return kind, None
     with files.reading(file, "is not a jaxpeft manifest"):
         aliases = {str(copy): source + "" for copy, source in said["aliases"].items()}
-        known = {"aliases": aliases, "digest": said["digest"] + "", "config": kind.config(said["config"])}
+        known = {"aliases": aliases, "digest": said["digest"] + "", "config": kind.settings(**said["config"])}
         return kind, said | known
 
 

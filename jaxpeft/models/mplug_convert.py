@@ -13,7 +13,7 @@ fine-tuning. Tensors that a task does not read are dropped by the rules below; a
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ import yaml
 from jaxpeft import tree
 from jaxpeft.inputs.tokenizer import FILES as TOKENIZER_FILES
 from jaxpeft.inputs.tokenizer import Tokenizer
-from jaxpeft.models import bert_convert, convert
-from jaxpeft.models.convert import Checkpoint, Converter, Table, Tensor
+from jaxpeft.models import bert_convert, config_json, convert
+from jaxpeft.models.convert import Checkpoint, Converter, Table
 from jaxpeft.models.mplug import KINDS, Mplug, MplugConfig
 from jaxpeft.runtime import files
 
@@ -66,20 +66,21 @@ DROPPED = (
         "contrast and matching",
     ),
 )
-# (our field, key of config_bert.json, default of BERT-base)
+# config_bert.json (see config_json.py), with the defaults of BERT-base
 BERT = (
-    ("vocab_size", "vocab_size", 30522),
-    ("text_width", "hidden_size", 768),
-    ("text_heads", "num_attention_heads", 12),
-    ("text_mlp", "intermediate_size", 3072),
-    ("max_positions", "max_position_embeddings", 512),
-    ("text_eps", "layer_norm_eps", 1e-12),
-    ("pad_id", "pad_token_id", 0),
-    ("text_layers", "text_decode_layers", 12),
-    ("encoder_layers", "text_encoder_layers", 6),
-    ("fusion_layers", "fusion_layers", 6),
-    ("stride", "stride_layer", 3),
+    ("vocab_size", "", "vocab_size", 30522),
+    ("text_width", "", "hidden_size", 768),
+    ("text_heads", "", "num_attention_heads", 12),
+    ("text_mlp", "", "intermediate_size", 3072),
+    ("max_positions", "", "max_position_embeddings", 512),
+    ("text_eps", "", "layer_norm_eps", 1e-12),
+    ("pad_id", "", "pad_token_id", 0),
+    ("text_layers", "", "text_decode_layers", 12),
+    ("encoder_layers", "", "text_encoder_layers", 6),
+    ("fusion_layers", "", "fusion_layers", 6),
+    ("stride", "", "stride_layer", 3),
 )
+FIXED = (("", "hidden_act", ("gelu",)),)
 # (our field, key of config.yaml): what `clip_name` does not say
 TOWER = (
     ("image_size", "image_res"),
@@ -90,38 +91,6 @@ TOWER = (
 CLIP = {"ViT-B-16": KINDS["mplug-base"], "ViT-L-14": KINDS["mplug-large"]}
 
 
-def table(config: MplugConfig, first: int) -> Table:
-    """The rules of a model, and how other names are treated. `first`: the number in the checkpoint of the first fusion layer
-    that acts; BERT's layers before it are stored and not used."""
-    c = config
-    vision = {"D": c.vision_width, "F": c.vision_mlp, "P": 1 + c.n_patches, "p": c.patch_size}
-    text = {"D": c.text_width, "F": c.text_mlp, "C": c.text_width, "V": c.vocab_size, "T": c.max_positions, "2": 2}
-    head = (*bert_convert.HEAD, bert_convert.UNTIED) if c.untied_head else bert_convert.HEAD
-    rules = convert.rules(VISION, "visual_encoder.visual.", "vision/", vision, range(c.vision_layers))
-    if c.vision_width != c.text_width:
-        rules += convert.rules(PROJECTOR, "", "projector/", text | {"C": c.vision_width})
-    rules += convert.rules(DECODER, "text_decoder.bert.", "text_decoder/", text, range(c.text_layers))
-    rules += convert.rules(head, "text_decoder.", "text_decoder/", text)
-    dropped = list(DROPPED)
-    if c.fusion:
-        rules += convert.rules(ENCODER, "text_encoder.", "text_encoder/", text, range(c.encoder_layers))
-        for i, (kind, layers) in enumerate(c.runs):
-            numbers = [first + layer for layer in layers]
-            lines = CROSS if kind == "cross" else JOINT
-            rules += convert.rules(lines, "fusion_encoder.", f"text_fusion/{kind}{i}/", text, numbers)
-            if kind == "joint":
-                dropped.append(
-                    (rf"^fusion_encoder\.encoder\.layer\.{numbers[0]}\.crossattention\.", "a joint layer has none")
-                )
-        if first:
-            before = "|".join(map(str, range(first)))
-            dropped.append((rf"^fusion_encoder\.encoder\.layer\.({before})\.", "a layer before those that act"))
-    else:
-        dropped.append((r"^(text_encoder|fusion_encoder)\.", "captioning reads neither text encoder nor fusion"))
-    tied = {a: b for a, b in bert_convert.TIED.items() if not (c.untied_head and a.endswith("weight"))}
-    return Table(rules, RENAMES, tuple(dropped), tied)
-
-
 def first_layer(names: Iterable[str], config: MplugConfig) -> int:
     """The number of the first fusion layer that acts: the last `fusion_layers` of the stored ones do."""
     layer = re.compile(r"(?:^|\.)fusion_encoder\.(?:(?:fusion|bert)\.)*encoder\.layer\.(\d+)\.")
@@ -130,27 +99,41 @@ def first_layer(names: Iterable[str], config: MplugConfig) -> int:
     return n_stored - config.fusion_layers
 
 
-def from_release(tensors: Mapping[str, Tensor], config: MplugConfig, source: str = "checkpoint") -> dict:
-    """Tensors of the release -> our params (numpy, same dtypes, stacked layers).
-
-    Raises one ValueError with all unexpected tensors, missing tensors and wrong shapes.
-    """
-    rules = table(config, first_layer(tensors, config))
-    return convert.nested(convert.read(tensors, rules, source, place=convert.in_memory))
-
-
-def to_release(params: tree.Tree, config: MplugConfig, first: int = 6) -> dict[str, np.ndarray]:
-    """The inverse of `from_release`, in the layout of fine-tuning; tied tensors under both names. The release and modelscope
-    load it with strict=False: what they never read is not written. `first`: the number of the first fusion layer."""
-    rules = table(config, first)
-    tensors = convert.written(tree.flatten(params), rules)
-    return tensors | {second: tensors[first] for second, first in rules.tied.items()}
-
-
 class _Converter(Converter):
     """VQA needs text encoder and fusion stack, captioning must not have them."""
 
     kind, settings, resize_mode = Mplug, MplugConfig, "bilinear"
+
+    def table(self, config: MplugConfig, first: int = 6) -> Table:
+        """`first`: the number in the checkpoint of the first fusion layer that acts; BERT's layers before it are stored and not
+        used."""
+        c = config
+        vision = {"D": c.vision_width, "F": c.vision_mlp, "P": 1 + c.n_patches, "p": c.patch_size}
+        text = {"D": c.text_width, "F": c.text_mlp, "C": c.text_width, "V": c.vocab_size, "T": c.max_positions, "2": 2}
+        head = (*bert_convert.HEAD, bert_convert.UNTIED) if c.untied_head else bert_convert.HEAD
+        rules = convert.rules(VISION, "visual_encoder.visual.", "vision/", vision, range(c.vision_layers))
+        if c.vision_width != c.text_width:
+            rules += convert.rules(PROJECTOR, "", "projector/", text | {"C": c.vision_width})
+        rules += convert.rules(DECODER, "text_decoder.bert.", "text_decoder/", text, range(c.text_layers))
+        rules += convert.rules(head, "text_decoder.", "text_decoder/", text)
+        dropped = list(DROPPED)
+        if c.fusion:
+            rules += convert.rules(ENCODER, "text_encoder.", "text_encoder/", text, range(c.encoder_layers))
+            for i, (kind, layers) in enumerate(c.runs):
+                numbers = [first + layer for layer in layers]
+                lines = CROSS if kind == "cross" else JOINT
+                rules += convert.rules(lines, "fusion_encoder.", f"text_fusion/{kind}{i}/", text, numbers)
+                if kind == "joint":
+                    dropped.append(
+                        (rf"^fusion_encoder\.encoder\.layer\.{numbers[0]}\.crossattention\.", "a joint layer has none")
+                    )
+            if first:
+                before = "|".join(map(str, range(first)))
+                dropped.append((rf"^fusion_encoder\.encoder\.layer\.({before})\.", "a layer before those that act"))
+        else:
+            dropped.append((r"^(text_encoder|fusion_encoder)\.", "captioning reads neither text encoder nor fusion"))
+        tied = {a: b for a, b in bert_convert.TIED.items() if not (c.untied_head and a.endswith("weight"))}
+        return Table(rules, RENAMES, tuple(dropped), tied)
 
     def for_task(self, config: MplugConfig, task: str | None, source: str) -> MplugConfig:
         config = super().for_task(config, task, source)
@@ -166,15 +149,35 @@ class _Converter(Converter):
         return self.for_task(config, task, str(directory)), defaults
 
     def stored(self, tensors: Checkpoint, config: Any, task: str | None) -> tuple[Any, Table, dict[str, str]]:
-        return config, table(config, first_layer(tensors, config)), {}
+        return config, self.table(config, first_layer(tensors, config)), {}
 
-    def model(
-        self, config: Any, directory: Path | None = None, defaults: Iterable[str] = (), image_size: int | None = None
-    ) -> Mplug:
-        return Mplug.build(config) if directory is None else Mplug.build(*_with_tokenizer(config, directory))
+    def with_processor(self, config: MplugConfig, directory: Path, image_size: int | None) -> MplugConfig:
+        return config  # a checkpoint has no settings of images
+
+    def with_tokenizer(
+        self, config: MplugConfig, directory: Path, defaults: Iterable[str]
+    ) -> tuple[MplugConfig, Tokenizer | None]:
+        directory = directory.parent if directory.is_file() else directory
+        if not any((directory / name).exists() for name in TOKENIZER_FILES):
+            return config, None
+        tokenizer = Tokenizer.from_file(directory)
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"{directory}: {len(tokenizer)} tokens exceed vocab_size {config.vocab_size} of the weights"
+            )
+        ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id")}
+        return dataclasses.replace(config, **ids), tokenizer
 
 
 CONVERTER = _Converter()
+
+
+def to_release(params: tree.Tree, config: MplugConfig, first: int = 6) -> dict[str, np.ndarray]:
+    """The tensors of a model in the layout of fine-tuning; tied tensors under both names. The release and modelscope load it
+    with strict=False: what they never read is not written. `first`: the number of the first fusion layer."""
+    table = CONVERTER.table(config, first)
+    tensors = convert.written(tree.flatten(params), table)
+    return tensors | {second: tensors[first] for second, first in table.tied.items()}
 
 
 def read_config(path: Path) -> tuple[MplugConfig, dict]:
@@ -216,26 +219,4 @@ def _read_directory_config(directory: Path) -> tuple[MplugConfig, dict]:
         fields["vision_mlp"] = 4 * fields["vision_width"]
         fields["fusion"] = said.get("task") != "image-captioning"
     path = directory / "config_bert.json"
-    raw, defaults = files.read_json(path), {}
-    for field, key, default in BERT:
-        if key not in raw:
-            defaults[key] = default
-        fields[field] = raw.get(key, default)
-    if (act := raw.get("hidden_act", "gelu")) != "gelu":
-        raise ValueError(f"{path}: hidden_act is {act!r}; only 'gelu' is supported")
-    try:
-        return MplugConfig(**fields), defaults
-    except ValueError as error:
-        raise ValueError(f"{path} and config.yaml: {error}") from error
-
-
-def _with_tokenizer(config: MplugConfig, path: Path) -> tuple[MplugConfig, Tokenizer | None]:
-    """(the configuration with the tokenizer's special ids, the tokenizer or None)."""
-    directory = path.parent if path.is_file() else path
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
-        return config, None
-    tokenizer = Tokenizer.from_file(directory)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"{directory}: {len(tokenizer)} tokens exceed vocab_size {config.vocab_size} of the weights")
-    ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id")}
-    return dataclasses.replace(config, **ids), tokenizer
+    return config_json.read(f"{path} and config.yaml", files.read_json(path), MplugConfig, BERT, FIXED, **fields)

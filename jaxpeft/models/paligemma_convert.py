@@ -46,21 +46,16 @@ class _Converter(prefix_lm_convert.PrefixLMConverter):
     form = PaliGemmaInTransformers
 
     def table(self, config: PaliGemmaConfig) -> Table:
-        return table(config)
+        rules = prefix_lm_convert.rules(config, "model.vision_tower.", "model.language_model.", "scale-1")
+        rules += convert.rules(PROJECTOR, "", "", {"D": config.text_width, "C": config.vision_width})
+        tied = {} if config.untied_head else dict([self.head])
+        return Table(rules, RENAMES, prefix_lm_convert.DROPPED, tied)
 
     def _raw(self, config: PaliGemmaConfig) -> dict[str, Any]:
         """With what only transformers needs: the projector's width, and that the tower has no pooling head."""
         raw = super()._raw(config)
         raw["vision_config"] |= {"model_type": "siglip_vision_model", "vision_use_head": False}
         return raw | {"hidden_size": config.text_width, "projection_dim": config.text_width}
-
-
-def table(config: PaliGemmaConfig) -> Table:
-    """The rules of a model, and how other names are treated."""
-    rules = prefix_lm_convert.rules(config, "model.vision_tower.", "model.language_model.", "scale-1")
-    rules += convert.rules(PROJECTOR, "", "", {"D": config.text_width, "C": config.vision_width})
-    tied = {} if config.untied_head else dict([_Converter.head])
-    return Table(rules, RENAMES, prefix_lm_convert.DROPPED, tied)
 
 
 CONVERTER = _Converter()

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxpeft.inputs import images
 from jaxpeft.inputs.bpe import Bpe
-from jaxpeft.models import convert
+from jaxpeft.models import config_json, convert
 from jaxpeft.models.convert import Checkpoint, Converter, Rule, Table
 from jaxpeft.models.hf import HeadPlace
 from jaxpeft.models.prefix_lm import PrefixLM, PrefixLMConfig
@@ -49,7 +49,7 @@ DROPPED = (
     (r"embeddings\.position_ids$", "a buffer: the numbers 0, 1, 2, ..."),
     (r"^model\.vision_(tower|model)\.head\.", "SigLIP's pooling head; the decoder reads all patches"),
 )
-# (our field, section of config.json, key); the values of absent keys are `defaults` of a converter
+# config.json (see config_json.py); the values of absent keys are `defaults` of a converter
 CONFIG = (
     ("image_size", "vision_config", "image_size"),
     ("patch_size", "vision_config", "patch_size"),
@@ -90,32 +90,26 @@ class PrefixLMConverter(Converter):
 
     fields: tuple[tuple[str, str, str], ...] = CONFIG
     defaults: dict[str, Any]  # our field -> the value of the class in transformers, for keys that a file does not have
-    # (section, key, supported values), the first of which is that of an absent key; section '' is the top of the file
-    fixed: tuple[tuple[str, str, tuple], ...]
+    fixed: tuple[tuple[str, str, tuple], ...]  # see config_json.py
     form: type[PrefixLMInTransformers]
 
     def read_config(self, directory: Path, task: str | None) -> tuple[Any, dict[str, Any]]:
         path = directory / "config.json"
         with files.reading(path, f"is not a configuration of {self.kind.__name__}"):
-            config, defaults = self._read(path)
+            raw = files.read_json(path)
+            text = raw["text_config"] = _with_rope(config_json.part(path, raw, "text_config"), path)
+            tie = raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+            untied = not (self.defaults["tied"] if tie is None else tie)
+            config, defaults = config_json.read(path, raw, self.settings, self._lines, self.fixed, untied_head=untied)
         return self.for_task(config, task, str(directory)), defaults
 
     def stored(self, tensors: Checkpoint, config: Any, task: str | None) -> tuple[Any, Table, dict[str, str]]:
         config = dataclasses.replace(config, untied_head=self.has_own_head(tensors, config))
         return config, self.table(config), {}
 
-    def model(
-        self,
-        config: Any,
-        directory: Path | None = None,
-        defaults: Iterable[str] = (),
-        image_size: int | None = None,
-    ) -> PrefixLM:
-        if directory is None:
-            return self.kind.build(config)
-        config = self.with_processor(config, directory, image_size)
+    def with_tokenizer(self, config: Any, directory: Path, defaults: Iterable[str]) -> tuple[Any, Bpe | None]:
         if not (directory / "tokenizer.json").exists():
-            return self.kind.build(config)
+            return config, None
         tokenizer = Bpe.from_file(directory)
         if tokenizer.ids.get("<image>") != config.image_id:
             key = next(key for field, _, key in self.fields if field == "image_id")
@@ -127,7 +121,7 @@ class PrefixLMConverter(Converter):
             raise ValueError(
                 f"{directory}: {len(tokenizer)} tokens exceed vocab_size {config.vocab_size} of the weights"
             )
-        return self.kind.build(dataclasses.replace(config, pad_id=tokenizer.pad_id), tokenizer)
+        return dataclasses.replace(config, pad_id=tokenizer.pad_id), tokenizer
 
     def with_processor(self, config: Any, directory: Path, image_size: int | None) -> Any:
         config, n_tokens = super().with_processor(config, directory, image_size), images.image_tokens(directory)
@@ -153,54 +147,15 @@ class PrefixLMConverter(Converter):
             embedding="decoder/embed/word",
         )
 
-    # ------------------------------------------------------------ config.json
+    @property
+    def _lines(self) -> list[config_json.Line]:
+        return [(*line, self.defaults[line[0]]) for line in self.fields]
+
     def _raw(self, config: Any) -> dict[str, Any]:
-        """The content of config.json, of which `_read` makes this configuration."""
-        raw: dict[str, Any] = {"vision_config": {}, "text_config": {}}
-        for section, key, supported in self.fixed:
-            (raw[section] if section else raw)[key] = supported[0]
-        for field, section, key in self.fields:
-            (raw[section] if section else raw)[key] = getattr(config, field)
+        """The content of config.json, of which `read_config` makes this configuration."""
+        raw = config_json.written(config, self._lines, self.fixed)
         raw["tie_word_embeddings"] = raw["text_config"]["tie_word_embeddings"] = not config.untied_head
         return raw
-
-    def _read(self, path: Path) -> tuple[Any, dict[str, Any]]:
-        raw = files.read_json(path)
-        for section in ("vision_config", "text_config"):
-            if not isinstance(raw.get(section), dict):
-                raise ValueError(
-                    f"{path}: {section} is {raw.get(section)!r}, expected an object; save the config in full"
-                )
-        for section, key, supported in self.fixed:
-            value = (raw[section] if section else raw).get(key)
-            if value not in (None, *supported):
-                name = f"{section}.{key}" if section else key
-                raise ValueError(f"{path}: {name} is {value!r}; supported: {', '.join(map(repr, supported))}")
-        text = raw["text_config"] = _with_rope(raw["text_config"], path)
-        fields, defaults = {}, {}
-        for field, section, key in self.fields:
-            value = (raw[section] if section else raw).get(key, raw.get(key))
-            if value is None and field in ("kv_heads", "head_size"):
-                value = self.defaults.get(field) or _derived(field, text, fields)
-            if value is None:
-                value = defaults[f"{section}.{key}" if section else key] = self.defaults[field]
-            if isinstance(value, list) and value and value.count(value[0]) == len(value):
-                value = value[0]  # sizes may be [height, width], and end tokens a list
-            fields[field] = value
-        tie = raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-        fields["untied_head"] = not (self.defaults["tied"] if tie is None else tie)
-        try:
-            return self.settings(**fields), defaults
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-
-
-def _derived(field: str, text: dict, fields: dict) -> Any:
-    """Llama's values of keys that may be null: a key head per query head, and heads that fill the width."""
-    heads = fields["text_heads"]
-    if field == "kv_heads":
-        return heads
-    return fields["text_width"] // heads if isinstance(heads, int) and heads > 0 else None
 
 
 def _with_rope(text: dict, path: Path) -> dict:

@@ -4,18 +4,14 @@ PEFT's prompt and prefix tuning put their tokens in front of the whole input, wh
 decoder. They have no form there; the other methods do, in every tower.
 """
 
-import dataclasses
 import json
 from typing import Any, ClassVar
 
 from jaxpeft.models.hf import HuggingFace
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class PrefixLMInTransformers(HuggingFace):
-    """`config` is the content of config.json. A subclass names the classes of transformers."""
-
-    config: dict
+    """A subclass names the classes of transformers."""
 
     architecture: ClassVar[str]
     processor: ClassVar[str]  # the class that reads the directory in a model card's code

@@ -28,6 +28,9 @@ class _Converter(prefix_lm_convert.PrefixLMConverter):
         "vision_mlp": 3072, "vision_eps": 1e-6, "vocab_size": 32000, "text_width": 4096, "text_layers": 32,
         "text_heads": 32, "text_mlp": 11008, "text_eps": 1e-5, "max_positions": 2048, "rope_theta": 10000.0,
         "pad_id": 128002, "shuffle": 2, "image_id": 128257, "tied": False,
+        # Llama's of keys that may be null: a key head per query head, and heads that fill the width
+        "kv_heads": lambda fields: fields["text_heads"],
+        "head_size": lambda fields: fields["text_width"] // fields["text_heads"],
     }  # fmt: skip
     fixed = (
         ("", "model_type", ("smolvlm", "idefics3")),
@@ -42,16 +45,11 @@ class _Converter(prefix_lm_convert.PrefixLMConverter):
     form = SmolVLMInTransformers
 
     def table(self, config: SmolVLMConfig) -> Table:
-        return table(config)
-
-
-def table(config: SmolVLMConfig) -> Table:
-    """The rules of a model, and how other names are treated."""
-    rules = prefix_lm_convert.rules(config, "model.vision_model.", "model.text_model.", "scale")
-    sizes = {"D": config.text_width, "C": config.vision_width * config.shuffle**2}
-    rules += convert.rules(PROJECTOR, "", "", sizes)
-    tied = {} if config.untied_head else dict([_Converter.head])
-    return Table(rules, RENAMES, prefix_lm_convert.DROPPED, tied)
+        rules = prefix_lm_convert.rules(config, "model.vision_model.", "model.text_model.", "scale")
+        sizes = {"D": config.text_width, "C": config.vision_width * config.shuffle**2}
+        rules += convert.rules(PROJECTOR, "", "", sizes)
+        tied = {} if config.untied_head else dict([self.head])
+        return Table(rules, RENAMES, prefix_lm_convert.DROPPED, tied)
 
 
 CONVERTER = _Converter()

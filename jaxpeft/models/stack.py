@@ -62,6 +62,8 @@ class StackConfig:
             raise ValueError(f"{name} is {value!r:.80}, expected {'an' if expected[0] == 'i' else 'a'} {expected}")
         if kind is int and not least <= value <= most:
             raise ValueError(f"{name} is {value:.3g}; it must be between {least} and {most:,}")
+        if kind is float and not value >= 0:  # nor NaN
+            raise ValueError(f"{name} is {value}; it must be at least 0")
 
     def _check_heads(self, tower: str) -> None:
         width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")

@@ -29,71 +29,24 @@ MAX_LENGTH, BEAMS = 12, 3
 SMOOTHING = 0.1
 IDS = dict(bos_token_id=BOS, sep_token_id=SEP, eos_token_id=SEP, pad_token_id=PAD, cls_token_id=CLS, enc_token_id=ENC)
 
-CAPTION = dict(
-    vision_config=dict(
-        hidden_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=80,
-        patch_size=8,
-        image_size=40,
-        layer_norm_eps=1e-6,
-    ),
-    text_config=dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=56,
-        vocab_size=97,
-        max_position_embeddings=24,
-        encoder_hidden_size=48,
-        layer_norm_eps=1e-12,
-        **IDS,
-    ),
+
+def settings_of(vision, text):
+    """The configuration of a model from the sizes of its towers."""
+    shared = dict(vocab_size=97, encoder_hidden_size=vision["hidden_size"], layer_norm_eps=1e-12, **IDS)
+    return dict(vision_config=vision | dict(layer_norm_eps=1e-6), text_config=text | shared)
+
+
+CAPTION = settings_of(
+    dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80, patch_size=8, image_size=40),
+    dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=56, max_position_embeddings=24),
 )
-VQA = dict(
-    vision_config=dict(
-        hidden_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=5,
-        intermediate_size=56,
-        patch_size=4,
-        image_size=24,
-        layer_norm_eps=1e-6,
-    ),
-    text_config=dict(
-        hidden_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        vocab_size=97,
-        max_position_embeddings=24,
-        encoder_hidden_size=40,
-        layer_norm_eps=1e-12,
-        **IDS,
-    ),
+VQA = settings_of(
+    dict(hidden_size=40, num_hidden_layers=2, num_attention_heads=5, intermediate_size=56, patch_size=4, image_size=24),
+    dict(hidden_size=40, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=24),
 )
-MINIMAL = dict(
-    vision_config=dict(
-        hidden_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        patch_size=4,
-        image_size=8,
-        layer_norm_eps=1e-6,
-    ),
-    text_config=dict(
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=12,
-        vocab_size=97,
-        max_position_embeddings=6,
-        encoder_hidden_size=12,
-        layer_norm_eps=1e-12,
-        **IDS,
-    ),
+MINIMAL = settings_of(
+    dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, patch_size=4, image_size=8),
+    dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, max_position_embeddings=6),
 )
 
 
@@ -174,6 +127,15 @@ def build(kind, settings, seed=None, state=None, **changes):
     return model.eval()
 
 
+def saved(kind, settings, seed, name):
+    """A model that is saved as `name`: in float32, and in float64 as the reference."""
+    single = build(kind, settings, seed=seed)
+    single.save_pretrained(HERE / name)
+    model = copy.deepcopy(single).double()
+    model.tie_weights()
+    return single, model
+
+
 WRONG = {
     "vision_eps": dict(vision_config__layer_norm_eps=1e-5),
     "text_eps": dict(text_config__layer_norm_eps=1e-6),
@@ -197,6 +159,12 @@ def block_outputs(layers, call):
     for hook in hooks:
         hook.remove()
     return result, torch.stack(seen)
+
+
+def image_tokens(model, images):
+    """Image tokens, and the states after every layer of the image tower."""
+    out, blocks = block_outputs(model.vision_model.encoder.layers, lambda: model.vision_model(images))
+    return {"vision_blocks": blocks[:, :2], "image_tokens": out[0]}  # of layers, two pictures are enough
 
 
 def ragged(rng, lengths, first, width):
@@ -229,6 +197,7 @@ def token_rows(sequences):
 def decoded(min_length, generate):
     """Greedy, default beam and constrained beam outputs of generate(**options). Lengths count the prompt."""
     out = {}
+    generate = functools.partial(generate, do_sample=False, return_dict_in_generate=True, output_scores=True)
     greedy = generate(num_beams=1, max_length=MAX_LENGTH, output_logits=True)
     out["greedy_tokens"] = token_rows(greedy.sequences)
     out["greedy_logits"] = torch.stack(greedy.logits, 1)  # (B, steps, V): step 0 predicts the first new token
@@ -321,27 +290,13 @@ def caption_losses(model, images, tokens, mask, labels, smoothing):
 
 def caption_decoded(model, images):
     prompt = torch.tensor([[*PROMPT, SEP]] * len(images))  # generate() drops the last id
-    return decoded(
-        8,
-        lambda **options: model.generate(
-            images.to(next(model.parameters()).dtype),
-            prompt.clone(),
-            torch.ones_like(prompt),
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_scores=True,
-            **options,
-        ),
-    )
+    images = images.to(next(model.parameters()).dtype)
+    return decoded(8, lambda **options: model.generate(images, prompt.clone(), torch.ones_like(prompt), **options))
 
 
 def caption_numbers(seed=5):
     rng = np.random.default_rng(100 + seed)
-    single = build(transformers.BlipForConditionalGeneration, CAPTION, seed=seed)
-    single.save_pretrained(HERE / "blip_caption_tiny")
-    state = single.state_dict()
-    model = copy.deepcopy(single).double()
-    model.tie_weights()
+    single, model = saved(transformers.BlipForConditionalGeneration, CAPTION, seed, "blip_caption_tiny")
     images32 = pictures(rng, 5, 40)
     images = images32.double()
     tokens, mask = ragged(rng, [10, 7, 6, 9, 10], PROMPT, 10)
@@ -351,14 +306,10 @@ def caption_numbers(seed=5):
     numbers = dict(images=channels_last(images32), tokens=tokens, token_mask=mask, labels=labels, prompt=PROMPT)
     shared_ids(numbers)
     with torch.no_grad():
-        vision, numbers["vision_blocks"] = block_outputs(
-            model.vision_model.encoder.layers, lambda: model.vision_model(images)
-        )
-        numbers["image_tokens"] = vision[0]
-        numbers["vision_blocks"] = numbers["vision_blocks"][:, :2]  # two pictures are enough
-        decoder = model.text_decoder
+        numbers |= image_tokens(model, images)
+        decoder, about = model.text_decoder, {"encoder_hidden_states": numbers["image_tokens"]}
         out, numbers["decoder_blocks"] = block_outputs(
-            decoder.bert.encoder.layer, lambda: decoder(tokens, mask, encoder_hidden_states=vision[0])
+            decoder.bert.encoder.layer, lambda: decoder(tokens, mask, **about)
         )
         numbers["logits"] = out.logits
         large = pictures(rng, 1, 56)
@@ -366,7 +317,7 @@ def caption_numbers(seed=5):
         numbers["resized_image_tokens"] = model.vision_model(large.double(), interpolate_pos_encoding=True)[0]
         noise = caption_logits(single, images32, tokens, mask) - out.logits
         print(f"caption: logits {out.logits.std():.2f} std, float32 noise {noise.abs().max():.1e}")
-        for name, wrong in wrong_models(type(model), CAPTION, state):
+        for name, wrong in wrong_models(type(model), CAPTION, single.state_dict()):
             values = caption_logits(wrong, images, tokens, mask)
             numbers[f"wrong/{name}"] = values[:3]  # three rows are enough
             print(f"  wrong {name}: {(values - out.logits)[mask.bool()].abs().max():.1e}")
@@ -400,44 +351,23 @@ def question_states(model, images, questions, mask):
     return model.text_encoder(questions, mask, encoder_hidden_states=model.vision_model(images)[0])[0]
 
 
-def answer_logits(model, states, state_mask, answers, answer_mask):
-    return model.text_decoder(
-        answers, answer_mask, encoder_hidden_states=states, encoder_attention_mask=state_mask
-    ).logits
+def answered(model, states, state_mask, answers, answer_mask, **options):
+    """The decoder's output for answers about question states."""
+    about = dict(encoder_hidden_states=states, encoder_attention_mask=state_mask)
+    return model.text_decoder(answers, answer_mask, **about, **options)
 
 
-def answer_losses(model, states, state_mask, answers, answer_mask, labels, smoothing):
-    """Per answer: the sum of token cross-entropies."""
-    model.text_decoder.label_smoothing = smoothing
-    return model.text_decoder(
-        answers,
-        answer_mask,
-        encoder_hidden_states=states,
-        encoder_attention_mask=state_mask,
-        labels=labels,
-        reduction="none",
-    ).loss
+def answer_logits(*inputs):
+    return answered(*inputs).logits
 
 
 def answers_decoded(model, images, questions, mask):
     """Answers decoded from question states under the TRUE question mask (model.generate would use all ones)."""
     states = question_states(model, images.to(next(model.parameters()).dtype), questions, mask)
     bos = torch.full((len(states), 1), BOS)
-    return decoded(
-        5,
-        lambda **options: model.text_decoder.generate(
-            input_ids=bos,
-            attention_mask=torch.ones_like(bos),
-            encoder_hidden_states=states,
-            encoder_attention_mask=mask,
-            eos_token_id=SEP,
-            pad_token_id=PAD,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_scores=True,
-            **options,
-        ),
-    )
+    about = dict(input_ids=bos, attention_mask=torch.ones_like(bos), eos_token_id=SEP, pad_token_id=PAD)
+    about |= dict(encoder_hidden_states=states, encoder_attention_mask=mask)
+    return decoded(5, functools.partial(model.text_decoder.generate, **about))
 
 
 def check_question_mask(model, images, questions, mask, answers, answer_mask):
@@ -460,11 +390,7 @@ def check_question_mask(model, images, questions, mask, answers, answer_mask):
 def vqa_numbers(seed=7):
     rng = np.random.default_rng(200 + seed)
     torch.manual_seed(0)
-    single = build(transformers.BlipForQuestionAnswering, VQA, seed=seed)
-    single.save_pretrained(HERE / "blip_vqa_tiny")
-    state = single.state_dict()
-    model = copy.deepcopy(single).double()
-    model.tie_weights()
+    single, model = saved(transformers.BlipForQuestionAnswering, VQA, seed, "blip_vqa_tiny")
     images32 = pictures(rng, 5, 24)
     images = images32.double()
     questions, mask = ragged(rng, [9, 5, 7, 4, 6], [ENC], 9)
@@ -484,14 +410,10 @@ def vqa_numbers(seed=7):
     )
     shared_ids(numbers)
     with torch.no_grad():
-        vision, numbers["vision_blocks"] = block_outputs(
-            model.vision_model.encoder.layers, lambda: model.vision_model(images)
-        )
-        numbers["image_tokens"] = vision[0]
-        numbers["vision_blocks"] = numbers["vision_blocks"][:, :2]  # two pictures are enough
+        numbers |= image_tokens(model, images)
         encoded, numbers["encoder_blocks"] = block_outputs(
             model.text_encoder.encoder.layer,
-            lambda: model.text_encoder(questions, mask, encoder_hidden_states=vision[0]),
+            lambda: model.text_encoder(questions, mask, encoder_hidden_states=numbers["image_tokens"]),
         )
         states = encoded[0]
         numbers["question_states"] = states
@@ -505,7 +427,7 @@ def vqa_numbers(seed=7):
         print(f"vqa: logits {logits.std():.2f} std, float32 noise {noise.abs().max():.1e}")
         check_question_mask(model, images, questions, mask, answers, answer_mask)
         wrong = {"question_mask": answer_logits(model, states[owner], None, answers, answer_mask)}
-        for name, other in wrong_models(type(model), VQA, state):
+        for name, other in wrong_models(type(model), VQA, single.state_dict()):
             other_states = question_states(other, images, questions, mask)
             wrong[name] = answer_logits(other, other_states[owner], mask[owner], answers, answer_mask)
         for name, values in wrong.items():
@@ -515,7 +437,9 @@ def vqa_numbers(seed=7):
         check_decoded(numbers, answers_decoded(single, images, questions, mask))
     for smoothing, suffix in ((0.0, ""), (SMOOTHING, "_smooth")):
         states = question_states(model, images, questions, mask)
-        sums = answer_losses(model, states[owner], mask[owner], answers, answer_mask, labels, smoothing)
+        model.text_decoder.label_smoothing = smoothing
+        about = states[owner], mask[owner], answers, answer_mask
+        sums = answered(model, *about, labels=labels, reduction="none").loss  # of the token cross-entropies
         loss = (sums * weights).sum() / len(questions)
         numbers |= {f"loss_sums{suffix}": sums, f"loss{suffix}": loss}
     numbers["smoothing"] = SMOOTHING

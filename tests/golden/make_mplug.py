@@ -157,8 +157,9 @@ def inputs():
     return out
 
 
-def images(data):
-    return torch.tensor(data["images"], dtype=torch.float64).permute(0, 3, 1, 2)
+def images(data, model):
+    """In the dtype of the model."""
+    return torch.tensor(data["images"], dtype=next(model.parameters()).dtype).permute(0, 3, 1, 2)
 
 
 def gradients(loss, model):
@@ -184,29 +185,42 @@ def generated(model, run):
     return out
 
 
-def context_of(model, data):
-    """What the decoder looks at, and its mask: the image tokens in captioning; in VQA [fused image; fused question]."""
-    with torch.no_grad():
-        _, image, _, _, fused_image, fused_text = stages(model, data)
+def context_of(model, data, found):
+    """What the decoder looks at, and its mask, of `stages`: the image tokens in captioning; in VQA [fused image; fused
+    question]."""
+    _, image, _, _, fused_image, fused_text = found
     mask = torch.ones(image.shape[:2], dtype=torch.long)
     if type(model).__name__ == "MPlugForImageCaption":
         return image, mask
     return torch.cat([fused_image, fused_text], 1), torch.cat([mask, torch.tensor(data["question_mask"])], 1)
 
 
+def answered(model, data, context, mask, **options):
+    """The decoder's output for the answers."""
+    return model.text_decoder(
+        torch.tensor(data["answers"]), attention_mask=torch.tensor(data["answer_mask"]), return_dict=True,
+        encoder_hidden_states=context[data["owner"]], encoder_attention_mask=mask[data["owner"]], **options,
+    )  # fmt: skip
+
+
 def telling(model, data):
-    ids = generated(model, context_of(model, data))["beam3_1_8/ids"][:, 0]
+    with torch.no_grad():
+        context = context_of(model, data, stages(model, data))
+    ids = generated(model, context)["beam3_1_8/ids"][:, 0]
     rows = [tuple(row[row >= 0]) for row in ids]
     ended = sum(len(row) < ids.shape[1] for row in rows)
     return len(set(rows)) > 1 and 0 < ended < len(rows) and sum(len(set(row)) for row in rows) > 8
 
 
+def image_tokens(model, data):
+    """(tokens of the ViT, as the text stacks read them)"""
+    tower = model.visual_encoder.visual(images(data, model), skip_last_layer=True)
+    return tower, model.visn_layer_norm(model.visn_fc(tower)) if model.large else tower
+
+
 def stages(model, data):
     """(image tokens, text states, image and text after every fusion layer, fused image, fused text)"""
-    image = model.visual_encoder.visual(images(data), skip_last_layer=True)
-    tower = image
-    if model.large:
-        image = model.visn_layer_norm(model.visn_fc(image))
+    tower, image = image_tokens(model, data)
     question = text(data["questions"], data["question_mask"])
     states = model.text_encoder(question.input_ids, attention_mask=question.attention_mask).last_hidden_state
     seen = []
@@ -224,22 +238,18 @@ def stages(model, data):
 
 
 def vqa_numbers(model, data):
-    tower, image, states, seen, fused_image, fused_text = stages(model, data)
+    tower, image, states, seen, *_ = found = stages(model, data)
     out = {"tower": tower, "image_tokens": image, "text_states": states}
     out["layers/image"], out["layers/text"] = (
         torch.stack(x) for x in zip(*seen, strict=True)
     )  # (L, B, P, D), (L, B, T, D)
-    context = torch.cat([fused_image, fused_text], 1)
-    mask = torch.cat([torch.ones(image.shape[:2], dtype=torch.long), torch.tensor(data["question_mask"])], 1)
+    context, mask = context_of(model, data, found)
     answers = text(data["answers"], data["answer_mask"])
-    output = model.text_decoder(
-        answers.input_ids, attention_mask=answers.attention_mask, encoder_hidden_states=context[data["owner"]],
-        encoder_attention_mask=mask[data["owner"]], reduction="none", return_dict=True,
-        labels=answers.input_ids.masked_fill(answers.input_ids == PAD, -100),
-    )  # fmt: skip
+    labels = answers.input_ids.masked_fill(answers.input_ids == PAD, -100)
+    output = answered(model, data, context, mask, reduction="none", labels=labels)
     question = text(data["questions"], data["question_mask"])
     loss = model(
-        images(data), question, answers, train=True, k=data["n_answers"].tolist(),
+        images(data, model), question, answers, train=True, k=data["n_answers"].tolist(),
         weights=torch.tensor(data["answer_weights"], dtype=torch.float64),
     )  # fmt: skip
     out |= {"logits": output.logits, "answer_loss": output.loss, "loss": loss}
@@ -258,16 +268,14 @@ def vqa_numbers(model, data):
 
 
 def caption_numbers(model, data):
-    image = model.visual_encoder.visual(images(data), skip_last_layer=True)
-    if model.large:
-        image = model.visn_layer_norm(model.visn_fc(image))
+    _, image = image_tokens(model, data)
     captions = text(data["captions"], data["caption_mask"])
     mask = torch.ones(image.shape[:2], dtype=torch.long)
     logits = model.text_decoder(
         captions.input_ids, attention_mask=captions.attention_mask, encoder_hidden_states=image,
         encoder_attention_mask=mask, return_dict=True,
     ).logits  # fmt: skip
-    loss = model(images(data), None, captions, train=True)
+    loss = model(images(data, model), None, captions, train=True)
     out = {"logits": logits, "loss": loss} | gradients(loss, model)
     assert not any(re.match(r"grad/(text_encoder|fusion_encoder)", n) for n in out), "captioning reads no fusion"
     return out | generated(model, [image.detach(), mask])
@@ -290,15 +298,9 @@ def controls(kind, module, clip, data, right, seed):
         model = build(kind, "vqa", module, clip, seed)
         change(model)
         with torch.no_grad():
-            _, image, _, _, fused_image, fused_text = stages(model, data)
-            context = torch.cat([fused_image, fused_text], 1)[data["owner"]]
-            mask = torch.cat([torch.ones(image.shape[:2], dtype=torch.long), torch.tensor(data["question_mask"])], 1)
+            context, mask = context_of(model, data, stages(model, data))
             mask = torch.ones_like(mask) if getattr(model, "no_mask", False) else mask
-            logits = model.text_decoder(
-                torch.tensor(data["answers"]), attention_mask=torch.tensor(data["answer_mask"]),
-                encoder_hidden_states=context, encoder_attention_mask=mask[data["owner"]], return_dict=True,
-            ).logits  # fmt: skip
-        return logits
+            return answered(model, data, context, mask).logits
 
     def gelu(model):
         for block in model.visual_encoder.visual.transformer.resblocks:
@@ -402,18 +404,8 @@ def vqa_numbers_single(kind, module, clip, data, seed):
     """The same in float32."""
     model = build(kind, "vqa", module, clip, seed).float()
     with torch.no_grad():
-        image64 = images
-        globals()["images"] = lambda d: image64(d).float()
-        try:
-            _, image, _, _, fused_image, fused_text = stages(model, data)
-        finally:
-            globals()["images"] = image64
-        context = torch.cat([fused_image, fused_text], 1)
-        mask = torch.cat([torch.ones(image.shape[:2], dtype=torch.long), torch.tensor(data["question_mask"])], 1)
-        logits = model.text_decoder(
-            torch.tensor(data["answers"]), attention_mask=torch.tensor(data["answer_mask"]),
-            encoder_hidden_states=context[data["owner"]], encoder_attention_mask=mask[data["owner"]], return_dict=True,
-        ).logits  # fmt: skip
+        context, mask = context_of(model, data, stages(model, data))
+        logits = answered(model, data, context, mask).logits
     return {"logits": logits.numpy()} | generated(model, [context, mask])
 
 
