@@ -83,7 +83,7 @@ def test_packed_texts_equal_single_sequences(kind, name):
     assert logits.shape == (len(LENGTHS), 2, 4, tiny_vlm.model(kind).config.vocab_size)
     for i, a in np.ndindex(b["tokens"].shape[:2]):
         expected = alone(kind, name)(b["image"][i], b["prompt"][i], [*b["tokens"][i, a, 1:], 7])
-        np.testing.assert_allclose(logits[i, a], expected, atol=3e-6 * np.abs(expected).max(), rtol=1e-5)
+        np.testing.assert_allclose(logits[i, a], expected, atol=1e-6 * np.abs(expected).max(), rtol=1e-6)
 
 
 @every_kind

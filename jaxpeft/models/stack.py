@@ -37,8 +37,6 @@ class StackConfig:
             raise ValueError(f"attention is {self.attention!r}; choose one of {', '.join(KINDS)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
-        if not 0 <= (dropout := getattr(self, "dropout", 0.0)) < 1:
-            raise ValueError(f"dropout is {dropout}; it must be in [0, 1)")
 
     def on(self, platform: str) -> dict[str, Any]:
         """What fields that are None stand for on a platform: 'cpu', 'gpu' or 'tpu'."""
@@ -62,6 +60,8 @@ class StackConfig:
             raise ValueError(f"{name} is {value!r:.80}, expected {'an' if expected[0] == 'i' else 'a'} {expected}")
         if kind is int and not least <= value <= most:
             raise ValueError(f"{name} is {value:.3g}; it must be between {least} and {most:,}")
+        if name == "dropout" and not 0 <= value < 1:
+            raise ValueError(f"dropout is {value}; it must be in [0, 1)")
         if kind is float and not value >= 0:  # nor NaN
             raise ValueError(f"{name} is {value}; it must be at least 0")
 
