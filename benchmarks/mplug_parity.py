@@ -11,7 +11,6 @@ Exits with 1 if a difference is above its tolerance or a token differs.
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import json
 import re
 import resource
@@ -116,19 +115,12 @@ def sites() -> dict:
 # ------------------------------------------------------------------------------------------------ full size
 
 
-def golden_script():
-    """tests/golden/make_mplug.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_mplug", ROOT / "tests" / "golden" / "make_mplug.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def full(kind: str, directory: Path) -> dict:
     """The same comparison on a checkpoint of the released size with drawn weights, in float32."""
     import torch
+    from golden import make_mplug as make
 
-    make, name = golden_script(), f"mplug-{kind}"
+    name = f"mplug-{kind}"
     c = mplug.KINDS[name]
     bert = make.BERT | {
         "hidden_size": c.text_width, "num_attention_heads": c.text_heads, "intermediate_size": c.text_mlp,

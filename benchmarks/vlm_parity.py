@@ -9,7 +9,6 @@ Exits with 1 if a difference is above its tolerance, a token differs, or a wrong
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -52,19 +51,12 @@ def differences(kind: str, golden: dict) -> dict:
     }
 
 
-def golden_script():
-    """tests/golden/make_vlm.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_vlm", ROOT / "tests" / "golden" / "make_vlm.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def live(kind: str) -> dict:
     """`differences` on new inputs, and how far transformers is from the stored numbers on theirs."""
     import test_vlm_parity as parity
+    from golden import make_vlm as make
 
-    make, stored = golden_script(), parity.loaded(kind)[2]
+    stored = parity.loaded(kind)[2]
     for seed in range(SEEDS):  # make_vlm.py takes the first whose texts tell models apart
         make.SEEDS[kind] = seed
         with make.in_float64():

@@ -237,15 +237,6 @@ def _annotations() -> list[dict[str, bytes]]:
     return [pictures | {"annotations": text.encode()} for text in files]
 
 
-def _tokenizer_json() -> bytes:
-    words = list(tiny.TOKENIZER.vocabulary)
-    spec = {
-        "model": {"type": "WordPiece", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "[UNK]"},
-        "added_tokens": [{"content": "[PAD]", "id": words.index("[PAD]"), "special": True}],
-    }
-    return json.dumps(spec).encode()
-
-
 _RESULT = (
     b'{"model": {"new_words": [], "new_rows": true, "report": {"revision": null}}, "imports": ["evil", "evil.py"]}'
 )
@@ -264,6 +255,7 @@ def readers(home: Path) -> dict[str, Reader]:
     tensors += [{"t.safetensors": tuned["tuned.safetensors"]}]
     ours = loading.save(home / "ours", tiny.model(False), tiny.params(False), aliases={})
     vocabulary = {"vocab.txt": "\n".join(tiny.TOKENIZER.vocabulary).encode()}
+    tokenizer = {"tokenizer.json": tiny.TOKENIZER.library.to_str().encode()}
     writer, weights = loading.load(ours)
     one = methods.build("lora")
     save_tuned(writer, sites.attach(writer, weights, one, jax.random.key(0)), home / "run" / "tuned")
@@ -278,7 +270,7 @@ def readers(home: Path) -> dict[str, Reader]:
         "safetensors": Reader(tensors, changed_tensors, lambda d: read_safetensors(d / "t.safetensors"), 0.18),
         "picture": Reader(_pictures(), changed_bytes, lambda d: images.decode(d / "picture"), 0.28),
         "annotations": Reader(_annotations(), changed_settings, _parsed, 0.16, "annotations"),
-        "tokenizer.json": Reader([{"tokenizer.json": _tokenizer_json()}], changed_settings, BlipTokenizer.from_file, 0.05),
+        "tokenizer.json": Reader([tokenizer], changed_settings, BlipTokenizer.from_file, 0.05),
         "vocab.txt": Reader([vocabulary], changed_bytes, BlipTokenizer.from_file, 0.05),
         "BLIP config.json": Reader(
             blip, changed_settings, lambda d: blip_convert.CONVERTER.read_config(d, None), 0.05, "config.json"

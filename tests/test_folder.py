@@ -250,23 +250,13 @@ def test_image_begins_at_root_and_file_name_beside_the_table(root):
     assert "outside the directory (1)" in found("file_name", "../../x.png")[1]
 
 
-@pytest.mark.parametrize("text, first, second", [
-    ("file_name,image,caption\na.png,a.png,x\n", "file_name", "image"), ("image,caption,text\na.png,x,y\n", "caption", "text"),
-    ("image,caption_1,text1\na.png,x,y\n", "caption_1", "text1"),
-])  # fmt: skip
-def test_two_names_of_one_thing_in_a_file(root, text, first, second):
-    save(root / "a.png")
-    rows, problems = folder.parse(write(root / "two.csv", text), root)
-    assert rows == [] and problems.fatal and problems.counts == {"two names": 1}
-    assert f"two.csv line 1: the columns {first!r} and {second!r} mean the same" in str(problems)
-    lines = [dict(zip(text.split("\n")[0].split(","), ["a.png", "a.png", "a.png"], strict=True))]
-    rows, problems = folder.parse(write(root / "two.jsonl", "\n".join(map(json.dumps, lines * 2))), root)
-    assert rows == [] and problems.counts == {"two names": 2}
-    lines = [{"image": "a.png", "caption": "x"}, {"file_name": "a.png", "caption": "y"}]
-    rows, problems = folder.parse(write(root / "two.jsonl", "\n".join(map(json.dumps, lines))), root)
-    assert captions(rows) == {"a.png": ["x"]} and "two.jsonl line 2: 'file_name' means the same as 'image'" in str(
-        problems
-    )
+@pytest.mark.parametrize("first, second", [("image", "file_name"), ("caption", "text"), ("caption_1", "text1")])
+def test_two_names_of_one_thing(root, first, second):
+    row = dict.fromkeys(["image", first, second], name(1))
+    for file, text in (("two.csv", f"{','.join(row)}\n{','.join(row.values())}\n"), ("two.jsonl", json.dumps(row))):
+        rows, problems = folder.parse(write(root / file, text), root)
+        assert rows == [] and problems.counts == {"two names": 1}
+        assert f"{file} line 1: {first!r} and {second!r} mean the same" in str(problems)
 
 
 @pytest.mark.parametrize("column", ["caption_{}", "caption{}", "text_{}", "text{}"])
@@ -282,8 +272,8 @@ def test_several_captions_in_columns(root, column):
              for i, row in zip((1, 2, 3), cells, strict=True)]  # fmt: skip
     rows, problems = folder.parse(write(root / "c.jsonl", "\n".join(lines)), root)
     assert captions(rows) == {name(1): ["one", "two", "ten", "x"], name(2): ["ten"]}
-    said = ", ".join(map(column.format, (1, 2, 10)))
-    assert problems.counts == {"empty caption": 1} and f"c.jsonl line 3: no text in {said}" in str(problems)
+    assert problems.counts == {"empty caption": 1}
+    assert "c.jsonl line 3: no text in caption_1, caption_2, caption_10" in str(problems)
 
 
 def test_caption_and_numbered_captions_and_unnamed_columns(root):
@@ -339,13 +329,13 @@ def test_image_folder_with_a_file_for_each_split(tmp_path):
     table = "file_name,text,caption_2\n0.jpg,{0},{0}!\nsub\\1.jpg,{0}?,\n"
     for place in ("Training", "validation"):
         write(tmp_path / place / "metadata.csv", table.format(place))
-    write(tmp_path / "test" / "metadata.jsonl", '{"file_name": "0.jpg", "text": "test"}\n{"image": "x.jpg"}')
+    write(tmp_path / "test" / "metadata.jsonl", '{"file_name": "0.jpg", "text": "test"}')
     rows, problems = folder.parse(None, tmp_path)
     assert by_file(rows) == {f"{place}/0.jpg": (split, [place, place + "!"]) for place, split in splits.items()
                              if split != "test"} | {f"{place}/sub/1.jpg": (split, [place + "?"])
                              for place, split in splits.items() if split != "test"} | {
         "test/0.jpg": ("test", ["test"])}  # fmt: skip
-    assert problems.counts == {"two names": 1} and "test/metadata.jsonl line 2: 'image'" in str(problems)
+    assert problems.counts == {}
     write(tmp_path / "test" / "metadata.jsonl", '{"image": "0.jpg", "caption": "ours"}')
     assert by_file(folder.parse(None, tmp_path)[0])["test/0.jpg"] == ("test", ["ours"])
     write(tmp_path / "test" / "metadata.jsonl", '{"file_name": "0.jpg", "text": "t", "split": "train"}')

@@ -1,6 +1,5 @@
 """Metrics equal the published scorers: committed numbers (tests/golden/make_metrics.py) and, where installed, live."""
 
-import importlib.util
 import json
 import pathlib
 import random
@@ -8,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from golden import make_metrics as make
 
 from jaxpeft import metrics
 from jaxpeft.inputs.tokenizer import normal_form
@@ -17,14 +17,6 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "metrics.json").read_text())
 
 
-def _load_script():
-    spec = importlib.util.spec_from_file_location("make_metrics", GOLDEN / "make_metrics.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make = _load_script()
 WORDS = make.contraction_words(vqa._CONTRACTIONS)
 TOLERANCE = 1e-9
 

@@ -261,9 +261,8 @@ def test_live_against_modelscope(kind):
     """Other weights and texts than those of the stored numbers, in float32, where modelscope and torch are installed."""
     if not LIVE:
         pytest.skip("needs torch, transformers and `pip install --no-deps modelscope==1.40.2`")
-    spec = importlib.util.spec_from_file_location("make_mplug", GOLDEN / "make_mplug.py")
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
+    from golden import make_mplug as make
+
     module, clip = make.reference()
     theirs, data = make.build(kind, "vqa", module, clip, seed=5), make.inputs()
     expected = make.vqa_numbers(theirs, data)

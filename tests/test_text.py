@@ -2,28 +2,18 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import pathlib
 import pickle
 
 import pytest
+from golden import make_text as make
 
 from jaxpeft.inputs import tokenizer
 from jaxpeft.models.blip_tokens import SPECIAL, BlipTokenizer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "text.json").read_text())
-
-
-def _load_script():
-    spec = importlib.util.spec_from_file_location("make_text", GOLDEN / "make_text.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make = _load_script()
 
 
 @pytest.fixture(scope="module")
@@ -43,23 +33,6 @@ def test_from_file_appends_dec_then_enc_and_finds_special_ids(bert, tmp_path):
     again = tmp_path / "again.txt"
     again.write_text("\n".join(bert.vocabulary), encoding="utf-8")
     assert BlipTokenizer.from_file(str(again)) == bert  # a file; the tokens are there already; no last newline
-
-
-def test_from_file_reads_tokenizer_json_and_refuses_what_it_cannot_do(bert, tmp_path):
-    model = {"type": "WordPiece", "vocab": {token: i for i, token in enumerate(EXPECTED["vocabulary"])}}
-    spec = {"model": model, "added_tokens": [{"id": 1111, "content": "[DEC]"}, {"id": 0, "content": "[PAD]"}]}
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(spec))
-    assert BlipTokenizer.from_file(tmp_path) == bert
-    path.write_text(json.dumps({"model": model, "added_tokens": [{"id": 5000, "content": "[DEC]"}]}))
-    with pytest.raises(ValueError, match="are not 0 to 1111"):
-        BlipTokenizer.from_file(tmp_path)
-    path.write_text(json.dumps({"model": {"type": "BPE", "vocab": {}}}))
-    with pytest.raises(ValueError, match="BPE"):
-        BlipTokenizer.from_file(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    with pytest.raises(ValueError, match="do_lower_case=false"):
-        BlipTokenizer.from_file(tmp_path)
 
 
 @pytest.mark.parametrize("index", range(len(make.TEXTS)))
@@ -204,7 +177,9 @@ ADDED = {
     "added_tokens": {"[DEC]": 10, "[ENC]": 11, "zebra": 12},
     "tokenizer_config": {
         "added_tokens_decoder": {
+            "5": {"content": "a"},
             "10": {"content": "[DEC]", "special": True, "normalized": False},
+            "11": {"content": "[ENC]", "special": True, "normalized": False},
             "12": {"content": "zebra", "special": False, "normalized": True, "single_word": False},
             "13": {"content": "yak", "special": False, "normalized": True, "single_word": True},
         }
@@ -248,29 +223,47 @@ def test_accents_are_kept_where_the_file_says_so(tmp_path):
 @pytest.mark.parametrize(
     "files, message",
     [
-        ({"added_tokens": {"zebra": 5}}, "added_tokens.json: 'zebra' has the id 5, which contradicts.*the id of another token"),
-        ({"added_tokens": {"a": 12}}, "'a' has the id 12, which contradicts the other files of this tokenizer .5."),
-        ({"added_tokens": {"zebra": 40}}, "are not 0 to 10"),
-        ({"added_tokens": {"zebra": "10"}}, None),
-        ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "zebra"}}}}, "tokenizer_config.json"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"10": {"content": 3}}}}, "id 10 is 3; expected a non-empty string"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"10": {"content": "gnu", "lstrip": 1}}}}, "expected true or false"),
-        ({"tokenizer_config": {"do_lower_case": False}}, "do_lower_case=false"),
-        ({"tokenizer_config": {"do_basic_tokenize": False}}, "do_basic_tokenize=false"),
-        ({"tokenizer": {"model": {"type": "WordPiece", "vocab": {"b": 5}}}}, "vocab.txt contradict each other: token 5 is 'b'"),
-        ({"tokenizer": {"model": {"vocab": {}}, "normalizer": {"type": "BertNormalizer", "strip_accents": True}},
-          "tokenizer_config": {"strip_accents": False}}, "strip_accents is True and False; delete the wrong one"),
-        ({"tokenizer": {"model": {"vocab": {}}, "normalizer": {"type": "Sequence"}}}, "normalizer is 'Sequence'; only Bert"),
-        ({"tokenizer": {"model": {"vocab": {}}, "pre_tokenizer": {"type": "Whitespace"}}}, "pre_tokenizer is 'Whitespace'"),
-        ({"tokenizer": {"model": {"vocab": {}, "unk_token": "<unk>"}}}, "model.unk_token is '<unk>'"),
+        ({"added_tokens": {"zebra": 5}}, "added_tokens.json has tokens whose ids do not continue those of vocab.txt: .*zebra"),
+        ({"added_tokens": {"a": 12}}, "do not continue those of vocab.txt: {'12': 'a'}"),
+        ({"added_tokens": {"a": 10}}, "vocab.txt: token 'a' occurs twice"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "zebra"}}}}, "tokenizer_config.json has tokens"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"10": {"content": 3}}}}, "config.json does not contain valid"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"10": {"content": "gnu", "lstrip": 1}}}}, "does not contain valid"),
+        ({"tokenizer_config": {"do_lower_case": False}}, "tokenizer_config.json: do_lower_case is False"),
+        ({"tokenizer_config": {"do_basic_tokenize": False}}, "do_basic_tokenize is False"),
     ],
 )  # fmt: skip
-def test_files_that_contradict_each_other_or_bert_are_refused(tmp_path, files, message):
-    if message is None:  # JSON keys are texts, values may be: both are numbers
-        assert BlipTokenizer.from_file(directory(tmp_path / "x", **files)).pieces("zebra") == [10]
-        return
+def test_other_tokenizers_are_refused(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
         BlipTokenizer.from_file(directory(tmp_path / "x", **files))
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (None, None),
+        ({"added_tokens": {"id": 50}}, "are not 0 to 1112"),
+        ({"model": {"vocab": {"[UNK]": 1}}}, "are not 0 to"),
+        ({"model": {"type": "BPE", "merges": []}}, "tokenizer.json: model is BPE; only WordPiece is supported"),
+        ({"model": {"unk_token": "<unk>"}}, "unk_token is '<unk>'; only '.UNK.' is supported"),
+        ({"normalizer": {"lowercase": False}}, "lowercase is False; only True is supported, as in uncased BERT"),
+        ({"normalizer": {"type": "NFC"}}, "normalizer is NFC; only BertNormalizer"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer is Whitespace"),
+        ({"model": {"vocab": 3}}, "tokenizer.json is not a valid tokenizer.json"),
+    ],
+)
+def test_a_tokenizer_json_is_read_without_the_files_beside_it_or_refused(bert, tmp_path, changed, message):
+    spec = json.loads(bert.library.to_str())
+    for key, value in (changed or {}).items():
+        part = spec[key][0] if key == "added_tokens" else spec[key]
+        part |= value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "vocab.txt").write_text("another\n")
+    if changed:
+        with pytest.raises(ValueError, match=message):
+            BlipTokenizer.from_file(tmp_path)
+    else:
+        assert BlipTokenizer.from_file(tmp_path) == bert
 
 
 def test_a_panic_of_the_library_is_a_value_error():

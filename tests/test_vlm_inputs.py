@@ -1,7 +1,6 @@
 """Inputs of PaliGemma and SmolVLM equal transformers' processors: committed ids and pixels (golden/make_vlm_inputs.py) and,
 where it is installed, live."""
 
-import importlib.util
 import json
 import pathlib
 import pickle
@@ -11,6 +10,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from golden import make_vlm_inputs as make
 
 from jaxpeft.data import pipeline
 from jaxpeft.inputs import images
@@ -27,14 +27,6 @@ KINDS = {"paligemma": (paligemma_text, images.SIGLIP), "smolvlm": (smolvlm_text,
 both = pytest.mark.parametrize("kind", KINDS)
 
 
-def _load_script():
-    spec = importlib.util.spec_from_file_location("make_vlm_inputs", GOLDEN / "make_vlm_inputs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make = _load_script()
 TEXTS = make.QUESTIONS + make.TARGETS
 PAIRS = [(text, make.TARGETS[0]) for text in make.QUESTIONS] + [(make.QUESTIONS[0], text) for text in make.TARGETS]
 TOKENIZERS = {kind: Bpe.from_file(FOLDER / kind) for kind in KINDS}

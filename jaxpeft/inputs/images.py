@@ -259,24 +259,21 @@ def processor_settings(directory: str | Path, kind: ProcessorKind = CLIP) -> dic
     With `kind.frames` also 'image_longest_edge', the longer side after a first resize. `do_image_splitting` is not read: an
     image is always one frame, that of the whole image.
 
-    Raises ValueError, naming file and key, for anything but a square resize and one affine map per channel.
+    Where both files are there, processor_config.json is read, as by transformers. Raises ValueError, naming file and key, for
+    anything but a square resize and one affine map per channel.
     """
-    said = {}
-    for path in (Path(directory) / "preprocessor_config.json", Path(directory) / "processor_config.json"):
-        if not path.is_file():
-            continue
-        raw = files.read_json(path)
-        raw = raw if path.name.startswith("pre") else raw.get("image_processor")
-        if not raw:
-            continue
-        with files.reading(path, "is not a valid image processor configuration"):
-            mine = _framed(path, raw, kind) if kind.frames else _processor(path, raw, kind)
-        if said and said != mine:
-            raise ValueError(
-                f"{path} contradicts preprocessor_config.json in the same directory: {mine}, {said}; delete the wrong one"
-            )
-        said = mine
-    return said
+    path = Path(directory) / "processor_config.json"
+    raw = _settings(path).get("image_processor")
+    if not raw:
+        path = Path(directory) / "preprocessor_config.json"
+        raw = _settings(path)
+    with files.reading(path, "is not a valid image processor configuration"):
+        return (_framed if kind.frames else _processor)(path, raw, kind) if raw else {}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} where there is none."""
+    return files.read_json(path) if path.is_file() else {}
 
 
 # the keys of an image processor that are read, and those that do not affect pixels
@@ -310,9 +307,9 @@ def image_tokens(directory: str | Path) -> int | None:
     """
     for name, key in (("processor_config.json", "image_seq_len"), ("preprocessor_config.json", "image_seq_length")):
         path = Path(directory) / name
-        raw = files.read_json(path) if path.is_file() else {}
-        nested = raw.get("image_processor") if isinstance(raw.get("image_processor"), dict) else {}
-        for where in (raw, nested or {}):
+        raw = _settings(path)
+        nested = raw.get("image_processor")
+        for where in (raw, nested if isinstance(nested, dict) else {}):
             found = where.get(key, where.get("image_seq_length"))
             if found is not None:
                 if type(found) is not int or found < 1:

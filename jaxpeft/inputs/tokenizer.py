@@ -25,18 +25,6 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 FILES = ("vocab.txt", "tokenizer.json")  # a directory with either of them has a tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class AddedWord:
-    """A word that was added to a trained tokenizer (`add_tokens` in transformers): it is matched before words are split,
-    in the raw text or, if `normalized`, in the lower-cased text; with `single_word` it is not matched inside other words."""
-
-    content: str
-    normalized: bool = True
-    single_word: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer(AnyTokenizer):
     """BERT's tokenizer. A token's id is its index in `vocabulary`; the last ones may be `added` words.
@@ -46,7 +34,9 @@ class Tokenizer(AnyTokenizer):
     """
 
     vocabulary: tuple[str, ...]
-    added: tuple[AddedWord, ...] = ()
+    added: tuple[
+        tokenizers.AddedToken, ...
+    ] = ()  # matched before words are split, as `add_tokens` of transformers adds them
     strip_accents: bool | None = None  # None: like lower-casing, which is on
     split_chinese: bool = True  # every CJK ideograph is a word
     pad_id: int = dataclasses.field(init=False)
@@ -75,7 +65,7 @@ class Tokenizer(AnyTokenizer):
 
     def _build(self) -> tokenizers.Tokenizer:
         first = self.ids[self.added[0].content] if self.added else len(self)
-        words = {word.content: tokenizers.AddedToken(**dataclasses.asdict(word)) for word in self.added}
+        words = {word.content: word for word in self.added}
         with library_errors("the vocabulary cannot be used"):
             pieces = dict(zip(self.vocabulary[:first], range(first), strict=True))
             built = tokenizers.Tokenizer(models.WordPiece(pieces, unk_token="[UNK]", max_input_chars_per_word=100))
@@ -102,12 +92,12 @@ class Tokenizer(AnyTokenizer):
     def from_file(cls, path: str | pathlib.Path) -> Self:
         """Read `vocab.txt` (one token per line), or a Hugging Face directory with it or a WordPiece `tokenizer.json`.
 
-        Words that were added later are read from tokenizer.json, added_tokens.json and tokenizer_config.json. Special tokens
-        that a model adds to BERT's are appended if absent. Raises ValueError, naming the file, for anything but an uncased
-        BERT tokenizer, and if two files contradict each other.
+        Beside a tokenizer.json, vocab.txt is not read; words added to vocab.txt are read from tokenizer_config.json or
+        added_tokens.json. Special tokens that a model adds to BERT's are appended if absent. Raises ValueError, naming the
+        file, for anything but an uncased BERT tokenizer.
         """
         path = pathlib.Path(path)
-        return _read_directory(cls, path) if path.is_dir() else _made(cls, _read_vocabulary(path), {}, {}, path)
+        return _read_directory(cls, path) if path.is_dir() else _made(cls, _read_vocabulary(path), (), {}, path)
 
     def extended(self, words: Iterable[str]) -> tuple[Self, tuple[str, ...]]:
         """(a tokenizer with the words that are not tokens yet appended in order, those words); existing ids are kept."""
@@ -119,7 +109,7 @@ class Tokenizer(AnyTokenizer):
                 )
         new = tuple(dict.fromkeys(word for word in words if word not in self.ids))
         # only added words can follow words that were added before
-        more = tuple(AddedWord(word, single_word=True) for word in new) if self.added else ()
+        more = tuple(tokenizers.AddedToken(word, single_word=True) for word in new) if self.added else ()
         return dataclasses.replace(self, vocabulary=self.vocabulary + new, added=self.added + more), new
 
     @functools.cached_property
@@ -133,7 +123,8 @@ class Tokenizer(AnyTokenizer):
     @functools.cached_property
     def digest(self) -> str:
         """sha256 of the vocabulary in order, and of options that differ from the defaults."""
-        options = [dataclasses.astuple(word) for word in self.added], self.strip_accents, self.split_chinese
+        words = [(one.content, one.normalized, one.single_word, one.lstrip, one.rstrip) for one in self.added]
+        options = words, self.strip_accents, self.split_chinese
         text = "\n".join(self.vocabulary) + ("" if options == ([], None, True) else json.dumps(options))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -218,135 +209,84 @@ T = TypeVar("T", bound=Tokenizer)
 
 
 def _read_directory(cls: type[T], directory: pathlib.Path) -> T:
-    """Read the tokenizer of a Hugging Face directory from all of its tokenizer files."""
-    settings = _read_if_there(directory / "tokenizer_config.json")
-    if settings.get("do_lower_case", True) is not True:
-        raise ValueError(
-            f"{directory / 'tokenizer_config.json'} has do_lower_case=false; only uncased BERT tokenizers are supported"
-        )
-    if settings.get("do_basic_tokenize", True) is not True:
-        raise ValueError(f"{directory / 'tokenizer_config.json'} has do_basic_tokenize=false, which is unsupported")
+    """Read tokenizer.json or, in a directory without it, vocab.txt and the tokens that were added to it."""
+    config = directory / "tokenizer_config.json"
+    settings = _read_if_there(config)
+    for key in ("do_lower_case", "do_basic_tokenize"):
+        if settings.get(key, True) is not True:
+            raise ValueError(f"{config}: {key} is {settings[key]!r}; only uncased BERT tokenizers are supported")
+    if (path := directory / "tokenizer.json").is_file():
+        return _read_tokenizer_json(cls, path)
+    if not (path := directory / "vocab.txt").is_file():
+        raise ValueError(f"{directory} has neither vocab.txt nor tokenizer.json; copy the base's tokenizer there")
+    tokens, words = _read_vocabulary(path), []
+    source, later = config, settings.get("added_tokens_decoder")
+    if not later:  # written before transformers 4.34
+        source = directory / "added_tokens.json"
+        later = {str(i): {"content": token} for token, i in _read_if_there(source).items()}
+    with files.reading(source, "does not contain valid added tokens"):
+        while one := later.get(str(len(tokens))):
+            word = tokenizers.AddedToken(**one)
+            tokens.append(word.content)
+            if not word.special and word.content not in cls.special:
+                words.append(word)
+        by_id = {str(i): token for i, token in enumerate(tokens)}
+        wrong = {i: one["content"] for i, one in later.items() if not one["content"] or by_id.get(i) != one["content"]}
+    if wrong:
+        raise ValueError(f"{source} has tokens whose ids do not continue those of vocab.txt: {wrong!s:.200}")
     options = {"strip_accents": settings.get("strip_accents"),
                "split_chinese": settings.get("tokenize_chinese_chars", True)}  # fmt: skip
-    source, added, trained = directory / "tokenizer.json", {}, None
-    if source.is_file():
-        with files.reading(source, "is not a valid tokenizer.json"):
-            trained, added, said = _read_tokenizer_json(source, cls.special)
-        for name, value in said.items():  # transformers writes both files from one tokenizer
-            if name in options and options[name] != value and _key(name) in settings:
-                raise ValueError(
-                    f"{source} and tokenizer_config.json contradict each other: {_key(name)} is {value!r} and "
-                    f"{options[name]!r}; delete the wrong one"
-                )
-        options |= said
-    if (directory / "vocab.txt").is_file():
-        listed = _read_vocabulary(directory / "vocab.txt")
-        for token, i in (trained or {}).items():
-            if listed.get(token, i) != i or (i < len(listed) and token not in listed):
-                raise ValueError(
-                    f"{source} and vocab.txt contradict each other: token {i} is {token!r} in the first but not in the "
-                    f"second; delete the wrong file"
-                )
-        trained = listed | (trained or {})
-        source = directory / "vocab.txt"
-    if trained is None:
-        raise ValueError(f"{directory} has neither vocab.txt nor tokenizer.json; copy the base's tokenizer there")
-    later = [(directory / "tokenizer_config.json", settings.get("added_tokens_decoder") or {})]
-    simple = _read_if_there(directory / "added_tokens.json")
-    later.append((directory / "added_tokens.json", {i: {"content": token} for token, i in simple.items()}))
-    for path, tokens in later:
-        with files.reading(path, "does not contain valid added tokens"):
-            for i, spec in tokens.items():
-                if not str(i).isdecimal():
-                    raise ValueError(f"{path}: an added token has the id {i!r}; expected an integer")
-                _add(int(i), {"content": spec} if isinstance(spec, str) else spec, trained, added, path, cls.special)
-    with files.reading(source, "is not a BERT vocabulary"):
-        return _made(cls, trained, added, options, source)
-
-
-def _key(option: str) -> str:
-    return {"split_chinese": "tokenize_chinese_chars"}.get(option, option)
+    return _made(cls, tokens, words, options, path)
 
 
 def _read_if_there(path: pathlib.Path) -> dict:
     return files.read_json(path) if path.is_file() else {}
 
 
-def _read_vocabulary(path: pathlib.Path) -> dict[str, int]:
+def _read_vocabulary(path: pathlib.Path) -> list[str]:
     if path.stat().st_size > files.MOST_JSON:
         raise ValueError(f"{path} has more than {files.MOST_JSON:,} bytes, the limit for a vocabulary")
     with open(path, encoding="utf-8") as lines, files.reading(path):
-        tokens = [line.rstrip("\n") for line in lines]
-    ids = {token: i for i, token in enumerate(tokens)}
-    if len(ids) < len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
-        raise ValueError(f"{path}: token {twice!r} occurs twice in the vocabulary; every token must have one id")
-    return ids
+        return [line.rstrip("\n") for line in lines]
 
 
-def _read_tokenizer_json(
-    path: pathlib.Path, special: tuple[str, ...]
-) -> tuple[dict[str, int], dict[str, AddedWord], dict]:
-    """(trained tokens, added words, options); raises ValueError for any feature that BERT's tokenizer does not have."""
+def _read_tokenizer_json(cls: type[T], path: pathlib.Path) -> T:
+    """Raises ValueError for anything that BERT's tokenizer does not have."""
     spec = files.read_json(path)
-    model, normalizer = spec["model"], spec.get("normalizer") or {}
-    if model.get("type", "WordPiece") != "WordPiece":
-        raise ValueError(f"{path} contains a {model['type']} model; only WordPiece is supported")
-    expected = {"unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
-    for key, value in expected.items():
-        if model.get(key, value) != value:
-            raise ValueError(f"{path}: model.{key} is {model[key]!r}; only {value!r} is supported")
-    kinds = {"normalizer": "BertNormalizer", "pre_tokenizer": "BertPreTokenizer"}
+    with library_errors(f"{path} is not a valid tokenizer.json"):
+        library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    model, normalizer = library.model, library.normalizer
+    kinds = {"model": models.WordPiece, "normalizer": normalizers.BertNormalizer,
+             "pre_tokenizer": pre_tokenizers.BertPreTokenizer}  # fmt: skip
     for key, kind in kinds.items():
-        if (found := (spec.get(key) or {}).get("type", kind)) != kind:
-            raise ValueError(f"{path}: {key} is {found!r}; only {kind} is supported")
-    for key in ("lowercase", "clean_text"):
-        if normalizer.get(key, True) is not True:
-            raise ValueError(f"{path}: normalizer.{key} is {normalizer[key]!r}; only uncased BERT is supported")
-    options = {"strip_accents": normalizer.get("strip_accents"),
-               "split_chinese": normalizer.get("handle_chinese_chars", True)}  # fmt: skip
-    trained, added = dict(model["vocab"]), {}
-    if not all(isinstance(token, str) and type(i) is int for token, i in trained.items()):
-        raise ValueError(f"{path}: the vocabulary must map strings to integers")
-    for one in spec.get("added_tokens") or ():
-        _add(one["id"], one, trained, added, path, special)
-    return trained, added, options if normalizer else {}
+        if not isinstance(found := getattr(library, key), kind):
+            raise ValueError(f"{path}: {key} is {type(found).__name__}; only {kind.__name__} is supported")
+    expected = (
+        (model, "unk_token", "[UNK]"), (model, "continuing_subword_prefix", "##"), (model, "max_input_chars_per_word", 100),
+        (normalizer, "lowercase", True), (normalizer, "clean_text", True),
+    )  # fmt: skip
+    for part, key, value in expected:
+        if (found := getattr(part, key)) != value:
+            raise ValueError(f"{path}: {key} is {found!r}; only {value!r} is supported, as in uncased BERT")
+    ids, trained = library.get_vocab(), library.get_vocab(with_added_tokens=False)
+    # the library gives an added token the next id, whatever the file says
+    moved = [one for one in spec.get("added_tokens") or () if ids.get(one["content"]) != one["id"]]
+    if moved or sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError(f"the ids in {path} are not 0 to {len(ids) - 1}; every id must belong to exactly one token")
+    later = [one for _, one in sorted(library.get_added_tokens_decoder().items())]
+    words = [one for one in later if not (one.special or one.content in cls.special or one.content in trained)]
+    options = {"strip_accents": normalizer.strip_accents, "split_chinese": normalizer.handle_chinese_chars}
+    return _made(cls, sorted(ids, key=ids.get), words, options, path)
 
 
-def _add(
-    i: int,
-    spec: dict,
-    trained: dict[str, int],
-    added: dict[str, AddedWord],
-    path: pathlib.Path,
-    special: tuple[str, ...],
-) -> None:
-    """Add a token to `trained` and, unless it is a special token, to `added`."""
-    content = spec["content"]
-    if not isinstance(content, str) or not content or type(i) is not int:
-        raise ValueError(f"{path}: the added token with id {i!r} is {content!r}; expected a non-empty string")
-    if trained.get(content, i) != i or (content not in trained and i in trained.values()):
-        raise ValueError(
-            f"{path}: {content!r} has the id {i}, which contradicts the other files of this tokenizer "
-            f"({trained.get(content, 'the id of another token')}); delete the wrong one"
-        )
-    new = content not in trained
-    trained[content] = i
-    if spec.get("special") or content in special or content in added or not new:
-        return
-    flags = {key: spec[key] for key in ("normalized", "single_word", "lstrip", "rstrip") if key in spec}
-    if not all(isinstance(value, bool) for value in flags.values()):
-        raise ValueError(f"{path}: the added token {content!r} has {flags}; expected true or false")
-    added[content] = AddedWord(content, **flags)
-
-
-def _made(cls: type[T], trained: dict[str, int], added: dict[str, AddedWord], options: dict, path: pathlib.Path) -> T:
-    tokens = sorted(trained, key=trained.get)
-    if [trained[token] for token in tokens] != list(range(len(tokens))):
-        raise ValueError(f"the ids in {path} are not 0 to {len(tokens) - 1}; every id must belong to exactly one token")
-    tokens += [token for token in cls.special if token not in trained and token not in SPECIAL]
-    later = tuple(added[token] for token in tokens if token in added)
-    return cls(tuple(tokens), later, **options)
+def _made(
+    cls: type[T], tokens: list[str], words: Sequence[tokenizers.AddedToken], options: dict, path: pathlib.Path
+) -> T:
+    tokens = [*tokens, *(token for token in cls.special if token not in tokens and token not in SPECIAL)]
+    try:
+        return cls(tuple(tokens), tuple(words), **options)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------- normal form

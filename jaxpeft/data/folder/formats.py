@@ -32,7 +32,7 @@ where all images are in train/, val/ and test/, these are the splits"""
 FIXES = {
     "unreadable file": "repair or convert the annotation file",
     "unknown key": "correct the spelling or remove it (on_error='skip' ignores the key and keeps its row)",
-    "two names": "use one name throughout the file: image or file_name, caption or text",
+    "two names": "keep one of the two: image or file_name, caption or text",
     "two annotations": "give the file to read as annotations=FILE, or move the others out of root",
     "missing key": "add it",
     "bad value": "it must be a string (or, for ids and answers, a number)",
@@ -318,14 +318,12 @@ def vqa(questions_name, questions, answers_name, annotations, problems):
 
 def rows(name, data, problems):
     """Read a JSON list of objects, as `coco` does."""
-    names = {}
     for i, row in enumerate(data):
-        yield from _row(row, f"{name} row {i}", problems, names)
+        yield from _row(row, f"{name} row {i}", problems)
 
 
 def jsonl(name, text, problems):
     """Read JSONL: an object per line, as `coco` does."""
-    names = {}
     for i, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may be inside a JSON string
         if line.strip():
             try:
@@ -334,14 +332,14 @@ def jsonl(name, text, problems):
                 column, reason = getattr(error, "colno", 1), getattr(error, "msg", error)
                 problems.note("bad row", f"{name} line {i} column {column}: invalid JSON, {reason}")
             else:
-                yield from _row(row, f"{name} line {i}", problems, names)
+                yield from _row(row, f"{name} line {i}", problems)
 
 
 def table(name, text, problems):
     """Rows of a CSV file: a cell `answer` is one answer, a cell `answers` is a list separated by '|'."""
     delimiter = _delimiter(next(line for line in text.split("\n") if line.strip()))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header, line, names = None, 1, {}
+    header, line = None, 1
     try:
         for cells in reader:
             where, line = f"{name} line {line}", reader.line_num + 1  # a quoted cell may hold line breaks
@@ -349,7 +347,7 @@ def table(name, text, problems):
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
-                if not _header(header, names, where, problems):
+                if not _header(header, where, problems):
                     return
             elif len(cells) != len(header):
                 message = f"{where}: {len(cells)} cells for {len(header)} columns; quote cells containing {delimiter!r}"
@@ -359,13 +357,13 @@ def table(name, text, problems):
                 row = {key: cell for key, cell in pairs if cell.strip() and _is_known(_meaning(key))}
                 if "answers" in row:
                     row["answers"] = row["answers"].split("|")
-                yield from _row(row, where, problems, names, columns=names)
+                yield from _row(row, where, problems, columns=header)
     except csv.Error as error:
         problems.note("unreadable file", f"{name} line {reader.line_num}: invalid CSV, {error}", fatal=True)
 
 
-def _header(header, names, where, problems):
-    """Whether rows can be read with this header; fills `names`, see _renamed.
+def _header(header, where, problems):
+    """Whether rows can be read with this header.
 
     Columns without a name, such as pandas' index and empty columns of spreadsheets, are ignored.
     """
@@ -373,11 +371,9 @@ def _header(header, names, where, problems):
     if len(set(named)) < len(named):
         problems.note("unreadable file", f"{where}: the header {header} has a column twice", fatal=True)
         return False
+    if _renamed(dict.fromkeys(named), where, problems) is None:
+        return False
     for column in named:
-        before = names.setdefault(_meaning(column), column)
-        if before != column:
-            problems.note("two names", f"{where}: the columns {before!r} and {column!r} mean the same", fatal=True)
-            return False
         if not _is_known(_meaning(column)):
             _unknown_key(f"column {column!r}", where, problems, _SHOWN_KEYS)
     return True
@@ -406,26 +402,25 @@ def _numbered(keys):
     return sorted(filter(_NUMBERED.fullmatch, keys), key=lambda key: int(key.removeprefix("caption_")))
 
 
-def _renamed(row, names, where, problems):
-    """The row with its keys replaced by what they stand for; None after a note where two names have one meaning.
-
-    `names` is {meaning: the name that the file uses}, and grows with each row.
-    """
+def _renamed(row, where, problems):
+    """The row with its keys replaced by what they stand for; None after a note where two keys stand for the same."""
+    names = {}
     for key in row:
-        before = names.setdefault(_meaning(key), key)
-        if before != key:
-            return problems.note("two names", f"{where}: {key!r} means the same as {before!r} used here or before")
+        if (before := names.setdefault(_meaning(key), key)) != key:
+            return problems.note("two names", f"{where}: {before!r} and {key!r} mean the same")
     return {_meaning(key): value for key, value in row.items()}
 
 
-def _row(row, where, problems, names, columns=()):
+def _row(row, where, problems, columns=()):
     """The record of a row of BLIP's lists, JSONL or CSV (an empty cell is an absent key): captions, a question, or both."""
-    if isinstance(row, dict) and (row := _renamed(row, names, where, problems)) is None:
+    beside = isinstance(row, dict) and "file_name" in row
+    if isinstance(row, dict) and (row := _renamed(row, where, problems)) is None:
         return
     numbered = _numbered(row) if isinstance(row, dict) else []
     if not _entry(row, where, problems, {"image"}, _SHOWN_KEYS | set(numbered)):
         return
     if "caption" not in row and "question" not in row and not numbered:
+        columns = set(map(_meaning, columns))
         captions = "caption" in columns or _numbered(columns)
         kind = "empty caption" if captions else "empty question" if "question" in columns else "missing key"
         problems.note(kind, f"{where}: neither a caption nor a question")
@@ -433,13 +428,13 @@ def _row(row, where, problems, names, columns=()):
     image, image_id = _text(row["image"], where, problems, numbers=False), _text(row.get("image_id"), where, problems)
     if not image:
         return image is None or problems.note("bad value", f"{where}: 'image' is empty")
-    record = _record(where, image, image_id, _split(row.get("split")), beside=names.get("image") == "file_name")
+    record = _record(where, image, image_id, _split(row.get("split")), beside=beside)
     if "caption" in row:
         record["captions"] = _captions(_listed(row["caption"]), where, problems)
     if given := [one for key in numbered for one in _listed(row[key]) if not _is_empty(one)]:
         record["captions"] += _captions(given, where, problems)
     elif "caption" not in row and "question" not in row:
-        problems.note("empty caption", f"{where}: no text in {', '.join(names[key] for key in numbered)}")
+        problems.note("empty caption", f"{where}: no text in {', '.join(numbered)}")
     if "question" in row:
         answers = _listed(row.get("answers", [])) + _listed(row.get("answer", []))
         question_id = _text(row.get("question_id"), where, problems)
