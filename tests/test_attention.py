@@ -34,11 +34,9 @@ def case(name):
     batch = tiny.batch(3, n_texts=2)
     if name == "mplug":
         return test_mplug.SHORT.replaced, test_mplug.short_params(), batch
-    asks = name == "blip_vqa"
-    return functools.partial(tiny.model, asks), tiny.params(asks), batch
+    return functools.partial(tiny.model, False), tiny.params(False), batch
 
 
-NAMES = ("blip_vqa", "mplug", *tiny_vlm.KINDS)  # the tower of a captioner is that of blip_vqa
 
 
 def logits_and_gradients(model, variables, batch, collection="params"):
@@ -61,8 +59,9 @@ def check_same(found, expected, tolerance=1e-6):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["mplug", "paligemma"])
 def test_the_kernel_changes_nothing(name, monkeypatch):
+    """Every leaf, of an encoder-decoder and of a decoder-only model; the next test has the other two."""
     make, params, batch = case(name)
     fused, calls = attention.fused, []
     monkeypatch.setattr(attention, "fused", lambda *a, **k: calls.append(a[1].shape) or fused(*a, **k))
@@ -71,7 +70,7 @@ def test_the_kernel_changes_nothing(name, monkeypatch):
     found = logits_and_gradients(make(attention="xla"), {"params": params}, batch)
     towers = {shape[2] % 8 for shape in calls if shape[2] >= 8}
     assert len(calls) >= 2 and 0 in towers  # tower and text; tokens of images in multiples of 8
-    check_same(found, expected, 2e-6 if name == "smolvlm" else 1e-6)  # of which one gradient is worse conditioned
+    check_same(found, expected)
 
 
 METHODS = {
