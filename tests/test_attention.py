@@ -37,8 +37,6 @@ def case(name):
     return functools.partial(tiny.model, False), tiny.params(False), batch
 
 
-
-
 def logits_and_gradients(model, variables, batch, collection="params"):
     """With respect to the leaves of a collection."""
 
