@@ -15,7 +15,7 @@ from test_search import config_of
 from configs.studies import crossed
 from jaxpeft.apps import report as command
 from jaxpeft.runtime import files
-from jaxpeft.study import claims, execute, grid
+from jaxpeft.study import cases, claims, execute, grid
 from jaxpeft.study.claims import Result, Scale
 from jaxpeft.study.grid import Cell
 
@@ -115,7 +115,7 @@ def test_the_report_is_made_again_from_the_published_files_alone(fake, tmp_path,
     c.settings.vqa_stated.consistent = False
     execute.run(c, tmp_path / "study", log=quiet)
     (tmp_path / "copy").mkdir()
-    for name in ("study.json", "results.jsonl", "search.jsonl"):
+    for name in ("study.json", "results.jsonl", "search.jsonl", "cases.npz"):
         shutil.copy(tmp_path / "study" / name, tmp_path / "copy")
     made = []
     for directory in (tmp_path / "study", tmp_path / "copy"):
@@ -131,3 +131,28 @@ def test_the_report_is_made_again_from_the_published_files_alone(fake, tmp_path,
     assert "25 runs" in capsys.readouterr().out  # 10 of them of the search
     rows = files.read_jsonl(tmp_path / "copy" / "results.jsonl")
     assert all(row["validation"]["curve"][0] == [0, 2.0] for row in rows)
+
+
+def test_the_scores_of_every_case_are_published(tmp_path):
+    rng = np.random.default_rng(0)
+    runs, nats = ["one", "two"], rng.random((2, 4))
+    for name, values in zip(runs, nats, strict=True):
+        (tmp_path / "points" / name).mkdir(parents=True)
+        case = [
+            {"question_id": f"q{i}", "tuned_accuracy": i % 2, "tuned_nats": x, "tokens": 2 + i}
+            for i, x in enumerate(values)
+        ]
+        lines = [{"split": split, **one} for split in ("val", "test") for one in case]
+        files.write_jsonl(tmp_path / "points" / name / "predictions.jsonl", lines)
+    row = {"setting": "s", "status": "done", "task": "vqa", "main_metric": "accuracy"}
+    cases.write(tmp_path, [row | {"id": name} for name in runs], {"test"})
+    found = np.load(tmp_path / "cases.npz", allow_pickle=False)
+    assert {name.split("/")[1] for name in found} == {"runs", "test"} and found["s/runs"].tolist() == runs
+    assert found["s/test/cases"].tolist() == ["q0", "q1", "q2", "q3"] and found["s/test/tokens"].tolist() == [
+        2,
+        3,
+        4,
+        5,
+    ]
+    assert found["s/test/accuracy"].tolist() == [[0, 1, 0, 1]] * 2 and found["s/test/nats"].dtype == np.float16
+    np.testing.assert_allclose(found["s/test/nats"], nats, atol=1e-3)

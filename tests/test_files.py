@@ -57,7 +57,7 @@ import sys
 from pathlib import Path
 from configs.studies import tiny
 from jaxpeft.runtime import files
-from jaxpeft.study import execute, grid
+from jaxpeft.study import cases, execute, grid
 
 def run(config, workdir, **_):
     print("a warning about \u043a\u043e\u0442")
@@ -66,7 +66,7 @@ def run(config, workdir, **_):
 directory, said = Path(sys.argv[1]), []
 row = {"split": "test", "tuned": "\u043a\u043e\u0442"}
 files.write_jsonl(directory / "predictions.jsonl", [row])
-assert files.read_jsonl(directory / "predictions.jsonl") == [row]
+assert files.read_jsonl(directory / "predictions.jsonl") == cases._predictions(directory, {"test"})["test"] == [row]
 execute.training_run.run = run
 execute.execute(grid.runs(tiny.get_config(), {})[0], directory, said.append)
 assert "as expected" in said[0], said

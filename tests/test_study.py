@@ -1,6 +1,7 @@
 """The grid, who works on what, and what is run again; points are trained in test_train.py and replaced here."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from jaxpeft.data import base, pipeline, scenes
 from jaxpeft.models import loading
 from jaxpeft.runtime import files, locks, registry
 from jaxpeft.runtime.locks import Lease
-from jaxpeft.study import claims, cost, execute, grid, progress, report, reruns
+from jaxpeft.study import cases, claims, cost, execute, grid, progress, report, reruns
 from jaxpeft.study import config as studies
 from jaxpeft.study.grid import Cell
 from jaxpeft.study.report import figures, page
@@ -348,6 +349,22 @@ def test_images_for_the_report_are_small_and_those_of_the_data(config, tmp_path,
         execute.keep_images(config, tmp_path, n=1)
         shown.append({path.name: path.read_bytes() for path in (tmp_path / "pictures" / "vqa_stated").glob("*.png")})
     assert shown[0].keys() == shown[1].keys() and shown[0] != shown[1]
+
+
+def test_scores_of_cases_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Another launcher of the study may be reading the file, or writing it too."""
+    cases.write(tmp_path, [], {"test"})
+    before = (tmp_path / "cases.npz").read_bytes()
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cases.np, "savez_compressed", full)
+    with pytest.raises(OSError, match="No space"):
+        cases.write(tmp_path, [], {"test"})
+    assert [path.name for path in tmp_path.iterdir()] == ["cases.npz"]
+    assert (tmp_path / "cases.npz").read_bytes() == before
 
 
 def test_of_two_launchers_that_ask_at_once_one_is_heard(config, fake, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from jaxpeft import data
 from jaxpeft.runtime import files, host, locks, signals
-from jaxpeft.study import grid, processes, progress, reruns, state
+from jaxpeft.study import cases, grid, processes, progress, reruns, state
 from jaxpeft.study.grid import Run
 from jaxpeft.study.state import State
 from jaxpeft.training import checkpoint, setup
@@ -66,6 +66,7 @@ def run(
             processes.run_workers(command, min(workers, len(found.todo)), directory, log)
     found = state.read(config, directory)
     rows = state.collect(directory, found)
+    cases.write(directory, rows, {"test", "test_comp"})
     keep_images(config, directory, has_work)
     log(state.plan(config, found))
     return rows

@@ -7,6 +7,7 @@ DIR/failures/ID.jsonl   a line per failed try; after TRIES the run is given up a
 DIR/features/           outputs of frozen stages (image tokens, question states) that the runs share
 DIR/stale/              earlier files of runs that were executed again because of a changed config or --rerun, or changed data
 DIR/results.jsonl       a line per run, which the report reads
+DIR/cases.npz           the scores of every test case in every run (cases.py)
 DIR/search.jsonl        a line per run of the search, where this has fewer steps than the other runs (`search_steps`)
 """
 

@@ -14,9 +14,8 @@ from jaxpeft.study.report.rows import Study, chosen_by_cell, other_splits
 
 def parts(study: Study) -> dict[str, str]:
     """All of it, by the names that report.html has."""
-    capped = [
-        row for row in study.rows if row["chosen"] and row["stopped"] == "cap"
-    ]  # they may not have finished learning
+    # they may not have finished learning
+    capped = [row for row in study.rows if row["chosen"] and row["stopped"] == "cap"]
     failed = [row for row in study.runs if row["status"] == "failed"]
     first = next((row for row in study.rows if row["status"] == "done"), {})
     gains = [list(one.values()) for one in answers.budget(study)]
