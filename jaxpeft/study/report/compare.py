@@ -114,9 +114,8 @@ def _method_table(study: Study, cells: tuple[Cells, Cells], common: list[tuple])
         groups.setdefault(cell[:2], []).append(cell)
     found, rows = {group: over_cells(some, *cells) for group, some in groups.items()}, []
     for (setting, variant), one in found.items():
-        ends = markup.limits(
-            [other for group, other in found.items() if group[0] == setting]
-        )  # metrics differ in scale
+        # metrics differ in scale
+        ends = markup.limits([other for group, other in found.items() if group[0] == setting])
         drawn, word = (None, None) if one is None else (markup.interval(one, ends), _word(one))
         rows.append([setting, variant, len(groups[setting, variant]), study.metric(setting), drawn, word])
     return table(("setting", "variant", "cells", "metric", "B less A", "by interval"), rows)
