@@ -461,7 +461,11 @@ def test_eight_devices_equal_one(kind):
         found.append((float(value[0]), tree.flatten(jax.tree.map(np.asarray, value[1]))))
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
     for name, x in found[0][1].items():
-        np.testing.assert_allclose(x, found[1][1][name], atol=2e-5 * max(1e-3, np.abs(x).max()), err_msg=name)
+        if name.startswith("vision") and "/key/" in name and name.endswith("ssf/t"):
+            # what is added to all keys changes no weight, so this gradient is rounding
+            assert max(np.abs(x).max(), np.abs(found[1][1][name]).max()) < 1e-6
+        else:
+            np.testing.assert_allclose(x, found[1][1][name], atol=2e-5 * max(1e-3, np.abs(x).max()), err_msg=name)
 
 
 @every_kind
