@@ -201,7 +201,7 @@ def incomplete(result: dict | None) -> bool:
 
 
 def ratios(found: dict) -> list[dict]:
-    """A row for each time of ours, with the peer's fastest beside it."""
+    """A row for each of our times, with the peer's fastest."""
     peak, rows = found.get("ceilings", {}).get("bf16_tflops"), []
     for label, result in found.items():
         if not label.startswith("ours "):

@@ -70,7 +70,7 @@ print("PyTorch, transformers and peft are here:", TORCH)
 # %% [markdown]
 # ## A tuned model
 #
-# A short run: LoRA of rank 16 on the text decoder of the tiny BLIP, and one layer of the decoder's head beside it,
+# A short run: LoRA of rank 16 on the text decoder of the tiny BLIP, and one layer of the decoder's head with it,
 # with 2,048 training images of synthetic shapes. The captions say how many shapes there are and where, which the base
 # does not. The test images are held out: training does not use them, and all comparisons below are made on them.
 
@@ -92,7 +92,7 @@ result = jp.run(config, workdir)
 # - A **merged model**. The update $s A B$ of LoRA is added to the matrix $W$ that it stands beside, once and for
 #   all. The result has the shape of the base, so any program that runs BLIP runs it. It is as large as the base.
 # - An **adapter**. Only $A$ and $B$ and the head are written, under the names that PEFT uses. It is smaller, and
-#   needs the base beside it.
+#   needs the base.
 #
 # In a terminal: `jaxpeft export --workdir runs/export --out merged`, and the same with `--format peft`. The base
 # here is not on the Hugging Face hub, so it is written too, as `adapter/base`.

@@ -68,7 +68,7 @@ malloc.keep_freed_memory()  # makes steps faster on a CPU
 # ## Where a method acts
 #
 # The drawing shows LoRA at a linear layer. FourierFT acts at the same place, with the same frozen $W$; only the
-# path beside it is another one. (The drawing is shown where the notebook runs from a clone.)
+# path next to it is another one. (The drawing is shown where the notebook runs from a clone.)
 
 # %%
 if os.path.exists(f"{FIGURES}/lora.svg"):

@@ -102,7 +102,7 @@ for ax, image, row in zip(axes, train.images, train.rows):
 #
 # ## The method: LoRA
 #
-# A linear layer computes $y = x W + b$. LoRA leaves the matrix $W$ frozen and adds a second path beside it, through
+# A linear layer computes $y = x W + b$. LoRA leaves the matrix $W$ frozen and adds a second path next to it, through
 # two thin matrices: $y = x W + b + s\, x A B$. Only $A$ and $B$ are trained. $B$ starts at zero, so before the
 # first step the model is exactly the base. The upper part of the drawing shows this; the lower part shows relatives
 # of LoRA. (The drawing is shown where the notebook runs from a clone.)

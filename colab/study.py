@@ -66,7 +66,7 @@ _ = host.keep_compiled_programs()  # runs of one shape compile once
 #
 # - A *setting* is a task with its data. Here there is one: `vqa_stated`, questions about colour, shape and
 #   position.
-# - A *variant* is a method. `lora_head` is LoRA with one layer of the decoder's head trained beside it, at rank 2
+# - A *variant* is a method. `lora_head` is LoRA with one layer of the decoder's head trained with it, at rank 2
 #   and 8. `head` is that layer alone: the control.
 # - A *cell* is a setting, a variant, a size and a number of training images, 64 or 256.
 # - Every cell gets the same number of learning rates, three. The one with the best score on the validation images

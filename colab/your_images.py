@@ -123,7 +123,7 @@ if os.path.exists(f"{FIGURES}/data_path.svg"):
 # %% [markdown]
 # In a terminal, the next cell is `jaxpeft run --config=folder:root=stickers,annotations=captions.csv
 # --workdir=runs/stickers`. Anything that is wrong with the data is listed in one error before training starts.
-# Words that the base does not know are added to its vocabulary, and their rows are trained beside LoRA.
+# Words that the base does not know are added to its vocabulary, and their rows are trained with LoRA.
 
 # %%
 config = read_config(f"folder:root={IMAGES},annotations=captions.csv,base={BASE}" + (",steps=4" if TINY else ""))

@@ -4,7 +4,7 @@
     python main.py --config=configs/mplug_caption_coco.py:base=path/to/mplug_base.pth --workdir=runs/coco  # full
     python main.py --config=configs/mplug_caption_coco.py:base=path/to/mplug_base.pth,method=lora,size=16 --workdir=runs/lora
 
-`base`: the release's file with bert-base-uncased's vocab.txt beside it, or a directory (docs/guides/mplug.md).
+`base`: the release's file with bert-base-uncased's vocab.txt next to it, or a directory (docs/guides/mplug.md).
 
 As released (base model, cross-entropy stage): 384 pixels, batches of 1024, 5 epochs, AdamW with weight decay 0.02 except on
 biases and BERT's LayerNorms, learning rates 1e-5 (text) and 5e-6 (ViT), both from 1e-5 over the first 400 iterations, then a

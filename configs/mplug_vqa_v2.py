@@ -4,7 +4,7 @@
     python main.py --config=configs/mplug_vqa_v2.py:base=path/to/mplug_base.pth --workdir=runs/vqa  # scored here
     python main.py --config=configs/mplug_vqa_v2.py:base=path/to/mplug_base.pth,protocol=official --workdir=runs/vqa_server
 
-`base`: the release's file with bert-base-uncased's vocab.txt beside it, or a directory (docs/guides/mplug.md). `protocol`: see
+`base`: the release's file with bert-base-uncased's vocab.txt next to it, or a directory (docs/guides/mplug.md). `protocol`: see
 configs/blip_vqa_v2.py.
 
 As released (base model): 384 pixels, batches of 1024, 8 epochs, AdamW with weight decay 0.02 except on biases and BERT's

@@ -10,7 +10,7 @@ from jaxpeft.training import results
 
 
 class Runs(list):
-    """The ids of the runs that were begun, in order. `fails(config)`: whether a run fails; `stop_at`: Ctrl-C after so many."""
+    """The ids of the runs that were begun, in order. `fails(config)`: whether one fails; `stop_at`: Ctrl-C after this many."""
 
     best, stop_at, fails = 0.003, None, staticmethod(lambda config: False)
 

@@ -47,7 +47,7 @@ def verdict(claim, found, *scales, word=""):
 
 
 def by_data(points):
-    """A change of the score by so many points from the least to the most data."""
+    """A change of the score by this many points from the least to the most data."""
     return lambda method, size, n: 0.5 + points / 100 * np.log2(n / 64) / 8
 
 

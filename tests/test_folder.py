@@ -379,10 +379,10 @@ def test_text_files_beside_pictures(tmp_path):
                               "a/cat.jpg": ["below\u2028one line"], "a/cat.webp": ["below\u2028one line"]}  # fmt: skip
     assert all(row["split"] == "" and row["image_id"] == row["file"] for row in rows)
     assert problems.counts == {"image without text": 1, "empty caption": 2} and not problems.fatal
-    for said in ("plain.gif: no plain.txt beside it", "empty.txt: the file is empty", "none.txt line 1: 'nan'"):
+    for said in ("plain.gif: no plain.txt next to it", "empty.txt: the file is empty", "none.txt line 1: 'nan'"):
         assert said in str(problems)
     assert problems.remarks() == [
-        "text without an image (2); no image of this name is beside it, so it was ignored: LICENSE.txt; README.txt"
+        "text without an image (2); no image in the same directory has this name, so it was ignored: LICENSE.txt; README.txt"
     ]
 
 
@@ -519,7 +519,7 @@ def test_a_copy_is_made_from_what_is_found(tmp_path):
     (root / "3.txt").write_text("another text")
     assert folder.load(settings, ["train"])["train"].source != before
     (root / "3.txt").unlink()
-    with pytest.raises(ValueError, match="image without text \\(1\\)(.|\n)*3.png: no 3.txt beside it"):
+    with pytest.raises(ValueError, match="image without text \\(1\\)(.|\n)*3.png: no 3.txt next to it"):
         folder.load(settings, ["train"])
 
 

@@ -362,7 +362,7 @@ def test_a_sublayer_and_a_norm_get_their_method_once():
 
 
 def test_merging_names_what_it_cannot_find():
-    """A module under nn.jit answers from Flax's cache the second time, without its sites: they were dropped without a word."""
+    """A module under nn.jit answers from Flax's cache the second time, without its sites: they were dropped silently."""
     jitted = nn.jit(Mlp)
 
     class Jitted(nn.Module):

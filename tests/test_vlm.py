@@ -565,9 +565,13 @@ def test_a_config_is_checked():
         ({"head_size": 5}, "head_size is 5; rotary positions need an even number"),
         ({"shuffle": 3}, "4 patches in a row are not divisible by shuffle 3"),
         ({"vision_heads": 5}, "vision_width 12 is not divisible by vision_heads 5"),
+        ({"vision_eps": 10**31}, "vision_eps is 10+; it must be at least 0 and below 1e30"),
+        ({"vision_eps": float("nan")}, "vision_eps is nan; it must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(config, **change)
+    eps = dataclasses.replace(config, vision_eps=2**31).vision_eps  # as in a damaged file; JAX takes no such integer
+    assert type(eps) is float and eps == 2**31
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ exact_jit = functools.partial(jax.jit, compiler_options=NEWER)
 
 @contextlib.contextmanager
 def optimized():
-    """For runs of so many steps that without optimization they take longer in all."""
+    """For runs long enough that they take longer without optimization."""
     jax.config.update("jax_disable_most_optimizations", False)
     try:
         yield

@@ -50,7 +50,7 @@ def size_of(method: Mapping[str, Any]) -> int:
 
 
 def build(name: str, head: str = "none", **fields: Any) -> tuple[Method, ...]:
-    """The methods of a run: `name` with its fields and, unless head='none', the head that is trained beside it."""
+    """The methods of a run: `name` with its fields and, unless head='none', the head that is trained with it."""
     cls = METHODS.find(name)
     unknown = set(fields) - set(defaults(name))
     if unknown:

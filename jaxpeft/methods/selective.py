@@ -5,7 +5,7 @@ and biases only. `targets` restricts either to a tower or stack.
 
 BLIP's head is a dense layer, GELU and LayerNorm ("transform"), then the vocabulary matrix, tied to the word embedding,
 and a free bias. `Head(matrix='transform')` trains transform and bias and keeps the matrix frozen; 'untied' also gives the
-head its own vocabulary matrix, initialised as a copy. It has V * D parameters, usually far more than the method beside it,
+head its own vocabulary matrix, initialised as a copy. It has V * D parameters, usually far more than the method itself,
 and is counted as stored and trained.
 """
 

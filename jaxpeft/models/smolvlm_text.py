@@ -9,7 +9,7 @@ special tokens in a user's question stay text here.
 
 <|im_start|> stands for the tokenizer's first token. Idefics3's files begin with <|begin_of_text|> instead: with a template that
 differs in nothing else, ids equal those of `Idefics3Processor`. transformers has no template of Idefics3, and no checkpoint of
-it was at hand.
+it was available.
 """
 
 from collections.abc import Callable

@@ -62,8 +62,10 @@ class StackConfig:
             raise ValueError(f"{name} is {value:.3g}; it must be between {least} and {most:,}")
         if name == "dropout" and not 0 <= value < 1:
             raise ValueError(f"dropout is {value}; it must be in [0, 1)")
-        if kind is float and not value >= 0:  # nor NaN
-            raise ValueError(f"{name} is {value}; it must be at least 0")
+        if kind is float:
+            if not 0 <= value < 1e30:  # nor NaN
+                raise ValueError(f"{name} is {value!s:.80}; it must be at least 0 and below 1e30")
+            object.__setattr__(self, name, float(value))  # JAX refuses an integer of over 31 bits
 
     def _check_heads(self, tower: str) -> None:
         width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")

@@ -94,7 +94,7 @@ def beside(directory: Path, name: Any) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file atomically: the block writes a file beside it, which then takes its place. A reader sees the old content
+    """Write a file atomically: the block writes a file next to it, which then takes its place. A reader sees the old content
     or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # hosts that share a directory repeat process ids
     try:

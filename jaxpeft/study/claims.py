@@ -7,7 +7,7 @@ the base was pre-trained on, which the study's config declares, and where its sc
 0 is the best guess without the image, 100 the ceiling. Effects of an axis are changes over the whole axis, not per doubling.
 
 In nats (`in_nats`): a score is less nats per token, and effects and margins are in nats per token. In a study whose `measure`
-is 'nll' this is the primary measure, and the points of text metrics stand beside it.
+is 'nll' this is the primary measure, and the points of text metrics are shown too.
 
 **Test.** From each claim follows one number per seed, the effect, by an equation that stands at its function. Its 95 %
 t-interval over seeds and a margin that the study's config sets beforehand decide the verdict (`intervals.verdict`): positive;

@@ -9,7 +9,7 @@ trained once more with the chosen rate.
 
 `steps` gives the steps of a run for each of `n_images`. A setting's `base` may contain '{seed}': every seed then has a base of
 its own. `measure` says what the best is: 'main', the main metric on the split `select_on`, or 'nll', nats per token in the
-validation of the run, with the text metrics beside it.
+validation of the run; the text metrics are reported too.
 """
 
 import dataclasses

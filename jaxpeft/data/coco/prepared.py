@@ -66,7 +66,7 @@ class Shard:
 
 
 def write_shard(shard: Shard, path: Path, skip: bool) -> dict:
-    """Write `path` and beside it PATH.json = {'rows', 'bytes', 'ids', 'bad'}, which is returned.
+    """Write `path` and, next to it, PATH.json = {'rows', 'bytes', 'ids', 'bad'}, which is returned.
 
     `bad` lists the images that are missing or cannot be decoded; if there are any, nothing is written unless `skip`.
     """

@@ -207,7 +207,7 @@ def _found(files, problems):
 
 
 def _texts(files):
-    """({text file: the images beside it that have its name}, text files without such an image)."""
+    """({text file: the images in the same directory that have its name}, text files without such an image)."""
     pictures: dict[str, list[str]] = {}
     for name in files.all() + files.unread():
         pictures.setdefault(normal(os.path.splitext(name)[0]), []).append(name)
@@ -218,7 +218,7 @@ def _texts(files):
             beside = pictures.get(normal(stem), [])
             read = [image for image in beside if images.is_read(image)]
             if beside:
-                texts[name] = read or beside  # cat.jpg was made from the cat.heic beside it, which is left out
+                texts[name] = read or beside  # cat.jpg was made from the cat.heic next to it, which is left out
             else:
                 others.append(name)
     return texts, others
@@ -244,7 +244,7 @@ def _say_what_was_not_used(sources, rows, files, problems):
         for image in files.all():
             if image not in described:
                 stem = os.path.splitext(os.path.basename(image))[0]
-                problems.note("image without text", f"{image}: no {stem}.txt beside it")
+                problems.note("image without text", f"{image}: no {stem}.txt next to it")
         for image in files.unread():
             if image not in described and os.path.splitext(image)[0] not in stems:
                 problems.remark("image not used", f"{image}: {images.why_unread(image)}")

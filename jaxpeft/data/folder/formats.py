@@ -55,7 +55,7 @@ FIXES = {
 # what users should know although it is no error
 REMARKS = {
     "16-bit image nearly black": "it uses less than an eighth of its range; scale the values to 0..65535 to make it lighter",
-    "text without an image": "no image of this name is beside it, so it was ignored",
+    "text without an image": "no image in the same directory has this name, so it was ignored",
     "text not read": "a metadata file describes the same image, and was read instead",
     "image not used": "it has no caption or question",
     "column not read": "it holds neither the image nor a text",

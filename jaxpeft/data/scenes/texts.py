@@ -67,7 +67,7 @@ def record(split, index, seed=0):
 
 
 def web_captions(split, index, n=2, seed=0):
-    """n noisy captions of one image, as if found beside it: 'a picture of a large red circle and a blue star'."""
+    """n noisy captions of one image, as if found with it: 'a picture of a large red circle and a blue star'."""
     rng = stream(split, index, seed, "web")
     objects = scene("swap" if chance(rng, SWAPPED) else split, index, seed).objects
     return [_web_caption(rng, objects) for _ in range(n)]

@@ -28,7 +28,7 @@ STYLE = {
 OTHERS = (("#D55E00", "P"), ("#F0E442", "X"), ("#661100", "h"), ("#332288", "<"), ("#44AA99", ">"))
 WIDTH, HEIGHT, LEGEND, DPI = 4.0, 3.2, 0.28, 130  # inches: of a panel, and the height of a line of the legend
 COLUMNS = 3
-LOWEST = -30.0  # points; what lies below is said in words, as answers in a wrong format would shrink everything else
+LOWEST = -30.0  # points; what lies below is written out, as answers in a wrong format would shrink everything else
 
 
 @dataclasses.dataclass

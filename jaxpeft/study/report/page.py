@@ -1,6 +1,6 @@
 """The page of a report: report.html filled with answers, tables, figures and test images, all in one file.
 
-What is said first is computed in answers.py; what is folded at the end is in folded.py; how pieces look is in markup.py.
+What comes first is computed in answers.py; what is folded at the end is in folded.py; how pieces look is in markup.py.
 """
 
 import html
