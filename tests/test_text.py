@@ -199,6 +199,7 @@ def test_added_words_are_read_beside_vocab_txt(tmp_path):
     marked = {"10": {"content": "<mark>", "special": True}, "11": {"content": "gnu", "special": False}}
     later = BlipTokenizer.from_file(directory(tmp_path / "marked", tokenizer_config={"added_tokens_decoder": marked}))
     assert later.vocabulary[10] == "<mark>" and 10 not in later.pieces("<mark> gnu") and later.pieces("gnu") == [11]
+    assert [one.content for one in later.added] == ["gnu"]  # which the digest holds
     more, new = both.extended(["gnu", "zebra"])
     assert new == ("gnu",) and more.pieces("a gnu zebra") == [5, 14, 12]
 
