@@ -68,9 +68,7 @@ def get_config(task: str = "vqa", method: str = "lora", size: int = 8, head: str
     # What the backward pass recomputes to save memory: 'none', 'dots' or 'full'. None: 'dots' where the image encoder is
     # trained in bfloat16 on an accelerator, which halves the memory of activations there, otherwise 'none'
     c.model.remat = config_dict.placeholder(str)
-    c.model.unroll = config_dict.placeholder(
-        int
-    )  # stacks of at most this many layers have no loop; None: all, on CPU 16
+    c.model.unroll = config_dict.placeholder(int)  # stacks of at most this many layers have no loop; None: all, CPU 16
     # 'plain', 'parts' (on CPU) or 'cudnn'. None: 'parts' on CPU, 'cudnn' on GPU in bfloat16, else 'plain'
     c.model.attention = config_dict.placeholder(str)
     c.model.dropout = 0.0

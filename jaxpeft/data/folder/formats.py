@@ -371,7 +371,7 @@ def _header(header, where, problems):
     if len(set(named)) < len(named):
         problems.note("unreadable file", f"{where}: the header {header} has a column twice", fatal=True)
         return False
-    if _renamed(dict.fromkeys(named), where, problems) is None:
+    if _renamed(dict.fromkeys(named), where, problems, fatal=True) is None:
         return False
     for column in named:
         if not _is_known(_meaning(column)):
@@ -402,18 +402,18 @@ def _numbered(keys):
     return sorted(filter(_NUMBERED.fullmatch, keys), key=lambda key: int(key.removeprefix("caption_")))
 
 
-def _renamed(row, where, problems):
+def _renamed(row, where, problems, fatal=False):
     """The row with its keys replaced by what they stand for; None after a note where two keys stand for the same."""
     names = {}
     for key in row:
         if (before := names.setdefault(_meaning(key), key)) != key:
-            return problems.note("two names", f"{where}: {before!r} and {key!r} mean the same")
+            return problems.note("two names", f"{where}: {before!r} and {key!r} mean the same", fatal=fatal)
     return {_meaning(key): value for key, value in row.items()}
 
 
 def _row(row, where, problems, columns=()):
     """The record of a row of BLIP's lists, JSONL or CSV (an empty cell is an absent key): captions, a question, or both."""
-    beside = isinstance(row, dict) and "file_name" in row
+    names = {_meaning(key): key for key in row} if isinstance(row, dict) else {}  # as the file has them
     if isinstance(row, dict) and (row := _renamed(row, where, problems)) is None:
         return
     numbered = _numbered(row) if isinstance(row, dict) else []
@@ -428,13 +428,13 @@ def _row(row, where, problems, columns=()):
     image, image_id = _text(row["image"], where, problems, numbers=False), _text(row.get("image_id"), where, problems)
     if not image:
         return image is None or problems.note("bad value", f"{where}: 'image' is empty")
-    record = _record(where, image, image_id, _split(row.get("split")), beside=beside)
+    record = _record(where, image, image_id, _split(row.get("split")), beside=names["image"] == "file_name")
     if "caption" in row:
         record["captions"] = _captions(_listed(row["caption"]), where, problems)
     if given := [one for key in numbered for one in _listed(row[key]) if not _is_empty(one)]:
         record["captions"] += _captions(given, where, problems)
     elif "caption" not in row and "question" not in row:
-        problems.note("empty caption", f"{where}: no text in {', '.join(numbered)}")
+        problems.note("empty caption", f"{where}: no text in {', '.join(names[key] for key in numbered)}")
     if "question" in row:
         answers = _listed(row.get("answers", [])) + _listed(row.get("answer", []))
         question_id = _text(row.get("question_id"), where, problems)
