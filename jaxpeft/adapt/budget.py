@@ -71,15 +71,16 @@ def solve_size(model: nn.Module, method: Method | Iterable[Method], budget: int)
     def sized(size: int) -> tuple[Method, ...]:
         return (*many[:index], _resized(one, size), *many[index + 1 :])
 
+    @functools.cache
     def stored(i: int) -> int:
         return abstract_counts(model, sized(sizes[i]))["stored"]
 
-    high = 1  # counts grow with the size: double, then bisect
-    while high < len(sizes) - 1 and stored(min(high, len(sizes) - 1)) < budget:
-        high *= 2
-    low, high = 0, min(high, len(sizes) - 1)
-    while high - low > 1:
-        middle = (low + high) // 2
+    low, high, last = 0, min(1, len(sizes) - 1), len(sizes) - 1  # counts grow with the size: double, then interpolate
+    while high < last and stored(high) < budget:
+        low, high = high, min(2 * high, last)
+    while high - low > 1:  # most counts are linear in the size: the first guess is right or next to it
+        share = (budget - stored(low)) / max(stored(high) - stored(low), 1)
+        middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
         low, high = (middle, high) if stored(middle) < budget else (low, middle)
     best = min((low, high), key=lambda i: abs(stored(i) - budget))
     found = sized(sizes[best])
