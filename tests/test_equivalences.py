@@ -561,6 +561,30 @@ def test_solve_size_finds_the_size_that_stores_this_much(row):
     assert (found.size, found.stored, found.gap, found.method) == (size, row.stored, 0, method)
 
 
+def test_solve_size_chooses_the_closest_of_all_sizes():
+    """Also where counts are not linear in the size: OFT's blocks of 2, 3, 4, 6 and 12."""
+    counts = {b: budget.abstract_counts(tiny.model(), jp.OFT(block=b))["stored"] for b in (2, 3, 4, 6, 12)}
+    assert len(set(np.diff([*counts.values()]))) > 1
+    for wanted in range(1, 1200, 37):
+        found = jp.solve_size(tiny.model(), jp.OFT(), wanted)
+        assert found.size == min(counts, key=lambda b: abs(counts[b] - wanted))
+
+
+@pytest.mark.parametrize("jump", [0, 10**9], ids=["linear", "with a jump"])
+def test_solve_size_counts_few_of_many_sizes(monkeypatch, jump):
+    """VeRA has 1,048,575 ranks here, each of which stores 40 scalars: 19 counts double to rank 500,000, few are left then. A jump
+    of the count at rank 510,000 would leave many, if no guess bisected."""
+    counted, count = [], budget.abstract_counts
+
+    def jumping(model, methods):
+        counted.append(methods[0].rank)
+        return {"stored": count(model, methods)["stored"] + jump * (methods[0].rank > 510_000)}
+
+    monkeypatch.setattr(budget, "abstract_counts", jumping)
+    found = jp.solve_size(tiny.model(), jp.VeRA(), 40 * 505_000)
+    assert abs(found.stored - found.budget) <= 20 and len(counted) == len(set(counted)) <= (60 if jump else 25)
+
+
 def test_solve_size_names_what_it_does_not_find():
     for method in (
         jp.LoRA(targets="nonsense"),

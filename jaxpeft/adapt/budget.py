@@ -75,13 +75,15 @@ def solve_size(model: nn.Module, method: Method | Iterable[Method], budget: int)
     def stored(i: int) -> int:
         return abstract_counts(model, sized(sizes[i]))["stored"]
 
-    low, high, last = 0, min(1, len(sizes) - 1), len(sizes) - 1  # counts grow with the size: double, then interpolate
+    low, high, last = 0, min(1, len(sizes) - 1), len(sizes) - 1  # counts grow with the size: double, then narrow
     while high < last and stored(high) < budget:
         low, high = high, min(2 * high, last)
-    while high - low > 1:  # most counts are linear in the size: the first guess is right or next to it
-        share = (budget - stored(low)) / max(stored(high) - stored(low), 1)
+    interpolate = True  # most counts are linear in the size; every other guess bisects, for those that are not
+    while high - low > 1:
+        share = (budget - stored(low)) / max(stored(high) - stored(low), 1) if interpolate else 0.5
         middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
         low, high = (middle, high) if stored(middle) < budget else (low, middle)
+        interpolate = not interpolate
     best = min((low, high), key=lambda i: abs(stored(i) - budget))
     found = sized(sizes[best])
     count = stored(best)
