@@ -572,8 +572,8 @@ def test_solve_size_chooses_the_closest_of_all_sizes():
 
 @pytest.mark.parametrize("jump", [0, 10**9], ids=["linear", "with a jump"])
 def test_solve_size_counts_few_of_many_sizes(monkeypatch, jump):
-    """VeRA has 1,048,575 ranks here, each of which stores 40 scalars: 19 counts double to rank 500,000, few are left then. A jump
-    of the count at rank 510,000 would leave many, if no guess bisected."""
+    """VeRA has 1,048,575 ranks here, each of which stores 40 scalars: 19 counts double to rank 500,000, few are left then.
+    A jump of the count at rank 510,000 would leave many, if no guess bisected."""
     counted, count = [], budget.abstract_counts
 
     def jumping(model, methods):
