@@ -75,7 +75,8 @@ def solve_size(model: nn.Module, method: Method | Iterable[Method], budget: int)
     def stored(i: int) -> int:
         return abstract_counts(model, sized(sizes[i]))["stored"]
 
-    low, high, last = 0, min(1, len(sizes) - 1), len(sizes) - 1  # counts grow with the size: double, then narrow
+    last = len(sizes) - 1
+    low, high = 0, min(1, last)  # counts grow with the size: double, then narrow
     while high < last and stored(high) < budget:
         low, high = high, min(2 * high, last)
     interpolate = True  # most counts are linear in the size; every other guess bisects, for those that are not
