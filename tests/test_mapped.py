@@ -103,4 +103,4 @@ def test_a_task_makes_the_same_of_rows_in_a_file(task, place):
         rows = one.eval_examples(first, template).rows[:3]
         assert one.guesses(first, rows) == one.guesses(second, rows)
         assert {len(texts) for texts in one.guesses(first, rows).values()} == {len(rows)}
-        assert run._of_data(first) == run._of_data(second) == setup.digest([first.source, first.rows])
+        assert run._of_data(first) == run._of_data(second) == setup.digest([first.source, list(first.rows)])

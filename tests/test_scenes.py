@@ -63,8 +63,8 @@ def test_content_is_pinned():
 
 def test_an_item_depends_on_nothing_but_its_index():
     backwards = [scenes.record("train", index) for index in reversed(range(30))]
-    assert backwards[::-1] == scenes.load({"n_train": 30}, ["train"])["train"].rows
-    assert backwards[:-11:-1] == scenes.load({"n_train": 10}, ["train"])["train"].rows
+    assert backwards[::-1] == list(scenes.load({"n_train": 30}, ["train"])["train"].rows)
+    assert backwards[:-11:-1] == list(scenes.load({"n_train": 10}, ["train"])["train"].rows)
     one, again = (scenes.render(scenes.scene("val", 7)) for _ in range(2))
     np.testing.assert_array_equal(one, again)
 
@@ -413,6 +413,20 @@ def test_load_gives_lazy_pictures_and_rows():
         scenes.load({"n_train": 2}, ["val"])
     with pytest.raises(ValueError, match="'valid'.*val"):
         scenes.load({"n_train": 2}, ["valid"])
+
+
+def test_rows_are_drawn_when_they_are_read(monkeypatch):
+    """A study checks its data and takes its subsets without drawing the rows that it does not use."""
+    drawn = []
+    monkeypatch.setattr(scenes, "record", lambda split, i, seed: drawn.append(i) or texts.record(split, i, seed))
+    rows = scenes.load({"n_train": 100_000, "seed": 77}, ["train"])["train"].rows
+    assert len(rows) == 100_000 and not drawn
+    some = rows[90_000:90_003]
+    assert [row["image_id"] for row in some] == [f"scenes-train-{i}" for i in (90_000, 90_001, 90_002)]
+    assert rows[-1] == rows[99_999] == texts.record("train", 99_999, 77) and rows[90_001] == some[1]
+    assert drawn == [90_000, 90_001, 90_002, 99_999]
+    with pytest.raises(IndexError):
+        rows[100_000]
 
 
 def test_what_a_caller_does_to_rows_does_not_reach_the_next_one():

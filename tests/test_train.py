@@ -1,6 +1,5 @@
 """The step, the loop and what it leaves behind, on the smallest model and a handful of scenes."""
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -617,7 +616,7 @@ def test_question_states_are_cached_only_where_that_is_right(base, method, chang
 def test_unknown_words_extend_the_vocabulary_and_are_tuned(base, tmp_path):
     c = config_of(base)
     split = scenes.load(c.data, ["train"])["train"]
-    split.rows[0] = copy.deepcopy(split.rows[0])  # rows are shared by all who load them
+    split = dataclasses.replace(split, rows=list(split.rows))
     split.rows[0]["questions"][0]["question"] = "is there a zebra"
     model, params, chosen, facts = setup.setup_model(c, TASK, split, quiet)
     assert facts["new_words"] == ["zebra"] and model.tokenizer.vocabulary[-1] == "zebra"

@@ -43,10 +43,9 @@ def abstract_variables(model: nn.Module, method: Method | Iterable[Method]) -> T
     return jax.eval_shape(lambda params: sites.attach(model, params, method, jax.random.key(0)), abstract_params(model))
 
 
-@functools.lru_cache(maxsize=32)
 def abstract_params(model: nn.Module) -> Tree:
     """The parameters of a model, as shapes."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), model.example())["params"])
+    return sites.abstract(model)["params"]
 
 
 def solve_size(model: nn.Module, method: Method | Iterable[Method], budget: int) -> Solved:

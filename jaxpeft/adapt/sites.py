@@ -271,12 +271,17 @@ def stack(trees: Iterable[Tree]) -> Tree:
     return first | {"peft": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one["peft"] for one in trees))}
 
 
-@functools.lru_cache(maxsize=32)  # a trace takes half a second; attaching, counting and solving each need it
+@functools.lru_cache(maxsize=32)  # attaching, counting and solving each need it
+def abstract(model: nn.Module) -> Tree:
+    """The parameters ('params') and sites ('sites') of a model as shapes, from one abstract trace without computation."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))
+
+
+@functools.lru_cache(maxsize=32)
 def sites(model: nn.Module) -> tuple[Site, ...]:
-    """All sites of a model, from one abstract trace without computation."""
-    recorded = jax.eval_shape(lambda: model.init(jax.random.key(0), model.example()))["sites"]
+    """All sites of a model."""
     found = []
-    for name, leaf in tree.flatten(recorded).items():
+    for name, leaf in tree.flatten(abstract(model)["sites"]).items():
         path, kind = name.rsplit("/@", 1)
         stacked = len(leaf.shape) > len(Site.KINDS[kind])
         found.append(Site(path, kind, leaf.shape[stacked:], leaf.shape[0] if stacked else None))

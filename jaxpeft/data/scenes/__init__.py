@@ -8,6 +8,7 @@ the ten answers to a question are ten copies of the one right answer, not answer
 """
 
 import functools
+from collections.abc import Sequence
 
 from jaxpeft.data.base import Split
 from jaxpeft.data.scenes.texts import (  # noqa: F401  (all public names of the data set are importable from here)
@@ -53,6 +54,36 @@ class Images:
         return image_YXC
 
 
+class Rows(Sequence):
+    """The rows of `load`, each drawn when it is first read, and kept. What is read are copies: changes to them are not kept."""
+
+    def __init__(self, split, size, seed, style, types, texts):
+        self._split, self._size, self._seed = split, size, seed
+        self._style, self._types, self._texts = style, types, texts
+        self._drawn = {}
+
+    def __len__(self):
+        return self._size
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(self._size)[index]]
+        index = range(self._size)[index]
+        if index not in self._drawn:
+            self._drawn[index] = self._draw(index)
+        row = self._drawn[index]
+        return row | {"captions": list(row["captions"]), "questions": [dict(one) for one in row["questions"]]}
+
+    def _draw(self, index):
+        row = record(self._split, index, self._seed)
+        if self._style == "web":
+            row["captions"] = plain_web_captions(self._split, index, 5, self._seed)
+        if self._style == "clean":
+            row["captions"] = clean_captions(self._split, index, 5, self._seed)
+        asked = [one for one in row["questions"] if one["type"] in self._types]
+        return row | {"captions": row["captions"][: self._texts], "questions": asked[: self._texts]}
+
+
 def load(config, splits):
     """Load the named splits as dict[str, Split].
 
@@ -72,26 +103,15 @@ def load(config, splits):
     for split in splits:
         size = _size(config, split)
         images = Images(split, size, seed, cache=config.get("cache", True) and split != "pretrain")
-        rows = [  # copies, so that a caller who changes a row does not change the cache
-            row | {"captions": list(row["captions"]), "questions": [dict(one) for one in row["questions"]]}
-            for row in _records(split, size, seed)
-        ]
-        if style == "web":
-            rows = [row | {"captions": plain_web_captions(split, i, 5, seed)} for i, row in enumerate(rows)]
-        if style == "clean":
-            rows = [row | {"captions": clean_captions(split, i, 5, seed)} for i, row in enumerate(rows)]
-        if set(types) != set(TYPES):
-            rows = [row | {"questions": [q for q in row["questions"] if q["type"] in types]} for row in rows]
-        if split == "train" and (n := config.get("texts")):
-            rows = [row | {key: row[key][:n] for key in ("captions", "questions")} for row in rows]
+        rows = _rows(split, size, seed, style, types, (config.get("texts") or None) if split == "train" else None)
         loaded[split] = Split(split, images, rows, source=f"scenes seed {seed}")
     return loaded
 
 
-@functools.lru_cache(maxsize=4)
-def _records(split, size, seed):
-    """The rows 0..size-1, cached: a study's process loads the same splits for every run, and 16,384 rows take 6 s."""
-    return [record(split, index, seed) for index in range(size)]
+@functools.lru_cache(maxsize=8)
+def _rows(split, size, seed, style, types, texts):
+    """Cached: a study's process loads the same splits for every run, and drawing 16,384 rows takes 6 s."""
+    return Rows(split, size, seed, style, types, texts)
 
 
 def plain_web_captions(split, index, n, seed=0):
