@@ -82,7 +82,7 @@ _ = host.keep_compiled_programs()  # runs of one shape compile once
 config = read_config(f"studies/tiny:steps={4 if TINY else 1000},seeds=1,small=True")
 if TINY:
     config.variants.lora_head.sizes, config.learning_rates = (2,), (1.0,)
-    config.points.vqa.data.n_val, config.points.vqa.data.n_test = 16, 16
+    config.points.vqa.data.n_val, config.points.vqa.data.n_test, config.points.vqa.eval.forgetting = 16, 16, False
 else:
     config.learning_rates = (1 / 3, 1.0, 3.0)  # times the middle one of each variant
     config.points.vqa.data.n_test, config.points.vqa.stop.patience = 128, 4

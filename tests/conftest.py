@@ -21,13 +21,9 @@ import jax
 import pytest
 import tiny
 
-from jaxpeft.models import stack
-
-gc.set_threshold(200_000, 20, 100)  # tracing makes many objects: a tenth of the time went into looking for cycles
 jax.config.update("jax_num_cpu_devices", 8)  # before any array exists
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-stack.UNROLLED = 0  # scanned as models of base size are: half the program to compile; test_model.py unrolls
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -47,6 +47,7 @@ def test_a_badge_opens_the_notebook_once_there_is_an_address(name):
 RUN = """
 import contextlib, os, pathlib, runpy, sys
 import matplotlib.pyplot as plt
+import tiny  # layers are not unrolled
 
 for name in sys.argv[2:]:
     os.makedirs(name)
@@ -67,7 +68,8 @@ def test_the_notebooks_run_from_top_to_bottom(tmp_path, monkeypatch):
     first, *others = NAMES
     notebook = execute(first, tmp_path, tiny=True, timeout=600)
     said = {first: "".join(text_of(cell.outputs) for cell in notebook.cells if cell.cell_type == "code")}
-    command, env = [sys.executable, "-c", RUN, COLAB, *others], os.environ | {"MPLBACKEND": "agg"}
+    command = [sys.executable, "-c", RUN, COLAB, *others]
+    env = os.environ | {"MPLBACKEND": "agg", "PYTHONPATH": str(pathlib.Path(__file__).parent)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     said |= {name: (tmp_path / name / "said.txt").read_text() for name in others}

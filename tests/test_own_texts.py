@@ -1,6 +1,7 @@
 """Runs on one's own pictures, texts as people write them: what is right scores right, cuts and ceilings are said first."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -161,8 +162,9 @@ def test_ids_that_repeat_are_said_before_training(base, tmp_path, monkeypatch):
 
     def twice(*args):
         splits = load(*args)
-        splits["test"].rows[1] = splits["test"].rows[1] | {"questions": splits["test"].rows[0]["questions"]}
-        return splits
+        first, second, *rest = splits["test"].rows
+        rows = [first, second | {"questions": first["questions"]}, *rest]
+        return splits | {"test": dataclasses.replace(splits["test"], rows=rows)}
 
     monkeypatch.setattr(data, "load", twice)
     said = []

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import os
 
 import jax
@@ -12,9 +13,13 @@ from jaxpeft import config
 from jaxpeft.apps.pretrain_blip import ALIASES, init, shared
 from jaxpeft.data import scenes
 from jaxpeft.inputs.processor import Template
-from jaxpeft.models import loading
+from jaxpeft.models import loading, stack
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.blip_tokens import SPECIAL, BlipTokenizer
+
+# Here, as programs that tests start import this file and not conftest.py
+gc.set_threshold(200_000, 20, 100)  # tracing makes many objects: a tenth of the time went into looking for cycles
+stack.UNROLLED = 0  # scanned as models of base size are: half the program to compile; test_model.py unrolls
 
 TOKENIZER = BlipTokenizer.from_words(f"w{i}" for i in range(20))
 SCENES = BlipTokenizer.from_words(scenes.WORDS)

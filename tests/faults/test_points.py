@@ -1,5 +1,6 @@
 """Faults of whole runs and studies: a run of `main.py` from data to result, and work shared by several processes."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -306,8 +307,9 @@ def test_changed_data(base, tmp_path, fault, monkeypatch):
 
     def other(*args):
         splits = load(*args)
-        splits["train"].rows[0]["captions"][0] += " indeed"
-        return splits
+        first, *rest = splits["train"].rows
+        first["captions"][0] += " indeed"
+        return splits | {"train": dataclasses.replace(splits["train"], rows=[first, *rest])}
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "fit", stops)
