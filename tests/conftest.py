@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also where there are GPUs; test_accelerator.py says how to test on them
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of numpy and LAPACK: workers of pytest-xdist share the cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # test_downloads.py has a hub of its own
 # Tests mostly compile, and programs that they start do so too: without optimization in half of the time, and a gradient of
 # the tiny model with XLA's older emitters, which jaxlib 0.11 no longer has, in a third of that

@@ -44,7 +44,7 @@ def runs(root, tmp_path_factory):
     """annotations -> (result, what was said, directory), of the documented command, but shorter."""
     home, found = tmp_path_factory.mktemp("runs"), {}
     for name in ("captions", "shuffled"):
-        c, said = folder.get_config(f"root={root},annotations={name}.csv,steps=60"), []
+        c, said = folder.get_config(f"root={root},annotations={name}.csv,steps=40"), []
         c.eval.gallery, c.stop.every = False, 4
         c.data.data_dir, c.data.val_fraction = str(home / "copies"), 0.3  # enough for a test of whether pictures matter
         with tiny.optimized():
