@@ -34,13 +34,15 @@ from jaxpeft.runtime import host
 N, BATCH = 256, 32
 
 
-def jpegs(n=N):
-    """Photograph-like images: smooth shapes and texture, quality 90; 70 to 150 KB, like COCO's."""
+def jpegs(n=N, width=640, height=480):
+    """Photograph-like images: smooth shapes and texture, quality 90; of 640 x 480, 70 to 150 KB, like COCO's."""
     files = []
     for i in range(n):
         rng = np.random.default_rng(i)
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3)).astype(np.uint8)).resize((640, 480), Image.BICUBIC)
-        noisy = np.asarray(coarse).astype(np.int16) + rng.normal(0, 12, (480, 640, 3)).astype(np.int16)
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3)).astype(np.uint8)).resize(
+            (width, height), Image.BICUBIC
+        )
+        noisy = np.asarray(coarse).astype(np.int16) + rng.normal(0, 12, (height, width, 3)).astype(np.int16)
         out = io.BytesIO()
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
         files.append(out.getvalue())
@@ -169,15 +171,48 @@ def parts(files, size, rounds=7):
     except ImportError:
         print("simplejpeg is not installed: its rows are left out")
         same = {}
+    return timed(ways, rounds) | same
+
+
+def photos(size, rounds=7):
+    """`parts` of photos of 12 megapixels, decoded at their size and at less."""
+    files, said = jpegs(8, 4000, 3000), {}
+    kept = {edge: [images.opened(file, jpeg_edge=edge) for file in files] for edge in (0, 2 * size, size)}
+    pixels = {edge: np.stack([images.resize(x, size) for x in some]).astype(int) for edge, some in kept.items()}
+    ways = {}
+    for edge, some in kept.items():
+        name = f"photo, jpeg_edge={edge or None}: "
+        ways[name + "decode"] = (lambda x, edge=edge: images.opened(x, jpeg_edge=edge)), files
+        ways[name + "resize only"] = (lambda x: images.resize(x, size)), some
+        differs = np.abs(pixels[edge] - pixels[0])
+        said[name + "size"] = some[0].size
+        said[name + "pixels differ by, mean and 99.9 %, of 255"] = [
+            round(float(differs.mean()), 2), float(np.quantile(differs, 0.999)),
+        ]  # fmt: skip
+    try:
+        import simplejpeg
+
+        for edge in kept:
+            least = {"min_width": edge, "min_height": edge, "min_factor": 1} if edge else {}
+            ways[f"photo, jpeg_edge={edge or None}: decode by simplejpeg"] = (
+                lambda x, least=least: Image.fromarray(simplejpeg.decode_jpeg(x, **least)), files,
+            )  # fmt: skip
+    except ImportError:
+        pass
+    return timed(ways, rounds) | said
+
+
+def timed(ways, rounds):
+    """{way: CPU milliseconds per image}: the least of `rounds`, in turns, averaged over images."""
     times = {name: [] for name in ways}
     for _ in range(rounds):
-        for i in range(len(files)):
+        for i in range(min(len(inputs) for _, inputs in ways.values())):
             for name, (function, inputs) in ways.items():
                 began = time.process_time()
                 function(inputs[i])
                 times[name].append(time.process_time() - began)
     least = {name: np.reshape(spent, (rounds, -1)).min(axis=0) for name, spent in times.items()}
-    return {name: round(1000 * float(spent.mean()), 2) for name, spent in least.items()} | same
+    return {name: round(1000 * float(spent.mean()), 2) for name, spent in least.items()}
 
 
 def ways_of(files, cores, size):
@@ -222,7 +257,7 @@ def main(_):
         "pictures": f"{len(files)} JPEG files of 640 x 480, {sum(map(len, files)) // len(files) // 1000} KB each",
         "size": args.size,
         "batch": BATCH,
-        "CPU ms per picture on one thread": parts(files, args.size),
+        "CPU ms per picture on one thread": parts(files, args.size) | photos(args.size),
         "pictures per second": rates,
         "machine": host.machine(),
         "versions": host.versions(),

@@ -169,6 +169,7 @@ def folder(c: ml_collections.ConfigDict, root: str) -> ml_collections.ConfigDict
     c.data.val_fraction = 0.1
     c.data.test_fraction = 0.1
     c.data.data_dir = config_dict.placeholder(str)
+    c.data.jpeg_edge = config_dict.placeholder(int)
     return c
 
 
@@ -191,6 +192,7 @@ def recipe(arg: str, task: str, lr: float, **defaults) -> tuple[ml_collections.C
     c.base, c.seed, c.batch_size = a.base, a.seed, a.batch_size
     c.model.image_size, c.model.dtype, c.model.frozen_dtype = a.image_size, a.dtype, a.dtype
     c.data.name, c.data.data_dir, n = "coco_captions", a.data_dir, N_CAPTIONS
+    c.data.jpeg_edge = config_dict.placeholder(int)
     c.eval.base, c.eval.splits = False, ("test",)
     if task == "vqa":
         if a.protocol not in N_QUESTIONS:

@@ -51,6 +51,15 @@ def originals(tree):
     return {str(one["cocoid"]): one for one in json.loads((tree / "karpathy/dataset_coco.json").read_text())["images"]}
 
 
+def test_jpegs_are_read_at_less_than_their_size(home):
+    for name in ("coco_captions", "vqav2"):
+        whole, less = (load(home, name, ["val"], jpeg_edge=edge)["val"] for edge in (None, 8))
+        assert whole.source == "coco" and less.source == "coco, jpeg_edge 8"
+        (rows, columns, _), small = whole.images[0].shape, less.images[0].shape
+        part = next(n for n in (8, 4, 2, 1) if min(rows, columns) >= 8 * n)
+        assert part > 1 and small == (-(-rows // part), -(-columns // part), 3)
+
+
 def test_captions_are_those_of_the_file_and_restval_is_trained_on(tree, home):
     said, seen = originals(tree), collections.Counter()
     for name, split in load(home, "coco_captions", ["train", "val", "test"]).items():

@@ -1092,6 +1092,21 @@ def test_texts_and_pixels_come_back(root, tmp_path):
     assert len(split.images[2:5]) == 3 and len(list(split.images)) == len(files)
 
 
+def test_jpegs_are_read_at_less_than_their_size(root, tmp_path):
+    """The copy is that of the images at their size, but pixels of another size are another source, for tables of stages."""
+    Image.fromarray(pixels(7, 80, 100)).save(root / name(42), "JPEG")
+    write(root / "a.csv", f"image,caption\n{name(42)},one\n{name(1)},two\n")
+    c = config(root, tmp_path, "a.csv", val_fraction=0, test_fraction=0)
+    whole, less = folder.load(c, ["train"])["train"], folder.load(c | {"jpeg_edge": 20}, ["train"])["train"]
+    assert less.source == f"{whole.source}, jpeg_edge 20"
+    shapes = [[one.shape[:2] for one in split.images] for split in (whole, less)]
+    assert sorted(shapes[0]) == [(12, 16), (80, 100)] and sorted(shapes[1]) == [(12, 16), (20, 25)]
+    assert pickle.loads(pickle.dumps(less.images))[1].shape == less.images[1].shape
+    for edge in (0, -1, 2.5, "384", True):
+        with pytest.raises(ValueError, match="data.jpeg_edge is .*; expected a number of pixels"):
+            folder.load(c | {"jpeg_edge": edge}, ["train"])
+
+
 def test_images_are_thread_safe_and_picklable(root, tmp_path):
     _, _, settings = stored(root, tmp_path)
     source = folder.load(settings, ["train"])["train"].images

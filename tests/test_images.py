@@ -42,6 +42,29 @@ def test_jpeg_is_close_and_a_path_equals_its_bytes(tmp_path):
     np.testing.assert_array_equal(images.decode(tmp_path / "a.jpg"), images.decode(data))
 
 
+@pytest.mark.parametrize(
+    "edge, part", [(0, 1), (5000, 1), (401, 1), (400, 2), (201, 2), (200, 4), (101, 4), (100, 8), (1, 8)]
+)
+@pytest.mark.parametrize("kind", [{}, {"progressive": True}, {"subsampling": 0}, {"grey": True}, {"turned": True}])
+def test_jpeg_edge_is_the_least_length_of_the_shorter_side(edge, part, kind):
+    image, exif, size = Image.fromarray(picture(800, 1001)), Image.Exif(), (-(-1001 // part), 800 // part)
+    if "grey" in kind:
+        image = image.convert("L")
+    if "turned" in kind:
+        exif[0x0112], size = 6, size[::-1]
+    data = encoded(image, "JPEG", exif=exif, **{key: kind[key] for key in kind.keys() & {"progressive", "subsampling"}})
+    found = images.opened(data, jpeg_edge=edge)
+    assert found.size == size and found.mode == "RGB"
+    whole = images.resize(images.opened(data), 64).astype(int)
+    assert np.abs(images.resize(found, 64) - whole).max() <= 6  # of 255: edges of a smooth image
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF"])
+def test_jpeg_edge_changes_nothing_in_other_formats(kind):
+    data = encoded(picture(80, 100), kind)
+    np.testing.assert_array_equal(np.array(images.opened(data, jpeg_edge=1)), images.decode(data))
+
+
 # EXIF: what turns the stored pixels into the picture; 6 = rotate 90 degrees clockwise
 UPRIGHT = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
            5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1),

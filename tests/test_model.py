@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import tiny
 from flax import errors, traverse_util
+from flax import linen as nn
+from jax._src.cudnn import fused_attention_stablehlo
 
 import jaxpeft as jp
 from jaxpeft import tree
-from jaxpeft.models import stack
+from jaxpeft.models import layers, stack
 from jaxpeft.models.blip import Blip, BlipConfig
 from jaxpeft.models.vit import position_init
 from jaxpeft.training import evaluate
@@ -161,6 +163,28 @@ def test_a_base_loaded_twice_is_compiled_once():
 def test_sizes_that_do_not_fit_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("shape", [(3, 12), (2, 3, 12), (2, 3, 4, 12)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_norm_of_rows_is_that_of_flax(shape, dtype):
+    """Also in bfloat16, where rows are in one axis: equal up to its last digit."""
+    rng = np.random.default_rng(0)
+    x, leaves = jnp.float32(rng.normal(1, 2, shape)), {"scale": rng.normal(size=12), "bias": rng.normal(size=12)}
+    variables = {"params": jax.tree.map(jnp.float32, leaves)}
+    ours = layers.LayerNorm(epsilon=1e-6, dtype=dtype).apply(variables, x)
+    theirs = nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False).apply(variables, x)
+    assert ours.dtype == theirs.dtype == dtype and ours.shape == shape
+    np.testing.assert_allclose(np.float32(ours), np.float32(theirs), rtol=2**-8 if dtype == "bfloat16" else 1e-6)
+
+
+def test_what_the_backward_pass_keeps_with_remat_dots():
+    """Products of weights and the fused attention, whose name is JAX's own; not written-out attention."""
+    keeps, rows = stack.REMAT["dots"], (((1,), (0,)), ((), ()))
+    assert keeps(fused_attention_stablehlo._dot_product_attention_fwd_p_wrapper)
+    assert keeps(jax.lax.dot_general_p, dimension_numbers=rows)
+    assert not keeps(jax.lax.dot_general_p, dimension_numbers=(((2,), (2,)), ((0,), (0,))))
+    assert not keeps(jax.lax.exp_p)
 
 
 def test_positions_start_apart():

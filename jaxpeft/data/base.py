@@ -2,7 +2,8 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,19 @@ class _Subset(Sequence):
 def opened(images: Sequence, i: int) -> Pixels:
     """Image `i`, without the copy into an array where `images` decodes it with Pillow."""
     return images.opened(i) if hasattr(images, "opened") else images[i]
+
+
+def jpeg_edge_of(config: Mapping[str, Any]) -> int:
+    """The key `jpeg_edge` of a data set, see `images.opened`; 0 where it is not set. Raises ValueError if it is no length."""
+    edge = config.get("jpeg_edge")
+    if edge is not None and (type(edge) is not int or edge < 1):
+        raise ValueError(f"data.jpeg_edge is {edge!r}; expected a number of pixels, at least 1, or None for full size")
+    return edge or 0
+
+
+def source_of(origin: str, jpeg_edge: int) -> str:
+    """`Split.source` of images that are decoded with `jpeg_edge`, on which their pixels depend."""
+    return f"{origin}, jpeg_edge {jpeg_edge}" if jpeg_edge else origin
 
 
 def progress_bars() -> None:

@@ -78,7 +78,10 @@ class LayerNorm(Stored, nn.LayerNorm):
 
     @nn.compact
     def __call__(self, x):
-        return sites.norm(self, by_rows(super().__call__(x)))
+        # In bfloat16, as GPUs train, on rows in one axis: with two, XLA transposes at every norm in the backward pass
+        # (docs/results/h100_program.md). In float32 the results of one image and of several would differ by rounding.
+        rows = x.reshape(-1, x.shape[-1]) if self.dtype == "bfloat16" else x
+        return sites.norm(self, by_rows(super().__call__(rows).reshape(x.shape)))
 
 
 class RMSNorm(Stored):

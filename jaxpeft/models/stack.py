@@ -13,7 +13,16 @@ from jaxpeft.tree import Tree
 
 DTYPES = ("float32", "bfloat16")  # of matrix products
 UNROLLED = 16  # layers, on CPU; see `stack`
-REMAT = {"none": None, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+FUSED = "dot_product_attention_fwd_wrapper"  # the primitive of cuDNN's attention
+
+
+def _kept(primitive: Any, *args: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: keep the results of matrix products and of fused attention, recompute all else."""
+    of_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive.name == FUSED or of_products(primitive, *args, **params)
+
+
+REMAT = {"none": None, "full": None, "dots": _kept}
 MOST = 1 << 20  # upper limit of an integer field, so that an untrusted config cannot exhaust memory
 
 
@@ -24,7 +33,7 @@ class StackConfig:
     dtype: str = "float32"  # of matrix products
     unroll: int | None = None  # unroll stacks with at most this number of layers; None: UNROLLED on CPU, elsewhere all
     attention: str | None = None  # a key of attention.py; None: 'parts' on CPU, 'cudnn' on GPU in bfloat16
-    remat: str = "none"  # what the backward pass recomputes: 'full', whole layers; 'dots', all but matrix products
+    remat: str = "none"  # what the backward pass recomputes: 'full', whole layers; 'dots', see `_kept`
 
     most: ClassVar[dict[str, int]] = {}  # upper limits of fields, where they are below MOST
 

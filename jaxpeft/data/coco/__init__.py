@@ -26,7 +26,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from jaxpeft.data.base import Split
+from jaxpeft.data.base import Split, jpeg_edge_of, source_of
 from jaxpeft.data.coco.prepared import Prepared
 from jaxpeft.data.folder.prepared import stored_row
 from jaxpeft.data.mapped import rows_of
@@ -75,20 +75,21 @@ TEXTS = {"coco_captions": CocoCaptions, "vqav2": Vqav2, "vg_qa": VgQa}
 def load(config, splits: Sequence[str]) -> dict[str, Split]:
     """Load {name: Split}. Raises ValueError where a split is unknown or was not prepared."""
     home = Path(config.get("data_dir") or HOME).expanduser()
-    return (_vqa if config.name == "vqav2" else _captions)(config, splits, home)
+    pictures = _Pictures(home, jpeg_edge_of(config))
+    return (_vqa if config.name == "vqav2" else _captions)(config, splits, home, pictures)
 
 
-def _captions(config, splits, home):
+def _captions(config, splits, home, pictures):
     parts = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
     _known(splits, parts, "coco_captions")
-    texts, pictures = _open(home, TEXTS["coco_captions"]), _Pictures(home)
+    texts = _open(home, TEXTS["coco_captions"])
     return {
         name: _split(name, ((row["part"], row) for part in parts[name] for row in _rows(texts, part)), pictures)
         for name in splits
     }
 
 
-def _vqa(config, splits, home):
+def _vqa(config, splits, home, pictures):
     protocol = config.get("protocol", "karpathy")
     if protocol not in ("karpathy", "official"):
         raise ValueError(f"data.protocol is {protocol!r}; choose 'karpathy' or 'official'")
@@ -101,7 +102,7 @@ def _vqa(config, splits, home):
     if not set(train_parts) <= {"train", "val"} or not train_parts:
         raise ValueError(f"data.train_parts is {train_parts}; choose from 'train' and 'val'")
     _known(splits, parts, f"vqav2 in protocol {protocol!r} with train_parts {train_parts}")
-    texts, pictures = _open(home, TEXTS["vqav2"]), _Pictures(home)
+    texts = _open(home, TEXTS["vqav2"])
     stored = {part: list(_rows(texts, part)) for part in {part for name in splits for part in parts[name]}}
     found = {}
     for name in splits:
@@ -173,8 +174,8 @@ def _rows(builder, split):
 class _Pictures:
     """The place of each image, (data source, index), by its folder and id."""
 
-    def __init__(self, home):
-        self._home, self._places = home, {}
+    def __init__(self, home, jpeg_edge):
+        self._home, self.jpeg_edge, self._places = home, jpeg_edge, {}
 
     def place(self, folder, image_id):
         if folder not in self._places:
@@ -203,14 +204,15 @@ def _split(name, rows, pictures: _Pictures) -> Split:
     if not kept:
         raise ValueError(f"split {name!r}: none of its {len(places)} images was prepared")
     report = {"without a picture": len(places) - len(kept)} if len(kept) < len(places) else {}
-    return Split(name, _Joined([place for place in places if place is not None]), kept, report, "coco")
+    joined = _Joined([place for place in places if place is not None], pictures.jpeg_edge)
+    return Split(name, joined, kept, report, source_of("coco", pictures.jpeg_edge))
 
 
 class _Joined(Sequence):
     """Images at [(data source, index), ...], decoded on access."""
 
-    def __init__(self, places: list[tuple[Any, int]]):
-        self.places = places
+    def __init__(self, places: list[tuple[Any, int]], jpeg_edge: int):
+        self.places, self.jpeg_edge = places, jpeg_edge
 
     def __len__(self):
         return len(self.places)
@@ -221,4 +223,4 @@ class _Joined(Sequence):
     def opened(self, i):
         source, index = self.places[i]
         example = source[index]
-        return images.opened(example["image"], name=f"of id {example['image_id'].decode()}")
+        return images.opened(example["image"], f"of id {example['image_id'].decode()}", self.jpeg_edge)

@@ -24,6 +24,8 @@ Config keys (attributes or a mapping; other keys are ignored):
                  stays in its split when others are added; of three or more images, each split gets at least one.
                  Where annotations name splits but not val, and val is needed, val is val_fraction of train
   data_dir       the directory of prepared copies, default ~/.cache/jaxpeft/folder; it may be deleted at any time
+  jpeg_edge      decode a JPEG at 1/2, 1/4 or 1/8 of its size if its shorter side stays at least this long; default None, at
+                 its own size.  The prepared copy is the same
 """
 
 import collections
@@ -33,12 +35,13 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxpeft.data.base import jpeg_edge_of
 from jaxpeft.data.folder.files import Files, normal
 from jaxpeft.data.folder.formats import ACCEPTED, SPLITS, Problems, caption_file, records, split_name
 from jaxpeft.inputs import images
 
 _DEFAULTS = {"root": None, "annotations": None, "questions": None, "on_error": "raise", "val_fraction": 0.1,
-             "test_fraction": 0.1, "seed": 0, "data_dir": None}  # fmt: skip
+             "test_fraction": 0.1, "seed": 0, "data_dir": None, "jpeg_edge": None}  # fmt: skip
 _DIRECTORIES = SPLITS | {"training": "train", "testing": "test"}
 
 
@@ -61,7 +64,7 @@ def load(config, splits):
             "Splits come from the annotations or, where these name none, from val_fraction, test_fraction and seed; without "
             "annotations=, from directories named train, val and test if these hold all images"
         )
-    return {name: prepared.open_split(builder, name) for name in splits}
+    return {name: prepared.open_split(builder, name, jpeg_edge_of(options)) for name in splits}
 
 
 def _options(config):
@@ -79,6 +82,7 @@ def _options(config):
     val, test = options["val_fraction"], options["test_fraction"]
     if val < 0 or test < 0 or val + test >= 1:
         raise ValueError(f"val_fraction {val} and test_fraction {test} must be at least 0, and their sum below 1")
+    jpeg_edge_of(options)
     return options
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from jaxpeft.data.base import Split, progress_bars
+from jaxpeft.data.base import Split, progress_bars, source_of
 from jaxpeft.data.mapped import rows_of
 from jaxpeft.inputs import images
 
@@ -126,7 +126,7 @@ class FolderData(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": image, "image_id": row["image_id"], "captions": row["captions"], "questions": questions}
 
 
-def open_split(builder, split):
+def open_split(builder, split, jpeg_edge):
     """A split of the prepared copy. Raises ValueError where its files do not hold as many images as were written."""
     info = builder.info.splits[split]
     stored, expected = len(ArrayRecordDataSource([str(path) for path in info.filepaths])), info.num_examples
@@ -135,7 +135,8 @@ def open_split(builder, split):
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     rows = rows_of(stored_row(source[i]) for i in range(expected))
     home = str(builder.data_dir)  # named by a digest of images and options
-    return Split(split, StoredImages(source, rows), rows, dict(builder.info.metadata), source=home)
+    pictures = StoredImages(source, rows, jpeg_edge)
+    return Split(split, pictures, rows, dict(builder.info.metadata), source=source_of(home, jpeg_edge))
 
 
 def stored_row(example) -> dict:
@@ -155,6 +156,7 @@ class StoredImages(Sequence):
 
     source: Any
     rows: Sequence[dict]
+    jpeg_edge: int = 0
 
     def __len__(self):
         return len(self.rows)
@@ -166,4 +168,4 @@ class StoredImages(Sequence):
 
     def opened(self, index):
         i = range(len(self))[index]  # IndexError and negative indices as in a list
-        return images.opened(self.source[i]["image"], name=f"of id {self.rows[i]['image_id']}")
+        return images.opened(self.source[i]["image"], f"of id {self.rows[i]['image_id']}", self.jpeg_edge)
