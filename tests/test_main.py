@@ -3,8 +3,6 @@
 import errno
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -142,19 +140,6 @@ def test_preflight_plans_single_runs_only(name, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="^1$"):
         cli.main(["preflight", f"--config={name}"])
     assert f"error: --config={name} is not a single fine-tuning run" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_program_runs_and_says_what_it_does(tmp_path):
-    """The README's main job with one step: the table, the split of time, the files."""
-    small = ["--config.data.n_train=16", "--config.data.n_test=4", "--config.eval.splits=('test',)"]
-    command = [sys.executable, "main.py", "--config=configs/quickstart.py:steps=1", f"--workdir={tmp_path}", *small]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for part in ("blind: question only", "frozen base", "tuned", "compiled the training step", "gallery.png"):
-        assert part in done.stdout
-    assert (tmp_path / "result.json").exists()
 
 
 class _Terminal(io.StringIO):

@@ -30,7 +30,7 @@ def get_config(arg=""):
     c.task_options = config.task_options("shout", metrics=("words", "exact_match"))
     c.optim.name, c.optim.lr, c.optim.schedule = "plain", 0.5, "cosine"
     c.steps, c.batch_size, c.log_every = 150, 9, 50
-    c.base, c.eval.batch_size = "tiny", 9
+    c.base, c.eval.batch_size, c.model.unroll = "tiny", 9, 1
     return c
 """
 
