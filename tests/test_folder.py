@@ -1104,7 +1104,8 @@ def test_jpegs_are_read_at_less_than_their_size(root, tmp_path):
     assert pickle.loads(pickle.dumps(less.images))[1].shape == less.images[1].shape
     for edge in (0, -1, 2.5, "384", True):
         with pytest.raises(ValueError, match="data.jpeg_edge is .*; expected a number of pixels"):
-            folder.load(c | {"jpeg_edge": edge}, ["train"])
+            folder.load(c | {"jpeg_edge": edge, "data_dir": str(tmp_path / "never")}, ["train"])
+    assert not (tmp_path / "never").exists()  # said before images are read
 
 
 def test_images_are_thread_safe_and_picklable(root, tmp_path):
