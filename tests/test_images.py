@@ -45,14 +45,17 @@ def test_jpeg_is_close_and_a_path_equals_its_bytes(tmp_path):
 @pytest.mark.parametrize(
     "edge, part", [(0, 1), (900, 1), (101, 1), (100, 2), (51, 2), (50, 4), (26, 4), (25, 8), (1, 8)]
 )
-@pytest.mark.parametrize("kind", [{}, {"progressive": True}, {"subsampling": 0}, {"grey": True}, {"turned": True}])
+@pytest.mark.parametrize("kind", ["plain", "progressive", "4:4:4", "grey", "cmyk", "turned", "several images"])
 def test_jpeg_edge_is_the_least_length_of_the_shorter_side(edge, part, kind):
     image, exif, size = Image.fromarray(picture(200, 251)), Image.Exif(), (-(-251 // part), 200 // part)
-    if "grey" in kind:
-        image = image.convert("L")
-    if "turned" in kind:
+    image = image.convert({"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB"))
+    if kind == "turned":
         exif[0x0112], size = 6, size[::-1]
-    data = encoded(image, "JPEG", exif=exif, **{key: kind[key] for key in kind.keys() & {"progressive", "subsampling"}})
+    options = {"progressive": {"progressive": True}, "4:4:4": {"subsampling": 0}}.get(kind, {})
+    if kind == "several images":  # as some phones write
+        data = encoded(image, "MPO", save_all=True, append_images=[image.rotate(180)])
+    else:
+        data = encoded(image, "JPEG", exif=exif, **options)
     found = images.opened(data, jpeg_edge=edge)
     assert found.size == size and found.mode == "RGB"
     whole = images.resize(images.opened(data), 16).astype(int)
